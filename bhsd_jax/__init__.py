@@ -1,0 +1,3 @@
+"""Segmentation of intracranial hemorrhage on head CT, in JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Random changes of one patch, inside the jitted step, found by name."""

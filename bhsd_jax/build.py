@@ -1,0 +1,56 @@
+"""Turns a config spec into an object: `{"name": "module.Attribute", **kwargs}`."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+
+def names(package: str) -> tuple[str, ...]:
+    """Modules directly below `package`, sorted."""
+    root = importlib.import_module(package)
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(root.__path__)))
+
+
+def find(package: str, name: str) -> Any:
+    """The attribute `package.<name>`, where `name` is `"module.Attribute"`.
+
+    Raises:
+        ValueError: If there is no such module or attribute; the message lists the choices.
+    """
+    module_name, _, attribute = name.partition(".")
+    if module_name not in names(package):
+        raise ValueError(
+            f"{package}: no {name!r}; write '<module>.<Name>', modules are {', '.join(names(package))}"
+        )
+    module = importlib.import_module(f"{package}.{module_name}")
+    found = getattr(module, attribute, None) if attribute else None
+    if found is None or attribute.startswith("_"):
+        choices = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isclass(value) and value.__module__ == module.__name__ and key[0] != "_"
+        ]
+        raise ValueError(
+            f"{package}.{module_name}: no {attribute!r}; it has {', '.join(choices) or 'no class'}"
+        )
+    return found
+
+
+def build(package: str, spec: Mapping[str, Any], **extra: Any) -> Any:
+    """Makes the object a config names: `package.<spec["name"]>(**rest of spec, **extra)`.
+
+    Raises:
+        ValueError: If the name is unknown, or an argument is; the message lists the choices.
+    """
+    kwargs = dict(spec) | extra
+    name = kwargs.pop("name")
+    made = find(package, name)
+    accepted = inspect.signature(made).parameters
+    unknown = sorted(set(kwargs) - set(accepted))
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        raise ValueError(
+            f"{package}.{name}: unknown {', '.join(unknown)}; it takes {', '.join(accepted)}"
+        )
+    return made(**kwargs)

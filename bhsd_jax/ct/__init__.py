@@ -1,0 +1,1 @@
+"""Scans on the host: files, geometry, planning, shards. NumPy only."""

@@ -1,0 +1,1 @@
+"""Whole volumes through a network, tile by tile."""

@@ -1,0 +1,44 @@
+"""Entry point: `python -m bhsd_jax.main [VERB] --config=configs/cps.py:smoke --workdir=runs/cps`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+VERBS = ("preprocess", "train", "predict", "evaluate", "report")  # in the order of the pipeline
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config.name>.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs one verb; `train` if none is given.
+
+    Raises:
+        app.UsageError: If the verb is not known.
+    """
+    verb = argv[1] if len(argv) > 1 else "train"
+    if len(argv) > 2 or verb not in VERBS:
+        raise app.UsageError(f"expected one verb of {', '.join(VERBS)}; got {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.INFO)
+    logging.use_python_logging(quiet=True)
+    config = _CONFIG.value
+    workdir = Path(_WORKDIR.value or f"runs/{config.name}")
+    try:
+        importlib.import_module(f"bhsd_jax.verbs.{verb}").run(config, workdir)
+    except (ValueError, FileNotFoundError) as error:
+        logging.debug("%s", error, exc_info=True)
+        sys.exit(f"{verb}: {error}")
+
+
+def cli() -> None:
+    """The console script `bhsd`."""
+    flags.mark_flag_as_required("config")
+    app.run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,1 @@
+"""Segmentation metrics on the host. NumPy only."""

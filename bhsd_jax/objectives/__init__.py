@@ -1,0 +1,1 @@
+"""What is minimized, one file each, found by name."""

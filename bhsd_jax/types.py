@@ -1,0 +1,107 @@
+"""Words shared by the device side: arrays, batches, state, and what a plug-in must offer.
+
+Axis letters: L labeled and U unlabeled patches, B any patches; D slices, H rows, W columns
+(see `volume`); C input channels (CT windows); K classes, 0 being background.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
+
+Params = Any
+Metrics = dict[str, Scalar]
+Logits = tuple[Array, ...]  # each f32[B D H W K]; full resolution first, then coarser heads
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One global training batch; every leaf is sharded over its first axis.
+
+    As it leaves `input`: int16 HU (or float32 MR) with C = 1, at the size the spatial
+    augmentation wants to cut from, label -1 outside the scan. Inside the loss: float32
+    normalized channels at patch size, labels 0..K-1.
+    """
+
+    image: Array  # [L D H W C]
+    label: Array  # int8 [L D H W]
+    unlabeled: Array | None = None  # [U D H W C]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a resumed run needs and cannot rebuild from its config."""
+
+    step: Int[Array, ""]  # updates done
+    params: Params
+    opt_state: Any
+    ema: Params | None
+    key: PRNGKeyArray
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The network as an objective sees it, inside the loss."""
+
+    forward: Callable[..., Logits]  # (params, image, key) -> logits, training mode
+    view: Callable[..., Array]  # (key, image) -> image under a fresh draw of intensity changes
+    segmentation: Callable[..., Scalar]  # (logits, label) -> supervised loss, deep supervision included
+    params: Params
+    ema: Params | None
+    step: Int[Array, ""]
+    steps: int  # length of the whole training
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What is minimized. A frozen dataclass of hyper-parameters; all arrays come in as arguments.
+
+    `batch.image` has had spatial and intensity augmentation; `batch.unlabeled` spatial only,
+    so that an objective can take several intensity views of it with `learner.view`.
+    """
+
+    uses_unlabeled: ClassVar[bool]
+    ema_decay: float | None  # not None: the step keeps a moving average in `state.ema`
+
+    def init(self, model: nn.Module, image: Array, key: PRNGKeyArray) -> Params:
+        """Initial trainable parameters, for one or more copies of `model`."""
+        ...
+
+    def loss(self, learner: Learner, batch: Batch, key: PRNGKeyArray) -> tuple[Scalar, Metrics]:
+        """Scalar to minimize, and scalars to log."""
+        ...
+
+    def deployable(self, params: Params, ema: Params | None) -> dict[str, Params]:
+        """Every single network one may test, by name; the first is the one to deploy."""
+        ...
+
+
+class Model(Protocol):
+    """A linen module. Collections other than `params` are not allowed in training."""
+
+    num_classes: int
+
+    def __call__(self, image: Float[Array, "B D H W C"], *, train: bool) -> Logits:
+        """Float32 logits; a tuple, full resolution first, one entry if there is one head."""
+        ...
+
+
+class SpatialAugment(Protocol):
+    """Moves voxels: one patch and its label together."""
+
+    def __call__(self, key: PRNGKeyArray, image: Array, label: Array) -> tuple[Array, Array]:
+        """[D H W C], [D H W] -> same ranks; the chain vmaps or maps over the batch."""
+        ...
+
+
+class IntensityAugment(Protocol):
+    """Changes values, not places: one patch."""
+
+    def __call__(self, key: PRNGKeyArray, image: Array) -> Array:
+        """[D H W C] -> [D H W C]; the identity where its `p` is 0."""
+        ...

@@ -1,0 +1,168 @@
+"""Words shared by the host side: scans, grids, cases, plans. NumPy only.
+
+Arrays of a scan as it lies in its file are indexed [D, H, W] = the file's (k, j, i), in whatever
+direction those run. Prepared arrays are *canonical*: D runs inferior to superior, H anterior to
+posterior, W right to left of the patient (the order a radiologist looks at slices in), unless the
+plan's `transpose` puts another anatomical axis first.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Shape = tuple[int, int, int]
+Millimeters = tuple[float, float, float]  # D, H, W
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One scan or label map in memory, as it lies in its file."""
+
+    voxels: np.ndarray  # [D H W]: HU or MR intensity (float32 or integer), or class index (uint8)
+    affine: np.ndarray  # [4 4] float64: voxel (d, h, w, 1) -> world (x, y, z, 1) in mm, RAS+
+    case: str
+
+    @property
+    def spacing_mm(self) -> Millimeters:
+        """Distance between voxel centers along D, H, W (the lengths of the affine's columns)."""
+        d, h, w = (float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return d, h, w
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a prepared array lies in its scan: all that is needed to go back, exactly."""
+
+    native_shape: Shape  # [D H W] as in the file
+    native_affine: tuple[tuple[float, ...], ...]  # 4 rows of 4; native (d, h, w, 1) -> RAS+ mm
+    order: tuple[int, int, int]  # native axis behind the prepared D, H, W
+    flip: tuple[bool, bool, bool]  # prepared axis runs against its native axis
+    crop_start: Shape  # in reoriented native voxels
+    crop_stop: Shape  # exclusive
+    shape: Shape  # of the prepared array
+    spacing_mm: Millimeters  # of the prepared array
+
+    @property
+    def cropped_shape(self) -> Shape:
+        """Shape after reorienting and cropping, before resampling."""
+        d, h, w = (b - a for a, b in zip(self.crop_start, self.crop_stop, strict=True))
+        return d, h, w
+
+    @property
+    def native_spacing_mm(self) -> Millimeters:
+        """Spacing of the reoriented native voxels along the prepared D, H, W."""
+        lengths = np.linalg.norm(np.asarray(self.native_affine)[:3, :3], axis=0)
+        d, h, w = (float(lengths[axis]) for axis in self.order)
+        return d, h, w
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Grid":
+        """Undoes `to_json`, also after a trip through a JSON file."""
+        return cls(
+            native_shape=tuple(data["native_shape"]),
+            native_affine=tuple(tuple(row) for row in data["native_affine"]),
+            order=tuple(data["order"]),
+            flip=tuple(bool(v) for v in data["flip"]),
+            crop_start=tuple(data["crop_start"]),
+            crop_stop=tuple(data["crop_stop"]),
+            shape=tuple(data["shape"]),
+            spacing_mm=tuple(data["spacing_mm"]),
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan of a data set: where it lies and what is known of it."""
+
+    id: str
+    patient: str  # cases of one patient never cross a split
+    image: Path
+    label: Path | None  # None: no mask
+    split: str  # "train", "val", "test", or "unlabeled" (training images used without a mask)
+    bleeding: bool | None = None  # volume-level label; None: not known
+    slice_labels: tuple[tuple[int, ...], ...] | None = None
+    """One row per slice in the file's k order, one column per foreground class: 1, 0, or -1 (not known)."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Topology an nnU-Net-like network needs for one spacing and patch; axis order D, H, W."""
+
+    patch: Shape
+    batch: int
+    features: tuple[int, ...]  # channels per stage
+    strides: tuple[Shape, ...]  # per stage; stage 0 is (1, 1, 1)
+    kernels: tuple[Shape, ...]  # per stage
+    convs_encoder: tuple[int, ...]  # per stage
+    convs_decoder: tuple[int, ...]  # per stage but the last
+    batch_dice: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What preprocessing decided and did. Facts about the shards, never tuned by training."""
+
+    dataset: str
+    classes: tuple[str, ...]  # index 0 is background
+    modality: str  # "ct": shards hold int16 HU; "mr": float32, z-scored per scan
+    spacing_mm: Millimeters  # D, H, W
+    transpose: tuple[int, int, int]  # canonical axis (S, P, L) behind D, H, W; (0, 1, 2) for head CT
+    crop_hu: float | None  # CT: box of the largest component above this; None: non-zero voxels
+    foreground: tuple[float, float, float, float]  # 0.5 %, mean, std, 99.5 % inside labels (HU)
+    median_shape: Shape  # of the prepared training cases
+    network: Network
+    source_sha256: str  # of the sorted list of input files
+    license: str = ""  # of the data; carried into every checkpoint and export
+    version: int = 1  # of the preprocessing code
+    notes: tuple[str, ...] = field(default=())  # warnings of the planner
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Plan":
+        """Undoes `to_json`, also after a trip through a JSON file."""
+        values = dict(data)
+        network = {key: _tuples(value) for key, value in values.pop("network").items()}
+        values = {key: _tuples(value) for key, value in values.items()}
+        return cls(network=Network(**network), **values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Reads `plan.json`, from the file or the folder it lies in.
+
+        Raises:
+            FileNotFoundError: If there is none; says which verb writes it.
+        """
+        path = Path(path)
+        path = path / "plan.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no plan; run the verb `preprocess` first")
+        return cls.from_json(json.loads(path.read_text()))
+
+
+class Dataset(Protocol):
+    """What a file in `datasets/` offers."""
+
+    name: str
+    classes: tuple[str, ...]  # index 0 is background
+    modality: str  # "ct" or "mr"
+    license: str
+
+    def cases(self) -> Iterator[Case]:
+        """All cases, sorted by id; unique ids; patients disjoint across splits."""
+        ...
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,1 @@
+"""Experiment files: each says what differs from `common`."""

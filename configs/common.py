@@ -1,0 +1,189 @@
+"""Every knob of the five verbs: its default, its unit, who reads it.
+
+An experiment file calls `get_config(arg)` and changes a few fields. `arg` is what follows the colon
+on the command line, words separated by commas: `--config=configs/cps.py:smoke,data=msd`.
+"""
+
+import ml_collections
+
+DATA = {  # the word `data=`
+    "synthetic": {"name": "synthetic.Synthetic", "root": ""},
+    "bhsd": {"name": "bhsd.BHSD", "root": "data/BHSD"},
+    "msd": {"name": "msd.MSD", "root": "data/msd"},
+}
+WORDS = {"smoke": False, "backbone": "", "data": "synthetic", "preset": "recommended", "labels": ""}
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The defaults: nnU-Net's recipe on the synthetic set, changed by the words in `arg`."""
+    words = parse_arg(arg)
+    config = ml_collections.ConfigDict()
+    config.name = "supervised"
+    config.seed = 0
+    config.preset = words["preset"]  # read by experiment files
+    config.data = dict(DATA[words["data"]])  # a class in bhsd_jax/datasets and its arguments
+    config.preprocess = _preprocess(words["data"])
+    config.split = _split(words["labels"])
+    config.input = _input()
+    # Network input channels. "plan": clip to the plan's 0.5 % and 99.5 %, subtract mean, divide by
+    # standard deviation (nnU-Net). Or CT windows, one channel each: ((level_hu, width_hu), ...).
+    config.windows = "plan"
+    config.augment = _augment()
+    config.model = {"name": "nnunet.PlainConvUNet"}
+    if words["backbone"]:
+        config.model.name = words["backbone"]
+    config.precision = "auto"  # compute type: "float32", "bfloat16", or "auto": bfloat16 on GPU and TPU
+    config.loss = {"smooth": 1e-5, "batch_dice": None}  # batch_dice None: as the plan says
+    config.objective = {"name": "supervised.Supervised"}
+    config.optimizer = {
+        "name": "sgd",
+        "lr": 0.01,
+        "momentum": 0.99,
+        "weight_decay": 3e-5,  # L2, on every parameter
+        "clip": 12.0,  # global gradient norm, per network
+        "schedule": "poly",
+        "power": 0.9,
+        "warmup": 0,  # steps
+    }
+    config.train = _train()
+    config.mesh = {"data": -1, "model": 1, "space": 1}  # devices per axis; -1: all that are left
+    config.infer = _infer()
+    config.predict = _predict()
+    config.evaluate = _evaluate()
+    config.report = {"title": "", "overlays": True, "show_ids": False, "compare": ()}
+    if words["smoke"]:
+        smoke(config)
+    return config
+
+
+def parse_arg(arg: str) -> dict:
+    """Reads `"smoke,data=msd"`; a word without a value is True.
+
+    Raises:
+        ValueError: If a word is not known, or `data=` names no data set; lists the choices.
+    """
+    words = dict(WORDS)
+    for part in filter(None, arg.split(",")):
+        word, equals, value = part.partition("=")
+        if word not in WORDS or bool(equals) == isinstance(WORDS[word], bool):
+            known = ", ".join(k if isinstance(v, bool) else f"{k}=..." for k, v in WORDS.items())
+            raise ValueError(f"config argument {part!r} is not known; words are {known}")
+        words[word] = value if equals else True
+    if words["data"] not in DATA:
+        raise ValueError(f"data={words['data']} is not known; choose from {', '.join(DATA)}")
+    return words
+
+
+def _preprocess(data: str) -> dict:
+    return {
+        "shards": "",  # folder of shards and plan.json; "": <workdir>/shards
+        # Target spacing D, H, W in mm. None: nnU-Net's rule. Head CT is pinned, because that rule
+        # flips between 5.0 and 2.7 mm on subsets of BHSD.
+        "spacing_mm": None if data == "msd" else (5.0, 0.48828125, 0.48828125),
+        "planner": "default",  # "default", "resenc_m", "resenc_l"
+        # Box of the largest component above this many HU; None: nnU-Net's non-zero voxels.
+        "crop_hu": None if data == "msd" else -200.0,
+        "cases_per_shard": 16,
+        "processes": 0,  # 0: one per core
+        "allow_skipped": False,  # finish with exit 0 although cases were refused
+        "verify_only": False,  # check and print the integrity table, write no shards
+    }
+
+
+def _split(labels: str) -> dict:
+    return {
+        "fold": 0,  # of 5 over the training cases (nnU-Net's KFold, seed 12345); -1: no validation part
+        # Training cases whose masks are used: a count, or a fraction below 1; None: all. The
+        # others' images join the unlabeled stream.
+        "labeled": (float(labels) if "." in labels else int(labels)) if labels else None,
+        "seed": 0,  # of the nested labeled subsets
+        "binary": False,  # merge all classes into one (Tasks 2 and 3)
+        "bleeding": None,  # unlabeled volumes known to bleed to use: a count; None: all
+        "nonbleeding": None,  # likewise, known not to bleed
+    }
+
+
+def _input() -> dict:
+    return {
+        "patch": None,  # D, H, W; None: the plan's
+        "labeled": None,  # labeled patches per step, all devices together; None: the plan's batch
+        "unlabeled": 0,  # unlabeled patches per step
+        "foreground": 0.33,  # share of labeled patches centered on a labeled voxel (nnU-Net's rounding)
+        "pad": "air",  # outside the scan: "air" (lower clip bound) or "nnunet" (0 after normalization)
+        "threads": 4,  # that read patches
+        "buffer": 8,  # patches read ahead, per stream
+        "cache_mb": 4096,  # decoded cases kept in memory, per process
+    }
+
+
+def _augment() -> dict:
+    return {
+        "spatial": (
+            {"name": "spatial.Affine", "rotation_p": 0.2, "scale_p": 0.2, "scale": (0.7, 1.4)},
+            {"name": "spatial.Mirror", "p": 0.5},
+        ),
+        "intensity": (
+            {"name": "intensity.GaussianNoise", "p": 0.1, "std": (0.0, 0.1)},
+            {"name": "intensity.GaussianBlur", "p": 0.1, "sigma": (0.5, 1.0)},
+            {"name": "intensity.Brightness", "p": 0.15, "factor": (0.75, 1.25)},
+            {"name": "intensity.Contrast", "p": 0.15, "factor": (0.75, 1.25)},
+            {"name": "intensity.LowResolution", "p": 0.125, "zoom": (0.5, 1.0)},
+            {"name": "intensity.Gamma", "p": 0.1, "gamma": (0.7, 1.5), "invert": True},
+            {"name": "intensity.Gamma", "p": 0.3, "gamma": (0.7, 1.5), "invert": False},
+        ),
+    }
+
+
+def _train() -> dict:
+    return {
+        "steps": 250_000,
+        "log_every": 50,  # steps
+        "validate_every": 5_000,  # steps; whole volumes by sliding window
+        "validate_cases": None,  # the first so many; None: all
+        "save_every": 1_000,  # steps
+        "remat": "none",  # "blocks": recompute activations per stage in the backward pass
+    }
+
+
+def _infer() -> dict:
+    return {
+        "step": 0.5,  # tile stride as a share of the tile
+        "mirror": True,  # average over all mirrored versions
+        "tiles": None,  # tiles per call; None: chosen from the memory of the device
+    }
+
+
+def _predict() -> dict:
+    return {
+        "images": "",  # a NIfTI file or a folder of them; "": the cases of `split`
+        "split": "test",  # "val" or "test"
+        "out": "",  # folder; "": <workdir>/predictions
+        "checkpoint": "best",  # "best", "last", or a step
+        "networks": (),  # names from the objective, averaged; (): the one it deploys
+        "probabilities": False,  # also write <case>_probabilities.npz
+        "overwrite": True,
+        "show_ids": True,
+    }
+
+
+def _evaluate() -> dict:
+    return {
+        "predictions": "",  # folder; "": <workdir>/predictions
+        "references": "",  # folder of masks; "": the data set's own
+        "split": "",  # "": the one that was predicted
+        "nsd_mm": 1.0,  # tolerance of the surface Dice
+        "bootstrap": 2000,  # resamples of patients
+        "baseline": False,  # also score the best plain HU threshold on the same cases (CT)
+    }
+
+
+def smoke(config: ml_collections.ConfigDict) -> None:
+    """Shrinks a config until every verb takes seconds."""
+    if config.data.name == "synthetic.Synthetic":
+        config.data.update(size=64, slices=10, labeled=6, bleeding=2, nonbleeding=2, easy=True)
+        config.preprocess.spacing_mm = (16.0, 3.9, 3.9)
+    config.input.update(patch=(8, 32, 32), labeled=2, threads=1, buffer=2)
+    config.model.update(features=(8, 16))
+    config.train.update(steps=4, log_every=1, validate_every=2, validate_cases=1, save_every=2)
+    config.infer.update(mirror=False)
+    config.evaluate.bootstrap = 50
