@@ -27,9 +27,9 @@ class Batch:
     normalized channels at patch size, labels 0..K-1.
     """
 
-    image: Array  # [L D H W C]
-    label: Array  # int8 [L D H W]
-    unlabeled: Array | None = None  # [U D H W C]
+    image: Any  # [L D H W C]
+    label: Any  # int8 [L D H W]
+    unlabeled: Any = None  # [U D H W C], or None
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +65,7 @@ class Objective(Protocol):
     so that an objective can take several intensity views of it with `learner.view`.
     """
 
+    twins: ClassVar[tuple[str, ...]]  # keys of its parameters that are networks of their own
     uses_unlabeled: ClassVar[bool]
     ema_decay: float | None  # not None: the step keeps a moving average in `state.ema`
 
@@ -81,6 +82,7 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
 class Model(Protocol):
     """A linen module. Collections other than `params` are not allowed in training."""
 
@@ -91,6 +93,7 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
 class SpatialAugment(Protocol):
     """Moves voxels: one patch and its label together."""
 
@@ -99,6 +102,7 @@ class SpatialAugment(Protocol):
         ...
 
 
+@runtime_checkable
 class IntensityAugment(Protocol):
     """Changes values, not places: one patch."""
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -151,6 +151,7 @@ class Plan:
         return cls.from_json(json.loads(path.read_text()))
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """What a file in `datasets/` offers."""
 

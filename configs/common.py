@@ -5,13 +5,20 @@ on the command line, words separated by commas: `--config=configs/cps.py:smoke,d
 """
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 DATA = {  # the word `data=`
     "synthetic": {"name": "synthetic.Synthetic", "root": ""},
     "bhsd": {"name": "bhsd.BHSD", "root": "data/BHSD"},
     "msd": {"name": "msd.MSD", "root": "data/msd"},
 }
-WORDS = {"smoke": False, "backbone": "", "data": "synthetic", "preset": "recommended", "labels": ""}
+WORDS = {
+    "smoke": False,
+    "backbone": "nnunet.PlainConvUNet",
+    "data": "synthetic",
+    "preset": "recommended",
+    "labels": "",
+}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -29,11 +36,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # standard deviation (nnU-Net). Or CT windows, one channel each: ((level_hu, width_hu), ...).
     config.windows = "plan"
     config.augment = _augment()
-    config.model = {"name": "nnunet.PlainConvUNet"}
-    if words["backbone"]:
-        config.model.name = words["backbone"]
-    config.precision = "auto"  # compute type: "float32", "bfloat16", or "auto": bfloat16 on GPU and TPU
-    config.loss = {"smooth": 1e-5, "batch_dice": None}  # batch_dice None: as the plan says
+    # A class in bhsd_jax/models and its arguments; what is None comes from the plan.
+    config.model = {"name": words["backbone"], "features": placeholder(tuple)}
+    config.precision = (
+        "auto"  # compute type: "float32", "bfloat16", or "auto": bfloat16 on GPU and TPU
+    )
+    config.loss = {
+        "smooth": 1e-5,
+        "batch_dice": placeholder(bool),
+    }  # batch_dice None: as the plan says
     config.objective = {"name": "supervised.Supervised"}
     config.optimizer = {
         "name": "sgd",
@@ -79,10 +90,10 @@ def _preprocess(data: str) -> dict:
         "shards": "",  # folder of shards and plan.json; "": <workdir>/shards
         # Target spacing D, H, W in mm. None: nnU-Net's rule. Head CT is pinned, because that rule
         # flips between 5.0 and 2.7 mm on subsets of BHSD.
-        "spacing_mm": None if data == "msd" else (5.0, 0.48828125, 0.48828125),
+        "spacing_mm": placeholder(tuple) if data == "msd" else (5.0, 0.48828125, 0.48828125),
         "planner": "default",  # "default", "resenc_m", "resenc_l"
         # Box of the largest component above this many HU; None: nnU-Net's non-zero voxels.
-        "crop_hu": None if data == "msd" else -200.0,
+        "crop_hu": placeholder(float) if data == "msd" else -200.0,
         "cases_per_shard": 16,
         "processes": 0,  # 0: one per core
         "allow_skipped": False,  # finish with exit 0 although cases were refused
@@ -91,25 +102,30 @@ def _preprocess(data: str) -> dict:
 
 
 def _split(labels: str) -> dict:
-    return {
-        "fold": 0,  # of 5 over the training cases (nnU-Net's KFold, seed 12345); -1: no validation part
+    split = {
+        "fold": 0,  # of 5 over the training cases, as nnU-Net's; -1: no validation part
         # Training cases whose masks are used: a count, or a fraction below 1; None: all. The
         # others' images join the unlabeled stream.
-        "labeled": (float(labels) if "." in labels else int(labels)) if labels else None,
+        "labeled": placeholder(object),
         "seed": 0,  # of the nested labeled subsets
         "binary": False,  # merge all classes into one (Tasks 2 and 3)
-        "bleeding": None,  # unlabeled volumes known to bleed to use: a count; None: all
-        "nonbleeding": None,  # likewise, known not to bleed
+        "bleeding": placeholder(int),  # unlabeled volumes known to bleed to use; None: all
+        "nonbleeding": placeholder(int),  # likewise, known not to bleed
     }
+    if labels:
+        split["labeled"] = float(labels) if "." in labels else int(labels)
+    return split
 
 
 def _input() -> dict:
     return {
-        "patch": None,  # D, H, W; None: the plan's
-        "labeled": None,  # labeled patches per step, all devices together; None: the plan's batch
+        "patch": placeholder(tuple),  # D, H, W; None: the plan's
+        "labeled": placeholder(
+            int
+        ),  # labeled patches per step, all devices together; None: the plan's batch
         "unlabeled": 0,  # unlabeled patches per step
-        "foreground": 0.33,  # share of labeled patches centered on a labeled voxel (nnU-Net's rounding)
-        "pad": "air",  # outside the scan: "air" (lower clip bound) or "nnunet" (0 after normalization)
+        "foreground": 0.33,  # share of labeled patches centered on a labeled voxel
+        "pad": "air",  # outside the scan: "air" (lower clip bound), "nnunet" (0 once normalized)
         "threads": 4,  # that read patches
         "buffer": 8,  # patches read ahead, per stream
         "cache_mb": 4096,  # decoded cases kept in memory, per process
@@ -139,7 +155,7 @@ def _train() -> dict:
         "steps": 250_000,
         "log_every": 50,  # steps
         "validate_every": 5_000,  # steps; whole volumes by sliding window
-        "validate_cases": None,  # the first so many; None: all
+        "validate_cases": placeholder(int),  # the first so many; None: all
         "save_every": 1_000,  # steps
         "remat": "none",  # "blocks": recompute activations per stage in the backward pass
     }
@@ -149,7 +165,7 @@ def _infer() -> dict:
     return {
         "step": 0.5,  # tile stride as a share of the tile
         "mirror": True,  # average over all mirrored versions
-        "tiles": None,  # tiles per call; None: chosen from the memory of the device
+        "tiles": placeholder(int),  # tiles per call; None: chosen from the memory of the device
     }
 
 

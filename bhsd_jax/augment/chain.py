@@ -1,0 +1,128 @@
+"""Turns operations on one patch into a function of a batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from bhsd_jax.augment.spatial import center_crop
+from bhsd_jax.types import IntensityAugment, SpatialAugment
+from bhsd_jax.volume import Shape
+
+
+@runtime_checkable
+class Cutter(Protocol):
+    """A spatial operation that needs a larger patch than it returns; only the first may be one."""
+
+    def source_patch(self, patch: Shape) -> Shape:
+        """Size to cut for a given size of the result."""
+        ...
+
+    def __call__(
+        self, key: PRNGKeyArray, image: Array, label: Array, patch: Shape
+    ) -> tuple[Array, Array]:
+        """[D0 H0 W0 C], [D0 H0 W0] -> [D H W C], [D H W] with D H W = `patch`."""
+        ...
+
+
+@dataclass(frozen=True)
+class SpatialChain:
+    """Cuts patches of one size and moves their voxels; image and label alike.
+
+    `sequential` maps over the batch one patch after another and skips what does not fire: faster on
+    CPU. Otherwise all patches go at once and both outcomes are computed: faster on accelerators,
+    and the batch may be sharded. Same key, same numbers (to rounding) either way.
+
+    nnU-Net mirrors after its intensity operations, we before: every one of those treats the two
+    directions of an axis alike, so the law of the result is the same.
+
+    Raises:
+        ValueError: If an operation that cuts is not the first.
+    """
+
+    ops: tuple[SpatialAugment | Cutter, ...]
+    patch: Shape
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        late = [type(op).__name__ for op in self.ops[1:] if isinstance(op, Cutter)]
+        if late:
+            raise ValueError(
+                f"SpatialChain: {', '.join(late)} must come first, for it cuts the patch"
+            )
+
+    @property
+    def source_patch(self) -> Shape:
+        """Size the input must cut from the scan."""
+        first = self.ops[0] if self.ops else None
+        return first.source_patch(self.patch) if isinstance(first, Cutter) else self.patch
+
+    def __call__(
+        self,
+        key: PRNGKeyArray,
+        image: Float[Array, "B D0 H0 W0 C"],
+        label: Int[Array, "B D0 H0 W0"] | None,
+    ) -> tuple[Float[Array, "B D H W C"], Int[Array, "B D H W"] | None]:
+        """Patches and labels 0..K-1; what was outside (-1) becomes background at the very end.
+
+        The image comes out the same whether there is a label or not.
+
+        Raises:
+            ValueError: If the incoming patches are smaller than the outgoing ones.
+        """
+        if any(have < want for have, want in zip(image.shape[1:4], self.patch, strict=True)):
+            raise ValueError(
+                f"SpatialChain: patches of {image.shape[1:4]} are smaller than {self.patch}; "
+                f"cut {self.source_patch} from the scan"
+            )
+        if label is None:
+            nothing = jnp.zeros(image.shape[:4], jnp.int8)  # dead code to the compiler
+            return self._run(key, image, nothing)[0], None
+        image, label = self._run(key, image, label)
+        return image, jnp.maximum(label, 0)
+
+    def _run(self, key: PRNGKeyArray, image: Array, label: Array) -> tuple[Array, Array]:
+        keys = jax.random.split(key, len(image))
+        return _over_batch(self._one, self.sequential, keys, image, label)
+
+    def _one(self, key: PRNGKeyArray, image: Array, label: Array) -> tuple[Array, Array]:
+        ops = self.ops
+        if ops and isinstance(ops[0], Cutter):
+            image, label = ops[0](jax.random.fold_in(key, 0), image, label, self.patch)
+        else:
+            image, label = center_crop(image, self.patch), center_crop(label, self.patch)
+        for index, op in enumerate(ops):
+            if not isinstance(op, Cutter):
+                image, label = op(jax.random.fold_in(key, index), image, label)
+        return image, label
+
+
+@dataclass(frozen=True)
+class IntensityChain:
+    """Changes the values of patches, each by its own draw; `sequential` as in `SpatialChain`."""
+
+    ops: tuple[IntensityAugment, ...]
+    sequential: bool = False
+
+    def __call__(
+        self, key: PRNGKeyArray, image: Float[Array, "B D H W C"]
+    ) -> Float[Array, "B D H W C"]:
+        """Another view of the same patches."""
+        keys = jax.random.split(key, len(image))
+        return _over_batch(self._one, self.sequential, keys, image)
+
+    def _one(self, key: PRNGKeyArray, image: Array) -> Array:
+        for index, op in enumerate(self.ops):
+            image = op(jax.random.fold_in(key, index), image)
+        return image
+
+
+def _over_batch(change: Callable[..., Any], sequential: bool, *batch: Array) -> Any:
+    """A `lax.cond` inside `change` becomes a selection under vmap, and stays a branch under map."""
+    if sequential:
+        return lax.map(lambda patch: change(*patch), batch)
+    return jax.vmap(change)(*batch)

@@ -1,0 +1,112 @@
+"""The integrity table: what lies in a data set, case by case and in sum."""
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bhsd_jax.ct.prepare import Facts
+
+_NUMBER = re.compile(r"-?\d[\d.,]*(e[-+]?\d+)?")
+TILTED_DEG = 0.5  # below, the angle is rounding
+
+
+def rows(facts: Iterable[Facts], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """One flat row per case; cells of a class are empty where there is no mask."""
+    return [_row(fact, classes) for fact in facts]
+
+
+def summary(facts: Sequence[Facts], classes: Sequence[str]) -> dict[str, Any]:
+    """Counts, volumes, geometry and oddities, per split where that matters."""
+    splits = sorted({fact.split for fact in facts})
+    oddities = Counter(_NUMBER.sub("#", text) for fact in facts for text in fact.warnings)
+    return {
+        "cases": len(facts),
+        "splits": {s: _split([f for f in facts if f.split == s], classes) for s in splits},
+        "spacing_mm": _quantiles([fact.spacing_mm for fact in facts]),
+        "shape": _quantiles([fact.shape for fact in facts]),
+        "intensity": _quantiles([fact.intensity for fact in facts]),  # minimum, median, maximum
+        "tilted": sum(abs(fact.tilt_deg) > TILTED_DEG for fact in facts),
+        "tilt_deg": _quantiles([abs(fact.tilt_deg) for fact in facts]),
+        "warnings": dict(oddities.most_common()),
+    }
+
+
+def lines(totals: Mapping[str, Any]) -> list[str]:
+    """The summary in words, for the log."""
+    said = []
+    for name, split in totals["splits"].items():
+        said.append(
+            f"{name}: {split['cases']} cases of {split['patients']} patients, "
+            f"{split['labeled']} with mask"
+        )
+        said += [
+            f"  {label}: in {found['cases']} cases, {found['voxels']} voxels, "
+            f"{found['ml']:.2f} mL (median {found['median_ml']:.2f})"
+            for label, found in split["classes"].items()
+        ]
+    low, middle, high = (totals["spacing_mm"][key] for key in ("min", "median", "max"))
+    said.append(f"spacing mm D, H, W: min {low}, median {middle}, max {high}")
+    said.append(f"gantry tilt beyond {TILTED_DEG} degrees: {totals['tilted']} cases")
+    said += [f"warning in {count} cases: {text}" for text, count in totals["warnings"].items()]
+    return said
+
+
+def write_csv(path: str | Path, table: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Writes a table whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(table)
+    os.replace(temporary, path)
+
+
+def _row(fact: Facts, classes: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "case": fact.case,
+        "patient": fact.patient,
+        "split": fact.split,
+        "bleeding": "" if fact.bleeding is None else int(fact.bleeding),
+        "shape": "x".join(map(str, fact.shape)),
+        "spacing_mm": "x".join(f"{value:.5g}" for value in fact.spacing_mm),
+        "tilt_deg": round(fact.tilt_deg, 3),
+    }
+    row |= dict(zip(("minimum", "median", "maximum"), fact.intensity, strict=True))
+    for index, name in enumerate(classes[1:], start=1):
+        row[f"voxels_{name}"] = fact.voxels[index] if fact.voxels else ""
+        row[f"ml_{name}"] = round(fact.volume_ml[index], 4) if fact.voxels else ""
+    return row | {"warnings": "; ".join(fact.warnings)}
+
+
+def _split(facts: Sequence[Facts], classes: Sequence[str]) -> dict[str, Any]:
+    labeled = [fact for fact in facts if fact.voxels]
+    found = {}
+    for index, name in enumerate(classes[1:], start=1):
+        present = [fact for fact in labeled if fact.voxels[index]]
+        volumes = [fact.volume_ml[index] for fact in present]
+        found[name] = {
+            "cases": len(present),
+            "voxels": sum(fact.voxels[index] for fact in present),
+            "ml": float(sum(volumes)),
+            "median_ml": float(np.median(volumes)) if volumes else 0.0,
+        }
+    return {
+        "cases": len(facts),
+        "patients": len({fact.patient for fact in facts}),
+        "labeled": len(labeled),
+        "bleeding": sum(fact.bleeding is True for fact in facts),
+        "classes": found if labeled else {},
+    }
+
+
+def _quantiles(values: Sequence[Any]) -> dict[str, Any]:
+    table = np.asarray(values, np.float64)
+    measures = {"min": np.min, "median": np.median, "max": np.max}
+    return {name: np.round(f(table, axis=0), 5).tolist() for name, f in measures.items()}

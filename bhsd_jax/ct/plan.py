@@ -1,0 +1,349 @@
+"""nnU-Net's planner: spacings and shapes of a data set -> target spacing, patch, network, batch.
+
+Gives the numbers of nnU-Net v2.8.1's `ExperimentPlanner` and residual-encoder presets, from the
+same input: one spacing and one shape (after cropping) per training scan, both along the same three
+axes. A target spacing passed in is along those axes too; everything in a finished plan, target
+spacing included, is along the transposed axes (coarsest first).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bhsd_jax.ct.topology import PLANNERS, Planner, Pooling, fit, pool, widths
+from bhsd_jax.volume import Millimeters, Network, Shape
+
+_ANISOTROPY = 3  # an axis this many times coarser (and shorter) than the others is treated apart
+_LOWRES_BELOW = 0.25  # patch / median scan in voxels under which a coarser network is wanted too
+_LOWRES_GROWTH = 1.03  # of the spacing, per attempt
+_LOWRES_SHRINK = 2  # a coarser network must make scans this many times smaller
+_HALVES = 200  # random half data sets drawn to see whether the target spacing holds
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What all configurations of one plan share."""
+
+    planner: Planner
+    memory_gb: float
+    num_classes: int
+    cases: int
+    modality: str
+    num_channels: int
+    masked: bool  # z-scores inside the non-zero mask
+
+
+def target_spacing(spacings: ArrayLike, shapes: ArrayLike) -> Millimeters:
+    """Picks the spacing to resample to: the median, or a finer one along a very coarse axis.
+
+    Where one axis is more than 3 times coarser than the next and has less than a third of the
+    voxels of the shortest other, its 10th percentile is taken (but never less than the other axes).
+
+    Raises:
+        ValueError: If the lists differ in length, are empty, or hold anything but positive numbers.
+
+    Source: nnU-Net v2.8.1, `determine_fullres_target_spacing`.
+    """
+    return _target(*_fingerprint(spacings, shapes))
+
+
+def transpose_for(spacing_mm: ArrayLike) -> Shape:
+    """Orders the axes for the network: the coarsest first, the other two as they were."""
+    coarsest = int(np.argmax(np.asarray(spacing_mm)))
+    first, second = (axis for axis in range(3) if axis != coarsest)
+    return coarsest, first, second
+
+
+def spacing_margin(spacings: ArrayLike, shapes: ArrayLike) -> list[str]:
+    """Warns of every axis whose target spacing rests on a few scans.
+
+    Draws 200 halves of the data set (fixed seed, without replacement) and applies the same rule to
+    each. An axis is named if more than 1 in 20 halves puts it over 20 % off the whole set's value.
+
+    Raises:
+        ValueError: As `target_spacing`.
+    """
+    spacing, shape = _fingerprint(spacings, shapes)
+    whole = np.array(_target(spacing, shape))
+    generator = np.random.default_rng(0)
+    picks = (generator.permutation(len(spacing))[: (len(spacing) + 1) // 2] for _ in range(_HALVES))
+    found = np.array([_target(spacing[pick], shape[pick]) for pick in picks])
+    share = np.mean(np.abs(found / whole - 1) > 0.2, axis=0)
+    return [
+        f"target spacing along axis {axis}: {whole[axis]:.4g} mm for all {len(spacing)} scans, but "
+        f"{found[:, axis].min():.4g} to {found[:, axis].max():.4g} mm over random halves of them "
+        f"({share[axis]:.0%} differ by more than 20 %); pin it (config.preprocess.spacing_mm)"
+        for axis in range(3)
+        if share[axis] > 0.05
+    ]
+
+
+def make_plans(
+    spacings: ArrayLike,
+    shapes_after_crop: ArrayLike,
+    *,
+    planner: str = "default",
+    modality: str = "ct",
+    num_channels: int = 1,
+    num_classes: int = 6,
+    spacing_mm: ArrayLike | None = None,
+    transpose: Sequence[int] | None = None,
+    memory_gb: float | None = None,
+    cases: int | None = None,
+    relative_size: float = 1.0,
+    foreground: Mapping[str, Any] | None = None,
+    dataset: str = "",
+) -> dict[str, Any]:
+    """Plans all configurations nnU-Net would, in the schema of its plans.json.
+
+    Args:
+        spacings: mm, per scan.
+        shapes_after_crop: Voxels, per scan, along the same axes.
+        planner: A key of `PLANNERS`.
+        modality: "ct" or "mr"; decides the normalization only.
+        num_channels: Of a scan.
+        num_classes: Background included.
+        spacing_mm: Pins the target spacing.
+        transpose: Pins the order of axes.
+        memory_gb: GPU to plan for; None: the one the planner was made for.
+        cases: Training scans, where the fingerprint covers another number.
+        relative_size: Median of cropped over uncropped size; below 3/4, z-scores are taken inside
+            the non-zero mask.
+        foreground: Copied to `foreground_intensity_properties_per_channel`.
+        dataset: Copied to `dataset_name`.
+
+    Raises:
+        ValueError: If the fingerprint, the planner or the modality is not usable.
+    """
+    spacing, shape = _fingerprint(spacings, shapes_after_crop)
+    if planner not in PLANNERS or modality not in ("ct", "mr"):
+        raise ValueError(
+            f"make_plans: planner is one of {', '.join(PLANNERS)} and modality ct or mr; "
+            f"got {planner!r} and {modality!r}"
+        )
+    chosen = PLANNERS[planner]
+    target = _target(spacing, shape) if spacing_mm is None else _three(spacing_mm, "spacing_mm")
+    forward = list(transpose_for(target) if transpose is None else transpose)
+    request = _Request(
+        planner=chosen,
+        memory_gb=memory_gb or chosen.memory_gb,
+        num_classes=num_classes,
+        cases=cases or len(spacing),
+        modality=modality,
+        num_channels=num_channels,
+        masked=modality == "mr" and relative_size < 0.75,
+    )
+    median = _median_shape(spacing, shape, target)[forward].tolist()
+    return {
+        "dataset_name": dataset,
+        "plans_name": chosen.plans_name,
+        "original_median_spacing_after_transp": np.median(spacing, 0)[forward].tolist(),
+        "original_median_shape_after_transp": [round(n) for n in np.median(shape, 0)[forward]],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": forward,
+        "transpose_backward": [forward.index(axis) for axis in range(3)],
+        "configurations": _configurations([target[axis] for axis in forward], median, request),
+        "experiment_planner_used": chosen.kind,
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": dict(foreground or {}),
+    }
+
+
+def network_for(
+    spacings: ArrayLike,
+    shapes: ArrayLike,
+    *,
+    planner: str = "default",
+    spacing_mm: ArrayLike | None = None,
+    transpose: Sequence[int] | None = None,
+    num_classes: int = 6,
+) -> Network:
+    """Plans nnU-Net's 3d_fullres: patch, batch and topology, along the transposed axes.
+
+    Raises:
+        ValueError: As `make_plans`; or if the scans are single slices.
+    """
+    plans = make_plans(
+        spacings,
+        shapes,
+        planner=planner,
+        num_classes=num_classes,
+        spacing_mm=spacing_mm,
+        transpose=transpose,
+    )
+    if "3d_fullres" not in plans["configurations"]:
+        raise ValueError("network_for: the median scan is a single slice; 3D networks need more")
+    return from_nnunet_plans(plans)[0]
+
+
+def topology(
+    spacing_mm: ArrayLike,
+    patch: ArrayLike,
+    *,
+    planner: str = "default",
+    batch: int = 2,
+    batch_dice: bool = False,
+    max_stages: int | None = None,
+    base_features: int = 32,
+    max_features: int = 320,
+) -> Network:
+    """Applies nnU-Net's pooling rule to a patch somebody chose.
+
+    Raises:
+        ValueError: If an axis of the patch is no multiple of the network's total stride; names
+            the nearest patch that is.
+    """
+    spacing, size = _three(spacing_mm, "spacing_mm"), _three(patch, "patch")
+    pooling = pool(spacing, size, max_stages)
+    if pooling.patch != size:
+        down = [n - n % step for n, step in zip(size, pooling.total_stride, strict=True)]
+        candidates = itertools.product(*zip(pooling.patch, down, strict=True))
+        accepted = [c for c in candidates if min(c) > 0 and pool(spacing, c, max_stages).patch == c]
+        nearest = min(accepted, key=lambda c: sum(abs(a / b - 1) for a, b in zip(c, size)))
+        raise ValueError(
+            f"topology: patch {tuple(map(round, size))} is not a multiple of the total stride "
+            f"{pooling.total_stride} at spacing {spacing} mm; the nearest accepted patch is {nearest}"
+        )
+    stages = len(pooling.strides)
+    return Network(
+        patch=pooling.patch,
+        batch=batch,
+        features=widths(stages, base=base_features, widest=max_features),
+        strides=pooling.strides,
+        kernels=pooling.kernels,
+        convs_encoder=PLANNERS[planner].encoder(stages),
+        convs_decoder=PLANNERS[planner].decoder(stages),
+        batch_dice=batch_dice,
+    )
+
+
+def from_nnunet_plans(
+    plans: Mapping[str, Any], configuration: str = "3d_fullres"
+) -> tuple[Network, Millimeters, Shape]:
+    """Reads network, target spacing and transpose out of a plans.json of nnU-Net v2.
+
+    The spacing is along the transposed axes. `transpose` refers to the axes of the files as
+    nnU-Net's reader gives them: k, j, i.
+
+    Raises:
+        ValueError: If the configuration is missing or incomplete, not 3D, needs a coarser network's
+            output, or is another network than the plain or the residual-encoder U-Net.
+    """
+    settings = nnunet_schema.resolve(plans, configuration)
+    try:
+        network = nnunet_schema.network(settings)
+        d, h, w = (float(s) for s in settings["spacing"])
+        first, second, third = (int(axis) for axis in plans["transpose_forward"])
+    except KeyError as error:
+        raise ValueError(
+            f"nnU-Net plans: configuration {configuration!r} says nothing of {error}; "
+            "is this a plans.json of nnU-Net v2?"
+        ) from error
+    return network, (d, h, w), (first, second, third)
+
+
+def _configurations(
+    spacing: list[float], median: list[float], request: _Request
+) -> dict[str, dict[str, Any]]:
+    voxels = math.prod(median)
+    found = {"2d": _planned("2d", spacing[1:], median[1:], voxels, request)}
+    found["2d"]["batch_dice"] = True
+    if median[0] == 1:
+        return found
+    full = _planned("3d_fullres", spacing, median, voxels, request)
+    low = _lowres(full, request)
+    if low is not None:
+        # A patch that sees little of a scan takes the Dice loss over the batch.
+        full["batch_dice"] = True
+        found["3d_lowres"] = {**low, "next_stage": "3d_cascade_fullres"}
+    found["3d_fullres"] = full
+    if low is not None:
+        cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+        found["3d_cascade_fullres"] = cascade
+    return found
+
+
+def _lowres(full: Mapping[str, Any], request: _Request) -> dict[str, Any] | None:
+    """Coarser spacings are tried until the patch covers a quarter of the scan."""
+    median, spacing = full["median_image_size_in_voxels"], list(full["spacing"])
+    plan, voxels = None, math.prod(median)
+    patch = full["patch_size"]
+    while math.prod(patch) / voxels < _LOWRES_BELOW:
+        coarsest = max(spacing)
+        fine = [coarsest / s > 2 for s in spacing]  # these catch up first
+        grown = fine if any(fine) else [True] * 3
+        spacing = [s * _LOWRES_GROWTH if yes else s for s, yes in zip(spacing, grown, strict=True)]
+        shape = [a / b * n for a, b, n in zip(full["spacing"], spacing, median, strict=True)]
+        voxels = math.prod(shape)
+        plan = _planned("3d_lowres", spacing, [round(n) for n in shape], voxels, request)
+        patch = plan["patch_size"]
+    return None if math.prod(median) / voxels < _LOWRES_SHRINK else plan
+
+
+def _planned(
+    name: str,
+    spacing: Sequence[float],
+    median: Sequence[float],
+    scan_voxels: float,
+    request: _Request,
+) -> dict[str, Any]:
+    pooling, batch = fit(
+        spacing,
+        median,
+        scan_voxels * request.cases,
+        request.planner,
+        num_classes=request.num_classes,
+        memory_gb=request.memory_gb,
+    )
+    return nnunet_schema.configuration(
+        name,
+        request.planner,
+        pooling,
+        batch=batch,
+        spacing_mm=spacing,
+        median_shape=median,
+        modality=request.modality,
+        num_channels=request.num_channels,
+        masked=request.masked,
+        batch_dice=name == "2d",
+    )
+
+
+def _target(spacings: np.ndarray, shapes: np.ndarray) -> Millimeters:
+    target = np.percentile(spacings, 50, axis=0)
+    size = np.percentile(shapes, 50, axis=0)
+    axis = int(np.argmax(target))
+    others = [other for other in range(3) if other != axis]
+    next_coarsest = target[others].max()
+    if target[axis] > _ANISOTROPY * next_coarsest and size[axis] * _ANISOTROPY < size[others].min():
+        target[axis] = np.percentile(spacings[:, axis], 10)
+        if target[axis] < next_coarsest:
+            target[axis] = next_coarsest + 1e-5  # stays the coarsest, so the transpose holds
+    d, h, w = target.tolist()
+    return d, h, w
+
+
+def _median_shape(spacings: np.ndarray, shapes: np.ndarray, target: Millimeters) -> np.ndarray:
+    # np.rint and Python's round, which nnU-Net uses, both round halves to even.
+    return np.median(np.rint(spacings / np.array(target) * shapes), axis=0)
+
+
+def _fingerprint(spacings: ArrayLike, shapes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    for name, value in (("spacings", spacings), ("shapes", shapes)):
+        try:
+            found = np.asarray(value, dtype=float)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"planner: {name} must be rows of three numbers: {error}") from error
+        if found.ndim != 2 or found.shape[1] != 3 or not len(found):
+            raise ValueError(
+                f"planner: {name} must be one row of three numbers per scan; got shape {found.shape}"
+            )
+        if not (np.isfinite(found) & (found > 0)).all():
+            row = int(np.argmin((np.isfinite(found) & (found > 0)).all(axis=1)))
+            raise ValueError(
+                f"planner: {name} must be positive; row {row} is {found[row].tolist()}"
+            )

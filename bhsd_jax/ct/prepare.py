@@ -1,0 +1,285 @@
+"""One case at a time: what planning must know of it, and its prepared form. Pure functions."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from bhsd_jax.ct import geometry, hu, nifti
+from bhsd_jax.ct.plan import network_for, spacing_margin, target_spacing, transpose_for
+from bhsd_jax.ct.shards import Prepared
+from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Shape, Volume
+
+SEED = 1234  # nnU-Net's, for intensity samples and foreground lists alike
+_AIR_HU = -500.0  # a head CT without anything below has been windowed or is no CT
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What the first pass learns of a case: enough to plan, to check, to notice a changed file."""
+
+    case: str
+    patient: str
+    split: str
+    bleeding: bool | None
+    shape: Shape  # canonical axes, cropped
+    spacing_mm: Millimeters  # canonical axes
+    tilt_deg: float  # gantry; 0 for MR
+    intensity: tuple[float, float, float]  # minimum, median, maximum of the file, before repairs
+    voxels: tuple[int, ...]  # per class of the file's mask, background first; () without one
+    volume_ml: tuple[float, ...]  # the same, tilt-corrected
+    foreground: np.ndarray  # float32 [n]: drawn intensities inside the mask; n = 0 if it is empty
+    source_sha256: str
+    warnings: tuple[str, ...]  # repairs and oddities
+
+
+def fingerprint_case(
+    case: Case, *, num_classes: int, modality: str, crop_hu: float | None, samples: int = 100_000
+) -> Facts:
+    """Reads one case in full and measures it.
+
+    Foreground intensities are drawn with replacement, equally many from every case however small
+    its lesion. nnU-Net draws floor(1e8 / cases), a million each for a hundred cases; `samples` is
+    capped lower, which moves the pooled percentiles by less than their own sampling error.
+
+    Raises:
+        ValueError: If a file is broken, or image and mask do not belong together.
+        FileNotFoundError: If a file is not there.
+
+    Source: nnU-Net v2, `DatasetFingerprintExtractor` (crop, then sample).
+    """
+    raw = nifti.read(case.image)
+    volume, label, warnings = _read(case, raw, num_classes=num_classes, modality=modality)
+    # The target spacing does not matter here: only the crop and the native spacing are used.
+    grid = geometry.locate(volume, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
+    _align_slice_labels(case, grid, num_classes)
+    counts: tuple[int, ...] = ()
+    drawn = np.zeros(0, np.float32)
+    if label is not None:
+        counts = tuple(np.bincount(label.ravel(), minlength=num_classes).tolist())
+        inside = _cropped(volume.voxels, grid)[_cropped(label, grid) > 0]
+        if inside.size < sum(counts[1:]):
+            lost = sum(counts[1:]) - inside.size
+            warnings.append(f"{lost} labeled voxels lie outside the cropped scan")
+        if inside.size:
+            drawn = np.random.default_rng(SEED).choice(inside, samples).astype(np.float32)
+        else:
+            warnings.append("the mask is empty")
+    if modality == "ct" and float(volume.voxels.min()) > _AIR_HU:
+        warnings.append(f"no air: nothing below {_AIR_HU:g} HU; windowed, or not a CT")
+    voxel_ml = hu.voxel_ml(volume.affine, modality)
+    return Facts(
+        case=case.id,
+        patient=case.patient,
+        split=case.split,
+        bleeding=_bleeding(case, label),
+        shape=grid.cropped_shape,
+        spacing_mm=grid.native_spacing_mm,
+        tilt_deg=float(hu.tilt_deg(volume.affine)) if modality == "ct" else 0.0,
+        intensity=_extent(raw.voxels),
+        voxels=counts,
+        volume_ml=tuple(count * voxel_ml for count in counts),
+        foreground=drawn,
+        source_sha256=source_digest(case),
+        warnings=tuple(warnings),
+    )
+
+
+def make_plan(
+    facts: Sequence[Facts],
+    *,
+    dataset: str,
+    classes: tuple[str, ...],
+    modality: str,
+    license: str,
+    source_sha256: str,
+    planner: str = "default",
+    spacing_mm: Millimeters | None = None,
+    crop_hu: float | None = None,
+) -> Plan:
+    """Decides spacing, axis order, network and normalization from the training cases.
+
+    `spacing_mm` pins the target in canonical axes; None leaves it to nnU-Net's rule.
+
+    Raises:
+        ValueError: If there is no training case with a mask, or all masks are empty.
+    """
+    if not facts:
+        raise ValueError(f"{dataset}: no training case with a mask; nothing to plan from")
+    drawn = np.concatenate([fact.foreground for fact in facts]).astype(np.float64)
+    if not drawn.size:
+        raise ValueError(
+            f"{dataset}: the masks of all {len(facts)} training cases are empty; some mirrors "
+            "ship them so: fetch the data set from its first source"
+        )
+    spacings = [fact.spacing_mm for fact in facts]
+    shapes = [fact.shape for fact in facts]
+    notes = list(spacing_margin(spacings, shapes))
+    target = spacing_mm or target_spacing(spacings, shapes)
+    transpose = transpose_for(target)
+    low, high = np.percentile(drawn, (0.5, 99.5))
+    resampled = [_resampled_shape(s, old, target) for s, old in zip(shapes, spacings, strict=True)]
+    median = np.median(resampled, axis=0)[list(transpose)]
+    ordered = tuple(float(target[axis]) for axis in transpose)
+    return Plan(
+        dataset=dataset,
+        classes=classes,
+        modality=modality,
+        spacing_mm=ordered,
+        transpose=transpose,
+        crop_hu=crop_hu,
+        foreground=(float(low), float(drawn.mean()), float(drawn.std()), float(high)),
+        median_shape=tuple(round(float(n)) for n in median),
+        network=network_for(
+            spacings,
+            shapes,
+            planner=planner,
+            spacing_mm=spacing_mm,
+            transpose=transpose,
+            num_classes=len(classes),
+        ),
+        source_sha256=source_sha256,
+        license=license,
+        notes=tuple(notes),
+    )
+
+
+def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared:
+    """Reads, repairs, crops, resamples and normalizes one case as the plan says.
+
+    CT stays in HU, rounded to int16; windows are applied in training. MR is brought to zero mean
+    and unit variance over the whole cropped scan before it is resampled, as nnU-Net does it.
+
+    Raises:
+        ValueError: If a file is broken, or image and mask do not belong together.
+        FileNotFoundError: If a file is not there.
+    """
+    classes = len(plan.classes)
+    raw = nifti.read(case.image)
+    volume, label, _ = _read(case, raw, num_classes=classes, modality=plan.modality)
+    grid = geometry.locate(
+        volume, spacing_mm=plan.spacing_mm, transpose=plan.transpose, crop_hu=plan.crop_hu
+    )
+    if plan.modality == "ct":
+        image = np.rint(geometry.to_grid(volume.voxels, grid, "image")).astype(np.int16)
+    else:
+        image = geometry.to_grid(_standardized(volume.voxels, grid), grid, "image")
+        image = image.astype(np.float32)
+    prepared_label, volume_ml = None, ()
+    if label is not None:
+        prepared_label = geometry.to_grid(label, grid, "label").astype(np.uint8)
+        voxel_ml = hu.voxel_ml(volume.affine, plan.modality)
+        counts = np.bincount(label.ravel(), minlength=classes)
+        volume_ml = tuple(float(count * voxel_ml) for count in counts)
+    return Prepared(
+        case=case.id,
+        patient=case.patient,
+        split=case.split,
+        bleeding=_bleeding(case, label),
+        slice_labels=_align_slice_labels(case, grid, classes),
+        image=image,
+        label=prepared_label,
+        grid=grid,
+        foreground=foreground_positions(prepared_label, classes),
+        volume_ml=volume_ml,
+        source_sha256=source_sha256 or source_digest(case),
+    )
+
+
+def foreground_positions(label: np.ndarray | None, num_classes: int) -> tuple[np.ndarray, ...]:
+    """Where patches may be centered: per foreground class, int32 [n 3] voxel positions.
+
+    Of n voxels, the larger of min(10 000, n) and 1 % of n (rounded up) are drawn without
+    replacement, and kept in reading order. A class that is absent has an empty list.
+    """
+    empty = np.zeros((0, 3), np.int32)
+    if label is None:
+        return (empty,) * (num_classes - 1)
+    positions = []
+    for index in range(1, num_classes):
+        flat = np.flatnonzero(label == index)
+        keep = max(min(10_000, flat.size), math.ceil(0.01 * flat.size))
+        chosen = np.random.default_rng(SEED).choice(flat, keep, replace=False)
+        where = np.unravel_index(np.sort(chosen), label.shape)
+        positions.append(np.stack(where, axis=1).astype(np.int32))
+    return tuple(positions)
+
+
+def source_digest(case: Case) -> str:
+    """SHA-256 over the digests of the case's files: changes when any byte of them does."""
+    total = hashlib.sha256()
+    for path in (case.image, case.label):
+        total.update(b"-" if path is None else _file_digest(path))
+    return total.hexdigest()
+
+
+def _read(
+    case: Case, raw: Volume, *, num_classes: int, modality: str
+) -> tuple[Volume, np.ndarray | None, list[str]]:
+    label, warnings = None, []
+    if case.label is not None:
+        mask, found = nifti.read_label(case.label, raw, num_classes=num_classes)
+        label = mask.voxels
+        warnings.extend(found)
+    volume = raw
+    if modality == "ct":
+        voxels, repairs = hu.repair(raw.voxels)
+        volume = replace(raw, voxels=voxels)
+        warnings.extend(repairs)
+    return volume, label, warnings
+
+
+def _cropped(voxels: np.ndarray, grid: Grid) -> np.ndarray:
+    turned = voxels.transpose(grid.order)
+    turned = np.flip(turned, [axis for axis in range(3) if grid.flip[axis]])
+    box = zip(grid.crop_start, grid.crop_stop, strict=True)
+    return turned[tuple(slice(start, stop) for start, stop in box)]
+
+
+def _standardized(voxels: np.ndarray, grid: Grid) -> np.ndarray:
+    inside = _cropped(voxels, grid).astype(np.float64)
+    mean, std = inside.mean(), max(float(inside.std()), 1e-8)
+    return ((voxels - mean) / std).astype(np.float32)
+
+
+def _align_slice_labels(
+    case: Case, grid: Grid, num_classes: int
+) -> tuple[tuple[int, ...], ...] | None:
+    """One row per prepared slice: that of the native slice its center falls into.
+
+    None where the prepared slices do not run along the file's.
+    """
+    if case.slice_labels is None or grid.order[0] != 0:
+        return None
+    rows, depth = list(case.slice_labels), grid.native_shape[0]
+    if len(rows) > depth or any(len(row) != num_classes - 1 for row in rows):
+        raise ValueError(
+            f"{case.id}: slice labels do not fit: {len(rows)} rows for {depth} slices, "
+            f"{len(rows[0])} columns for {num_classes - 1} foreground classes"
+        )
+    rows += [(-1,) * (num_classes - 1)] * (depth - len(rows))
+    if grid.flip[0]:
+        rows.reverse()
+    rows = rows[grid.crop_start[0] : grid.crop_stop[0]]
+    return tuple(rows[(2 * i + 1) * len(rows) // (2 * grid.shape[0])] for i in range(grid.shape[0]))
+
+
+def _bleeding(case: Case, label: np.ndarray | None) -> bool | None:
+    return bool(label.any()) if case.bleeding is None and label is not None else case.bleeding
+
+
+def _extent(voxels: np.ndarray) -> tuple[float, float, float]:
+    return float(voxels.min()), float(np.median(voxels)), float(voxels.max())
+
+
+def _resampled_shape(shape: Shape, old: Millimeters, new: Millimeters) -> Shape:
+    d, h, w = (round(a / b * n) for n, a, b in zip(shape, old, new, strict=True))
+    return d, h, w
+
+
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,188 @@
+"""Shards to batches with Grain: one labeled and one unlabeled stream, both a function of position.
+
+Element i of a stream is drawn with the generator (seed, stream, i) and nothing else. So the state
+of a stream is the number of batches taken, any count of threads and processes gives the same
+patches, and a resumed run goes on exactly where it stopped.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import grain
+import numpy as np
+
+from bhsd_jax.input import sampling
+from bhsd_jax.types import Batch
+from bhsd_jax.volume import Shape
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """One opened case of `ct.shards`."""
+
+    shape: Shape
+    foreground: tuple[np.ndarray, ...]
+
+    def patch(self, start: Shape, stop: Shape) -> tuple[np.ndarray, np.ndarray | None]: ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How patches are cut from scans."""
+
+    patch: Shape  # what the network sees
+    source: Shape  # what the spatial augmentation needs for it
+    fill: float  # raw image value outside the scan
+    foreground: float = 0.33  # share of labeled patches centered on a labeled voxel
+    binary: bool = False  # all classes become 1
+
+
+class Stream:
+    """Element i: one patch, a dict of `image` [D H W 1] and, if labeled, `label` int8 [D H W]."""
+
+    def __init__(
+        self,
+        open_case: Callable[[str], Reader],
+        cases: Sequence[str],
+        cut: Cut,
+        *,
+        batch: int,
+        length: int,
+        seed: tuple[int, int],
+        labeled: bool,
+    ):
+        self.open_case, self.cases, self.cut = open_case, tuple(cases), cut
+        self.batch, self.length, self.seed, self.labeled = batch, length, seed, labeled
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((*self.seed, index))
+        case = self.open_case(self.cases[rng.integers(len(self.cases))])
+        forced = self.labeled and sampling.is_forced(
+            index % self.batch, self.batch, self.cut.foreground
+        )
+        corner = sampling.corner(
+            rng,
+            case.shape,
+            self.cut.source,
+            self.cut.patch,
+            case.foreground if forced else None,
+        )
+        start, stop = sampling.inside(corner, self.cut.source, case.shape)
+        image, label = case.patch(start, stop)
+        image = sampling.paste(image, start, corner, self.cut.source, self.cut.fill)
+        element = {"image": image[..., None]}
+        if self.labeled:
+            if label is None:
+                raise ValueError(f"{self.cases}: a labeled case has no mask in the shards")
+            label = label.astype(np.int8)
+            if self.cut.binary:
+                label = (label > 0).astype(np.int8)
+            element["label"] = sampling.paste(label, start, corner, self.cut.source, -1)
+        return element
+
+
+class Batches:
+    """Endless-looking iterator of this process' rows of every batch; `position` counts them."""
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        *,
+        position: int = 0,
+        process: tuple[int, int] = (0, 1),
+        threads: int = 4,
+        buffer: int = 8,
+    ):
+        self.position = position
+        self._parts = [
+            _rows(stream, position, process, threads, buffer) for stream in streams if stream.batch
+        ]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        parts = [next(part) for part in self._parts]
+        self.position += 1
+        unlabeled = parts[1]["image"] if len(parts) > 1 else None
+        return Batch(image=parts[0]["image"], label=parts[0]["label"], unlabeled=unlabeled)
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint needs."""
+        return {"batches": self.position}
+
+
+class Cache:
+    """Opens cases; keeps those of the first so many bytes decoded in memory."""
+
+    def __init__(
+        self,
+        open_case: Callable[[str], Reader],
+        load_case: Callable[[str], Reader],
+        budget_bytes: int,
+    ):
+        self._open, self._load = open_case, load_case
+        self._left = budget_bytes
+        self._kept: dict[str, Reader] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, case: str) -> Reader:
+        kept = self._kept.get(case)
+        if kept is not None:
+            return kept
+        if self._left <= 0:
+            return self._open(case)
+        loaded = self._load(case)
+        with self._lock:
+            if case not in self._kept:
+                self._kept[case] = loaded
+                self._left -= loaded.nbytes  # pyright: ignore[reportAttributeAccessIssue]
+        return self._kept[case]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A case in memory, read like one of the shards."""
+
+    image: np.ndarray  # [D H W]
+    label: np.ndarray | None
+    foreground: tuple[np.ndarray, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """Of the scan."""
+        d, h, w = self.image.shape
+        return d, h, w
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays."""
+        return self.image.nbytes + (0 if self.label is None else self.label.nbytes)
+
+    def patch(self, start: Shape, stop: Shape) -> tuple[np.ndarray, np.ndarray | None]:
+        """A view of the box."""
+        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        return self.image[box], None if self.label is None else self.label[box]
+
+
+def _rows(
+    stream: Stream, position: int, process: tuple[int, int], threads: int, buffer: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process' contiguous rows of every batch from `position` on."""
+    index, count = process
+    local = stream.batch // count
+    first = index * local
+
+    def element(i: int) -> dict[str, np.ndarray]:
+        batch, row = divmod(i, local)
+        return stream[(position + batch) * stream.batch + first + row]
+
+    length = (stream.length // stream.batch - position) * local
+    # The default buffer is 500 elements: gigabytes of patches.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffer, local))
+    return iter(grain.MapDataset.range(length).map(element).to_iter_dataset(options).batch(local))

@@ -1,0 +1,76 @@
+"""Where a training patch is cut: nnU-Net's law, as pure functions of a random generator.
+
+Source: nnU-Net 2.8.1, `nnUNetDataLoader.get_bbox` and `determine_shapes`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bhsd_jax.volume import Shape
+
+
+def is_forced(row: int, batch: int, share: float) -> bool:
+    """Whether this row of a batch must show foreground.
+
+    The last rows are: with a share of 0.33 one of 2 (half, not a third), 1 of 3, 3 of 9.
+    """
+    return row >= round(batch * (1 - share))
+
+
+def corner(
+    rng: np.random.Generator,
+    shape: Shape,
+    cut: Shape,
+    patch: Shape,
+    foreground: Sequence[np.ndarray] | None = None,
+) -> Shape:
+    """First voxel of a cut, inside or outside the scan.
+
+    `cut` is larger than the final `patch` by what rotation needs; the corner may lie so far outside
+    that the patch just touches the scan. A volume thinner than the cut is centered.
+
+    Args:
+        rng: Every draw comes from it.
+        shape: Of the scan.
+        cut: What is cut out.
+        patch: What remains after augmentation.
+        foreground: Voxel positions per class, [n 3] each; given, the cut is centered on one of
+            them: class uniform among those present, then voxel uniform. The lower corner is
+            clamped, the upper is not. With no position at all the cut is random.
+    """
+    need = [max(c - p, c - s) for s, c, p in zip(shape, cut, patch, strict=True)]
+    low = [-n // 2 for n in need]
+    high = [s + n // 2 + n % 2 - c for s, c, n in zip(shape, cut, need, strict=True)]
+    present = [positions for positions in foreground or () if len(positions)]
+    if not present:
+        d, h, w = (int(rng.integers(a, b + 1)) for a, b in zip(low, high, strict=True))
+        return d, h, w
+    positions = present[rng.integers(len(present))]
+    center = positions[rng.integers(len(positions))]
+    d, h, w = (max(int(v) - c // 2, a) for v, c, a in zip(center, cut, low, strict=True))
+    return d, h, w
+
+
+def paste(
+    patch: np.ndarray, start: Shape, corner: Shape, cut: Shape, fill: float | int
+) -> np.ndarray:
+    """An array of size `cut` at `corner`, holding `patch`, which begins at `start`; else `fill`."""
+    if patch.shape == cut:
+        return patch
+    whole = np.full(cut, fill, patch.dtype)
+    place = tuple(
+        slice(s - c, s - c + n) for s, c, n in zip(start, corner, patch.shape, strict=True)
+    )
+    whole[place] = patch
+    return whole
+
+
+def inside(corner: Shape, cut: Shape, shape: Shape) -> tuple[Shape, Shape]:
+    """Start and stop, within the scan, of a cut that may reach outside; empty where it misses."""
+    d0, h0, w0 = (min(max(c, 0), s) for c, s in zip(corner, shape, strict=True))
+    d1, h1, w1 = (
+        max(min(c + n, s), a)
+        for c, n, s, a in zip(corner, cut, shape, (d0, h0, w0), strict=True)
+    )
+    return (d0, h0, w0), (d1, h1, w1)

@@ -1,0 +1,89 @@
+"""What more than one objective needs."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from bhsd_jax.types import Learner, Logits, Params
+
+
+@dataclass(frozen=True)
+class SingleModel:
+    """Trains one copy of the model; deploys its moving average if there is one."""
+
+    twins: ClassVar[tuple[str, ...]] = ()  # keys of `params` that are networks of their own
+    uses_unlabeled: ClassVar[bool] = True
+    ema_decay: float | None = None
+
+    def init(self, model: nn.Module, image: Array, key: PRNGKeyArray) -> Params:
+        """Parameters of one copy."""
+        return model.init(key, image, train=False)["params"]
+
+    def deployable(self, params: Params, ema: Params | None) -> dict[str, Params]:
+        """The moving average first if there is one, then the trained network."""
+        student = {"student": params}
+        return student if ema is None else {"teacher": ema} | student
+
+
+def ramp_up(
+    step: Int[Array, ""], steps: int, fraction: float, staircase: int = 1
+) -> Float[Array, ""]:
+    """Rises from 0.007 to 1 over a `fraction` of the training: exp(-5 (1 - t)^2).
+
+    With `staircase` the value is held for so many steps. A fraction of 0 is 1 from the start.
+
+    Source: Laine and Aila 2017, arXiv:1610.02242, section 3.1; staircase as in SSL4MIS.
+    """
+    length = fraction * steps
+    if length <= 0:
+        return jnp.ones(())
+    held = (step // staircase) * staircase
+    t = jnp.clip(held / length, 0.0, 1.0)
+    return jnp.exp(-5.0 * (1.0 - t) ** 2)
+
+
+def forward_both(
+    learner: Learner, params: Params, labeled: Array, unlabeled: Array, key: PRNGKeyArray
+) -> tuple[Logits, Logits]:
+    """Logits of labeled and unlabeled patches under one network.
+
+    As many of each: one pass over the interleaved rows, which compiles to half the program.
+    Otherwise two passes. The two agree exactly, for no network here mixes samples.
+    """
+    if len(labeled) == len(unlabeled):
+        heads = learner.forward(params, interleave(labeled, unlabeled), key)
+        pairs = [separate(head) for head in heads]
+        return tuple(a for a, _ in pairs), tuple(b for _, b in pairs)
+    return learner.forward(params, labeled, key), learner.forward(params, unlabeled, key)
+
+
+def interleave(labeled: Array, unlabeled: Array) -> Array:
+    """Merges two batches row by row, so that every device keeps its own rows.
+
+    Concatenation would order all labeled rows first and make XLA move them across devices.
+
+    Raises:
+        ValueError: If the batches differ in length.
+    """
+    if len(labeled) != len(unlabeled):
+        raise ValueError(f"need as many labeled as unlabeled: {len(labeled)} != {len(unlabeled)}")
+    return jnp.stack([labeled, unlabeled], axis=1).reshape(-1, *labeled.shape[1:])
+
+
+def separate(merged: Array) -> tuple[Array, Array]:
+    """Undoes `interleave`."""
+    pairs = merged.reshape(-1, 2, *merged.shape[1:])
+    return pairs[:, 0], pairs[:, 1]
+
+
+def require_fraction(name: str, value: float) -> None:
+    """Refuses a share outside 0..1.
+
+    Raises:
+        ValueError: Names the field.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is a share of the training and lies in 0..1; got {value}")

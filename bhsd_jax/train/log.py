@@ -1,0 +1,110 @@
+"""What a run says while it trains: `metrics.jsonl`, a progress line, the NaN stop."""
+
+import importlib.util
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from bhsd_jax.types import Metrics, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Log:
+    """Writes one JSON object per logged step, `train/loss` and the like, and a progress line.
+
+    On a resumed run, lines past the restored step are dropped first, so that no step is there
+    twice. Only the main process writes.
+    """
+
+    def __init__(self, path: Path, steps: int, resumed_at: int, *, writes: bool = True):
+        self.path, self.steps, self.writes = path, steps, writes
+        self.started, self.start_step = time.monotonic(), resumed_at
+        self.since, self.since_step = self.started, resumed_at
+        self.paused = 0.0
+        if writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_after(path, resumed_at)
+        self.board = _tensorboard(path.parent / "events") if writes else None
+
+    def train(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Logs training metrics of the step.
+
+        Raises:
+            FloatingPointError: If the loss is not finite; says since which step.
+        """
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        seconds = (now - self.since - self.paused) / max(step - self.since_step, 1)
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise FloatingPointError(
+                f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}, after "
+                f"step {self.since_step} was finite; lower optimizer.lr or look at the data of "
+                "these steps. The last checkpoint is untouched"
+            )
+        self.since, self.since_step, self.paused = now, step, 0.0
+        self.write(step, {f"train/{k}": v for k, v in values.items()} | {"time/step_s": seconds})
+        left = (self.steps - step) * seconds
+        logger.info(
+            "step %d/%d  loss %.4f  %.2f s/step  %s left",
+            step,
+            self.steps,
+            values["loss"],
+            seconds,
+            _clock(left),
+        )
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time spent on something else out of the step time."""
+        self.paused += seconds
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line; not-a-number (class absent) is written as null."""
+        if not self.writes:
+            return
+        clean = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **clean}) + "\n")
+        if self.board is not None:
+            for key, value in clean.items():
+                if value is not None:
+                    self.board.add_scalar(key, value, step)
+            self.board.flush()
+
+
+def read(path: Path) -> list[dict]:
+    """All whole lines of a `metrics.jsonl`; a line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [record for record in read(path) if record["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(path)
+
+
+def _tensorboard(folder: Path):
+    """A writer if the extra `tensorboard` is installed."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        return None
+    return importlib.import_module("tensorboardX").SummaryWriter(str(folder))
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

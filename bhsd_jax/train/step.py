@@ -1,0 +1,88 @@
+"""The train step: augment, loss, gradient, update, moving average."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from bhsd_jax.types import Batch, Learner, Logits, Metrics, Objective, Params, TrainState
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a step is made of; all of it static."""
+
+    model: nn.Module
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[Array], Array]  # learning rate by step, for the log
+    segmentation: Callable[..., Array]  # (logits, label) -> supervised loss
+    augment: Callable[[PRNGKeyArray, Batch], Batch]  # raw batch -> normalized, augmented patches
+    view: Callable[[PRNGKeyArray, Array], Array]  # a fresh intensity draw
+    steps: int  # of the whole training
+
+
+def init_state(parts: Parts, image: Array, key: PRNGKeyArray) -> TrainState:
+    """State at step 0; `image` is one batch of the network's input, [B D H W C]."""
+    init_key, run_key = jax.random.split(key)
+    params = parts.objective.init(parts.model, image, init_key)
+    # A copy: the step donates its state, and one buffer cannot be donated twice.
+    ema = None if parts.objective.ema_decay is None else jax.tree.map(jnp.copy, params)
+    opt_state = parts.optimizer.init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema, run_key)
+
+
+def make_train_step(parts: Parts) -> TrainStep:
+    """Closes the update over what never changes; the caller jits it."""
+
+    def forward(params: Params, image: Array, key: PRNGKeyArray) -> Logits:
+        return parts.model.apply({"params": params}, image, train=True, rngs={"dropout": key})  # pyright: ignore[reportReturnType]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        augment_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        patches = parts.augment(augment_key, batch)
+
+        def loss_fn(params):
+            learner = Learner(
+                forward, parts.view, parts.segmentation, params, state.ema, state.step, parts.steps
+            )
+            return parts.objective.loss(learner, patches, loss_key)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = moving_average(state.ema, params, parts.objective.ema_decay, state.step)
+        metrics = metrics | {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "lr": parts.schedule(state.step),
+        }
+        state = dataclasses.replace(
+            state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+        )
+        return state, metrics
+
+    return train_step
+
+
+def moving_average(
+    ema: Params | None, params: Params, decay: float | None, step: Int[Array, ""]
+) -> Params | None:
+    """Moves `ema` toward `params` by 1 - min(decay, 1 - 1/(step + 1)), in float32.
+
+    The first update forgets the initial value; until `decay` takes over it is the plain mean of
+    all parameters so far.
+
+    Source: SSL4MIS `update_ema_variables`, `step` being the updates done before this one.
+    """
+    if decay is None:
+        return None
+    rate = jnp.maximum(1 - decay, 1 / (step + 1))
+    return jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, ema, params)

@@ -1,0 +1,106 @@
+"""Many independent jobs on several processes, and word of how far they are."""
+
+import concurrent.futures
+import logging
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import rich.console
+import rich.progress
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 5.0
+
+
+def each(
+    function: Callable[[Any], Any], jobs: Sequence[Any], processes: int
+) -> Iterator[tuple[Any, Any]]:
+    """Pairs of job and result as they are done; in this process if one is enough."""
+    if min(processes, len(jobs)) < 2:
+        yield from ((job, function(job)) for job in jobs)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(jobs)), multiprocessing.get_context("spawn"), _end_with_parent
+    )
+    with pool:
+        try:
+            futures = {pool.submit(function, job): job for job in jobs}
+            for future in concurrent.futures.as_completed(futures):
+                yield futures.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a worker process was killed, most likely for memory; the same command goes on "
+                "from here, with a smaller --config.preprocess.processes if need be"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is gone; the pool alone would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def wait() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+class Progress:
+    """A bar on a terminal; else a line every few seconds, however long one job takes."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done = what, total, 0
+        self.start = time.monotonic()
+        self._stop = threading.Event()
+        self._bar = None
+        if sys.stderr.isatty():
+            console = rich.console.Console(stderr=True)
+            self._bar = rich.progress.Progress(console=console)
+            self._task = self._bar.add_task(what, total=total)
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+        else:
+            self._thread = threading.Thread(target=self._beat, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        if self._bar:
+            self._bar.stop()
+        else:
+            self._thread.join()
+        self._say()
+
+    def advance(self, cases: int) -> None:
+        self.done += cases
+        if self._bar:
+            self._bar.advance(self._task, cases)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_LOG_EVERY_S):
+            self._say()
+
+    def _say(self) -> None:
+        wall_s = time.monotonic() - self.start
+        rate = self.done / max(wall_s, 1e-9)
+        logger.info(
+            "%s: %d of %d cases, %.1f s, %.2f cases/s",
+            self.what,
+            self.done,
+            self.total,
+            wall_s,
+            rate,
+        )

@@ -1,0 +1,112 @@
+"""From stored intensities to the network's input channels, in training and inference alike."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+PADS = ("air", "nnunet")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """One clip and one affine map per input channel: (clip(x, low, high) - shift) / scale.
+
+    Raises:
+        ValueError: If the fields differ in length, or a scale or a clip range is not positive.
+    """
+
+    low: tuple[float, ...]  # raw intensity (CT: HU), one entry per channel; may be -inf
+    high: tuple[float, ...]
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(field) for field in (self.low, self.high, self.shift, self.scale)}
+        if len(lengths) != 1 or not self.low:
+            raise ValueError(
+                f"Normalization: needs one entry per channel in every field; got {self}"
+            )
+        if min(self.scale) <= 0 or any(a >= b for a, b in zip(self.low, self.high, strict=True)):
+            raise ValueError(f"Normalization: needs scale > 0 and low < high; got {self}")
+
+    def __call__(self, image: Num[Array, "*B D H W 1"]) -> Float[Array, "*B D H W C"]:
+        """Float32 channels of a raw image; any leading axes."""
+        low, high, shift, scale = (
+            jnp.asarray(field, jnp.float32)
+            for field in (self.low, self.high, self.shift, self.scale)
+        )
+        return (jnp.clip(image.astype(jnp.float32), low, high) - shift) / scale
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels of the network."""
+        return len(self.low)
+
+    def pad_value(self, kind: str) -> float:
+        """Raw intensity to put outside the scan.
+
+        "air" is the lowest clip bound, which is the darkest value of every channel (0 for MR, whose
+        range is open). "nnunet" is what channel 0 maps to 0: for CT the mean of the lesions, the
+        color of blood; it is there for parity.
+
+        Raises:
+            ValueError: If `kind` is neither.
+        """
+        if kind not in PADS:
+            raise ValueError(f"windows: no pad {kind!r}; choose from {', '.join(PADS)}")
+        if kind == "nnunet":
+            return self.shift[0]
+        return min(self.low) if math.isfinite(min(self.low)) else 0.0
+
+    def fill(self, kind: str) -> tuple[float, ...]:
+        """The pad value as the network sees it: one normalized number per channel."""
+        raw = self.pad_value(kind)
+        bounds = zip(self.low, self.high, self.shift, self.scale, strict=True)
+        return tuple((min(max(raw, a), b) - shift) / scale for a, b, shift, scale in bounds)
+
+    @classmethod
+    def from_plan(
+        cls, modality: str, foreground: tuple[float, float, float, float]
+    ) -> "Normalization":
+        """nnU-Net's: CT by the statistics of the lesions, MR not at all (stored z-scored).
+
+        Args:
+            modality: "ct" or "mr".
+            foreground: 0.5 percentile, mean, standard deviation, 99.5 percentile.
+
+        Raises:
+            ValueError: If the modality is another.
+
+        Source: nnU-Net v2 2.8.1, `CTNormalization`.
+        """
+        if modality == "mr":
+            return cls((-math.inf,), (math.inf,), (0.0,), (1.0,))
+        if modality != "ct":
+            raise ValueError(f"windows: no modality {modality!r}; choose 'ct' or 'mr'")
+        low, mean, deviation, high = (float(value) for value in foreground)
+        return cls((low,), (high,), (mean,), (max(deviation, 1e-8),))
+
+    @classmethod
+    def from_windows(cls, windows: Iterable[Iterable[float]]) -> "Normalization":
+        """One channel per CT window (level_hu, width_hu), each mapped linearly onto [-1, 1].
+
+        ((40, 160),) is the preprocessing of the BHSD paper: clip to -40..120 HU, subtract 40,
+        divide by 80.
+
+        Raises:
+            ValueError: If there is no window, or a width is not positive.
+        """
+        pairs = [tuple(float(value) for value in window) for window in windows]
+        if not pairs or any(len(pair) != 2 or pair[1] <= 0 for pair in pairs):
+            raise ValueError(
+                f"windows: expected ((level_hu, width_hu), ...) with widths above 0; got {pairs}"
+            )
+        return cls(
+            low=tuple(level - width / 2 for level, width in pairs),
+            high=tuple(level + width / 2 for level, width in pairs),
+            shift=tuple(level for level, _ in pairs),
+            scale=tuple(width / 2 for _, width in pairs),
+        )

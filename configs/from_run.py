@@ -1,0 +1,28 @@
+"""The config a run was trained with: `--config=configs/from_run.py:runs/cps`."""
+
+import json
+from pathlib import Path
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def get_config(run: str) -> ml_collections.ConfigDict:
+    """Reads `<run>/config.json`.
+
+    Raises:
+        FileNotFoundError: If the folder is not a run.
+    """
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no config; give the folder of a run that was trained")
+    return ml_collections.ConfigDict(_restore(json.loads(path.read_text())))
+
+
+def _restore(value):
+    """JSON lists back to tuples; what was left open stays open to an override."""
+    if isinstance(value, dict):
+        return {key: _restore(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_restore(item) for item in value)
+    return placeholder(object) if value is None else value

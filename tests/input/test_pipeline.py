@@ -1,0 +1,138 @@
+"""Streams are a function of position: threads, processes and restarts do not change them."""
+
+import numpy as np
+import pytest
+from bhsd_jax.input.pipeline import Batches, Cache, Cut, Decoded, Stream
+
+CUT = Cut(patch=(4, 6, 6), source=(4, 8, 8), fill=-7.0)
+SCANS = {
+    f"case{i}": Decoded(
+        image=np.random.default_rng(i).integers(-1000, 1000, (5 + i, 12, 10)).astype(np.int16),
+        label=np.random.default_rng(i).integers(0, 3, (5 + i, 12, 10)).astype(np.uint8),
+        foreground=(np.array([[1, 2, 3]]), np.array([[4, 11, 9]])),
+    )
+    for i in range(4)
+}
+
+
+def stream(*, labeled=True, batch=4, length=400, seed=0, cut=CUT):
+    number = 0 if labeled else 1
+    return Stream(
+        SCANS.__getitem__,
+        sorted(SCANS),
+        cut,
+        batch=batch,
+        length=length,
+        seed=(seed, number),
+        labeled=labeled,
+    )
+
+
+def both(**kwargs):
+    return Batches([stream(), stream(labeled=False, batch=2, length=200)], **kwargs)
+
+
+def equal(a, b):
+    for name in ("image", "label", "unlabeled"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_shapes_types_and_no_end_before_the_length():
+    batches = list(both())
+    assert len(batches) == 100
+    first = batches[0]
+    assert first.image.shape == (4, 4, 8, 8, 1)
+    assert first.image.dtype == np.int16
+    assert first.label.shape == (4, 4, 8, 8)
+    assert first.label.dtype == np.int8
+    assert first.unlabeled.shape == (2, 4, 8, 8, 1)
+
+
+def test_image_and_label_are_cut_at_the_same_place():
+    batch = next(both())
+    for image, label in zip(batch.image[..., 0], batch.label, strict=True):
+        assert ((image == -7) >= (label == -1)).all()
+        where = np.argwhere(label >= 0)
+        assert any(
+            _found(scan, image, label, where[0], where[-1]) for scan in SCANS.values()
+        ), "the patch is a box of one scan, image and label together"
+
+
+def _found(scan, image, label, first, last):
+    box = tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))
+    size = image[box].shape
+    for corner in np.ndindex(*(n - s + 1 for n, s in zip(scan.shape, size, strict=True))):
+        place = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
+        if (scan.image[place] == image[box]).all() and (scan.label[place] == label[box]).all():
+            return True
+    return False
+
+
+def test_a_position_resumes_the_very_next_batch():
+    whole = both()
+    for _ in range(7):
+        next(whole)
+    resumed = both(position=whole.state()["batches"])
+    for _ in range(3):
+        equal(next(whole), next(resumed))
+
+
+def test_threads_do_not_matter():
+    for a, b in zip(both(threads=0), both(threads=8, buffer=3), strict=True):
+        equal(a, b)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_hold_the_rows_of_one_global_batch(count):
+    parts = [both(process=(i, count)) for i in range(count)]
+    whole = both()
+    for _ in range(3):
+        rows = [next(part) for part in parts]
+        want = next(whole)
+        np.testing.assert_array_equal(np.concatenate([r.image for r in rows]), want.image)
+        np.testing.assert_array_equal(np.concatenate([r.unlabeled for r in rows]), want.unlabeled)
+
+
+def test_the_two_streams_and_two_seeds_draw_differently():
+    a, b = stream(), stream(seed=1)
+    assert any((a[i]["image"] != b[i]["image"]).any() for i in range(4))
+    free = stream(labeled=False)
+    assert any((a[i]["image"] != free[i]["image"]).any() for i in range(4))
+
+
+def test_unlabeled_elements_never_look_at_a_mask():
+    blind = {name: Decoded(scan.image, None, ()) for name, scan in SCANS.items()}
+    free = stream(labeled=False)
+    want = free[5]["image"]
+    free.open_case = blind.__getitem__
+    np.testing.assert_array_equal(free[5]["image"], want)
+    assert set(free[5]) == {"image"}
+
+
+def test_binary_merges_the_classes_and_keeps_outside():
+    cut = Cut(patch=(4, 6, 6), source=(4, 8, 8), fill=-7.0, binary=True)
+    for i in range(8):
+        one, many = stream(cut=cut)[i]["label"], stream()[i]["label"]
+        np.testing.assert_array_equal(one, np.minimum(many, 1))
+
+
+def test_a_labeled_case_without_a_mask_is_an_error():
+    scan = SCANS["case0"]
+    bad = stream()
+    bad.open_case = lambda case: Decoded(scan.image, None, ())
+    with pytest.raises(ValueError, match="no mask"):
+        bad[0]
+
+
+def test_the_cache_keeps_to_its_budget_and_changes_nothing():
+    loads = []
+
+    def load(case):
+        loads.append(case)
+        return SCANS[case]
+
+    budget = SCANS["case0"].nbytes + 1
+    cache = Cache(SCANS.__getitem__, load, budget)
+    for case in ("case0", "case1", "case0", "case1", "case2"):
+        assert cache(case) is SCANS[case]
+    assert loads == ["case0", "case1"], "the budget is spent after the second"

@@ -1,0 +1,62 @@
+"""Learning rates and updates against nnU-Net's numbers and PyTorch's rule written out."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bhsd_jax.train.optimizer import clip_each, make_optimizer, make_schedule
+
+
+def test_the_poly_schedule_gives_nnunets_rates():
+    rate = make_schedule("poly", lr=0.01, steps=250_000, hold=250)
+    epochs = {0: 0.01, 1: 0.0099910, 50: 0.00954885, 500: 0.00535887, 990: 1.58489e-4, 999: 1.99526e-5}
+    for epoch, want in epochs.items():
+        for step in (250 * epoch, 250 * epoch + 249):
+            assert float(rate(step)) == pytest.approx(want, rel=2e-5)
+
+
+def test_warm_up_rises_to_the_rate_and_cosine_ends_at_zero():
+    rate = make_schedule("cosine", lr=1.0, steps=110, warmup=10)
+    rising = [float(rate(i)) for i in range(11)]
+    np.testing.assert_allclose(rising, [*(np.arange(1, 11) / 11), 1.0], rtol=1e-6)
+    assert float(rate(60)) == pytest.approx(0.5)
+    assert float(rate(110)) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_is_pytorchs(nesterov):
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=5).astype(np.float32)
+    grads = rng.normal(size=(6, 5)).astype(np.float32)
+    tx = make_optimizer("sgd", lambda step: 0.1, nesterov=nesterov, weight_decay=0.03, clip=None)
+    params, state = jnp.asarray(start), tx.init(jnp.asarray(start))
+    want, velocity = start.astype(np.float64), np.zeros(5)
+    for grad in grads:
+        updates, state = tx.update(jnp.asarray(grad), state, params)
+        params = params + updates
+        pull = grad + 0.03 * want
+        velocity = 0.99 * velocity + pull
+        want = want - 0.1 * (pull + 0.99 * velocity if nesterov else velocity)
+    np.testing.assert_allclose(params, want, rtol=1e-4)
+
+
+def test_each_twin_is_clipped_by_its_own_norm():
+    grads = {"a": jnp.array([30.0, 40.0]), "b": jnp.array([0.3, 0.4])}
+    together, _ = clip_each(1.0).update(grads, None)
+    apart, _ = clip_each(1.0, parts=True).update(grads, None)
+    assert float(jnp.linalg.norm(together["b"])) < 0.011
+    np.testing.assert_allclose(apart["a"], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(apart["b"], grads["b"])
+
+
+def test_a_zero_gradient_stays_zero():
+    clipped, _ = clip_each(1.0).update(jnp.zeros(3), None)
+    np.testing.assert_array_equal(clipped, 0)
+
+
+def test_unknown_names_list_the_choices():
+    with pytest.raises(ValueError, match="sgd, adam, adamw"):
+        make_optimizer("lion", lambda step: 0.1)
+    with pytest.raises(ValueError, match="poly, cosine, constant"):
+        make_schedule("step", lr=0.1, steps=5)
+    with pytest.raises(ValueError, match="warmup is 9 of 5"):
+        make_schedule("poly", lr=0.1, steps=5, warmup=9)

@@ -1,0 +1,130 @@
+"""The step: what it changes, what it never touches, and that devices do not matter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bhsd_jax.objectives.cps import CrossPseudoSupervision
+from bhsd_jax.objectives.supervised import Supervised
+from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train.step import init_state, make_train_step, moving_average
+from toy import make_batch, make_parts
+
+
+def start(parts, batch, key):
+    return jax.jit(lambda: init_state(parts, batch.image, key))()
+
+
+@pytest.mark.parametrize("objective", [Supervised(), CrossPseudoSupervision(ramp=0.0)])
+def test_twenty_steps_lower_the_loss(objective, key):
+    parts, batch = make_parts(objective, lr=0.05), make_batch()
+    state, step = start(parts, batch, key), jax.jit(make_train_step(parts), donate_argnums=0)
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["supervised"]))
+    assert losses[-1] < 0.7 * losses[0]
+    assert int(state.step) == 20
+    assert step._cache_size() == 1, "one compilation for all steps"
+
+
+def test_two_runs_of_a_step_are_equal_bit_for_bit(key):
+    parts, batch = make_parts(CrossPseudoSupervision()), make_batch()
+    step = jax.jit(make_train_step(parts))
+    a, _ = step(start(parts, batch, key), batch)
+    b, _ = step(start(parts, batch, key), batch)
+    same = jax.tree.map(lambda x, y: bool((x == y).all()), a.params, b.params)
+    assert jax.tree.all(same)
+
+
+def test_the_average_is_the_mean_of_all_networks_until_the_decay_takes_over():
+    rng = np.random.default_rng(0)
+    seen = rng.normal(size=(30, 4)).astype(np.float32)
+    ema = jnp.full(4, 1e6)  # the first update forgets it
+    for t, params in enumerate(seen):
+        ema = moving_average(ema, jnp.asarray(params), 0.9, jnp.asarray(t))
+        if t < 10:
+            np.testing.assert_allclose(ema, seen[: t + 1].mean(0), rtol=1e-5, atol=1e-6)
+    want = seen[:10].mean(0)
+    for params in seen[10:]:
+        want = 0.9 * want + 0.1 * params
+    np.testing.assert_allclose(ema, want, rtol=1e-4, atol=1e-6)
+
+
+def test_the_initial_state_shares_no_buffer_with_its_average(key):
+    parts = make_parts(Supervised(ema_decay=0.99))
+    batch = make_batch()
+    state = start(parts, batch, key)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.params, state.ema))]
+    assert len(set(pointers)) == len(pointers)
+    jax.jit(make_train_step(parts), donate_argnums=0)(state, batch)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sizes"),
+    [
+        (CrossPseudoSupervision(ramp=0.0), (8, 1, 1)),
+        (Supervised(ema_decay=0.9), (4, 2, 1)),
+        (Supervised(ema_decay=0.9), (2, 1, 4)),
+    ],
+    ids=["data", "model", "space"],
+)
+def test_eight_devices_equal_one(objective, sizes, key):
+    parts, batches = make_parts(objective), [make_batch(i) for i in range(3)]
+    alone = start(parts, batches[0], key)
+    step = jax.jit(make_train_step(parts))
+    for batch in batches:
+        alone, metrics = step(alone, batch)
+
+    mesh = meshes.make_mesh(*sizes)
+    state = start(parts, batches[0], key)
+    shardings = meshes.state_shardings(mesh, state)
+    spread = jax.device_put(state, shardings)
+    rows = meshes.batch_sharding(mesh)
+    sharded = jax.jit(
+        make_train_step(parts),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, meshes.replicated(mesh)),
+        donate_argnums=0,
+    )
+    for batch in batches:
+        spread, others = sharded(spread, meshes.to_devices(batch, mesh))
+    assert float(others["loss"]) == pytest.approx(float(metrics["loss"]), abs=1e-5)
+    for name in ("params", "ema"):
+        for a, b in zip(
+            jax.tree.leaves(getattr(alone, name)),
+            jax.tree.leaves(getattr(spread, name)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [Supervised(), CrossPseudoSupervision()])
+def test_data_parallel_steps_only_reduce(objective, key):
+    parts, batch = make_parts(objective, quiet=True), make_batch()
+    mesh = meshes.make_mesh()
+    state = start(parts, batch, key)
+    rows = meshes.batch_sharding(mesh)
+    compiled = (
+        jax.jit(
+            make_train_step(parts),
+            in_shardings=(meshes.replicated(mesh), rows),
+            out_shardings=(meshes.replicated(mesh), meshes.replicated(mesh)),
+        )
+        .lower(state, batch)
+        .compile()
+    )
+    text = compiled.as_text()
+    assert "all-reduce" in text
+    for other in ("all-gather", "all-to-all", "collective-permute"):
+        assert other not in text
+
+
+def test_a_batch_that_does_not_spread_is_refused():
+    mesh = meshes.make_mesh()
+    with pytest.raises(ValueError, match=r"input\.labeled is 3 .* multiple of 8"):
+        meshes.require_divisible(mesh, 3, 0, 64)
+    with pytest.raises(ValueError, match="multiply"):
+        meshes.make_mesh(3, 2, 1)
+    with pytest.raises(ValueError, match="one of them"):
+        meshes.make_mesh(2, 2, 2)
