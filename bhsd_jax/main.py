@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = Path(_WORKDIR.value or f"runs/{config.name}")
     try:
         importlib.import_module(f"bhsd_jax.verbs.{verb}").run(config, workdir)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         logging.debug("%s", error, exc_info=True)
         sys.exit(f"{verb}: {error}")
 

@@ -90,7 +90,7 @@ class Normalization:
         return cls((low,), (high,), (mean,), (max(deviation, 1e-8),))
 
     @classmethod
-    def from_windows(cls, windows: Iterable[Iterable[float]]) -> "Normalization":
+    def from_windows(cls, windows: Iterable[Iterable[float | int]]) -> "Normalization":
         """One channel per CT window (level_hu, width_hu), each mapped linearly onto [-1, 1].
 
         ((40, 160),) is the preprocessing of the BHSD paper: clip to -40..120 HU, subtract 40,

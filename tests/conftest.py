@@ -15,7 +15,10 @@ _CHECKED = [
     for info in pkgutil.iter_modules(bhsd_jax.__path__)
     if info.name not in ("types", "volume", "main", "build")
 ]
-jaxtyping.install_import_hook(_CHECKED, "beartype.beartype")
+jaxtyping.install_import_hook(
+    _CHECKED,  # an int may stand for a float, as everywhere in Python
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 

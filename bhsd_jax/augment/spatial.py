@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bhsd_jax.volume import Shape
@@ -232,7 +233,7 @@ def _rotations(numpy, angles) -> list:
     return [numpy.stack(row).reshape(3, 3) for row in rows]
 
 
-def _ring(array: Array, axes: int, value: float | tuple[float, ...]) -> Array:
+def _ring(array: Array, axes: int, value: ArrayLike | tuple[float, ...]) -> Array:
     """Puts one layer of `value` (per last axis) around the first axes: all that lies outside."""
     around = tuple(n + 2 for n in array.shape[:axes]) + array.shape[axes:]
     outside = jnp.broadcast_to(jnp.asarray(value, array.dtype), around)

@@ -6,35 +6,20 @@ axes. A target spacing passed in is along those axes too; everything in a finish
 spacing included, is along the transposed axes (coarsest first).
 """
 
-import math
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bhsd_jax.ct.topology import PLANNERS, Planner, Pooling, fit, pool, widths
+from bhsd_jax.ct import nnunet_schema
+from bhsd_jax.ct.nnunet_schema import Request, triple
+from bhsd_jax.ct.topology import PLANNERS, pool, widths
 from bhsd_jax.volume import Millimeters, Network, Shape
 
 _ANISOTROPY = 3  # an axis this many times coarser (and shorter) than the others is treated apart
-_LOWRES_BELOW = 0.25  # patch / median scan in voxels under which a coarser network is wanted too
-_LOWRES_GROWTH = 1.03  # of the spacing, per attempt
-_LOWRES_SHRINK = 2  # a coarser network must make scans this many times smaller
 _HALVES = 200  # random half data sets drawn to see whether the target spacing holds
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What all configurations of one plan share."""
-
-    planner: Planner
-    memory_gb: float
-    num_classes: int
-    cases: int
-    modality: str
-    num_channels: int
-    masked: bool  # z-scores inside the non-zero mask
 
 
 def target_spacing(spacings: ArrayLike, shapes: ArrayLike) -> Millimeters:
@@ -89,7 +74,7 @@ def make_plans(
     planner: str = "default",
     modality: str = "ct",
     num_channels: int = 1,
-    num_classes: int = 6,
+    num_classes: int = 2,
     spacing_mm: ArrayLike | None = None,
     transpose: Sequence[int] | None = None,
     memory_gb: float | None = None,
@@ -128,7 +113,7 @@ def make_plans(
     chosen = PLANNERS[planner]
     target = _target(spacing, shape) if spacing_mm is None else _three(spacing_mm, "spacing_mm")
     forward = list(transpose_for(target) if transpose is None else transpose)
-    request = _Request(
+    request = Request(
         planner=chosen,
         memory_gb=memory_gb or chosen.memory_gb,
         num_classes=num_classes,
@@ -146,7 +131,9 @@ def make_plans(
         "image_reader_writer": "SimpleITKIO",
         "transpose_forward": forward,
         "transpose_backward": [forward.index(axis) for axis in range(3)],
-        "configurations": _configurations([target[axis] for axis in forward], median, request),
+        "configurations": nnunet_schema.configurations(
+            [target[axis] for axis in forward], median, request
+        ),
         "experiment_planner_used": chosen.kind,
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": dict(foreground or {}),
@@ -160,7 +147,7 @@ def network_for(
     planner: str = "default",
     spacing_mm: ArrayLike | None = None,
     transpose: Sequence[int] | None = None,
-    num_classes: int = 6,
+    num_classes: int = 2,
 ) -> Network:
     """Plans nnU-Net's 3d_fullres: patch, batch and topology, along the transposed axes.
 
@@ -200,21 +187,18 @@ def topology(
     spacing, size = _three(spacing_mm, "spacing_mm"), _three(patch, "patch")
     pooling = pool(spacing, size, max_stages)
     if pooling.patch != size:
-        down = [n - n % step for n, step in zip(size, pooling.total_stride, strict=True)]
-        candidates = itertools.product(*zip(pooling.patch, down, strict=True))
-        accepted = [c for c in candidates if min(c) > 0 and pool(spacing, c, max_stages).patch == c]
-        nearest = min(accepted, key=lambda c: sum(abs(a / b - 1) for a, b in zip(c, size)))
         raise ValueError(
-            f"topology: patch {tuple(map(round, size))} is not a multiple of the total stride "
-            f"{pooling.total_stride} at spacing {spacing} mm; the nearest accepted patch is {nearest}"
+            f"topology: patch {tuple(round(n) for n in size)} does not divide by the total stride "
+            f"{pooling.total_stride} that {spacing} mm asks for; the nearest patch that does is "
+            f"{_nearest_patch(spacing, size, max_stages)}"
         )
     stages = len(pooling.strides)
     return Network(
-        patch=pooling.patch,
+        patch=triple(pooling.patch),
         batch=batch,
         features=widths(stages, base=base_features, widest=max_features),
-        strides=pooling.strides,
-        kernels=pooling.kernels,
+        strides=tuple(triple(stride) for stride in pooling.strides),
+        kernels=tuple(triple(kernel) for kernel in pooling.kernels),
         convs_encoder=PLANNERS[planner].encoder(stages),
         convs_decoder=PLANNERS[planner].decoder(stages),
         batch_dice=batch_dice,
@@ -246,73 +230,6 @@ def from_nnunet_plans(
     return network, (d, h, w), (first, second, third)
 
 
-def _configurations(
-    spacing: list[float], median: list[float], request: _Request
-) -> dict[str, dict[str, Any]]:
-    voxels = math.prod(median)
-    found = {"2d": _planned("2d", spacing[1:], median[1:], voxels, request)}
-    found["2d"]["batch_dice"] = True
-    if median[0] == 1:
-        return found
-    full = _planned("3d_fullres", spacing, median, voxels, request)
-    low = _lowres(full, request)
-    if low is not None:
-        # A patch that sees little of a scan takes the Dice loss over the batch.
-        full["batch_dice"] = True
-        found["3d_lowres"] = {**low, "next_stage": "3d_cascade_fullres"}
-    found["3d_fullres"] = full
-    if low is not None:
-        cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
-        found["3d_cascade_fullres"] = cascade
-    return found
-
-
-def _lowres(full: Mapping[str, Any], request: _Request) -> dict[str, Any] | None:
-    """Coarser spacings are tried until the patch covers a quarter of the scan."""
-    median, spacing = full["median_image_size_in_voxels"], list(full["spacing"])
-    plan, voxels = None, math.prod(median)
-    patch = full["patch_size"]
-    while math.prod(patch) / voxels < _LOWRES_BELOW:
-        coarsest = max(spacing)
-        fine = [coarsest / s > 2 for s in spacing]  # these catch up first
-        grown = fine if any(fine) else [True] * 3
-        spacing = [s * _LOWRES_GROWTH if yes else s for s, yes in zip(spacing, grown, strict=True)]
-        shape = [a / b * n for a, b, n in zip(full["spacing"], spacing, median, strict=True)]
-        voxels = math.prod(shape)
-        plan = _planned("3d_lowres", spacing, [round(n) for n in shape], voxels, request)
-        patch = plan["patch_size"]
-    return None if math.prod(median) / voxels < _LOWRES_SHRINK else plan
-
-
-def _planned(
-    name: str,
-    spacing: Sequence[float],
-    median: Sequence[float],
-    scan_voxels: float,
-    request: _Request,
-) -> dict[str, Any]:
-    pooling, batch = fit(
-        spacing,
-        median,
-        scan_voxels * request.cases,
-        request.planner,
-        num_classes=request.num_classes,
-        memory_gb=request.memory_gb,
-    )
-    return nnunet_schema.configuration(
-        name,
-        request.planner,
-        pooling,
-        batch=batch,
-        spacing_mm=spacing,
-        median_shape=median,
-        modality=request.modality,
-        num_channels=request.num_channels,
-        masked=request.masked,
-        batch_dice=name == "2d",
-    )
-
-
 def _target(spacings: np.ndarray, shapes: np.ndarray) -> Millimeters:
     target = np.percentile(spacings, 50, axis=0)
     size = np.percentile(shapes, 50, axis=0)
@@ -333,17 +250,44 @@ def _median_shape(spacings: np.ndarray, shapes: np.ndarray, target: Millimeters)
 
 
 def _fingerprint(spacings: ArrayLike, shapes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    for name, value in (("spacings", spacings), ("shapes", shapes)):
-        try:
-            found = np.asarray(value, dtype=float)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"planner: {name} must be rows of three numbers: {error}") from error
-        if found.ndim != 2 or found.shape[1] != 3 or not len(found):
-            raise ValueError(
-                f"planner: {name} must be one row of three numbers per scan; got shape {found.shape}"
-            )
-        if not (np.isfinite(found) & (found > 0)).all():
-            row = int(np.argmin((np.isfinite(found) & (found > 0)).all(axis=1)))
-            raise ValueError(
-                f"planner: {name} must be positive; row {row} is {found[row].tolist()}"
-            )
+    spacing, shape = _rows(spacings, "spacings"), _rows(shapes, "shapes")
+    if len(spacing) != len(shape):
+        raise ValueError(
+            f"planner: one spacing and one shape per scan; got {len(spacing)} and {len(shape)}"
+        )
+    return spacing, shape
+
+
+def _nearest_patch(
+    spacing: Millimeters, size: Sequence[float], max_stages: int | None
+) -> tuple[int, ...]:
+    padded = pool(spacing, size, max_stages)  # always accepted
+    down = (int(n // step) * step for n, step in zip(size, padded.total_stride, strict=True))
+    candidates = itertools.product(*zip(padded.patch, down, strict=True))
+    accepted = [c for c in candidates if min(c) > 0 and pool(spacing, c, max_stages).patch == c]
+    ratio = np.array(accepted) / np.array(size)
+    return accepted[int(np.argmin(np.abs(ratio - 1).sum(axis=1)))]
+
+
+def _rows(values: ArrayLike, name: str) -> np.ndarray:
+    try:
+        rows = np.atleast_2d(np.asarray(values, dtype=float))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"planner: {name} must be numbers, three per scan: {error}") from error
+    if rows.ndim != 2 or rows.shape[1] != 3 or not len(rows):
+        raise ValueError(f"planner: {name} must be three numbers per scan; got shape {rows.shape}")
+    fine = (np.isfinite(rows) & (rows > 0)).all(axis=1)
+    if not fine.all():
+        first = int(np.argmin(fine))
+        raise ValueError(
+            f"planner: {name} must be positive; scan {first} has {rows[first].tolist()}"
+        )
+    return rows
+
+
+def _three(values: ArrayLike, name: str) -> Millimeters:
+    rows = _rows(values, name)
+    if len(rows) != 1:
+        raise ValueError(f"planner: {name} must be three numbers; got shape {rows.shape}")
+    d, h, w = rows[0].tolist()
+    return d, h, w

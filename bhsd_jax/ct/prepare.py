@@ -10,6 +10,7 @@ import numpy as np
 
 from bhsd_jax.ct import geometry, hu, nifti
 from bhsd_jax.ct.plan import network_for, spacing_margin, target_spacing, transpose_for
+from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.ct.shards import Prepared
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Shape, Volume
 
@@ -115,35 +116,36 @@ def make_plan(
             f"{dataset}: the masks of all {len(facts)} training cases are empty; some mirrors "
             "ship them so: fetch the data set from its first source"
         )
-    spacings = [fact.spacing_mm for fact in facts]
-    shapes = [fact.shape for fact in facts]
-    notes = list(spacing_margin(spacings, shapes))
+    spacings = np.asarray([fact.spacing_mm for fact in facts])
+    shapes = np.asarray([fact.shape for fact in facts])
+    notes = () if spacing_mm else tuple(spacing_margin(spacings, shapes))
     target = spacing_mm or target_spacing(spacings, shapes)
-    transpose = transpose_for(target)
+    transpose = transpose_for(np.asarray(target))
     low, high = np.percentile(drawn, (0.5, 99.5))
-    resampled = [_resampled_shape(s, old, target) for s, old in zip(shapes, spacings, strict=True)]
-    median = np.median(resampled, axis=0)[list(transpose)]
-    ordered = tuple(float(target[axis]) for axis in transpose)
+    resampled = [resampled_shape(fact.shape, fact.spacing_mm, target) for fact in facts]
+    median = np.median(resampled, axis=0)
+    depth, height, width = (round(float(median[axis])) for axis in transpose)
+    d, h, w = (float(target[axis]) for axis in transpose)
     return Plan(
         dataset=dataset,
         classes=classes,
         modality=modality,
-        spacing_mm=ordered,
+        spacing_mm=(d, h, w),
         transpose=transpose,
         crop_hu=crop_hu,
         foreground=(float(low), float(drawn.mean()), float(drawn.std()), float(high)),
-        median_shape=tuple(round(float(n)) for n in median),
+        median_shape=(depth, height, width),
         network=network_for(
             spacings,
             shapes,
             planner=planner,
-            spacing_mm=spacing_mm,
+            spacing_mm=np.asarray(target),
             transpose=transpose,
             num_classes=len(classes),
         ),
         source_sha256=source_sha256,
         license=license,
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
@@ -234,7 +236,7 @@ def _read(
 
 def _cropped(voxels: np.ndarray, grid: Grid) -> np.ndarray:
     turned = voxels.transpose(grid.order)
-    turned = np.flip(turned, [axis for axis in range(3) if grid.flip[axis]])
+    turned = np.flip(turned, tuple(axis for axis in range(3) if grid.flip[axis]))
     box = zip(grid.crop_start, grid.crop_stop, strict=True)
     return turned[tuple(slice(start, stop) for start, stop in box)]
 
@@ -273,11 +275,6 @@ def _bleeding(case: Case, label: np.ndarray | None) -> bool | None:
 
 def _extent(voxels: np.ndarray) -> tuple[float, float, float]:
     return float(voxels.min()), float(np.median(voxels)), float(voxels.max())
-
-
-def _resampled_shape(shape: Shape, old: Millimeters, new: Millimeters) -> Shape:
-    d, h, w = (round(a / b * n) for n, a, b in zip(shape, old, new, strict=True))
-    return d, h, w
 
 
 def _file_digest(path: Path) -> bytes:

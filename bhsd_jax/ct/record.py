@@ -173,11 +173,13 @@ def _compress(array: np.ndarray) -> bytes:
         typesize=array.dtype.itemsize,
         nthreads=1,
     )
-    array = np.ascontiguousarray(array)
-    return blosc2.asarray(array, cparams=parameters, chunks=chunks, blocks=blocks).to_cframe()
+    data: Any = np.ascontiguousarray(array)
+    packed: Any = blosc2.asarray(data, cparams=parameters, chunks=chunks, blocks=blocks)
+    return packed.to_cframe()
 
 
-def _frame(frame: bytes, place: str) -> blosc2.NDArray:
+def _frame(frame: bytes, place: str) -> Any:
+    # Any: the NDArray of blosc2 types its items as arrays or unevaluated expressions.
     try:
         array = blosc2.ndarray_from_cframe(frame)
         array.schunk.dparams = blosc2.DParams(nthreads=1)  # the caller's threads read side by side

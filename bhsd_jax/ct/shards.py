@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from bhsd_jax.ct.record import SCHEMA, Prepared, Reader, damaged, pack, unpack
 from bhsd_jax.volume import Plan, Shape
@@ -112,7 +112,10 @@ def write_index(folder: str | Path, entries: Iterable[Entry]) -> None:
 
 def entry_from_json(row: Mapping[str, Any]) -> Entry:
     """Undoes `dataclasses.asdict`, also after a trip through a JSON file."""
-    return Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    values: dict[str, Any] = dict(row)
+    for name in ("shape", "voxels", "volume_ml"):
+        values[name] = tuple(values[name])
+    return Entry(**values)
 
 
 def write_json(path: str | Path, value: Any) -> None:

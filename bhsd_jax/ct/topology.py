@@ -75,7 +75,7 @@ def pool(
     Source: nnU-Net v2.8.1, `network_topology.get_pool_and_conv_props`.
     """
     spacing, edge = list(spacing_mm), list(size)
-    kernel = (1,) * len(spacing)
+    kernel = tuple(1 for _ in spacing)
     strides, kernels = [kernel], []
     while max_stages is None or len(strides) < max_stages:
         halved = _axes_to_halve(spacing, edge)

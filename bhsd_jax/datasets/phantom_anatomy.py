@@ -82,10 +82,10 @@ def draw_head(rng: np.random.Generator) -> Head:
     atrophy = rng.beta(2, 2.5)
     offset_hu = rng.normal(0, 1)
     return Head(
-        half_width_mm=69 * width,
-        half_length_mm=87 * length,
-        height_up_mm=74 * height,
-        height_down_mm=84 * height,
+        half_width_mm=67 * width,
+        half_length_mm=84 * length,
+        height_up_mm=72 * height,
+        height_down_mm=70 * height,
         atrophy=atrophy,
         ventricles=0.72 + 0.75 * atrophy * rng.uniform(0.6, 1.4),
         calcification=rng.random(),
@@ -113,7 +113,7 @@ def depths(head: Head, points: Points, bumps: np.ndarray) -> tuple[np.ndarray, n
     height = np.where(z > 0, np.float32(head.height_up_mm), np.float32(head.height_down_mm))
     u, v, w = (q * q for q in (x / half_width, y / head.half_length_mm, z / height))
     # Factor 2 would be an ellipsoid; a smaller one is boxier, as skulls are.
-    scale = np.sqrt(np.sqrt(u * u + v * v + w * w + 1.45 * (u * v + u * w + v * w)))
+    scale = np.sqrt(np.sqrt(u * u + v * v + w * w + 1.7 * (u * v + u * w + v * w)))
     vault = (1 - scale) * radius / np.maximum(scale, 0.2) + bumps
     return vault, np.minimum(vault, 0.9 * (z - _floor(x, y)))
 
@@ -139,11 +139,15 @@ def outside_hu(
     hu = np.select(
         [layer > SCALP_MM, layer > 5.2, layer > 2.5, layer > 0],
         [np.float32(-1000), np.float32(30), np.float32(-75), np.float32(45)],
-        np.where((outward > 0.3 * bone) & (outward < 0.7 * bone), np.float32(650), np.float32(1700)),
+        np.where(
+            (outward > 0.3 * bone) & (outward < 0.7 * bone), np.float32(650), np.float32(1700)
+        ),
     ).astype(np.float32)
     below = (vault > 0) & (cavity <= 0)
     if below.any():
-        hu[below] = _face_hu(head, (points[0][below], points[1][below], points[2][below]), cavity[below])
+        hu[below] = _face_hu(
+            head, (points[0][below], points[1][below], points[2][below]), cavity[below]
+        )
     return hu
 
 

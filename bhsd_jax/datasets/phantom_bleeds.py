@@ -136,14 +136,17 @@ def paint(
 ) -> np.ndarray:
     """Writes blood and edema into `hu` [N] and returns the labels, uint8 [N].
 
-    A bleed that finds no room for its volume fills all the room there is.
+    Only the share `core` of a mask is blood; see `Level`. A bleed that finds no room for its
+    volume fills all the room there is.
     """
     label = np.zeros(hu.size, np.uint8)
     for index, lesion in lesions.items():
         free = np.flatnonzero(lesion.allowed(space) & (label == 0))
         order = lesion.order(space.take(free))
         ranked = lowest(order, lesion.volume_ml / voxel_ml)
-        blood = ranked[: max(1, round(core * ranked.size))]
+        # A fluid level leaves no doubt, so blood in the ventricles has no rim.
+        filled = 1.0 if index == IVH else core
+        blood = ranked[: max(1, round(filled * ranked.size))]
         if isinstance(lesion, Intraparenchymal) and blood.size:
             _add_edema(lesion, space, hu, label, float(order[ranked[-1]]))
         label[free[ranked]] = index
@@ -217,7 +220,9 @@ def _intraventricular(
     )
 
 
-def _subarachnoid(rng: np.random.Generator, volume_ml: float, side: int, level: Level) -> Subarachnoid:
+def _subarachnoid(
+    rng: np.random.Generator, volume_ml: float, side: int, level: Level
+) -> Subarachnoid:
     basal = rng.random() < 0.35
     focus = (side * rng.uniform(28, 52), rng.uniform(-50, 40), rng.uniform(-8, 46))
     return Subarachnoid(

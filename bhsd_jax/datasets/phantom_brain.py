@@ -5,6 +5,7 @@ Almost all are symmetric and are written for x = |x|.
 """
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -163,7 +164,7 @@ def _ventricles(head: Head, place: _Place) -> np.ndarray:
     near = np.flatnonzero((x < 48) & (y > -70) & (y < 62) & (np.abs(z) < 40))
     local = (x[near], y[near], z[near])
     lateral = _tube(local, (25, -24, 4), (31, -2, -20), 3.2 * scale, 1.8 * scale)  # temporal horn
-    for (start, start_mm), (stop, stop_mm) in zip(_LATERAL, _LATERAL[1:], strict=False):
+    for (start, start_mm), (stop, stop_mm) in pairwise(_LATERAL):
         part = _tube(local, start, stop, start_mm * scale, stop_mm * scale)
         lateral = np.minimum(lateral, part)
     third = (ellipsoid(local, (0, 6, -4), (2.2 * scale, 14, 12)) - 1) * 3
@@ -199,7 +200,7 @@ def _cisterns(head: Head, place: _Place) -> np.ndarray:
     """Suprasellar star, ambient, quadrigeminal and prepontine cistern."""
     x, y, z = place.mirrored
     angle = np.arctan2(y - 14, x)
-    star = (np.hypot(x, y - 14) / (9 + 6 * np.abs(np.cos(2.5 * angle))) - 1) * 9
+    star = (np.hypot(x, y - 14) / (5 + 10 * np.abs(np.cos(2.5 * angle)) ** 3) - 1) * 9
     suprasellar = np.maximum(star, np.abs(z + 26) - 7)
     shell = np.abs(ellipsoid(place.mirrored, (0, -10, -18), (19, 17, 60)) - 1) * 18
     shell -= 1 + head.atrophy + 0.6 * place.broad

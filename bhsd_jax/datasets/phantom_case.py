@@ -42,7 +42,7 @@ class Options:
     def __post_init__(self) -> None:
         if min(self.size, self.slices, self.sub) < 1:
             raise ValueError(
-                f"Options: size {self.size}, slices {self.slices} and sub {self.sub} must be positive"
+                f"Options: size {self.size}, slices {self.slices} and sub {self.sub} must be above 0"
             )
         if self.difficulty not in LEVELS:
             raise ValueError(
@@ -63,7 +63,7 @@ class Truth:
     painted_ml: Mapping[int, float]  # in the mask, with the true voxel volume
 
 
-def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.ndarray, Truth]:  # noqa: B008
+def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.ndarray, Truth]:
     """HU int16 [D H W], label uint8 [D H W], and what is known of them.
 
     Axes are a BHSD file's (k, j, i): slices superior, rows anterior, columns left. A case depends

@@ -46,6 +46,11 @@ class Push(NamedTuple):
 class Lesion(Protocol):
     """One bleed: a frozen dataclass of everything drawn for it."""
 
+    @property
+    def volume_ml(self) -> float:
+        """What to fill."""
+        ...
+
     def allowed(self, space: Space) -> np.ndarray:
         """Voxels it may take, bool [N]."""
         ...
@@ -105,9 +110,11 @@ class Epidural:
     def allowed(self, space: Space) -> np.ndarray:
         x, y, _ = space.points
         front = 1 if self.toward[1] >= 0 else -1
-        cut = abs(self.toward[1]) * 88 + self.radius_mm * self.suture
-        return (_arc_mm(space.points, self.toward) < self.radius_mm) & (y * front < cut) & (
-            x * self.side > 2
+        cut = abs(self.toward[1]) * 84 + self.radius_mm * self.suture
+        return (
+            (_arc_mm(space.points, self.toward) < self.radius_mm)
+            & (y * front < cut)
+            & (x * self.side > 2)
         )
 
     def order(self, space: Space) -> np.ndarray:
@@ -121,7 +128,7 @@ class Epidural:
 
     def push(self) -> Push:
         x, y, z = self.toward
-        return Push((64 * x, 79 * y, 68 * z), ball_radius_mm(self.volume_ml), 0.45, 30)
+        return Push((61 * x, 76 * y, 65 * z), ball_radius_mm(self.volume_ml), 0.45, 30)
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ class Subdural:
         if self.kind != "convexity":
             return None
         x, y, z = self.toward
-        return Push((67 * x, 84 * y, 72 * z), ball_radius_mm(self.volume_ml), 0.45, 42)
+        return Push((64 * x, 80 * y, 69 * z), ball_radius_mm(self.volume_ml), 0.45, 42)
 
 
 @dataclass(frozen=True)

@@ -146,9 +146,7 @@ def label_voxels(
     return thick.reshape(scan.slices, scan.size, scan.size)
 
 
-def acquire(
-    scan: Scan, hu: np.ndarray, cavity: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def acquire(scan: Scan, hu: np.ndarray, cavity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """What the scanner makes of the averaged HU [D H W] float32: int16 [D H W].
 
     Args:

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import logging
 import math
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -88,6 +90,24 @@ def read(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+@contextmanager
+def heartbeat(what: str, every_s: float = 8.0) -> Iterator[None]:
+    """Says that something long is still going on."""
+    done, begun = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not done.wait(every_s):
+            logger.info("%s ... %.0f s", what, time.monotonic() - begun)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -1,7 +1,9 @@
 """The loop: one step after the other, and what happens between them."""
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 
@@ -17,14 +19,18 @@ class Interrupted(Exception):  # noqa: N818  (a request, not an error)
 
 @dataclass(frozen=True)
 class Every:
-    """Runs an action every so many steps, and after the last one."""
+    """Runs an action at multiples of any of `steps`, after the last step, and by the clock."""
 
-    steps: int
+    steps: tuple[int, ...]
     last: int
     action: Action
+    seconds: float = math.inf  # also when the last time is so long ago
+    _ran: list[float] = field(default_factory=lambda: [time.monotonic()])
 
     def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
-        if step % self.steps == 0 or step == self.last:
+        due = step == self.last or any(step % every == 0 for every in self.steps)
+        if due or time.monotonic() - self._ran[0] > self.seconds:
+            self._ran[0] = time.monotonic()
             self.action(step, state, metrics)
 
 

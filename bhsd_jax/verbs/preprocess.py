@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         ValueError: If nothing can be planned, or cases were refused and
             `preprocess.allow_skipped` is False (all others are written by then).
     """
-    settings = config.preprocess
+    settings: Any = config.preprocess
     workdir.mkdir(parents=True, exist_ok=True)
     dataset = _dataset(config, workdir)
     if hasattr(dataset, "prepare"):
@@ -89,7 +89,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _dataset(config: ConfigDict, workdir: Path) -> Any:
-    spec = config.data.to_dict()
+    data: Any = config.data
+    spec = data.to_dict()
     if not spec.get("root"):
         if not spec["name"].startswith("synthetic."):
             raise ValueError(f"config.data.root is empty; say where {spec['name']} lies")

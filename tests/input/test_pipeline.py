@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from bhsd_jax.input.pipeline import Batches, Cache, Cut, Decoded, Stream
 
 CUT = Cut(patch=(4, 6, 6), source=(4, 8, 8), fill=-7.0)
@@ -53,9 +54,9 @@ def test_image_and_label_are_cut_at_the_same_place():
     for image, label in zip(batch.image[..., 0], batch.label, strict=True):
         assert ((image == -7) >= (label == -1)).all()
         where = np.argwhere(label >= 0)
-        assert any(
-            _found(scan, image, label, where[0], where[-1]) for scan in SCANS.values()
-        ), "the patch is a box of one scan, image and label together"
+        assert any(_found(scan, image, label, where[0], where[-1]) for scan in SCANS.values()), (
+            "the patch is a box of one scan, image and label together"
+        )
 
 
 def _found(scan, image, label, first, last):

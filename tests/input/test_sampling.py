@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from bhsd_jax.input import sampling
 
 BHSD = {"shape": (34, 512, 512), "cut": (20, 376, 376), "patch": (20, 320, 256)}
@@ -34,7 +35,9 @@ def test_a_thin_volume_is_centered():
 def test_a_forced_cut_is_centered_on_a_voxel_of_a_uniform_class():
     rng = np.random.default_rng(0)
     rare, common = np.array([[30, 400, 300]]), np.array([[10, 250, 250]] * 99)
-    corners = [sampling.corner(rng, **BHSD, foreground=(rare, common, rare[:0])) for _ in range(400)]
+    corners = [
+        sampling.corner(rng, **BHSD, foreground=(rare, common, rare[:0])) for _ in range(400)
+    ]
     assert set(corners) == {(20, 212, 112), (0, 62, 62)}, "lower corner clamped, upper not"
     share = np.mean([corner[0] == 20 for corner in corners])
     assert 0.4 < share < 0.6, "classes count, not voxels"

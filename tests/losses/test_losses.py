@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bhsd_jax import losses
 from bhsd_jax.losses import DiceCE
 
@@ -124,4 +125,6 @@ def test_a_perfect_answer_costs_minus_one():
 
 def test_uniform_logits_cost_log_k():
     label = jnp.zeros((1, 1, 2, 2), jnp.int32)
-    assert float(losses.cross_entropy(jnp.zeros((1, 1, 2, 2, 6)), label)) == pytest.approx(np.log(6))
+    assert float(losses.cross_entropy(jnp.zeros((1, 1, 2, 2, 6)), label)) == pytest.approx(
+        np.log(6)
+    )

@@ -5,12 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
+from toy import make_batch, make_parts
+
 from bhsd_jax.objectives.cps import CrossPseudoSupervision
 from bhsd_jax.objectives.supervised import Supervised
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.checkpoint import Checkpoints, load_networks, save_networks
 from bhsd_jax.train.step import init_state
-from toy import make_batch, make_parts
 
 EXTRA = {"config": {"seed": 1, "patch": (1, 2)}, "plan": {"dataset": "toy"}}
 
@@ -28,7 +29,9 @@ def abstract(state, sharding=None):
 
 def bits(tree):
     plain = jax.tree.map(
-        lambda x: jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
+        lambda x: (
+            jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        ),
         tree,
     )
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(plain)]

@@ -3,12 +3,20 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bhsd_jax.train.optimizer import clip_each, make_optimizer, make_schedule
 
 
 def test_the_poly_schedule_gives_nnunets_rates():
     rate = make_schedule("poly", lr=0.01, steps=250_000, hold=250)
-    epochs = {0: 0.01, 1: 0.0099910, 50: 0.00954885, 500: 0.00535887, 990: 1.58489e-4, 999: 1.99526e-5}
+    epochs = {
+        0: 0.01,
+        1: 0.0099910,
+        50: 0.00954885,
+        500: 0.00535887,
+        990: 1.58489e-4,
+        999: 1.99526e-5,
+    }
     for epoch, want in epochs.items():
         for step in (250 * epoch, 250 * epoch + 249):
             assert float(rate(step)) == pytest.approx(want, rel=2e-5)

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy import make_batch, make_parts
+
 from bhsd_jax.objectives.cps import CrossPseudoSupervision
 from bhsd_jax.objectives.supervised import Supervised
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import init_state, make_train_step, moving_average
-from toy import make_batch, make_parts
 
 
 def start(parts, batch, key):

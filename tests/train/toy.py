@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
 from bhsd_jax.losses import DiceCE
 from bhsd_jax.train.optimizer import make_optimizer, make_schedule
 from bhsd_jax.train.step import Parts

@@ -1,0 +1,231 @@
+"""Who trains, who validates, who is tested, and whose masks are used: a pure function of a seed."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Protocol
+
+import numpy as np
+
+FOLDS = 5
+_SPLITS = ("train", "val", "test", "unlabeled")
+
+
+class Row(Protocol):
+    """What has to be known of a case to give it a role."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def patient(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def has_label(self) -> bool: ...
+    @property
+    def bleeding(self) -> bool | None: ...
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Ids by use, each sorted; no patient of `val` or `test` is in `train` or `unlabeled`."""
+
+    train: tuple[str, ...]  # image and mask
+    unlabeled: tuple[str, ...]  # image only, whether or not a mask exists
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def kfold(
+    ids: Iterable[str],
+    *,
+    folds: int = FOLDS,
+    seed: int = 12345,
+    patients: Mapping[str, str] | None = None,
+) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Splits ids into training and validation part, `folds` times, as nnU-Net does.
+
+    The order in which ids come in does not matter. With `patients` (id to patient), all scans of a
+    patient go to the fold of the one whose id sorts first; where every patient has one scan, that
+    changes nothing.
+
+    Raises:
+        ValueError: If there are fewer ids than folds, or an id twice.
+
+    Source: nnU-Net v2.8.1, which calls `sklearn.model_selection.KFold(5, shuffle=True,
+    random_state=12345)` on the sorted ids (scikit-learn 1.9).
+    """
+    names = _distinct(ids)
+    if not 2 <= folds <= len(names):
+        raise ValueError(
+            f"kfold: {folds} folds of {len(names)} labeled cases; needs 2 folds or more and at "
+            "least one case per fold (config.split.fold = -1 trains without a validation part)"
+        )
+    # The legacy generator, because scikit-learn uses it.
+    order = np.random.RandomState(seed).permutation(len(names))
+    fold_of = np.empty(len(names), dtype=int)
+    for fold, members in enumerate(np.array_split(order, folds)):
+        fold_of[members] = fold
+    if patients is not None:
+        first: dict[str, int] = {}
+        for index, name in enumerate(names):
+            fold_of[index] = first.setdefault(patients[name], int(fold_of[index]))
+    return [
+        (
+            tuple(name for name, own in zip(names, fold_of, strict=True) if own != fold),
+            tuple(name for name, own in zip(names, fold_of, strict=True) if own == fold),
+        )
+        for fold in range(folds)
+    ]
+
+
+def labeled_subset(
+    ids: Iterable[str], amount: int | float | None, seed: int = 0
+) -> tuple[str, ...]:
+    """Draws `amount` of the ids; of two draws with one seed, the larger holds the smaller.
+
+    Args:
+        ids: In any order; the result is sorted.
+        amount: A whole number counts, a fraction in (0, 1] is a share (rounded, at least one id);
+            None takes all. Note 1 is one id and 1.0 is all of them.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: If the amount is not positive, above what there is, or neither of the two kinds.
+    """
+    names = _distinct(ids)
+    if amount is None:
+        return names
+    if isinstance(amount, Integral) and not isinstance(amount, bool):
+        count = int(amount)
+    elif isinstance(amount, float) and 0 < amount <= 1:
+        count = max(1, round(amount * len(names)))
+    else:
+        raise ValueError(
+            f"labeled_subset: amount is a count, a fraction in (0, 1], or None; got {amount!r}"
+        )
+    if not 0 < count <= len(names):
+        raise ValueError(f"labeled_subset: {amount} of {len(names)} cases cannot be drawn")
+    return _draw(names, count, (seed,))
+
+
+def roles(
+    rows: Sequence[Row],
+    *,
+    fold: int,
+    labeled: int | float | None,
+    seed: int,
+    bleeding: int | None = None,
+    nonbleeding: int | None = None,
+) -> tuple[Roles, list[str]]:
+    """Gives every case its use; says in words what could not be done as asked.
+
+    Cases marked "val" are the validation part, and `fold` is then ignored; without any, it is that
+    fold of the labeled training cases (-1: none). `labeled` of the others train; the images of the
+    rest join the unlabeled ones, as do training cases without a mask. Of the cases marked
+    "unlabeled", `bleeding` and `nonbleeding` say how many known as such to take, None all; those
+    of which it is not known are taken only while `bleeding` is None. All draws are nested.
+
+    Raises:
+        ValueError: If an id comes twice, a split or the fold is not known, or `labeled` or a count
+            cannot be drawn.
+    """
+    _check(rows, fold, {"bleeding": bleeding, "nonbleeding": nonbleeding})
+    notes: list[str] = []
+    patient = {row.id: row.patient for row in rows}
+    test = tuple(sorted(row.id for row in rows if row.split == "test"))
+    trainable = [row.id for row in rows if row.split == "train" and row.has_label]
+    val = _validation(rows, trainable, fold, patient, notes)
+    held_out = {patient[name] for name in (*val, *test)}
+    trainable = _without(held_out, set(trainable) - set(val), patient, "training", notes)
+    train = labeled_subset(trainable, labeled, seed)
+    unmasked = {row.id for row in rows if row.split == "train" and not row.has_label}
+    spare = {row.id for row in rows if row.split == "unlabeled"}
+    spare = set(_without(held_out, spare, patient, "unlabeled", notes))
+    unmasked = set(_without(held_out, unmasked, patient, "unmasked training", notes))
+    taken = _by_bleeding([row for row in rows if row.id in spare], bleeding, nonbleeding, seed)
+    for word, asked, got in taken.short:
+        notes.append(f"asked for {asked} unlabeled {word} cases, took all {got} there are")
+    unlabeled = (set(trainable) - set(train)) | unmasked | taken.ids
+    return Roles(train, tuple(sorted(unlabeled)), val, test), notes
+
+
+def _validation(
+    rows: Sequence[Row],
+    trainable: list[str],
+    fold: int,
+    patient: Mapping[str, str],
+    notes: list[str],
+) -> tuple[str, ...]:
+    marked = [row for row in rows if row.split == "val"]
+    if marked:
+        val = sorted(row.id for row in marked if row.has_label)
+        if len(val) < len(marked):
+            notes.append(f"left out {len(marked) - len(val)} validation cases without a mask")
+        return tuple(val)
+    if fold < 0 or not trainable:
+        return ()
+    return kfold(trainable, patients=patient)[fold][1]
+
+
+def _without(
+    held_out: set[str], ids: set[str], patient: Mapping[str, str], use: str, notes: list[str]
+) -> tuple[str, ...]:
+    kept = tuple(sorted(name for name in ids if patient[name] not in held_out))
+    if len(kept) < len(ids):
+        gone = sorted(ids - set(kept))
+        notes.append(
+            f"dropped {len(gone)} {use} cases whose patient is validated or tested on: "
+            + ", ".join(gone[:5])
+            + (" ..." if len(gone) > 5 else "")
+        )
+    return kept
+
+
+@dataclass(frozen=True)
+class _Taken:
+    ids: set[str]
+    short: list[tuple[str, int, int]]  # of what, asked, got
+
+
+def _by_bleeding(
+    rows: Sequence[Row], bleeding: int | None, nonbleeding: int | None, seed: int
+) -> _Taken:
+    ids = {row.id for row in rows if row.bleeding is None and bleeding is None}
+    short = []
+    for stream, word, known, asked in (
+        (1, "bleeding", True, bleeding),
+        (2, "non-bleeding", False, nonbleeding),
+    ):
+        there = tuple(sorted(row.id for row in rows if row.bleeding is known))
+        if asked is not None and asked > len(there):
+            short.append((word, asked, len(there)))
+        count = len(there) if asked is None else min(asked, len(there))
+        ids.update(_draw(there, count, (seed, stream)))
+    return _Taken(ids, short)
+
+
+def _draw(names: tuple[str, ...], count: int, seed: tuple[int, ...]) -> tuple[str, ...]:
+    order = np.random.default_rng(seed).permutation(len(names))
+    return tuple(sorted(names[index] for index in order[:count]))
+
+
+def _distinct(ids: Iterable[str]) -> tuple[str, ...]:
+    names = sorted(ids)
+    twice = sorted({a for a, b in itertools.pairwise(names) if a == b})
+    if twice:
+        raise ValueError(f"splits: ids must be distinct; twice or more: {', '.join(twice[:5])}")
+    return tuple(names)
+
+
+def _check(rows: Sequence[Row], fold: int, counts: Mapping[str, int | None]) -> None:
+    _distinct(row.id for row in rows)
+    unknown = sorted({row.split for row in rows} - set(_SPLITS))
+    if unknown:
+        raise ValueError(f"roles: split is one of {', '.join(_SPLITS)}; got {', '.join(unknown)}")
+    if fold not in range(-1, FOLDS):
+        raise ValueError(f"roles: fold is -1 (none) to {FOLDS - 1}; got {fold}")
+    for name, count in counts.items():
+        if count is not None and count < 0:
+            raise ValueError(f"roles: {name} is a count or None; got {count}")

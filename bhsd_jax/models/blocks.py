@@ -1,0 +1,107 @@
+"""Parts that more than one backbone is built from."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from bhsd_jax.models.conv import Conv, Triple
+
+
+class InstanceNorm(nn.Module):
+    """Normalizes every sample and channel by its own mean and variance over D, H, W.
+
+    Statistics are float32 and the variance is biased (divided by n), found in a second pass over
+    centered values: E[x^2] - E[x]^2 loses all digits where the mean is large. There are no running
+    statistics: training and inference are one function. A single voxel becomes the bias.
+
+    Source: Ulyanov et al. 2016, arXiv:1607.08022; PyTorch `InstanceNorm3d`.
+    """
+
+    epsilon: float = 1e-5
+    affine: bool = True  # learned scale and bias; PyTorch's own default is False
+    dtype: DTypeLike = jnp.float32  # of the result
+    scale_init: Callable[..., Any] = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B D H W C"]) -> Float[Array, "B D H W C"]:
+        normal = standardize(image, self.epsilon)
+        if self.affine:
+            channels = (image.shape[-1],)
+            scale = self.param("scale", self.scale_init, channels)
+            normal = normal * scale + self.param("bias", nn.initializers.zeros, channels)
+        return normal.astype(self.dtype)
+
+
+class ConvUnit(nn.Module):
+    """Convolution, instance normalization, leaky ReLU."""
+
+    features: int
+    kernel: Triple = (3, 3, 3)
+    strides: Triple = (1, 1, 1)
+    use_bias: bool = True
+    epsilon: float = 1e-5
+    affine: bool = True
+    slope: float | None = 0.01  # below zero; None: no activation
+    dtype: DTypeLike = jnp.float32
+    scale_init: Callable[..., Any] = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B D H W C"]) -> Float[Array, "B d h w F"]:
+        out = Conv(
+            self.features, self.kernel, self.strides, self.use_bias, self.dtype, name="conv"
+        )(image)
+        out = InstanceNorm(self.epsilon, self.affine, self.dtype, self.scale_init, name="norm")(out)
+        return out if self.slope is None else nn.leaky_relu(out, self.slope)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def standardize(image: Float[Array, "B D H W C"], epsilon: float) -> Float[Array, "B D H W C"]:
+    """Zero mean and unit variance over D, H, W, in float32.
+
+    Its own gradient keeps the image and two numbers per channel; the derived one would keep
+    three float32 copies.
+    """
+    return _standardize(image, epsilon)[0]
+
+
+def _standardize(image: Array, epsilon: float):
+    wide = image.astype(jnp.float32)
+    mean = wide.mean((1, 2, 3), keepdims=True)
+    variance = jnp.square(wide - mean).mean((1, 2, 3), keepdims=True)
+    scale = lax.rsqrt(variance + epsilon)
+    return (wide - mean) * scale, (image, mean, scale)
+
+
+def _standardize_grad(epsilon: float, residuals: tuple[Array, Array, Array], grad: Array):
+    image, mean, scale = residuals
+    normal = (image.astype(jnp.float32) - mean) * scale
+    # The result ignores shifts and (but for epsilon) scalings of the image, so the gradient loses
+    # its components along the constant and along the result itself.
+    shift = grad.mean((1, 2, 3), keepdims=True)
+    along = (grad * normal).mean((1, 2, 3), keepdims=True)
+    return ((scale * (grad - shift - normal * along)).astype(image.dtype),)
+
+
+standardize.defvjp(_standardize, _standardize_grad)
+
+
+def require_patch(model: str, patch: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """Refuses a patch that the network cannot halve as often as it wants.
+
+    Raises:
+        ValueError: If an axis is no positive multiple of its stride; names the nearest that is.
+    """
+    if all(n > 0 and n % s == 0 for n, s in zip(patch, stride, strict=True)):
+        return
+    nearest = tuple(max(1, (2 * n + s) // (2 * s)) * s for n, s in zip(patch, stride, strict=True))
+    raise ValueError(
+        f"{model}: patch {tuple(patch)} must be a multiple of {tuple(stride)} (D, H, W);"
+        f" nearest is {nearest}"
+    )

@@ -1,0 +1,193 @@
+"""Pictures of a run: training curves, volume agreement, overlays. Needs the extra `report`."""
+
+import base64
+import importlib.util
+import io
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+REFERENCE, PREDICTION = "#19d3f3", "#ff9f1c"  # told apart with any color vision, seen on gray
+_INK, _FAINT = "#1f2933", "#9aa5b1"
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One scan with the reference and the predicted mask of one class."""
+
+    image: np.ndarray  # [D H W] HU or intensity, canonical: as a radiologist looks at slices
+    reference: np.ndarray  # bool [D H W]
+    predicted: np.ndarray  # bool [D H W]
+    spacing_mm: tuple[float, float, float]
+    window: tuple[float, float]  # intensity shown black, white
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_progress(metrics: Path, out: Path) -> None:
+    """Writes the three panels nnU-Net users know: losses and Dice, seconds a step, learning rate.
+
+    Without matplotlib nothing is drawn, and the log says how to get it.
+    """
+    if not available():
+        logger.info("no %s: install the extra `report` for pictures", out.name)
+        return
+    records = read_metrics(metrics)
+    if records:
+        temporary = out.with_name(f".{out.name}")
+        temporary.write_bytes(progress_png(records))
+        temporary.replace(out)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a `metrics.jsonl`, or nothing if there is none."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def progress_png(records: Sequence[dict[str, Any]]) -> bytes:
+    """Training curves as a PNG."""
+    plt = _pyplot()
+    figure, (top, middle, bottom) = plt.subplots(
+        3, 1, figsize=(9, 8), sharex=True, height_ratios=(3, 1, 1), layout="constrained"
+    )
+    dice = top.twinx()
+    top.plot(*_series(records, "train/loss"), color=_INK, lw=1.2)
+    names = sorted({k for r in records for k in r if k.startswith("val/dice/")})
+    for index, key in enumerate(names):
+        label = key.removeprefix("val/dice/")
+        width = 2.2 if label == "mean" else 1.0
+        dice.plot(
+            *_series(records, key), color=f"C{index}", lw=width, marker="o", ms=3, label=label
+        )
+    top.set_ylabel("loss")
+    dice.set_ylabel("validation Dice")
+    dice.set_ylim(0, 1)
+    if names:
+        dice.legend(loc="upper center", ncols=len(names), fontsize=8, frameon=False)
+    middle.plot(*_series(records, "time/step_s"), color=_INK, lw=1)
+    middle.set_ylabel("s per step")
+    middle.set_ylim(bottom=0)
+    bottom.plot(*_series(records, "train/lr"), color=_INK, lw=1)
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("step")
+    return _png(figure)
+
+
+def agreement_png(volumes: dict[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
+    """Predicted against reference volume in mL, one panel per class; both axes symlog."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        1,
+        len(volumes),
+        figsize=(3.1 * len(volumes), 3.3),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (name, (reference, predicted)) in zip(axes[0], volumes.items(), strict=True):
+        top = 1.3 * max(1.0, *reference, *predicted)
+        axis.plot([0, top], [0, top], color=_FAINT, lw=1, zorder=0)
+        axis.scatter(reference, predicted, s=22, color=PREDICTION, edgecolor=_INK, lw=0.5)
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_xlim(-0.1, top)
+        axis.set_ylim(-0.1, top)
+        axis.set_aspect("equal")
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("reference (mL)")
+    axes[0][0].set_ylabel("predicted (mL)")
+    return _png(figure)
+
+
+def overlay_png(case: Overlay, *, slices: int = 3) -> bytes:
+    """The plain slice with most of the lesion, then it and its neighbors with both contours."""
+    plt = _pyplot()
+    chosen = choose_slices(case.reference, case.predicted, slices)
+    middle = chosen[len(chosen) // 2]
+    rows, columns = _crop(case)
+    height, width = case.spacing_mm[1], case.spacing_mm[2]
+    figure, axes = plt.subplots(
+        1, slices + 1, figsize=(2.5 * (slices + 1), 2.9), facecolor="black", layout="constrained"
+    )
+    for axis, index, drawn in zip(axes, [middle, *chosen], [False] + [True] * slices, strict=True):
+        axis.imshow(
+            case.image[index, rows, columns],
+            cmap="gray",
+            vmin=case.window[0],
+            vmax=case.window[1],
+            aspect=height / width,
+            interpolation="bilinear",
+        )
+        for mask, color in ((case.reference, REFERENCE), (case.predicted, PREDICTION)):
+            part = mask[index, rows, columns]
+            if drawn and part.any():
+                axis.contour(part.astype(float), [0.5], colors=color, linewidths=1.3)
+        axis.set_title(f"slice {index + 1} of {len(case.image)}", color="white", fontsize=8)
+        axis.axis("off")
+    return _png(figure)
+
+
+def choose_slices(reference: np.ndarray, predicted: np.ndarray, count: int) -> list[int]:
+    """Evenly spread over where the lesion is, the slice with most of it in the middle.
+
+    Where the reference is empty the prediction decides; where both are, the middle of the scan.
+    """
+    area = (reference if reference.any() else predicted).sum((1, 2))
+    middle = int(area.argmax()) if area.any() else len(area) // 2
+    touched = np.flatnonzero(area)
+    reach = max(1, len(touched) // (count + 1)) if len(touched) else 1
+    first = middle - reach * (count // 2)
+    first = min(max(first, 0), max(len(area) - 1 - reach * (count - 1), 0))
+    return [min(first + reach * i, len(area) - 1) for i in range(count)]
+
+
+def data_uri(png: bytes) -> str:
+    """The picture as text for the `src` of an image, so that a page needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _crop(case: Overlay) -> tuple[slice, slice]:
+    """Rows and columns of the head: what is brighter than the window's black, and all masks."""
+    shown = (case.image > case.window[0]).mean(0) > 0.1
+    shown |= (case.reference | case.predicted).any(0)
+    box = []
+    for axis, size in ((1, shown.shape[0]), (0, shown.shape[1])):
+        found = np.flatnonzero(shown.any(axis))
+        box.append(slice(found[0], found[-1] + 1) if len(found) else slice(0, size))
+    return box[0], box[1]
+
+
+def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
+    finite = [(step, value) for step, value in found if math.isfinite(value)]
+    return [step for step, _ in finite], [value for _, value in finite]
+
+
+def _pyplot() -> Any:
+    if not available():
+        raise ValueError("pictures need matplotlib: install the extra, bhsd-jax[report]")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, facecolor=figure.get_facecolor())
+    _pyplot().close(figure)
+    return buffer.getvalue()

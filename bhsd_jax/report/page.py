@@ -1,0 +1,113 @@
+"""The report of a run as one self-contained HTML page, and as Markdown."""
+
+import html
+from dataclasses import dataclass, field
+
+from bhsd_jax.report.figures import data_uri
+from bhsd_jax.report.tables import Table
+
+NOTICE = (
+    "Research use only. Not a medical device; not for diagnosis, triage or treatment. "
+    "Known weak spots: thin subdural, epidural and subarachnoid bleeds, and false alarms in scans "
+    "without hemorrhage."
+)
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1f2933; --soft: #52606d; --line: #d9e2ec; --warn: #fff4e5; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); margin: 2rem auto;
+  max-width: 62rem; padding: 0 1rem; }
+h1 { line-height: 1.2; margin-bottom: .2rem } h2 { margin-top: 2.4rem }
+.notice { background: var(--warn); border-left: 4px solid #f0a020; padding: .6rem 1rem; }
+.lead { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.2rem 0 }
+.figure { border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem; min-width: 11rem }
+.figure b { display: block; font-size: 1.8rem; line-height: 1.2 }
+.figure span { color: var(--soft); font-size: .9rem }
+table { border-collapse: collapse; margin: .8rem 0; font-size: .92rem;
+  font-variant-numeric: tabular-nums }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right }
+th:first-child, td:first-child { text-align: left } th { vertical-align: bottom }
+.wide { overflow-x: auto } img { max-width: 100%; height: auto }
+figure { margin: 1.2rem 0 } figcaption, .note { color: var(--soft); font-size: .9rem }
+.key { display: inline-block; width: 1.1em; height: .35em; margin: 0 .3em .2em 0 }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, then sentences, tables and pictures in the order given."""
+
+    title: str
+    parts: tuple["str | Table | Picture", ...] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with what there is to see in it."""
+
+    png: bytes
+    caption: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a report says."""
+
+    title: str
+    subtitle: str
+    headline: tuple[tuple[str, str], ...]  # big number, what it is
+    sections: tuple[Section, ...] = field(default=())
+    footer: str = ""
+
+    def to_html(self) -> str:
+        """One file without scripts, links or other files."""
+        figures = "".join(
+            f'<div class="figure"><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>'
+            for value, what in self.headline
+        )
+        sections = "".join(
+            f"<h2>{html.escape(section.title)}</h2>" + "".join(map(_html, section.parts))
+            for section in self.sections
+        )
+        return (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head><body>"
+            f'<h1>{html.escape(self.title)}</h1><p class="note">{html.escape(self.subtitle)}</p>'
+            f'<p class="notice">{html.escape(NOTICE)}</p><div class="lead">{figures}</div>'
+            f'{sections}<p class="note">{html.escape(self.footer)}</p></body></html>\n'
+        )
+
+    def to_markdown(self) -> str:
+        """The words and tables; pictures are named by their captions."""
+        lines = [f"# {self.title}", self.subtitle, f"> {NOTICE}"]
+        lines.append("\n".join(f"- **{value}** {what}" for value, what in self.headline))
+        for section in self.sections:
+            lines.append(f"## {section.title}")
+            lines.extend(_markdown(part) for part in section.parts)
+        return "\n\n".join([*lines, self.footer]) + "\n"
+
+
+def _html(part: "str | Table | Picture") -> str:
+    if isinstance(part, Table):
+        return f'<div class="wide">{part.to_html()}</div>'
+    if isinstance(part, Picture):
+        caption = html.escape(part.caption)
+        image = f'<img alt="{caption}" src="{data_uri(part.png)}">'
+        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    return f"<p>{_keys(html.escape(part))}</p>"
+
+
+def _keys(text: str) -> str:
+    """Turns [#19d3f3] into a stroke of that color."""
+    pieces = text.split("[#")
+    out = pieces[0]
+    for piece in pieces[1:]:
+        color, _, rest = piece.partition("]")
+        out += f'<span class="key" style="background:#{color}"></span>{rest}'
+    return out
+
+
+def _markdown(part: "str | Table | Picture") -> str:
+    if isinstance(part, Table):
+        return part.to_markdown()
+    return f"*{part.caption}*" if isinstance(part, Picture) else part

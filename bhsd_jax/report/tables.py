@@ -1,0 +1,108 @@
+"""Tables of a run, once as rows and then as HTML or Markdown."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CONVENTIONS = {  # key in summary.json -> column title, what it means
+    "nnunet": ("Dice, nnU-Net rule", "empty in both: left out; only in the reference empty: 0"),
+    "present": ("where present", "only scans whose reference has the class"),
+    "pooled": ("pooled", "one count over all scans; large lesions dominate"),
+    "both-empty=1": ("both empty = 1", "a scan correctly left empty counts as 1"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column titles and rows of text; the first column is a name, the others are numbers."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def to_html(self) -> str:
+        """A `<table>`; every text is escaped."""
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def to_markdown(self) -> str:
+        """A pipe table."""
+        lines = [self.columns, ("---",) + ("---:",) * (len(self.columns) - 1), *self.rows]
+        return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Fixed digits; what is not defined says so in words, never as NaN."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "n/a"
+    if isinstance(value, float) and math.isinf(value):
+        return "missed"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def dice_table(summary: Mapping[str, Any]) -> Table:
+    """Dice by class under every convention, with counts and the 95 % interval of the headline."""
+    conventions = summary["conventions"]
+    rows = []
+    for name in [*summary["classes"], "mean"]:
+        found = {key: conventions[key].get(name, {}) for key in CONVENTIONS if key in conventions}
+        head = found.get("nnunet", {})
+        rows.append(
+            (
+                "mean of classes" if name == "mean" else name,
+                number(head.get("dice")),
+                _interval(head),
+                *(number(found[key].get("dice")) for key in found if key != "nnunet"),
+                number(head.get("n_present")),
+                number(head.get("n_false_positive")),
+            )
+        )
+    titles = tuple(CONVENTIONS[k][0] for k in CONVENTIONS if k in conventions and k != "nnunet")
+    columns = ("class", CONVENTIONS["nnunet"][0], "95 % interval", *titles, "scans with it")
+    return Table((*columns, "falsely found in"), tuple(rows))
+
+
+def metrics_table(summary: Mapping[str, Any], columns: Mapping[str, str]) -> Table:
+    """Further measures by class; `columns` maps a key of `summary["metrics"]` to its title."""
+    rows = tuple(
+        (name, *(number(values.get(key)) for key in columns))
+        for name, values in summary["metrics"].items()
+    )
+    return Table(("class", *columns.values()), rows)
+
+
+def cases_table(rows: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> Table:
+    """Every scan and class that is in the reference or was predicted."""
+    shown = [row for row in rows if float(row["voxels_ref"]) or float(row["voxels_pred"])]
+    keys = ("dice", "hd95_mm", "nsd", "volume_ref_ml", "volume_pred_ml")
+    body = tuple(
+        (
+            names[row["case"]],
+            row["class"],
+            *(number(float(row[key]), 1 if key.endswith(("_ml", "_mm")) else 3) for key in keys),
+        )
+        for row in sorted(shown, key=lambda row: (row["class"], -_sortable(row["dice"])))
+    )
+    titles = ("Dice", "HD95 (mm)", "surface Dice", "reference (mL)", "predicted (mL)")
+    return Table(("scan", "class", *titles), body)
+
+
+def _interval(values: Mapping[str, Any]) -> str:
+    low, high = values.get("low"), values.get("high")
+    if low is None or high is None or math.isnan(low):
+        return "n/a"
+    return f"{low:.3f} to {high:.3f}"
+
+
+def _sortable(text: str) -> float:
+    value = float(text)
+    return -1.0 if math.isnan(value) else value
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,159 @@
+"""From a config to the parts of a train step, and every check that comes before compiling it."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bhsd_jax.augment.chain import IntensityChain, SpatialChain
+from bhsd_jax.build import build, find
+from bhsd_jax.datasets.splits import Roles
+from bhsd_jax.input.pipeline import Cut
+from bhsd_jax.losses import DiceCE
+from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train.optimizer import make_optimizer, make_schedule
+from bhsd_jax.train.step import Parts, init_state
+from bhsd_jax.types import Batch, TrainState
+from bhsd_jax.verbs import setup
+from bhsd_jax.volume import Plan
+
+_TIMING = ("lr", "schedule", "power", "warmup", "hold")  # of the optimizer spec: the schedule's
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that is static about a training."""
+
+    parts: Parts
+    cut: Cut
+    raw_type: Any  # of the images in the shards: int16 HU, or float32
+    channels: int  # of the network's input
+    labeled: int  # patches per step, all devices together
+    unlabeled: int
+
+    def abstract_batch(self) -> Batch:
+        """Shapes and types of a batch as the input delivers it."""
+
+        def rows(count: int, kind: Any, *channel: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count, *self.cut.source, *channel), kind)
+
+        return Batch(
+            image=rows(self.labeled, self.raw_type, 1),
+            label=rows(self.labeled, jnp.int8),
+            unlabeled=rows(self.unlabeled, self.raw_type, 1) if self.unlabeled else None,
+        )
+
+    def init(self, key: jax.Array) -> TrainState:
+        """State at step 0; to be jitted."""
+        return init_state(self.parts, jnp.zeros((1, *self.cut.patch, self.channels)), key)
+
+
+def make_recipe(config: ConfigDict, plan: Plan) -> Recipe:
+    """Model, objective, optimizer, augmentation and batch as config and plan name them."""
+    objective = setup.objective(config)
+    normalization = setup.normalization(config, plan)
+    spatial, intensity = make_chains(config, plan)
+    schedule, optimizer = _optimizer(config, parts=bool(objective.twins))
+    loss = config.loss.to_dict()
+    if loss["batch_dice"] is None:
+        loss["batch_dice"] = plan.network.batch_dice
+    parts = Parts(
+        model=setup.model(config, plan),
+        objective=objective,
+        optimizer=optimizer,
+        schedule=schedule,
+        segmentation=DiceCE(**loss),
+        augment=make_augment(normalization, spatial, intensity),
+        view=intensity,
+        steps=config.train.steps,
+    )
+    cut = Cut(
+        patch=spatial.patch,
+        source=spatial.source_patch,
+        fill=normalization.pad_value(config.input.pad),
+        foreground=config.input.foreground,
+        binary=config.split.binary,
+    )
+    return Recipe(
+        parts=parts,
+        cut=cut,
+        raw_type=jnp.int16 if plan.modality == "ct" else jnp.float32,
+        channels=normalization.channels,
+        labeled=config.input.labeled or plan.network.batch,
+        unlabeled=config.input.unlabeled,
+    )
+
+
+def make_chains(config: ConfigDict, plan: Plan) -> tuple[SpatialChain, IntensityChain]:
+    """The augmentations; one patch at a time on a lone CPU, all at once elsewhere."""
+    sequential = jax.default_backend() == "cpu" and jax.device_count() == 1
+    fill = setup.normalization(config, plan).fill(config.input.pad)
+
+    def ops(specs: Any) -> tuple[Any, ...]:
+        made = []
+        for spec in specs:
+            accepted = inspect.signature(find("bhsd_jax.augment", spec["name"])).parameters
+            extra = {"fill": fill} if "fill" in accepted else {}
+            made.append(build("bhsd_jax.augment", dict(spec), **extra))
+        return tuple(made)
+
+    return (
+        SpatialChain(ops(config.augment.spatial), setup.patch(config, plan), sequential),
+        IntensityChain(ops(config.augment.intensity), sequential),
+    )
+
+
+def make_augment(
+    normalize: Callable[[Any], Any], spatial: SpatialChain, intensity: IntensityChain
+) -> Callable[[Any, Batch], Batch]:
+    """Raw batch to patches: the labeled ones complete, the unlabeled without intensity changes."""
+
+    def augment(key: jax.Array, batch: Batch) -> Batch:
+        spatial_key, intensity_key, free_key = jax.random.split(key, 3)
+        image, label = spatial(spatial_key, normalize(batch.image), batch.label)
+        image = intensity(intensity_key, image)
+        free = batch.unlabeled
+        if free is not None:
+            free, _ = spatial(free_key, normalize(free), None)
+        return Batch(image, label, free)
+
+    return augment
+
+
+def require_matching(config: ConfigDict, recipe: Recipe, roles: Roles, mesh: Mesh) -> None:
+    """Refuses what does not fit, before the first compilation.
+
+    Raises:
+        ValueError: Says which fields, what they are, and what to change.
+    """
+    wants = recipe.parts.objective.uses_unlabeled
+    if not roles.train:
+        raise ValueError("split: no labeled training case is left; look at split and data")
+    if wants and not (recipe.unlabeled and roles.unlabeled):
+        raise ValueError(
+            f"objective {config.objective.name} needs unlabeled patches: input.unlabeled is "
+            f"{recipe.unlabeled} and {len(roles.unlabeled)} scans are unlabeled; raise the first, "
+            "or set split.labeled so that some masks are left out"
+        )
+    if recipe.unlabeled and not wants:
+        raise ValueError(
+            f"objective {config.objective.name} uses no unlabeled patches; set input.unlabeled=0"
+        )
+    for field in ("steps", "log_every", "validate_every", "save_every"):
+        if config.train[field] < 1:
+            raise ValueError(f"train.{field} must be at least 1; got {config.train[field]}")
+    meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, recipe.cut.source[1])
+    # A patch the model cannot take is refused by the model, here.
+    jax.eval_shape(recipe.init, jax.random.key(0))
+
+
+def _optimizer(config: ConfigDict, *, parts: bool) -> tuple[Any, Any]:
+    spec = {k: v for k, v in config.optimizer.items() if v is not None}
+    timing = {k: spec.pop(k) for k in _TIMING if k in spec}
+    schedule = make_schedule(timing.pop("schedule"), steps=config.train.steps, **timing)
+    return schedule, make_optimizer(spec.pop("name"), schedule, parts=parts, **spec)

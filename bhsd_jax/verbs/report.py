@@ -1,0 +1,264 @@
+"""`report`: one page from the files of a run, for a reader who has never seen the code."""
+
+import csv
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from bhsd_jax import __version__
+from bhsd_jax.ct import geometry, hu, nifti
+from bhsd_jax.report import figures
+from bhsd_jax.report.page import Page, Picture, Section
+from bhsd_jax.report.tables import (
+    CONVENTIONS,
+    Table,
+    cases_table,
+    dice_table,
+    metrics_table,
+    number,
+)
+from bhsd_jax.verbs import setup
+from bhsd_jax.volume import Case, Plan
+
+logger = logging.getLogger(__name__)
+
+_BRAIN = (0.0, 80.0)  # HU shown black and white: the usual brain window, level 40 width 80
+_MEASURES = {
+    "hd95_mm_median": "HD95, median (mm)",
+    "nsd_mean": "surface Dice",
+    "abs_volume_error_ml_mean": "volume error (mL)",
+    "lesion_sensitivity": "lesions found",
+    "lesion_precision": "of those drawn, real",
+}
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Writes report.html and report.md into the run folder.
+
+    Raises:
+        FileNotFoundError: If the run has not been evaluated.
+    """
+    summary = _read_json(workdir / "summary.json", "evaluate")
+    rows = _read_rows(workdir / "cases.csv")
+    plan = setup.load_plan(config, workdir)
+    names = _names(sorted({row["case"] for row in rows}), workdir, config.report.show_ids)
+    sections = [
+        _results(summary),
+        _overlays(config, workdir, plan, rows, names) if config.report.overlays else None,
+        _agreement(rows),
+        _training(workdir),
+        _comparison(config.report.compare, summary, config.name),
+        Section("Every scan", (cases_table(rows, names),)),
+        _methods(config, workdir, plan, summary),
+    ]
+    page = Page(
+        title=config.report.title or f"{plan.dataset}: {config.name}",
+        subtitle=_subtitle(config, workdir, summary),
+        headline=_headline(summary),
+        sections=tuple(section for section in sections if section is not None),
+        footer=f"Written by bhsd_jax {__version__}. Data license: {plan.license or 'not stated'}.",
+    )
+    for name, text in (("report.html", page.to_html()), ("report.md", page.to_markdown())):
+        temporary = workdir / f".{name}"
+        temporary.write_text(text)
+        temporary.replace(workdir / name)
+    logger.info("report: %s", workdir / "report.html")
+
+
+def _headline(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    binary, mean = summary["binary"], summary["conventions"]["nnunet"].get("mean", {})
+    found = [
+        (
+            number(binary["dice"]),
+            f"Dice of any hemorrhage or lesion, mean of {binary['n']} scans "
+            f"(95 % interval {number(binary['low'])} to {number(binary['high'])})",
+        )
+    ]
+    if len(summary["classes"]) > 1:
+        found.append((number(mean.get("dice")), "Dice by class, mean of the classes"))
+    baseline = summary.get("baseline")
+    if baseline:
+        low, high = baseline["band_hu"]
+        found.append(
+            (
+                number(baseline["dice"]),
+                f"Dice of the best plain threshold on the same scans ({low:.0f} to {high:.0f} HU)",
+            )
+        )
+    found.append((str(summary["n_cases"]), "scans the network never saw"))
+    return tuple(found)
+
+
+def _subtitle(config: ConfigDict, workdir: Path, summary: Mapping[str, Any]) -> str:
+    made = workdir / "predictions" / "predictions.json"
+    facts = json.loads(made.read_text()) if made.is_file() else {}
+    step = f", checkpoint of step {facts['step']}" if "step" in facts else ""
+    return (
+        f"Objective {config.objective.name}, backbone {config.model.name}, "
+        f"{config.train.steps} training steps{step}; {summary['n_cases']} scans scored."
+    )
+
+
+def _results(summary: Mapping[str, Any]) -> Section:
+    parts: list[Any] = [
+        "Dice measures overlap with the reference drawing: 1 is identical, 0 is disjoint. "
+        "The interval says how far the mean may move with other patients.",
+        dice_table(summary),
+        "Columns: " + "; ".join(f"{title}: {what}" for title, what in CONVENTIONS.values()) + ".",
+    ]
+    columns = {
+        k: v for k, v in _MEASURES.items() if any(k in m for m in summary["metrics"].values())
+    }
+    if columns:
+        parts += [
+            metrics_table(summary, columns),
+            "HD95 is the distance within which 95 % of the two surfaces lie of each other; surface "
+            f"Dice is the share of them within {summary['nsd_mm']} mm.",
+        ]
+    return Section("Results", tuple(parts))
+
+
+def _overlays(
+    config: ConfigDict,
+    workdir: Path,
+    plan: Plan,
+    rows: Sequence[Mapping[str, str]],
+    names: Mapping[str, str],
+) -> Section | None:
+    """The best, the median and the worst scan of every class."""
+    if not figures.available():
+        return None
+    cases = {case.id: case for case in setup.dataset(config, workdir).cases()}
+    folder = Path(config.evaluate.predictions or workdir / "predictions")
+    parts: list[Any] = [
+        f"[{figures.REFERENCE}] reference   [{figures.PREDICTION}] prediction. The first picture "
+        "of a row is the slice without contours. Slices are shown as in a reading room: the "
+        "patient's right is on the left, and slice 1 is the lowest."
+    ]
+    classes = setup.classes(config, plan)
+    for index, name in enumerate(classes[1:], start=1):
+        scored = [r for r in rows if r["class"] == name and float(r["voxels_ref"])]
+        scored.sort(key=lambda row: float(row["dice"]))
+        picks = {"worst": 0, "median": len(scored) // 2, "best": len(scored) - 1}
+        shown = {scored[i]["case"]: (word, scored[i]) for word, i in picks.items() if scored}
+        for word, row in reversed(shown.values()):
+            if cases[row["case"]].label is None:
+                continue
+            overlay = _overlay(cases[row["case"]], folder, plan, index, config.split.binary)
+            caption = (
+                f"{name}, {word} of {len(scored)}: scan {names[row['case']]}, "
+                f"Dice {number(float(row['dice']))}, reference "
+                f"{float(row['volume_ref_ml']):.1f} mL, predicted "
+                f"{float(row['volume_pred_ml']):.1f} mL"
+            )
+            parts.append(Picture(figures.overlay_png(overlay), caption))
+    return Section("What it looks like", tuple(parts))
+
+
+def _overlay(case: Case, folder: Path, plan: Plan, index: int, binary: bool) -> figures.Overlay:
+    scan = nifti.read(case.image)
+    masks = []
+    for path in (case.label, folder / f"{case.id}.nii.gz"):
+        label, _ = nifti.read_label(path, scan, num_classes=None)
+        masks.append(label.voxels > 0 if binary else label.voxels == index)
+    order, flip = geometry.canonical(scan.affine)
+    turned = tuple(slice(None, None, -1 if back else 1) for back in flip)
+    voxels = hu.repair(scan.voxels)[0] if plan.modality == "ct" else scan.voxels
+    image, reference, predicted = (a.transpose(order)[turned] for a in (voxels, *masks))
+    spacing = tuple(scan.spacing_mm[axis] for axis in order)
+    low, high = np.percentile(image, (2, 99.5))
+    window = _BRAIN if plan.modality == "ct" else (float(low), float(high))
+    return figures.Overlay(image, reference, predicted, spacing, window)  # pyright: ignore[reportArgumentType]
+
+
+def _agreement(rows: Sequence[Mapping[str, str]]) -> Section | None:
+    if not figures.available():
+        return None
+    volumes: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        pair = volumes.setdefault(row["class"], ([], []))
+        pair[0].append(float(row["volume_ref_ml"]))
+        pair[1].append(float(row["volume_pred_ml"]))
+    caption = "Each dot is a scan; on the line both volumes agree. Corrected for gantry tilt."
+    return Section("Volume", (Picture(figures.agreement_png(volumes), caption),))
+
+
+def _training(workdir: Path) -> Section | None:
+    records = figures.read_metrics(workdir / "metrics.jsonl")
+    if not records or not figures.available():
+        return None
+    picture = Picture(figures.progress_png(records), "Loss, validation Dice, speed, learning rate.")
+    return Section("Training", (picture,))
+
+
+def _comparison(folders: Sequence[str], summary: Mapping[str, Any], name: str) -> Section | None:
+    """This run beside others, by their own summaries."""
+    if not folders:
+        return None
+    runs = {name: summary} | {
+        Path(folder).name: _read_json(Path(folder) / "summary.json", "evaluate")
+        for folder in folders
+    }
+    rows = tuple(
+        (
+            run,
+            number(found["binary"]["dice"]),
+            number(found["conventions"]["nnunet"].get("mean", {}).get("dice")),
+            str(found["n_cases"]),
+        )
+        for run, found in runs.items()
+    )
+    return Section(
+        "Beside other runs", (Table(("run", "Dice, binary", "Dice, classes", "scans"), rows),)
+    )
+
+
+def _methods(config: ConfigDict, workdir: Path, plan: Plan, summary: Mapping[str, Any]) -> Section:
+    """What a reader needs to repeat it."""
+    d, h, w = plan.spacing_mm
+    facts = [
+        ("data set", f"{plan.dataset} ({plan.modality.upper()})"),
+        ("resampled to", f"{d:.3g} x {h:.3g} x {w:.3g} mm"),
+        ("patch", " x ".join(map(str, setup.patch(config, plan)))),
+        (
+            "labeled / unlabeled patches per step",
+            f"{config.input.labeled or plan.network.batch} / {config.input.unlabeled}",
+        ),
+        (
+            "optimizer",
+            f"{config.optimizer.name}, {config.optimizer.schedule} from {config.optimizer.lr}",
+        ),
+        ("intervals", f"{summary['bootstrap']} bootstrap resamples of patients"),
+        ("seed", str(config.seed)),
+    ]
+    notes = tuple(f"Note: {note}." for note in plan.notes)
+    return Section("How it was made", (Table(("", ""), tuple(facts)), *notes))
+
+
+def _names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str, str]:
+    """Salted short ids: a plain hash of a public list of ids can be reversed."""
+    if show_ids:
+        return {case: case for case in cases}
+    path = workdir / ".salt"
+    if not path.is_file():
+        path.write_text(secrets.token_hex(16))
+    salt = path.read_text()
+    return {c: hashlib.sha256((salt + c).encode()).hexdigest()[:8] for c in cases}
+
+
+def _read_json(path: Path, verb: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; run the verb `{verb}` first")
+    return json.loads(path.read_text())
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,233 @@
+"""`train`: fits a network to the shards, resuming if the run folder has a checkpoint."""
+
+import fcntl
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bhsd_jax.ct.shards import Shards
+from bhsd_jax.datasets.splits import Roles
+from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
+from bhsd_jax.report import figures
+from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train.checkpoint import Checkpoints
+from bhsd_jax.train.log import Log, heartbeat
+from bhsd_jax.train.loop import Every, Interrupted, fit
+from bhsd_jax.train.step import TrainStep, make_train_step
+from bhsd_jax.types import TrainState
+from bhsd_jax.verbs import setup
+from bhsd_jax.verbs.recipe import Recipe, make_recipe, require_matching
+from bhsd_jax.verbs.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+TRY_AGAIN = 75  # exit code of a run that was asked to stop and has saved (EX_TEMPFAIL)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Trains until `config.train.steps`.
+
+    Raises:
+        ValueError: Where config, plan and data do not fit each other; before anything is compiled.
+        FloatingPointError: If the loss is not finite.
+    """
+    meshes.start()
+    workdir.mkdir(parents=True, exist_ok=True)
+    with _alone(workdir):
+        _train(config, workdir)
+
+
+def _train(config: ConfigDict, workdir: Path) -> None:
+    mesh = meshes.make_mesh(**config.mesh)
+    shards = Shards(setup.shards_folder(config, workdir))
+    roles, notes = setup.roles(config, workdir)
+    for note in notes:
+        logger.warning("%s", note)
+    recipe = make_recipe(config, shards.plan)
+    require_matching(config, recipe, roles, mesh)
+    checkpoints = _open_run(config, shards, workdir)
+
+    state, position = _start(recipe, checkpoints, mesh, config.seed)
+    batches = _batches(config, shards, roles, recipe, position)
+    train_step = _compile(recipe, state, mesh)
+    log = Log(
+        workdir / "metrics.jsonl",
+        config.train.steps,
+        position,
+        writes=jax.process_index() == 0,
+    )
+    validation = Validation.of(config, shards, roles.val, recipe, log)
+    actions = _actions(config, workdir, log, validation, checkpoints, batches)
+    on_devices = map(partial(meshes.to_devices, mesh=mesh), batches)
+    try:
+        fit(state, on_devices, train_step, actions, config.train.steps)
+    except Interrupted as reason:
+        logger.warning("%s; start the same command again to go on", reason)
+        sys.exit(TRY_AGAIN)
+    finally:
+        checkpoints.close()
+    logger.info("trained %d steps; the run is %s", config.train.steps, workdir)
+
+
+def _actions(
+    config: ConfigDict,
+    workdir: Path,
+    log: Log,
+    validation: Validation,
+    checkpoints: Checkpoints,
+    batches: Batches,
+) -> list[Callable[..., None]]:
+    """What happens between steps, in this order."""
+    asked = meshes.Preemption()
+
+    def save(step: int, state: TrainState, *_: Any) -> None:
+        checkpoints.save(step, state, batches.state(), validation.dice_at(step))
+
+    def draw(*_: Any) -> None:
+        if jax.process_index() == 0:
+            figures.draw_progress(log.path, workdir / "progress.png")
+
+    def stop(step: int, state: TrainState, *_: Any) -> None:
+        if asked(step):
+            save(step, state)
+            raise Interrupted(f"asked to stop; saved step {step}")
+
+    steps, every = config.train.steps, config.train
+    return [
+        Every((every.log_every,), steps, log.train, seconds=8.0),
+        # Validation first: the checkpoint manager keeps the best by this Dice.
+        Every((every.validate_every,), steps, validation),
+        Every((every.validate_every,), steps, draw),
+        Every((every.save_every, every.validate_every), steps, save),
+        stop,
+    ]
+
+
+def _open_run(config: ConfigDict, shards: Shards, workdir: Path) -> Checkpoints:
+    """Writes config and plan into the run folder, and opens its checkpoints."""
+    plain, plan = json.loads(json.dumps(config.to_dict())), shards.plan.to_json()
+    checkpoints = Checkpoints(workdir / "checkpoints", config=plain, plan=plan)
+    saved = workdir / "config.json"
+    if checkpoints.latest() is not None and saved.is_file():
+        for field in _differences(json.loads(saved.read_text()), plain):
+            logger.warning("resuming with another value of config.%s", field)
+    if jax.process_index() == 0:
+        setup.write_json(saved, plain)
+        setup.write_json(workdir / "plan.json", plan)
+    return checkpoints
+
+
+def _start(
+    recipe: Recipe, checkpoints: Checkpoints, mesh: Mesh, seed: int
+) -> tuple[TrainState, int]:
+    """State and input position: the latest checkpoint's, or those of step 0."""
+    key = jax.random.key(seed)
+    shapes = jax.eval_shape(recipe.init, key)
+    shardings = meshes.state_shardings(mesh, shapes)
+    step = checkpoints.latest()
+    if step is None:
+        with heartbeat("initializing the network"):
+            return jax.jit(recipe.init, out_shardings=shardings)(key), 0
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+    state, position = checkpoints.restore(abstract)
+    logger.info("resuming after step %d", step)
+    return state, position["batches"]
+
+
+def _batches(
+    config: ConfigDict, shards: Shards, roles: Roles, recipe: Recipe, position: int
+) -> Batches:
+    """Labeled and, if any, unlabeled patches; from `position` on."""
+
+    def decoded(case: str) -> Decoded:
+        whole = shards.load(case)
+        return Decoded(whole.image, whole.label, whole.foreground)
+
+    cache = Cache(shards.open, decoded, config.input.cache_mb * 2**20)
+    streams = [
+        Stream(
+            cache,
+            cases,
+            recipe.cut,
+            batch=batch,
+            length=config.train.steps * batch,
+            seed=(config.seed, number),
+            labeled=number == 0,
+        )
+        for number, (cases, batch) in enumerate(
+            [(roles.train, recipe.labeled), (roles.unlabeled, recipe.unlabeled)]
+        )
+    ]
+    return Batches(
+        streams,
+        position=position,
+        process=(jax.process_index(), jax.process_count()),
+        threads=config.input.threads,
+        buffer=config.input.buffer,
+    )
+
+
+def _compile(recipe: Recipe, state: TrainState, mesh: Mesh) -> TrainStep:
+    """The step ahead of time, with what it costs in the log before step 1."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(
+        make_train_step(recipe.parts),
+        in_shardings=(shardings, meshes.batch_sharding(mesh)),
+        out_shardings=(shardings, meshes.replicated(mesh)),
+        donate_argnums=0,
+    )
+    begun = time.monotonic()
+    with heartbeat("compiling the train step"):
+        compiled = step.lower(state, recipe.abstract_batch()).compile()
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    logger.info(
+        "compiled in %.0f s on %d %s; %.3g GFLOP a step, %.2f GB of temporaries",
+        time.monotonic() - begun,
+        mesh.size,
+        jax.devices()[0].device_kind,
+        cost.get("flops", float("nan")) / 1e9,
+        getattr(memory, "temp_size_in_bytes", float("nan")) / 1e9,
+    )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    logger.info("%s parameters to train", f"{parameters:,}")
+    return compiled
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Names of the fields in which two configs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} ({old} -> {new})"
+
+
+@contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """Holds the run folder against a second trainer."""
+    if jax.process_index():
+        yield
+        return
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"{workdir}: another process trains in this folder; wait for it or choose "
+                "another --workdir"
+            ) from error
+        yield

@@ -1,0 +1,305 @@
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+
+from bhsd_jax.ct import geometry, nifti, prepare
+from bhsd_jax.volume import Case, Network, Plan, Volume
+
+CANONICAL = ((0, 0, -1, 10), (0, -1, 0, 20), (1, 0, 0, -5))  # D up, H to the back, W to the left
+CLASSES = ("background", "a", "b")
+
+
+def affine(spacing_mm, rows=CANONICAL):
+    made = np.eye(4)
+    made[:3] = rows
+    made[:3, :3] *= np.asarray(spacing_mm)
+    return made
+
+
+def a_plan(modality, spacing_mm, crop_hu=None):
+    return Plan(
+        dataset="made up",
+        classes=CLASSES,
+        modality=modality,
+        spacing_mm=spacing_mm,
+        transpose=(0, 1, 2),
+        crop_hu=crop_hu,
+        foreground=(0.0, 0.0, 1.0, 1.0),
+        median_shape=(8, 16, 16),
+        network=Network((8, 16, 16), 2, (8,), ((1, 1, 1),), ((3, 3, 3),), (2,), (), True),
+        source_sha256="",
+    )
+
+
+def store(folder, voxels, label=None, *, matrix, **known):
+    nifti.write_volume(folder / "scan.nii.gz", Volume(voxels, matrix, "scan"))
+    path = None
+    if label is not None:
+        path = folder / "mask.nii.gz"
+        nifti.write_volume(path, Volume(label, matrix, "scan"))
+    return Case("scan", "patient", folder / "scan.nii.gz", path, "train", **known)
+
+
+@pytest.fixture
+def head(tmp_path):
+    """A block of brain in air, padded outside the field of view, with two bleeds."""
+    voxels = np.full((10, 24, 24), -1000, np.float32)
+    voxels[2:9, 4:20, 4:20] = np.random.default_rng(0).normal(40, 5, (7, 16, 16))
+    voxels[0, 0] = -3024
+    label = np.zeros(voxels.shape, np.uint8)
+    label[4, 8:12, 8:10] = 1
+    label[5:7, 10:13, 9:14] = 2
+    return store(tmp_path, voxels, label, matrix=affine((5.0, 1.0, 1.0)))
+
+
+@pytest.fixture
+def mr(tmp_path):
+    random = np.random.default_rng(1)
+    voxels = np.zeros((12, 18, 14), np.float32)
+    voxels[1:11, 2:17, 1:13] = random.uniform(1, 3e5, (10, 15, 12))
+    return store(tmp_path, voxels, matrix=affine((1.0, 1.2, 1.0)))
+
+
+def test_ct_is_rounded_hu_in_int16_and_untouched_where_the_grid_does_not_change(head):
+    made = prepare.prepare_case(head, a_plan("ct", (5.0, 1.0, 1.0), crop_hu=-200.0))
+    assert made.image.dtype == np.int16
+    native = nifti.read(head.image).voxels
+    box = tuple(map(slice, made.grid.crop_start, made.grid.crop_stop))
+    expected = np.rint(np.maximum(native, -1024))[box]
+    np.testing.assert_array_equal(made.image, expected)
+    assert made.image.min() >= -1024
+    np.testing.assert_array_equal(made.label, nifti.read(head.label).voxels[box])
+
+
+def test_ct_is_rounded_not_cut_after_resampling(head):
+    made = prepare.prepare_case(head, a_plan("ct", (5.0, 0.7, 0.7), crop_hu=-200.0))
+    voxels = np.maximum(nifti.read(head.image).voxels, -1024)
+    exact = geometry.to_grid(voxels, made.grid, "image")
+    assert np.abs(made.image - exact).max() <= 0.5
+    assert made.image.shape == made.label.shape == made.grid.shape
+
+
+def test_mr_has_mean_zero_and_deviation_one_over_the_cropped_scan_before_resampling(mr):
+    same = prepare.prepare_case(mr, a_plan("mr", (1.0, 1.2, 1.0))).image
+    assert same.dtype == np.float32
+    assert same.shape == (10, 15, 12)  # non-zero voxels
+    assert abs(same.astype(np.float64).mean()) < 1e-6
+    assert abs(same.astype(np.float64).std() - 1) < 1e-6
+    native = nifti.read(mr.image).voxels
+    inside = native[native != 0].astype(np.float64)
+    plan = a_plan("mr", (2.0, 2.0, 2.0))
+    made = prepare.prepare_case(mr, plan)
+    standard = ((native - inside.mean()) / inside.std()).astype(np.float32)
+    expected = geometry.to_grid(standard, made.grid, "image")
+    np.testing.assert_allclose(made.image, expected, atol=1e-5)
+    assert abs(made.image.std() - 1) > 0.1  # it has been smoothed since
+
+
+def test_a_scan_of_one_value_does_not_divide_by_zero(tmp_path):
+    flat = store(tmp_path, np.full((8, 8, 8), 7, np.float32), matrix=affine((1.0, 1.0, 1.0)))
+    np.testing.assert_array_equal(
+        prepare.prepare_case(flat, a_plan("mr", (1.0, 1.0, 1.0))).image, np.zeros((8, 8, 8))
+    )
+
+
+def test_the_file_order_of_axes_does_not_matter(tmp_path, head):
+    """One scan stored twice, the second time with other axes and directions."""
+    plan = a_plan("ct", (5.0, 1.0, 1.0), crop_hu=-200.0)
+    first = prepare.prepare_case(head, plan)
+    other = tmp_path / "other"
+    other.mkdir()
+    image, label = nifti.read(head.image), nifti.read(head.label)
+    matrix = image.affine @ np.array(
+        [[0, -1, 0, image.voxels.shape[0] - 1], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]]
+    )  # new (w, d reversed, h)
+    turned = [np.flip(v.voxels.transpose(2, 0, 1), 1).copy() for v in (image, label)]
+    again = prepare.prepare_case(
+        store(other, turned[0], turned[1].astype(np.uint8), matrix=matrix), plan
+    )
+    np.testing.assert_array_equal(again.image, first.image)
+    np.testing.assert_array_equal(again.label, first.label)
+    np.testing.assert_allclose(again.volume_ml, first.volume_ml)
+
+
+def test_volumes_are_native_and_corrected_for_tilt(tmp_path, head):
+    made = prepare.prepare_case(head, a_plan("ct", (5.0, 0.5, 0.5), crop_hu=-200.0))
+    np.testing.assert_allclose(made.volume_ml[1:], (8 * 5 / 1000, 30 * 5 / 1000))
+    facts = prepare.fingerprint_case(head, num_classes=3, modality="ct", crop_hu=-200.0)
+    np.testing.assert_allclose(facts.volume_ml, made.volume_ml)
+    angle = np.radians(20.0)
+    turn = np.eye(4)
+    turn[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    (tmp_path / "tilted").mkdir()
+    volume, label = nifti.read(head.image), nifti.read(head.label)
+    tilted = store(
+        tmp_path / "tilted",
+        volume.voxels,
+        label.voxels.astype(np.uint8),
+        matrix=turn @ volume.affine,
+    )
+    facts = prepare.fingerprint_case(tilted, num_classes=3, modality="ct", crop_hu=-200.0)
+    assert facts.tilt_deg == pytest.approx(20.0, abs=1e-3)
+    expected = 0.04 * np.cos(angle)
+    assert facts.volume_ml[1] == pytest.approx(expected, rel=1e-5)
+    made = prepare.prepare_case(tilted, a_plan("ct", (5.0, 1.0, 1.0), crop_hu=-200.0))
+    assert made.volume_ml[1] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("total", "kept"), [(0, 0), (37, 37), (10_000, 10_000), (12_345, 10_000)])
+def test_foreground_lists_hold_voxels_of_their_class_without_repeats(total, kept):
+    label = np.zeros((30, 40, 50), np.uint8)
+    label.ravel()[np.random.default_rng(3).choice(label.size, total, replace=False)] = 2
+    first, second = prepare.foreground_positions(label, 3)
+    assert first.shape == (0, 3)
+    assert second.shape == (kept, 3)
+    assert second.dtype == np.int32
+    assert len(np.unique(second, axis=0)) == kept
+    assert (label[tuple(second.T)] == 2).all()
+
+
+def test_foreground_lists_of_huge_lesions_hold_one_percent_rounded_up():
+    label = np.ones((110, 101, 100), np.uint8)
+    (positions,) = prepare.foreground_positions(label, 2)
+    assert len(positions) == 11_110
+    label[0, 0, 0] = 0
+    assert len(prepare.foreground_positions(label, 2)[0]) == 11_110  # 1 % of 1 110 999, rounded up
+
+
+def test_foreground_lists_cover_the_scan_and_repeat_from_call_to_call():
+    label = np.zeros((40, 40, 40), np.uint8)
+    label[:] = 1
+    one, two = (prepare.foreground_positions(label, 2)[0] for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_allclose(one.mean(axis=0), 19.5, atol=0.6)
+
+
+def test_without_a_mask_there_are_empty_lists_for_every_class():
+    assert [p.shape for p in prepare.foreground_positions(None, 4)] == [(0, 3)] * 3
+
+
+def test_facts_count_the_crop_and_draw_intensities_inside_the_mask_only(head):
+    facts = prepare.fingerprint_case(
+        head, num_classes=3, modality="ct", crop_hu=None, samples=5_000
+    )
+    assert facts.shape == (10, 24, 24)
+    assert facts.spacing_mm == pytest.approx((5.0, 1.0, 1.0))
+    assert facts.voxels == (10 * 24 * 24 - 38, 8, 30)
+    assert facts.foreground.shape == (5_000,)
+    voxels, label = nifti.read(head.image).voxels, nifti.read(head.label).voxels
+    inside = set(voxels[label > 0].tolist())
+    assert set(facts.foreground.tolist()) == inside  # 5000 draws with replacement from 38
+    assert facts.intensity == (-3024.0, pytest.approx(float(np.median(voxels))), voxels.max())
+    assert any("3024" in warning for warning in facts.warnings)
+    assert facts.bleeding is True
+
+
+def test_facts_warn_of_empty_masks_masks_outside_the_head_and_windowed_scans(tmp_path, head):
+    voxels = nifti.read(head.image).voxels
+    label = np.zeros(voxels.shape, np.uint8)
+    empty = store(tmp_path, voxels, label, matrix=affine((5.0, 1.0, 1.0)))
+    facts = prepare.fingerprint_case(empty, num_classes=3, modality="ct", crop_hu=-200.0)
+    assert "the mask is empty" in facts.warnings
+    assert facts.bleeding is False
+    assert facts.foreground.size == 0
+    label[0, 0, :3] = 1
+    outside = store(tmp_path, voxels, label, matrix=affine((5.0, 1.0, 1.0)))
+    facts = prepare.fingerprint_case(outside, num_classes=3, modality="ct", crop_hu=-200.0)
+    assert any(w.startswith("3 labeled voxels lie outside") for w in facts.warnings)
+    windowed = store(
+        tmp_path, np.clip(voxels, -40, 120) + 40, label, matrix=affine((5.0, 1.0, 1.0))
+    )
+    facts = prepare.fingerprint_case(windowed, num_classes=3, modality="ct", crop_hu=None)
+    assert any(w.startswith("no air") for w in facts.warnings)
+
+
+def test_slice_labels_follow_flip_crop_and_resampling(tmp_path):
+    """Stored from the top down; ten slices, the outermost empty; then half as many."""
+    voxels = np.full((10, 12, 12), 100, np.float32)
+    voxels[0] = voxels[9] = 0
+    matrix = affine((2.0, 1.0, 1.0))
+    matrix[:3, 0] *= -1
+    rows = tuple((k % 2, k) if k < 2 else (k % 2, -1) for k in range(9))  # none for the last slice
+    case = store(tmp_path, voxels, matrix=matrix, slice_labels=rows)
+    made = prepare.prepare_case(case, a_plan("mr", (2.0, 1.0, 1.0)))
+    assert made.grid.flip[0]
+    assert made.slice_labels == tuple(reversed(rows[1:9]))
+    halved = prepare.prepare_case(case, a_plan("mr", (4.0, 1.0, 1.0)))
+    assert halved.slice_labels == tuple(reversed(rows[1:9]))[1::2]
+    long = dataclasses.replace(case, slice_labels=rows[:8])
+    made = prepare.prepare_case(long, a_plan("mr", (2.0, 1.0, 1.0)))
+    assert made.slice_labels[0] == (-1, -1)  # slice 8, of which nothing is known
+
+
+def test_slice_labels_that_do_not_fit_the_scan_are_refused(mr):
+    for rows in (((0, 0),) * 13, ((0,),) * 12):
+        with pytest.raises(ValueError, match="scan: slice labels do not fit"):
+            prepare.fingerprint_case(
+                dataclasses.replace(mr, slice_labels=rows),
+                num_classes=3,
+                modality="mr",
+                crop_hu=None,
+            )
+
+
+def test_the_source_digest_is_that_of_the_bytes_and_notices_a_changed_mask(head):
+    made = prepare.prepare_case(head, a_plan("ct", (5.0, 1.0, 1.0)))
+    digests = b"".join(hashlib.sha256(p.read_bytes()).digest() for p in (head.image, head.label))
+    assert made.source_sha256 == hashlib.sha256(digests).hexdigest()
+    with head.label.open("ab") as file:
+        file.write(b"\0")
+    assert prepare.source_digest(head) != made.source_sha256
+
+
+def facts_of(spacings, shapes, foreground):
+    return [
+        prepare.Facts(
+            case=f"c{i}",
+            patient=f"c{i}",
+            split="train",
+            bleeding=True,
+            shape=shape,
+            spacing_mm=spacing,
+            tilt_deg=0.0,
+            intensity=(0.0, 0.0, 0.0),
+            voxels=(1, 1, 1),
+            volume_ml=(1.0, 1.0, 1.0),
+            foreground=np.asarray(drawn, np.float32),
+            source_sha256="",
+            warnings=(),
+        )
+        for i, (spacing, shape, drawn) in enumerate(zip(spacings, shapes, foreground, strict=True))
+    ]
+
+
+MADE = {"dataset": "x", "classes": CLASSES, "modality": "mr", "license": "", "source_sha256": ""}
+
+
+def test_the_plan_holds_pooled_statistics_and_the_median_shape_after_resampling():
+    drawn = np.arange(1000.0)
+    facts = facts_of(
+        [(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0)],
+        [(36, 50, 35), (20, 52, 36), (38, 48, 40)],
+        [drawn[:500], drawn[500:], []],
+    )
+    plan = prepare.make_plan(facts, **MADE)
+    assert plan.spacing_mm == (1.0, 1.0, 1.0)
+    assert plan.median_shape == (38, 50, 36)
+    expected = (np.percentile(drawn, 0.5), drawn.mean(), drawn.std(), np.percentile(drawn, 99.5))
+    np.testing.assert_allclose(plan.foreground, expected)
+
+
+def test_a_pinned_spacing_is_given_in_canonical_axes_and_planned_coarsest_first():
+    facts = facts_of([(1.0, 1.0, 1.0)] * 2, [(40, 48, 56)] * 2, [[1.0], [2.0]])
+    plan = prepare.make_plan(facts, spacing_mm=(1.0, 2.0, 1.0), **MADE)
+    assert plan.transpose == (1, 0, 2)
+    assert plan.spacing_mm == (2.0, 1.0, 1.0)
+    assert plan.median_shape == (24, 40, 56)
+
+
+def test_nothing_to_plan_from_is_said():
+    with pytest.raises(ValueError, match="no training case"):
+        prepare.make_plan([], **MADE)
+    with pytest.raises(ValueError, match="all 2 training cases are empty"):
+        prepare.make_plan(facts_of([(1.0,) * 3] * 2, [(8, 8, 8)] * 2, [[], []]), **MADE)

@@ -1,0 +1,34 @@
+"""Makes a synthetic data set in the layout of BHSD: `python tools/make_synthetic.py data/synthetic`."""
+
+import argparse
+import logging
+import sys
+
+from bhsd_jax.datasets.phantom_tree import generate
+
+
+def main() -> None:
+    """Parses the command line and generates what is missing."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("root", help="folder to fill; continued if begun with equal arguments")
+    parser.add_argument("--train", type=int, default=24, help="training scans with masks")
+    parser.add_argument("--test", type=int, default=12, help="test scans with masks")
+    parser.add_argument("--bleeding", type=int, default=24, help="scans without masks that bleed")
+    parser.add_argument("--nonbleeding", type=int, default=12, help="likewise, that do not")
+    parser.add_argument("--size", type=int, default=128, help="rows and columns; BHSD has 512")
+    parser.add_argument("--slices", type=int, default=24, help="over 160 mm; BHSD has about 32")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other heads")
+    parser.add_argument("--easy", action="store_true", help="big, bright bleeds, little noise")
+    parser.add_argument("--plain", dest="scaled", action="store_false", help="store HU unscaled")
+    parser.add_argument("--processes", type=int, default=0, help="0: one per core")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        generate(**vars(parser.parse_args()))
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
