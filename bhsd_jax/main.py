@@ -1,6 +1,7 @@
 """Entry point: `python -m bhsd_jax.main [VERB] --config=configs/cps.py:smoke --workdir=runs/cps`."""
 
 import importlib
+import logging as standard_logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +24,7 @@ def main(argv: Sequence[str]) -> None:
     verb = argv[1] if len(argv) > 1 else "train"
     if len(argv) > 2 or verb not in VERBS:
         raise app.UsageError(f"expected one verb of {', '.join(VERBS)}; got {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.INFO)
-    logging.use_python_logging(quiet=True)
+    _set_up_logging()
     config = _CONFIG.value
     workdir = Path(_WORKDIR.value or f"runs/{config.name}")
     try:
@@ -32,6 +32,14 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         logging.debug("%s", error, exc_info=True)
         sys.exit(f"{verb}: {error}")
+
+
+def _set_up_logging() -> None:
+    """Our own progress, other libraries' warnings."""
+    handler = logging.get_absl_handler()
+    handler.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.set_verbosity(logging.WARNING)
+    standard_logging.getLogger("bhsd_jax").setLevel(standard_logging.INFO)
 
 
 def cli() -> None:

@@ -88,9 +88,9 @@ def parse_arg(arg: str) -> dict:
 def _preprocess(data: str) -> dict:
     return {
         "shards": "",  # folder of shards and plan.json; "": <workdir>/shards
-        # Target spacing D, H, W in mm. None: nnU-Net's rule. Head CT is pinned, because that rule
-        # flips between 5.0 and 2.7 mm on subsets of BHSD.
-        "spacing_mm": placeholder(tuple) if data == "msd" else (5.0, 0.48828125, 0.48828125),
+        # Target spacing D, H, W in mm. None: nnU-Net's rule. BHSD is pinned, because that rule
+        # flips between 5.0 and 2.7 mm on subsets of it.
+        "spacing_mm": (5.0, 0.48828125, 0.48828125) if data == "bhsd" else placeholder(tuple),
         "planner": "default",  # "default", "resenc_m", "resenc_l"
         # Box of the largest component above this many HU; None: nnU-Net's non-zero voxels.
         "crop_hu": placeholder(float) if data == "msd" else -200.0,

@@ -1,4 +1,4 @@
-"""Makes a synthetic data set in the layout of BHSD: `python tools/make_synthetic.py data/synthetic`."""
+"""Makes a synthetic data set in the layout of BHSD: `python tools/make_synthetic.py ROOT`."""
 
 import argparse
 import logging

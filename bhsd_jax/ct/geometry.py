@@ -1,173 +1,197 @@
-"""A scan onto the grid a network works on, and exactly back."""
+"""From a scan's own voxels to the prepared grid, and exactly back."""
+
+import math
 
 import numpy as np
-from scipy import ndimage
-from scipy.optimize import linear_sum_assignment
+from jaxtyping import Float, Float32, Num, Shaped, UInt8
+from scipy import ndimage, optimize
 
-from bhsd_jax.ct.resample import (
-    nearest_index,
-    resample_image,
-    resample_label,
-    resample_linear,
-    resampled_shape,
-    separate_axis,
-)
+from bhsd_jax.ct import resample
 from bhsd_jax.volume import Grid, Millimeters, Shape, Volume
 
-_TARGETS = np.array([[0, 0, 1], [0, -1, 0], [-1, 0, 0]])  # D up, H back, W to the patient's left
-_MARGIN_MM = 5.0  # around the head
-_DECIMATE_MM = 2.0  # voxels of this size are enough to find the head
+# Where the canonical axes D, H, W run in the world (x to the right, y anterior, z superior).
+_CANONICAL = np.array([[0, 0, 1], [0, -1, 0], [-1, 0, 0]], np.float64)
+_MARGIN_MM = 5.0  # around the largest component
 
 
-def canonical(affine: np.ndarray) -> tuple[Shape, tuple[bool, bool, bool]]:
-    """Which native axis runs along the prepared D, H, W, and whether it runs against it.
+def canonical(
+    affine: Float[np.ndarray, "4 4"],
+) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+    """Native axes nearest to superior, posterior, left; and which of them run the other way.
 
-    Prepared, D goes inferior to superior, H anterior to posterior, W to the patient's left. Oblique
-    scans get the assignment with the largest sum of cosines, so no axis is used twice.
-
-    Args:
-        affine: [4 4], columns D, H, W of the file to x, y, z (RAS+) in mm.
+    The three are assigned together, by the largest sum of cosines, so that an oblique scan never
+    has one axis taken twice.
     """
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    cosines = _TARGETS @ axes  # [prepared axis, native axis]
-    _, native = linear_sum_assignment(-np.abs(cosines))
-    d, h, w = (int(axis) for axis in native)
-    fd, fh, fw = (bool(cosines[i, axis] < 0) for i, axis in enumerate((d, h, w)))
-    return (d, h, w), (fd, fh, fw)
+    cosines = _CANONICAL @ axes  # [canonical, native]
+    d, h, w = optimize.linear_sum_assignment(np.abs(cosines), maximize=True)[1].tolist()
+    flip = bool(cosines[0, d] < 0), bool(cosines[1, h] < 0), bool(cosines[2, w] < 0)
+    return (d, h, w), flip
 
 
 def locate(
     volume: Volume,
     *,
     spacing_mm: Millimeters,
-    transpose: Shape = (0, 1, 2),
+    transpose: tuple[int, int, int] = (0, 1, 2),
     crop_hu: float | None = None,
 ) -> Grid:
-    """Where the prepared array lies in the scan.
+    """Plans the way of a scan to the prepared spacing: axis order, crop box, shape.
 
-    Args:
-        volume: The scan.
-        spacing_mm: Of the prepared array, along its own axes.
-        transpose: Canonical axis behind each prepared one.
-        crop_hu: Crop to the largest connected component above it, with 5 mm around; None: to the
-            non-zero voxels. A scan with nothing of the kind is kept whole.
+    The box is that of the non-zero voxels (`crop_hu` None), or that of the largest face-connected
+    component above `crop_hu` plus 5 mm on every side; of the whole scan if there are none.
+    `transpose` names the canonical axis behind each prepared axis, and `spacing_mm` is in prepared
+    order. The last voxel may stick out or fall short: the shape is rounded.
+
+    Raises:
+        ValueError: If a spacing is not positive, or `transpose` is no permutation.
     """
-    order, flip = canonical(volume.affine)
-    order = tuple(order[axis] for axis in transpose)
-    flip = tuple(flip[axis] for axis in transpose)
+    if sorted(transpose) != [0, 1, 2] or not all(0 < mm < math.inf for mm in spacing_mm):
+        raise ValueError(
+            f"{volume.case}: want a permutation of (0, 1, 2) and three positive spacings; "
+            f"got transpose {transpose}, spacing_mm {spacing_mm}"
+        )
+    native_order, native_flip = canonical(volume.affine)
+    a, b, c = transpose
+    order = native_order[a], native_order[b], native_order[c]
+    flip = native_flip[a], native_flip[b], native_flip[c]
     turned = _turn(volume.voxels, order, flip)
-    native_mm = tuple(volume.spacing_mm[axis] for axis in order)
-    start, stop = _head(turned, crop_hu, native_mm) if crop_hu is not None else _nonzero(turned)
-    cropped = tuple(b - a for a, b in zip(start, stop, strict=True))
+    native_mm = volume.spacing_mm
+    old_mm = native_mm[order[0]], native_mm[order[1]], native_mm[order[2]]
+    start, stop = _crop_box(turned, old_mm, crop_hu)
+    cropped = stop[0] - start[0], stop[1] - start[1], stop[2] - start[2]
+    d, h, w = volume.voxels.shape
     return Grid(
-        native_shape=volume.voxels.shape,
-        native_affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
+        native_shape=(d, h, w),
+        native_affine=tuple(tuple(row) for row in volume.affine.tolist()),
         order=order,
         flip=flip,
         crop_start=start,
         crop_stop=stop,
-        shape=resampled_shape(cropped, native_mm, spacing_mm),
-        spacing_mm=tuple(float(v) for v in spacing_mm),
-    )  # pyright: ignore[reportArgumentType]
+        shape=resample.resampled_shape(cropped, old_mm, spacing_mm),
+        spacing_mm=spacing_mm,
+    )
 
 
-def to_grid(voxels: np.ndarray, grid: Grid, kind: str) -> np.ndarray:
-    """A native array [D H W] as prepared: "image" (float32) or "label" (its own type).
+def to_grid(voxels: Num[np.ndarray, "_ _ _"], grid: Grid, kind: str) -> Num[np.ndarray, "_ _ _"]:
+    """Brings an array of the scan's native shape to the grid: turned, cropped, resampled.
+
+    `kind` is "image" (cubic, float32) or "label" (majority of linear weights, uint8).
 
     Raises:
-        ValueError: If it has another shape than the grid's scan, or `kind` is neither.
+        ValueError: If the shape is not the grid's native one, or `kind` is another word.
     """
-    if voxels.shape != tuple(grid.native_shape):
-        raise ValueError(f"array of {voxels.shape} on a grid for {grid.native_shape} (D, H, W)")
-    if kind not in ("image", "label"):
-        raise ValueError(f"kind is image or label; got {kind!r}")
-    cropped = _turn(voxels, grid.order, grid.flip)[_box(grid)]
-    resample = resample_image if kind == "image" else resample_label
-    done = resample(cropped, grid.shape, _axis(grid))
-    return np.ascontiguousarray(done.astype(np.float32, copy=False) if kind == "image" else done)
+    _check_shape(voxels.shape, grid.native_shape, "native")
+    cropped = _native_box(voxels, grid)
+    axis = resample.separate_axis(grid.native_spacing_mm, grid.spacing_mm)
+    if kind == "image":
+        return resample.resample_image(cropped, grid.shape, axis)
+    if kind == "label":
+        return resample.resample_label(cropped.astype(np.uint8), grid.shape, axis)
+    raise ValueError(f"to_grid: kind is 'image' or 'label'; got {kind!r}")
 
 
-def label_from_grid(label: np.ndarray, grid: Grid) -> np.ndarray:
-    """A prepared label map on the scan's own voxels, uint8: each takes the nearest one."""
-    index = [nearest_index(o, n) for o, n in zip(grid.shape, grid.cropped_shape, strict=True)]
-    return _paste(label[np.ix_(*index)].astype(np.uint8), grid, 0)
+def label_from_grid(label: UInt8[np.ndarray, "_ _ _"], grid: Grid) -> UInt8[np.ndarray, "_ _ _"]:
+    """The label of the nearest prepared voxel, on the scan's own voxels; 0 outside the crop.
 
-
-def argmax_from_grid(logits: np.ndarray, grid: Grid) -> np.ndarray:
-    """Logits [K D H W] resampled class by class to the scan's voxels; the largest wins, uint8.
-
-    Only two classes are at full size at a time. The lower class wins a tie; outside the crop is
-    background.
+    Raises:
+        ValueError: If the shape is not the grid's.
     """
-    axis = _axis(grid)
-    best = resample_linear(logits[0], grid.cropped_shape, axis)
-    winner = np.zeros(grid.cropped_shape, np.uint8)
-    for index in range(1, len(logits)):
-        candidate = resample_linear(logits[index], grid.cropped_shape, axis)
-        better = candidate > best
-        winner[better] = index
-        best = np.where(better, candidate, best)
-    return _paste(winner, grid, 0)
-
-
-def probabilities_from_grid(probabilities: np.ndarray, grid: Grid) -> np.ndarray:
-    """Probabilities [K D H W] on the scan's voxels, float32; all background outside the crop."""
-    axis = _axis(grid)
-    whole = [
-        _paste(resample_linear(p, grid.cropped_shape, axis), grid, float(index == 0))
-        for index, p in enumerate(probabilities)
-    ]
-    return np.stack(whole)
-
-
-def _axis(grid: Grid) -> int | None:
-    return separate_axis(grid.native_spacing_mm, grid.spacing_mm)
-
-
-def _box(grid: Grid) -> tuple[slice, ...]:
-    return tuple(slice(a, b) for a, b in zip(grid.crop_start, grid.crop_stop, strict=True))
-
-
-def _turn(voxels: np.ndarray, order: tuple[int, ...], flip: tuple[bool, ...]) -> np.ndarray:
-    """A view with the prepared axes' order and direction."""
-    return voxels.transpose(order)[tuple(slice(None, None, -1 if f else 1) for f in flip)]
-
-
-def _paste(cropped: np.ndarray, grid: Grid, outside: float) -> np.ndarray:
-    """Undoes crop, direction and order."""
-    native = np.full(grid.native_shape, outside, cropped.dtype)
-    _turn(native, grid.order, grid.flip)[_box(grid)] = cropped  # a view: writes into `native`
+    _check_shape(label.shape, grid.shape, "prepared")
+    native = np.zeros(grid.native_shape, np.uint8)
+    nearest = map(resample.nearest_index, grid.shape, grid.cropped_shape)
+    _native_box(native, grid)[...] = label[np.ix_(*nearest)]
     return native
 
 
-def _nonzero(voxels: np.ndarray) -> tuple[Shape, Shape]:
-    return _bounds(voxels != 0, voxels.shape)
+def argmax_from_grid(
+    logits: Float[np.ndarray, "K _ _ _"], grid: Grid
+) -> UInt8[np.ndarray, "_ _ _"]:
+    """The likeliest class on the scan's own voxels; 0 outside the crop.
+
+    Logits are brought back one class at a time and only the best so far is kept, so that memory
+    does not grow with the number of classes. In a tie the lowest class wins.
+
+    Raises:
+        ValueError: If the shape is not the grid's, or there are more than 256 classes.
+
+    Source: nnU-Net v2.8.1, `convert_predicted_logits_to_segmentation_with_correct_shape`.
+    """
+    _check_shape(logits.shape[1:], grid.shape, "prepared")
+    if not 1 <= len(logits) <= 256:
+        raise ValueError(f"argmax_from_grid: want 1 to 256 classes; got {len(logits)}")
+    axis = resample.separate_axis(grid.native_spacing_mm, grid.spacing_mm)
+    best = resample.resample_linear(logits[0], grid.cropped_shape, axis)
+    winner = np.zeros(grid.cropped_shape, np.uint8)
+    for index in range(1, len(logits)):
+        score = resample.resample_linear(logits[index], grid.cropped_shape, axis)
+        np.copyto(winner, index, where=score > best)
+        np.maximum(best, score, out=best)
+    native = np.zeros(grid.native_shape, np.uint8)
+    _native_box(native, grid)[...] = winner
+    return native
 
 
-def _head(voxels: np.ndarray, crop_hu: float, spacing_mm: tuple[float, ...]) -> tuple[Shape, Shape]:
-    """Box of the largest component above a threshold, found on every so manyth voxel."""
-    step = tuple(max(1, int(_DECIMATE_MM / mm)) for mm in spacing_mm)
-    coarse = voxels[tuple(slice(None, None, s) for s in step)] > crop_hu
-    labels, count = ndimage.label(coarse)
-    if count == 0:
-        return (0, 0, 0), voxels.shape
-    largest = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
-    start, stop = _bounds(largest, coarse.shape)
-    margin = [int(np.ceil(_MARGIN_MM / mm)) for mm in spacing_mm]
-    # A coarse voxel stands for the ones up to its neighbors, so both ends move out by one step.
-    low = tuple(max(0, (a - 1) * s - m) for a, s, m in zip(start, step, margin, strict=True))
-    high = tuple(
-        min(n, b * s + m) for b, s, m, n in zip(stop, step, margin, voxels.shape, strict=True)
-    )
-    return low, high  # pyright: ignore[reportReturnType]
+def probabilities_from_grid(
+    prob: Float[np.ndarray, "K _ _ _"], grid: Grid
+) -> Float32[np.ndarray, "K _ _ _"]:
+    """Class probabilities on the scan's own voxels; outside the crop, background is 1.
+
+    Their arg-max can differ from `argmax_from_grid` of the logits where two classes are close:
+    the one averages after the softmax, the other before.
+
+    Raises:
+        ValueError: If the shape is not the grid's.
+    """
+    _check_shape(prob.shape[1:], grid.shape, "prepared")
+    axis = resample.separate_axis(grid.native_spacing_mm, grid.spacing_mm)
+    native = np.zeros((len(prob), *grid.native_shape), np.float32)
+    native[0] = 1
+    for one, target in zip(prob, native, strict=True):
+        _native_box(target, grid)[...] = resample.resample_linear(one, grid.cropped_shape, axis)
+    return native
 
 
-def _bounds(mask: np.ndarray, shape: tuple[int, ...]) -> tuple[Shape, Shape]:
-    """Start and stop of what is true; the whole array if nothing is."""
-    start, stop = [], []
-    for axis in range(3):
-        others = tuple(i for i in range(3) if i != axis)
-        found = np.flatnonzero(mask.any(axis=others))
-        start.append(int(found[0]) if len(found) else 0)
-        stop.append(int(found[-1]) + 1 if len(found) else shape[axis])
-    return tuple(start), tuple(stop)  # pyright: ignore[reportReturnType]
+def _turn(
+    voxels: np.ndarray, order: tuple[int, int, int], flip: tuple[bool, bool, bool]
+) -> np.ndarray:
+    """A view of `voxels` with axes in prepared order and direction."""
+    return np.flip(voxels.transpose(order), tuple(axis for axis in range(3) if flip[axis]))
+
+
+def _native_box(native: np.ndarray, grid: Grid) -> np.ndarray:
+    """A view: writing to it writes into `native`, at the place the crop was taken from."""
+    box = tuple(map(slice, grid.crop_start, grid.crop_stop))
+    return _turn(native, grid.order, grid.flip)[box]
+
+
+def _crop_box(
+    voxels: Shaped[np.ndarray, "_ _ _"], spacing_mm: Millimeters, crop_hu: float | None
+) -> tuple[Shape, Shape]:
+    if crop_hu is None:
+        inside, margin_mm = voxels != 0, 0.0
+    else:
+        inside, margin_mm = _largest_component(voxels > crop_hu), _MARGIN_MM
+    bounds = []
+    for axis, size in enumerate(voxels.shape):
+        others = tuple(other for other in range(3) if other != axis)
+        hit = np.flatnonzero(inside.any(axis=others))
+        pad = math.ceil(margin_mm / spacing_mm[axis])
+        first, last = (int(hit[0]), int(hit[-1])) if len(hit) else (0, size - 1)
+        bounds.append((max(first - pad, 0), min(last + 1 + pad, size)))
+    (d, d_stop), (h, h_stop), (w, w_stop) = bounds
+    return (d, h, w), (d_stop, h_stop, w_stop)
+
+
+def _largest_component(mask: np.ndarray) -> np.ndarray:
+    component, count = ndimage.label(mask)  # pyright: ignore[reportGeneralTypeIssues]
+    if count < 2:
+        return mask
+    sizes = np.bincount(component.ravel())
+    sizes[0] = 0
+    return component == sizes.argmax()
+
+
+def _check_shape(got: tuple[int, ...], want: Shape, which: str) -> None:
+    if got != want:
+        raise ValueError(f"grid: array has shape {got}, but the {which} shape is {want}")

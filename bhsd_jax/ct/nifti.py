@@ -1,189 +1,264 @@
-"""Volume to and from NIfTI: the only place that knows nibabel and x-y-z order.
+"""Volume to and from NIfTI; the only place that knows nibabel and its x-y-z order."""
 
-Hostile files are expected: sizes are checked before anything is allocated, and the gzip stream is
-read to its end, because nibabel does not look at its checksum.
-"""
-
+import contextlib
 import gzip
-import io
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
+from jaxtyping import Num, Shaped, UInt8
+from nibabel.nifti1 import Nifti1Header
 from nibabel.spatialimages import HeaderDataError
 
+from bhsd_jax.ct import nifti_header
 from bhsd_jax.volume import Volume
 
-_MAX_BYTES = 4 * 2**30
-_CHUNK = 2**22
+MAX_BYTES = 4 * 2**30
+_CHUNK = 2**20
+_SLACK = 2**20  # bytes after the voxels that are still taken for padding
+_DEFLATE_RATIO = 1032  # no gzip stream unpacks to more than this many times its size
+_SAME_PLACE_MM = 0.01  # two affines that put every voxel this close are the same
+_INTEGER = 1e-4  # scaled labels may miss their integer by this
 _GEOMETRY = (
-    "pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
-    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units",
-)  # fmt: skip
-_REVERSED = np.eye(4)[[2, 1, 0, 3]]  # (d, h, w, 1) -> (i, j, k, 1)
+    *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
 
 
-def case_name(path: str | Path) -> str:
-    """File name without `.nii` or `.nii.gz`."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Volume:
+    """Reads one scan; .nii or .nii.gz, told apart by content, in one file.
 
-
-def read(path: str | Path, *, max_bytes: int = _MAX_BYTES) -> Volume:
-    """One 3D scan, scale factors applied, voxels [D H W] = the file's (k, j, i).
-
-    Gzip is recognized by its first bytes, so a missing suffix does not matter. Integers without
-    scale factors keep their type, all else is float32.
+    Scale factors are applied: scaled and floating-point voxels come as float32, others keep their
+    integer type. Axes are [D, H, W] = the file's (k, j, i), and the affine fits that order. The
+    case is the file's name without suffix. Nothing of the header is believed before it is checked
+    against `max_bytes` and the size of the file, and a gzip stream is read to its checksum.
 
     Raises:
+        ValueError: If the file is not NIfTI, damaged, too large, not 3D, not numbers, not finite,
+            or lies nowhere in space; names the file.
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a readable 3D scan with a usable geometry; names the file.
     """
     path = Path(path)
-    image = _parse(path, _bytes(path, max_bytes), max_bytes)
-    affine = np.asarray(image.affine, np.float64)
-    _require_geometry(path, image.header, affine)
-    scaled = image.header.get_slope_inter() != (None, None)
-    try:
-        stored = np.asanyarray(image.dataobj)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: voxels cannot be read ({_line(error)})") from error
-    voxels = stored if stored.dtype.kind in "iu" and not scaled else stored.astype(np.float32)
-    if voxels.ndim == 4:
-        voxels = voxels[..., 0]
-    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-        raise ValueError(f"{path}: has voxels that are NaN or infinite; repair or leave it out")
-    return Volume(
-        np.ascontiguousarray(voxels.transpose(2, 1, 0)), affine @ _REVERSED, case_name(path)
-    )
+    with _naming(path):
+        header, voxels = _load(path, max_bytes)
+        affine = nifti_header.affine(header)
+    return Volume(voxels=voxels, affine=affine, case=_case(path))
 
 
 def read_label(
     path: str | Path, image: Volume, *, num_classes: int | None
 ) -> tuple[Volume, list[str]]:
-    """A label map as uint8 on the geometry of its image, and what looked odd.
+    """Reads the label map of `image` as uint8, on the geometry and under the name of `image`.
 
-    Shapes must agree; where only the affines differ the image's counts (four scans of BHSD).
+    Shapes must agree; affines need not, since masks in circulation have lost theirs: that only
+    adds a warning to the list. `num_classes` None allows 0..255.
 
     Raises:
-        ValueError: If it lies on another grid, or holds anything but 0..num_classes-1.
+        ValueError: If the file is refused as by `read`, its shape differs, or a value is not an
+            integer in 0..num_classes-1; lists the values.
+        FileNotFoundError: If there is no such file.
     """
-    label = read(path)
-    if label.voxels.shape != image.voxels.shape:
-        raise ValueError(
-            f"{path}: label lies on another grid than its image: shape "
-            f"{label.voxels.shape} vs {image.voxels.shape} (D, H, W)"
-        )
-    values = np.unique(label.voxels)
-    top = 255 if num_classes is None else num_classes - 1
-    odd = [v for v in values.tolist() if v != round(v) or not 0 <= v <= top]
-    if odd:
-        raise ValueError(f"{path}: label values {odd[:8]}, expected whole numbers 0 to {top}")
+    path = Path(path)
     warnings = []
-    if not np.allclose(label.affine, image.affine, atol=1e-2):
-        warnings.append("label and image differ in their affine; the image's is used")
-    return Volume(label.voxels.astype(np.uint8), image.affine, image.case), warnings
+    with _naming(path):
+        header, voxels = _load(path, MAX_BYTES)
+        if voxels.shape != image.voxels.shape:
+            raise ValueError(
+                f"label has shape {voxels.shape} (D, H, W), but its image {image.voxels.shape}"
+            )
+        label = _as_classes(voxels, 256 if num_classes is None else num_classes)
+        try:
+            apart_mm = _distance_mm(nifti_header.affine(header), image.affine, voxels.shape)
+        except (ValueError, HeaderDataError) as error:
+            warnings.append(f"label geometry is unusable ({error}); the image's is taken")
+        else:
+            if apart_mm > _SAME_PLACE_MM:
+                warnings.append(
+                    f"label affine is up to {apart_mm:.3g} mm off the image's, which is taken"
+                )
+    return Volume(voxels=label, affine=image.affine, case=image.case), warnings
 
 
-def write(path: str | Path, voxels: np.ndarray, like: str | Path) -> None:
-    """Writes voxels [D H W] with exactly the geometry of the file `like`, and nothing else of it.
+def write(path: str | Path, voxels: Num[np.ndarray, "D H W"], like: str | Path) -> None:
+    """Writes `voxels`, in the native order of the scan file `like`, onto the grid of that file.
 
-    Header texts, extensions and scale factors are not carried over: they may identify a patient.
+    All geometry fields are copied bit for bit, so that any reader places both alike; nothing else
+    is: no text, no extension, no scale factors. Gzip by suffix, without a time stamp: equal input
+    gives equal bytes. The file appears whole or not at all.
 
     Raises:
-        ValueError: If `like` has another shape.
+        ValueError: If the shapes differ, `like` is no NIfTI, or NIfTI cannot hold the type.
+        FileNotFoundError: If there is no `like`.
     """
     like = Path(like)
-    source = _parse(like, _bytes(like, _MAX_BYTES), _MAX_BYTES).header
-    expected = source.get_data_shape()[2::-1]
-    if expected != voxels.shape:
-        raise ValueError(f"{path}: shape {voxels.shape} (D, H, W), but {like} has {expected}")
-    image = nib.Nifti1Image(np.ascontiguousarray(voxels.transpose(2, 1, 0)), None)
-    for field in _GEOMETRY:
-        image.header[field] = source[field]
-    image.header["pixdim"][4:] = 0
-    _save(image, Path(path))
+    with _naming(like), _stream(like) as (stream, _):
+        source = nifti_header.parse(stream)
+        shape = nifti_header.shape(source)
+    if voxels.shape != shape:
+        raise ValueError(f"{path}: voxels have shape {voxels.shape}, but {like} has {shape}")
+    header = type(source)(endianness="<")
+    geometry: dict[str, Any] = {field: source[field] for field in _GEOMETRY}
+    _save(Path(path), header, geometry, voxels)
 
 
 def write_volume(path: str | Path, volume: Volume) -> None:
-    """Writes a volume by its own affine."""
-    voxels = np.ascontiguousarray(volume.voxels.transpose(2, 1, 0))
-    image = nib.Nifti1Image(voxels, volume.affine @ _REVERSED)
-    image.header.set_xyzt_units("mm")
-    _save(image, Path(path))
+    """Writes a volume with its affine as sform (float32 in the file); otherwise as `write`.
+
+    Raises:
+        ValueError: If NIfTI cannot hold the type or the shape.
+    """
+    affine = volume.affine[:, [2, 1, 0, 3]]
+    pixdim = np.ones(8)
+    pixdim[1:4] = np.linalg.norm(affine[:3, :3], axis=0)
+    geometry: dict[str, Any] = {"pixdim": pixdim, "xyzt_units": 2, "sform_code": 1}
+    geometry |= {f"srow_{axis}": row for axis, row in zip("xyz", affine, strict=False)}
+    _save(Path(path), Nifti1Header(endianness="<"), geometry, volume.voxels)
 
 
-def _bytes(path: Path, max_bytes: int) -> bytes:
-    """The uncompressed file, read to the end of its stream."""
-    if not path.is_file():
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what readers throw at broken files into a ValueError that names the file."""
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: is not a file; a NIfTI scan is one file")
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip stream ({error}); fetch it again") from error
+    except (ValueError, HeaderDataError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _stream(path: Path) -> Iterator[tuple[IO[bytes], int]]:
+    """The unpacked bytes, and an upper bound of how many there can be."""
     with path.open("rb") as file:
-        raw = file.read(max_bytes + 1)
-    if not raw:
-        raise ValueError(f"{path}: the file is empty")
-    if raw[:2] != b"\x1f\x8b":
-        return _limited(path, raw, max_bytes)
-    parts, total = [], 0
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise ValueError("the file is empty")
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if not packed:
+            yield file, size
+            return
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            yield unpacked, size * _DEFLATE_RATIO  # pyright: ignore[reportReturnType]
+
+
+def _load(path: Path, max_bytes: int) -> tuple[Nifti1Header, np.ndarray]:
+    with _stream(path) as (stream, room):
+        header = nifti_header.parse(stream)
+        shape, dtype = nifti_header.shape(header), nifti_header.voxel_type(header)
+        offset = nifti_header.offset(header)
+        wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if offset + wanted > max_bytes:
+            raise ValueError(
+                f"header claims {wanted} bytes of voxels {shape}; the limit is {max_bytes}"
+            )
+        if offset + wanted > room:
+            raise ValueError(f"truncated: header claims {wanted} bytes of voxels {shape}")
+        _skip(stream, offset - int(header["sizeof_hdr"]))
+        raw = np.empty(wanted, np.uint8)
+        _fill(stream, raw.data)
+        _finish(stream)
+    return header, _scaled(raw.view(dtype).reshape(shape), header)
+
+
+def _skip(stream: IO[bytes], count: int) -> None:
+    while count > 0:
+        got = len(stream.read(min(count, _CHUNK)))
+        if not got:
+            raise ValueError("truncated before the first voxel")
+        count -= got
+
+
+def _fill(stream: IO[bytes], target: memoryview) -> None:
+    done = 0
+    while done < len(target):
+        got = stream.readinto(target[done : done + _CHUNK])  # pyright: ignore[reportAttributeAccessIssue]
+        if not got:
+            raise ValueError(f"truncated: {done} of {len(target)} bytes of voxels")
+        done += got
+
+
+def _finish(stream: IO[bytes]) -> None:
+    """Reads to the end, where gzip compares its checksum."""
+    extra = 0
+    while got := len(stream.read(_CHUNK)):
+        extra += got
+        if extra > _SLACK:
+            raise ValueError(f"goes on for more than {_SLACK} bytes after the last voxel")
+
+
+def _scaled(voxels: np.ndarray, header: Nifti1Header) -> np.ndarray:
+    slope, inter = header.get_slope_inter()
+    if slope is None or inter is None:
+        slope, inter = 1.0, 0.0
+    if voxels.dtype.kind in "iu" and (slope, inter) == (1.0, 0.0):
+        return voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
+    scaled = np.empty(voxels.shape, np.float32)
+    broken = 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for plane, out in zip(voxels, scaled, strict=True):  # float64, but one plane at a time
+            out[...] = plane.astype(np.float64) * slope + inter
+            broken += out.size - int(np.count_nonzero(np.isfinite(out)))
+    if broken:
+        raise ValueError(f"{broken} of {voxels.size} voxels are not finite numbers")
+    return scaled
+
+
+def _as_classes(voxels: np.ndarray, num_classes: int) -> UInt8[np.ndarray, "_ _ _"]:
+    top = min(num_classes, 256) - 1
+    bad = (voxels < 0) | (voxels > top)
+    if voxels.dtype.kind == "f":
+        bad = (voxels < -_INTEGER) | (voxels > top + _INTEGER)
+        bad |= np.abs(voxels - np.rint(voxels)) > _INTEGER
+        voxels = np.where(bad, voxels, np.rint(voxels))
+    if bad.any():
+        values = np.unique(voxels[bad])
+        shown = ", ".join(f"{value:g}" for value in values[:10].tolist())
+        more = f" and {len(values) - 10} more" if len(values) > 10 else ""
+        raise ValueError(f"label values must be integers in 0..{top}; got {shown}{more}")
+    return voxels.astype(np.uint8)
+
+
+def _distance_mm(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    corners = np.stack([*np.meshgrid(*[(0, n - 1) for n in shape]), np.ones((2, 2, 2))])
+    moved = (one - other)[:3] @ corners.reshape(4, -1)
+    return float(np.linalg.norm(moved, axis=0).max())
+
+
+def _case(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _save(
+    path: Path, header: Nifti1Header, geometry: dict[str, Any], voxels: Shaped[np.ndarray, "..."]
+) -> None:
+    voxels = np.ascontiguousarray(voxels, np.uint8 if voxels.dtype == bool else None)
+    voxels = voxels.astype(voxels.dtype.newbyteorder("<"), copy=False)
     try:
-        with gzip.open(io.BytesIO(raw)) as stream:
-            while part := stream.read(_CHUNK):
-                parts.append(part)
-                total += len(part)
-                if total > max_bytes + 2**20:
-                    break
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip file ({_line(error)}); get it again") from error
-    return _limited(path, b"".join(parts), max_bytes)
-
-
-def _limited(path: Path, data: bytes, max_bytes: int) -> bytes:
-    if len(data) > max_bytes:
-        raise ValueError(f"{path}: more than {max_bytes / 2**30:.1f} GiB of voxels; leave it out")
-    return data
-
-
-def _parse(path: Path, data: bytes, max_bytes: int) -> nib.Nifti1Image:
-    """A NIfTI image whose claims about itself fit the bytes there are."""
+        header.set_data_dtype(voxels.dtype)
+        header.set_data_shape(voxels.shape[::-1])
+    except HeaderDataError as error:
+        raise ValueError(f"{path}: NIfTI cannot hold {voxels.dtype}{voxels.shape}") from error
+    for field, value in geometry.items():
+        header[field] = value
+    offset = nifti_header.first_offset(header)
+    header["vox_offset"] = offset
+    header["scl_slope"], header["scl_inter"] = 1, 0  # NaN, nibabel's default, breaks other readers
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        image = nib.Nifti1Image.from_bytes(data)
-    except (ImageFileError, HeaderDataError, ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: not a NIfTI file ({_line(error)})") from error
-    header = image.header
-    shape, kind = header.get_data_shape(), header.get_data_dtype()
-    if len(shape) < 3 or min(shape) < 1 or any(n != 1 for n in shape[3:]) or len(shape) > 4:
-        raise ValueError(f"{path}: shape {shape}; expected one 3D scan")
-    if kind.kind not in "iuf" or kind.names:
-        raise ValueError(f"{path}: voxels of type {kind}; expected integers or floats")
-    claimed = int(np.prod(shape, dtype=object)) * kind.itemsize
-    if claimed > min(max_bytes, len(data)):
-        raise ValueError(
-            f"{path}: header claims {claimed:,} bytes of voxels, the file has {len(data):,}; "
-            "it is cut off or its header is wrong"
-        )
-    return image
-
-
-def _require_geometry(path: Path, header: nib.Nifti1Header, affine: np.ndarray) -> None:
-    spacing = np.asarray(header["pixdim"][1:4], np.float64)
-    if not np.isfinite(spacing).all() or (spacing <= 0).any():
-        raise ValueError(f"{path}: spacing {spacing.tolist()} mm; expected positive numbers")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ValueError(f"{path}: its affine is not usable: {affine.tolist()}")
-
-
-def _save(image: nib.Nifti1Image, path: Path) -> None:
-    """Whole or not at all; the same voxels give the same bytes."""
-    image.header["descrip"] = b""
-    data = image.to_bytes()
-    if path.name.endswith(".gz"):
-        data = gzip.compress(data, compresslevel=6, mtime=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        with temporary.open("wb") as file, contextlib.ExitStack() as stack:
+            out = file
+            if path.name.endswith(".gz"):
+                out = stack.enter_context(gzip.GzipFile("", "wb", 4, file, mtime=0))
+            out.write(header.binaryblock.ljust(offset, b"\0"))
+            out.write(voxels.data.cast("B"))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

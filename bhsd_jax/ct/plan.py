@@ -11,18 +11,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from bhsd_jax.ct import nnunet_schema
 from bhsd_jax.ct.nnunet_schema import Request, triple
-from bhsd_jax.ct.topology import PLANNERS, pool, widths
+from bhsd_jax.ct.topology import planner_named, pool, widths
 from bhsd_jax.volume import Millimeters, Network, Shape
+
+Numbers = Sequence[Any] | np.ndarray  # three numbers, or rows of three
 
 _ANISOTROPY = 3  # an axis this many times coarser (and shorter) than the others is treated apart
 _HALVES = 200  # random half data sets drawn to see whether the target spacing holds
 
 
-def target_spacing(spacings: ArrayLike, shapes: ArrayLike) -> Millimeters:
+def target_spacing(spacings: Numbers, shapes: Numbers) -> Millimeters:
     """Picks the spacing to resample to: the median, or a finer one along a very coarse axis.
 
     Where one axis is more than 3 times coarser than the next and has less than a third of the
@@ -36,14 +37,14 @@ def target_spacing(spacings: ArrayLike, shapes: ArrayLike) -> Millimeters:
     return _target(*_fingerprint(spacings, shapes))
 
 
-def transpose_for(spacing_mm: ArrayLike) -> Shape:
+def transpose_for(spacing_mm: Numbers) -> Shape:
     """Orders the axes for the network: the coarsest first, the other two as they were."""
     coarsest = int(np.argmax(np.asarray(spacing_mm)))
     first, second = (axis for axis in range(3) if axis != coarsest)
     return coarsest, first, second
 
 
-def spacing_margin(spacings: ArrayLike, shapes: ArrayLike) -> list[str]:
+def spacing_margin(spacings: Numbers, shapes: Numbers) -> list[str]:
     """Warns of every axis whose target spacing rests on a few scans.
 
     Draws 200 halves of the data set (fixed seed, without replacement) and applies the same rule to
@@ -68,14 +69,14 @@ def spacing_margin(spacings: ArrayLike, shapes: ArrayLike) -> list[str]:
 
 
 def make_plans(
-    spacings: ArrayLike,
-    shapes_after_crop: ArrayLike,
+    spacings: Numbers,
+    shapes_after_crop: Numbers,
     *,
     planner: str = "default",
     modality: str = "ct",
     num_channels: int = 1,
     num_classes: int = 2,
-    spacing_mm: ArrayLike | None = None,
+    spacing_mm: Numbers | None = None,
     transpose: Sequence[int] | None = None,
     memory_gb: float | None = None,
     cases: int | None = None,
@@ -88,7 +89,7 @@ def make_plans(
     Args:
         spacings: mm, per scan.
         shapes_after_crop: Voxels, per scan, along the same axes.
-        planner: A key of `PLANNERS`.
+        planner: A key of `topology.PLANNERS`.
         modality: "ct" or "mr"; decides the normalization only.
         num_channels: Of a scan.
         num_classes: Background included.
@@ -105,12 +106,9 @@ def make_plans(
         ValueError: If the fingerprint, the planner or the modality is not usable.
     """
     spacing, shape = _fingerprint(spacings, shapes_after_crop)
-    if planner not in PLANNERS or modality not in ("ct", "mr"):
-        raise ValueError(
-            f"make_plans: planner is one of {', '.join(PLANNERS)} and modality ct or mr; "
-            f"got {planner!r} and {modality!r}"
-        )
-    chosen = PLANNERS[planner]
+    chosen = planner_named(planner)
+    if modality not in nnunet_schema.NORMALIZATION:
+        raise ValueError(f"make_plans: modality is ct or mr; got {modality!r}")
     target = _target(spacing, shape) if spacing_mm is None else _three(spacing_mm, "spacing_mm")
     forward = list(transpose_for(target) if transpose is None else transpose)
     request = Request(
@@ -141,11 +139,11 @@ def make_plans(
 
 
 def network_for(
-    spacings: ArrayLike,
-    shapes: ArrayLike,
+    spacings: Numbers,
+    shapes: Numbers,
     *,
     planner: str = "default",
-    spacing_mm: ArrayLike | None = None,
+    spacing_mm: Numbers | None = None,
     transpose: Sequence[int] | None = None,
     num_classes: int = 2,
 ) -> Network:
@@ -168,8 +166,8 @@ def network_for(
 
 
 def topology(
-    spacing_mm: ArrayLike,
-    patch: ArrayLike,
+    spacing_mm: Numbers,
+    patch: Numbers,
     *,
     planner: str = "default",
     batch: int = 2,
@@ -181,8 +179,8 @@ def topology(
     """Applies nnU-Net's pooling rule to a patch somebody chose.
 
     Raises:
-        ValueError: If an axis of the patch is no multiple of the network's total stride; names
-            the nearest patch that is.
+        ValueError: If an axis of the patch is no multiple of the network's total stride (names the
+            nearest patch that is), or the planner is not known.
     """
     spacing, size = _three(spacing_mm, "spacing_mm"), _three(patch, "patch")
     pooling = pool(spacing, size, max_stages)
@@ -192,15 +190,15 @@ def topology(
             f"{pooling.total_stride} that {spacing} mm asks for; the nearest patch that does is "
             f"{_nearest_patch(spacing, size, max_stages)}"
         )
-    stages = len(pooling.strides)
+    stages, chosen = len(pooling.strides), planner_named(planner)
     return Network(
         patch=triple(pooling.patch),
         batch=batch,
         features=widths(stages, base=base_features, widest=max_features),
         strides=tuple(triple(stride) for stride in pooling.strides),
         kernels=tuple(triple(kernel) for kernel in pooling.kernels),
-        convs_encoder=PLANNERS[planner].encoder(stages),
-        convs_decoder=PLANNERS[planner].decoder(stages),
+        convs_encoder=chosen.encoder(stages),
+        convs_decoder=chosen.decoder(stages),
         batch_dice=batch_dice,
     )
 
@@ -246,10 +244,13 @@ def _target(spacings: np.ndarray, shapes: np.ndarray) -> Millimeters:
 
 def _median_shape(spacings: np.ndarray, shapes: np.ndarray, target: Millimeters) -> np.ndarray:
     # np.rint and Python's round, which nnU-Net uses, both round halves to even.
-    return np.median(np.rint(spacings / np.array(target) * shapes), axis=0)
+    median = np.median(np.rint(spacings / np.array(target) * shapes), axis=0)
+    if median.min() < 1:
+        raise ValueError(f"planner: at {target} mm the median scan has {median.tolist()} voxels")
+    return median
 
 
-def _fingerprint(spacings: ArrayLike, shapes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _fingerprint(spacings: Numbers, shapes: Numbers) -> tuple[np.ndarray, np.ndarray]:
     spacing, shape = _rows(spacings, "spacings"), _rows(shapes, "shapes")
     if len(spacing) != len(shape):
         raise ValueError(
@@ -269,7 +270,7 @@ def _nearest_patch(
     return accepted[int(np.argmin(np.abs(ratio - 1).sum(axis=1)))]
 
 
-def _rows(values: ArrayLike, name: str) -> np.ndarray:
+def _rows(values: Numbers, name: str) -> np.ndarray:
     try:
         rows = np.atleast_2d(np.asarray(values, dtype=float))
     except (TypeError, ValueError) as error:
@@ -285,7 +286,7 @@ def _rows(values: ArrayLike, name: str) -> np.ndarray:
     return rows
 
 
-def _three(values: ArrayLike, name: str) -> Millimeters:
+def _three(values: Numbers, name: str) -> Millimeters:
     rows = _rows(values, name)
     if len(rows) != 1:
         raise ValueError(f"planner: {name} must be three numbers; got shape {rows.shape}")

@@ -49,6 +49,17 @@ PLANNERS = {
 }
 
 
+def planner_named(name: str) -> Planner:
+    """Looks a planner up.
+
+    Raises:
+        ValueError: If there is none of that name; lists the names.
+    """
+    if name not in PLANNERS:
+        raise ValueError(f"planner is one of {', '.join(PLANNERS)}; got {name!r}")
+    return PLANNERS[name]
+
+
 @dataclass(frozen=True)
 class Pooling:
     """Strides and kernels of the stages, and the patch they fit; axes as in the spacing."""
@@ -148,6 +159,9 @@ def fit(
     median scan (the last of equals) until the activations are within budget. What is left goes into
     the batch, which never holds more than the planner's share of the data set, nor less than 2.
 
+    Raises:
+        ValueError: If no patch fits.
+
     Source: nnU-Net v2.8.1, `get_plans_for_configuration`.
     """
     axes = len(spacing_mm)
@@ -182,4 +196,6 @@ def _shorter(
     edges[axis] -= pooling.total_stride[axis]
     step = pool(spacing_mm, edges).total_stride[axis]
     edges[axis] = pooling.patch[axis] - step
+    if edges[axis] < 1:
+        raise ValueError(f"planner: not even a patch of {pooling.patch} voxels fits the memory")
     return pool(spacing_mm, edges)

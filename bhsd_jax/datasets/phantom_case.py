@@ -22,7 +22,8 @@ from bhsd_jax.datasets.phantom_lesions import Space
 from bhsd_jax.datasets.phantom_scanner import Scan, acquire, draw_scan, label_voxels
 
 VERSION = 1
-_HEAD, _SCAN, _CLASSES, _LESIONS, _NOISE = range(5)  # independent random streams of one case
+# Independent random streams of one case: a bleed more leaves head, scanner and noise as they are.
+_HEAD, _SCAN, _CLASSES, _LESIONS, _TIES, _NOISE = _STREAMS = range(6)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Options:
     def __post_init__(self) -> None:
         if min(self.size, self.slices, self.sub) < 1:
             raise ValueError(
-                f"Options: size {self.size}, slices {self.slices} and sub {self.sub} must be above 0"
+                f"Options: size {self.size}, slices {self.slices} and sub {self.sub} must be > 0"
             )
         if self.difficulty not in LEVELS:
             raise ValueError(
@@ -67,9 +68,10 @@ def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.n
     """HU int16 [D H W], label uint8 [D H W], and what is known of them.
 
     Axes are a BHSD file's (k, j, i): slices superior, rows anterior, columns left. A case depends
-    on seed, options and `VERSION` only; head and scanner on the seed, size and slices alone.
+    on seed, options and `VERSION` only. Other bleeds leave the head, the scanner and its noise as
+    they are, but for the tissue they push aside.
     """
-    rng = [np.random.default_rng((VERSION, stream, seed)) for stream in range(5)]
+    rng = [np.random.default_rng((VERSION, stream, seed)) for stream in _STREAMS]
     level = LEVELS[options.difficulty]
     head = draw_head(rng[_HEAD])
     scan = draw_scan(
@@ -97,7 +99,7 @@ def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.n
     hu += _per_cell(cells, inside, hu.shape)
     hu /= scan.sub
     cavity = _per_cell(cells, np.full(cells.size, 1 / scan.sub), hu.shape)
-    label = label_voxels(cells, thin, scan, rng[_NOISE])
+    label = label_voxels(cells, thin, scan, rng[_TIES])
     painted = {c: float((label == c).sum() * scan.voxel_ml) for c in lesions}
     requested = {c: lesion.volume_ml for c, lesion in lesions.items()}
     return acquire(scan, hu, cavity, rng[_NOISE]), label, Truth(scan, head, requested, painted)

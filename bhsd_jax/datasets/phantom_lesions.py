@@ -5,7 +5,7 @@ its volume asks for are taken, lowest number first. So shapes are free and volum
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -43,6 +43,7 @@ class Push(NamedTuple):
     reach_mm: float  # the shift falls by e over this distance
 
 
+@runtime_checkable
 class Lesion(Protocol):
     """One bleed: a frozen dataclass of everything drawn for it."""
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ FOLDS = 5
 _SPLITS = ("train", "val", "test", "unlabeled")
 
 
+@runtime_checkable
 class Row(Protocol):
     """What has to be known of a case to give it a role."""
 

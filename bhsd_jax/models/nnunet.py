@@ -6,12 +6,10 @@ Source: Isensee et al. 2021, doi:10.1038/s41592-020-01008-z, and 2024, arXiv:240
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -86,7 +84,9 @@ class ResidualEncoderUNet(nn.Module):
     kernels: tuple[Triple, ...] = ()
     blocks_encoder: int | tuple[int, ...] = ()
     convs_decoder: int | tuple[int, ...] = 1
-    bottleneck: tuple[int, ...] = ()  # inner channels per stage; empty: blocks have two convolutions
+    bottleneck: tuple[
+        int, ...
+    ] = ()  # inner channels per stage; empty: blocks have two convolutions
     stem: int | None = None  # channels; None: those of stage 0
     deep_supervision: bool = True
     conv_bias: bool = True
@@ -118,3 +118,127 @@ class ResidualEncoderUNet(nn.Module):
             x = stage(unit, features, blocks[i], strides[i], inner[i], name=f"encoder_{i}")(x)
             skips.append(x)
         return _decode(self, skips)
+
+
+class ConvStage(nn.Module):
+    """Convolution units in a row; the first may be strided."""
+
+    unit: functools.partial
+    features: int
+    convs: int
+    strides: Triple = (1, 1, 1)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D H W C"]) -> Float[Array, "B d h w F"]:
+        for i in range(self.convs):
+            strides = self.strides if i == 0 else (1, 1, 1)
+            x = self.unit(features=self.features, strides=strides, name=f"conv_{i}")(x)
+        return x
+
+
+class ResidualStage(nn.Module):
+    """Residual blocks in a row; the first may be strided and change the channels.
+
+    The last norm before each addition starts at zero, so that a block starts as its shortcut.
+
+    Source: He et al. 2019, arXiv:1812.01187 (ResNet-D: the shortcut pools, then projects).
+    """
+
+    unit: functools.partial
+    features: int
+    blocks: int
+    strides: Triple
+    inner: int | None  # channels inside a bottleneck block; None: a block of two convolutions
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D H W C"]) -> Float[Array, "B d h w F"]:
+        for i in range(self.blocks):
+            x = self._block(x, self.strides if i == 0 else (1, 1, 1), f"block_{i}")
+        return x
+
+    def _block(self, x: Array, strides: Triple, name: str) -> Array:
+        last = {"features": self.features, "slope": None, "scale_init": nn.initializers.zeros}
+        pointwise = functools.partial(self.unit, kernel=(1, 1, 1))
+        if self.inner is None:
+            out = self.unit(features=self.features, strides=strides, name=f"{name}_conv1")(x)
+            out = self.unit(**last, name=f"{name}_conv2")(out)
+        else:
+            out = pointwise(features=self.inner, name=f"{name}_conv1")(x)
+            out = self.unit(features=self.inner, strides=strides, name=f"{name}_conv2")(out)
+            out = pointwise(**last, name=f"{name}_conv3")(out)
+        if strides != (1, 1, 1):
+            x = nn.avg_pool(x, strides, strides)
+        if x.shape[-1] != self.features:
+            shortcut = {"slope": None, "use_bias": False, "name": f"{name}_skip"}
+            x = pointwise(features=self.features, **shortcut)(x)
+        return nn.leaky_relu(out + x, self.unit.keywords["slope"])
+
+
+def _decode(net: Any, skips: list[Array]) -> Logits:
+    """From the lowest stage up: up-sample, join (up-sampled first, then skip), convolve, head."""
+    stage = _rematerialized(ConvStage, net.remat)
+    strides, kernels = _strides(net), _kernels(net)
+    convs = _counts(net, "convs_decoder", len(skips) - 1)
+    x, logits = skips[-1], []
+    for i in reversed(range(len(skips) - 1)):
+        features = net.features[i]
+        up = ConvTranspose(features, strides[i + 1], net.conv_bias, net.dtype, name=f"up_{i}")
+        x = jnp.concatenate([up(x), skips[i]], axis=-1)
+        x = stage(_unit(net, kernels[i]), features, convs[i], name=f"decoder_{i}")(x)
+        if i == 0 or net.deep_supervision:
+            head = Conv(net.num_classes, (1, 1, 1), dtype=net.dtype, name=f"head_{i}")
+            logits.append(head(x).astype(jnp.float32))
+    return tuple(logits[::-1])
+
+
+def _unit(net: Any, kernel: Triple) -> functools.partial:
+    return functools.partial(
+        ConvUnit,
+        kernel=kernel,
+        use_bias=net.conv_bias,
+        epsilon=net.epsilon,
+        affine=net.affine,
+        slope=net.slope,
+        dtype=net.dtype,
+    )
+
+
+def _rematerialized(stage: Any, remat: str) -> Any:
+    if remat not in ("none", "blocks"):
+        raise ValueError(f"remat is {remat!r}; choose 'none' or 'blocks'")
+    return nn.remat(stage) if remat == "blocks" else stage
+
+
+def _strides(net: Any) -> tuple[Triple, ...]:
+    return _per_stage(net, "strides", _STRIDES)
+
+
+def _kernels(net: Any) -> tuple[Triple, ...]:
+    kernels = _per_stage(net, "kernels", _KERNELS)
+    if not all(k % 2 for kernel in kernels for k in kernel):
+        raise ValueError(f"{type(net).__name__}: kernels must be odd; got {kernels}")
+    return kernels
+
+
+def _total(strides: tuple[Triple, ...]) -> Triple:
+    d, h, w = (math.prod(s) for s in zip(*strides, strict=True))
+    return d, h, w
+
+
+def _per_stage(net: Any, field: str, default: tuple) -> tuple:
+    """One entry per stage; an empty field takes the first of the BHSD plan."""
+    stages = len(net.features)
+    return _counts(net, field, stages, default[:stages])
+
+
+def _counts(net: Any, field: str, stages: int, default: tuple = ()) -> tuple:
+    given = getattr(net, field)
+    if isinstance(given, int):
+        return (given,) * stages
+    given = tuple(given) or default
+    if len(given) != stages:
+        raise ValueError(
+            f"{type(net).__name__}: {field} needs {stages} entries for the {len(net.features)}"
+            f" stages of features {net.features}; got {len(given)}: {given}"
+        )
+    return given

@@ -32,11 +32,17 @@ class Parts:
 def init_state(parts: Parts, image: Array, key: PRNGKeyArray) -> TrainState:
     """State at step 0; `image` is one batch of the network's input, [B D H W C]."""
     init_key, run_key = jax.random.split(key)
-    params = parts.objective.init(parts.model, image, init_key)
+    params = parts.objective.init(parts.model, image, _quick(init_key))
     # A copy: the step donates its state, and one buffer cannot be donated twice.
     ema = None if parts.objective.ema_decay is None else jax.tree.map(jnp.copy, params)
     opt_state = parts.optimizer.init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema, run_key)
+
+
+def _quick(key: PRNGKeyArray) -> PRNGKeyArray:
+    """A key for XLA's own generator: dozens of threefry draws take half a minute to compile."""
+    data = jax.random.key_data(key)
+    return jax.random.wrap_key_data(jnp.concatenate([data, data]), impl="rbg")
 
 
 def make_train_step(parts: Parts) -> TrainStep:

@@ -19,11 +19,12 @@ from ml_collections import ConfigDict
 from bhsd_jax.build import build
 from bhsd_jax.ct import integrity, shards
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, make_plan, prepare_case
-from bhsd_jax.verbs.workers import Progress, each
+from bhsd_jax.verbs.workers import Progress, Workers
 from bhsd_jax.volume import Case, Dataset, Plan
 
 logger = logging.getLogger(__name__)
 
+_BYTES_PER_PROCESS = 2**25  # a process takes seconds to start, and reads this much in that time
 _BROKEN = (ValueError, OSError, EOFError, MemoryError)  # of one case: recorded, others go on
 
 
@@ -63,29 +64,59 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if hasattr(dataset, "prepare"):
         dataset.prepare()
     cases = sorted(dataset.cases(), key=lambda case: case.id)
+    if not cases:
+        raise ValueError(f"{dataset.name}: has no cases; look at config.data")
     logger.info("%s: %d cases; license: %s", dataset.name, len(cases), dataset.license or "unknown")
-    processes = settings.processes or os.cpu_count() or 1
-    crop_hu = settings.crop_hu if dataset.modality == "ct" else None
-    facts, skipped = _look(cases, dataset, crop_hu, processes)
-    _report(workdir, facts, dataset.classes, skipped)
-    if facts and not settings.verify_only:
-        plan = make_plan(
-            [fact for fact in facts if fact.voxels and fact.split in ("train", "val")],
-            dataset=dataset.name,
-            classes=tuple(dataset.classes),
-            modality=dataset.modality,
-            license=dataset.license,
-            source_sha256=_source_sha256(facts),
-            planner=settings.planner,
-            spacing_mm=tuple(settings.spacing_mm) if settings.spacing_mm else None,
-            crop_hu=crop_hu,
+    ledger = workdir / "skipped.csv"
+    with Workers(settings.processes or _processes(cases)) as workers:
+        facts, skipped = _look(cases, dataset, _crop_hu(dataset, settings), workers)
+        _report(workdir, facts, dataset.classes, skipped)
+        _write_ledger(ledger, skipped)
+        if facts and not settings.verify_only:
+            plan = _plan(dataset, facts, settings)
+            folder = Path(settings.shards or workdir / "shards")
+            jobs = _jobs(folder, cases, facts, plan, settings.cases_per_shard)
+            skipped |= _write_all(folder, jobs, plan, workers)
+            _write_ledger(ledger, skipped)
+    if skipped:
+        case = min(skipped)
+        message = (
+            f"{len(skipped)} of {len(cases)} cases skipped, see {ledger}; {case}: {skipped[case]}"
         )
-        for note in plan.notes:
-            logger.warning("%s", note)
-        folder = Path(settings.shards or workdir / "shards")
-        jobs = _jobs(folder, cases, facts, plan, settings.cases_per_shard)
-        skipped |= _write_all(folder, jobs, plan, processes)
-    _report_skipped(workdir / "skipped.csv", skipped, len(cases), settings.allow_skipped)
+        if not settings.allow_skipped:
+            raise ValueError(
+                f"{message}; repair them, or set --config.preprocess.allow_skipped=True"
+            )
+        logger.warning("%s", message)
+
+
+def _processes(cases: Sequence[Case]) -> int:
+    """One per core this process may use; fewer where starting them would take longest."""
+    affinity = getattr(os, "sched_getaffinity", None)  # a batch system may have given only some
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    files = [path for case in cases for path in (case.image, case.label) if path and path.is_file()]
+    return min(cores, 1 + sum(path.stat().st_size for path in files) // _BYTES_PER_PROCESS)
+
+
+def _crop_hu(dataset: Dataset, settings: Any) -> float | None:
+    return settings.crop_hu if dataset.modality == "ct" else None
+
+
+def _plan(dataset: Dataset, facts: Sequence[Facts], settings: Any) -> Plan:
+    plan = make_plan(
+        [fact for fact in facts if fact.voxels and fact.split in ("train", "val")],
+        dataset=dataset.name,
+        classes=tuple(dataset.classes),
+        modality=dataset.modality,
+        license=dataset.license,
+        source_sha256=_source_sha256(facts),
+        planner=settings.planner,
+        spacing_mm=tuple(settings.spacing_mm) if settings.spacing_mm else None,
+        crop_hu=_crop_hu(dataset, settings),
+    )
+    for note in plan.notes:
+        logger.warning("%s", note)
+    return plan
 
 
 def _dataset(config: ConfigDict, workdir: Path) -> Any:
@@ -99,7 +130,7 @@ def _dataset(config: ConfigDict, workdir: Path) -> Any:
 
 
 def _look(
-    cases: Sequence[Case], dataset: Dataset, crop_hu: float | None, processes: int
+    cases: Sequence[Case], dataset: Dataset, crop_hu: float | None, workers: Workers
 ) -> tuple[list[Facts], dict[str, str]]:
     """First pass: facts in the order of the cases, and why the others were refused."""
     look = functools.partial(
@@ -111,7 +142,7 @@ def _look(
     found: dict[str, Facts] = {}
     skipped: dict[str, str] = {}
     with Progress("check", len(cases)) as progress:
-        for case, result in each(look, cases, processes):
+        for case, result in workers.each(look, cases):
             if isinstance(result, Facts):
                 found[case.id] = result
             else:
@@ -142,7 +173,7 @@ def _jobs(
     return [job for job in jobs if job.cases]
 
 
-def _write_all(folder: Path, jobs: Sequence[_Job], plan: Plan, processes: int) -> dict[str, str]:
+def _write_all(folder: Path, jobs: Sequence[_Job], plan: Plan, workers: Workers) -> dict[str, str]:
     """Second pass: writes what is missing, then the index. Returns why cases were refused."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest = _manifest(folder)
@@ -155,7 +186,7 @@ def _write_all(folder: Path, jobs: Sequence[_Job], plan: Plan, processes: int) -
     skipped: dict[str, str] = {}
     rows = [row for name in done for row in done[name]["entries"]]
     with Progress("prepare", sum(len(job.cases) for job in todo)) as progress:
-        for job, (entries, refused) in each(_write, todo, processes):
+        for job, (entries, refused) in workers.each(_write, todo):
             skipped |= refused
             new = [asdict(entry) for entry in entries]
             rows += new
@@ -164,7 +195,7 @@ def _write_all(folder: Path, jobs: Sequence[_Job], plan: Plan, processes: int) -
                 done[job.path.name] = {"key": job.key, "bytes": size, "entries": new}
                 shards.write_json(folder / "manifest.json", done)
             progress.advance(len(job.cases))
-    shards.write_json(folder / "manifest.json", done)
+    shards.write_json(folder / "manifest.json", dict(sorted(done.items())))
     shards.write_index(folder, [shards.entry_from_json(row) for row in rows])
     for path in folder.glob("shard-*.arrayrecord"):
         if path.name not in {row["shard"] for row in rows}:
@@ -220,16 +251,10 @@ def _report(
             logger.info("%s", line)
 
 
-def _report_skipped(path: Path, skipped: Mapping[str, str], total: int, is_allowed: bool) -> None:
-    path.unlink(missing_ok=True)
-    if not skipped:
-        return
-    table = [{"case": case, "reason": skipped[case]} for case in sorted(skipped)]
-    integrity.write_csv(path, table, ("case", "reason"))
-    first = table[0]
-    message = (
-        f"{len(table)} of {total} cases skipped, see {path}; {first['case']}: {first['reason']}"
-    )
-    if not is_allowed:
-        raise ValueError(f"{message}; repair them, or set --config.preprocess.allow_skipped=True")
-    logger.warning("%s", message)
+def _write_ledger(path: Path, skipped: Mapping[str, str]) -> None:
+    """Why cases were refused; no file if none was."""
+    if skipped:
+        table = [{"case": case, "reason": skipped[case]} for case in sorted(skipped)]
+        integrity.write_csv(path, table, ("case", "reason"))
+    else:
+        path.unlink(missing_ok=True)

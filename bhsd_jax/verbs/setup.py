@@ -60,7 +60,9 @@ def network(config: ConfigDict, plan: Plan) -> Network:
     wanted = patch(config, plan)
     found = plan.network
     if wanted != found.patch:
-        found = planner.topology(plan.spacing_mm, wanted)
+        found = planner.topology(
+            plan.spacing_mm, wanted, batch=found.batch, batch_dice=found.batch_dice
+        )
     return found
 
 

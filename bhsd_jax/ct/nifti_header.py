@@ -1,0 +1,111 @@
+"""Headers of NIfTI files, believed only after they are checked. Knows nibabel, as `nifti` does."""
+
+from typing import IO
+
+import numpy as np
+from jaxtyping import Float64
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+
+from bhsd_jax.volume import Shape
+
+_MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # xyzt_units: meter, micrometer; all else is taken for mm
+_KINDS = {348: (Nifti1Header, b"n+1", 352), 540: (Nifti2Header, b"n+2", 544)}
+
+
+def parse(stream: IO[bytes]) -> Nifti1Header:
+    """Reads a NIfTI-1 or -2 header of either byte order from the start of a file.
+
+    Raises:
+        ValueError: If it is another format, of two files, or cut off.
+    """
+    first = stream.read(4)
+    sizes = {"<": int.from_bytes(first, "little"), ">": int.from_bytes(first, "big")}
+    endianness = next((key for key, size in sizes.items() if size in _KINDS), None)
+    if endianness is None:
+        raise ValueError("not a NIfTI file: the first number is no header size")
+    size = sizes[endianness]
+    kind, magic, _ = _KINDS[size]
+    block = first + stream.read(size - 4)
+    if len(block) < size:
+        raise ValueError(f"truncated header: {len(block)} of {size} bytes")
+    header = kind(block, endianness=endianness, check=False)
+    if bytes(header["magic"])[:3] != magic:
+        raise ValueError("not a single-file NIfTI: Analyze or .hdr/.img; convert it to .nii.gz")
+    return header
+
+
+def first_offset(header: Nifti1Header) -> int:
+    """Where voxels begin if the header has no extension."""
+    return _KINDS[int(header["sizeof_hdr"])][2]
+
+
+def shape(header: Nifti1Header) -> Shape:
+    """D, H, W; further axes of size 1 are dropped.
+
+    Raises:
+        ValueError: If the scan is not 3D, or a size is not positive.
+    """
+    rank, *sizes = (int(n) for n in header["dim"])
+    if rank in range(1, 8):
+        sizes = sizes[:rank]
+    if not 3 <= rank <= 7 or any(n != 1 for n in sizes[3:]):
+        raise ValueError(f"not a 3D scan: dim is {rank}, sizes {tuple(sizes)}")
+    if min(sizes) < 1:
+        raise ValueError(f"sizes must be positive; got {tuple(sizes)}")
+    w, h, d = sizes[:3]
+    return d, h, w
+
+
+def voxel_type(header: Nifti1Header) -> np.dtype:
+    """Type and byte order of the voxels.
+
+    Raises:
+        ValueError: If voxels are colors, complex, or of an unknown type.
+    """
+    try:
+        dtype = header.get_data_dtype()
+    except KeyError:
+        dtype = np.dtype("V0")
+    if dtype.kind not in "iuf":
+        raise ValueError(
+            f"voxels must be integers or real numbers; datatype is {int(header['datatype'])}"
+        )
+    return dtype
+
+
+def offset(header: Nifti1Header) -> int:
+    """Bytes before the first voxel.
+
+    Raises:
+        ValueError: If voxels would begin inside the header or nowhere.
+    """
+    first = first_offset(header)
+    start = float(header["vox_offset"])
+    if start == 0:  # written by tools that trust the default
+        return first
+    if not first <= start < np.inf or start != int(start):
+        raise ValueError(f"vox_offset must be an integer of at least {first}; got {start:g}")
+    return int(start)
+
+
+def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
+    """From (d, h, w, 1) to RAS+ mm: the sform if there is one, else the qform, as nibabel has it.
+
+    Raises:
+        ValueError: If it is singular or not finite, or the voxel size is.
+    """
+    spacing = np.asarray(header["pixdim"][1:4], np.float64)
+    if not np.isfinite(spacing).all() or spacing.min() <= 0:
+        raise ValueError(f"spacing must be positive and finite; pixdim is {spacing.tolist()}")
+    header = header.copy()
+    if header["pixdim"][0] not in (-1, 1):
+        header["pixdim"][0] = 1  # the standard's reading of 0
+    matrix = np.array(header.get_best_affine(), np.float64)
+    matrix[:3] *= _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
+    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
+    if not np.isfinite(matrix).all() or lengths.min() <= 0:
+        raise ValueError(f"affine is not finite or has a zero axis: {matrix[:3].tolist()}")
+    if abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-6:
+        raise ValueError(f"affine is singular: {matrix[:3].tolist()}")
+    return matrix[:, [2, 1, 0, 3]]

@@ -1,0 +1,144 @@
+"""Every measure of one case and class as a row, and rows as a CSV file."""
+
+import csv
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from bhsd_jax.metrics import lesion, overlap, surface
+from bhsd_jax.volume import Millimeters
+
+Label = UInt8[np.ndarray, "D H W"]
+
+_RENAMED = {"name": "class"}  # a keyword of the language
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case and class; the fields are the columns of `cases.csv`. NaN where not defined."""
+
+    case: str
+    patient: str
+    name: str  # of the class; the column is `class`
+    voxels_ref: int
+    voxels_pred: int
+    tp: int
+    fp: int
+    fn: int
+    dice: float
+    iou: float
+    sensitivity: float
+    precision: float
+    hd95_mm: float  # inf if one mask is empty
+    nsd: float
+    volume_ref_ml: float
+    volume_pred_ml: float
+    volume_error_ml: float  # predicted minus reference
+    relative_volume_error: float  # without sign, of the reference
+    lesions_ref: int
+    lesions_pred: int
+    lesions_hit: int  # of lesions_ref
+    lesions_false: int  # of lesions_pred
+    small_lesions_ref: int  # below 1 mL
+    small_lesions_hit: int
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What is known of the scan two label maps belong to."""
+
+    case: str
+    patient: str
+    spacing_mm: Millimeters
+    voxel_ml: float  # corrected for gantry tilt
+
+
+def score(
+    reference: Label, predicted: Label, scan: Scan, classes: Sequence[str], nsd_mm: float
+) -> list[Row]:
+    """One row per foreground class; `classes` has the background first.
+
+    Raises:
+        ValueError: If the shapes differ, or a label is not an index of `classes`.
+    """
+    counts = overlap.count(reference, predicted, len(classes))
+    return [
+        _row(reference == index, predicted == index, counts[index], scan, name, nsd_mm)
+        for index, name in enumerate(classes)
+        if index
+    ]
+
+
+def _row(
+    reference: surface.Mask,
+    predicted: surface.Mask,
+    counts: overlap.Counts,
+    scan: Scan,
+    name: str,
+    nsd_mm: float,
+) -> Row:
+    distances = surface.element_distances(reference, predicted, scan.spacing_mm)
+    volume = overlap.volume_error(counts, scan.voxel_ml)
+    lesions = lesion.detect(reference, predicted, scan.voxel_ml)
+    small_hit, small = lesions.recall_below(lesion.SMALL_ML)
+    return Row(
+        case=scan.case,
+        patient=scan.patient,
+        name=name,
+        voxels_ref=counts.reference,
+        voxels_pred=counts.predicted,
+        tp=counts.tp,
+        fp=counts.fp,
+        fn=counts.fn,
+        dice=counts.dice,
+        iou=counts.iou,
+        sensitivity=counts.sensitivity,
+        precision=counts.precision,
+        hd95_mm=surface.hausdorff(distances, 95) if not all(distances.empty) else float("nan"),
+        nsd=surface.surface_dice(distances, nsd_mm),
+        volume_ref_ml=volume.reference_ml,
+        volume_pred_ml=volume.predicted_ml,
+        volume_error_ml=volume.signed_ml,
+        relative_volume_error=volume.relative,
+        lesions_ref=len(lesions.hit),
+        lesions_pred=len(lesions.real),
+        lesions_hit=lesions.tp,
+        lesions_false=lesions.fp,
+        small_lesions_ref=small,
+        small_lesions_hit=small_hit,
+    )
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Writes one line per row; floats with all their digits, `nan` and `inf` as such."""
+    names = [field.name for field in dataclasses.fields(Row)]
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([_RENAMED.get(name, name) for name in names])
+        writer.writerows([getattr(row, name) for name in names] for row in rows)
+    os.replace(temporary, path)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Undoes `write_csv`.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    fields = [(f.name, _RENAMED.get(f.name, f.name), f.type) for f in dataclasses.fields(Row)]
+    missing = [column for _, column, _ in fields if lines and column not in lines[0]]
+    if missing:
+        raise ValueError(f"{path}: has no column {', '.join(missing)}; write it with `evaluate`")
+    kinds = {str: str, int: int, float: float}
+    return [
+        Row(**{name: kinds[kind](line[column]) for name, column, kind in fields})  # pyright: ignore
+        for line in lines
+    ]

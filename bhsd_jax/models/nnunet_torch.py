@@ -1,0 +1,193 @@
+"""How `dynamic_network_architectures` names the weights of nnU-Net's networks (release 0.4.4)."""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bhsd_jax.models import torch_import
+from bhsd_jax.models.conv import Triple
+from bhsd_jax.models.nnunet import PlainConvUNet, ResidualEncoderUNet
+from bhsd_jax.models.torch_import import Recipe, Weight
+
+_ALIASES = (  # the same tensor under a second name; a conv unit lists its parts once more
+    (r"^decoder\.encoder\.", "encoder."),
+    (r"\.all_modules\.0\.", ".conv."),
+    (r"\.all_modules\.1\.", ".norm."),
+)
+_SHARED = ("input_channels", "n_stages", "features_per_stage", "kernel_sizes", "strides")
+_SHARED += ("num_classes", "n_conv_per_stage_decoder")
+_REQUIRED = {
+    "PlainConvUNet": (*_SHARED, "n_conv_per_stage"),
+    "ResidualEncoderUNet": (*_SHARED, "n_blocks_per_stage"),
+}
+_OPTIONAL = (
+    "conv_bias",
+    "deep_supervision",
+    "norm_op_kwargs",
+    "dropout_op_kwargs",
+    "nonlin_kwargs",
+)
+_OPTIONAL += ("bottleneck_channels", "stem_channels")
+
+
+def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
+    """Twin of one of the two classes; layer types may be names or dotted paths.
+
+    Raises:
+        ValueError: Lists every argument that has no counterpart here.
+    """
+    arguments = {"conv_bias": False, "deep_supervision": False, **constructor}
+    _require_supported(reference, arguments)
+    residual = reference == "ResidualEncoderUNet"
+    stages = arguments["n_stages"]
+    given = arguments.get("norm_op_kwargs") or {}
+    fields = {
+        "num_classes": arguments["num_classes"],
+        "features": _each(arguments["features_per_stage"], stages),
+        "strides": _triples(arguments["strides"], stages),
+        "kernels": _triples(arguments["kernel_sizes"], stages),
+        # PyTorch counts decoder stages from the lowest resolution.
+        "convs_decoder": _each(arguments["n_conv_per_stage_decoder"], stages - 1)[::-1],
+        "deep_supervision": bool(arguments["deep_supervision"]),
+        "conv_bias": bool(arguments["conv_bias"]),
+        "epsilon": _number(given.get("eps", 1e-5)),
+        "affine": bool(given.get("affine", False)),
+        "slope": _slope(arguments),
+    }
+    if residual:
+        fields["blocks_encoder"] = _each(arguments["n_blocks_per_stage"], stages)
+        fields["stem"] = arguments.get("stem_channels")
+        if _name(arguments.get("block")) == "BottleneckD":
+            fields["bottleneck"] = _each(arguments["bottleneck_channels"], stages)
+        module = ResidualEncoderUNet(**fields)
+        weights = _residual_encoder(module)
+    else:
+        fields["convs_encoder"] = _each(arguments["n_conv_per_stage"], stages)
+        module = PlainConvUNet(**fields)
+        weights = _plain_encoder(module)
+    weights |= _decoder(module)
+    image = (1, *module.stride, arguments["input_channels"])
+    return Recipe(module, image, weights, _canonical, functools.partial(_is_unused, module))
+
+
+def _plain_encoder(module: PlainConvUNet) -> dict[str, Weight]:
+    weights = {}
+    for s, convs in enumerate(_each(module.convs_encoder, len(module.features))):
+        for i in range(convs):
+            weights |= _unit(module, f"encoder.stages.{s}.0.convs.{i}", f"encoder_{s}/conv_{i}")
+    return weights
+
+
+def _residual_encoder(module: ResidualEncoderUNet) -> dict[str, Weight]:
+    weights = _unit(module, "encoder.stem.convs.0", "stem")
+    channels = module.features[0] if module.stem is None else module.stem
+    parts = ("conv1", "conv2", "conv3") if module.bottleneck else ("conv1", "conv2")
+    for s, blocks in enumerate(_each(module.blocks_encoder, len(module.features))):
+        for b in range(blocks):
+            source, target = f"encoder.stages.{s}.blocks.{b}", f"encoder_{s}/block_{b}"
+            for part in parts:
+                weights |= _unit(module, f"{source}.{part}", f"{target}_{part}")
+            if channels != module.features[s]:
+                # In the reference's list of shortcut steps a pooling may come first.
+                index = int(module.strides[s] != (1, 1, 1))
+                skip = _unit(module, f"{source}.skip.{index}", f"{target}_skip", bias=False)
+                weights |= skip
+            channels = module.features[s]
+    return weights
+
+
+def _decoder(module: PlainConvUNet | ResidualEncoderUNet) -> dict[str, Weight]:
+    weights = {}
+    stages = len(module.features) - 1
+    for s, convs in enumerate(_each(module.convs_decoder, stages)):
+        u = stages - 1 - s
+        weights |= _layer(
+            f"decoder.transpconvs.{u}", f"up_{s}", module.conv_bias, torch_import.conv_transpose
+        )
+        for i in range(convs):
+            weights |= _unit(module, f"decoder.stages.{u}.convs.{i}", f"decoder_{s}/conv_{i}")
+        if s == 0 or module.deep_supervision:
+            weights |= _layer(f"decoder.seg_layers.{u}", f"head_{s}", True)
+    return weights
+
+
+def _unit(
+    module: PlainConvUNet | ResidualEncoderUNet, source: str, target: str, bias: bool | None = None
+) -> dict[str, Weight]:
+    bias = module.conv_bias if bias is None else bias
+    weights = _layer(f"{source}.conv", f"{target}/conv", bias)
+    if module.affine:
+        weights[f"{source}.norm.weight"] = Weight(f"params/{target}/norm/scale")
+        weights[f"{source}.norm.bias"] = Weight(f"params/{target}/norm/bias")
+    return weights
+
+
+def _layer(
+    source: str, target: str, bias: bool, layout: Callable[..., Any] = torch_import.conv
+) -> dict[str, Weight]:
+    weights = {f"{source}.weight": Weight(f"params/{target}/kernel", layout)}
+    if bias:
+        weights[f"{source}.bias"] = Weight(f"params/{target}/bias")
+    return weights
+
+
+def _canonical(name: str) -> str:
+    for pattern, main in _ALIASES:
+        name = re.sub(pattern, main, name)
+    return name
+
+
+def _is_unused(module: PlainConvUNet | ResidualEncoderUNet, name: str) -> bool:
+    """Heads of lower stages exist in every file, but count only under deep supervision."""
+    lower = len(module.features) - 2
+    match = re.fullmatch(r"decoder\.seg_layers\.(\d+)\.(weight|bias)", name)
+    return match is not None and int(match[1]) < lower
+
+
+def _require_supported(reference: str, arguments: Mapping[str, Any]) -> None:
+    norm = arguments.get("norm_op_kwargs") or {}
+    choices = {  # argument: what it is, what is supported
+        "conv_op": (_name(arguments.get("conv_op", "Conv3d")), ("Conv3d",)),
+        "norm_op": (_name(arguments.get("norm_op")), ("InstanceNorm3d",)),
+        "track_running_stats": (norm.get("track_running_stats", False), (False,)),
+        "dropout_op": (arguments.get("dropout_op"), (None,)),
+        "nonlin": (_name(arguments.get("nonlin")), ("LeakyReLU", "ReLU")),
+        "nonlin_first": (arguments.get("nonlin_first", False), (False,)),
+        "block": (_name(arguments.get("block")), (None, "BasicBlockD", "BottleneckD")),
+    }
+    wrong = [
+        f"{name}={given!r} (supported: {', '.join(map(repr, good))})"
+        for name, (given, good) in choices.items()
+        if given not in good
+    ]
+    known = (*choices, *_OPTIONAL, *_REQUIRED[reference])
+    wrong += [f"{name} is not known" for name in arguments if name not in known]
+    wrong += [f"{name} is missing" for name in _REQUIRED[reference] if name not in arguments]
+    if wrong:
+        raise ValueError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
+
+
+def _name(layer: Any) -> str | None:
+    """The class alone: `torch.nn.LeakyReLU` and `LeakyReLU` are one."""
+    return None if layer is None else str(layer).rpartition(".")[2]
+
+
+def _slope(arguments: Mapping[str, Any]) -> float:
+    if _name(arguments["nonlin"]) == "ReLU":
+        return 0.0
+    return _number((arguments.get("nonlin_kwargs") or {}).get("negative_slope", 0.01))
+
+
+def _number(value: Any) -> float:
+    """Also out of a remark such as "default 0.01"."""
+    return float(str(value).split()[-1])
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    return (value,) * count if isinstance(value, int) else tuple(value)
+
+
+def _triples(value: Any, stages: int) -> tuple[Triple, ...]:
+    d_h_w = (_each(entry, 3) for entry in _each(value, stages))
+    return tuple((d, h, w) for d, h, w in d_h_w)

@@ -1,0 +1,145 @@
+import json
+
+import pytest
+
+from bhsd_jax.datasets.msd import MSD
+
+V1 = {
+    "name": "Hippocampus",
+    "licence": "CC-BY-SA 4.0",
+    "modality": {"0": "MRI"},
+    "labels": {"0": "background", "2": "Posterior", "1": "Anterior"},
+}
+V2 = {
+    "channel_names": {"0": "CT"},
+    "labels": {"background": 0, "lesion": 2, "brain": 1},
+    "file_ending": ".nii.gz",
+    "numTraining": 2,
+}
+
+
+def describe(folder, facts):
+    (folder / "dataset.json").write_text(json.dumps(facts))
+
+
+@pytest.fixture
+def decathlon(tmp_path, touch):
+    for id in ("h_10", "h_2"):
+        touch(tmp_path / "imagesTr" / f"{id}.nii.gz")
+        touch(tmp_path / "labelsTr" / f"{id}.nii.gz")
+    touch(tmp_path / "imagesTs" / "h_7.nii.gz")
+    listed = [{"image": f"./imagesTr/{id}.nii.gz", "label": ""} for id in ("h_2", "h_10")]
+    describe(tmp_path, V1 | {"training": listed, "test": ["./imagesTs/h_7.nii.gz"]})
+    return tmp_path
+
+
+@pytest.fixture
+def nnunet(tmp_path, touch):
+    for id in ("b_2", "a_0001"):
+        touch(tmp_path / "imagesTr" / f"{id}_0000.nii.gz")
+        touch(tmp_path / "labelsTr" / f"{id}.nii.gz")
+    touch(tmp_path / "imagesTr" / "._b_2_0000.nii.gz")
+    describe(tmp_path, V2)
+    return tmp_path
+
+
+def summary(dataset):
+    return [(c.id, c.patient, c.split, c.label is not None) for c in dataset.cases()]
+
+
+def test_a_decathlon_folder_gives_its_pairs_and_test_images_without_masks(decathlon):
+    data = MSD(decathlon)
+    assert summary(data) == [
+        ("h_10", "h_10", "train", True),
+        ("h_2", "h_2", "train", True),
+        ("h_7", "h_7", "test", False),
+    ]
+    assert (data.name, data.license, data.modality) == ("Hippocampus", "CC-BY-SA 4.0", "mr")
+    assert data.classes == ("background", "Anterior", "Posterior")
+    for case in data.cases():
+        assert case.image.is_file()
+        assert case.label is None or case.label == decathlon / "labelsTr" / case.image.name
+
+
+def test_an_nnunet_folder_drops_the_channel_suffix_and_hidden_files(nnunet):
+    data = MSD(nnunet)
+    assert summary(data) == [("a_0001", "a_0001", "train", True), ("b_2", "b_2", "train", True)]
+    assert data.classes == ("background", "brain", "lesion")
+    assert data.modality == "ct"
+    assert data.name == nnunet.name
+
+
+def test_the_modality_follows_the_channel_name_unless_given(nnunet):
+    describe(nnunet, V2 | {"channel_names": {"0": "T1"}})
+    assert MSD(nnunet).modality == "mr"
+    assert MSD(nnunet, modality="ct").modality == "ct"
+    with pytest.raises(ValueError, match="auto, ct or mr"):
+        MSD(nnunet, modality="pet")
+
+
+def test_masks_of_test_images_are_used_where_there_are_any(decathlon, touch):
+    touch(decathlon / "labelsTs" / "h_7.nii.gz")
+    assert ("h_7", "h_7", "test", True) in summary(MSD(decathlon))
+
+
+def test_only_listed_training_cases_are_taken(decathlon, touch):
+    for folder in ("imagesTr", "labelsTr"):
+        touch(decathlon / folder / "h_99.nii.gz")
+    assert "h_99" not in [case.id for case in MSD(decathlon).cases()]
+
+
+@pytest.mark.parametrize(("folder", "lack"), [("imagesTr", "mask"), ("labelsTr", "image")])
+def test_a_file_without_partner_is_an_error_unless_ignored(decathlon, touch, folder, lack):
+    touch(decathlon / folder / "h_118.nii.gz")
+    with pytest.raises(ValueError, match=rf"h_118 \(no {lack}\).*`ignore`"):
+        list(MSD(decathlon).cases())
+    assert len(list(MSD(decathlon, ignore=("h_118",)).cases())) == 3
+
+
+def test_a_listed_case_that_is_not_there_is_an_error_unless_ignored(decathlon):
+    for folder in ("imagesTr", "labelsTr"):
+        (decathlon / folder / "h_2.nii.gz").unlink()
+    with pytest.raises(ValueError, match="lists h_2, not in imagesTr"):
+        list(MSD(decathlon).cases())
+    assert len(list(MSD(decathlon, ignore=("h_2",)).cases())) == 2
+
+
+def test_several_channels_are_refused_by_description_and_by_file(nnunet, touch):
+    touch(nnunet / "imagesTr" / "b_2_0001.nii.gz")
+    with pytest.raises(ValueError, match=r"b_2_0001\.nii\.gz: expected <case>_0000"):
+        list(MSD(nnunet).cases())
+    describe(nnunet, V2 | {"channel_names": {"0": "FLAIR", "1": "T1"}})
+    with pytest.raises(ValueError, match="one channel is supported"):
+        MSD(nnunet)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"background": 0, "a": 2}, "without gaps"),
+        ({"background": 0, "a": 1, "ignore": 2}, "ignore label"),
+        ({"background": 0, "whole": [1, 2], "core": 2}, "single values"),
+        ({}, "without gaps"),
+    ],
+)
+def test_labels_that_are_no_plain_list_of_classes_are_refused(nnunet, labels, message):
+    describe(nnunet, V2 | {"labels": labels})
+    with pytest.raises(ValueError, match=message):
+        _ = MSD(nnunet).classes
+
+
+def test_missing_descriptions_and_images_say_where_to_point(tmp_path, nnunet):
+    with pytest.raises(FileNotFoundError, match=r"data\.root"):
+        MSD(tmp_path / "nowhere")
+    describe(nnunet, V2 | {"file_ending": ".nii"})
+    with pytest.raises(FileNotFoundError, match=r"no images that end in \.nii"):
+        list(MSD(nnunet).cases())
+    describe(nnunet, V2 | {"file_ending": ".mha"})
+    with pytest.raises(ValueError, match="only NIfTI"):
+        list(MSD(nnunet).cases())
+
+
+def test_one_id_in_training_and_test_is_refused(decathlon, touch):
+    touch(decathlon / "imagesTs" / "h_2.nii.gz")
+    with pytest.raises(ValueError, match="h_2 in imagesTr and imagesTs"):
+        list(MSD(decathlon).cases())

@@ -1,0 +1,183 @@
+"""The five verbs as a user runs them, in subprocesses, on a small synthetic set."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from bhsd_jax.train.checkpoint import load_networks
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "--config=configs/cps.py:smoke"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One compilation cache for all processes of these tests."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    eager = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    flags = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    return flags | cache | eager
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, environment):
+    """A folder with shards, for every run of this file."""
+    workdir = tmp_path_factory.mktemp("prepared")
+    run("preprocess", workdir, environment)
+    return workdir
+
+
+def command(verb, workdir, *extra):
+    return [sys.executable, "-m", "bhsd_jax.main", verb, CONFIG, f"--workdir={workdir}", *extra]
+
+
+def run(verb, workdir, environment, *extra, code=0):
+    done = subprocess.run(
+        command(verb, workdir, *extra),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stderr
+
+
+def share(prepared):
+    """Options that let another run use the shards of the first."""
+    return (
+        f"--config.preprocess.shards={prepared / 'shards'}",
+        f"--config.data.root={prepared / 'synthetic'}",
+    )
+
+
+def test_from_nothing_to_a_report(prepared, environment, tmp_path):
+    for verb in ("train", "predict", "evaluate", "report"):
+        run(verb, tmp_path, environment, *share(prepared))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {"train/loss", "val/dice/any", "val_b/dice/any"} <= {key for r in records for key in r}
+    assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
+
+    data = json.loads((prepared / "synthetic" / "dataset.json").read_text())
+    asked = {Path(path).name for path in data["test"]}
+    made = {path.name for path in (tmp_path / "predictions").glob("*.nii.gz")}
+    assert made == asked
+    scans = prepared / "synthetic" / "label_192" / "images"
+    for name in made:
+        mask, scan = nib.load(tmp_path / "predictions" / name), nib.load(scans / name)
+        assert mask.shape == scan.shape
+        np.testing.assert_array_equal(mask.affine, scan.affine)
+        assert set(np.unique(np.asanyarray(mask.dataobj))) <= {0, 1}
+
+    with (tmp_path / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {f"{row['case']}.nii.gz" for row in rows} == asked
+    check_dice_by_hand(rows, tmp_path / "predictions", scans.parent / "ground truths")
+    html = (tmp_path / "report.html").read_text()
+    assert "Research use only" in html
+    assert "data:image/png;base64," in html
+    assert not [name for name in asked if name.removesuffix(".nii.gz") in html], "ids stay hidden"
+
+
+def check_dice_by_hand(rows, predictions, references):
+    """The table against counts made here."""
+    for row in rows:
+        name = f"{row['case']}.nii.gz"
+        predicted = np.asanyarray(nib.load(predictions / name).dataobj) > 0
+        reference = np.asanyarray(nib.load(references / name).dataobj) > 0
+        total = predicted.sum() + reference.sum()
+        want = 2 * (predicted & reference).sum() / total if total else float("nan")
+        assert float(row["dice"]) == pytest.approx(want, abs=1e-6, nan_ok=True)
+
+
+def test_a_killed_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
+    prepared, environment, tmp_path
+):
+    options = (
+        *share(prepared),
+        "--config.train.steps=24",
+        "--config.train.save_every=5",
+        "--config.train.validate_every=24",
+    )
+    run("train", tmp_path / "whole", environment, *options)
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("train", killed, *options),
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for_step(killed / "metrics.jsonl", 8, process)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, "killed before it was done"
+    text = run("train", killed, environment, *options)
+    assert "resuming after step" in text
+
+    step, whole, _ = load_networks(tmp_path / "whole" / "checkpoints", "last")
+    again, resumed, _ = load_networks(killed / "checkpoints", "last")
+    assert (step, again) == (24, 24)
+    assert leaves(whole) == leaves(resumed)
+    steps = [
+        json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(steps)
+    assert len([s for s in steps if s == 8]) == 1, "no step is logged twice"
+
+
+def leaves(tree):
+    if isinstance(tree, dict):
+        return {key: leaves(value) for key, value in tree.items()}
+    return np.asarray(tree).tobytes()
+
+
+def wait_for_step(path, step, process, limit_s=300):
+    """Returns when the run has logged a step past `step`."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < limit_s:
+        assert process.poll() is None, "ended before it could be killed"
+        if path.is_file() and f'{{"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError("never got there")
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(prepared, environment, tmp_path):
+    options = (*share(prepared), "--config.train.steps=100000", "--config.train.save_every=100000")
+    late = "--config.train.validate_every=100000"
+    process = subprocess.Popen(
+        command("train", tmp_path, *options, late),
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for_step(tmp_path / "metrics.jsonl", 3, process)
+        process.terminate()
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+    step, _, _ = load_networks(tmp_path / "checkpoints", "last")
+    assert step >= 3
+
+
+def test_errors_are_one_line(prepared, environment, tmp_path):
+    text = run("train", tmp_path, environment, code=1)
+    assert text.strip().splitlines()[-1].startswith("train: ")
+    assert "preprocess" in text
+    few = ("--config.input.patch=(8,33,32)",)
+    text = run("train", tmp_path, environment, *share(prepared), *few, code=1)
+    assert "33" in text.strip().splitlines()[-1]
+    assert "Traceback" not in text
