@@ -184,7 +184,7 @@ def _keep(image: Array, label: Array) -> tuple[Array, Array]:
 def affine_matrix(angles: Float[Array, " 3"], factors: Float[Array, " 3"]) -> Float[Array, "3 3"]:
     """Scales, then rotates about D, H and W (radians): Rz Ry Rx S, acting on (d, h, w) columns."""
     about_d, about_h, about_w = _rotations(jnp, angles)
-    # Full precision: matrix units keep 8 to 11 bits, up to a third of a voxel at the rim of a patch.
+    # Full precision: matrix units keep 8 to 11 bits, up to a third of a voxel at the rim.
     turned = jnp.matmul(
         about_w, jnp.matmul(about_h, about_d, precision="highest"), precision="highest"
     )

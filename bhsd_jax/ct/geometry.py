@@ -77,6 +77,7 @@ def to_grid(voxels: Num[np.ndarray, "_ _ _"], grid: Grid, kind: str) -> Num[np.n
     """Brings an array of the scan's native shape to the grid: turned, cropped, resampled.
 
     `kind` is "image" (cubic, float32) or "label" (majority of linear weights, uint8).
+    An array that needs no change is not copied.
 
     Raises:
         ValueError: If the shape is not the grid's native one, or `kind` is another word.
@@ -85,9 +86,10 @@ def to_grid(voxels: Num[np.ndarray, "_ _ _"], grid: Grid, kind: str) -> Num[np.n
     cropped = _native_box(voxels, grid)
     axis = resample.separate_axis(grid.native_spacing_mm, grid.spacing_mm)
     if kind == "image":
-        return resample.resample_image(cropped, grid.shape, axis)
+        return np.ascontiguousarray(resample.resample_image(cropped, grid.shape, axis))
     if kind == "label":
-        return resample.resample_label(cropped.astype(np.uint8), grid.shape, axis)
+        cropped = cropped.astype(np.uint8, copy=False)
+        return np.ascontiguousarray(resample.resample_label(cropped, grid.shape, axis))
     raise ValueError(f"to_grid: kind is 'image' or 'label'; got {kind!r}")
 
 
@@ -126,7 +128,7 @@ def argmax_from_grid(
     for index in range(1, len(logits)):
         score = resample.resample_linear(logits[index], grid.cropped_shape, axis)
         np.copyto(winner, index, where=score > best)
-        np.maximum(best, score, out=best)
+        best = np.maximum(best, score)  # not in place: it may be the caller's array
     native = np.zeros(grid.native_shape, np.uint8)
     _native_box(native, grid)[...] = winner
     return native

@@ -5,8 +5,9 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Num, Shaped, UInt8
@@ -28,6 +29,11 @@ _GEOMETRY = (
 )
 
 
+def case_name(path: str | Path) -> str:
+    """The file's name without .nii or .nii.gz."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
 def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Volume:
     """Reads one scan; .nii or .nii.gz, told apart by content, in one file.
 
@@ -45,7 +51,7 @@ def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Volume:
     with _naming(path):
         header, voxels = _load(path, max_bytes)
         affine = nifti_header.affine(header)
-    return Volume(voxels=voxels, affine=affine, case=_case(path))
+    return Volume(voxels=voxels, affine=affine, case=case_name(path))
 
 
 def read_label(
@@ -87,7 +93,7 @@ def write(path: str | Path, voxels: Num[np.ndarray, "D H W"], like: str | Path) 
 
     All geometry fields are copied bit for bit, so that any reader places both alike; nothing else
     is: no text, no extension, no scale factors. Gzip by suffix, without a time stamp: equal input
-    gives equal bytes. The file appears whole or not at all.
+    gives equal bytes. The file appears whole or not at all; missing folders are made.
 
     Raises:
         ValueError: If the shapes differ, `like` is no NIfTI, or NIfTI cannot hold the type.
@@ -134,7 +140,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stream(path: Path) -> Iterator[tuple[IO[bytes], int]]:
+def _stream(path: Path) -> Iterator[tuple[BufferedIOBase, int]]:
     """The unpacked bytes, and an upper bound of how many there can be."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -146,7 +152,7 @@ def _stream(path: Path) -> Iterator[tuple[IO[bytes], int]]:
             yield file, size
             return
         with gzip.GzipFile(fileobj=file) as unpacked:
-            yield unpacked, size * _DEFLATE_RATIO  # pyright: ignore[reportReturnType]
+            yield unpacked, size * _DEFLATE_RATIO
 
 
 def _load(path: Path, max_bytes: int) -> tuple[Nifti1Header, np.ndarray]:
@@ -168,7 +174,7 @@ def _load(path: Path, max_bytes: int) -> tuple[Nifti1Header, np.ndarray]:
     return header, _scaled(raw.view(dtype).reshape(shape), header)
 
 
-def _skip(stream: IO[bytes], count: int) -> None:
+def _skip(stream: BufferedIOBase, count: int) -> None:
     while count > 0:
         got = len(stream.read(min(count, _CHUNK)))
         if not got:
@@ -176,16 +182,16 @@ def _skip(stream: IO[bytes], count: int) -> None:
         count -= got
 
 
-def _fill(stream: IO[bytes], target: memoryview) -> None:
+def _fill(stream: BufferedIOBase, target: memoryview) -> None:
     done = 0
     while done < len(target):
-        got = stream.readinto(target[done : done + _CHUNK])  # pyright: ignore[reportAttributeAccessIssue]
+        got = stream.readinto(target[done : done + _CHUNK])
         if not got:
             raise ValueError(f"truncated: {done} of {len(target)} bytes of voxels")
         done += got
 
 
-def _finish(stream: IO[bytes]) -> None:
+def _finish(stream: BufferedIOBase) -> None:
     """Reads to the end, where gzip compares its checksum."""
     extra = 0
     while got := len(stream.read(_CHUNK)):
@@ -232,10 +238,6 @@ def _distance_mm(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> 
     return float(np.linalg.norm(moved, axis=0).max())
 
 
-def _case(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
-
-
 def _save(
     path: Path, header: Nifti1Header, geometry: dict[str, Any], voxels: Shaped[np.ndarray, "..."]
 ) -> None:
@@ -251,6 +253,7 @@ def _save(
     offset = nifti_header.first_offset(header)
     header["vox_offset"] = offset
     header["scl_slope"], header["scl_inter"] = 1, 0  # NaN, nibabel's default, breaks other readers
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file, contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
 """Headers of NIfTI files, believed only after they are checked. Knows nibabel, as `nifti` does."""
 
-from typing import IO
+from io import BufferedIOBase
 
 import numpy as np
 from jaxtyping import Float64
@@ -13,7 +13,7 @@ _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # xyzt_units: meter, micrometer; all else 
 _KINDS = {348: (Nifti1Header, b"n+1", 352), 540: (Nifti2Header, b"n+2", 544)}
 
 
-def parse(stream: IO[bytes]) -> Nifti1Header:
+def parse(stream: BufferedIOBase) -> Nifti1Header:
     """Reads a NIfTI-1 or -2 header of either byte order from the start of a file.
 
     Raises:

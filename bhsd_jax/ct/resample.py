@@ -53,13 +53,14 @@ def resample_image(
 ) -> Float32[np.ndarray, "_ _ _"]:
     """Cubic splines in the planes across `axis`, or in 3D if there is none.
 
-    Overshoot is clipped to the range of the plane (without `axis`: of the whole array).
+    Overshoot is clipped to the range of the plane (without `axis`: of the whole array). An array
+    that has the shape already is not copied.
 
     Source: nnU-Net v2.8.1, `resample_data_or_seg` with order 3 and order_z 0; equal to
     `skimage.transform.resize(order=3, mode="edge", anti_aliasing=False)` per plane.
     """
     if voxels.shape == new_shape:
-        return voxels.astype(np.float32)
+        return voxels.astype(np.float32, copy=False)
     return _resample(voxels, new_shape, axis, _cubic, np.dtype(np.float32))
 
 
@@ -71,7 +72,7 @@ def resample_linear(
     Source: nnU-Net v2.8.1, `resample_data_or_seg` with order 1 and order_z 0.
     """
     if voxels.shape == new_shape:
-        return voxels.astype(np.float32)
+        return voxels.astype(np.float32, copy=False)
     return _resample(voxels, new_shape, axis, _linear, np.dtype(np.float32))
 
 
@@ -85,7 +86,7 @@ def resample_label(
     Source: nnU-Net v2.8.1 with batchgenerators 0.25.5, `resize_segmentation` with order 1.
     """
     if label.shape == new_shape:
-        return label.copy()
+        return label
     return _resample(label, new_shape, axis, _vote, label.dtype)
 
 

@@ -63,10 +63,12 @@ class Shards:
         """Reads the record of one case; its arrays stay compressed.
 
         Raises:
-            KeyError: If the folder has no such case.
-            ValueError: If the shard is damaged; names shard and record.
+            ValueError: If the folder has no such case, or the shard is damaged; names shard and
+                record.
         """
-        entry = self._by_id[case]
+        entry = self._by_id.get(case)
+        if entry is None:
+            raise ValueError(f"{self.folder}: no case {case!r} among {len(self.entries)}")
         place = f"{self.folder / entry.shard}, record {entry.record}"
         return Reader(_read(self.folder / entry.shard, entry.record, place), place)
 
@@ -74,8 +76,8 @@ class Shards:
         """Reads one case in full and compares it with its digests.
 
         Raises:
-            KeyError: If the folder has no such case.
-            ValueError: If the shard is damaged; names shard and record.
+            ValueError: If the folder has no such case, or the shard is damaged; names shard and
+                record.
         """
         return unpack(self.open(case))
 

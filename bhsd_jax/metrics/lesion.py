@@ -7,7 +7,7 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Bool, Int
 
-Mask = Bool[np.ndarray, "D H W"]
+Mask = Bool[np.ndarray, "_ _ _"]  # shapes are compared below, with a message
 
 SMALL_ML = 1.0
 _TOUCHING = np.ones((3, 3, 3), bool)  # 26 neighbors
@@ -106,7 +106,7 @@ def rate(above: float, below: float) -> float:
     return above / below if below else math.nan
 
 
-def _components(mask: Mask) -> tuple[Int[np.ndarray, "D H W"], Int[np.ndarray, " N"]]:
+def _components(mask: Mask) -> tuple[Int[np.ndarray, "_ _ _"], Int[np.ndarray, " N"]]:
     """Component number per voxel, from 1, and voxels per component."""
     numbers = np.zeros(mask.shape, np.int32)
     along = [np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]

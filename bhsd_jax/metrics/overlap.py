@@ -56,8 +56,8 @@ class Counts:
 
 
 def count(
-    reference: Integer[np.ndarray, "*space"],
-    predicted: Integer[np.ndarray, "*space"],
+    reference: Integer[np.ndarray, "..."],
+    predicted: Integer[np.ndarray, "..."],
     num_classes: int,
 ) -> tuple[Counts, ...]:
     """Counts per class, background first, in one pass over the voxels.
@@ -86,8 +86,8 @@ def count(
 
 
 def dice_per_class(
-    predicted: Integer[np.ndarray, "*space"],
-    reference: Integer[np.ndarray, "*space"],
+    predicted: Integer[np.ndarray, "..."],
+    reference: Integer[np.ndarray, "..."],
     num_classes: int,
 ) -> np.ndarray:
     """Dice of every foreground class; NaN for a class that is in neither."""

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from bhsd_jax.metrics import lesion, overlap, surface
 from bhsd_jax.volume import Millimeters
 
-Label = UInt8[np.ndarray, "D H W"]
+Label = UInt8[np.ndarray, "_ _ _"]  # shapes are compared in `overlap`
 
 _RENAMED = {"name": "class"}  # a keyword of the language
 

@@ -155,7 +155,7 @@ def _per_patient(table: _Table, voxels: _Voxels) -> np.ndarray:
     return sums
 
 
-def _mean(values: np.ndarray, n: int, n_present: int, n_false: int) -> Mean:
+def _mean(values: np.ndarray, n: np.integer, n_present: np.integer, n_false: np.integer) -> Mean:
     """The first value is the sample's own, the others are of its resamples."""
     defined = values[1:][np.isfinite(values[1:])]
     low, high = np.percentile(defined, _LEVEL) if defined.size else (math.nan, math.nan)

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int
 from bhsd_jax.metrics import surface_area
 from bhsd_jax.volume import Millimeters
 
-Mask = Bool[np.ndarray, "D H W"]
+Mask = Bool[np.ndarray, "_ _ _"]  # shapes are compared below, with a message
 
 
 @dataclass(frozen=True)

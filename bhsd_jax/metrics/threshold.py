@@ -48,12 +48,12 @@ class Band:
 
 def histogram(hu: _Scan, mask: _Mask, spacing_mm: Millimeters) -> Histogram:
     """Prepares one case; slices lie along the first axis."""
-    smooth, tissue = _smooth(hu, spacing_mm)
+    value, tissue = smooth(hu, spacing_mm)
     inside = brain(tissue, spacing_mm)
     edges = np.arange(_LOWEST, _HIGHEST + 1)
     return Histogram(
-        np.histogram(smooth[inside & mask], edges)[0],
-        np.histogram(smooth[inside], edges)[0],
+        np.histogram(value[inside & mask], edges)[0],
+        np.histogram(value[inside], edges)[0],
         int(mask.sum()),
     )
 
@@ -88,10 +88,12 @@ def brain(tissue: Float[np.ndarray, "D H W"], spacing_mm: Millimeters) -> _Mask:
         return np.zeros(soft.shape, bool)
     largest = numbers == np.bincount(numbers.ravel())[1:].argmax() + 1
     grown = scipy.ndimage.binary_dilation(largest, disk)
-    return np.stack([scipy.ndimage.binary_fill_holes(each) for each in grown])
+    for index, each in enumerate(grown):
+        grown[index] = scipy.ndimage.binary_fill_holes(each)
+    return grown
 
 
-def _smooth(
+def smooth(
     hu: _Scan, spacing_mm: Millimeters
 ) -> tuple[Float[np.ndarray, "D H W"], Float[np.ndarray, "D H W"]]:
     """HU averaged over the tissue around each voxel, and the share of tissue there."""

@@ -184,7 +184,7 @@ def _number(value: Any) -> float:
     return float(str(value).split()[-1])
 
 
-def _each(value: Any, count: int) -> tuple[int, ...]:
+def _each(value: Any, count: int) -> tuple[Any, ...]:
     return (value,) * count if isinstance(value, int) else tuple(value)
 
 

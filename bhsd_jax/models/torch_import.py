@@ -108,8 +108,8 @@ def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     image = jax.ShapeDtypeStruct(recipe.image, jnp.float32)
     init = functools.partial(recipe.module.init, train=False)
     tree = jax.eval_shape(init, jax.random.key(0), image)
-    flat = traverse_util.flatten_dict(tree, sep="/")
-    return {path: np.shape(leaf) for path, leaf in flat.items()}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf.shape for p, leaf in leaves}
 
 
 def _unwrapped(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

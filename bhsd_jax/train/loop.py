@@ -30,8 +30,8 @@ class Every:
     def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
         due = step == self.last or any(step % every == 0 for every in self.steps)
         if due or time.monotonic() - self._ran[0] > self.seconds:
-            self._ran[0] = time.monotonic()
             self.action(step, state, metrics)
+            self._ran[0] = time.monotonic()  # after it: an action waits for all steps before it
 
 
 def fit(

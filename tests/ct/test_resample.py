@@ -94,3 +94,21 @@ def test_a_label_far_from_any_border_is_kept():
     out = resample.resample_label(label, (4, 40, 40), 0)
     assert (out[:, :18] == 0).all()
     assert (out[:, 22:] == 3).all()
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_arrays_resampled_by_nnunet_are_matched(golden, case):
+    """Up and down, every separate axis, none, and two coarse axes; computed by nnunetv2 2.8.1."""
+    with np.load(golden / "resample_nnunet.npz") as arrays:
+        known = {key.split("_", 1)[1]: arrays[key] for key in arrays if key[0] == str(case)}
+    old, new = (tuple(row) for row in known["spacing"].tolist())
+    shape = resampled_shape(known["voxels"].shape, old, new)
+    axis = separate_axis(old, new)
+    assert shape == known["image"].shape
+    image = resample.resample_image(known["voxels"], shape, axis)
+    linear = resample.resample_linear(known["voxels"], shape, axis)
+    scale = np.abs(known["voxels"]).max()
+    np.testing.assert_allclose(image / scale, known["image"] / scale, atol=1e-6)
+    np.testing.assert_allclose(linear / scale, known["linear"] / scale, atol=1e-6)
+    label = resample.resample_label(known["label_in"], shape, axis)
+    np.testing.assert_array_equal(label, known["label"])

@@ -213,6 +213,11 @@ def test_a_folder_without_index_or_with_another_schema_is_refused(folder):
         shards.Shards(folder)
 
 
+def test_a_case_the_folder_does_not_have_is_refused(folder):
+    with pytest.raises(ValueError, match="no case 'd4' among 3"):
+        shards.Shards(folder).open("d4")
+
+
 def test_threads_read_side_by_side_and_a_copy_reads_the_same(folder, cases):
     found = pickle.loads(pickle.dumps(shards.Shards(folder)))
     names = list(itertools.islice(itertools.cycle(c.case for c in cases), 48))

@@ -31,6 +31,11 @@ def lopsided(params, image):
     return (mixed + 0.1 * place[..., None],)
 
 
+# Shared, so that each is compiled once.
+POINTWISE = SlidingWindow(pointwise, TILE, tiles_per_call=5)
+LOPSIDED = SlidingWindow(lopsided, TILE, tiles_per_call=4)
+
+
 def volume(*size, channels=1, seed=0):
     return np.random.default_rng(seed).normal(size=(*size, channels)).astype(np.float32)
 
@@ -63,13 +68,12 @@ def slow(network, params, image, tile, step, mirror, fill):
     "size", [(4, 8, 6), (9, 17, 13), (2, 3, 5), (3, 20, 6), (1, 1, 1), (10, 7, 30)]
 )
 def test_a_pointwise_network_is_applied_exactly(size):
-    window = SlidingWindow(pointwise, TILE, tiles_per_call=5)
     image = volume(*size)
-    found = window.logits([PARAMS], image, fill=7.0)
+    found = POINTWISE.logits([PARAMS], image, fill=7.0)
     assert found.dtype == np.float32
     want = np.moveaxis(np.asarray(pointwise(PARAMS, image)[0]), -1, 0)
     np.testing.assert_allclose(found, want, rtol=ROUNDING, atol=ROUNDING)
-    np.testing.assert_array_equal(window.labels([PARAMS], image), want.argmax(0))
+    np.testing.assert_array_equal(POINTWISE.labels([PARAMS], image), want.argmax(0))
 
 
 @pytest.mark.parametrize("mirror", [False, True])
@@ -102,10 +106,9 @@ def test_a_convolution_is_seamless_where_a_tile_holds_all_it_sees():
 
 def test_mirroring_makes_a_lopsided_network_commute_with_flips():
     image = volume(4, 8, 6)  # one tile, so that tile positions cannot differ
-    window = SlidingWindow(lopsided, TILE, mirror=True)
-    found = window.logits([PARAMS], image)
+    found = LOPSIDED.logits([PARAMS], image)
     for axis in range(3):
-        turned = window.logits([PARAMS], np.flip(image, axis).copy())
+        turned = LOPSIDED.logits([PARAMS], np.flip(image, axis).copy())
         np.testing.assert_allclose(np.flip(turned, axis + 1), found, rtol=1e-5, atol=2e-5)
 
 
@@ -122,8 +125,8 @@ def test_tiles_per_call_and_devices_do_not_change_the_result():
 def test_parameters_may_lie_on_all_devices_already():
     image = volume(5, 9, 9)
     spread = jax.device_put(PARAMS, meshes.replicated(meshes.make_mesh()))
-    want = SlidingWindow(pointwise, TILE).logits([PARAMS], image)
-    np.testing.assert_array_equal(SlidingWindow(pointwise, TILE).logits([spread], image), want)
+    want = POINTWISE.logits([PARAMS], image)
+    np.testing.assert_array_equal(POINTWISE.logits([spread], image), want)
 
 
 def test_the_network_is_compiled_once_for_volumes_of_any_size():
@@ -141,23 +144,21 @@ def test_the_network_is_compiled_once_for_volumes_of_any_size():
 
 def test_a_larger_bucket_gives_the_same_result(monkeypatch):
     image = volume(7, 19, 9)
-    window = SlidingWindow(lopsided, TILE, tiles_per_call=4)
-    want = window.logits([PARAMS], image)
+    want = LOPSIDED.logits([PARAMS], image)
     monkeypatch.setattr(tiles, "bucket", lambda size, tile: (16, 40, 32))
-    np.testing.assert_array_equal(window.logits([PARAMS], image), want)
+    np.testing.assert_array_equal(LOPSIDED.logits([PARAMS], image), want)
     monkeypatch.setattr(tiles, "bucket", lambda size, tile: tuple(size))
-    np.testing.assert_array_equal(window.logits([PARAMS], image), want)
+    np.testing.assert_array_equal(LOPSIDED.logits([PARAMS], image), want)
 
 
 def test_an_ensemble_averages_softmax():
     image = volume(5, 9, 9)
     others = [PARAMS, {"scale": np.array([-1.0, 4.0, 0.0], np.float32)}]
-    window = SlidingWindow(pointwise, TILE)
-    each = [jax.nn.softmax(window.logits([params], image), axis=0) for params in others]
-    found = window.logits(others, image)
+    each = [jax.nn.softmax(POINTWISE.logits([params], image), axis=0) for params in others]
+    found = POINTWISE.logits(others, image)
     np.testing.assert_allclose(np.exp(found), (each[0] + each[1]) / 2, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(np.exp(found).sum(0), 1, rtol=1e-5)
-    assert (window.labels(others, image) == found.argmax(0)).all()
+    assert (POINTWISE.labels(others, image) == found.argmax(0)).all()
 
 
 def test_channels_have_their_own_fill():
@@ -175,16 +176,17 @@ def test_monais_law_places_tiles_elsewhere_but_agrees_on_pointwise_networks():
     want = np.moveaxis(np.asarray(pointwise(PARAMS, image)[0]), -1, 0)
     np.testing.assert_allclose(window.logits([PARAMS], image), want, rtol=ROUNDING, atol=ROUNDING)
     other = SlidingWindow(lopsided, TILE, law="monai").logits([PARAMS], image)
-    assert np.abs(other - SlidingWindow(lopsided, TILE).logits([PARAMS], image)).max() > 0.1
+    assert np.abs(other - LOPSIDED.logits([PARAMS], image)).max() > 0.1
 
 
 def test_progress_counts_tiles_mirrors_and_networks():
     image = volume(5, 9, 9)
-    window = SlidingWindow(pointwise, TILE, tiles_per_call=5)
     calls = []
-    window.labels([PARAMS, PARAMS], image, progress=lambda done, total: calls.append((done, total)))
+    POINTWISE.labels(
+        [PARAMS, PARAMS], image, progress=lambda done, total: calls.append((done, total))
+    )
     expected = 2 * 2 * 2 * 2 * 8  # tiles along D, H, W; networks; mirrors
-    assert window.count((5, 9, 9)) * 2 == expected
+    assert POINTWISE.count((5, 9, 9)) * 2 == expected
     assert calls[-1] == (expected, expected)
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
 
@@ -193,9 +195,8 @@ def test_progress_counts_tiles_mirrors_and_networks():
 def test_logits_that_are_not_finite_are_an_error(bad):
     image = volume(5, 9, 9)
     image[4, 8, 8] = bad
-    window = SlidingWindow(pointwise, TILE)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        window.logits([PARAMS], image)
+        POINTWISE.logits([PARAMS], image)
 
 
 def test_impossible_settings_are_refused():
@@ -206,4 +207,4 @@ def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match=r"infer\.tiles"):
         SlidingWindow(pointwise, TILE, tiles_per_call=0)
     with pytest.raises(ValueError, match="no network"):
-        SlidingWindow(pointwise, TILE).labels([], volume(4, 8, 6))
+        POINTWISE.labels([], volume(4, 8, 6))

@@ -1,0 +1,238 @@
+"""`evaluate`: predictions against references, as `cases.csv` and `summary.json`."""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bhsd_jax.ct import nifti
+from bhsd_jax.metrics import scores, summary, threshold
+from bhsd_jax.verbs import setup, workers
+from bhsd_jax.verbs.scoring import ANY, Job, Scored, score_case
+from bhsd_jax.volume import Case, Plan
+
+logger = logging.getLogger(__name__)
+
+_HEADLINE = "nnunet"
+_LISTED = 10  # names in an error message
+_FOUND = tuple[str, str, Path, Path | None]  # case, patient, reference, image
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Scores every case of a split, or of a folder of masks; all of them or none.
+
+    `cases.csv` has a row per case and class, `cases_binary.csv` one per case with all classes
+    merged; `summary.json` has the means under every convention. What is not defined is `nan` in
+    the tables and null in the summary.
+
+    Raises:
+        FileNotFoundError: If predictions or references are missing; lists them.
+        ValueError: If a file cannot be used, or the baseline is asked for without CT scans.
+    """
+    jobs = _jobs(config, workdir)
+    done = _score(jobs, config.preprocess.processes or os.cpu_count() or 1)
+    for text in (text for scored in done for text in scored.warnings):
+        logger.warning("%s", text)
+    rows = [row for scored in done for row in scored.rows]
+    merged = [scored.merged for scored in done]
+    classes = (ANY,) if config.split.binary else jobs[0].classes[1:]
+    found = _summary(config, rows, merged, classes)
+    if config.evaluate.baseline:
+        histograms = [scored.histogram for scored in done if scored.histogram is not None]
+        found["baseline"] = _baseline(threshold.best_band(histograms))
+    workdir.mkdir(parents=True, exist_ok=True)
+    scores.write_csv(workdir / "cases.csv", rows)
+    scores.write_csv(workdir / "cases_binary.csv", merged)
+    setup.write_json(workdir / "summary.json", summary.without_nan(found))
+    for line in table(found):
+        logger.info("%s", line)
+
+
+def table(found: Mapping[str, Any]) -> list[str]:
+    """The summary as lines of text; a class no case has is said to be so, in words."""
+    lines = [
+        f"{found['n_cases']} cases, Dice by the convention {_HEADLINE!r} "
+        f"[95 % interval, {found['bootstrap']} resamples of patients]; others beside it",
+        f"{'class':<14}{'Dice':>7}  {'interval':<16}{'present':>9}{'pooled':>9}{'empty=1':>9}"
+        f"{'n':>5}{'in ref':>8}{'false':>7}{'HD95 mm':>9}{'NSD':>7}",
+    ]
+    for name in (*found["classes"], "mean"):
+        lines.append(_line(name, found["conventions"], found["metrics"].get(name)))
+    if len(found["classes"]) > 1:
+        merged = found["binary"]
+        lines.append(_line(ANY, merged["conventions"], merged["metrics"]))
+    if "baseline" in found:
+        low, high = found["baseline"]["band_hu"]
+        lines.append(
+            f"best plain threshold, {low:.0f} to {high:.0f} HU, chosen on these very cases: "
+            f"Dice {_number(found['baseline']['dice'])} (all classes merged)"
+        )
+    return lines
+
+
+def _jobs(config: ConfigDict, workdir: Path) -> list[Job]:
+    plan = Plan.load(workdir) if (workdir / "plan.json").is_file() else None
+    known = plan or setup.dataset(config, workdir)
+    if config.evaluate.baseline and (known.modality != "ct" or config.evaluate.references):
+        raise ValueError(
+            "config.evaluate.baseline: a threshold in HU needs the CT scans of the data set; "
+            f"modality is {known.modality!r}, references {config.evaluate.references!r}"
+        )
+    folder = Path(config.evaluate.predictions or workdir / "predictions")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no predictions; run the verb `predict` first")
+    predicted = {nifti.case_name(path): path for path in sorted(folder.glob("*.nii.gz"))}
+    expected = _expected(config, workdir, folder, predicted)
+    _require_all(folder, [case for case, *_ in expected if case not in predicted])
+    return [
+        Job(
+            case=case,
+            patient=patient,
+            predicted=predicted[case],
+            reference=reference,
+            image=image,
+            classes=known.classes,
+            modality=known.modality,
+            binary=config.split.binary,
+            nsd_mm=config.evaluate.nsd_mm,
+            baseline=config.evaluate.baseline,
+        )
+        for case, patient, reference, image in expected
+    ]
+
+
+def _expected(
+    config: ConfigDict, workdir: Path, folder: Path, predicted: Mapping[str, Path]
+) -> list[_FOUND]:
+    """The cases to score, sorted; every prediction must have a reference somewhere."""
+    if config.evaluate.references:
+        root = Path(config.evaluate.references)
+        masks = {
+            nifti.case_name(path): path
+            for path in sorted(root.glob("*"))
+            if path.name.endswith((".nii", ".nii.gz"))
+        }
+        expected: list[_FOUND] = [(case, case, path, None) for case, path in masks.items()]
+        labeled, source = set(masks), str(root)
+    else:
+        cases = {case.id: case for case in setup.dataset(config, workdir).cases()}
+        labeled = {case.id for case in cases.values() if case.label}
+        split = config.evaluate.split or _predicted_split(folder) or config.predict.split
+        expected = _of_split(cases, _members(config, workdir, cases, split), split)
+        source = f"data set {config.data.name}, split {split!r} (config.evaluate.split)"
+    without = [case for case in predicted if case not in labeled]
+    if without:
+        raise FileNotFoundError(
+            f"{folder}: {len(without)} predictions have no reference in {source}: {_some(without)}"
+        )
+    if not expected:
+        raise FileNotFoundError(f"{source}: no masks to compare with")
+    return sorted(expected)
+
+
+def _members(
+    config: ConfigDict, workdir: Path, cases: Mapping[str, Case], split: str
+) -> tuple[str, ...]:
+    marked = tuple(case.id for case in cases.values() if case.split == split)
+    if split == "val" and not marked:  # a fold of the training cases
+        return setup.roles(config, workdir)[0].val
+    return marked
+
+
+def _of_split(cases: Mapping[str, Case], members: Sequence[str], split: str) -> list[_FOUND]:
+    unlabeled = [case for case in members if cases[case].label is None]
+    if unlabeled:
+        raise FileNotFoundError(
+            f"split {split!r}: {len(unlabeled)} cases have no mask: {_some(unlabeled)}"
+        )
+    chosen = [cases[case] for case in members]
+    return [(c.id, c.patient, c.label, c.image) for c in chosen if c.label is not None]
+
+
+def _predicted_split(folder: Path) -> str:
+    """What `predict` noted beside its files."""
+    noted = folder / "predictions.json"
+    return json.loads(noted.read_text()).get("split") or "" if noted.is_file() else ""
+
+
+def _require_all(folder: Path, missing: Sequence[str]) -> None:
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: {len(missing)} cases have no prediction <case>.nii.gz: {_some(missing)}; "
+            "run `predict` for all of them, or choose others with config.evaluate.split"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(sorted(names)[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _score(jobs: Sequence[Job], processes: int) -> list[Scored]:
+    """Results in the order of the jobs, however they come in."""
+    found: dict[str, Scored] = {}
+    with workers.Progress("evaluate", len(jobs)) as progress:
+        for job, scored in workers.each(score_case, jobs, processes):
+            found[job.case] = scored
+            progress.advance(1)
+    return [found[job.case] for job in jobs]
+
+
+def _summary(
+    config: ConfigDict,
+    rows: Sequence[scores.Row],
+    merged: Sequence[scores.Row],
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    draw = {"resamples": config.evaluate.bootstrap, "seed": config.seed}
+    binary = {k: v[ANY] for k, v in summary.summarize(merged, (ANY,), **draw).items()}
+    conventions = summary.summarize(rows, classes, **draw)
+    return {
+        "convention": _HEADLINE,
+        "nsd_mm": config.evaluate.nsd_mm,
+        "bootstrap": config.evaluate.bootstrap,
+        "classes": list(classes),
+        "n_cases": len(merged),
+        "conventions": {
+            convention: {name: dataclasses.asdict(mean) for name, mean in means.items()}
+            for convention, means in conventions.items()
+        },
+        "metrics": summary.measures(rows, classes),
+        "binary": {
+            **dataclasses.asdict(binary[_HEADLINE]),
+            "conventions": {k: {ANY: dataclasses.asdict(v)} for k, v in binary.items()},
+            "metrics": summary.measures(merged, (ANY,))[ANY],
+        },
+    }
+
+
+def _baseline(band: threshold.Band) -> dict[str, Any]:
+    return {"dice": band.mean_dice, "band_hu": list(band.hu)}
+
+
+def _line(name: str, conventions: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
+    head = conventions[_HEADLINE][name]
+    if head["n"] == 0:
+        return f"{name:<14}not in reference (n=0)"
+    interval = f"[{_number(head['low'])}, {_number(head['high'])}]"
+    others = "".join(
+        f"{_number(conventions[key][name]['dice']):>9}"
+        for key in ("present", "pooled", "both-empty=1")
+    )
+    text = (
+        f"{name:<14}{_number(head['dice']):>7}  {interval:<16}{others}"
+        f"{head['n']:>5}{head['n_present']:>8}{head['n_false_positive']:>7}"
+    )
+    if metrics is None:
+        return text
+    return f"{text}{_number(metrics['hd95_mm_median'], 1):>9}{_number(metrics['nsd_mean']):>7}"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.{digits}f}"

@@ -1,0 +1,70 @@
+"""One case from files to scores: what `evaluate` does in every worker process (without JAX)."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bhsd_jax.ct import hu, nifti
+from bhsd_jax.metrics import scores, threshold
+from bhsd_jax.volume import Volume
+
+ANY = "any"  # all classes merged
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where one case lies and how it is to be scored."""
+
+    case: str
+    patient: str
+    predicted: Path
+    reference: Path
+    image: Path | None  # gives the geometry; None: the reference does
+    classes: tuple[str, ...]  # background first, as in the files
+    modality: str
+    binary: bool  # merge the classes of both before anything is counted
+    nsd_mm: float
+    baseline: bool
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known of one case."""
+
+    rows: list[scores.Row]  # one per foreground class
+    merged: scores.Row  # all classes as one
+    histogram: threshold.Histogram | None  # for the threshold, if asked for
+    warnings: list[str]
+
+
+def score_case(job: Job) -> Scored:
+    """Reads and scores one case.
+
+    Raises:
+        ValueError: If a file cannot be used, or lies on another grid than its scan.
+    """
+    scan = nifti.read(job.image or job.reference)
+    reference, warnings = nifti.read_label(job.reference, scan, num_classes=len(job.classes))
+    predicted, more = nifti.read_label(job.predicted, scan, num_classes=len(job.classes))
+    about = scores.Scan(
+        job.case, job.patient, scan.spacing_mm, hu.voxel_ml(scan.affine, job.modality)
+    )
+    names = (job.classes[0], ANY)
+    both = [np.minimum(label.voxels, 1) for label in (reference, predicted)]
+    merged = scores.score(both[0], both[1], about, names, job.nsd_mm)[0]
+    if job.binary or len(job.classes) == 2:
+        rows = [merged if job.binary else dataclasses.replace(merged, name=job.classes[1])]
+    else:
+        rows = scores.score(reference.voxels, predicted.voxels, about, job.classes, job.nsd_mm)
+    return Scored(
+        rows,
+        merged,
+        _histogram(scan, both[0] > 0) if job.baseline else None,
+        [f"{job.case}: {text}" for text in (*warnings, *more)],
+    )
+
+
+def _histogram(scan: Volume, mask: np.ndarray) -> threshold.Histogram:
+    return threshold.histogram(hu.repair(scan.voxels)[0], mask, scan.spacing_mm)

@@ -1,0 +1,134 @@
+"""Every plug-in found by name keeps its contract; a new file is tested without touching this one."""
+
+import dataclasses
+import importlib
+import inspect
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bhsd_jax.build import build, names
+from bhsd_jax.losses import DiceCE
+from bhsd_jax.types import Batch, Learner, Objective
+
+
+def public(package):
+    """(module.Name, class) of every public class defined in the modules of `package`."""
+    found = []
+    for name in names(package):
+        module = importlib.import_module(f"{package}.{name}")
+        for label, cls in inspect.getmembers(module, inspect.isclass):
+            if cls.__module__ == module.__name__ and not label.startswith("_"):
+                found.append((f"{name}.{label}", cls))
+    return found
+
+
+def select(package, keep):
+    chosen = [(name, cls) for name, cls in public(package) if keep(cls)]
+    return pytest.mark.parametrize(("name", "cls"), chosen, ids=[name for name, _ in chosen])
+
+
+models = select(
+    "bhsd_jax.models",
+    lambda cls: issubclass(cls, nn.Module) and cls.__dict__.get("IS_BACKBONE", False),
+)
+objectives = select(
+    "bhsd_jax.objectives", lambda cls: hasattr(cls, "loss") and dataclasses.is_dataclass(cls)
+)
+intensities = select("bhsd_jax.augment", lambda cls: cls.__module__.endswith("intensity"))
+datasets = select(
+    "bhsd_jax.datasets", lambda cls: callable(getattr(cls, "cases", None)) and cls.__name__ != "Row"
+)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, image, *, train):
+        x = nn.leaky_relu(nn.Conv(4, (3, 3, 3))(image))
+        return nn.Conv(2, (1, 1, 1))(x), nn.Conv(2, (1, 1, 1))(x[:, ::2, ::2, ::2])
+
+
+def learner(net, params, ema=None):
+    return Learner(
+        forward=lambda p, image, key: net.apply({"params": p}, image, train=True),
+        view=lambda key, image: image + 0.1 * jax.random.normal(key, image.shape),
+        segmentation=DiceCE(),
+        params=params,
+        ema=ema,
+        step=jnp.asarray(5),
+        steps=10,
+    )
+
+
+def batch_for(cls):
+    keys = jax.random.split(jax.random.key(1), 3)
+    shape = (2, 4, 4, 4)
+    free = jax.random.normal(keys[2], (*shape, 1)) if cls.uses_unlabeled else None
+    return Batch(
+        jax.random.normal(keys[0], (*shape, 1)), jax.random.randint(keys[1], shape, 0, 2), free
+    )
+
+
+@objectives
+def test_an_objective_is_reproducible_and_teaches_every_parameter(name, cls, key):
+    objective, net, batch = cls(), Net(), batch_for(cls)
+    assert isinstance(objective, Objective)
+    params = objective.init(net, batch.image, key)
+    ema = None if objective.ema_decay is None else jax.tree.map(jnp.copy, params)
+
+    @jax.jit
+    def run(params, ema):
+        def loss(params):
+            return objective.loss(learner(net, params, ema), batch, key)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (value, metrics), grads = run(params, ema)
+    (again, _), _ = run(params, ema)
+    assert float(value) == float(again)
+    assert np.isfinite(value)
+    assert all(np.shape(metric) == () for metric in metrics.values())
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(grads)), "a parameter never learns"
+
+
+@objectives
+def test_an_objective_deploys_single_networks_that_run(name, cls, key):
+    objective, net, batch = cls(), Net(), batch_for(cls)
+    params = objective.init(net, batch.image, key)
+    for network in objective.deployable(params, None).values():
+        logits = jax.eval_shape(
+            lambda p: net.apply({"params": p}, batch.image, train=False), network
+        )
+        assert logits[0].shape == (2, 4, 4, 4, 2)
+
+
+@intensities
+def test_an_intensity_change_keeps_shape_and_type_and_is_nothing_at_p_zero(name, cls, key):
+    image = jax.random.normal(key, (3, 6, 6, 2))
+    kwargs = {"p": 1.0} | ({"invert": False} if name.endswith("Gamma") else {})
+    changed = jax.jit(cls(**kwargs))(key, image)
+    assert changed.shape == image.shape
+    assert changed.dtype == image.dtype
+    assert np.isfinite(changed).all()
+    kept = jax.jit(cls(**(kwargs | {"p": 0.0})))(key, image)
+    np.testing.assert_array_equal(kept, image)
+
+
+@datasets
+def test_a_dataset_says_what_it_holds(name, cls, tmp_path):
+    fields = {field.name for field in dataclasses.fields(cls)}
+    assert "root" in fields
+    with pytest.raises((FileNotFoundError, ValueError), match=r"\S"):
+        list(cls(root=str(tmp_path / "nothing")).cases())
+
+
+def test_an_unknown_name_lists_the_choices():
+    with pytest.raises(ValueError, match="modules are .*supervised"):
+        build("bhsd_jax.objectives", {"name": "nothing.Here"})
+    with pytest.raises(ValueError, match="it has .*Supervised"):
+        build("bhsd_jax.objectives", {"name": "supervised.Nothing"})
+    with pytest.raises(ValueError, match=r"unknown weigth; it takes .*weight"):
+        build("bhsd_jax.objectives", {"name": "cps.CrossPseudoSupervision", "weigth": 1.0})

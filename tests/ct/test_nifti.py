@@ -1,0 +1,271 @@
+import gzip
+import struct
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from bhsd_jax.ct import nifti
+from bhsd_jax.volume import Volume
+
+AFFINE = np.array([[-0.5, 0, 0, 90], [0, 0.48, -1.3, -70], [0, 0.13, 4.8, 12], [0, 0, 0, 1.0]])
+
+
+def save(path, voxels, affine=AFFINE, slope=None, inter=0.0, kind=nib.Nifti1Image, **fields):
+    """A scan in the file's own i, j, k order, header fields set by hand."""
+    image = kind(voxels, affine)
+    data = bytearray(image.to_bytes())
+    header = image.header.copy()
+    block = type(header)(bytes(data[: header.sizeof_hdr]), check=False)
+    if slope is not None:
+        block["scl_slope"], block["scl_inter"] = slope, inter
+    for field, value in fields.items():
+        block[field] = value
+    data[: header.sizeof_hdr] = block.binaryblock
+    path.write_bytes(gzip.compress(bytes(data)) if path.suffix == ".gz" else bytes(data))
+    return path
+
+
+@pytest.fixture
+def stored():
+    return np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5) - 20
+
+
+def test_axes_are_reversed_and_the_affine_follows(tmp_path, stored):
+    volume = nifti.read(save(tmp_path / "a.nii.gz", stored))
+    assert (volume.case, volume.voxels.shape, volume.voxels.dtype) == ("a", (5, 4, 3), np.int16)
+    assert volume.voxels[4, 1, 2] == stored[2, 1, 4]
+    np.testing.assert_allclose(
+        volume.affine @ [4, 1, 2, 1], AFFINE @ [2, 1, 4, 1], rtol=1e-6, atol=1e-5
+    )
+    assert volume.affine.dtype == np.float64
+
+
+def test_scale_factors_give_what_nibabel_gives(tmp_path, stored):
+    raw = stored.astype(np.uint16)
+    path = save(tmp_path / "a.nii", raw, slope=0.0623, inter=-1024.0)
+    volume = nifti.read(path)
+    assert volume.voxels.dtype == np.float32
+    np.testing.assert_array_equal(volume.voxels, nib.load(path).get_fdata().astype("f4").T)
+    assert float(volume.voxels.max()) == pytest.approx(raw.max() * 0.0623 - 1024, abs=1e-2)
+
+
+def test_scale_factors_that_mean_none_are_ignored(tmp_path, stored):
+    for slope in (0.0, np.nan, np.inf):
+        volume = nifti.read(save(tmp_path / "a.nii", stored, slope=slope))
+        np.testing.assert_array_equal(volume.voxels, stored.T)
+        assert volume.voxels.dtype == np.int16
+
+
+def test_gzip_is_known_by_content_not_by_suffix(tmp_path, stored):
+    save(tmp_path / "a.nii.gz", stored).rename(tmp_path / "ID_1_ID_2")
+    save(tmp_path / "b.nii", stored).rename(tmp_path / "b.nii.gz")
+    for name in ("ID_1_ID_2", "b.nii.gz"):
+        np.testing.assert_array_equal(nifti.read(tmp_path / name).voxels, stored.T)
+
+
+def test_a_trailing_axis_of_one_is_dropped(tmp_path, stored):
+    volume = nifti.read(save(tmp_path / "a.nii", stored[..., None]))
+    np.testing.assert_array_equal(volume.voxels, stored.T)
+
+
+def test_big_endian_and_nifti_2_are_read(tmp_path, stored):
+    header = nib.Nifti1Header(endianness=">")
+    header.set_data_dtype(np.int16)
+    nib.Nifti1Image(stored, AFFINE, header).to_filename(tmp_path / "big.nii")
+    save(tmp_path / "two.nii.gz", stored, kind=nib.Nifti2Image)
+    for name in ("big.nii", "two.nii.gz"):
+        volume = nifti.read(tmp_path / name)
+        np.testing.assert_array_equal(volume.voxels, stored.T)
+        assert volume.voxels.dtype.isnative
+
+
+def test_meters_become_millimeters(tmp_path, stored):
+    in_mm = nifti.read(save(tmp_path / "a.nii", stored))
+    in_m = nifti.read(save(tmp_path / "b.nii", stored, np.diag([1e-3] * 3 + [1]) @ AFFINE))
+    assert in_m.spacing_mm[0] == pytest.approx(in_mm.spacing_mm[0] / 1000)
+    units = save(tmp_path / "c.nii", stored, np.diag([1e-3] * 3 + [1]) @ AFFINE, xyzt_units=1)
+    np.testing.assert_allclose(nifti.read(units).affine, in_mm.affine, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"dim": [3, 32767, 32767, 32767, 1, 1, 1, 1]}, "limit"),
+        ({"dim": [3, 30, 40, 50, 1, 1, 1, 1]}, "truncated"),
+        ({"dim": [3, 3, 0, 5, 1, 1, 1, 1]}, "positive"),
+        ({"dim": [3, 3, -4, 5, 1, 1, 1, 1]}, "positive"),
+        ({"dim": [2, 3, 4, 1, 1, 1, 1, 1]}, "not a 3D scan"),
+        ({"dim": [4, 3, 2, 2, 5, 1, 1, 1]}, "not a 3D scan"),
+        ({"dim": [9, 3, 4, 5, 1, 1, 1, 1]}, "not a 3D scan"),
+        ({"datatype": 128}, "datatype is 128"),
+        ({"datatype": 32}, "datatype is 32"),
+        ({"datatype": 7777}, "datatype is 7777"),
+        ({"pixdim": [1, 0, 1, 1, 1, 1, 1, 1]}, "spacing"),
+        ({"pixdim": [1, 1, np.nan, 1, 1, 1, 1, 1]}, "spacing"),
+        ({"pixdim": [1, 1, 1, -2, 1, 1, 1, 1]}, "spacing"),
+        ({"srow_y": [np.nan] * 4}, "not finite"),
+        ({"srow_y": [0, 0, np.inf, 0]}, "not finite"),
+        ({"srow_x": [0] * 4, "srow_y": [0] * 4, "srow_z": [0] * 4}, "zero axis"),
+        ({"srow_x": [1, 1, 0, 0], "srow_y": [1, 1, 0, 0]}, "singular"),
+        ({"vox_offset": -100}, "vox_offset"),
+        ({"vox_offset": 1e30}, "limit"),
+        ({"vox_offset": np.nan}, "vox_offset"),
+        ({"vox_offset": 400}, "truncated"),
+        ({"magic": b"ni1"}, "single-file"),
+        ({"scl_slope": 1.0, "scl_inter": np.nan}, "intercept"),
+        ({"scl_slope": 3e38, "scl_inter": 0}, "not finite numbers"),
+    ],
+)
+def test_impossible_headers_are_refused_by_name(tmp_path, stored, fields, words):
+    for name in ("bad.nii", "bad.nii.gz"):
+        path = save(tmp_path / name, stored, **fields)
+        with pytest.raises(ValueError, match=words) as caught:
+            nifti.read(path)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 347, 350, 380, -1])
+def test_cut_files_are_refused(tmp_path, stored, keep):
+    whole = save(tmp_path / "whole.nii", stored).read_bytes()
+    packed = gzip.compress(whole)
+    (tmp_path / "cut.nii").write_bytes(whole[:keep])
+    (tmp_path / "cut.nii.gz").write_bytes(packed[: keep if keep < 100 else len(packed) // 2])
+    for name in ("cut.nii", "cut.nii.gz"):
+        with pytest.raises(ValueError, match=name):
+            nifti.read(tmp_path / name)
+
+
+def test_every_flipped_bit_of_the_packed_voxels_is_noticed(tmp_path, stored):
+    packed = bytearray(save(tmp_path / "a.nii.gz", stored).read_bytes())
+    for place in range(10, len(packed), 7):
+        damaged = bytearray(packed)
+        damaged[place] ^= 4
+        (tmp_path / "b.nii.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"b\.nii\.gz"):
+            nifti.read(tmp_path / "b.nii.gz")
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "text.nii").write_bytes(b"not a scan" * 100)
+    (tmp_path / "zip.nii.gz").write_bytes(gzip.compress(b"not a scan" * 100))
+    (tmp_path / "folder.nii").mkdir()
+    for name in ("text.nii", "zip.nii.gz", "folder.nii"):
+        with pytest.raises(ValueError, match=name):
+            nifti.read(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="none"):
+        nifti.read(tmp_path / "none.nii")
+
+
+def test_a_stream_longer_than_its_header_says_is_refused(tmp_path, stored):
+    whole = save(tmp_path / "a.nii", stored).read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(whole + bytes(100)))
+    np.testing.assert_array_equal(nifti.read(tmp_path / "b.nii.gz").voxels, stored.T)
+    (tmp_path / "c.nii.gz").write_bytes(gzip.compress(whole + bytes(2**21)))
+    with pytest.raises(ValueError, match="goes on"):
+        nifti.read(tmp_path / "c.nii.gz")
+
+
+def test_the_size_limit_is_the_callers(tmp_path, stored):
+    path = save(tmp_path / "a.nii.gz", stored)
+    assert nifti.read(path, max_bytes=352 + 120).voxels.size == 60
+    with pytest.raises(ValueError, match="limit is 471"):
+        nifti.read(path, max_bytes=352 + 119)
+
+
+def test_voxels_that_are_no_numbers_are_refused(tmp_path):
+    voxels = np.ones((3, 4, 5), np.float32)
+    voxels[1, 2, 3], voxels[0, 0, 0] = np.nan, np.inf
+    with pytest.raises(ValueError, match="2 of 60 voxels"):
+        nifti.read(save(tmp_path / "a.nii", voxels))
+
+
+def test_a_label_takes_the_geometry_of_its_image(tmp_path, stored):
+    image = nifti.read(save(tmp_path / "scan_0000.nii.gz", stored))
+    label = (np.abs(stored) % 6).astype(np.uint16)
+    same, none = nifti.read_label(save(tmp_path / "l.nii", label), image, num_classes=6)
+    assert (same.case, same.voxels.dtype, none) == ("scan_0000", np.uint8, [])
+    np.testing.assert_array_equal(same.voxels, label.T)
+    moved = AFFINE.copy()
+    moved[0, 3] += 3
+    path = save(tmp_path / "l.nii", label.astype(np.float64), moved)
+    other, warnings = nifti.read_label(path, image, num_classes=6)
+    np.testing.assert_array_equal(other.affine, image.affine)
+    np.testing.assert_array_equal(other.voxels, label.T)
+    assert len(warnings) == 1
+    assert "3 mm" in warnings[0]
+
+
+def test_a_label_without_usable_geometry_only_warns(tmp_path, stored):
+    image = nifti.read(save(tmp_path / "scan.nii", stored))
+    path = save(tmp_path / "l.nii", np.ones((3, 4, 5), np.uint8), srow_x=[np.nan] * 4)
+    label, warnings = nifti.read_label(path, image, num_classes=None)
+    assert label.voxels.all()
+    assert "unusable" in warnings[0]
+
+
+def test_wrong_labels_are_refused_with_their_values(tmp_path, stored):
+    image = nifti.read(save(tmp_path / "scan.nii", stored))
+    label = np.zeros((3, 4, 5))
+    label[0, 0, :3] = -1, 2.5, 6
+    with pytest.raises(ValueError, match=r"0\.\.5; got -1, 2\.5, 6"):
+        nifti.read_label(save(tmp_path / "l.nii", label), image, num_classes=6)
+    label = np.full((3, 4, 5), 300, np.int16)
+    with pytest.raises(ValueError, match=r"0\.\.255; got 300"):
+        nifti.read_label(save(tmp_path / "l.nii", label), image, num_classes=None)
+    with pytest.raises(ValueError, match=r"\(5, 4, 2\).*\(5, 4, 3\)"):
+        nifti.read_label(save(tmp_path / "l.nii", label[:2]), image, num_classes=None)
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("codes", [(1, 0), (0, 1), (1, 2), (0, 0)])
+def test_geometry_is_carried_over_bit_for_bit(tmp_path, stored, codes, kind):
+    turned = nib.affines.from_matvec(
+        nib.eulerangles.euler2mat(0.1, 0.2, 0.3) @ np.diag([-0.4, 0.5, 5]), [1, 2, 3]
+    )
+    like = save(
+        tmp_path / "like.nii.gz", stored, turned, kind=kind,
+        qform_code=codes[0], sform_code=codes[1], descrip=b"Jane Doe", xyzt_units=10,
+    )  # fmt: skip
+    label = (stored.T > 0).astype(np.uint8)
+    nifti.write(tmp_path / "new" / "out.nii.gz", label, like)
+    one, other = nib.load(like), nib.load(tmp_path / "new" / "out.nii.gz")
+    np.testing.assert_array_equal(one.affine, other.affine)
+    for field in ("pixdim", "qform_code", "sform_code", "quatern_b", "srow_x", "xyzt_units"):
+        np.testing.assert_array_equal(one.header[field], other.header[field])
+    assert other.header["descrip"].item() == b""
+    assert other.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(other.dataobj), label.T)
+    np.testing.assert_array_equal(nifti.read(like).affine, nifti.read(other.get_filename()).affine)
+
+
+def test_writing_twice_gives_the_same_bytes_and_leaves_nothing_else(tmp_path, stored):
+    like = save(tmp_path / "like.nii", stored)
+    nifti.write(tmp_path / "a.nii.gz", stored.T, like)
+    first = (tmp_path / "a.nii.gz").read_bytes()
+    nifti.write(tmp_path / "a.nii.gz", stored.T, like)
+    assert (tmp_path / "a.nii.gz").read_bytes() == first
+    assert struct.unpack("<I", first[4:8]) == (0,)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii.gz", "like.nii"]
+
+
+def test_a_refused_write_leaves_the_old_file(tmp_path, stored):
+    like = save(tmp_path / "like.nii", stored)
+    with pytest.raises(ValueError, match=r"\(3, 4, 5\)"):
+        nifti.write(like, stored, like)
+    with pytest.raises(ValueError, match="float16"):
+        nifti.write(like, stored.T.astype(np.float16), like)
+    np.testing.assert_array_equal(nifti.read(like).voxels, stored.T)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.float32, np.int64])
+def test_a_volume_survives_writing_and_reading(tmp_path, stored, kind):
+    volume = Volume(stored.T.astype(kind), AFFINE[:, [2, 1, 0, 3]], "x")
+    nifti.write_volume(tmp_path / "x.nii", volume)
+    again = nifti.read(tmp_path / "x.nii")
+    np.testing.assert_array_equal(again.voxels, volume.voxels)
+    assert again.voxels.dtype == kind
+    np.testing.assert_allclose(again.affine, volume.affine, rtol=1e-6)
+    np.testing.assert_array_equal(
+        nib.load(tmp_path / "x.nii").affine[:, [2, 1, 0, 3]], again.affine
+    )

@@ -1,0 +1,377 @@
+"""Prediction on the scans' own grids, and the verb on a real, tiny run folder."""
+
+import csv
+import gzip
+import json
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel import orientations
+
+from bhsd_jax.ct import geometry
+from bhsd_jax.ct.prepare import prepare_case
+from bhsd_jax.datasets.splits import Roles
+from bhsd_jax.infer.sliding import SlidingWindow
+from bhsd_jax.train.checkpoint import save_networks
+from bhsd_jax.verbs import predict, predictor, setup
+from bhsd_jax.volume import Case, Network, Plan
+from configs import common
+
+SPACING = (5.0, 2.0, 2.0)  # D H W
+CLASSES = ("background", "IPH", "SDH")
+TILE = (4, 16, 16)
+NETWORK = Network(
+    patch=TILE,
+    batch=1,
+    features=(4, 8),
+    strides=((1, 1, 1), (1, 2, 2)),
+    kernels=((1, 3, 3), (3, 3, 3)),
+    convs_encoder=(1, 1),
+    convs_decoder=(1,),
+    batch_dice=False,
+)
+PLAN = Plan(
+    dataset="tiny",
+    classes=CLASSES,
+    modality="ct",
+    spacing_mm=SPACING,
+    transpose=(0, 1, 2),
+    crop_hu=-200.0,
+    foreground=(10.0, 60.0, 20.0, 110.0),
+    median_shape=(7, 24, 20),
+    network=NETWORK,
+    source_sha256="",
+    license="CC0",
+)
+
+
+def head(seed=0):
+    """HU [x y z] in RAS order, 20 x 26 x 7 voxels: air, a head, two bleeds off its center."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (20, 26, 7)), indexing="ij")
+    hu = np.full(x.shape, -1000.0)
+    hu[x**2 + y**2 + (0.8 * z) ** 2 < 0.8] = 30
+    hu[(x - 0.4) ** 2 + (y + 0.2) ** 2 + (z - 0.2) ** 2 < 0.06] = 75
+    hu[(x + 0.3) ** 2 + (y - 0.4) ** 2 + (z + 0.3) ** 2 < 0.04] = 100
+    noise = np.random.default_rng(seed).normal(0, 3, x.shape)
+    return np.rint(hu + np.where(hu > -500, noise, 0)).astype(np.int16)
+
+
+def upright(spacing=SPACING):
+    """RAS affine (x, y, z) for spacing D, H, W."""
+    affine = np.diag([*spacing[::-1], 1.0])
+    affine[:3, 3] = (-17.25, -31.0, 44.5)
+    return affine
+
+
+def rotation(axis, degrees):
+    """About x, y or z of the world."""
+    a, b = [i for i in range(3) if i != axis]
+    turn = np.eye(4)
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn[a, a], turn[a, b], turn[b, a], turn[b, b] = c, -s, s, c
+    return turn
+
+
+def write(path, voxels, affine):
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+    return path
+
+
+def stored_as(codes):
+    """The head with its axes in another order and direction, e.g. "LAS"."""
+    image = nib.Nifti1Image(head(), upright())
+    change = orientations.ornt_transform(
+        orientations.axcodes2ornt("RAS"), orientations.axcodes2ornt(codes)
+    )
+    return image.as_reoriented(change)
+
+
+def thresholds(params, raw):
+    """Class 1 above 60 HU, class 2 above 90, of the very voxel."""
+    hu = raw[..., 0]
+    return (jnp.stack([jnp.zeros_like(hu), hu - 60, 2 * hu - 150], -1),)
+
+
+def threshold_predictor(plan=PLAN, **changes):
+    window = SlidingWindow(thresholds, TILE, mirror=False, tiles_per_call=2)
+    settings = {"fill": -1000.0, "classes": CLASSES, "probabilities": False} | changes
+    return predictor.Predictor(window=window, networks=[{}], plan=plan, **settings)
+
+
+def predicted(tmp_path, image, name="scan", **changes):
+    source, target = tmp_path / f"{name}.nii.gz", tmp_path / "out" / f"{name}.nii.gz"
+    target.parent.mkdir(exist_ok=True)
+    nib.save(image, source)
+    row = threshold_predictor(**changes)(Case(name, name, source, None, "test"), target, name)
+    return nib.load(target), nib.load(source), row
+
+
+def test_a_threshold_network_gives_the_thresholded_scan(tmp_path):
+    label, scan, _ = predicted(tmp_path, nib.Nifti1Image(head(), upright()))
+    hu = np.asanyarray(scan.dataobj)
+    want = np.where(hu > 90, 2, np.where(hu > 60, 1, 0))
+    assert label.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asanyarray(label.dataobj), want)
+    assert len(np.unique(want)) == 3
+
+
+@pytest.mark.parametrize("codes", ["LAS", "LPS", "RPI", "SAR", "PIL"])
+def test_a_scan_stored_another_way_has_the_same_label_map(tmp_path, codes):
+    want, _, _ = predicted(tmp_path, nib.Nifti1Image(head(), upright()), "ras")
+    label, scan, _ = predicted(tmp_path, stored_as(codes), codes)
+    assert nib.aff2axcodes(label.affine) == tuple(codes)
+    assert label.shape == scan.shape
+    np.testing.assert_array_equal(label.affine, scan.affine)
+    back = nib.as_closest_canonical(label)
+    np.testing.assert_array_equal(np.asanyarray(back.dataobj), np.asanyarray(want.dataobj))
+
+
+@pytest.mark.parametrize(("axis", "degrees"), [(0, 20), (0, -14.5), (1, 9), (2, 30)])
+def test_an_oblique_or_tilted_scan_keeps_voxels_and_affine(tmp_path, axis, degrees):
+    want, _, straight = predicted(tmp_path, nib.Nifti1Image(head(), upright()), "straight")
+    turned = nib.Nifti1Image(head(), rotation(axis, degrees) @ upright())
+    label, scan, row = predicted(tmp_path, turned, "turned")
+    np.testing.assert_array_equal(label.affine, scan.affine)
+    np.testing.assert_array_equal(np.asanyarray(label.dataobj), np.asanyarray(want.dataobj))
+    tilt = degrees if axis == 0 else 0
+    assert row.tilt_deg == pytest.approx(tilt, abs=1e-3)
+    for name in CLASSES[1:]:
+        shrunk = straight.ml[name] * math.cos(math.radians(tilt))
+        assert row.ml[name] == pytest.approx(shrunk, rel=1e-5)
+
+
+def test_volumes_are_counts_times_the_voxel(tmp_path):
+    label, _, row = predicted(tmp_path, nib.Nifti1Image(head(), upright()))
+    counts = np.bincount(np.asanyarray(label.dataobj).ravel())
+    assert row.ml == pytest.approx({"IPH": counts[1] * 0.02, "SDH": counts[2] * 0.02})
+    assert row.tilt_deg == 0
+
+
+def test_a_resampled_scan_comes_back_at_its_own_shape_and_place(tmp_path):
+    image = nib.Nifti1Image(head(), upright((7.5, 1.5, 1.6)))
+    label, scan, _ = predicted(tmp_path, image)
+    assert label.shape == scan.shape
+    np.testing.assert_array_equal(label.affine, scan.affine)
+    hu = np.asanyarray(scan.dataobj)
+    found = np.argwhere(np.asanyarray(label.dataobj) == 2).mean(0)
+    np.testing.assert_allclose(found, np.argwhere(hu > 90).mean(0), atol=0.5)
+
+
+def test_probabilities_lie_on_the_scan_and_agree_with_the_label_map(tmp_path):
+    label, scan, _ = predicted(tmp_path, nib.Nifti1Image(head(), upright()), probabilities=True)
+    found = np.load(tmp_path / "out" / "scan_probabilities.npz")["probabilities"]
+    assert found.dtype == np.float16
+    assert found.shape == (3, *scan.shape[::-1])
+    np.testing.assert_allclose(found.astype(np.float32).sum(0), 1, atol=2e-3)
+    np.testing.assert_array_equal(found.argmax(0).T, np.asanyarray(label.dataobj))
+
+
+# The verb, on a run folder with a random network.
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    """Compiling for eight devices takes longer; `tests/infer` does it."""
+    monkeypatch.setattr(predictor.jax, "device_count", lambda: 1)
+
+
+def configure(images, **changes):
+    config = common.get_config()
+    config.infer.update(mirror=False, tiles=4)
+    config.predict.update(images=str(images), **changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Config, and parameters of two random networks."""
+    config = configure("")
+    model = setup.model(config, PLAN)
+    image = jax.ShapeDtypeStruct((1, *TILE, 1), jnp.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+    random = np.random.default_rng(0)
+
+    def draw():
+        return jax.tree.map(
+            lambda leaf: random.normal(0, 0.5, leaf.shape).astype(np.float32), shapes["params"]
+        )
+
+    return model, draw(), draw()
+
+
+@pytest.fixture
+def folder(tmp_path, weights):
+    """A run folder as training leaves it."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "plan.json").write_text(json.dumps(PLAN.to_json()))
+    save_networks(workdir / "checkpoints", weights[1], config={}, plan=PLAN.to_json())
+    return workdir
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Two scans, one of them gzipped without saying so."""
+    images = tmp_path / "images"
+    images.mkdir()
+    nib.save(stored_as("LAS"), images / "ID_1.nii.gz")
+    other = nib.Nifti1Image(head(seed=1)[:, 2:, :], rotation(0, 18) @ upright((6.0, 2.0, 1.8)))
+    (images / "ID_2").write_bytes(gzip.compress(other.to_bytes()))
+    return images
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_label_map_is_the_networks(folder, scans, weights):
+    predict.run(configure(scans), folder)
+    model, params, _ = weights
+    normalize = setup.normalization(configure(""), PLAN)
+    window = SlidingWindow(
+        lambda p, x: model.apply({"params": p}, normalize(x), train=False), TILE, mirror=False
+    )
+    for name, file in (("ID_1", "ID_1.nii.gz"), ("ID_2", "ID_2")):
+        prepared = prepare_case(Case(name, name, scans / file, None, "test"), PLAN)
+        image = prepared.image[..., None].astype(np.float32)
+        logits = window.logits([params], image, fill=normalize.pad_value("air"))
+        want = geometry.argmax_from_grid(logits, prepared.grid)
+        found = nib.load(folder / "predictions" / f"{name}.nii.gz")
+        np.testing.assert_array_equal(np.asanyarray(found.dataobj).T, want)
+        assert len(np.unique(want)) > 1
+
+
+def test_tables_say_what_was_done(folder, scans, caplog):
+    caplog.set_level(logging.INFO)
+    predict.run(configure(scans), folder)
+    out = folder / "predictions"
+    assert {path.name for path in out.iterdir()} == {
+        *("ID_1.nii.gz", "ID_2.nii.gz"),
+        *("volumes.csv", "volumes.json", "predictions.json"),
+    }
+    facts = json.loads((out / "predictions.json").read_text())
+    assert facts["step"] == 0
+    assert facts["networks"] == ["student"]
+    assert facts["license"] == "CC0"
+    assert facts["split"] is None
+    assert "Research use only" in facts["notice"]
+    assert "Research use only" in caplog.text
+    assert "2 scans, about 12 tiles each" in caplog.text, "3 by 2 by 2 on 7 x 24 x 20"
+    rows = rows_of(out / "volumes.csv")
+    assert [row["case"] for row in rows] == ["ID_1", "ID_2"]
+    assert float(rows[1]["tilt_deg"]) == pytest.approx(18, abs=0.01)
+    label = np.asanyarray(nib.load(out / "ID_2.nii.gz").dataobj)
+    each = 6.0 * 2.0 * 1.8 / 1000 * math.cos(math.radians(18))
+    for index, name in enumerate(CLASSES[1:], start=1):
+        assert float(rows[1][f"{name}_ml"]) == pytest.approx(
+            (label == index).sum() * each, abs=1e-3
+        )
+    listed = json.loads((out / "volumes.json").read_text())["scans"]
+    assert listed[0]["ml"]["IPH"] == pytest.approx(float(rows[0]["IPH_ml"]), abs=1e-4)
+
+
+def test_a_broken_scan_does_not_stop_the_others(folder, scans):
+    whole = (scans / "ID_1.nii.gz").read_bytes()
+    (scans / "ID_1.nii.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"1 of 2 scans skipped.*ID_1"):
+        predict.run(configure(scans), folder)
+    out = folder / "predictions"
+    assert not (out / "ID_1.nii.gz").exists()
+    assert (out / "ID_2.nii.gz").exists()
+    assert [row["case"] for row in rows_of(out / "skipped.csv")] == ["ID_1"]
+    assert [row["case"] for row in rows_of(out / "volumes.csv")] == ["ID_2"]
+
+    (scans / "ID_1.nii.gz").write_bytes(whole)
+    before = (out / "ID_2.nii.gz").stat().st_mtime_ns
+    predict.run(configure(scans, overwrite=False), folder)
+    assert not (out / "skipped.csv").exists()
+    assert (out / "ID_2.nii.gz").stat().st_mtime_ns == before
+    rows = rows_of(out / "volumes.csv")
+    assert [row["case"] for row in rows] == ["ID_1", "ID_2"]
+    assert rows[1]["seconds"] == ""
+    assert float(rows[1]["tilt_deg"]) == pytest.approx(18, abs=0.01)
+
+
+def test_ids_can_be_kept_out_of_names_tables_and_log(folder, scans, caplog):
+    caplog.set_level(logging.DEBUG, logger="bhsd_jax")
+    (scans / "ID_3.nii.gz").write_bytes(b"not a scan")
+    with pytest.raises(ValueError, match="1 of 3 scans skipped") as caught:
+        predict.run(configure(scans, show_ids=False), folder)
+    out = folder / "predictions"
+    said = [str(caught.value), caplog.text, *(path.name for path in out.iterdir())]
+    said += [path.read_text() for path in out.iterdir() if path.suffix in (".csv", ".json")]
+    assert not [text for text in said if "ID_" in text]
+    names = [row["case"] for row in rows_of(out / "volumes.csv")]
+    assert all((out / f"{name}.nii.gz").is_file() for name in names)
+    predict.run(configure(scans / "ID_2", show_ids=False), folder)
+    assert rows_of(out / "volumes.csv")[0]["case"] in names, "the salt stays"
+
+
+def test_twins_are_averaged_on_request(folder, scans, weights):
+    _, first, second = weights
+    twins = {"a": first, "b": second}
+    save_networks(folder / "twins" / "checkpoints", twins, config={}, plan=PLAN.to_json())
+    (folder / "twins" / "plan.json").write_text(json.dumps(PLAN.to_json()))
+    config = configure(scans / "ID_2", networks=("a", "b"))
+    config.objective = {"name": "cps.CrossPseudoSupervision"}
+    _, networks = predictor.load(config, folder / "twins")
+    assert list(networks) == ["a", "b"]
+    predict.run(config, folder / "twins")
+    facts = json.loads((folder / "twins" / "predictions" / "predictions.json").read_text())
+    assert facts["networks"] == ["a", "b"]
+    config.predict.networks = ("a", "teacher")
+    with pytest.raises(ValueError, match="no 'teacher'; this objective has a, b"):
+        predictor.load(config, folder / "twins")
+
+
+def test_a_checkpoint_of_another_network_is_refused(folder, scans):
+    config = configure(scans)
+    config.model.features = (6, 8)
+    with pytest.raises(ValueError, match=r"not of the config's network.*from_run"):
+        predict.run(config, folder)
+
+
+def test_scans_of_a_split_come_from_the_data_set(folder, scans, monkeypatch):
+    class Small:
+        def cases(self):
+            for name, file in (("ID_1", "ID_1.nii.gz"), ("ID_2", "ID_2")):
+                yield Case(name, name, scans / file, scans / "a mask", "train")
+
+    roles = Roles(train=("ID_1",), unlabeled=(), val=("ID_2",), test=("ID_9",))
+    monkeypatch.setattr(setup, "dataset", lambda config, workdir: Small())
+    monkeypatch.setattr(setup, "roles", lambda config, workdir: (roles, []))
+    (found,) = predict.find_scans(configure("", split="val"), folder)
+    assert (found.id, found.image, found.label) == ("ID_2", scans / "ID_2", None)
+    with pytest.raises(ValueError, match="1 of its 1 scans are not in the data set"):
+        predict.find_scans(configure("", split="test"), folder)
+    with pytest.raises(ValueError, match="val or test; got 'train'"):
+        predict.find_scans(configure("", split="train"), folder)
+
+
+def test_scans_come_from_a_file_or_a_folder(tmp_path, scans):
+    (found,) = predict.find_scans(configure(scans / "ID_1.nii.gz"), tmp_path)
+    assert found.id == "ID_1"
+    (scans / "ID_4_0000.nii.gz").write_bytes(b"")
+    (scans / "notes.txt").write_text("not a scan")
+    found = predict.find_scans(configure(scans), tmp_path)
+    assert [case.id for case in found] == ["ID_1", "ID_2", "ID_4"], "nnU-Net's suffix is dropped"
+    (tmp_path / "empty").mkdir()
+    for wrong in ("nowhere", "empty"):
+        with pytest.raises(FileNotFoundError, match=wrong):
+            predict.find_scans(configure(tmp_path / wrong), tmp_path)
+
+
+def test_long_scans_say_how_far_they_are(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    teller = predictor.Teller("scan 7")
+    teller.tiles(1, 27)
+    assert caplog.text == ""
+    monkeypatch.setattr(predictor, "_SAY_EVERY_S", 0.0)
+    teller.tiles(2, 27)
+    assert "scan 7: tile 2 of 27" in caplog.text
