@@ -22,7 +22,8 @@ def find(package: str, name: str) -> Any:
     module_name, _, attribute = name.partition(".")
     if module_name not in names(package):
         raise ValueError(
-            f"{package}: no {name!r}; write '<module>.<Name>', modules are {', '.join(names(package))}"
+            f"{package}: no {name!r}; write '<module>.<Name>', modules are "
+            f"{', '.join(names(package))}"
         )
     module = importlib.import_module(f"{package}.{module_name}")
     found = getattr(module, attribute, None) if attribute else None

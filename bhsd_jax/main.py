@@ -1,4 +1,4 @@
-"""Entry point: `python -m bhsd_jax.main [VERB] --config=configs/cps.py:smoke --workdir=runs/cps`."""
+"""Entry point: `python -m bhsd_jax.main [VERB] --config=configs/FILE.py:WORDS --workdir=FOLDER`."""
 
 import importlib
 import logging as standard_logging
@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 VERBS = ("preprocess", "train", "predict", "evaluate", "report")  # in the order of the pipeline
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config.name>.")
 
 

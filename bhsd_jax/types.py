@@ -50,7 +50,7 @@ class Learner:
 
     forward: Callable[..., Logits]  # (params, image, key) -> logits, training mode
     view: Callable[..., Array]  # (key, image) -> image under a fresh draw of intensity changes
-    segmentation: Callable[..., Scalar]  # (logits, label) -> supervised loss, deep supervision included
+    segmentation: Callable[..., Scalar]  # (logits, label) -> supervised loss, over all heads
     params: Params
     ema: Params | None
     step: Int[Array, ""]

@@ -71,7 +71,7 @@ class Grid:
             native_shape=tuple(data["native_shape"]),
             native_affine=tuple(tuple(row) for row in data["native_affine"]),
             order=tuple(data["order"]),
-            flip=tuple(bool(v) for v in data["flip"]),
+            flip=tuple(data["flip"]),
             crop_start=tuple(data["crop_start"]),
             crop_stop=tuple(data["crop_stop"]),
             shape=tuple(data["shape"]),
@@ -90,7 +90,7 @@ class Case:
     split: str  # "train", "val", "test", or "unlabeled" (training images used without a mask)
     bleeding: bool | None = None  # volume-level label; None: not known
     slice_labels: tuple[tuple[int, ...], ...] | None = None
-    """One row per slice in the file's k order, one column per foreground class: 1, 0, or -1 (not known)."""
+    """A row per slice in the file's k order, a column per foreground class: 1, 0, -1 (unknown)."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Plan:
     classes: tuple[str, ...]  # index 0 is background
     modality: str  # "ct": shards hold int16 HU; "mr": float32, z-scored per scan
     spacing_mm: Millimeters  # D, H, W
-    transpose: tuple[int, int, int]  # canonical axis (S, P, L) behind D, H, W; (0, 1, 2) for head CT
+    transpose: tuple[int, int, int]  # canonical axis (S, P, L) behind D, H, W; head CT: 0, 1, 2
     crop_hu: float | None  # CT: box of the largest component above this; None: non-zero voxels
     foreground: tuple[float, float, float, float]  # 0.5 %, mean, std, 99.5 % inside labels (HU)
     median_shape: Shape  # of the prepared training cases

@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.infer = _infer()
     config.predict = _predict()
     config.evaluate = _evaluate()
-    config.report = {"title": "", "overlays": True, "show_ids": False, "compare": ()}
+    config.report = _report()
     if words["smoke"]:
         smoke(config)
     return config
@@ -190,6 +190,16 @@ def _evaluate() -> dict:
         "nsd_mm": 1.0,  # tolerance of the surface Dice
         "bootstrap": 2000,  # resamples of patients
         "baseline": False,  # also score the best plain HU threshold on the same cases (CT)
+    }
+
+
+def _report() -> dict:
+    return {
+        "title": "",  # "": data set and name of the run
+        "note": "",  # what a reader must know before the numbers
+        "overlays": True,  # pictures of the best, the median and the worst scan of each class
+        "show_ids": False,
+        "compare": (),  # folders of other runs
     }
 
 

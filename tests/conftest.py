@@ -3,10 +3,11 @@
 import pkgutil
 from pathlib import Path
 
-import bhsd_jax
 import jax
 import jaxtyping
 import pytest
+
+import bhsd_jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 # The words are left out: transformations rebuild pytree containers around specs and None.

@@ -2,10 +2,10 @@
 
     python tools/bench_input.py [--cases 8] [--seconds 15] [--threads 2]
 
-Makes shards of head-like 34 x 512 x 512 volumes in a temporary folder, reads them once so that they
-lie in the page cache, then draws batches of 2 as the training does: 20 x 320 x 256 patches, and the
-20 x 376 x 376 cuts that the rotation of nnU-Net's augmentation needs for them. Each with the records
-decoded anew for every patch, and with cases kept decoded in memory.
+Makes shards of head-like 34 x 512 x 512 volumes in a temporary folder, reads them once so that
+they lie in the page cache, then draws batches of 2 as the training does: 20 x 320 x 256 patches,
+and the 20 x 376 x 376 cuts that the rotation of nnU-Net's augmentation needs for them. Each with
+the records decoded anew for every patch, and with cases kept decoded in memory.
 """
 
 import argparse
@@ -40,8 +40,9 @@ def main() -> None:
         for entry in shards.entries:
             shards.load(entry.id)
         print(
-            f"{args.cases} volumes of {'x'.join(map(str, SHAPE))}, {size / args.cases / 1e6:.1f} MB "
-            f"each in the shards; {args.threads} threads on {os.cpu_count()} cores"
+            f"{args.cases} volumes of {'x'.join(map(str, SHAPE))}, "
+            f"{size / args.cases / 1e6:.1f} MB each in the shards; "
+            f"{args.threads} threads on {os.cpu_count()} cores"
         )
         for name, budget in (("decoded for every patch", 0), ("kept decoded", 2**40)):
             for cut in (PATCH, SOURCE):

@@ -55,9 +55,13 @@ class Reader:
         self._label = _frame(frames["label"], place) if self.header["has_label"] else None
         self._foreground = frames["foreground"]
 
-    @functools.cached_property
+    @property
     def foreground(self) -> tuple[np.ndarray, ...]:
         """Voxel positions int32 [n 3] per foreground class; a class that is absent has n = 0."""
+        return self._positions
+
+    @functools.cached_property
+    def _positions(self) -> tuple[np.ndarray, ...]:
         stacked = _frame(self._foreground, self.place)[:]
         stops = np.cumsum(self.header["foreground"])
         return tuple(np.split(stacked, stops[:-1])) if len(stops) else ()

@@ -22,8 +22,11 @@ from bhsd_jax.volume import Shape
 class Reader(Protocol):
     """One opened case of `ct.shards`."""
 
-    shape: Shape
-    foreground: tuple[np.ndarray, ...]
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def foreground(self) -> tuple[np.ndarray, ...]: ...
 
     def patch(self, start: Shape, stop: Shape) -> tuple[np.ndarray, np.ndarray | None]: ...
 

@@ -70,7 +70,6 @@ def inside(corner: Shape, cut: Shape, shape: Shape) -> tuple[Shape, Shape]:
     """Start and stop, within the scan, of a cut that may reach outside; empty where it misses."""
     d0, h0, w0 = (min(max(c, 0), s) for c, s in zip(corner, shape, strict=True))
     d1, h1, w1 = (
-        max(min(c + n, s), a)
-        for c, n, s, a in zip(corner, cut, shape, (d0, h0, w0), strict=True)
+        max(min(c + n, s), a) for c, n, s, a in zip(corner, cut, shape, (d0, h0, w0), strict=True)
     )
     return (d0, h0, w0), (d1, h1, w1)

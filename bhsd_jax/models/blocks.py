@@ -36,7 +36,7 @@ class InstanceNorm(nn.Module):
             channels = (image.shape[-1],)
             scale = self.param("scale", self.scale_init, channels)
             normal = normal * scale + self.param("bias", nn.initializers.zeros, channels)
-        return normal.astype(self.dtype)
+        return jnp.asarray(normal, self.dtype)
 
 
 class ConvUnit(nn.Module):

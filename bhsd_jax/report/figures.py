@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def progress_png(records: Sequence[dict[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def agreement_png(volumes: dict[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
+def agreement_png(volumes: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
     """Predicted against reference volume in mL, one panel per class; both axes symlog."""
     plt = _pyplot()
     figure, axes = plt.subplots(

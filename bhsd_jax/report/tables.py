@@ -49,7 +49,8 @@ def dice_table(summary: Mapping[str, Any]) -> Table:
     """Dice by class under every convention, with counts and the 95 % interval of the headline."""
     conventions = summary["conventions"]
     rows = []
-    for name in [*summary["classes"], "mean"]:
+    several = len(summary["classes"]) > 1
+    for name in [*summary["classes"], *(["mean"] if several else [])]:
         found = {key: conventions[key].get(name, {}) for key in CONVENTIONS if key in conventions}
         head = found.get("nnunet", {})
         rows.append(

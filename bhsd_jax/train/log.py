@@ -71,7 +71,8 @@ class Log:
             return
         clean = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **clean}) + "\n")
+            elapsed = round(time.monotonic() - self.started, 1)  # of this process
+            file.write(json.dumps({"step": step, **clean, "time/elapsed_s": elapsed}) + "\n")
         if self.board is not None:
             for key, value in clean.items():
                 if value is not None:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from bhsd_jax.ct import nifti
+from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.metrics import scores, summary, threshold
-from bhsd_jax.verbs import setup, workers
+from bhsd_jax.verbs import setup
 from bhsd_jax.verbs.scoring import ANY, Job, Scored, score_case
+from bhsd_jax.verbs.setup import Config
+from bhsd_jax.verbs.workers import Progress, Workers
 from bhsd_jax.volume import Case, Plan
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _LISTED = 10  # names in an error message
 _FOUND = tuple[str, str, Path, Path | None]  # case, patient, reference, image
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: Config, workdir: Path) -> None:
     """Scores every case of a split, or of a folder of masks; all of them or none.
 
     `cases.csv` has a row per case and class, `cases_binary.csv` one per case with all classes
@@ -76,7 +76,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _jobs(config: ConfigDict, workdir: Path) -> list[Job]:
+def _jobs(config: Config, workdir: Path) -> list[Job]:
     plan = Plan.load(workdir) if (workdir / "plan.json").is_file() else None
     known = plan or setup.dataset(config, workdir)
     if config.evaluate.baseline and (known.modality != "ct" or config.evaluate.references):
@@ -87,7 +87,7 @@ def _jobs(config: ConfigDict, workdir: Path) -> list[Job]:
     folder = Path(config.evaluate.predictions or workdir / "predictions")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no predictions; run the verb `predict` first")
-    predicted = {nifti.case_name(path): path for path in sorted(folder.glob("*.nii.gz"))}
+    predicted = scans(folder)
     expected = _expected(config, workdir, folder, predicted)
     _require_all(folder, [case for case, *_ in expected if case not in predicted])
     return [
@@ -108,16 +108,15 @@ def _jobs(config: ConfigDict, workdir: Path) -> list[Job]:
 
 
 def _expected(
-    config: ConfigDict, workdir: Path, folder: Path, predicted: Mapping[str, Path]
+    config: Config, workdir: Path, folder: Path, predicted: Mapping[str, Path]
 ) -> list[_FOUND]:
     """The cases to score, sorted; every prediction must have a reference somewhere."""
     if config.evaluate.references:
         root = Path(config.evaluate.references)
-        masks = {
-            nifti.case_name(path): path
-            for path in sorted(root.glob("*"))
-            if path.name.endswith((".nii", ".nii.gz"))
-        }
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root}: no such folder; look at config.evaluate.references")
+        masks = scans(root)
+        # Whose scans these are is not known, so that each counts as a patient.
         expected: list[_FOUND] = [(case, case, path, None) for case, path in masks.items()]
         labeled, source = set(masks), str(root)
     else:
@@ -137,7 +136,7 @@ def _expected(
 
 
 def _members(
-    config: ConfigDict, workdir: Path, cases: Mapping[str, Case], split: str
+    config: Config, workdir: Path, cases: Mapping[str, Case], split: str
 ) -> tuple[str, ...]:
     marked = tuple(case.id for case in cases.values() if case.split == split)
     if split == "val" and not marked:  # a fold of the training cases
@@ -177,15 +176,18 @@ def _some(names: Sequence[str]) -> str:
 def _score(jobs: Sequence[Job], processes: int) -> list[Scored]:
     """Results in the order of the jobs, however they come in."""
     found: dict[str, Scored] = {}
-    with workers.Progress("evaluate", len(jobs)) as progress:
-        for job, scored in workers.each(score_case, jobs, processes):
+    with (
+        Workers(min(processes, len(jobs))) as workers,
+        Progress("evaluate", len(jobs)) as progress,
+    ):
+        for job, scored in workers.each(score_case, jobs):
             found[job.case] = scored
             progress.advance(1)
     return [found[job.case] for job in jobs]
 
 
 def _summary(
-    config: ConfigDict,
+    config: Config,
     rows: Sequence[scores.Row],
     merged: Sequence[scores.Row],
     classes: Sequence[str],

@@ -1,22 +1,19 @@
 """`predict`: a run and scans of any geometry to label maps on the scans' own voxels."""
 
 import csv
-import hashlib
 import io
 import logging
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from ml_collections import ConfigDict
 
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.verbs import predictor, setup
 from bhsd_jax.verbs.predictor import Predictor, Row
+from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Case, Plan
 
 logger = logging.getLogger(__name__)
@@ -24,7 +21,7 @@ logger = logging.getLogger(__name__)
 _BROKEN = (ValueError, OSError, EOFError, MemoryError)  # of one scan: recorded, others go on
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: Config, workdir: Path) -> None:
     """Predicts every scan, then writes `volumes.csv`, `volumes.json` and `predictions.json`.
 
     A broken scan goes to `skipped.csv` and the others are still predicted.
@@ -42,7 +39,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     out = Path(settings.out or workdir / "predictions")
     out.mkdir(parents=True, exist_ok=True)
     _log_estimate(predict, len(cases), plan)
-    names = _names([case.id for case in cases], workdir, settings.show_ids)
+    names = setup.short_names([case.id for case in cases], workdir, settings.show_ids)
     rows, skipped = _predict_all(predict, cases, names, out, settings.overwrite)
     setup.write_json(out / "predictions.json", _facts(config, plan, step, tuple(networks)))
     _write_csv(out / "skipped.csv", [{"case": c, "reason": r} for c, r in skipped.items()])
@@ -55,7 +52,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     logger.info("%d label maps in %s", len(rows), out)
 
 
-def find_scans(config: ConfigDict, workdir: Path) -> list[Case]:
+def find_scans(config: Config, workdir: Path) -> list[Case]:
     """The scans to predict, sorted: a file, a folder's, or a split of the data set.
 
     nnU-Net's channel suffix `_0000` is not part of a case's name.
@@ -81,7 +78,7 @@ def find_scans(config: ConfigDict, workdir: Path) -> list[Case]:
     return [Case(name, name, file, None, "test") for name, file in sorted(chosen.items())]
 
 
-def _split_scans(config: ConfigDict, workdir: Path, split: str) -> list[Case]:
+def _split_scans(config: Config, workdir: Path, split: str) -> list[Case]:
     if split not in ("val", "test"):
         raise ValueError(f"config.predict.split is val or test; got {split!r}")
     roles, _ = setup.roles(config, workdir)
@@ -144,7 +141,7 @@ def _write_tables(out: Path, rows: Sequence[Row]) -> None:
     setup.write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
 
 
-def _facts(config: ConfigDict, plan: Plan, step: int, networks: tuple[str, ...]) -> dict[str, Any]:
+def _facts(config: Config, plan: Plan, step: int, networks: tuple[str, ...]) -> dict[str, Any]:
     """What a reader of the label maps has to know."""
     settings: Any = config
     return {
@@ -159,17 +156,6 @@ def _facts(config: ConfigDict, plan: Plan, step: int, networks: tuple[str, ...])
         "trained_on": plan.dataset,
         "license": plan.license,
     }
-
-
-def _names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str, str]:
-    """Names to show: the ids, or short hashes under the run's salt, as in its report."""
-    if show_ids:
-        return {case: case for case in cases}
-    path = workdir / ".salt"
-    if not path.is_file():
-        path.write_text(secrets.token_hex(16))
-    salt = path.read_text()
-    return {case: hashlib.sha256((salt + case).encode()).hexdigest()[:8] for case in cases}
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

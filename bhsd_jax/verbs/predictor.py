@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from scipy.special import softmax
 
 from bhsd_jax.ct import geometry, hu, nifti
@@ -21,7 +20,8 @@ from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.train.checkpoint import load_networks
 from bhsd_jax.train.mesh import make_mesh
 from bhsd_jax.types import Params
-from bhsd_jax.verbs import setup
+from bhsd_jax.verbs import setup, wiring
+from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Case, Plan
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Predictor:
         return Row(name, float(tilt), seconds, {c: float(n * each) for c, n in volumes})
 
 
-def load(config: ConfigDict, workdir: Path) -> tuple[int, dict[str, Params]]:
+def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
     """The checkpoint's step and the networks to average, by name.
 
     Raises:
@@ -108,7 +108,7 @@ def load(config: ConfigDict, workdir: Path) -> tuple[int, dict[str, Params]]:
     which = settings.checkpoint
     which = int(which) if str(which).isdigit() else which
     step, params, ema = load_networks(workdir / "checkpoints", which)
-    found = setup.objective(config).deployable(params, ema)
+    found = wiring.objective(config).deployable(params, ema)
     wanted = tuple(settings.networks) or tuple(found)[:1]
     unknown = [name for name in wanted if name not in found]
     if unknown:
@@ -120,14 +120,14 @@ def load(config: ConfigDict, workdir: Path) -> tuple[int, dict[str, Params]]:
     return step, {name: found[name] for name in wanted}
 
 
-def make_predictor(config: ConfigDict, plan: Plan, networks: Sequence[Params]) -> Predictor:
+def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Predictor:
     """As the config says, on all devices.
 
     Raises:
         ValueError: If the networks are not the config's model.
     """
     settings: Any = config
-    model, normalization = setup.model(config, plan), setup.normalization(config, plan)
+    model, normalization = wiring.model(config, plan), wiring.normalization(config, plan)
     tile = setup.patch(config, plan)
 
     def forward(params: Params, raw: jax.Array) -> Any:

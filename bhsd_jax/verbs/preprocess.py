@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from bhsd_jax.build import build
 from bhsd_jax.ct import integrity, shards
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, make_plan, prepare_case
+from bhsd_jax.verbs import setup
+from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.workers import Progress, Workers
 from bhsd_jax.volume import Case, Dataset, Plan
 
@@ -47,7 +46,7 @@ class _Job:
         return hashlib.sha256(json.dumps([used, known, self.digests]).encode()).hexdigest()
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: Config, workdir: Path) -> None:
     """Checks, plans and writes; with `preprocess.verify_only` it only checks.
 
     Writes `integrity.csv`, `integrity.json` and, if cases were refused, `skipped.csv` to
@@ -60,7 +59,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     settings: Any = config.preprocess
     workdir.mkdir(parents=True, exist_ok=True)
-    dataset = _dataset(config, workdir)
+    dataset: Any = setup.dataset(config, workdir)
     if hasattr(dataset, "prepare"):
         dataset.prepare()
     cases = sorted(dataset.cases(), key=lambda case: case.id)
@@ -117,16 +116,6 @@ def _plan(dataset: Dataset, facts: Sequence[Facts], settings: Any) -> Plan:
     for note in plan.notes:
         logger.warning("%s", note)
     return plan
-
-
-def _dataset(config: ConfigDict, workdir: Path) -> Any:
-    data: Any = config.data
-    spec = data.to_dict()
-    if not spec.get("root"):
-        if not spec["name"].startswith("synthetic."):
-            raise ValueError(f"config.data.root is empty; say where {spec['name']} lies")
-        spec["root"] = str(workdir / "synthetic")
-    return build("bhsd_jax.datasets", spec)
 
 
 def _look(

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.build import build, find
@@ -19,7 +18,8 @@ from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.optimizer import make_optimizer, make_schedule
 from bhsd_jax.train.step import Parts, init_state
 from bhsd_jax.types import Batch, TrainState
-from bhsd_jax.verbs import setup
+from bhsd_jax.verbs import setup, wiring
+from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Plan
 
 _TIMING = ("lr", "schedule", "power", "warmup", "hold")  # of the optimizer spec: the schedule's
@@ -53,17 +53,17 @@ class Recipe:
         return init_state(self.parts, jnp.zeros((1, *self.cut.patch, self.channels)), key)
 
 
-def make_recipe(config: ConfigDict, plan: Plan) -> Recipe:
+def make_recipe(config: Config, plan: Plan) -> Recipe:
     """Model, objective, optimizer, augmentation and batch as config and plan name them."""
-    objective = setup.objective(config)
-    normalization = setup.normalization(config, plan)
+    objective = wiring.objective(config)
+    normalization = wiring.normalization(config, plan)
     spatial, intensity = make_chains(config, plan)
     schedule, optimizer = _optimizer(config, parts=bool(objective.twins))
     loss = config.loss.to_dict()
     if loss["batch_dice"] is None:
         loss["batch_dice"] = plan.network.batch_dice
     parts = Parts(
-        model=setup.model(config, plan),
+        model=wiring.model(config, plan),
         objective=objective,
         optimizer=optimizer,
         schedule=schedule,
@@ -89,10 +89,10 @@ def make_recipe(config: ConfigDict, plan: Plan) -> Recipe:
     )
 
 
-def make_chains(config: ConfigDict, plan: Plan) -> tuple[SpatialChain, IntensityChain]:
+def make_chains(config: Config, plan: Plan) -> tuple[SpatialChain, IntensityChain]:
     """The augmentations; one patch at a time on a lone CPU, all at once elsewhere."""
     sequential = jax.default_backend() == "cpu" and jax.device_count() == 1
-    fill = setup.normalization(config, plan).fill(config.input.pad)
+    fill = wiring.normalization(config, plan).fill(config.input.pad)
 
     def ops(specs: Any) -> tuple[Any, ...]:
         made = []
@@ -125,7 +125,7 @@ def make_augment(
     return augment
 
 
-def require_matching(config: ConfigDict, recipe: Recipe, roles: Roles, mesh: Mesh) -> None:
+def require_matching(config: Config, recipe: Recipe, roles: Roles, mesh: Mesh) -> None:
     """Refuses what does not fit, before the first compilation.
 
     Raises:
@@ -152,7 +152,7 @@ def require_matching(config: ConfigDict, recipe: Recipe, roles: Roles, mesh: Mes
     jax.eval_shape(recipe.init, jax.random.key(0))
 
 
-def _optimizer(config: ConfigDict, *, parts: bool) -> tuple[Any, Any]:
+def _optimizer(config: Config, *, parts: bool) -> tuple[Any, Any]:
     spec = {k: v for k, v in config.optimizer.items() if v is not None}
     timing = {k: spec.pop(k) for k in _TIMING if k in spec}
     schedule = make_schedule(timing.pop("schedule"), steps=config.train.steps, **timing)

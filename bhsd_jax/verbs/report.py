@@ -1,16 +1,13 @@
 """`report`: one page from the files of a run, for a reader who has never seen the code."""
 
 import csv
-import hashlib
 import json
 import logging
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from bhsd_jax import __version__
 from bhsd_jax.ct import geometry, hu, nifti
@@ -25,6 +22,7 @@ from bhsd_jax.report.tables import (
     number,
 )
 from bhsd_jax.verbs import setup
+from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Case, Plan
 
 logger = logging.getLogger(__name__)
@@ -39,7 +37,7 @@ _MEASURES = {
 }
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: Config, workdir: Path) -> None:
     """Writes report.html and report.md into the run folder.
 
     Raises:
@@ -48,8 +46,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     summary = _read_json(workdir / "summary.json", "evaluate")
     rows = _read_rows(workdir / "cases.csv")
     plan = setup.load_plan(config, workdir)
-    names = _names(sorted({row["case"] for row in rows}), workdir, config.report.show_ids)
+    ids = sorted({row["case"] for row in rows})
+    names = setup.short_names(ids, workdir, config.report.show_ids)
     sections = [
+        Section("Before you read on", (config.report.note,)) if config.report.note else None,
         _results(summary),
         _overlays(config, workdir, plan, rows, names) if config.report.overlays else None,
         _agreement(rows),
@@ -77,7 +77,7 @@ def _headline(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     found = [
         (
             number(binary["dice"]),
-            f"Dice of any hemorrhage or lesion, mean of {binary['n']} scans "
+            f"Dice, all classes merged, mean of {binary['n']} scans "
             f"(95 % interval {number(binary['low'])} to {number(binary['high'])})",
         )
     ]
@@ -96,7 +96,7 @@ def _headline(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _subtitle(config: ConfigDict, workdir: Path, summary: Mapping[str, Any]) -> str:
+def _subtitle(config: Config, workdir: Path, summary: Mapping[str, Any]) -> str:
     made = workdir / "predictions" / "predictions.json"
     facts = json.loads(made.read_text()) if made.is_file() else {}
     step = f", checkpoint of step {facts['step']}" if "step" in facts else ""
@@ -126,7 +126,7 @@ def _results(summary: Mapping[str, Any]) -> Section:
 
 
 def _overlays(
-    config: ConfigDict,
+    config: Config,
     workdir: Path,
     plan: Plan,
     rows: Sequence[Mapping[str, str]],
@@ -164,6 +164,7 @@ def _overlays(
 
 def _overlay(case: Case, folder: Path, plan: Plan, index: int, binary: bool) -> figures.Overlay:
     scan = nifti.read(case.image)
+    assert case.label is not None  # the caller has looked
     masks = []
     for path in (case.label, folder / f"{case.id}.nii.gz"):
         label, _ = nifti.read_label(path, scan, num_classes=None)
@@ -220,7 +221,7 @@ def _comparison(folders: Sequence[str], summary: Mapping[str, Any], name: str) -
     )
 
 
-def _methods(config: ConfigDict, workdir: Path, plan: Plan, summary: Mapping[str, Any]) -> Section:
+def _methods(config: Config, workdir: Path, plan: Plan, summary: Mapping[str, Any]) -> Section:
     """What a reader needs to repeat it."""
     d, h, w = plan.spacing_mm
     facts = [
@@ -240,17 +241,6 @@ def _methods(config: ConfigDict, workdir: Path, plan: Plan, summary: Mapping[str
     ]
     notes = tuple(f"Note: {note}." for note in plan.notes)
     return Section("How it was made", (Table(("", ""), tuple(facts)), *notes))
-
-
-def _names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str, str]:
-    """Salted short ids: a plain hash of a public list of ids can be reversed."""
-    if show_ids:
-        return {case: case for case in cases}
-    path = workdir / ".salt"
-    if not path.is_file():
-        path.write_text(secrets.token_hex(16))
-    salt = path.read_text()
-    return {c: hashlib.sha256((salt + c).encode()).hexdigest()[:8] for c in cases}
 
 
 def _read_json(path: Path, verb: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from bhsd_jax.ct.shards import Shards
 from bhsd_jax.datasets.splits import Roles
@@ -27,6 +26,7 @@ from bhsd_jax.train.step import TrainStep, make_train_step
 from bhsd_jax.types import TrainState
 from bhsd_jax.verbs import setup
 from bhsd_jax.verbs.recipe import Recipe, make_recipe, require_matching
+from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 TRY_AGAIN = 75  # exit code of a run that was asked to stop and has saved (EX_TEMPFAIL)
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: Config, workdir: Path) -> None:
     """Trains until `config.train.steps`.
 
     Raises:
@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         _train(config, workdir)
 
 
-def _train(config: ConfigDict, workdir: Path) -> None:
+def _train(config: Config, workdir: Path) -> None:
     mesh = meshes.make_mesh(**config.mesh)
     shards = Shards(setup.shards_folder(config, workdir))
     roles, notes = setup.roles(config, workdir)
@@ -80,7 +80,7 @@ def _train(config: ConfigDict, workdir: Path) -> None:
 
 
 def _actions(
-    config: ConfigDict,
+    config: Config,
     workdir: Path,
     log: Log,
     validation: Validation,
@@ -113,7 +113,7 @@ def _actions(
     ]
 
 
-def _open_run(config: ConfigDict, shards: Shards, workdir: Path) -> Checkpoints:
+def _open_run(config: Config, shards: Shards, workdir: Path) -> Checkpoints:
     """Writes config and plan into the run folder, and opens its checkpoints."""
     plain, plan = json.loads(json.dumps(config.to_dict())), shards.plan.to_json()
     checkpoints = Checkpoints(workdir / "checkpoints", config=plain, plan=plan)
@@ -151,7 +151,7 @@ def _start(
 
 
 def _batches(
-    config: ConfigDict, shards: Shards, roles: Roles, recipe: Recipe, position: int
+    config: Config, shards: Shards, roles: Roles, recipe: Recipe, position: int
 ) -> Batches:
     """Labeled and, if any, unlabeled patches; from `position` on."""
 

@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from bhsd_jax.ct.shards import Shards
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.metrics import overlap
 from bhsd_jax.train.log import Log
 from bhsd_jax.types import Metrics, Params, TrainState
-from bhsd_jax.verbs import setup
+from bhsd_jax.verbs import setup, wiring
 from bhsd_jax.verbs.recipe import Recipe
+from bhsd_jax.verbs.setup import Config
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Validation:
     window: SlidingWindow
     deployable: Callable[[Params, Params | None], dict[str, Params]]
     normalize: Callable[[Any], Any]
-    fill: float
+    fill: tuple[float, ...]
     shards: Shards
     cases: Sequence[str]
     classes: tuple[str, ...]
@@ -40,7 +40,7 @@ class Validation:
     @classmethod
     def of(
         cls,
-        config: ConfigDict,
+        config: Config,
         shards: Shards,
         cases: Sequence[str],
         recipe: Recipe,
@@ -49,7 +49,7 @@ class Validation:
         """As the config says; each process scores every so manyth case."""
         model = recipe.parts.model
 
-        def forward(params: Params, image: jax.Array):
+        def forward(params: Params, image: jax.Array) -> Any:
             return model.apply({"params": params}, image, train=False)
 
         window = SlidingWindow(
@@ -63,8 +63,8 @@ class Validation:
         return cls(
             window=window,
             deployable=recipe.parts.objective.deployable,
-            normalize=jax.jit(setup.normalization(config, shards.plan)),
-            fill=setup.normalization(config, shards.plan).fill(config.input.pad)[0],
+            normalize=jax.jit(wiring.normalization(config, shards.plan)),
+            fill=wiring.normalization(config, shards.plan).fill(config.input.pad),
             shards=shards,
             cases=chosen,
             classes=setup.classes(config, shards.plan),
@@ -124,6 +124,7 @@ class Validation:
         prepared = self.shards.load(case)
         image = np.asarray(self.normalize(prepared.image[..., None]))
         predicted = self.window.labels([params], image, fill=self.fill)
+        assert prepared.label is not None  # validation cases have masks
         reference = np.minimum(prepared.label, 1) if self.binary else prepared.label
         return overlap.dice_per_class(predicted, reference, len(self.classes))
 

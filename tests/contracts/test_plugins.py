@@ -1,4 +1,4 @@
-"""Every plug-in found by name keeps its contract; a new file is tested without touching this one."""
+"""Every plug-in found by name keeps its contract; a new file is tested by existing."""
 
 import dataclasses
 import importlib
@@ -33,7 +33,7 @@ def select(package, keep):
 
 models = select(
     "bhsd_jax.models",
-    lambda cls: issubclass(cls, nn.Module) and cls.__dict__.get("IS_BACKBONE", False),
+    lambda cls: issubclass(cls, nn.Module) and "num_classes" in cls.__annotations__,
 )
 objectives = select(
     "bhsd_jax.objectives", lambda cls: hasattr(cls, "loss") and dataclasses.is_dataclass(cls)
@@ -48,7 +48,7 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, image, *, train):
         x = nn.leaky_relu(nn.Conv(4, (3, 3, 3))(image))
-        return nn.Conv(2, (1, 1, 1))(x), nn.Conv(2, (1, 1, 1))(x[:, ::2, ::2, ::2])
+        return (nn.Conv(2, (1, 1, 1))(x),)
 
 
 def learner(net, params, ema=None):
@@ -70,6 +70,41 @@ def batch_for(cls):
     return Batch(
         jax.random.normal(keys[0], (*shape, 1)), jax.random.randint(keys[1], shape, 0, 2), free
     )
+
+
+@models
+def test_a_model_gives_float32_logits_full_resolution_first(name, cls, key):
+    model = cls(num_classes=6)
+    patch = getattr(model, "patch", None) or model.stride
+    image = jnp.zeros((1, *patch, 1))
+    variables = jax.eval_shape(lambda: model.init(key, image, train=False))
+    assert set(variables) == {"params"}, "no mutable collections"
+    logits = jax.eval_shape(lambda v: model.apply(v, image, train=False), variables)
+    assert isinstance(logits, tuple)
+    assert logits[0].shape == (1, *patch, 6)
+    assert all(head.dtype == jnp.float32 for head in logits)
+    sizes = [np.prod(head.shape[1:4]) for head in logits]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@models
+def test_a_model_computes_in_bfloat16_on_float32_parameters(name, cls, key):
+    model = cls(num_classes=2, dtype=jnp.bfloat16)
+    patch = getattr(model, "patch", None) or model.stride
+    image = jnp.zeros((1, *patch, 1))
+    variables = jax.eval_shape(lambda: model.init(key, image, train=False))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    logits = jax.eval_shape(lambda v: model.apply(v, image, train=False), variables)
+    assert {head.dtype for head in logits} == {jnp.dtype("float32")}
+
+
+@models
+def test_a_patch_that_does_not_fit_is_refused_with_one_that_does(name, cls, key):
+    model = cls(num_classes=2)
+    patch = getattr(model, "patch", None) or model.stride
+    image = jnp.zeros((1, *(n + 1 for n in patch), 1))
+    with pytest.raises(ValueError, match=r"\d+"):
+        jax.eval_shape(lambda: model.init(key, image, train=False))
 
 
 @objectives
@@ -126,9 +161,9 @@ def test_a_dataset_says_what_it_holds(name, cls, tmp_path):
 
 
 def test_an_unknown_name_lists_the_choices():
-    with pytest.raises(ValueError, match="modules are .*supervised"):
+    with pytest.raises(ValueError, match=r"modules are .*supervised"):
         build("bhsd_jax.objectives", {"name": "nothing.Here"})
-    with pytest.raises(ValueError, match="it has .*Supervised"):
+    with pytest.raises(ValueError, match=r"it has .*Supervised"):
         build("bhsd_jax.objectives", {"name": "supervised.Nothing"})
     with pytest.raises(ValueError, match=r"unknown weigth; it takes .*weight"):
         build("bhsd_jax.objectives", {"name": "cps.CrossPseudoSupervision", "weigth": 1.0})

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bhsd_jax.infer import tiles
+from bhsd_jax.infer import sliding, tiles
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.train import mesh as meshes
 
@@ -197,6 +197,19 @@ def test_logits_that_are_not_finite_are_an_error(bad):
     image[4, 8, 8] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
         POINTWISE.logits([PARAMS], image)
+
+
+@pytest.mark.parametrize(
+    ("free", "want"), [(None, 1), (0, 1), (7 * 2**30, 1), (2**40, 16), (10 * 2**32, 10)]
+)
+def test_tiles_per_call_follow_the_free_memory(monkeypatch, free, want):
+    class Device:
+        def memory_stats(self):
+            return None if free is None else {"bytes_limit": 5 + free, "bytes_in_use": 5}
+
+    monkeypatch.setattr(sliding.jax, "local_devices", lambda: [Device()])
+    # 2^19 voxels at 4 kB are 2 GiB, to be had twice.
+    assert sliding.tiles_that_fit((32, 128, 128)) == want
 
 
 def test_impossible_settings_are_refused():

@@ -1,0 +1,240 @@
+"""Swin UNETR, versions 1 and 2: a shifted-window transformer joined to a convolutional decoder.
+
+Source: Hatamizadeh et al. 2022, arXiv:2201.01266; He et al. 2023 (V2), doi:10.1007/978-3-031-43901-8_40;
+MONAI 1.6.1 `SwinUNETR`, whose outputs and gradients these reproduce with its own weights.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from bhsd_jax.models import torch_import, unetr_torch
+from bhsd_jax.models.blocks import require_patch
+from bhsd_jax.models.conv import Triple
+from bhsd_jax.models.swin_blocks import PatchMerging, SwinStage, merging_order
+from bhsd_jax.models.torch_import import Recipe, Weight
+from bhsd_jax.models.unetr_blocks import (
+    ConvBlock,
+    LayerNorm,
+    Linear,
+    NormSpec,
+    PatchEmbed,
+    UpBlock,
+    rematerialized,
+    total_stride,
+)
+from bhsd_jax.types import Logits
+
+# For 5 mm slices: in plane first, depth is halved twice only, as in the PI-CAI baseline. The window
+# divides the 20 x 160 x 128 ... 5 x 20 x 16 tokens of a 20 x 320 x 256 patch, so nothing is padded.
+HEAD_CT = {
+    "patch_embed": (1, 2, 2),
+    "merge_strides": ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2)),
+    "attn_window": (5, 10, 8),
+}
+
+
+class SwinUNETR(nn.Module):
+    """Swin transformer encoder of four stages, convolutional decoder; one full-resolution output.
+
+    `convolve_stages` is version 2. Every stage merges, also the last, so that there are five
+    resolutions below the image. Weights published before 2025 need `merging="legacy"`.
+
+    Raises:
+        ValueError: If a field does not fit the others, or the patch not `stride`.
+    """
+
+    num_classes: int
+    feature_size: int = 48  # channels at full resolution and after the embedding
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    heads: tuple[int, ...] = (3, 6, 12, 24)
+    attn_window: Triple = (7, 7, 7)  # tokens
+    patch_embed: Triple = (2, 2, 2)  # voxels per token
+    merge_strides: tuple[Triple, ...] = ((2, 2, 2),) * 4  # after each stage; 1 or 2
+    merging: str = "fixed"  # order of channels: "fixed", "legacy" (before MONAI 1.5), "v2"
+    clamped_bias: str = "corner"  # the reference's; "geometry": see `WindowAttention`
+    convolve_stages: bool = False
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    patch_norm: bool = False  # layer norm after the embedding
+    normalize: bool = True  # layer norm, without weights, on every map that leaves the encoder
+    norm: NormSpec = "instance"  # or "batch", ("group", {"num_groups": 4}), with PyTorch's words
+    dropout: float = 0.0  # after embedding, attention, and in the MLP
+    attention_dropout: float = 0.0  # of attention weights
+    path_dropout: float = 0.0  # of whole branches, growing to this in the last block
+    dtype: DTypeLike = jnp.float32  # of the computation; parameters and logits are float32
+    remat: str = "none"  # "blocks": recompute each stage and block in the backward pass
+
+    @property
+    def stride(self) -> Triple:
+        """The patch must be a multiple of it, axis by axis."""
+        return total_stride((self.patch_embed, *self.merge_strides))
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B D H W C"], *, train: bool) -> Logits:
+        self._require_fitting(image.shape[1:4])
+        x = image.astype(self.dtype)
+        maps = self._encoder(x, train)
+        shared = {"norm": self.norm, "train": train, "dtype": self.dtype}
+        block = rematerialized(ConvBlock, self.remat)
+        size = self.feature_size
+        skips = [block(size, **shared, name="encoder1")(x)]
+        for i in range(3):
+            skips.append(block(size * 2**i, **shared, name=f"encoder{i + 2}")(maps[i]))
+        skips.append(maps[3])  # the reference has no block here
+        x = block(size * 16, **shared, name="encoder10")(maps[4])
+        up = rematerialized(UpBlock, self.remat)
+        for i, strides in reversed(list(enumerate((self.patch_embed, *self.merge_strides)))):
+            features = size * 2 ** max(0, i - 1)
+            x = up(features, strides, **shared, name=f"decoder{i + 1}")(x, skips[i])
+        head = Linear(self.num_classes, dtype=self.dtype, name="head")
+        return (head(x).astype(jnp.float32),)
+
+    def _encoder(self, x: Array, train: bool) -> list[Array]:
+        """Map after the embedding and after each of the four stages."""
+        x = PatchEmbed(self.feature_size, self.patch_embed, self.dtype, name="patch_embed")(x)
+        if self.patch_norm:
+            x = LayerNorm(dtype=self.dtype, name="patch_norm")(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        maps = [self._leaving(x)]
+        stage = rematerialized(SwinStage, self.remat)
+        rates = np.linspace(0, self.path_dropout, sum(self.depths)).tolist()
+        for i, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
+            first = sum(self.depths[:i])
+            x = stage(
+                depth,
+                heads,
+                self.attn_window,
+                self.clamped_bias,
+                self.mlp_ratio,
+                self.qkv_bias,
+                self.dropout,
+                self.attention_dropout,
+                tuple(rates[first : first + depth]),
+                self.convolve_stages,
+                train,
+                self.dtype,
+                name=f"stage_{i}",
+            )(x)
+            merge = PatchMerging(
+                self.merge_strides[i], self.merging, self.dtype, name=f"merging_{i}"
+            )
+            x = merge(x)
+            maps.append(self._leaving(x))
+        return maps
+
+    def _leaving(self, x: Array) -> Array:
+        """What the decoder sees; the next stage goes on with the map itself."""
+        if not self.normalize:
+            return x
+        return LayerNorm(dtype=self.dtype, use_scale=False, use_bias=False)(x)
+
+    def _require_fitting(self, size: tuple[int, ...]) -> None:
+        stages = [len(self.depths), len(self.heads), len(self.merge_strides)]
+        if stages != [4, 4, 4]:
+            raise ValueError(
+                f"SwinUNETR: depths, heads and merge_strides need 4 entries each; got {stages}"
+            )
+        widths = [self.feature_size * 2**i for i in range(4)]
+        if any(width % heads for width, heads in zip(widths, self.heads, strict=True)):
+            raise ValueError(f"SwinUNETR: heads {self.heads} must divide the channels {widths}")
+        for strides in self.merge_strides:
+            merging_order(self.merging, strides)
+        require_patch("SwinUNETR", size, self.stride)
+
+
+_ARGUMENTS = {  # of the reference, with its defaults
+    "patch_size": 2,
+    "depths": (2, 2, 2, 2),
+    "num_heads": (3, 6, 12, 24),
+    "window_size": 7,
+    "qkv_bias": True,
+    "mlp_ratio": 4.0,
+    "feature_size": 24,
+    "norm_name": "instance",
+    "drop_rate": 0.0,
+    "attn_drop_rate": 0.0,
+    "dropout_path_rate": 0.0,
+    "normalize": True,
+    "norm_layer": "LayerNorm",
+    "patch_norm": False,
+    "use_checkpoint": False,  # changes memory, not numbers
+    "spatial_dims": 3,
+    "downsample": "merging",
+    "use_v2": False,
+    "img_size": None,  # before MONAI 1.5; checked, never used
+}
+_MERGING = {"merging": "fixed", "mergingv2": "v2", "legacy": "legacy"}
+
+
+def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
+    """Twin of MONAI's `SwinUNETR`.
+
+    `"SwinUNETR/legacy"`, or an argument `merging="legacy"`, is the network as built before
+    MONAI 1.5, which the weights published until then need.
+
+    Raises:
+        ValueError: Lists every argument that has no counterpart here.
+    """
+    given = dict(constructor)
+    variant = given.pop("merging", None) or reference.partition("/")[2]
+    if variant == "legacy":
+        given["downsample"] = "legacy"
+    arguments = unetr_torch.arguments(
+        reference,
+        given,
+        required=("in_channels", "out_channels"),
+        defaults=_ARGUMENTS,
+        supported={
+            "spatial_dims": (3,),
+            "patch_size": (2,),
+            "downsample": tuple(_MERGING),
+            "norm_layer": ("LayerNorm",),
+        },
+    )
+    module = SwinUNETR(
+        num_classes=arguments["out_channels"],
+        feature_size=int(arguments["feature_size"]),
+        depths=tuple(arguments["depths"]),
+        heads=tuple(arguments["num_heads"]),
+        attn_window=unetr_torch.triple(arguments["window_size"]),
+        merging=_MERGING[arguments["downsample"]],
+        convolve_stages=arguments["use_v2"],
+        mlp_ratio=float(arguments["mlp_ratio"]),
+        qkv_bias=arguments["qkv_bias"],
+        patch_norm=arguments["patch_norm"],
+        normalize=arguments["normalize"],
+        norm=unetr_torch.norm_spec(arguments["norm_name"]),
+        dropout=arguments["drop_rate"],
+        attention_dropout=arguments["attn_drop_rate"],
+        path_dropout=arguments["dropout_path_rate"],
+    )
+    channels = arguments["in_channels"]
+    weights = _encoder_weights(module) | _decoder_weights(module, channels)
+    return Recipe(module, (1, *module.stride, channels), weights, unused=unetr_torch.is_unused)
+
+
+def _encoder_weights(module: SwinUNETR) -> dict[str, Weight]:
+    weights = unetr_torch.layer(
+        "swinViT.patch_embed.proj", "patch_embed", layout=torch_import.conv
+    )
+    if module.patch_norm:
+        weights |= unetr_torch.scale_and_bias("swinViT.patch_embed.norm", "patch_norm")
+    for i, depth in enumerate(module.depths):
+        stage = f"swinViT.layers{i + 1}.0"
+        for j in range(depth):
+            weights |= _block_weights(f"{stage}.blocks.{j}", f"stage_{i}", j, module.qkv_bias)
+        weights |= unetr_torch.layer(
+            f"{stage}.downsample.reduction", f"merging_{i}/reduction", False
+        )
+        weights |= unetr_torch.scale_and_bias(f"{stage}.downsample.norm", f"merging_{i}/norm")
+        if module.convolve_stages:
+            name = f"swinViT.layers{i + 1}c.0.layer"
+            weights |= unetr_torch.conv_block("instance", name, f"stage_{i}/conv")
+    return weights

@@ -1,0 +1,76 @@
+"""From a config and a plan to the network and what stands around it."""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bhsd_jax import windows
+from bhsd_jax.build import build, find
+from bhsd_jax.ct import plan as planner
+from bhsd_jax.verbs import setup
+from bhsd_jax.verbs.setup import Config
+from bhsd_jax.volume import Network, Plan
+
+
+def network(config: Config, plan: Plan) -> Network:
+    """The plan's topology, or one for the patch and features the config pins."""
+    wanted = setup.patch(config, plan)
+    found = plan.network
+    if wanted != found.patch:
+        found = planner.topology(
+            plan.spacing_mm, wanted, batch=found.batch, batch_dice=found.batch_dice
+        )
+    return found
+
+
+def model(config: Config, plan: Plan) -> Any:
+    """The backbone, with what the plan knows filled in where the config says nothing.
+
+    Raises:
+        ValueError: If the config names an unknown class or argument.
+    """
+    spec = {k: v for k, v in config.model.to_dict().items() if v is not None}
+    topology = network(config, plan)
+    stages = len(spec.get("features", topology.features))
+    known = {
+        "in_channels": normalization(config, plan).channels,
+        "patch": setup.patch(config, plan),
+        "features": topology.features,
+        "strides": topology.strides[:stages],
+        "kernels": topology.kernels[:stages],
+        "convs_encoder": topology.convs_encoder[:stages],
+        "convs_decoder": topology.convs_decoder[: stages - 1],
+        "dtype": compute_type(config.precision),
+        "remat": config.train.remat,
+    }
+    accepted = inspect.signature(find("bhsd_jax.models", spec["name"])).parameters
+    filled = {k: v for k, v in known.items() if k in accepted and k not in spec}
+    return build("bhsd_jax.models", spec, num_classes=len(setup.classes(config, plan)), **filled)
+
+
+def objective(config: Config) -> Any:
+    """What is minimized."""
+    return build("bhsd_jax.objectives", config.objective.to_dict())
+
+
+def normalization(config: Config, plan: Plan) -> windows.Normalization:
+    """Raw intensity to network channels: the plan's, or CT windows."""
+    if config.windows == "plan":
+        return windows.Normalization.from_plan(plan.modality, plan.foreground)
+    return windows.Normalization.from_windows(config.windows)
+
+
+def compute_type(precision: str) -> Any:
+    """float32 or bfloat16; "auto" is bfloat16 on accelerators.
+
+    Raises:
+        ValueError: If it is none of the three.
+    """
+    types = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if precision == "auto":
+        return types["float32" if jax.default_backend() == "cpu" else "bfloat16"]
+    if precision not in types:
+        raise ValueError(f"config.precision is auto, float32 or bfloat16; got {precision!r}")
+    return types[precision]

@@ -1,0 +1,244 @@
+"""The verb on a tree of three scans whose scores are known by hand."""
+
+import csv
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+
+from bhsd_jax.ct import nifti
+from bhsd_jax.verbs import evaluate
+from bhsd_jax.volume import Volume
+from configs import common
+
+# One patient with two scans in the test part, another in the training part. A voxel is 1 mL.
+FIRST, SECOND = "ID_aaaaaaaa_ID_0000000001", "ID_aaaaaaaa_ID_0000000002"
+TRAINED = "ID_bbbbbbbb_ID_0000000003"
+AFFINE = np.array([[0, 0, -10, 0], [0, -10, 0, 0], [10, 0, 0, 0], [0, 0, 0, 1.0]])
+SHAPE = (4, 24, 24)
+EDH, SAH = 1, 4
+
+
+def labels(*boxes):
+    """Boxes are (class, slice, row, columns)."""
+    label = np.zeros(SHAPE, np.uint8)
+    for value, d, h, w in boxes:
+        label[d, h, w] = value
+    return label
+
+
+REFERENCE = {
+    FIRST: labels((EDH, 1, 5, slice(4, 8))),
+    SECOND: labels((SAH, 2, 8, slice(8, 10))),
+    TRAINED: labels((EDH, 1, 1, slice(2, 4))),
+}
+PREDICTED = {
+    FIRST: labels((EDH, 1, 5, slice(6, 10)), (SAH, 3, 20, slice(9, 10))),
+    SECOND: labels((SAH, 2, 8, slice(8, 10))),
+}
+
+
+def head(mask):
+    """Brain of 35 HU in a skull, blood at 65 HU where the mask is."""
+    y, x = np.ogrid[: SHAPE[1], : SHAPE[2]]
+    far = np.broadcast_to(np.hypot(y - 11.5, x - 11.5), SHAPE)
+    hu = np.where(far < 11, np.where(far < 10, 35, 900), -1000)
+    return np.where(mask > 0, 65, hu).astype(np.int16)
+
+
+def write(path, voxels):
+    nifti.write_volume(path, Volume(voxels, AFFINE, ""))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A small BHSD, and a run folder with predictions of its test part."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    for case, label in REFERENCE.items():
+        write(data / "label_192" / "images" / f"{case}.nii.gz", head(label))
+        write(data / "label_192" / "ground truths" / f"{case}.nii.gz", label.astype(np.uint16))
+    split = {"training": [f"{TRAINED}.nii.gz"], "test": [f"{FIRST}.nii.gz", f"{SECOND}.nii.gz"]}
+    (data / "dataset.json").write_text(json.dumps(split))
+    for case, label in PREDICTED.items():
+        write(run / "predictions" / f"{case}.nii.gz", label)
+    return data, run
+
+
+def configure(data, **settings):
+    config = common.get_config("data=bhsd")
+    config.data.root = str(data)
+    config.preprocess.processes = 1
+    config.evaluate.update({"bootstrap": 20} | settings)
+    return config
+
+
+def table(run, name="cases.csv"):
+    with (run / name).open(newline="") as file:
+        return {(row["case"], row["class"]): row for row in csv.DictReader(file)}
+
+
+def summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_cases_are_scored_as_by_hand(tree):
+    data, run = tree
+    evaluate.run(configure(data), run)
+    rows = table(run)
+    assert len(rows) == 2 * 5
+    row = rows[FIRST, "EDH"]
+    assert (row["patient"], row["tp"], row["fp"], row["fn"]) == ("ID_aaaaaaaa", "2", "2", "2")
+    assert [float(row[key]) for key in ("dice", "iou", "sensitivity", "precision")] == (
+        pytest.approx([1 / 2, 1 / 3, 1 / 2, 1 / 2])
+    )
+    assert float(row["hd95_mm"]) == pytest.approx(20.0)
+    assert float(row["volume_ref_ml"]) == pytest.approx(4.0)
+    assert float(row["volume_error_ml"]) == pytest.approx(0.0)
+    assert (row["lesions_ref"], row["lesions_hit"], row["lesions_false"]) == ("1", "1", "0")
+    assert rows[FIRST, "IVH"]["dice"] == "nan"
+    false = rows[FIRST, "SAH"]
+    assert (false["dice"], false["hd95_mm"], false["nsd"]) == ("0.0", "inf", "0.0")
+    assert (false["relative_volume_error"], false["lesions_false"]) == ("nan", "1")
+    merged = table(run, "cases_binary.csv")[FIRST, "any"]
+    assert float(merged["dice"]) == pytest.approx(2 * 2 / (4 + 5))
+
+
+def test_the_summary_holds_every_convention(tree):
+    data, run = tree
+    evaluate.run(configure(data), run)
+    found = summary(run)
+    assert (found["convention"], found["n_cases"], found["nsd_mm"]) == ("nnunet", 2, 1.0)
+    assert found["classes"] == ["EDH", "IPH", "IVH", "SAH", "SDH"]
+    dice = {key: value["SAH"]["dice"] for key, value in found["conventions"].items()}
+    assert dice == pytest.approx(
+        {"nnunet": 0.5, "present": 1.0, "pooled": 0.8, "both-empty=1": 0.5}
+    )
+    sah = found["conventions"]["nnunet"]["SAH"]
+    assert (sah["n"], sah["n_present"], sah["n_false_positive"]) == (2, 1, 1)
+    # Both scans are of one patient, so that no resample differs.
+    assert sah["low"] == sah["dice"] == sah["high"]
+    assert found["conventions"]["nnunet"]["mean"]["dice"] == pytest.approx((0.5 + 0.5) / 2)
+    assert found["conventions"]["nnunet"]["mean"]["n"] == 2
+    assert found["metrics"]["SAH"]["hd95_missed"] == 1
+    assert found["binary"]["dice"] == pytest.approx((4 / 9 + 1) / 2)
+    assert found["binary"]["conventions"]["pooled"]["any"]["dice"] == pytest.approx(8 / 13)
+    assert "baseline" not in found
+
+
+def test_a_class_in_no_case_is_null_in_the_file_and_words_in_the_log(tree, caplog):
+    data, run = tree
+    with caplog.at_level(logging.INFO):
+        evaluate.run(configure(data), run)
+    ivh = summary(run)["conventions"]["nnunet"]["IVH"]
+    assert (ivh["dice"], ivh["n"]) == (None, 0)
+    said = [r.message for r in caplog.records if r.name == "bhsd_jax.verbs.evaluate"]
+    assert "IVH           not in reference (n=0)" in said
+    assert not any("nan" in line.lower() for line in said)
+
+
+def test_binary_merges_before_counting(tree):
+    data, run = tree
+    config = configure(data)
+    config.split.binary = True
+    evaluate.run(config, run)
+    assert set(table(run)) == {(FIRST, "any"), (SECOND, "any")}
+    found = summary(run)
+    assert found["classes"] == ["any"]
+    assert found["conventions"]["nnunet"]["any"]["dice"] == pytest.approx((4 / 9 + 1) / 2)
+    assert found["binary"]["dice"] == found["conventions"]["nnunet"]["mean"]["dice"]
+
+
+def test_references_may_come_from_a_folder(tree):
+    """Patients are not known then: each scan counts as one."""
+    data, run = tree
+    masks = run.parent / "masks"
+    for case in PREDICTED:
+        write(masks / f"{case}.nii.gz", REFERENCE[case])
+    evaluate.run(configure(data, references=str(masks)), run)
+    assert table(run)[SECOND, "SAH"]["patient"] == SECOND
+    assert summary(run)["conventions"]["present"]["SAH"]["dice"] == 1.0
+
+
+def test_several_processes_give_the_same_files(tree):
+    data, run = tree
+    evaluate.run(configure(data), run)
+    names = ("cases.csv", "cases_binary.csv", "summary.json")
+    alone = [(run / name).read_bytes() for name in names]
+    config = configure(data)
+    config.preprocess.processes = 2
+    evaluate.run(config, run)
+    assert [(run / name).read_bytes() for name in names] == alone
+
+
+def test_the_threshold_baseline_finds_blood_that_a_band_separates(tree):
+    data, run = tree
+    evaluate.run(configure(data, baseline=True), run)
+    baseline = summary(run)["baseline"]
+    low, high = baseline["band_hu"]
+    assert 35 < low < 65 < high
+    assert baseline["dice"] == pytest.approx(1.0)
+
+
+def test_the_split_that_was_predicted_is_the_one_that_is_scored(tree):
+    data, run = tree
+    for case in PREDICTED:
+        (run / "predictions" / f"{case}.nii.gz").unlink()
+    write(run / "predictions" / f"{TRAINED}.nii.gz", REFERENCE[TRAINED])
+    (run / "predictions" / "predictions.json").write_text(json.dumps({"split": "train"}))
+    evaluate.run(configure(data), run)
+    assert summary(run)["n_cases"] == 1
+    assert summary(run)["conventions"]["nnunet"]["EDH"]["dice"] == 1.0
+
+
+def test_missing_predictions_are_listed(tree):
+    data, run = tree
+    (run / "predictions" / f"{SECOND}.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=f"1 cases have no prediction .*: {SECOND}; run"):
+        evaluate.run(configure(data), run)
+    assert not (run / "summary.json").exists()
+
+
+def test_predictions_without_a_reference_are_listed(tree):
+    data, run = tree
+    write(run / "predictions" / "stranger.nii.gz", PREDICTED[FIRST])
+    with pytest.raises(FileNotFoundError, match=r"1 predictions have no reference .*: stranger"):
+        evaluate.run(configure(data), run)
+
+
+def test_without_predictions_the_verb_to_run_is_named(tree):
+    data, run = tree
+    with pytest.raises(FileNotFoundError, match="run the verb `predict` first"):
+        evaluate.run(configure(data), run.parent / "elsewhere")
+
+
+def test_a_prediction_on_another_grid_is_refused(tree):
+    data, run = tree
+    write(run / "predictions" / f"{SECOND}.nii.gz", PREDICTED[SECOND][:3])
+    with pytest.raises(ValueError, match=rf"{SECOND}.nii.gz: label .*\(3, 24, 24\)"):
+        evaluate.run(configure(data), run)
+
+
+def test_the_baseline_needs_the_scans(tree):
+    data, run = tree
+    with pytest.raises(ValueError, match="needs the CT scans of the data set"):
+        evaluate.run(configure(data, baseline=True, references=str(run)), run)
+
+
+def test_printed_numbers_say_what_is_not_defined():
+    head = {"dice": 0.5, "low": math.nan, "high": math.nan, "n": 1}
+    head |= {"n_present": 1, "n_false_positive": 0}
+    names = ("nnunet", "present", "pooled", "both-empty=1")
+    found = {
+        "n_cases": 1,
+        "bootstrap": 0,
+        "classes": ["any"],
+        "conventions": {name: {"any": head, "mean": head} for name in names},
+        "metrics": {"any": {"hd95_mm_median": math.nan, "nsd_mean": 0.25}},
+    }
+    line = evaluate.table(found)[2]
+    assert line.split() == [
+        *("any", "0.500", "[n/a,", "n/a]", "0.500", "0.500", "0.500"),
+        *("1", "1", "0", "n/a", "0.250"),
+    ]

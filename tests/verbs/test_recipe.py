@@ -1,0 +1,131 @@
+"""The whole recipe of a config: network, augmentation, objective, optimizer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bhsd_jax.datasets.splits import Roles
+from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train.step import make_train_step
+from bhsd_jax.types import Batch
+from bhsd_jax.verbs.recipe import make_recipe, require_matching
+from bhsd_jax.volume import Network, Plan
+from configs import cps, supervised
+
+PLAN = Plan(
+    dataset="made up",
+    classes=("background", "EDH", "IPH"),
+    modality="ct",
+    spacing_mm=(5.0, 1.0, 1.0),
+    transpose=(0, 1, 2),
+    crop_hu=None,
+    foreground=(15.0, 54.0, 20.0, 92.0),
+    median_shape=(12, 40, 40),
+    network=Network(
+        patch=(4, 16, 16),
+        batch=8,
+        features=(4, 8),
+        strides=((1, 1, 1), (1, 2, 2)),
+        kernels=((1, 3, 3), (3, 3, 3)),
+        convs_encoder=(1, 1),
+        convs_decoder=(1,),
+        batch_dice=True,
+    ),
+    source_sha256="",
+)
+ROLES = Roles(train=("a",), unlabeled=("b",), val=(), test=())
+
+
+def config_of(experiment, **fields):
+    config = experiment.get_config()
+    config.input.labeled = 8
+    config.input.unlabeled = 8 if config.objective.name.startswith("cps") else 0
+    config.train.steps = 10
+    for name, value in fields.items():
+        config.input[name] = value
+    return config
+
+
+def raw_batch(recipe, seed):
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        low, high = (-1, 3) if leaf.dtype == jnp.int8 else (-200, 200)
+        return rng.integers(low, high, leaf.shape).astype(leaf.dtype)
+
+    return jax.tree.map(draw, recipe.abstract_batch())
+
+
+def test_eight_devices_train_to_the_numbers_of_one():
+    recipe = make_recipe(config_of(cps), PLAN)
+    start = jax.jit(recipe.init)(jax.random.key(0))
+    batches = [raw_batch(recipe, seed) for seed in range(3)]
+
+    alone, step = start, jax.jit(make_train_step(recipe.parts))
+    for batch in batches:
+        alone, metrics = step(alone, batch)
+
+    mesh = meshes.make_mesh()
+    whole, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
+    spread = jax.device_put(start, whole)
+    sharded = jax.jit(
+        make_train_step(recipe.parts), in_shardings=(whole, rows), out_shardings=whole
+    )
+    for batch in batches:
+        spread, others = sharded(spread, meshes.to_devices(batch, mesh))
+
+    assert float(others["loss"]) == pytest.approx(float(metrics["loss"]), abs=1e-5)
+    for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(spread.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    text = sharded.lower(spread, meshes.to_devices(batches[0], mesh)).compile().as_text()
+    assert "all-reduce" in text
+    for other in ("all-gather", "all-to-all", "collective-permute"):
+        assert other not in text
+
+
+def test_the_augmented_batch_is_what_the_network_wants():
+    recipe = make_recipe(config_of(supervised), PLAN)
+    batch = jax.eval_shape(recipe.parts.augment, jax.random.key(0), recipe.abstract_batch())
+    assert batch.image.shape == (8, 4, 16, 16, 1)
+    assert batch.image.dtype == jnp.float32
+    assert batch.label.shape == (8, 4, 16, 16)
+    assert batch.unlabeled is None
+    assert recipe.cut.source == (4, 18, 18), "nnU-Net's initial crop: 16 / 0.85"
+
+
+def test_the_plan_decides_what_the_config_leaves_open():
+    recipe = make_recipe(config_of(supervised), PLAN)
+    assert recipe.parts.model.features == (4, 8)
+    assert recipe.parts.model.num_classes == 3
+    assert recipe.parts.segmentation.batch_dice
+    binary = make_recipe(config_of(cps), PLAN)
+    assert binary.parts.model.num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("experiment", "fields", "message"),
+    [
+        (cps, {"unlabeled": 0}, r"needs unlabeled patches: input\.unlabeled is 0"),
+        (supervised, {"unlabeled": 8}, r"set input\.unlabeled=0"),
+        (supervised, {"labeled": 3}, r"input\.labeled is 3 .* multiple of 8"),
+        (supervised, {"patch": (4, 17, 16)}, "17"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_compiling(experiment, fields, message):
+    config = config_of(experiment, **fields)
+    with pytest.raises(ValueError, match=message):
+        require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+
+
+def test_an_unknown_model_argument_is_refused():
+    config = config_of(supervised)
+    config.model.name = "nnunet.PlainConvNet"
+    with pytest.raises(ValueError, match="PlainConvUNet"):
+        make_recipe(config, PLAN)
+
+
+def test_batches_of_the_abstract_shape_are_batches():
+    recipe = make_recipe(config_of(cps), PLAN)
+    assert isinstance(recipe.abstract_batch(), Batch)
+    assert recipe.abstract_batch().image.dtype == jnp.int16
