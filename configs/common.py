@@ -5,10 +5,10 @@ on the command line, words separated by commas: `--config=configs/cps.py:smoke,d
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 DATA = {  # the word `data=`
-    "synthetic": {"name": "synthetic.Synthetic", "root": ""},
+    "synthetic": {"name": "synthetic.Synthetic", "root": "", "difficulty": "default"},
     "bhsd": {"name": "bhsd.BHSD", "root": "data/BHSD"},
     "msd": {"name": "msd.MSD", "root": "data/msd"},
 }
@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.input = _input()
     # Network input channels. "plan": clip to the plan's 0.5 % and 99.5 %, subtract mean, divide by
     # standard deviation (nnU-Net). Or CT windows, one channel each: ((level_hu, width_hu), ...).
-    config.windows = "plan"
+    config.windows = FieldReference("plan", field_type=object)
     config.augment = _augment()
     # A class in bhsd_jax/models and its arguments; what is None comes from the plan.
     config.model = {"name": words["backbone"], "features": placeholder(tuple)}
@@ -43,8 +43,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     config.loss = {
         "smooth": 1e-5,
-        "batch_dice": placeholder(bool),
-    }  # batch_dice None: as the plan says
+        "batch_dice": placeholder(bool),  # None: as the plan says
+        "dice_weight": 1.0,
+        "ce_weight": 1.0,
+    }
     config.objective = {"name": "supervised.Supervised"}
     config.optimizer = {
         "name": "sgd",
@@ -206,7 +208,8 @@ def _report() -> dict:
 def smoke(config: ml_collections.ConfigDict) -> None:
     """Shrinks a config until every verb takes seconds."""
     if config.data.name == "synthetic.Synthetic":
-        config.data.update(size=64, slices=10, labeled=6, bleeding=2, nonbleeding=2, easy=True)
+        config.data.update(size=64, slices=10, labeled=6, bleeding=2, nonbleeding=2)
+        config.data.difficulty = "easy"
         config.preprocess.spacing_mm = (16.0, 3.9, 3.9)
     config.input.update(patch=(8, 32, 32), labeled=2, threads=1, buffer=2)
     config.model.update(features=(8, 16))

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="rows and columns; BHSD has 512")
     parser.add_argument("--slices", type=int, default=24, help="over 160 mm; BHSD has about 32")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other heads")
-    parser.add_argument("--easy", action="store_true", help="big, bright bleeds, little noise")
+    parser.add_argument("--difficulty", default="default", help="or large, easy")
     parser.add_argument("--plain", dest="scaled", action="store_false", help="store HU unscaled")
     parser.add_argument("--processes", type=int, default=0, help="0: one per core")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -93,7 +93,7 @@ def generate(
     seed: int = 0,
     size: int = 128,
     slices: int = 24,
-    easy: bool = False,
+    difficulty: str = "default",
     scaled: bool = True,
     processes: int = 0,
 ) -> None:
@@ -111,7 +111,7 @@ def generate(
         seed: Another seed gives other heads.
         size: Rows and columns.
         slices: Over 160 mm.
-        easy: Big, bright bleeds and little noise.
+        difficulty: "default"; "large": big, acute, little noise; "easy": bright as well.
         scaled: Store HU with a slope and an intercept per file, as BHSD does.
         processes: That work at once; 0: one per core, or none beside this for little work.
 
@@ -119,7 +119,6 @@ def generate(
         ValueError: If the folder was made with other arguments, or holds something else.
     """
     root = Path(root)
-    difficulty = "easy" if easy else "default"
     parameters = _Parameters(
         train, test, bleeding, nonbleeding, seed, size, slices, difficulty, scaled
     )

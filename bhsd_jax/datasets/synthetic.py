@@ -21,7 +21,7 @@ class Synthetic:
     nonbleeding: int = 12
     size: int = 128  # rows and columns
     slices: int = 24  # over 160 mm
-    easy: bool = False  # big, bright bleeds and little noise
+    difficulty: str = "default"  # or "large", "easy": see `phantom_bleeds.LEVELS`
     seed: int = 0
     processes: int = 0  # that make it; 0: one per core if that is worth it
     name: str = field(default="synthetic", init=False)
@@ -44,7 +44,7 @@ class Synthetic:
             seed=self.seed,
             size=self.size,
             slices=self.slices,
-            easy=self.easy,
+            difficulty=self.difficulty,
             processes=self.processes,
         )
 

@@ -1,6 +1,6 @@
-"""CoTr: a convolutional encoder and decoder, and between them a transformer on the two deepest maps.
+"""CoTr: a convolutional encoder and decoder, a transformer between on the two deepest maps.
 
-Source: Xie et al. 2021, arXiv:2103.03024; CoTr 521b4cc, whose outputs and gradients this reproduces.
+Source: Xie et al. 2021, arXiv:2103.03024; CoTr 521b4cc, whose outputs and gradients it reproduces.
 """
 
 import functools
@@ -59,8 +59,8 @@ class CoTr(nn.Module):
     """
 
     num_classes: int
-    features: tuple[int, int, int] = (64, 192, 384)  # of the first three maps; the last as third
-    blocks: tuple[int, int, int] = (3, 3, 2)  # of one convolution, in the last three maps
+    features: tuple[int, ...] = (64, 192, 384)  # of the first three maps; the last as third
+    blocks: tuple[int, ...] = (3, 3, 2)  # of one convolution, in the last three maps
     strides: tuple[Triple, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))  # of each map
     heads: int = 6
     layers: int = 6  # of the transformer
@@ -164,8 +164,11 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
             wrong.append(f"{name}={constructor[name]!r} (supported: {', '.join(table)})")
     if wrong:
         raise ValueError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
-    fields = {_FIELDS[name]: constructor[name] for name in _FIELDS if name in constructor}
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    fields: dict[str, Any] = {}
+    for name, field in _FIELDS.items():
+        if name in constructor:
+            value = constructor[name]
+            fields[field] = tuple(value) if isinstance(value, list) else value
     module = CoTr(
         constructor["num_classes"],
         norm=_NORMS[constructor["norm_cfg"]],

@@ -57,7 +57,7 @@ class DeformableEncoder(nn.Module):
     @nn.compact
     def __call__(self, maps: tuple[Float[Array, "B _ _ _ C"], ...]) -> tuple[Array, ...]:
         batch, *_, channels = maps[0].shape
-        shapes = tuple(m.shape[1:4] for m in maps)
+        shapes = tuple((d, h, w) for _, d, h, w, _ in (m.shape for m in maps))
         heads, axes, dtype = self.options.heads, self.options.axes, self.options.dtype
         if channels % heads or axes not in _ORDERS:
             raise ValueError(
@@ -144,13 +144,15 @@ class DeformableAttention(nn.Module):
         heads = self.options.heads
         order = _ORDERS[self.options.axes]
         head = np.arange(heads)[:, None, None]
-        centers = np.concatenate([_centers(shape) for shape in self.shapes])  # [N 3]: d, w, h
+        centers = jnp.concatenate([_centers(shape) for shape in self.shapes])  # [N 3]: d, w, h
         all_rows, all_shares, start = [], [], 0
         for level, (d, h, w) in enumerate(self.shapes):
             # Bug of the reference: points are (d, w, h), but its sampler reads (w, h, d), so the
             # place of a query is mirrored in space unless D = W. "fixed" sends each to its axis.
-            normal = centers[:, None, None] + offsets[:, :, :, level] / np.float32([d, w, h])
-            size = np.float32([d, h, w])
+            normal = centers[:, None, None] + offsets[:, :, :, level] / np.array(
+                [d, w, h], np.float32
+            )
+            size = jnp.array([d, h, w], jnp.float32)
             place = normal[..., order] * size - 0.5
             corner = jnp.floor(place)
             along = place - corner

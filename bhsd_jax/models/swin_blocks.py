@@ -5,6 +5,7 @@ Source: Liu et al. 2021, arXiv:2103.14030; MONAI 1.6.1 `swin_unetr`, whose numbe
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bhsd_jax.models.conv import Triple
-from bhsd_jax.models.unetr_blocks import ConvBlock, LayerNorm, Linear, Mlp, attend
+from bhsd_jax.models.unetr_blocks import ConvBlock, LayerNorm, Linear, Mlp, attend, trunc_normal
 
 # Which voxel of each 2 x 2 x 2 block (D, H, W) gives which block of channels to a merging layer.
 _CORNERS = {
@@ -33,14 +34,7 @@ class SwinStage(nn.Module):
     without weights, whatever the rest of the network uses.
     """
 
-    depth: int
-    heads: int
-    window: Triple
-    clamped_bias: str
-    mlp_ratio: float
-    qkv_bias: bool
-    dropout: float
-    attention_dropout: float
+    block: functools.partial  # of SwinBlock
     path_dropout: tuple[float, ...]  # one per block
     convolve: bool
     train: bool
@@ -49,29 +43,54 @@ class SwinStage(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B D H W C"]) -> Float[Array, "B D H W C"]:
         if self.convolve:
-            block = ConvBlock(x.shape[-1], "instance", self.train, True, self.dtype, name="conv")
-            x = block(x)
-        norm = functools.partial(LayerNorm, dtype=self.dtype)
-        for i in range(self.depth):
-            attention = WindowAttention(
-                self.heads,
-                self.window,
-                i % 2 == 1,
-                self.clamped_bias,
-                self.qkv_bias,
-                self.dropout,
-                self.attention_dropout,
-                self.train,
-                self.dtype,
-                name=f"attention_{i}",
+            front = ConvBlock(x.shape[-1], "instance", self.train, True, self.dtype, name="conv")
+            x = front(x)
+        for i, rate in enumerate(self.path_dropout):
+            block = self.block(
+                shift=i % 2 == 1,
+                path_dropout=rate,
+                train=self.train,
+                dtype=self.dtype,
+                name=f"block_{i}",
             )
-            width = int(x.shape[-1] * self.mlp_ratio)
-            mlp = Mlp(width, self.dropout, self.train, self.dtype, name=f"mlp_{i}")
-            # Drops a whole branch for one sample of the batch.
-            skip = nn.Dropout(self.path_dropout[i], (1, 2, 3, 4), deterministic=not self.train)
-            x = x + skip(attention(norm(name=f"norm1_{i}")(x)))
-            x = x + skip(mlp(norm(name=f"norm2_{i}")(x)))
+            x = block(x)
         return x
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm window attention and MLP, each around a shortcut."""
+
+    heads: int
+    window: Triple
+    clamped_bias: str
+    mlp_ratio: float
+    qkv_bias: bool
+    dropout: float
+    attention_dropout: float
+    path_dropout: float  # of a whole branch, per sample
+    shift: bool
+    train: bool
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D H W C"]) -> Float[Array, "B D H W C"]:
+        norm = functools.partial(LayerNorm, dtype=self.dtype)
+        drop = functools.partial(nn.Dropout, deterministic=not self.train)
+        attention = WindowAttention(
+            self.heads,
+            self.window,
+            self.shift,
+            self.clamped_bias,
+            self.qkv_bias,
+            drop(self.attention_dropout),
+            self.dtype,
+            name="attention",
+        )
+        width = int(x.shape[-1] * self.mlp_ratio)
+        mlp = Mlp(width, self.dropout, self.train, self.dtype, name="mlp")
+        branch = drop(self.path_dropout, broadcast_dims=(1, 2, 3, 4))
+        x = x + branch(drop(self.dropout)(attention(norm(name="norm1")(x))))
+        return x + branch(mlp(norm(name="norm2")(x)))
 
 
 class WindowAttention(nn.Module):
@@ -90,9 +109,7 @@ class WindowAttention(nn.Module):
     shift: bool
     clamped_bias: str
     qkv_bias: bool
-    dropout: float
-    attention_dropout: float
-    train: bool
+    drop: Callable[[Array], Array]  # on the attention weights
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -112,9 +129,8 @@ class WindowAttention(nn.Module):
         bias = self._position_bias(window)
         if any(shift):
             bias += _shift_mask(padded, window, shift)[:, None]
-        drop = functools.partial(nn.Dropout, deterministic=not self.train)
-        mixed = attend(qkv, self.heads, bias, drop(self.attention_dropout))
-        out = drop(self.dropout)(Linear(channels, dtype=self.dtype, name="out")(mixed))
+        mixed = attend(qkv, self.heads, bias, self.drop)
+        out = Linear(channels, dtype=self.dtype, name="out")(mixed)
         x = from_windows(out, window, padded)
         if any(shift):
             x = jnp.roll(x, shift, (1, 2, 3))
@@ -122,8 +138,7 @@ class WindowAttention(nn.Module):
 
     def _position_bias(self, window: tuple[int, ...]) -> Float[Array, "heads n n"]:
         entries = int(np.prod([2 * w - 1 for w in self.window]))
-        init = nn.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
-        table = self.param("position_bias", init, (entries, self.heads))
+        table = self.param("position_bias", trunc_normal, (entries, self.heads))
         index = position_index(self.window, window, self.clamped_bias)
         return jnp.moveaxis(table[index], -1, 0)
 
@@ -140,7 +155,8 @@ def position_index(window: Triple, clamped: tuple[int, ...], clamped_bias: str) 
     coordinates = np.stack(np.unravel_index(np.arange(np.prod(grid)), grid), axis=-1)
     coordinates = coordinates[: np.prod(clamped)]
     distance = coordinates[:, None] - coordinates[None] + np.array(window) - 1  # [n n 3], from 0
-    return np.ravel_multi_index(tuple(np.moveaxis(distance, -1, 0)), [2 * w - 1 for w in window])
+    d, h, w = np.moveaxis(distance, -1, 0)
+    return (d * (2 * window[1] - 1) + h) * (2 * window[2] - 1) + w
 
 
 def _shift_mask(

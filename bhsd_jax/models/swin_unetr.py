@@ -1,6 +1,6 @@
 """Swin UNETR, versions 1 and 2: a shifted-window transformer joined to a convolutional decoder.
 
-Source: Hatamizadeh et al. 2022, arXiv:2201.01266; He et al. 2023 (V2), doi:10.1007/978-3-031-43901-8_40;
+Source: Hatamizadeh et al. 2022, arXiv:2201.01266; He et al. 2023, MICCAI (version 2);
 MONAI 1.6.1 `SwinUNETR`, whose outputs and gradients these reproduce with its own weights.
 """
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from bhsd_jax.models import torch_import, unetr_torch
 from bhsd_jax.models.blocks import require_patch
 from bhsd_jax.models.conv import Triple
-from bhsd_jax.models.swin_blocks import PatchMerging, SwinStage, merging_order
+from bhsd_jax.models.swin_blocks import PatchMerging, SwinBlock, SwinStage, merging_order
 from bhsd_jax.models.torch_import import Recipe, Weight
 from bhsd_jax.models.unetr_blocks import (
     ConvBlock,
@@ -103,25 +103,22 @@ class SwinUNETR(nn.Module):
             x = LayerNorm(dtype=self.dtype, name="patch_norm")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         maps = [self._leaving(x)]
-        stage = rematerialized(SwinStage, self.remat)
         rates = np.linspace(0, self.path_dropout, sum(self.depths)).tolist()
-        for i, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
+        stage = rematerialized(SwinStage, self.remat)
+        for i, depth in enumerate(self.depths):
             first = sum(self.depths[:i])
-            x = stage(
-                depth,
-                heads,
-                self.attn_window,
-                self.clamped_bias,
-                self.mlp_ratio,
-                self.qkv_bias,
-                self.dropout,
-                self.attention_dropout,
-                tuple(rates[first : first + depth]),
-                self.convolve_stages,
-                train,
-                self.dtype,
-                name=f"stage_{i}",
-            )(x)
+            block = functools.partial(
+                SwinBlock,
+                heads=self.heads[i],
+                window=self.attn_window,
+                clamped_bias=self.clamped_bias,
+                mlp_ratio=self.mlp_ratio,
+                qkv_bias=self.qkv_bias,
+                dropout=self.dropout,
+                attention_dropout=self.attention_dropout,
+            )
+            drops = tuple(rates[first : first + depth])
+            x = stage(block, drops, self.convolve_stages, train, self.dtype, name=f"stage_{i}")(x)
             merge = PatchMerging(
                 self.merge_strides[i], self.merging, self.dtype, name=f"merging_{i}"
             )
@@ -170,7 +167,7 @@ _ARGUMENTS = {  # of the reference, with its defaults
     "use_v2": False,
     "img_size": None,  # before MONAI 1.5; checked, never used
 }
-_MERGING = {"merging": "fixed", "mergingv2": "v2", "legacy": "legacy"}
+_MERGING = {"merging": "fixed", "mergingv2": "v2"} | {n: n for n in ("fixed", "legacy", "v2")}
 
 
 def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
@@ -183,9 +180,9 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
         ValueError: Lists every argument that has no counterpart here.
     """
     given = dict(constructor)
-    variant = given.pop("merging", None) or reference.partition("/")[2]
-    if variant == "legacy":
-        given["downsample"] = "legacy"
+    merging = given.pop("merging", None) or reference.partition("/")[2]
+    if merging:
+        given["downsample"] = merging
     arguments = unetr_torch.arguments(
         reference,
         given,
@@ -221,20 +218,32 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
 
 
 def _encoder_weights(module: SwinUNETR) -> dict[str, Weight]:
-    weights = unetr_torch.layer(
-        "swinViT.patch_embed.proj", "patch_embed", layout=torch_import.conv
-    )
+    layer, norm = unetr_torch.layer, unetr_torch.scale_and_bias
+    weights = layer("swinViT.patch_embed.proj", "patch_embed", layout=torch_import.conv)
     if module.patch_norm:
-        weights |= unetr_torch.scale_and_bias("swinViT.patch_embed.norm", "patch_norm")
+        weights |= norm("swinViT.patch_embed.norm", "patch_norm")
     for i, depth in enumerate(module.depths):
         stage = f"swinViT.layers{i + 1}.0"
         for j in range(depth):
-            weights |= _block_weights(f"{stage}.blocks.{j}", f"stage_{i}", j, module.qkv_bias)
-        weights |= unetr_torch.layer(
-            f"{stage}.downsample.reduction", f"merging_{i}/reduction", False
-        )
-        weights |= unetr_torch.scale_and_bias(f"{stage}.downsample.norm", f"merging_{i}/norm")
+            name, block = f"{stage}.blocks.{j}", f"stage_{i}/block_{j}"
+            weights |= unetr_torch.transformer_block(
+                name, block, "/attention", out="proj", bias=module.qkv_bias
+            )
+            table = Weight(f"params/{block}/attention/position_bias")
+            weights[f"{name}.attn.relative_position_bias_table"] = table
+        weights |= layer(f"{stage}.downsample.reduction", f"merging_{i}/reduction", False)
+        weights |= norm(f"{stage}.downsample.norm", f"merging_{i}/norm")
         if module.convolve_stages:
             name = f"swinViT.layers{i + 1}c.0.layer"
             weights |= unetr_torch.conv_block("instance", name, f"stage_{i}/conv")
     return weights
+
+
+def _decoder_weights(module: SwinUNETR, channels: int) -> dict[str, Weight]:
+    block = functools.partial(unetr_torch.conv_block, module.norm)
+    weights = block("encoder1.layer", "encoder1", projected=channels != module.feature_size)
+    for name in ("encoder2", "encoder3", "encoder4", "encoder10"):
+        weights |= block(f"{name}.layer", name)
+    for i in range(1, 6):
+        weights |= unetr_torch.up_block(module.norm, f"decoder{i}", f"decoder{i}")
+    return weights | unetr_torch.head()

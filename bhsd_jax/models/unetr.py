@@ -29,6 +29,7 @@ from bhsd_jax.models.unetr_blocks import (
     attend,
     rematerialized,
     total_stride,
+    trunc_normal,
     up_sample,
 )
 from bhsd_jax.types import Logits
@@ -39,7 +40,6 @@ HEAD_CT = {
     "patch": (20, 320, 256),
     "up_strides": ((2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 2, 2)),
 }
-_trunc_normal = nn.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
 
 
 class UNETR(nn.Module):
@@ -105,14 +105,14 @@ class UNETR(nn.Module):
 
         Only the last passes the final norm: the taps are the raw states between the blocks.
         """
-        kernel_init = _trunc_normal if self.embedding == "perceptron" else None
+        kernel_init = trunc_normal if self.embedding == "perceptron" else None
         embed = PatchEmbed(
             self.hidden_size, self.stride, self.dtype, kernel_init, name="patch_embedding"
         )
         x = embed(x)
         grid = x.shape[:-1]
         x = x.reshape(x.shape[0], -1, self.hidden_size)  # [B N E], tokens in order D, H, W
-        positions = self.param("positions", _trunc_normal, (1, *x.shape[1:]))
+        positions = self.param("positions", trunc_normal, (1, *x.shape[1:]))
         x = x + positions.astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         block = rematerialized(TransformerBlock, self.remat)
@@ -269,9 +269,8 @@ def _transformer_weights(module: UNETR, channels: int) -> dict[str, Weight]:
         layout = functools.partial(_block_kernel, shape=shape)
         weights |= unetr_torch.layer(f"{source}.patch_embeddings.1", target, layout=layout)
     for i in range(module.layers):
-        name, block = f"vit.blocks.{i}", f"block_{i}"
-        weights |= unetr_torch.qkv_block(
-            name, block, attention_out="out_proj", bias=module.qkv_bias
+        weights |= unetr_torch.transformer_block(
+            f"vit.blocks.{i}", f"block_{i}", "", out="out_proj", bias=module.qkv_bias
         )
     return weights | unetr_torch.scale_and_bias("vit.norm", "norm")
 

@@ -32,6 +32,8 @@ _torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _torch_uniform_transpose = nn.initializers.variance_scaling(
     1 / 3, "fan_in", "uniform", in_axis=-1, out_axis=-2
 )
+# PyTorch's `trunc_normal_` cuts at +-2 by default, not at two standard deviations: never.
+trunc_normal = nn.initializers.normal(0.02)
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 # The exact Gaussian error function; the tanh approximation moves the outputs by 3e-4.
 gelu = functools.partial(jax.nn.gelu, approximate=False)

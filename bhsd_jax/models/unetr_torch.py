@@ -133,10 +133,16 @@ def pointwise(weight: np.ndarray) -> np.ndarray:
     return weight.squeeze((2, 3, 4)).T
 
 
-def qkv_block(source: str, target: str, *, attention_out: str, bias: bool) -> dict[str, Weight]:
-    """Attention with norms and MLP; query, key and value need no reordering."""
-    weights = layer(f"{source}.attn.qkv", f"{target}/qkv", bias)
-    weights |= layer(f"{source}.attn.{attention_out}", f"{target}/out")
+def transformer_block(
+    source: str, target: str, attention: str, *, out: str, bias: bool
+) -> dict[str, Weight]:
+    """Attention with norms and MLP; query, key and value need no reordering.
+
+    `attention` is the path of its layers below `target`, `out` the reference's word for the
+    second of them.
+    """
+    weights = layer(f"{source}.attn.qkv", f"{target}{attention}/qkv", bias)
+    weights |= layer(f"{source}.attn.{out}", f"{target}{attention}/out")
     for i in (1, 2):
         weights |= scale_and_bias(f"{source}.norm{i}", f"{target}/norm{i}")
         weights |= layer(f"{source}.mlp.linear{i}", f"{target}/mlp/linear{i}")

@@ -94,8 +94,10 @@ def _actions(
         checkpoints.save(step, state, batches.state(), validation.dice_at(step))
 
     def draw(*_: Any) -> None:
+        begun = time.monotonic()
         if jax.process_index() == 0:
             figures.draw_progress(log.path, workdir / "progress.png")
+        log.pause(time.monotonic() - begun)
 
     def stop(step: int, state: TrainState, *_: Any) -> None:
         if asked(step):

@@ -186,7 +186,7 @@ def test_padding_fills_what_the_circle_leaves_out(pad_hu):
     ("bad", "message"),
     [
         ({"size": 0}, "must be > 0"),
-        ({"difficulty": "hard"}, "use default, easy"),
+        ({"difficulty": "hard"}, "use default, large, easy"),
         ({"classes": (6,)}, "classes 1 to 5"),
         ({"volumes_ml": {0: 1.0}}, "classes 1 to 5"),
     ],

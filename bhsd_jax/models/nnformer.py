@@ -1,0 +1,253 @@
+"""nnFormer: a U-Net of attention in windows, whose skips are joined by cross-attention.
+
+Source: Zhou et al. 2021, arXiv:2109.03201; nnFormer d48aaeb, whose three copies of the network
+(synapse, acdc, tumor) are fields here, with the same outputs and gradients.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from bhsd_jax.models import nnformer_torch
+from bhsd_jax.models.blocks import require_patch
+from bhsd_jax.models.conv import Triple
+from bhsd_jax.models.nnformer_blocks import (
+    Block,
+    Conv,
+    Expand,
+    Options,
+    Project,
+    fit_window,
+    layer_norm,
+)
+from bhsd_jax.models.torch_import import Recipe
+from bhsd_jax.types import Logits
+
+SYNAPSE: dict[str, Any] = {}  # the defaults; patch 64 x 128 x 128
+ACDC: dict[str, Any] = {  # patch 14 x 160 x 160
+    "embed": 96,
+    "heads": (3, 6, 12, 24),
+    "attn_windows": ((3, 5, 5), (3, 5, 5), (7, 10, 10), (3, 5, 5)),
+    "embed_strides": ((1, 2, 2), (1, 2, 2)),
+    "merge_strides": ((1, 2, 2), (2, 2, 2), (2, 2, 2)),
+    "odd_depth": True,
+    "mask_shifted": False,
+    "deep_supervision": False,
+}
+TUMOR: dict[str, Any] = {  # patch 128 x 128 x 128
+    "embed": 96,
+    "heads": (3, 6, 12, 24),
+    # Slip of the reference: reversed and cut at the wrong end, so twice what the encoder has.
+    "heads_decoder": (6, 12, 24),
+    "embed_strides": ((2, 2, 2), (2, 2, 2)),
+    "deep_supervision": False,
+}
+# For 5 mm slices, patch 20 x 320 x 256: acdc's network, whose depth may be halved evenly. Windows
+# divide the grids 20 x 80 x 64, 20 x 40 x 32, 10 x 20 x 16, and 5 x 10 x 8: nothing is padded.
+HEAD_CT: dict[str, Any] = ACDC | {
+    "attn_windows": ((4, 5, 4), (4, 5, 4), (10, 10, 8), (5, 5, 4)),
+    "odd_depth": False,
+    "deep_supervision": True,
+}
+_VARIANTS = {"synapse": SYNAPSE, "acdc": ACDC, "tumor": TUMOR}
+_REQUIRED = ("crop_size", "num_classes")
+_FIELDS = {"embedding_dim": "embed", "depths": "depths", "num_heads": "heads"}
+_FIELDS |= {"window_size": "attn_windows", "deep_supervision": "deep_supervision"}
+
+
+class NNFormer(nn.Module):
+    """Four resolutions; the lowest is the neck; the decoder mirrors the three above.
+
+    Defaults are the published ones for Synapse. Windows that shrink to the grid make the shapes of
+    parameters depend on the patch: train and test with the same. With `deep_supervision` there are
+    outputs at the resolutions of the three decoder stages times the patch embedding's stride.
+
+    Raises:
+        ValueError: If a field does not fit, or the patch is not accepted; names the nearest.
+    """
+
+    num_classes: int
+    embed: int = 192  # channels at the first resolution; doubled at each further one
+    depths: tuple[int, ...] = (2, 2, 2, 2)  # blocks per resolution
+    heads: tuple[int, ...] = (6, 12, 24, 48)  # per resolution
+    heads_decoder: tuple[int, ...] = ()  # per resolution but the lowest; empty: as the encoder
+    attn_windows: tuple[int | Triple, ...] = (4, 4, 8, 4)  # per resolution; see `fit_window`
+    embed_strides: tuple[Triple, ...] = ((2, 2, 2), (1, 2, 2))
+    merge_strides: tuple[Triple, ...] = ((2, 2, 2),) * 3  # between resolutions
+    # acdc does not pad the depth of the last merging, so 2n + 1 slices become n: then up-sampling
+    # appends a slice that is the bias alone.
+    odd_depth: bool = False
+    mask_shifted: bool = True  # bug of acdc: shifted windows see across the border
+    reference_index: bool = True  # the reference's wrong rows of the position table
+    drop_path: float = 0.2  # of the last block of encoder and decoder each; earlier ones less
+    deep_supervision: bool = True
+    dtype: DTypeLike = jnp.float32  # of the computation; parameters and logits are float32
+    remat: str = "none"  # "blocks": recompute each block in the backward pass
+
+    @property
+    def stride(self) -> Triple:
+        """Total stride; the patch must be a multiple of it, unless `odd_depth`."""
+        steps = zip(*self.embed_strides, *self.merge_strides, strict=True)
+        d, h, w = (math.prod(s) for s in steps)
+        return d, h, w
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B D H W C"], *, train: bool) -> Logits:
+        _require_fields(self)
+        _require_depth(self, image.shape[1:4])
+        norm = functools.partial(layer_norm, self.dtype)
+        first, second = self.embed_strides
+        x = Project(self.embed // 2, first, False, self.dtype, name="embed_0")(image)
+        x = Project(self.embed, second, True, self.dtype, name="embed_1")(x)
+        x = norm("embed_norm")(x)
+        options = Options(self.mask_shifted, self.reference_index, train, self.dtype)
+        rates, maps = _rates(self.drop_path, self.depths), []
+        for i in range(4):
+            block = self._block(options, i, x.shape[1:4], self.heads[i])
+            for b, rate in enumerate(rates[i]):
+                x = block(b % 2 == 1, rate, f"encoder_{i}_{b}")(x)
+            maps.append(norm(f"norm_{i}")(x))
+            if i < 3:
+                x = self._merge(x, i)
+        return self._decode(options, maps)
+
+    def _block(self, options: Options, stage: int, grid: tuple[int, ...], heads: int) -> Any:
+        window, shift = fit_window(self.attn_windows[stage], grid)
+        block = nn.remat(Block) if self.remat == "blocks" else Block
+
+        def make(shifted: bool, rate: float, name: str) -> nn.Module:
+            return block(options, heads, window, shift if shifted else (0, 0, 0), rate, name=name)
+
+        return make
+
+    def _merge(self, x: Array, i: int) -> Array:
+        strides = self.merge_strides[i]
+        kd, kh, kw = (1 if s == 1 else 3 for s in strides)
+        depth = 0 if self.odd_depth and i == 2 else kd // 2
+        # An activation before the norm: no other Swin has it.
+        x = layer_norm(self.dtype, f"merge_norm_{i}")(jax.nn.gelu(x, approximate=False))
+        features, padding = 2 * x.shape[-1], (depth, kh // 2, kw // 2)
+        conv = Conv(features, (kd, kh, kw), strides, padding, self.dtype, name=f"merge_{i}")
+        return conv(x)
+
+    def _decode(self, options: Options, maps: list[Array]) -> Logits:
+        # The deepest stage comes first, and has the lowest rates.
+        rates = _rates(self.drop_path, self.depths[2::-1])[::-1]
+        heads = self.heads_decoder or self.heads[:3]
+        patch = _product(*self.embed_strides)
+        x, logits = maps[3], []
+        for i in reversed(range(3)):
+            skip = maps[i]
+            x = layer_norm(self.dtype, f"up_norm_{i}")(x)
+            extra = self.odd_depth and i == 2
+            up = Expand(skip.shape[-1], self.merge_strides[i], self.dtype, extra, name=f"up_{i}")
+            x = up(x)
+            block = self._block(options, i, x.shape[1:4], heads[i])
+            x = block(False, rates[i][0], f"decoder_{i}_0")(x, skip)
+            for b, rate in enumerate(rates[i][1:], start=1):
+                # In the reference all these are shifted; the encoder shifts every second block.
+                x = block(True, rate, f"decoder_{i}_{b}")(x)
+            if i == 0 or self.deep_supervision:
+                head = Expand(self.num_classes, patch, self.dtype, name=f"head_{i}")
+                logits.append(head(x).astype(jnp.float32))
+        return tuple(logits[::-1])
+
+
+def _rates(last: float, depths: tuple[int, ...]) -> list[list[float]]:
+    rates = np.linspace(0, last, sum(depths))
+    return [part.tolist() for part in np.split(rates, np.cumsum(depths)[:-1])]
+
+
+def _product(*strides: Triple) -> Triple:
+    d, h, w = (math.prod(s) for s in zip(*strides, strict=True))
+    return d, h, w
+
+
+def _require_fields(net: NNFormer) -> None:
+    heads = (*net.heads, *(net.heads_decoder or net.heads[:3]))
+    lengths = {"depths": 4, "heads": 4, "attn_windows": 4, "merge_strides": 3, "embed_strides": 2}
+    for field, count in lengths.items():
+        if len(getattr(net, field)) != count:
+            raise ValueError(f"NNFormer: {field} needs {count} entries; got {getattr(net, field)}")
+    channels = [net.embed * 2**i for i in (0, 1, 2, 3, 0, 1, 2)]
+    if len(heads) != 7 or net.embed % 2 or any(c % h for c, h in zip(channels, heads, strict=True)):
+        raise ValueError(
+            f"NNFormer: heads {net.heads}, heads_decoder {net.heads_decoder} must be 4 and 3 (or"
+            f" none), and divide embed {net.embed} times 1, 2, 4, 8; embed must be even"
+        )
+    if net.remat not in ("none", "blocks"):
+        raise ValueError(f"NNFormer: remat is {net.remat!r}; choose 'none' or 'blocks'")
+
+
+def _require_depth(net: NNFormer, patch: tuple[int, ...]) -> None:
+    if not net.odd_depth:
+        return require_patch("NNFormer", patch, net.stride)
+    unit = _product(*net.embed_strides, *net.merge_strides[:2])[0]
+    height, width = net.stride[1:]
+    depth = patch[0] // unit
+    if patch[0] % unit == 0 and depth % 2 and depth > 1:
+        return require_patch("NNFormer", patch, (patch[0], height, width))
+    odd = unit * max(3, 2 * (patch[0] // (2 * unit)) + 1)
+    plane = (
+        max(1, (2 * n + s) // (2 * s)) * s for n, s in zip(patch[1:], net.stride[1:], strict=True)
+    )
+    raise ValueError(
+        f"NNFormer: D of patch {tuple(patch)} must be an odd multiple of {unit} above it"
+        f" (odd_depth), H and W of {height} and {width}; nearest is {(odd, *plane)}"
+    )
+
+
+def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
+    """Twin of a variant's `nnFormer`; `reference` is "nnFormer/synapse", "/acdc", or "/tumor".
+
+    Raises:
+        ValueError: Lists every argument that has no counterpart here.
+    """
+    variant = reference.partition("/")[2]
+    if variant not in _VARIANTS:
+        raise ValueError(f"{reference}: name the variant, as nnFormer/<{'|'.join(_VARIANTS)}>")
+    known = (*_REQUIRED, *_FIELDS, "input_channels", "patch_size", "down_stride")
+    wrong = [f"{name} is not known" for name in constructor if name not in known]
+    wrong += [f"{name} is missing" for name in _REQUIRED if name not in constructor]
+    given = {_FIELDS[k]: _tuples(v) for k, v in constructor.items() if k in _FIELDS}
+    if variant == "tumor" and "heads" in given:
+        given["heads_decoder"] = given["heads"][1:]
+    fields = _VARIANTS[variant] | given
+    if "patch_size" in constructor:
+        fields["embed_strides"] = _embed_strides(variant, _tuples(constructor["patch_size"]))
+    module = NNFormer(constructor.get("num_classes", 1), **fields)
+    sizes = {  # where the reference repeats what its own layers fix
+        "patch_size": _product(*module.embed_strides),
+        "down_stride": tuple(
+            _product(*module.embed_strides, *module.merge_strides[:i]) for i in range(4)
+        ),
+    }
+    for name, size in sizes.items():
+        if _tuples(constructor.get(name, size)) != size:
+            wrong.append(f"{name}={constructor[name]} (supported: {size})")
+    if wrong:
+        raise ValueError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
+    image = (1, *constructor["crop_size"], constructor.get("input_channels", 1))
+    weights = nnformer_torch.weights(module)
+    return Recipe(module, image, weights, unused=nnformer_torch.is_unused)
+
+
+def _embed_strides(variant: str, patch: Triple) -> tuple[Triple, Triple]:
+    """The reference splits the stride between two convolutions, each variant in its own way."""
+    d, h, w = patch
+    if variant == "acdc":
+        return (d, h // 2, w // 2), (d, h // 2, w // 2)
+    half = (d // 2, h // 2, w // 2)
+    return (d, *half[1:]) if variant == "synapse" else half, half
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
