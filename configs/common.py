@@ -212,7 +212,8 @@ def smoke(config: ml_collections.ConfigDict) -> None:
         config.data.difficulty = "easy"
         config.preprocess.spacing_mm = (16.0, 3.9, 3.9)
     config.input.update(patch=(8, 32, 32), labeled=2, threads=1, buffer=2)
-    config.model.update(features=(8, 16))
+    if config.model.name.startswith("nnunet."):
+        config.model.features = (8, 16)
     config.train.update(steps=4, log_every=1, validate_every=2, validate_cases=1, save_every=2)
     config.infer.update(mirror=False)
     config.evaluate.bootstrap = 50

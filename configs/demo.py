@@ -49,8 +49,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.report.title = "Demonstration: hemorrhage on synthetic head CT"
     config.report.note = (
         "All scans are computer-generated, at 96 x 96 x 16 voxels instead of 512 x 512 x 32, with "
-        "no bleed smaller than 10 mL and little noise, and the network is small and was trained for minutes: the "
-        "numbers show that the pipeline works, not what it reaches on patients."
+        "no bleed smaller than 10 mL and little noise, and the network is small and was trained "
+        "for minutes: the numbers show that the pipeline works, not what it reaches on patients."
     )
     if common.parse_arg(arg)["smoke"]:
         common.smoke(config)

@@ -181,7 +181,14 @@ def test_ids_are_unique():
 
 def test_the_data_set_makes_itself_and_reads_as_bhsd(tmp_path):
     data = Synthetic(
-        tmp_path / "s", labeled=2, test=1, bleeding=1, nonbleeding=1, size=32, slices=6, difficulty="easy"
+        tmp_path / "s",
+        labeled=2,
+        test=1,
+        bleeding=1,
+        nonbleeding=1,
+        size=32,
+        slices=6,
+        difficulty="easy",
     )
     with pytest.raises(FileNotFoundError, match="preprocess"):
         list(data.cases())

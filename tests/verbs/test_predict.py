@@ -18,7 +18,7 @@ from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.train.checkpoint import save_networks
-from bhsd_jax.verbs import predict, predictor, setup
+from bhsd_jax.verbs import predict, predictor, setup, wiring
 from bhsd_jax.volume import Case, Network, Plan
 from configs import common
 
@@ -191,7 +191,7 @@ def configure(images, **changes):
 def weights():
     """Config, and parameters of two random networks."""
     config = configure("")
-    model = setup.model(config, PLAN)
+    model = wiring.model(config, PLAN)
     image = jax.ShapeDtypeStruct((1, *TILE, 1), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     random = np.random.default_rng(0)
@@ -233,7 +233,7 @@ def rows_of(path):
 def test_the_label_map_is_the_networks(folder, scans, weights):
     predict.run(configure(scans), folder)
     model, params, _ = weights
-    normalize = setup.normalization(configure(""), PLAN)
+    normalize = wiring.normalization(configure(""), PLAN)
     window = SlidingWindow(
         lambda p, x: model.apply({"params": p}, normalize(x), train=False), TILE, mirror=False
     )
