@@ -1,6 +1,7 @@
 """From a config and a plan to the network and what stands around it."""
 
 import inspect
+import sys
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from bhsd_jax.ct import plan as planner
 from bhsd_jax.verbs import setup
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Network, Plan
+
+_THICK = 3  # ratio of spacings from which a backbone's own preset for thick slices is used
 
 
 def network(config: Config, plan: Plan) -> Network:
@@ -32,20 +35,26 @@ def model(config: Config, plan: Plan) -> Any:
         ValueError: If the config names an unknown class or argument.
     """
     spec = {k: v for k, v in config.model.to_dict().items() if v is not None}
-    topology = network(config, plan)
-    stages = len(spec.get("features", topology.features))
-    known = {
-        "in_channels": normalization(config, plan).channels,
+    made = find("bhsd_jax.models", spec["name"])
+    accepted = inspect.signature(made).parameters
+    known: dict[str, Any] = {}
+    if "kernels" in accepted:  # nnU-Net's family takes its shape from the plan
+        topology = network(config, plan)
+        stages = len(spec.get("features", topology.features))
+        known = {
+            "features": topology.features,
+            "strides": topology.strides[:stages],
+            "kernels": topology.kernels[:stages],
+            "convs_encoder": topology.convs_encoder[:stages],
+            "convs_decoder": topology.convs_decoder[: stages - 1],
+        }
+    elif max(plan.spacing_mm) > _THICK * min(plan.spacing_mm):
+        known = dict(getattr(sys.modules[made.__module__], "HEAD_CT", {}))
+    known |= {
         "patch": setup.patch(config, plan),
-        "features": topology.features,
-        "strides": topology.strides[:stages],
-        "kernels": topology.kernels[:stages],
-        "convs_encoder": topology.convs_encoder[:stages],
-        "convs_decoder": topology.convs_decoder[: stages - 1],
         "dtype": compute_type(config.precision),
         "remat": config.train.remat,
     }
-    accepted = inspect.signature(find("bhsd_jax.models", spec["name"])).parameters
     filled = {k: v for k, v in known.items() if k in accepted and k not in spec}
     return build("bhsd_jax.models", spec, num_classes=len(setup.classes(config, plan)), **filled)
 

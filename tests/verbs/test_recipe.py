@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from bhsd_jax.datasets.splits import Roles
+from bhsd_jax.models import cotr, nnformer, unetr
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import make_train_step
 from bhsd_jax.types import Batch
+from bhsd_jax.verbs import wiring
 from bhsd_jax.verbs.recipe import make_recipe, require_matching
 from bhsd_jax.volume import Network, Plan
 from configs import cps, supervised
@@ -129,3 +131,19 @@ def test_batches_of_the_abstract_shape_are_batches():
     recipe = make_recipe(config_of(cps), PLAN)
     assert isinstance(recipe.abstract_batch(), Batch)
     assert recipe.abstract_batch().image.dtype == jnp.int16
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("unetr.UNETR", "patch", (4, 16, 16)),
+        ("unetr.UNETR", "up_strides", unetr.HEAD_CT["up_strides"]),
+        ("swin_unetr.SwinUNETR", "attn_window", (5, 10, 8)),
+        ("cotr.CoTr", "features", (64, 192, 384)),
+        ("cotr.CoTr", "strides", cotr.HEAD_CT["strides"]),
+        ("nnformer.NNFormer", "attn_windows", nnformer.HEAD_CT["attn_windows"]),
+    ],
+)
+def test_thick_slices_give_other_backbones_their_own_preset(name, field, value):
+    config = supervised.get_config(f"backbone={name}")
+    assert getattr(wiring.model(config, PLAN), field) == value
