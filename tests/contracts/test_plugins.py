@@ -33,7 +33,11 @@ def select(package, keep):
 
 models = select(
     "bhsd_jax.models",
-    lambda cls: issubclass(cls, nn.Module) and "num_classes" in cls.__annotations__,
+    lambda cls: (
+        issubclass(cls, nn.Module)
+        and "num_classes" in cls.__annotations__
+        and hasattr(cls, "stride")
+    ),
 )
 objectives = select(
     "bhsd_jax.objectives", lambda cls: hasattr(cls, "loss") and dataclasses.is_dataclass(cls)
