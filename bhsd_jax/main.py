@@ -27,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
     _set_up_logging()
     config = _CONFIG.value
     workdir = Path(_WORKDIR.value or f"runs/{config.name}")
+    standard_logging.getLogger("bhsd_jax").info("%s, run folder %s", verb, workdir)
     try:
         importlib.import_module(f"bhsd_jax.verbs.{verb}").run(config, workdir)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:

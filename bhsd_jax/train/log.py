@@ -94,7 +94,7 @@ def read(path: Path) -> list[dict]:
 
 
 @contextmanager
-def heartbeat(what: str, every_s: float = 8.0) -> Iterator[None]:
+def heartbeat(what: str, every_s: float = 5.0) -> Iterator[None]:
     """Says that something long is still going on."""
     done, begun = threading.Event(), time.monotonic()
 

@@ -53,8 +53,9 @@ def _train(config: Config, workdir: Path) -> None:
     roles, notes = setup.roles(config, workdir)
     for note in notes:
         logger.warning("%s", note)
-    recipe = make_recipe(config, shards.plan)
-    require_matching(config, recipe, roles, mesh)
+    with heartbeat("checking config, plan and network"):
+        recipe = make_recipe(config, shards.plan)
+        require_matching(config, recipe, roles, mesh)
     checkpoints = _open_run(config, shards, workdir)
 
     state, position = _start(recipe, checkpoints, mesh, config.seed)
