@@ -95,8 +95,9 @@ def read(path: Path) -> list[dict]:
 
 @contextmanager
 def heartbeat(what: str, every_s: float = 5.0) -> Iterator[None]:
-    """Says that something long is still going on."""
+    """Says that something long begins, and again and again that it still goes on."""
     done, begun = threading.Event(), time.monotonic()
+    logger.info("%s", what)
 
     def beat() -> None:
         while not done.wait(every_s):
