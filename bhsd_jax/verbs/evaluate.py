@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax.ct.shards import write_json
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.metrics import scores, summary, threshold
 from bhsd_jax.verbs import setup
@@ -49,7 +50,7 @@ def run(config: Config, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     scores.write_csv(workdir / "cases.csv", rows)
     scores.write_csv(workdir / "cases_binary.csv", merged)
-    setup.write_json(workdir / "summary.json", summary.without_nan(found))
+    write_json(workdir / "summary.json", summary.without_nan(found))
     for line in table(found):
         logger.info("%s", line)
 

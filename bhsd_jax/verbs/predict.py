@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax.ct.shards import write_json
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.train.log import heartbeat
@@ -41,7 +42,7 @@ def run(config: Config, workdir: Path) -> None:
     _log_estimate(predict, len(cases), plan)
     names = setup.short_names([case.id for case in cases], workdir, settings.show_ids)
     rows, skipped = _predict_all(predict, cases, names, out, settings.overwrite)
-    setup.write_json(out / "predictions.json", _facts(config, plan, step, tuple(networks)))
+    write_json(out / "predictions.json", _facts(config, plan, step, tuple(networks)))
     _write_csv(out / "skipped.csv", [{"case": c, "reason": r} for c, r in skipped.items()])
     if skipped:
         name, reason = next(iter(skipped.items()))
@@ -138,7 +139,7 @@ def _predict_all(
 def _write_tables(out: Path, rows: Sequence[Row]) -> None:
     _write_csv(out / "volumes.csv", [row.flat() for row in rows])
     listed = [vars(row) | {"ml": dict(row.ml)} for row in rows]
-    setup.write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
+    write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
 
 
 def _facts(config: Config, plan: Plan, step: int, networks: tuple[str, ...]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """From a config to data and names: what more than one verb needs, without JAX."""
 
 import hashlib
-import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,14 +50,6 @@ def patch(config: Config, plan: Plan) -> Shape:
     """What the network is trained on and applied to, D H W."""
     d, h, w = config.input.patch or plan.network.patch
     return d, h, w
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes a file that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def short_names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from bhsd_jax.ct.shards import Shards
+from bhsd_jax.ct.shards import Shards, write_json
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
 from bhsd_jax.report import figures
@@ -125,8 +125,8 @@ def _open_run(config: Config, shards: Shards, workdir: Path) -> Checkpoints:
         for field in _differences(json.loads(saved.read_text()), plain):
             logger.warning("resuming with another value of config.%s", field)
     if jax.process_index() == 0:
-        setup.write_json(saved, plain)
-        setup.write_json(workdir / "plan.json", plan)
+        write_json(saved, plain)
+        write_json(workdir / "plan.json", plan)
     return checkpoints
 
 
