@@ -60,6 +60,13 @@ class Grid:
         d, h, w = (float(lengths[axis]) for axis in self.order)
         return d, h, w
 
+    @property
+    def native_extent_mm(self) -> Millimeters:
+        """Extent of the whole scan along the prepared D, H, W."""
+        counts = (self.native_shape[axis] for axis in self.order)
+        d, h, w = (n * step for n, step in zip(counts, self.native_spacing_mm, strict=True))
+        return d, h, w
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""
         return dataclasses.asdict(self)
@@ -91,6 +98,24 @@ class Case:
     bleeding: bool | None = None  # volume-level label; None: not known
     slice_labels: tuple[tuple[int, ...], ...] | None = None
     """A row per slice in the file's k order, a column per foreground class: 1, 0, -1 (unknown)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing about a scan, or about a whole data set, that is not as it should be."""
+
+    defect: str  # what it is, in the same words for every scan that has it
+    done: str  # "repaired", "refused" (not used; the verb then ends non-zero), "kept" as it is
+    case: str  # "": the data set as a whole
+    text: str  # what was found where, what was done about it or is to be done
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The cases of a data set that can be used, and all that is wrong with the folders."""
+
+    cases: tuple[Case, ...]  # sorted by id
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -153,7 +178,10 @@ class Plan:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What a file in `datasets/` offers."""
+    """What a file in `datasets/` offers.
+
+    One that looks for defects has `survey() -> Survey` too; `cases` are then the survey's.
+    """
 
     name: str
     classes: tuple[str, ...]  # index 0 is background

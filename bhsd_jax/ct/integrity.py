@@ -2,18 +2,18 @@
 
 import csv
 import os
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bhsd_jax.ct.doctor import Group
 from bhsd_jax.ct.prepare import Facts
 
-_NUMBER = re.compile(r"-?\d[\d.,]*(e[-+]?\d+)?")
 TILTED_DEG = 0.5  # below, the angle is rounding
+_ORDER = ("train", "val", "test", "unlabeled")
+_MEASURES = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
 
 
 def rows(facts: Iterable[Facts], classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -21,40 +21,25 @@ def rows(facts: Iterable[Facts], classes: Sequence[str]) -> list[dict[str, Any]]
     return [_row(fact, classes) for fact in facts]
 
 
-def summary(facts: Sequence[Facts], classes: Sequence[str]) -> dict[str, Any]:
-    """Counts, volumes, geometry and oddities, per split where that matters."""
-    splits = sorted({fact.split for fact in facts})
-    oddities = Counter(_NUMBER.sub("#", text) for fact in facts for text in fact.warnings)
+def summary(
+    facts: Sequence[Facts], classes: Sequence[str], defects: Sequence[Group]
+) -> dict[str, Any]:
+    """Counts, volumes, geometry and defects, per split where that matters."""
+    splits = sorted({fact.split for fact in facts}, key=_ORDER.index)
+    tilted = [abs(fact.tilt_deg) for fact in facts if abs(fact.tilt_deg) > TILTED_DEG]
+    refused = {case for found in defects if found.done == "refused" for case in found.cases}
     return {
         "cases": len(facts),
+        "skipped": len(refused),
         "splits": {s: _split([f for f in facts if f.split == s], classes) for s in splits},
         "spacing_mm": _quantiles([fact.spacing_mm for fact in facts]),
-        "shape": _quantiles([fact.shape for fact in facts]),
+        "shape": _quantiles([fact.shape for fact in facts]),  # of the crop
+        "field_mm": _quantiles([fact.field_mm for fact in facts]),
         "intensity": _quantiles([fact.intensity for fact in facts]),  # minimum, median, maximum
-        "tilted": sum(abs(fact.tilt_deg) > TILTED_DEG for fact in facts),
-        "tilt_deg": _quantiles([abs(fact.tilt_deg) for fact in facts]),
-        "warnings": dict(oddities.most_common()),
+        "tilted": len(tilted),
+        "tilt_deg": _quantiles(tilted),
+        "defects": [_defect(found) for found in defects],
     }
-
-
-def lines(totals: Mapping[str, Any]) -> list[str]:
-    """The summary in words, for the log."""
-    said = []
-    for name, split in totals["splits"].items():
-        said.append(
-            f"{name}: {split['cases']} cases of {split['patients']} patients, "
-            f"{split['labeled']} with mask"
-        )
-        said += [
-            f"  {label}: in {found['cases']} cases, {found['voxels']} voxels, "
-            f"{found['ml']:.2f} mL (median {found['median_ml']:.2f})"
-            for label, found in split["classes"].items()
-        ]
-    low, middle, high = (totals["spacing_mm"][key] for key in ("min", "median", "max"))
-    said.append(f"spacing mm D, H, W: min {low}, median {middle}, max {high}")
-    said.append(f"gantry tilt beyond {TILTED_DEG} degrees: {totals['tilted']} cases")
-    said += [f"warning in {count} cases: {text}" for text, count in totals["warnings"].items()]
-    return said
 
 
 def write_csv(path: str | Path, table: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
@@ -76,6 +61,7 @@ def _row(fact: Facts, classes: Sequence[str]) -> dict[str, Any]:
         "bleeding": "" if fact.bleeding is None else int(fact.bleeding),
         "shape": "x".join(map(str, fact.shape)),
         "spacing_mm": "x".join(f"{value:.5g}" for value in fact.spacing_mm),
+        "field_mm": "x".join(f"{value:.5g}" for value in fact.field_mm),
         "tilt_deg": round(fact.tilt_deg, 3),
     }
     row |= dict(zip(("minimum", "median", "maximum"), fact.intensity, strict=True))
@@ -102,11 +88,22 @@ def _split(facts: Sequence[Facts], classes: Sequence[str]) -> dict[str, Any]:
         "patients": len({fact.patient for fact in facts}),
         "labeled": len(labeled),
         "bleeding": sum(fact.bleeding is True for fact in facts),
+        "nonbleeding": sum(fact.bleeding is False for fact in facts),
         "classes": found if labeled else {},
     }
 
 
+def _defect(found: Group) -> dict[str, Any]:
+    return {
+        "defect": found.defect,
+        "done": found.done,
+        "cases": list(found.cases),
+        "findings": [finding.text for finding in found.findings],
+    }
+
+
 def _quantiles(values: Sequence[Any]) -> dict[str, Any]:
+    if not values:
+        return {}
     table = np.asarray(values, np.float64)
-    measures = {"min": np.min, "median": np.median, "max": np.max}
-    return {name: np.round(f(table, axis=0), 5).tolist() for name, f in measures.items()}
+    return {n: np.round(np.percentile(table, q, axis=0), 5).tolist() for n, q in _MEASURES.items()}

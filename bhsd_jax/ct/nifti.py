@@ -14,7 +14,7 @@ from jaxtyping import Num, Shaped, UInt8
 from nibabel.nifti1 import Nifti1Header
 from nibabel.spatialimages import HeaderDataError
 
-from bhsd_jax.ct import nifti_header
+from bhsd_jax.ct import geometry, nifti_header
 from bhsd_jax.volume import Volume
 
 MAX_BYTES = 4 * 2**30
@@ -82,10 +82,26 @@ def read_label(
             warnings.append(f"label geometry is unusable ({error}); the image's is taken")
         else:
             if apart_mm > _SAME_PLACE_MM:
-                warnings.append(
-                    f"label affine is up to {apart_mm:.3g} mm off the image's, which is taken"
-                )
+                warnings.append(_apart(apart_mm, nifti_header.affine(header), image.affine))
     return Volume(voxels=label, affine=image.affine, case=image.case), warnings
+
+
+def remarks(image: Path, label: Path | None) -> list[str]:
+    """Oddities of the headers of a scan and its mask that reading has coped with, in words.
+
+    Nothing of files in other formats.
+    """
+    said = []
+    for path in (image, label):
+        try:
+            if path is None:
+                continue
+            with _naming(path), _stream(path) as (stream, _):
+                header = nifti_header.parse(stream)
+        except (ValueError, FileNotFoundError):
+            continue
+        said += nifti_header.remarks(header, is_label=path == label)
+    return said
 
 
 def write(path: str | Path, voxels: Num[np.ndarray, "D H W"], like: str | Path) -> None:
@@ -236,6 +252,15 @@ def _distance_mm(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> 
     corners = np.stack([*np.meshgrid(*[(0, n - 1) for n in shape]), np.ones((2, 2, 2))])
     moved = (one - other)[:3] @ corners.reshape(4, -1)
     return float(np.linalg.norm(moved, axis=0).max())
+
+
+def _apart(apart_mm: float, label: np.ndarray, image: np.ndarray) -> str:
+    if geometry.canonical(label) == geometry.canonical(image):
+        return f"label affine is up to {apart_mm:.3g} mm off the image's, which is taken"
+    return (
+        "label affine has axes that run the other way than the image's; its voxels are taken as "
+        "they lie: look whether the mask is mirrored"
+    )
 
 
 def _save(

@@ -109,3 +109,20 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     if abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-6:
         raise ValueError(f"affine is singular: {matrix[:3].tolist()}")
     return matrix[:, [2, 1, 0, 3]]
+
+
+def remarks(header: Nifti1Header, *, is_label: bool) -> list[str]:
+    """What is odd about a header, though it can be read."""
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    said = []
+    if is_label:
+        dtype = header.get_data_dtype()
+        return [f"mask stored as {dtype.name}, not uint8"] if dtype.itemsize > 1 else []
+    if not np.isfinite(slope):
+        said.append(f"scale factor {slope:g} ignored")
+    elif slope != 0 and (slope, inter) != (1.0, 0.0):
+        said.append(f"scale factors applied: {slope:.6g} x + {inter:.6g}")
+    if int(header["sform_code"]) <= 0:
+        qform = int(header["qform_code"]) > 0
+        said.append("position from the qform, no sform" if qform else "no position in the header")
+    return said

@@ -35,6 +35,8 @@ class Facts:
     foreground: np.ndarray  # float32 [n]: drawn intensities inside the mask; n = 0 if it is empty
     source_sha256: str
     warnings: tuple[str, ...]  # repairs and oddities
+    field_mm: Millimeters = (0.0, 0.0, 0.0)  # extent of the whole scan, canonical axes
+    voxels_sha256: str = ""  # of the intensities as read: equal for copies under other names
 
 
 def fingerprint_case(
@@ -57,6 +59,7 @@ def fingerprint_case(
     # The target spacing does not matter here: only the crop and the native spacing are used.
     grid = geometry.locate(volume, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
     _align_slice_labels(case, grid, num_classes)
+    warnings += nifti.remarks(case.image, case.label)
     counts: tuple[int, ...] = ()
     drawn = np.zeros(0, np.float32)
     if label is not None:
@@ -86,6 +89,8 @@ def fingerprint_case(
         foreground=drawn,
         source_sha256=source_digest(case),
         warnings=tuple(warnings),
+        field_mm=grid.native_extent_mm,
+        voxels_sha256=hashlib.sha256(np.ascontiguousarray(raw.voxels).data).hexdigest(),
     )
 
 
@@ -270,7 +275,15 @@ def _align_slice_labels(
 
 
 def _bleeding(case: Case, label: np.ndarray | None) -> bool | None:
-    return bool(label.any()) if case.bleeding is None and label is not None else case.bleeding
+    """What is known of the scan, which its mask must not contradict."""
+    if label is None or case.bleeding in (None, bool(label.any())):
+        return case.bleeding if label is None else bool(label.any())
+    said = "mask is empty, but" if case.bleeding else "mask outlines bleeding, but"
+    known = "bleed" if case.bleeding else "not bleed"
+    raise ValueError(
+        f"{case.label}: the {said} the scan is known to {known}; some mirrors ship other masks "
+        "than the data set's first source: fetch it there"
+    )
 
 
 def _extent(voxels: np.ndarray) -> tuple[float, float, float]:

@@ -4,21 +4,19 @@ The official lists name files by paths that do not exist, the mask folder has a 
 and mirrors drop suffixes: everything is matched by base name.
 """
 
-import csv
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bhsd_jax.volume import Case
+from bhsd_jax.datasets.bhsd_files import Scans, find, official_split, slice_labels
+from bhsd_jax.volume import Case, Finding, Survey
 
 _IMAGES = ("images", "imagesTr")
 _MASKS = ("ground truths", "ground_truths", "labelsTr", "masks")
 _BLEEDING = {"anybleed": True, "nobleed": False}
-_SUFFIX = re.compile(r"\.nii(\.gz)?$")
 _PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
-_MAGIC = (b"\x1f\x8b", b"\x5c\x01", b"\x00\x00")  # gzip; 348, the first field of NIfTI, either way
+_COUNT = re.compile(r"_(\d+)$")  # of scans, in a folder's name
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,8 @@ class BHSD:
     """The data set as unpacked from its archives, or a copy in nnU-Net's folder names.
 
     Splits follow `dataset.json`: `training` is "train", `test` is "test", images known only to
-    bleed or not are "unlabeled".
+    bleed or not are "unlabeled". Scans that cannot be used are left out, one by one; `survey`
+    says which and why.
 
     Source: Wu et al. 2023, arXiv:2308.11298.
     """
@@ -34,6 +33,7 @@ class BHSD:
     root: str | Path
     label_dir: str | Path | None = None  # folder of masks if it has another name; may be relative
     allow_missing: bool = False  # accept copies that lack some of the listed cases
+    allow_empty: bool = False  # accept masks without bleeding, of which BHSD itself has none
     name: str = field(default="BHSD", init=False)
     classes: tuple[str, ...] = field(
         default=("background", "EDH", "IPH", "IVH", "SAH", "SDH"), init=False
@@ -44,84 +44,110 @@ class BHSD:
     )
 
     def cases(self) -> Iterator[Case]:
-        """All cases, sorted by id.
+        """The usable cases, sorted by id.
 
         Raises:
             FileNotFoundError: If there are no images, no masks, or no official split.
-            ValueError: If images, masks and split do not agree, or a patient crosses splits.
+            ValueError: If the lists cannot be read, or no scan can be used.
+        """
+        yield from self.survey().cases
+
+    def survey(self) -> Survey:
+        """The usable cases and what is wrong with the rest.
+
+        Raises:
+            FileNotFoundError: If there are no images, no masks, or no official split.
+            ValueError: If the lists cannot be read, or no scan can be used.
         """
         root = Path(self.root)
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; unpack BHSD there, or set data.root")
-        slices = _slice_labels(root / "slice_labels.csv", self.classes[1:])
-        found = [*self._labeled(root, slices), *_unlabeled(root, slices)]
+        labeled, findings = self._labeled(root)
+        unlabeled, more = _unlabeled(root, {case.id for case in labeled})
+        found, overlaps = _patients([*labeled, *unlabeled])
+        findings += [*more, *overlaps]
+        if not found and findings:
+            raise ValueError(f"{root}: no scan can be used: {findings[-1].text}")
         if not found:
             raise FileNotFoundError(
                 f"{root}: no scans; expected label_192/images and label_192/ground truths, "
                 "unlabel_*/anybleed and nobleed, or imagesTr and labelsTr"
             )
-        found.sort(key=lambda case: case.id)
-        _check(root, found)
-        yield from found
+        table = root / "slice_labels.csv"
+        rows = slice_labels(table, self.classes[1:])
+        if unknown := sorted(set(rows) - {case.id for case in found}):
+            text = f"{table}: rows of {len(unknown)} scans that are not used, such as {unknown[0]}"
+            findings.append(Finding("slice labels without a scan", "kept", "", text))
+        found = [replace(case, slice_labels=rows.get(case.id)) for case in found]
+        return Survey(tuple(sorted(found, key=lambda case: case.id)), tuple(findings))
 
-    def _labeled(self, root: Path, slices: dict[str, tuple]) -> list[Case]:
+    def _labeled(self, root: Path) -> tuple[list[Case], list[Finding]]:
         folder = _first(root, _IMAGES)
         if folder is None:
-            return []
-        images = scans(folder)
+            return [], []
         masks_folder = root / self.label_dir if self.label_dir else _first(root, _MASKS)
         if masks_folder is None or not masks_folder.is_dir():
             raise FileNotFoundError(
                 f"{folder}: no masks for these images; expected a folder named "
                 f"{', '.join(map(repr, _MASKS))} beside it, or its name as data.label_dir"
             )
-        masks = scans(masks_folder)
-        unmatched = sorted(set(images) - set(masks))
-        if unmatched:
-            raise ValueError(
-                f"{masks_folder}: no mask for {_some(unmatched)}; copy it there, or move the "
-                "image to an unlabel_* folder"
-            )
-        split = _official_split(root, folder)
-        unknown = sorted(set(images) - set(split))
-        if unknown:
-            raise ValueError(
-                f"{folder}: not in dataset.json: {_some(unknown)}; add it to 'training' or 'test'"
-            )
-        missing = sorted((set(split) | set(masks)) - set(images))
-        if missing and not self.allow_missing:
-            raise ValueError(
-                f"{folder}: no image for {_some(missing)}, listed or outlined; fetch it, or set "
-                "allow_missing=True in config.data"
-            )
-        return [
-            Case(id, _patient(id), images[id], masks[id], split[id], None, slices.get(id))
-            for id in images
-        ]
+        split, findings = official_split(_lists(root, folder))
+        images, more = find(folder)
+        masks, most = find(masks_folder)
+        findings += [*more, *most, *_folder_name(folder.parent, len(images))]
+        if " " in masks_folder.name:
+            text = f"{masks_folder}: found all the same; many tools break a path at its space"
+            findings.append(Finding("space in a folder's name", "repaired", "", text))
+        known = {finding.case for finding in findings if finding.done == "refused"}
+        cases, incomplete = self._pair(folder, masks_folder, images, masks, split, known)
+        return cases, findings + incomplete
+
+    def _pair(
+        self,
+        folder: Path,
+        masks_folder: Path,
+        images: Scans,
+        masks: Scans,
+        split: dict[str, str],
+        known: set[str],
+    ) -> tuple[list[Case], list[Finding]]:
+        """Cases with image, mask and a place in the lists; of the `known` nothing more is said."""
+        cases, findings = [], []
+        bleeding = None if self.allow_empty else True
+        missing = "kept" if self.allow_missing else "refused"
+        for id in sorted({*images, *masks, *split} - known):
+            if id in images and id in masks and id in split:
+                case = Case(id, _patient(id), images[id], masks[id], split[id], bleeding)
+                cases.append(case)
+            elif id not in images:
+                text = (
+                    f"{folder}: no image for {id}, listed or outlined; fetch it, or set "
+                    "--config.data.allow_missing=True"
+                )
+                findings.append(Finding("image that is not there", missing, id, text))
+            elif id not in masks:
+                text = (
+                    f"{masks_folder}: no mask for {id}; copy it there, or move the image to an "
+                    "unlabel_* folder"
+                )
+                findings.append(Finding("mask that is not there", "refused", id, text))
+            else:
+                text = f"{folder}: {id} is not in dataset.json; add it to 'training' or 'test'"
+                findings.append(Finding("in no official list", "refused", id, text))
+        return cases, findings
 
 
 def scans(folder: Path) -> dict[str, Path]:
     """NIfTI files of a folder by base name, with or without a suffix; sorted.
 
     Raises:
-        ValueError: If two files have one base name.
+        ValueError: If one cannot be used, such as two files of one base name.
     """
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.is_file():
-            continue  # "._x.nii.gz": what macOS leaves in archives
-        if not _SUFFIX.search(path.name) and (path.suffix or not _looks_like_nifti(path)):
-            continue
-        name = _SUFFIX.sub("", path.name)
-        if name in found:
-            raise ValueError(f"{folder}: {found[name].name} and {path.name} are one case; keep one")
-        found[name] = path
+    found, findings = find(folder)
+    for finding in findings:
+        if finding.done == "refused":
+            raise ValueError(finding.text)
     return found
-
-
-def _looks_like_nifti(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) in _MAGIC
 
 
 def _first(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -129,8 +155,7 @@ def _first(root: Path, names: tuple[str, ...]) -> Path | None:
     return next((base / n for base in bases for n in names if (base / n).is_dir()), None)
 
 
-def _official_split(root: Path, images: Path) -> dict[str, str]:
-    """Split by base name; the folders named in the file do not exist."""
+def _lists(root: Path, images: Path) -> Path:
     places = [folder / "dataset.json" for folder in (root, images.parent)]
     path = next((p for p in places if p.is_file()), None)
     if path is None:
@@ -138,74 +163,67 @@ def _official_split(root: Path, images: Path) -> dict[str, str]:
             f"{places[0]}: not there; it holds the official training and test lists: copy it from "
             "the data set's page, or write {'training': [file names], 'test': [file names]}"
         )
-    lists = json.loads(path.read_text(encoding="utf-8-sig"))
-    split: dict[str, str] = {}
-    for key, value in (("training", "train"), ("test", "test")):
-        for item in lists.get(key, []):
-            named = item["image"] if isinstance(item, dict) else item
-            id = _SUFFIX.sub("", Path(named).name)
-            if split.setdefault(id, value) != value:
-                raise ValueError(f"{path}: {id} is in 'training' and in 'test'; keep one")
-    return split
+    return path
 
 
-def _unlabeled(root: Path, slices: dict[str, tuple]) -> list[Case]:
-    cases = []
+def _unlabeled(root: Path, labeled: set[str]) -> tuple[list[Case], list[Finding]]:
+    """Scans known only to bleed or not; a copy of a labeled one, or of another, is no further."""
+    cases: dict[str, Case] = {}
+    findings, torn = [], set()
     for base in sorted(root.glob("unlabel_*")):
+        count = 0
         for name, bleeding in _BLEEDING.items():
-            if (base / name).is_dir():
-                for id, image in scans(base / name).items():
-                    rows = slices.get(id)
-                    cases.append(Case(id, _patient(id), image, None, "unlabeled", bleeding, rows))
-    return cases
+            if not (base / name).is_dir():
+                continue
+            images, more = find(base / name)
+            findings += more
+            count += len(images)
+            for id, image in images.items():
+                case = Case(id, _patient(id), image, None, "unlabeled", bleeding)
+                if id in labeled:
+                    text = f"{image}: has a mask elsewhere; this copy is left out"
+                    findings.append(Finding("labeled scan in the pool", "repaired", id, text))
+                elif cases.setdefault(id, case).bleeding is not bleeding:
+                    text = f"{image}: lies in anybleed and in nobleed; delete the wrong one"
+                    findings.append(Finding("scan that bleeds and does not", "refused", id, text))
+                    torn.add(id)
+                elif cases[id] is not case:
+                    text = f"{image}: lies in two folders, {cases[id].image.parent} is taken"
+                    findings.append(Finding("one scan in two folders", "repaired", id, text))
+        findings += _folder_name(base, count)
+    return [case for id, case in cases.items() if id not in torn], findings
 
 
-def _slice_labels(path: Path, classes: tuple[str, ...]) -> dict[str, tuple]:
-    """Rows per case from columns case, slice, any, and one per class; -1 where nothing is said."""
-    if not path.is_file():
-        return {}
-    rows: dict[str, dict[int, tuple[int, ...]]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        lacking = {"case", "slice"} - set(reader.fieldnames or ())
-        if lacking:
-            raise ValueError(
-                f"{path}: no column {', '.join(sorted(lacking))}; expected "
-                f"case, slice, any, {', '.join(classes)}"
+def _folder_name(folder: Path, count: int) -> list[Finding]:
+    """`label_192` with 191 scans; `unlabel_2000`, which has always held 1980."""
+    said = _COUNT.search(folder.name)
+    if not said or int(said.group(1)) == count:
+        return []
+    text = f"{folder}: holds {count} scans; what is there counts"
+    return [Finding("folder that holds another number than its name says", "kept", "", text)]
+
+
+def _patients(cases: list[Case]) -> tuple[list[Case], list[Finding]]:
+    """Takes from training what shows a patient of the test set, and names patients seen twice."""
+    tested = {case.patient for case in cases if case.split == "test"}
+    kept, findings = [], []
+    first: dict[str, str] = {}
+    for case in sorted(cases, key=lambda case: case.id):
+        if case.split != "test" and case.patient in tested:
+            pool = case.split == "unlabeled"
+            defect = "unlabeled scan of a test patient" if pool else "training scan of a tested one"
+            text = f"{case.image}: its patient, {case.patient}, is tested on; " + (
+                "left out of the pool" if pool else "left out: take it off one of the lists"
             )
-        for row in reader:
-            # No bleeding at all is known of every class.
-            default = 0 if row.get("any") == "0" else -1
-            values = tuple(int(row.get(name) or default) for name in classes)
-            if not set(values) <= {-1, 0, 1} or int(row["slice"]) < 0:
-                raise ValueError(f"{path}, line {reader.line_num}: expected 0, 1 or -1; got {row}")
-            rows.setdefault(_SUFFIX.sub("", row["case"]), {})[int(row["slice"])] = values
-    unknown = (-1,) * len(classes)
-    return {
-        case: tuple(found.get(k, unknown) for k in range(max(found) + 1))
-        for case, found in rows.items()
-    }
+            findings.append(Finding(defect, "repaired" if pool else "refused", case.id, text))
+            continue
+        kept.append(case)
+        if case.label is not None and first.setdefault(case.patient, case.id) != case.id:
+            text = f"second scan of {case.patient}, after {first[case.patient]}; in the same fold"
+            findings.append(Finding("patient scanned twice", "repaired", case.id, text))
+    return kept, findings
 
 
 def _patient(id: str) -> str:
     match = _PATIENT.match(id)
     return match.group() if match else id
-
-
-def _check(root: Path, cases: list[Case]) -> None:
-    seen: set[str] = set()
-    split: dict[str, str] = {}
-    for case in cases:
-        if case.id in seen:
-            raise ValueError(f"{root}: {case.id} lies in two folders; keep one copy")
-        seen.add(case.id)
-        if split.setdefault(case.patient, case.split) != case.split:
-            raise ValueError(
-                f"{root}: scans of one patient, {case.patient}, are in {split[case.patient]!r} and "
-                f"{case.split!r}; keep them on one side"
-            )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

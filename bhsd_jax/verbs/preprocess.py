@@ -16,7 +16,7 @@ from typing import Any
 
 from bhsd_jax.ct import integrity, shards
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, make_plan, prepare_case
-from bhsd_jax.verbs import setup
+from bhsd_jax.verbs import checkup, setup
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.workers import Progress, Workers
 from bhsd_jax.volume import Case, Dataset, Plan
@@ -49,8 +49,9 @@ class _Job:
 def run(config: Config, workdir: Path) -> None:
     """Checks, plans and writes; with `preprocess.verify_only` it only checks.
 
-    Writes `integrity.csv`, `integrity.json` and, if cases were refused, `skipped.csv` to
-    `workdir`; `plan.json`, shards, `manifest.json` and, last, `index.json` to the shards' folder.
+    Writes `integrity.csv`, `integrity.json`, `defects.csv` if there are any and, if cases were
+    refused, `skipped.csv` to `workdir`; `plan.json`, shards, `manifest.json` and, last,
+    `index.json` to the shards' folder.
 
     Raises:
         FileNotFoundError: If the data set is not where the config says.
@@ -62,17 +63,15 @@ def run(config: Config, workdir: Path) -> None:
     dataset: Any = setup.dataset(config, workdir)
     if hasattr(dataset, "prepare"):
         dataset.prepare()
-    cases = sorted(dataset.cases(), key=lambda case: case.id)
-    if not cases:
-        raise ValueError(f"{dataset.name}: has no cases; look at config.data")
-    logger.info("%s: %d cases; license: %s", dataset.name, len(cases), dataset.license or "unknown")
+    found = checkup.survey(dataset)
+    cases = found.cases
     ledger = workdir / "skipped.csv"
     with Workers(settings.processes or _processes(cases)) as workers:
         facts, skipped = _look(cases, dataset, _crop_hu(dataset, settings), workers)
-        _report(workdir, facts, dataset.classes, skipped)
+        facts, skipped = checkup.conclude(workdir, dataset, found, facts, skipped)
         _write_ledger(ledger, skipped)
         if facts and not settings.verify_only:
-            plan = _plan(dataset, facts, settings)
+            plan = _plan(dataset, facts, settings, skipped)
             folder = Path(settings.shards or workdir / "shards")
             jobs = _jobs(folder, cases, facts, plan, settings.cases_per_shard)
             skipped |= _write_all(folder, jobs, plan, workers)
@@ -80,7 +79,8 @@ def run(config: Config, workdir: Path) -> None:
     if skipped:
         case = min(skipped)
         message = (
-            f"{len(skipped)} of {len(cases)} cases skipped, see {ledger}; {case}: {skipped[case]}"
+            f"{len(skipped)} of {len({case.id for case in cases} | set(skipped))} cases skipped, "
+            f"see {ledger}; {case}: {skipped[case]}"
         )
         if not settings.allow_skipped:
             raise ValueError(
@@ -101,9 +101,18 @@ def _crop_hu(dataset: Dataset, settings: Any) -> float | None:
     return settings.crop_hu if dataset.modality == "ct" else None
 
 
-def _plan(dataset: Dataset, facts: Sequence[Facts], settings: Any) -> Plan:
+def _plan(
+    dataset: Dataset, facts: Sequence[Facts], settings: Any, skipped: Mapping[str, str]
+) -> Plan:
+    training = [fact for fact in facts if fact.voxels and fact.split in ("train", "val")]
+    if skipped and not training:
+        case = min(skipped)
+        raise ValueError(
+            f"{dataset.name}: no training case with a mask is left of {len(skipped)} refused; "
+            f"{case}: {skipped[case]}"
+        )
     plan = make_plan(
-        [fact for fact in facts if fact.voxels and fact.split in ("train", "val")],
+        training,
         dataset=dataset.name,
         classes=tuple(dataset.classes),
         modality=dataset.modality,
@@ -226,18 +235,6 @@ def _reason(error: BaseException) -> str:
 def _source_sha256(facts: Sequence[Facts]) -> str:
     text = "".join(f"{fact.case} {fact.source_sha256}\n" for fact in facts)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _report(
-    workdir: Path, facts: Sequence[Facts], classes: Sequence[str], skipped: Mapping[str, str]
-) -> None:
-    if facts:
-        totals = integrity.summary(facts, classes) | {"skipped": len(skipped)}
-        table = integrity.rows(facts, classes)
-        integrity.write_csv(workdir / "integrity.csv", table, list(table[0]))
-        shards.write_json(workdir / "integrity.json", totals)
-        for line in integrity.lines(totals):
-            logger.info("%s", line)
 
 
 def _write_ledger(path: Path, skipped: Mapping[str, str]) -> None:

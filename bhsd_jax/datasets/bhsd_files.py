@@ -1,0 +1,197 @@
+"""Files of BHSD in all the copies that go round: scans by base name, official lists, slice labels.
+
+Nothing here stops at the first defect: each is a `Finding`, and the rest is read.
+"""
+
+import csv
+import filecmp
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from bhsd_jax.volume import Finding
+
+_SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_MAGIC = (b"\x1f\x8b", b"\x5c\x01", b"\x00\x00")  # gzip; 348, the first field of NIfTI, either way
+_SPLITS = {"training": "train", "test": "test"}
+_KINDS = {"epidural": "1", "intraparenchymal": "2", "intraventricular": "3"}
+_KINDS |= {"subarachnoid": "4", "subdural": "5"}
+_MOST_SLICES = 10_000
+_KEEP_ONE = "keep one and delete the other"
+
+Scans = dict[str, Path]
+
+
+def base_name(name: str) -> str:
+    """The last part of a path without .nii or .nii.gz."""
+    return _SUFFIX.sub("", Path(name).name)
+
+
+def find(folder: Path) -> tuple[Scans, list[Finding]]:
+    """NIfTI files of a folder by base name, with or without a suffix; sorted."""
+    found: Scans = {}
+    findings: list[Finding] = []
+    for path in sorted(folder.iterdir()):
+        name = base_name(path.name)
+        usable, finding = _examine(path, name)
+        if usable and name in found:
+            finding = _twice(found[name], path, name)
+        elif usable:
+            found[name] = path
+        findings += [finding] if finding else []
+    refused = {finding.case for finding in findings if finding.done == "refused"}
+    return {name: path for name, path in found.items() if name not in refused}, findings
+
+
+def official_split(path: Path) -> tuple[dict[str, str], list[Finding]]:
+    """Split by base name from `dataset.json`, whose folders exist nowhere.
+
+    Raises:
+        ValueError: If it is no such file, or numbers the classes otherwise than BHSD.
+    """
+    lists = _read_lists(path)
+    split: dict[str, str] = {}
+    findings, dead, twice = [], [], set()
+    for named, value in _named(path, lists):
+        if Path(named).is_absolute() or ".." in Path(named).parts:
+            text = f"{path}: {named!r} leads out of the data set; only its base name is used"
+            findings.append(Finding("path that leads out of the data set", "repaired", "", text))
+        elif not (path.parent / named).exists():
+            dead.append(named)
+        id = base_name(named)
+        if split.setdefault(id, value) != value:
+            twice.add(id)
+    if dead:
+        text = f"{path}: {len(dead)} paths such as {dead[0]} do not exist; matched by base name"
+        findings.append(Finding("dead paths in dataset.json", "repaired", "", text))
+    for id in sorted(twice):
+        text = f"{path}: {id} is in 'training' and in 'test'; {_KEEP_ONE}"
+        findings.append(Finding("in both official lists", "refused", id, text))
+        del split[id]
+    return split, findings
+
+
+def slice_labels(path: Path, classes: tuple[str, ...]) -> dict[str, tuple]:
+    """Rows per case from columns case, slice, any, and one per class; -1 where nothing is said.
+
+    Raises:
+        ValueError: If a column is missing or a cell makes no sense; names the line.
+    """
+    if not path.is_file():
+        return {}
+    rows: dict[str, dict[int, tuple[int, ...]]] = {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        lacking = {"case", "slice"} - set(reader.fieldnames or ())
+        if lacking:
+            raise ValueError(
+                f"{path}: no column {', '.join(sorted(lacking))}; expected "
+                f"case, slice, any, {', '.join(classes)}"
+            )
+        for row in reader:
+            # No bleeding at all is known of every class.
+            default = 0 if row.get("any") == "0" else -1
+            try:
+                index = int(row["slice"])
+                values = tuple(int(row.get(name) or default) for name in classes)
+            except (TypeError, ValueError):
+                index, values = -1, ()
+            if not set(values) <= {-1, 0, 1} or not 0 <= index < _MOST_SLICES:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: expected 0, 1 or -1 per class and a slice "
+                    f"below {_MOST_SLICES}; got {row}"
+                )
+            rows.setdefault(base_name(row["case"]), {})[index] = values
+    unknown = (-1,) * len(classes)
+    return {
+        case: tuple(found.get(k, unknown) for k in range(max(found) + 1))
+        for case, found in rows.items()
+    }
+
+
+def _examine(path: Path, name: str) -> tuple[bool, Finding | None]:
+    """Whether a folder's entry is a scan to be read, and what is wrong with it."""
+    if path.name.startswith("._"):
+        text = f"{path}: made by macOS when it packs an archive; ignored"
+        return False, Finding("leftover of macOS", "repaired", "", text)
+    if path.name.startswith("."):
+        return False, None
+    if unusable := _unusable(path):
+        defect, text = unusable
+        return False, Finding(defect, "refused", _printable(name), f"{_printable(path)}: {text}")
+    if _SUFFIX.search(path.name):
+        return True, None
+    if path.is_dir() or path.suffix or not _looks_like_nifti(path):
+        return False, None  # notes, tables, archives
+    text = f"{path}: known for a scan by its first bytes"
+    return True, Finding("file without .nii.gz", "repaired", name, text)
+
+
+def _twice(first: Path, second: Path, name: str) -> Finding:
+    pair = f"{first.parent}: {first.name} and {second.name} are one case"
+    if filecmp.cmp(first, second, shallow=False):
+        text = f"{pair} and equal; the first is taken"
+        return Finding("one scan in two files", "repaired", name, text)
+    return Finding("two scans of one name", "refused", name, f"{pair} but differ; {_KEEP_ONE}")
+
+
+def _unusable(path: Path) -> tuple[str, str] | None:
+    """Defect and advice for an entry that carries a scan's name but is none to be read."""
+    if not path.name.isprintable():
+        return "unsafe file name", "its name holds control characters; rename it"
+    if path.is_symlink() and not path.exists():
+        return "link that leads nowhere", "a link in a circle or to a file that is gone; fetch it"
+    if not _SUFFIX.search(path.name) or path.is_file():
+        return None
+    if path.is_dir():
+        return "folder with the name of a scan", "expected a file; move what is in it up"
+    return "not a regular file", "a pipe, socket or device; replace it by the scan"
+
+
+def _looks_like_nifti(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(2) in _MAGIC
+    except OSError:
+        return False
+
+
+def _printable(name: str | Path) -> str:
+    text = str(name)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _named(path: Path, lists: dict) -> Iterator[tuple[str, str]]:
+    """File names as the lists have them, each with its split."""
+    for key, value in _SPLITS.items():
+        for item in lists.get(key, []):
+            named = item.get("image") if isinstance(item, dict) else item
+            if not isinstance(named, str):
+                raise ValueError(f"{path}: in {key!r}: expected a file name; got {item!r}")
+            yield named, value
+
+
+def _read_lists(path: Path) -> dict:
+    try:
+        lists = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); fetch it again") from error
+    if not isinstance(lists, dict) or not all(isinstance(lists.get(k, []), list) for k in _SPLITS):
+        raise ValueError(f"{path}: expected {{'training': [file names], 'test': [file names]}}")
+    _check_labels(path, lists.get("labels"))
+    return lists
+
+
+def _check_labels(path: Path, labels: object) -> None:
+    """Refuses other numbers for the classes: masks drawn with them would train, and wrongly."""
+    if not isinstance(labels, dict):
+        return
+    by_name = {str(v).lower(): str(k) for k, v in labels.items()}
+    by_name |= {str(k).lower(): str(v) for k, v in labels.items()}  # nnU-Net v2: name to number
+    wrong = {kind: by_name[kind] for kind, n in _KINDS.items() if by_name.get(kind, n) != n}
+    if wrong:
+        raise ValueError(
+            f"{path}: numbers the classes {wrong}; BHSD has {_KINDS}: "
+            "renumber the masks, or correct the file if they are BHSD's own"
+        )
