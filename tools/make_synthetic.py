@@ -3,7 +3,9 @@
 import argparse
 import logging
 import sys
+from pathlib import Path
 
+from bhsd_jax.datasets.phantom_defects import DEFECTS, spoil
 from bhsd_jax.datasets.phantom_tree import generate
 
 
@@ -22,10 +24,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other heads")
     parser.add_argument("--difficulty", default="default", help="or large, easy")
     parser.add_argument("--plain", dest="scaled", action="store_false", help="store HU unscaled")
+    parser.add_argument("--metal", type=float, default=0.0, help="share of scans with a coil")
+    parser.add_argument("--rater_noise", action="store_true", help="outlines a pixel off")
+    parser.add_argument("--defects", action="store_true", help="afterwards every known defect")
     parser.add_argument("--processes", type=int, default=0, help="0: one per core")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = vars(parser.parse_args())
+    defects = arguments.pop("defects")
     try:
-        generate(**vars(parser.parse_args()))
+        if not (Path(arguments["root"]) / DEFECTS).is_file():  # else generating would repair them
+            generate(**arguments)
+        if defects:
+            spoil(arguments["root"])
     except ValueError as error:
         sys.exit(str(error))
 

@@ -24,6 +24,9 @@ def repair(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W
     repaired = voxels.astype(np.float32)
     done = []
     if float(repaired.min()) >= 0 and float(np.median(repaired)) > 1000:
+        # To whole numbers, as stored once: the floor of -1000 HU, read as 3095.98 instead of 3096
+        # from behind scale factors, would stay above all bone.
+        np.rint(repaired, out=repaired)
         repaired += 1000
         np.mod(repaired, 4096, out=repaired)
         repaired -= 1000

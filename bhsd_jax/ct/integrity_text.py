@@ -8,6 +8,7 @@ from bhsd_jax.ct.doctor import Group
 _NAMED = 4  # cases named of a defect; all of them are in the files
 _TOLD = 6  # refusals told in full; likewise
 _MEASURES = ("min", "p5", "median", "p95", "max")
+_UNIT = {"ct": "HU", "mr": "intensity"}
 _MEANING = {
     "refused": "left out, to be repaired by you",
     "kept": "used as it is, to be looked at",
@@ -16,12 +17,17 @@ _MEANING = {
 
 
 def page(
-    title: str, totals: Mapping[str, Any], classes: Sequence[str], defects: Sequence[Group]
+    name: str,
+    modality: str,
+    totals: Mapping[str, Any],
+    classes: Sequence[str],
+    defects: Sequence[Group],
 ) -> str:
     """Scans, bleeds, measures and defects of a data set, one block each."""
+    title = f"{name}: {totals['cases']} scans can be used, {totals['skipped']} are refused"
     blocks = [[title, "=" * len(title)]]
     if totals["cases"]:
-        blocks += [_scans(totals), _bleeds(totals, classes), _measures(totals)]
+        blocks += [_scans(totals), _bleeds(totals, classes), _measures(totals, modality)]
     blocks += [_defects(defects)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -57,23 +63,21 @@ def _bleeds(totals: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
     return [*_table(rows), "n scans have the class, with mL in all and a median of those that do"]
 
 
-def _measures(totals: Mapping[str, Any]) -> list[str]:
+def _measures(totals: Mapping[str, Any], modality: str) -> list[str]:
     rows = [["Measures", "min", "5 %", "median", "95 %", "max"]]
-    for key, unit in (
-        ("spacing_mm", "{} spacing, mm"),
-        ("field_mm", "{} field of view, mm"),
-        ("intensity", "{} as stored"),
+    axes = ("slice", "row", "column")
+    values = tuple(f"{what} {_UNIT[modality]}" for what in ("lowest", "median", "highest"))
+    for key, digits, names in (
+        ("spacing_mm", 3, [f"{axis} spacing, mm" for axis in axes]),
+        ("field_mm", 1, [f"{axis} field of view, mm" for axis in axes]),
+        ("intensity", 0, [f"{value}, as stored" for value in values]),
     ):
-        names = ("lowest", "middle", "highest")
-        if key != "intensity":
-            names = ("slice", "row", "column")
         for axis, name in enumerate(names):
-            values = [totals[key][measure][axis] for measure in _MEASURES]
-            digits = {"spacing_mm": 3, "field_mm": 1, "intensity": 0}[key]
-            rows.append([unit.format(name), *(f"{value:.{digits}f}" for value in values)])
+            numbers = (totals[key][measure][axis] for measure in _MEASURES)
+            rows.append([name, *(f"{number:.{digits}f}" for number in numbers)])
     if totals["tilted"]:
-        values = [f"{totals['tilt_deg'][measure]:.1f}" for measure in _MEASURES]
-        rows.append([f"gantry tilt, degrees ({totals['tilted']} scans)", *values])
+        tilts = (f"{totals['tilt_deg'][measure]:.1f}" for measure in _MEASURES)
+        rows.append([f"gantry tilt, degrees ({_scan_count(totals['tilted'])})", *tilts])
     return _table(rows)
 
 
@@ -110,8 +114,11 @@ def _told(case: str, text: str) -> str:
 
 
 def _count(found: Group) -> str:
-    number = len(found.cases)
-    return f"{number} scan{'s' if number > 1 else ''}" if number else "the data set"
+    return _scan_count(len(found.cases)) if found.cases else "the data set"
+
+
+def _scan_count(number: int) -> str:
+    return f"{number} scan{'s' if number > 1 else ''}"
 
 
 def _table(rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -18,12 +18,13 @@ from bhsd_jax.datasets.phantom_bleeds import (
     paint,
 )
 from bhsd_jax.datasets.phantom_brain import brain_hu, tissues
+from bhsd_jax.datasets.phantom_flaws import add_metal, redraw
 from bhsd_jax.datasets.phantom_lesions import Space
 from bhsd_jax.datasets.phantom_scanner import Scan, acquire, draw_scan, label_voxels
 
 VERSION = 1
 # Independent random streams of one case: a bleed more leaves head, scanner and noise as they are.
-_HEAD, _SCAN, _CLASSES, _LESIONS, _TIES, _NOISE = _STREAMS = range(6)
+_HEAD, _SCAN, _CLASSES, _LESIONS, _TIES, _NOISE, _METAL, _RATER = _STREAMS = range(8)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Options:
     volumes_ml: Mapping[int, float] = field(default_factory=dict)  # by class index
     tilt_deg: float | None = None
     pad_hu: int | None = None  # 0: no padding
+    metal: bool = False  # a coil in the brain, with streaks
+    rater_noise: bool = False  # outlines a pixel off, as another rater would have them
 
     def __post_init__(self) -> None:
         if min(self.size, self.slices, self.sub) < 1:
@@ -100,9 +103,14 @@ def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.n
     hu /= scan.sub
     cavity = _per_cell(cells, np.full(cells.size, 1 / scan.sub), hu.shape)
     label = label_voxels(cells, thin, scan, rng[_TIES])
+    if options.rater_noise:
+        label = redraw(label, rng[_RATER])
     painted = {c: float((label == c).sum() * scan.voxel_ml) for c in lesions}
     requested = {c: lesion.volume_ml for c, lesion in lesions.items()}
-    return acquire(scan, hu, cavity, rng[_NOISE]), label, Truth(scan, head, requested, painted)
+    image = acquire(scan, hu, cavity, rng[_NOISE])
+    if options.metal:
+        image = add_metal(image, cavity, scan, rng[_METAL])
+    return image, label, Truth(scan, head, requested, painted)
 
 
 def _skull(head: Head, scan: Scan) -> tuple[np.ndarray, np.ndarray, Points, np.ndarray]:

@@ -5,7 +5,6 @@ and however many processes make them, the files are the same to the byte.
 """
 
 import csv
-import io
 import json
 import logging
 import os
@@ -20,7 +19,14 @@ import numpy as np
 
 from bhsd_jax.datasets.phantom_bleeds import CLASSES, class_set
 from bhsd_jax.datasets.phantom_case import VERSION, Options, make_case
-from bhsd_jax.datasets.phantom_files import case_id, replace, write_image, write_json, write_label
+from bhsd_jax.datasets.phantom_files import (
+    case_id,
+    official_lists,
+    write_image,
+    write_json,
+    write_label,
+    write_slices,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +59,8 @@ class _Parameters:
     slices: int
     difficulty: str
     scaled: bool
+    metal: float = 0.0
+    rater_noise: bool = False
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -61,6 +69,8 @@ class _Parameters:
                 raise ValueError(
                     f"synthetic: {name} must not be negative; got {getattr(self, name)}"
                 )
+        if not 0 <= self.metal <= 1:
+            raise ValueError(f"synthetic: metal is a share of the scans; got {self.metal}")
         Options(size=self.size, slices=self.slices, difficulty=self.difficulty)
 
 
@@ -95,6 +105,8 @@ def generate(
     slices: int = 24,
     difficulty: str = "default",
     scaled: bool = True,
+    metal: float = 0.0,
+    rater_noise: bool = False,
     processes: int = 0,
 ) -> None:
     """Makes a tree like BHSD's under `root`, or what is missing of one begun with equal arguments.
@@ -113,6 +125,8 @@ def generate(
         slices: Over 160 mm.
         difficulty: "default"; "large": big, acute, little noise; "easy": bright as well.
         scaled: Store HU with a slope and an intercept per file, as BHSD does.
+        metal: Share of scans with a coil in the brain.
+        rater_noise: Outlines a pixel off here and there.
         processes: That work at once; 0: one per core, or none beside this for little work.
 
     Raises:
@@ -120,7 +134,17 @@ def generate(
     """
     root = Path(root)
     parameters = _Parameters(
-        train, test, bleeding, nonbleeding, seed, size, slices, difficulty, scaled
+        train,
+        test,
+        bleeding,
+        nonbleeding,
+        seed,
+        size,
+        slices,
+        difficulty,
+        scaled,
+        metal,
+        rater_noise,
     )
     _claim(root, parameters)
     jobs = [_Job(g, i, parameters) for g in _FOLDER for i in range(getattr(parameters, g))]
@@ -131,8 +155,9 @@ def generate(
     elif (root / SLICE_LABELS).is_file() and (root / _LISTS).is_file():
         _log.info("%s: complete, %d scans", root, len(jobs))
         return
-    write_json(root / _LISTS, _lists(jobs))
-    _write_slices(root / SLICE_LABELS, {job.id: rows[job.id] for job in jobs})
+    listed = {g: sorted(job.id for job in jobs if job.group == g) for g in ("train", "test")}
+    write_json(root / _LISTS, official_lists(listed["train"], listed["test"], VERSION))
+    write_slices(root / SLICE_LABELS, CLASSES[1:], {job.id: rows[job.id] for job in jobs})
     shutil.rmtree(root / _DONE, ignore_errors=True)
 
 
@@ -140,7 +165,8 @@ def _claim(root: Path, parameters: _Parameters) -> None:
     """Writes the arguments down, or checks them against those written before."""
     path = root / _PARAMETERS
     if path.is_file():
-        written = json.loads(path.read_text())
+        # What came later was at its default before.
+        written = {"metal": 0.0, "rater_noise": False} | json.loads(path.read_text())
         if written != asdict(parameters):
             differ = [
                 f"{f.name} {written.get(f.name)} instead of {getattr(parameters, f.name)}"
@@ -246,48 +272,22 @@ def _make(root: Path, job: _Job) -> Rows:
     hu, label, truth = make_case(
         int(entropy.generate_state(1, np.uint64)[0]),
         Options(
-            parameters.size, parameters.slices, difficulty=parameters.difficulty, classes=classes
+            parameters.size,
+            parameters.slices,
+            difficulty=parameters.difficulty,
+            classes=classes,
+            metal=job.index * _GOLDEN % 1 < parameters.metal,
+            rater_noise=parameters.rater_noise,
         ),
     )
     image_path, label_path = job.paths(root)
-    write_image(image_path, hu, truth.scan, scaled=parameters.scaled)
+    affine = truth.scan.stored_affine
+    write_image(image_path, hu, affine, scaled=parameters.scaled)
     if label_path is not None:
-        write_label(label_path, label, truth.scan)
+        write_label(label_path, label, affine)
     present = np.stack(
         [(label == c).any((1, 2)) for c in range(1, len(CLASSES))], 1
     )  # [D, classes]
     rows = np.concatenate([present.any(1, keepdims=True), present], 1).astype(int).tolist()
     write_json(root / _DONE / f"{job.id}.json", rows)
     return rows
-
-
-def _lists(jobs: list[_Job]) -> dict:
-    """BHSD's `dataset.json`, its paths that exist nowhere included."""
-    train = sorted(job.id for job in jobs if job.group == "train")
-    test = sorted(job.id for job in jobs if job.group == "test")
-    kinds = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
-    return {
-        "description": "generated heads in the layout of BHSD",
-        "labels": {str(i): kind for i, kind in enumerate(("background", *kinds))},
-        "licence": "CC0-1.0",
-        "modality": {"0": "CT"},
-        "name": "synthetic",
-        "numTest": len(test),
-        "numTraining": len(train),
-        "reference": "",
-        "release": str(VERSION),
-        "tensorImageSize": "3D",
-        "test": [f"./imagesTs/{id}.nii.gz" for id in test],
-        "training": [
-            {"image": f"./imagesTr/{id}.nii.gz", "label": f"./labelsTr/{id}.nii.gz"} for id in train
-        ],
-    }
-
-
-def _write_slices(path: Path, rows: dict[str, Rows]) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["case", "slice", "any", *CLASSES[1:]])
-    for case in sorted(rows):
-        table.writerows([case, k, *values] for k, values in enumerate(rows[case]))
-    replace(path, text.getvalue().encode())

@@ -52,9 +52,8 @@ def conclude(
     defects = doctor.group(findings)
     totals = integrity.summary(used, dataset.classes, defects)
     _write(workdir, integrity.rows(used, dataset.classes), totals, defects)
-    seen = len(used) + len({f.case for f in findings if f.done == "refused"})
-    title = f"{dataset.name}: {len(used)} of {seen} scans can be used"
-    logger.info("\n\n%s\n", integrity_text.page(title, totals, dataset.classes, defects))
+    page = integrity_text.page(dataset.name, dataset.modality, totals, dataset.classes, defects)
+    logger.info("integrity, also in %s:\n\n%s\n", workdir, page)
     refused = {f.case: f.text for f in (*found.findings, *copies) if f.done == "refused"}
     return used, {**refused, **skipped}
 

@@ -40,6 +40,17 @@ def test_each_known_defect_is_undone_and_named():
     assert "12-bit" in done[0]
 
 
+def test_air_behind_scale_factors_comes_back_as_air():
+    slope = 4095 / 65535
+    stored = np.array([3096, 3096, 3096, 3097, 35, 70, 1200, 3000])
+    scan = (np.rint(stored / slope) * slope).astype(np.float32).reshape(2, 2, 2)
+    assert scan.min() >= 0
+    assert scan.ravel()[0] < 3096  # a little below: 3095.98 modulo 4096 is no air
+    repaired, _ = hu.repair(scan)
+    expected = [-1000, -1000, -1000, -999, 35, 70, 1200, 3000]
+    np.testing.assert_array_equal(repaired.ravel(), expected)
+
+
 def test_wraps_are_undone_before_clipping():
     scan = np.array([-33000, -3024, -2048, 31000, 50, 60], np.float32).reshape(1, 2, 3)
     before = scan.copy()

@@ -34,14 +34,14 @@ def _hashes(root):
 def test_scaled_files_give_the_values_back_within_half_a_slope(tmp_path):
     hu, _, truth = make_case(8, Options(**SMALL, pad_hu=-3024))
     path = tmp_path / "scan.nii.gz"
-    write_image(path, hu, truth.scan, scaled=True)
+    write_image(path, hu, truth.scan.stored_affine, scaled=True)
     image = nib.load(path)
     read = np.asarray(image.dataobj).transpose(2, 1, 0)
     assert image.get_data_dtype() == np.int16
     np.testing.assert_allclose(image.dataobj.slope, (float(hu.max()) + 3024) / 65535, rtol=1e-6)
     np.testing.assert_allclose(read, hu, atol=image.dataobj.slope / 2 + 1e-3)
     assert (read != hu).any()
-    write_image(path, hu, truth.scan, scaled=False)
+    write_image(path, hu, truth.scan.stored_affine, scaled=False)
     np.testing.assert_array_equal(nib.load(path).get_fdata().transpose(2, 1, 0), hu)
 
 
@@ -84,7 +84,7 @@ def test_headers_are_those_of_bhsd(tree):
 
 def test_the_header_shows_the_tilt(tmp_path):
     hu, _, truth = make_case(1, Options(**SMALL, tilt_deg=-22.5, classes=()))
-    write_image(tmp_path / "a.nii.gz", hu, truth.scan, scaled=True)
+    write_image(tmp_path / "a.nii.gz", hu, truth.scan.stored_affine, scaled=True)
     affine = nib.load(tmp_path / "a.nii.gz").affine
     assert np.rad2deg(np.arctan2(affine[2, 1], affine[1, 1])) == pytest.approx(-22.5, abs=1e-3)
     np.testing.assert_allclose(affine[:, :3], truth.scan.stored_affine[:, [2, 1, 0]], atol=1e-4)
