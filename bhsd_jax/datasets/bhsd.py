@@ -66,8 +66,9 @@ class BHSD:
         unlabeled, more = _unlabeled(root, {case.id for case in labeled})
         found, overlaps = _patients([*labeled, *unlabeled])
         findings += [*more, *overlaps]
-        if not found and findings:
-            raise ValueError(f"{root}: no scan can be used: {findings[-1].text}")
+        refused = [finding.text for finding in findings if finding.done == "refused"]
+        if refused and not found:
+            raise ValueError(f"{root}: no scan can be used, {len(refused)} refused: {refused[0]}")
         if not found:
             raise FileNotFoundError(
                 f"{root}: no scans; expected label_192/images and label_192/ground truths, "

@@ -1,8 +1,9 @@
 import json
+import os
 
 import pytest
 
-from bhsd_jax.datasets.bhsd import BHSD
+from bhsd_jax.datasets.bhsd import BHSD, scans
 
 OFFICIAL = "dataset.json"
 
@@ -36,11 +37,26 @@ def summary(tree, **arguments):
 
 def expected(studies):
     return sorted(
-        [(id, "train", None, True) for id in studies["train"]]
-        + [(id, "test", None, True) for id in studies["test"]]
+        [(id, "train", True, True) for id in studies["train"]]
+        + [(id, "test", True, True) for id in studies["test"]]
         + [(id, "unlabeled", True, False) for id in studies["any"]]
         + [(id, "unlabeled", False, False) for id in studies["no"]]
     )
+
+
+def findings(tree, **arguments):
+    """Case, defect and outcome of all that is neither the layout of every copy nor small change."""
+    usual = ("dead paths", "space in", "folder that holds")
+    found = BHSD(tree, **arguments).survey().findings
+    return [(f.case, f.defect, f.done) for f in found if not f.defect.startswith(usual)]
+
+
+def text_of(tree, case, **arguments):
+    return next(f.text for f in BHSD(tree, **arguments).survey().findings if f.case == case)
+
+
+def without(studies, *gone):
+    return [row for row in expected(studies) if row[0] not in gone]
 
 
 def test_cases_are_matched_by_base_name_and_sorted(tree, studies):
@@ -102,7 +118,12 @@ def test_slice_labels_are_read_in_slice_order_with_gaps_unknown(tree, studies):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("name,slice\na,0\n", "no column case"), ("case,slice,EDH\na,0,2\n", "line 2: expected 0, 1")],
+    [
+        ("name,slice\na,0\n", "no column case"),
+        ("case,slice,EDH\na,0,2\n", "line 2: expected 0, 1"),
+        ("case,slice\na,1000000000\n", "line 2: .*below 10000"),
+        ("case,slice,EDH\na,0,x\n", "line 2: expected 0, 1"),
+    ],
 )
 def test_slice_labels_that_make_no_sense_are_refused(tree, text, message):
     (tree / "slice_labels.csv").write_text(text)
@@ -124,42 +145,198 @@ def test_a_tree_without_masks_without_lists_or_without_anything_says_what_to_do(
         list(BHSD(tmp_path / "nowhere").cases())
 
 
-def test_an_image_without_mask_is_named(tree, studies):
-    (tree / "label_192" / "ground truths" / f"{studies['test'][0]}.nii.gz").unlink()
-    with pytest.raises(ValueError, match=f"no mask for {studies['test'][0]}; copy it there"):
-        list(BHSD(tree).cases())
+def test_what_every_copy_has_is_said_and_handled(tree):
+    found = {(f.defect, f.done): f.text for f in BHSD(tree).survey().findings}
+    assert set(found) == {
+        ("dead paths in dataset.json", "repaired"),
+        ("space in a folder's name", "repaired"),
+        ("folder that holds another number than its name says", "kept"),
+    }
+    assert (
+        "3 paths such as ./imagesTr/ID_0a000001" in found["dead paths in dataset.json", "repaired"]
+    )
+    held = [f.text for f in BHSD(tree).survey().findings if f.done == "kept"]
+    assert [text.partition(": ")[2].split(";")[0] for text in held] == [
+        "holds 3 scans",
+        "holds 3 scans",
+    ]
 
 
-def test_a_listed_case_that_is_missing_is_an_error_unless_allowed(tree, studies):
+def test_an_image_without_mask_is_refused_alone(tree, studies):
+    lost = studies["test"][0]
+    (tree / "label_192" / "ground truths" / f"{lost}.nii.gz").unlink()
+    assert findings(tree) == [(lost, "mask that is not there", "refused")]
+    assert f"no mask for {lost}; copy it there" in text_of(tree, lost)
+    assert summary(tree) == without(studies, lost)
+
+
+def test_a_listed_case_that_is_missing_is_refused_unless_allowed(tree, studies):
     lost = studies["train"][0]
     for folder in ("images", "ground truths"):
         (tree / "label_192" / folder / f"{lost}.nii.gz").unlink()
-    with pytest.raises(ValueError, match=f"no image for {lost}.*allow_missing"):
-        list(BHSD(tree).cases())
-    assert summary(tree, allow_missing=True) == [row for row in expected(studies) if row[0] != lost]
+    assert findings(tree) == [(lost, "image that is not there", "refused")]
+    assert "allow_missing=True" in text_of(tree, lost)
+    assert findings(tree, allow_missing=True) == [(lost, "image that is not there", "kept")]
+    assert summary(tree, allow_missing=True) == summary(tree) == without(studies, lost)
 
 
-def test_an_image_no_list_names_is_an_error(tree, touch):
+def test_a_mask_without_image_is_a_missing_image(tree, studies):
+    lost = studies["train"][0]
+    (tree / "label_192" / "images" / f"{lost}.nii.gz").unlink()
+    assert findings(tree) == [(lost, "image that is not there", "refused")]
+
+
+def test_an_image_no_list_names_is_refused_alone(tree, studies, touch):
+    stray = "ID_0e000001_ID_00000000e1"
     for folder in ("images", "ground truths"):
-        touch(tree / "label_192" / folder / "ID_0e000001_ID_00000000e1.nii.gz")
-    with pytest.raises(ValueError, match=r"not in dataset\.json: ID_0e000001"):
-        list(BHSD(tree).cases())
+        touch(tree / "label_192" / folder / f"{stray}.nii.gz")
+    assert findings(tree) == [(stray, "in no official list", "refused")]
+    assert "add it to 'training' or 'test'" in text_of(tree, stray)
+    assert summary(tree) == expected(studies)
 
 
-def test_a_patient_in_training_and_test_is_refused(tree, studies, touch):
+def test_an_unlabeled_scan_of_a_test_patient_leaves_the_pool(tree, studies, touch):
     second = studies["test"][0][:11] + "_ID_00000000b9"
     touch(tree / "unlabel_2000" / "anybleed" / f"{second}.nii.gz")
-    with pytest.raises(ValueError, match="one patient, ID_0b000001"):
-        list(BHSD(tree).cases())
+    assert findings(tree) == [(second, "unlabeled scan of a test patient", "repaired")]
+    assert summary(tree) == expected(studies)
 
 
-def test_one_scan_in_two_folders_or_in_both_lists_is_refused(tree, studies, touch):
-    twice = studies["any"][0]
-    touch(tree / "unlabel_2000" / "nobleed" / f"{twice}.nii.gz")
-    with pytest.raises(ValueError, match=f"{twice} lies in two folders"):
-        list(BHSD(tree).cases())
+def test_a_training_scan_of_a_test_patient_is_refused(tree, studies, touch):
+    second = studies["test"][0][:11] + "_ID_00000000b9"
+    for folder in ("images", "ground truths"):
+        touch(tree / "label_192" / folder / f"{second}.nii.gz")
+    lists = json.loads((tree / OFFICIAL).read_text())
+    lists["training"].append({"image": f"{second}.nii.gz"})
+    (tree / OFFICIAL).write_text(json.dumps(lists))
+    assert findings(tree) == [(second, "training scan of a tested one", "refused")]
+    assert summary(tree) == expected(studies)
+
+
+def test_a_patient_scanned_twice_is_named_and_keeps_both_scans(tree, studies, touch):
+    second = studies["train"][0][:11] + "_ID_00000000f9"
+    for folder in ("images", "ground truths"):
+        touch(tree / "label_192" / folder / f"{second}.nii.gz")
+    lists = json.loads((tree / OFFICIAL).read_text())
+    lists["training"].append({"image": f"{second}.nii.gz"})
+    (tree / OFFICIAL).write_text(json.dumps(lists))
+    assert findings(tree) == [(second, "patient scanned twice", "repaired")]
+    patients = {case.id: case.patient for case in BHSD(tree).cases()}
+    assert patients[second] == patients[studies["train"][0]]
+
+
+def test_a_scan_in_two_folders_keeps_its_better_place_or_is_refused(tree, studies, touch):
+    labeled, torn = studies["train"][0], studies["any"][0]
+    for path in (f"anybleed/{labeled}.nii.gz", f"nobleed/{torn}.nii.gz"):
+        touch(tree / "unlabel_2000" / path)
+    touch(tree / "unlabel_again" / "anybleed" / f"{studies['any'][1]}.nii.gz")
+    assert sorted(findings(tree)) == sorted(
+        [
+            (labeled, "labeled scan in the pool", "repaired"),
+            (torn, "scan that bleeds and does not", "refused"),
+            (studies["any"][1], "one scan in two folders", "repaired"),
+        ]
+    )
+    assert summary(tree) == without(studies, torn)
+
+
+def test_a_scan_in_both_lists_is_refused_alone(tree, studies):
     lists = json.loads((tree / OFFICIAL).read_text())
     lists["test"].append(lists["training"][0])
     (tree / OFFICIAL).write_text(json.dumps(lists))
-    with pytest.raises(ValueError, match="is in 'training' and in 'test'"):
+    both = studies["train"][0]
+    assert findings(tree) == [(both, "in both official lists", "refused")]
+    assert "'training' and in 'test'" in text_of(tree, both)
+    assert summary(tree) == without(studies, both)
+
+
+def test_two_files_of_one_name_are_one_scan_if_they_are_equal(tree, studies):
+    equal, other = studies["any"]
+    folder = tree / "unlabel_2000" / "anybleed"
+    for id in (equal, other):
+        (folder / id).write_bytes((folder / f"{id}.nii.gz").read_bytes())
+    with (folder / other).open("ab") as file:
+        file.write(b"more")
+    found = findings(tree)
+    assert (equal, "one scan in two files", "repaired") in found
+    assert (other, "two scans of one name", "refused") in found
+    assert summary(tree) == without(studies, other)
+
+
+def test_links_in_a_circle_pipes_and_names_with_control_characters_are_refused(tree, studies):
+    folder = tree / "unlabel_2000" / "anybleed"
+    circle, gone = folder / "ID_0e000001_ID_01.nii.gz", folder / "ID_0e000002_ID_02.nii.gz"
+    circle.symlink_to(circle.name)
+    gone.symlink_to(tree / "nowhere")
+    os.mkfifo(folder / "ID_0e000003_ID_03.nii.gz")
+    (folder / "ID_0e000004_ID_04.nii.gz").mkdir()
+    (folder / "ID_0e000005\n1,2.nii.gz").write_bytes(b"")
+    assert findings(tree) == [
+        ("ID_0e000001_ID_01", "link that leads nowhere", "refused"),
+        ("ID_0e000002_ID_02", "link that leads nowhere", "refused"),
+        ("ID_0e000003_ID_03", "not a regular file", "refused"),
+        ("ID_0e000004_ID_04", "folder with the name of a scan", "refused"),
+        ("ID_0e000005\\n1,2", "unsafe file name", "refused"),
+    ]
+    assert all(f.text.isprintable() for f in BHSD(tree).survey().findings)
+    assert summary(tree) == expected(studies)
+
+
+def test_a_link_to_a_scan_elsewhere_is_followed(tree, studies, tmp_path):
+    path = tree / "unlabel_2000" / "anybleed" / f"{studies['any'][0]}.nii.gz"
+    path.rename(tmp_path / "blob")
+    path.symlink_to(tmp_path / "blob")
+    assert summary(tree) == expected(studies)
+    assert findings(tree) == []
+
+
+def test_names_in_the_lists_that_lead_out_of_the_tree_read_nothing_there(tree, studies, tmp_path):
+    lists = json.loads((tree / OFFICIAL).read_text())
+    lists["test"] = ["../../../etc/" + studies["test"][0] + ".nii.gz", "/etc/passwd"]
+    (tree / OFFICIAL).write_text(json.dumps(lists))
+    assert findings(tree) == [
+        ("", "path that leads out of the data set", "repaired"),
+        ("", "path that leads out of the data set", "repaired"),
+        ("passwd", "image that is not there", "refused"),
+    ]
+    assert summary(tree) == expected(studies)
+    assert all(tree in case.image.parents for case in BHSD(tree).cases())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected {'training'"),
+        ('{"training": {}}', "expected {'training'"),
+        ('{"test": [7]}', "in 'test': expected a file name; got 7"),
+        ('{"training": [{"label": "x"}]}', "in 'training': expected a file name"),
+        ('{"labels": {"1": "epidural", "2": "subdural"}}', "numbers the classes.*subdural': '2'"),
+        ('{"labels": {"epidural": 2}}', "numbers the classes.*epidural': '2'"),
+    ],
+)
+def test_lists_that_make_no_sense_are_refused_by_name(tree, text, message):
+    (tree / OFFICIAL).write_text(text)
+    with pytest.raises(ValueError, match=rf"dataset\.json: {message}"):
         list(BHSD(tree).cases())
+
+
+def test_a_tree_of_which_nothing_is_left_says_why(tree, studies):
+    for folder in ("label_192/images", "label_192/ground truths", "unlabel_2000"):
+        for path in (tree / folder).rglob("*.nii.gz"):
+            path.unlink()
+    with pytest.raises(ValueError, match=r"no scan can be used, 3 refused: .*no image for"):
+        list(BHSD(tree).cases())
+
+
+def test_empty_masks_are_expected_only_if_allowed(tree):
+    assert {case.bleeding for case in BHSD(tree).cases() if case.label} == {True}
+    assert {case.bleeding for case in BHSD(tree, allow_empty=True).cases() if case.label} == {None}
+
+
+def test_files_of_a_folder_are_given_only_if_all_can_be_used(tree, studies):
+    folder = tree / "unlabel_2000" / "anybleed"
+    assert list(scans(folder)) == list(studies["any"])
+    (folder / "ID_0e000001_ID_01.nii.gz").symlink_to("ID_0e000001_ID_01.nii.gz")
+    with pytest.raises(ValueError, match=r"ID_0e000001_ID_01\.nii\.gz: a link in a circle"):
+        scans(folder)
