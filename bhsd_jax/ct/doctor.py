@@ -32,7 +32,7 @@ _MET = (  # words of a repair or a reader, the defect, what was done
     (r"^no air", "no air: windowed, or no CT", "kept"),
     (r"^(height|rows|columns) of", "doubtful size", "kept"),
 )
-_REFUSED = (  # words of an error, the defect
+_REFUSED = (  # words of an error, the defect; the first that fits
     (r"mask is empty", "empty mask of a scan that bleeds"),
     (r"outlines bleeding", "mask of a scan that does not bleed"),
     (r"label has shape", "mask of another shape than its image"),
@@ -49,7 +49,9 @@ _REFUSED = (  # words of an error, the defect
     (r"affine is", "impossible affine"),
     (r"vox_offset", "impossible start of the voxels"),
     (r"goes on for more", "bytes after the last voxel"),
-    (r"scale|intercept", "impossible scale factors"),
+    (r"intercept", "impossible scale factors"),
+    (r"no HU", "values that are no HU"),
+    (r"more than fit", "spacing that makes a scan too large"),
     (r"slice labels do not fit", "slice labels that do not fit"),
     (r"no such file", "file that is not there"),
 )

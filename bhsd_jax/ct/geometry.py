@@ -12,6 +12,7 @@ from bhsd_jax.volume import Grid, Millimeters, Shape, Volume
 # Where the canonical axes D, H, W run in the world (x to the right, y anterior, z superior).
 _CANONICAL = np.array([[0, 0, 1], [0, -1, 0], [-1, 0, 0]], np.float64)
 _MARGIN_MM = 5.0  # around the largest component
+_MOST_VOXELS = 2**29  # of a prepared scan: a whole body at half a millimeter has as many
 
 
 def canonical(
@@ -44,7 +45,8 @@ def locate(
     order. The last voxel may stick out or fall short: the shape is rounded.
 
     Raises:
-        ValueError: If a spacing is not positive, or `transpose` is no permutation.
+        ValueError: If a spacing is not positive, `transpose` is no permutation, or the scan would
+            get more voxels than any has.
     """
     if sorted(transpose) != [0, 1, 2] or not all(0 < mm < math.inf for mm in spacing_mm):
         raise ValueError(
@@ -60,6 +62,12 @@ def locate(
     old_mm = native_mm[order[0]], native_mm[order[1]], native_mm[order[2]]
     start, stop = _crop_box(turned, old_mm, crop_hu)
     cropped = stop[0] - start[0], stop[1] - start[1], stop[2] - start[2]
+    shape = resample.resampled_shape(cropped, old_mm, spacing_mm)
+    if math.prod(shape) > _MOST_VOXELS:
+        raise ValueError(
+            f"{volume.case}: {cropped} voxels of {old_mm} mm would become {shape} of {spacing_mm} "
+            "mm, more than fit; look at the spacing in the scan's header"
+        )
     d, h, w = volume.voxels.shape
     return Grid(
         native_shape=(d, h, w),
@@ -68,7 +76,7 @@ def locate(
         flip=flip,
         crop_start=start,
         crop_stop=stop,
-        shape=resample.resampled_shape(cropped, old_mm, spacing_mm),
+        shape=shape,
         spacing_mm=spacing_mm,
     )
 

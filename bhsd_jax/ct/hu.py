@@ -8,6 +8,7 @@ from jaxtyping import Float, Float32, Num
 from bhsd_jax.ct import geometry
 
 LOWEST_HU, HIGHEST_HU = -1024.0, 3071.0  # what 12 bits can hold
+_FARTHEST_HU = 100_000.0  # wrapped and extended-range metal stays well within
 _MIN_TILT_DEG = 0.5  # below, headers are only inexact
 _ORTHOGONAL = 1e-3  # largest cosine between two axes that count as perpendicular
 _ALONG_X = math.cos(math.radians(1.0))  # an axis this close to x has not been turned away from it
@@ -20,10 +21,16 @@ def repair(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W
     all below 0 HU came out near +3000; metal wrapped around in 16 bits (below -20000); padding
     (-2048, -3024) and extended-range metal, clipped. The strings say what was done, with counts.
     The input is not changed.
+
+    Raises:
+        ValueError: If values lie where no defect known puts HU.
     """
+    low_hu, high_hu = float(voxels.min()), float(voxels.max())
+    if max(-low_hu, high_hu) > _FARTHEST_HU:
+        raise ValueError(f"no HU: values {low_hu:g} to {high_hu:g}; look at the scale factors")
     repaired = voxels.astype(np.float32)
     done = []
-    if float(repaired.min()) >= 0 and float(np.median(repaired)) > 1000:
+    if low_hu >= 0 and float(np.median(repaired)) > 1000:
         # To whole numbers, as stored once: the floor of -1000 HU, read as 3095.98 instead of 3096
         # from behind scale factors, would stay above all bone.
         np.rint(repaired, out=repaired)

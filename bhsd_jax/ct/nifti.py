@@ -86,21 +86,21 @@ def read_label(
     return Volume(voxels=label, affine=image.affine, case=image.case), warnings
 
 
-def remarks(image: Path, label: Path | None) -> list[str]:
+def remarks(image: object, label: object) -> list[str]:
     """Oddities of the headers of a scan and its mask that reading has coped with, in words.
 
-    Nothing of files in other formats.
+    Nothing of what is no NIfTI file.
     """
     said = []
     for path in (image, label):
+        if not isinstance(path, Path):
+            continue
         try:
-            if path is None:
-                continue
             with _naming(path), _stream(path) as (stream, _):
                 header = nifti_header.parse(stream)
         except (ValueError, FileNotFoundError):
             continue
-        said += nifti_header.remarks(header, is_label=path == label)
+        said += nifti_header.remarks(header, is_label=path is label)
     return said
 
 

@@ -1,7 +1,6 @@
 """One case at a time: what planning must know of it, and its prepared form. Pure functions."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from bhsd_jax.ct import geometry, hu, nifti
+from bhsd_jax.ct.foreground import SEED, foreground_positions
 from bhsd_jax.ct.plan import network_for, spacing_margin, target_spacing, transpose_for
 from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.ct.shards import Prepared
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Shape, Volume
 
-SEED = 1234  # nnU-Net's, for intensity samples and foreground lists alike
 _AIR_HU = -500.0  # a head CT without anything below has been windowed or is no CT
 
 
@@ -196,25 +195,6 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     )
 
 
-def foreground_positions(label: np.ndarray | None, num_classes: int) -> tuple[np.ndarray, ...]:
-    """Where patches may be centered: per foreground class, int32 [n 3] voxel positions.
-
-    Of n voxels, the larger of min(10 000, n) and 1 % of n (rounded up) are drawn without
-    replacement, and kept in reading order. A class that is absent has an empty list.
-    """
-    empty = np.zeros((0, 3), np.int32)
-    if label is None:
-        return (empty,) * (num_classes - 1)
-    positions = []
-    for index in range(1, num_classes):
-        flat = np.flatnonzero(label == index)
-        keep = max(min(10_000, flat.size), math.ceil(0.01 * flat.size))
-        chosen = np.random.default_rng(SEED).choice(flat, keep, replace=False)
-        where = np.unravel_index(np.sort(chosen), label.shape)
-        positions.append(np.stack(where, axis=1).astype(np.int32))
-    return tuple(positions)
-
-
 def source_digest(case: Case) -> str:
     """SHA-256 over the digests of the case's files: changes when any byte of them does."""
     total = hashlib.sha256()
@@ -233,7 +213,10 @@ def _read(
         warnings.extend(found)
     volume = raw
     if modality == "ct":
-        voxels, repairs = hu.repair(raw.voxels)
+        try:
+            voxels, repairs = hu.repair(raw.voxels)
+        except ValueError as error:
+            raise ValueError(f"{case.image}: {error}") from error
         volume = replace(raw, voxels=voxels)
         warnings.extend(repairs)
     return volume, label, warnings
