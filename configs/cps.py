@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"cps: preset is one of {', '.join(PRESETS)}; got {config.preset!r}")
     config.name = "cps"
     config.objective = {"name": "cps.CrossPseudoSupervision", **PRESETS[config.preset]}
-    config.split.binary = True
+    config.split.binary = config.task != "1"
     config.input.labeled = 2
     config.input.unlabeled = 2
     return config
