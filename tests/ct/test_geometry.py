@@ -222,3 +222,9 @@ def test_arrays_of_another_shape_are_refused():
         geometry.locate(
             Volume(head(), CANONICAL, "x"), spacing_mm=(1.0, 1.0, 1.0), transpose=(0, 0, 1)
         )
+
+
+def test_a_scan_that_would_become_larger_than_any_is_refused():
+    volume = Volume(head().astype(np.float32), CANONICAL @ np.diag([1, 1e3, 1e3, 1]), "huge")
+    with pytest.raises(ValueError, match=r"huge: .* more than fit; look at the spacing"):
+        geometry.locate(volume, spacing_mm=(5.0, 0.5, 0.5))

@@ -61,6 +61,13 @@ def test_wraps_are_undone_before_clipping():
     np.testing.assert_array_equal(scan, before)
 
 
+@pytest.mark.parametrize("far", [-1.1e5, 1.1e5])
+def test_values_that_no_defect_explains_are_no_hu(far):
+    scan = np.array([-1000, 0, 40, far], np.float32).reshape(1, 2, 2)
+    with pytest.raises(ValueError, match=r"no HU: values .*look at the scale factors"):
+        hu.repair(scan)
+
+
 def test_bright_scans_with_air_are_no_overflow():
     scan = np.array([-1000, 2000, 2000, 2000], np.float32).reshape(1, 2, 2)
     np.testing.assert_array_equal(hu.repair(scan)[0], scan)

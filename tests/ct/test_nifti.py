@@ -269,3 +269,31 @@ def test_a_volume_survives_writing_and_reading(tmp_path, stored, kind):
     np.testing.assert_array_equal(
         nib.load(tmp_path / "x.nii").affine[:, [2, 1, 0, 3]], again.affine
     )
+
+
+def test_a_mask_whose_axes_run_the_other_way_is_doubted_and_taken_as_it_lies(tmp_path, stored):
+    image = nifti.read(save(tmp_path / "scan.nii", stored))
+    mirrored = AFFINE @ np.diag([-1.0, 1, 1, 1])
+    path = save(tmp_path / "l.nii", (stored > 0).astype(np.uint8), mirrored)
+    label, warnings = nifti.read_label(path, image, num_classes=2)
+    np.testing.assert_array_equal(label.voxels, (stored > 0).T)
+    assert len(warnings) == 1
+    assert "other way" in warnings[0]
+
+
+def test_odd_headers_are_remarked_on(tmp_path, stored):
+    plain = save(tmp_path / "plain.nii", stored)
+    mask = save(tmp_path / "mask.nii", stored.astype(np.uint8))
+    assert nifti.remarks(plain, mask) == []
+    odd = save(tmp_path / "odd.nii", stored, slope=0.5, inter=-3, sform_code=0, qform_code=1)
+    wide = save(tmp_path / "wide.nii", stored.astype(np.uint16))
+    assert nifti.remarks(odd, wide) == [
+        "scale factors applied: 0.5 x + -3",
+        "position from the qform, no sform",
+        "mask stored as uint16, not uint8",
+    ]
+    lost = save(tmp_path / "lost.nii", stored, slope=np.nan, sform_code=0, qform_code=0)
+    assert nifti.remarks(lost, None) == ["scale factor nan ignored", "no position in the header"]
+    (tmp_path / "text.nii").write_text("no scan")
+    assert nifti.remarks(tmp_path / "text.nii", tmp_path / "none.nii") == []
+    assert nifti.remarks(object(), object()) == []  # scans that are no file

@@ -4,6 +4,7 @@ from scipy import ndimage
 
 from bhsd_jax.datasets.phantom_bleeds import EDH, IPH, IVH, SAH, SDH, class_set, lowest
 from bhsd_jax.datasets.phantom_case import VERSION, Options, make_case
+from bhsd_jax.datasets.phantom_flaws import METAL_HU
 
 SMALL = {"size": 48, "slices": 10}
 
@@ -194,3 +195,36 @@ def test_padding_fills_what_the_circle_leaves_out(pad_hu):
 def test_bad_options_are_named(bad, message):
     with pytest.raises(ValueError, match=message):
         Options(**bad)
+
+
+def test_metal_is_a_bright_spot_with_streaks_in_its_slice_alone():
+    plain, label, _ = make_case(7, Options(size=64, slices=12, pad_hu=-2048))
+    hu, same, _ = make_case(7, Options(size=64, slices=12, pad_hu=-2048, metal=True))
+    np.testing.assert_array_equal(label, same)
+    assert hu.max() == METAL_HU
+    spoiled = np.flatnonzero((hu != plain).any((1, 2)))
+    assert len(spoiled) == 1
+    (plane,) = spoiled
+    moved = (hu - plain.astype(int))[plane]
+    coil = hu[plane] == METAL_HU
+    assert 1 <= coil.sum() <= 20
+    assert moved[~coil].min() < -50
+    assert moved[~coil].max() > 50
+    np.testing.assert_array_equal(hu[plain == -2048], -2048)
+
+
+def test_another_rater_moves_outlines_by_a_pixel_and_loses_no_class():
+    options = {"size": 96, "slices": 12, "classes": (IPH, SDH), "volumes_ml": {IPH: 30.0}}
+    hu, label, _ = make_case(5, Options(**options))
+    same, drawn, _ = make_case(5, Options(**options, rater_noise=True))
+    np.testing.assert_array_equal(hu, same)
+    assert (drawn != label).any()
+    assert set(np.unique(drawn)) == set(np.unique(label))
+    square = np.ones((1, 3, 3), bool)
+    grown = ndimage.binary_dilation(label > 0, square)
+    shrunk = ndimage.binary_erosion(label > 0, square)
+    assert not (drawn[~grown]).any()
+    assert (drawn[shrunk] > 0).all()
+    kept = (drawn > 0) & (label > 0)
+    np.testing.assert_array_equal(drawn[kept], label[kept])  # nothing grows over another class
+    assert (drawn > 0).sum() > (label > 0).sum()  # raters tend to draw loosely

@@ -11,6 +11,7 @@ from bhsd_jax.datasets import phantom_tree
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.datasets.phantom_bleeds import CLASSES
 from bhsd_jax.datasets.phantom_case import Options, make_case
+from bhsd_jax.datasets.phantom_defects import spoil
 from bhsd_jax.datasets.phantom_files import case_id, write_image
 from bhsd_jax.datasets.phantom_tree import generate
 from bhsd_jax.datasets.synthetic import Synthetic
@@ -212,3 +213,35 @@ def test_the_data_set_makes_itself_and_reads_as_bhsd(tmp_path):
 def test_a_data_set_without_a_folder_says_so():
     with pytest.raises(ValueError, match=r"set config\.data\.root"):
         Synthetic("").prepare()
+
+
+def test_metal_and_rater_noise_are_asked_for_by_the_tree(tmp_path, tree):
+    generate(tmp_path / "t", processes=1, **TREE, metal=0.5, rater_noise=True)
+    folder = "label_192/images"
+    brightest = [nib.load(p).get_fdata().max() for p in sorted((tmp_path / "t" / folder).iterdir())]
+    assert 0 < sum(value > 30_000 for value in brightest) < len(brightest)
+    masks = [
+        [nib.load(p).get_fdata() for p in sorted((root / "label_192/ground truths").iterdir())]
+        for root in (tree, tmp_path / "t")
+    ]
+    assert any((a != b).any() for a, b in zip(*masks, strict=True))
+    with pytest.raises(ValueError, match="metal is a share"):
+        generate(tmp_path / "u", processes=1, **TREE, metal=2)
+
+
+def test_a_tree_begun_before_there_was_metal_goes_on(tmp_path):
+    generate(tmp_path, processes=1, **TREE)
+    path = tmp_path / "synthetic.json"
+    old = json.loads(path.read_text())
+    del old["metal"], old["rater_noise"]
+    path.write_text(json.dumps(old))
+    generate(tmp_path, processes=1, **TREE)
+    with pytest.raises(ValueError, match=r"metal 0\.0 instead of 0\.5"):
+        generate(tmp_path, processes=1, **TREE, metal=0.5)
+
+
+def test_a_tree_too_small_for_every_defect_is_left_as_it_is(tree):
+    before = _hashes(tree)
+    with pytest.raises(ValueError, match="needs 17 training scans, 2 for testing and 3"):
+        spoil(tree)
+    assert _hashes(tree) == before

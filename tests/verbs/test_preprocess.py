@@ -257,6 +257,30 @@ def test_masks_that_are_all_empty_are_refused(data, tmp_path):
         preprocess.run(configure(data), tmp_path / "run")
 
 
+def test_without_a_training_case_that_is_left_the_first_reason_is_given(data, tmp_path):
+    for path in (data / "labelsTr").iterdir():
+        path.write_bytes(b"")
+    for allowed in (False, True):
+        with pytest.raises(ValueError, match=r"no training case .* 4 refused; h_0: .*h_0.* empty"):
+            preprocess.run(configure(data, allow_skipped=allowed), tmp_path / "run")
+    assert len((tmp_path / "run" / "skipped.csv").read_text().splitlines()) == 5
+
+
+def test_a_second_look_leaves_nothing_of_the_first(data, tmp_path):
+    path = data / "imagesTr" / "h_2.nii.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-900])
+    preprocess.run(configure(data, verify_only=True, allow_skipped=True), tmp_path / "run")
+    assert "damaged gzip" in (tmp_path / "run" / "defects.csv").read_text()
+    path.write_bytes(whole)
+    preprocess.run(configure(data, verify_only=True), tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "integrity.csv",
+        "integrity.json",
+    ]
+    assert json.loads((tmp_path / "run" / "integrity.json").read_text())["defects"] == []
+
+
 def test_an_empty_root_is_refused_unless_the_data_are_synthetic(tmp_path):
     with pytest.raises(ValueError, match=r"config\.data\.root is empty; say where msd\.MSD lies"):
         preprocess.run(configure(""), tmp_path / "run")
