@@ -22,7 +22,7 @@ _MET = (  # words of a repair or a reader, the defect, what was done
     (r"^scale factors", "HU behind scale factors", "repaired"),
     (r"^scale factor .* ignored", "scale factor that makes no sense", "kept"),
     (r"^label affine .* other way", "mask that may be mirrored", "kept"),
-    (r"^label affine", "mask that lies elsewhere than its image", "repaired"),
+    (r"^label affine is", "mask that lies elsewhere than its image", "repaired"),
     (r"^label geometry", "mask without usable geometry", "repaired"),
     (r"^mask stored as", "mask not stored in 8 bits", "repaired"),
     (r"^position from the qform", "position in the qform only", "repaired"),
@@ -77,8 +77,6 @@ def of_facts(facts: Iterable[Facts], modality: str) -> list[Finding]:
     for fact in facts:
         for text in (*fact.warnings, *(_doubtful(fact) if modality == "ct" else ())):
             known = [(defect, done) for words, defect, done in _MET if re.search(words, text)]
-            if any(defect == "mask that may be mirrored" for defect, _ in known):
-                known = known[:1]
             for defect, done in known or [(re.sub(r"-?\d[\d.,]*", "#", text), "kept")]:
                 found.append(Finding(defect, done, fact.case, text))
     return found

@@ -65,7 +65,7 @@ class BHSD:
         labeled, findings = self._labeled(root)
         unlabeled, more = _unlabeled(root, {case.id for case in labeled})
         found, overlaps = _patients([*labeled, *unlabeled])
-        findings += [*more, *overlaps]
+        findings += [*more, *overlaps, *_unused(root, found)]
         refused = [finding.text for finding in findings if finding.done == "refused"]
         if refused and not found:
             raise ValueError(f"{root}: no scan can be used, {len(refused)} refused: {refused[0]}")
@@ -193,6 +193,17 @@ def _unlabeled(root: Path, labeled: set[str]) -> tuple[list[Case], list[Finding]
                     findings.append(Finding("one scan in two folders", "repaired", id, text))
         findings += _folder_name(base, count)
     return [case for id, case in cases.items() if id not in torn], findings
+
+
+def _unused(root: Path, cases: list[Case]) -> list[Finding]:
+    """Folders of scans that belong to nothing, such as a later challenge's test scans."""
+    used = {path.parent for case in cases for path in (case.image, case.label) if path}
+    findings = []
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and folder not in used and (count := len(list(folder.glob("*.nii*")))):
+            text = f"{folder}: {count} scans without masks or a place in the lists; not used"
+            findings.append(Finding("folder that is not used", "kept", "", text))
+    return findings
 
 
 def _folder_name(folder: Path, count: int) -> list[Finding]:

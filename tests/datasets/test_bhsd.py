@@ -80,6 +80,7 @@ def test_mask_folders_of_other_copies_are_found(tree, studies, name):
 def test_any_mask_folder_can_be_named(tree, studies):
     (tree / "label_192" / "ground truths").rename(tree / "mine")
     assert summary(tree, label_dir="mine") == expected(studies)
+    assert findings(tree, label_dir="mine") == []
     assert summary(tree, label_dir=tree / "mine") == expected(studies)
 
 
@@ -160,6 +161,15 @@ def test_what_every_copy_has_is_said_and_handled(tree):
         "holds 3 scans",
         "holds 3 scans",
     ]
+
+
+def test_a_folder_of_scans_that_is_not_used_is_named(tree, studies, touch):
+    for name in ("a", "b"):
+        touch(tree / "FirstStage_test" / f"{name}.nii.gz")
+    (tree / "notes").mkdir()
+    assert findings(tree) == [("", "folder that is not used", "kept")]
+    assert "FirstStage_test: 2 scans" in BHSD(tree).survey().findings[-1].text
+    assert summary(tree) == expected(studies)
 
 
 def test_an_image_without_mask_is_refused_alone(tree, studies):
