@@ -12,8 +12,6 @@ from bhsd_jax.volume import Dataset, Survey
 
 logger = logging.getLogger(__name__)
 
-_FILES = ("integrity.csv", "integrity.json", "defects.csv")
-
 
 def survey(dataset: Dataset) -> Survey:
     """The usable cases, sorted by id, and what a reader that looks for defects has found.
@@ -64,12 +62,11 @@ def _write(
     totals: Mapping[str, Any],
     defects: Sequence[doctor.Group],
 ) -> None:
-    """Files of this look; those of an earlier one go, so that none contradicts another."""
-    for name in _FILES:
-        (workdir / name).unlink(missing_ok=True)
+    """Files of this look; what it has nothing for goes, so that none contradicts another."""
     shards.write_json(workdir / "integrity.json", totals)
-    if table:
-        integrity.write_csv(workdir / "integrity.csv", table, list(table[0]))
-    if defects:
-        rows = [asdict(finding) for found in defects for finding in found.findings]
-        integrity.write_csv(workdir / "defects.csv", rows, ("done", "defect", "case", "text"))
+    rows = [asdict(finding) for found in defects for finding in found.findings]
+    for name, lines in (("integrity.csv", table), ("defects.csv", rows)):
+        if lines:
+            integrity.write_csv(workdir / name, lines, list(lines[0]))
+        else:
+            (workdir / name).unlink(missing_ok=True)
