@@ -140,7 +140,7 @@ class Plan:
     classes: tuple[str, ...]  # index 0 is background
     modality: str  # "ct": shards hold int16 HU; "mr": float32, z-scored per scan
     spacing_mm: Millimeters  # D, H, W
-    transpose: tuple[int, int, int]  # canonical axis (S, P, L) behind D, H, W; head CT: 0, 1, 2
+    transpose: tuple[int, int, int]  # which of `axes` is behind D, H, W; head CT: 0, 1, 2
     crop_hu: float | None  # CT: box of the largest component above this; None: non-zero voxels
     foreground: tuple[float, float, float, float]  # 0.5 %, mean, std, 99.5 % inside labels (HU)
     median_shape: Shape  # of the prepared training cases
@@ -149,6 +149,8 @@ class Plan:
     license: str = ""  # of the data; carried into every checkpoint and export
     version: int = 1  # of the preprocessing code
     notes: tuple[str, ...] = field(default=())  # warnings of the planner
+    axes: str = "SPL"  # where D, H, W run before `transpose`; "file": as they lie in the file
+    normalize_first: bool = False  # as nnU-Net: unrepaired, normalized before it is resampled
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""

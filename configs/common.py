@@ -177,7 +177,8 @@ def _train() -> dict:
 def _infer() -> dict:
     return {
         "step": 0.5,  # tile stride as a share of the tile
-        "mirror": True,  # average over all mirrored versions
+        "mirror": True,  # average over all versions mirrored along mirror_axes
+        "mirror_axes": (0, 1, 2),  # D, H, W
         "tiles": placeholder(int),  # tiles per call; None: chosen from the memory of the device
     }
 

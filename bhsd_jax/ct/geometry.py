@@ -9,22 +9,41 @@ from scipy import ndimage, optimize
 from bhsd_jax.ct import resample
 from bhsd_jax.volume import Grid, Millimeters, Shape, Volume
 
-# Where the canonical axes D, H, W run in the world (x to the right, y anterior, z superior).
-_CANONICAL = np.array([[0, 0, 1], [0, -1, 0], [-1, 0, 0]], np.float64)
+# Where an axis runs in the world (x to the right, y anterior, z superior), by its letter.
+_WORLD = {
+    "R": (1, 0, 0),
+    "A": (0, 1, 0),
+    "S": (0, 0, 1),
+    "L": (-1, 0, 0),
+    "P": (0, -1, 0),
+    "I": (0, 0, -1),
+}
+_SAME_LINE = str.maketrans("LPI", "RAS")
+CANONICAL, AS_IN_FILE = "SPL", "file"
 _MARGIN_MM = 5.0  # around the largest component
 _MOST_VOXELS = 2**29  # of a prepared scan: a whole body at half a millimeter has as many
 
 
 def canonical(
-    affine: Float[np.ndarray, "4 4"],
+    affine: Float[np.ndarray, "4 4"], axes: str = CANONICAL
 ) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
     """Native axes nearest to superior, posterior, left; and which of them run the other way.
 
-    The three are assigned together, by the largest sum of cosines, so that an oblique scan never
-    has one axis taken twice.
+    Or to three other letters of R L A P S I; "file" leaves all as they are. The three are assigned
+    together, by the largest sum of cosines, so that an oblique scan never has one axis taken twice.
+
+    Raises:
+        ValueError: If the letters do not name three axes.
     """
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    cosines = _CANONICAL @ axes  # [canonical, native]
+    if axes == AS_IN_FILE:
+        return (0, 1, 2), (False, False, False)
+    if sorted(axes.translate(_SAME_LINE)) != ["A", "R", "S"]:
+        raise ValueError(
+            f"axes are {AS_IN_FILE!r} or three letters, one each of R/L, A/P, S/I; got {axes!r}"
+        )
+    wanted = np.array([_WORLD[letter] for letter in axes], np.float64)
+    native = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = wanted @ native  # [wanted, native]
     d, h, w = optimize.linear_sum_assignment(np.abs(cosines), maximize=True)[1].tolist()
     flip = bool(cosines[0, d] < 0), bool(cosines[1, h] < 0), bool(cosines[2, w] < 0)
     return (d, h, w), flip
@@ -36,24 +55,26 @@ def locate(
     spacing_mm: Millimeters,
     transpose: tuple[int, int, int] = (0, 1, 2),
     crop_hu: float | None = None,
+    axes: str = CANONICAL,
 ) -> Grid:
     """Plans the way of a scan to the prepared spacing: axis order, crop box, shape.
 
     The box is that of the non-zero voxels (`crop_hu` None), or that of the largest face-connected
     component above `crop_hu` plus 5 mm on every side; of the whole scan if there are none.
-    `transpose` names the canonical axis behind each prepared axis, and `spacing_mm` is in prepared
-    order. The last voxel may stick out or fall short: the shape is rounded.
+    `transpose` names which of `axes` (see `canonical`) is behind each prepared axis, and
+    `spacing_mm` is in prepared order. The last voxel may stick out or fall short: the shape is
+    rounded.
 
     Raises:
-        ValueError: If a spacing is not positive, `transpose` is no permutation, or the scan would
-            get more voxels than any has.
+        ValueError: If a spacing is not positive, `transpose` is no permutation, `axes` are none, or
+            the scan would get more voxels than any has.
     """
     if sorted(transpose) != [0, 1, 2] or not all(0 < mm < math.inf for mm in spacing_mm):
         raise ValueError(
             f"{volume.case}: want a permutation of (0, 1, 2) and three positive spacings; "
             f"got transpose {transpose}, spacing_mm {spacing_mm}"
         )
-    native_order, native_flip = canonical(volume.affine)
+    native_order, native_flip = canonical(volume.affine, axes)
     a, b, c = transpose
     order = native_order[a], native_order[b], native_order[c]
     flip = native_flip[a], native_flip[b], native_flip[c]
@@ -143,22 +164,31 @@ def argmax_from_grid(
 
 
 def probabilities_from_grid(
-    prob: Float[np.ndarray, "K _ _ _"], grid: Grid
+    logits: Float[np.ndarray, "K _ _ _"], grid: Grid
 ) -> Float32[np.ndarray, "K _ _ _"]:
     """Class probabilities on the scan's own voxels; outside the crop, background is 1.
 
-    Their arg-max can differ from `argmax_from_grid` of the logits where two classes are close:
-    the one averages after the softmax, the other before.
+    Logits are brought back, then comes the softmax: the likeliest class is `argmax_from_grid`'s.
 
     Raises:
         ValueError: If the shape is not the grid's.
+
+    Source: nnU-Net v2.8.1, `convert_predicted_logits_to_segmentation_with_correct_shape`.
     """
-    _check_shape(prob.shape[1:], grid.shape, "prepared")
+    _check_shape(logits.shape[1:], grid.shape, "prepared")
     axis = resample.separate_axis(grid.native_spacing_mm, grid.spacing_mm)
-    native = np.zeros((len(prob), *grid.native_shape), np.float32)
+    native = np.zeros((len(logits), *grid.native_shape), np.float32)
     native[0] = 1
-    for one, target in zip(prob, native, strict=True):
-        _native_box(target, grid)[...] = resample.resample_linear(one, grid.cropped_shape, axis)
+    inside = [_native_box(one, grid) for one in native]
+    for one, box in zip(logits, inside, strict=True):
+        box[...] = resample.resample_linear(one, grid.cropped_shape, axis)
+    highest = np.max(inside, axis=0)
+    total = np.zeros(grid.cropped_shape, np.float32)
+    for box in inside:
+        box[...] = np.exp(box - highest)
+        total += box
+    for box in inside:
+        box /= total
     return native
 
 

@@ -15,6 +15,16 @@ _SPLINES = {  # key in the file: (is_seg, spline order)
     "probabilities": (False, 1),
 }
 _UNETS = {False: "PlainConvUNet", True: "ResidualEncoderUNet"}
+_LAYERS = {  # what all of nnU-Net's plans have in common, but for the number of axes
+    "conv_bias": True,
+    "conv_op": "torch.nn.modules.conv.Conv3d",
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
 _ENCODER = {"PlainConvUNet": "n_conv_per_stage", "ResidualEncoderUNet": "n_blocks_per_stage"}
 
 
@@ -127,18 +137,13 @@ def _architecture(planner: Planner, pooling: Pooling) -> dict[str, Any]:
     arguments = {
         "n_stages": stages,
         "features_per_stage": list(widths(stages, axes)),
+        **_LAYERS,
         "conv_op": f"torch.nn.modules.conv.Conv{axes}d",
         "kernel_sizes": [list(kernel) for kernel in pooling.kernels],
         "strides": [list(stride) for stride in pooling.strides],
         _ENCODER[unet]: list(planner.encoder(stages)),
         "n_conv_per_stage_decoder": list(planner.decoder(stages)),
-        "conv_bias": True,
         "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{axes}d",
-        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
     }
     return {
         "network_class_name": f"dynamic_network_architectures.architectures.unet.{unet}",
@@ -174,9 +179,7 @@ def network(settings: Mapping[str, Any]) -> Network:
         ValueError: If it is another network than the plain or the residual-encoder U-Net, not 3D,
             or takes a coarser network's output as input.
     """
-    architecture = settings["architecture"] if "architecture" in settings else _older(settings)
-    unet = architecture["network_class_name"].rpartition(".")[2]
-    found = architecture["arch_kwargs"]
+    unet, found = architecture(settings)
     previous = settings.get("previous_stage")
     if unet not in _ENCODER or len(settings["patch_size"]) != 3 or previous:
         raise ValueError(
@@ -195,12 +198,24 @@ def network(settings: Mapping[str, Any]) -> Network:
     )
 
 
+def architecture(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Class of the network, without its module, and arguments of its constructor.
+
+    Raises:
+        KeyError: If a setting is missing.
+    """
+    found = settings["architecture"] if "architecture" in settings else _older(settings)
+    return found["network_class_name"].rpartition(".")[2], dict(found["arch_kwargs"])
+
+
 def _older(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same in the words of files before 2.4: sizes instead of constructor arguments."""
     unet = settings["UNet_class_name"]
     convs = settings["n_conv_per_stage_encoder"]
     base, widest = settings["UNet_base_num_features"], settings["unet_max_num_features"]
     arguments = {
+        **_LAYERS,
+        "n_stages": len(convs),
         "features_per_stage": widths(len(convs), base=base, widest=widest),
         "kernel_sizes": settings["conv_kernel_sizes"],
         "strides": settings["pool_op_kernel_sizes"],

@@ -54,7 +54,7 @@ def fingerprint_case(
     Source: nnU-Net v2, `DatasetFingerprintExtractor` (crop, then sample).
     """
     raw = nifti.read(case.image)
-    volume, label, warnings = _read(case, raw, num_classes=num_classes, modality=modality)
+    volume, label, warnings = _read(case, raw, num_classes=num_classes, repair=modality == "ct")
     # The target spacing does not matter here: only the crop and the native spacing are used.
     grid = geometry.locate(volume, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
     _align_slice_labels(case, grid, num_classes)
@@ -157,7 +157,8 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     """Reads, repairs, crops, resamples and normalizes one case as the plan says.
 
     CT stays in HU, rounded to int16; windows are applied in training. MR is brought to zero mean
-    and unit variance over the whole cropped scan before it is resampled, as nnU-Net does it.
+    and unit variance over the whole cropped scan before it is resampled, as nnU-Net does it; so is
+    CT clipped and scaled, and not repaired, where the plan says `normalize_first`.
 
     Raises:
         ValueError: If a file is broken, or image and mask do not belong together.
@@ -165,15 +166,21 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     """
     classes = len(plan.classes)
     raw = nifti.read(case.image)
-    volume, label, _ = _read(case, raw, num_classes=classes, modality=plan.modality)
+    hounsfield = plan.modality == "ct" and not plan.normalize_first
+    volume, label, _ = _read(case, raw, num_classes=classes, repair=hounsfield)
     grid = geometry.locate(
-        volume, spacing_mm=plan.spacing_mm, transpose=plan.transpose, crop_hu=plan.crop_hu
+        volume,
+        spacing_mm=plan.spacing_mm,
+        transpose=plan.transpose,
+        crop_hu=plan.crop_hu,
+        axes=plan.axes,
     )
-    if plan.modality == "ct":
+    if hounsfield:
         image = np.rint(geometry.to_grid(volume.voxels, grid, "image")).astype(np.int16)
     else:
-        image = geometry.to_grid(_standardized(volume.voxels, grid), grid, "image")
-        image = image.astype(np.float32)
+        ct = plan.modality == "ct"
+        voxels = _scaled(volume.voxels, plan) if ct else _standardized(volume.voxels, grid)
+        image = geometry.to_grid(voxels, grid, "image").astype(np.float32)
     prepared_label, volume_ml = None, ()
     if label is not None:
         prepared_label = geometry.to_grid(label, grid, "label").astype(np.uint8)
@@ -204,7 +211,7 @@ def source_digest(case: Case) -> str:
 
 
 def _read(
-    case: Case, raw: Volume, *, num_classes: int, modality: str
+    case: Case, raw: Volume, *, num_classes: int, repair: bool
 ) -> tuple[Volume, np.ndarray | None, list[str]]:
     label, warnings = None, []
     if case.label is not None:
@@ -212,7 +219,7 @@ def _read(
         label = mask.voxels
         warnings.extend(found)
     volume = raw
-    if modality == "ct":
+    if repair:
         try:
             voxels, repairs = hu.repair(raw.voxels)
         except ValueError as error:
@@ -233,6 +240,12 @@ def _standardized(voxels: np.ndarray, grid: Grid) -> np.ndarray:
     inside = _cropped(voxels, grid).astype(np.float64)
     mean, std = inside.mean(), max(float(inside.std()), 1e-8)
     return ((voxels - mean) / std).astype(np.float32)
+
+
+def _scaled(voxels: np.ndarray, plan: Plan) -> np.ndarray:
+    """Source: nnU-Net v2.8.1, `CTNormalization`, in float32 as there."""
+    low, mean, std, high = plan.foreground
+    return (np.clip(voxels.astype(np.float32), low, high) - mean) / max(std, 1e-8)
 
 
 def _align_slice_labels(

@@ -42,7 +42,8 @@ class SlidingWindow:
     forward: Callable[[Params, Array], Logits]  # (params, [B D H W C]); its first logits are used
     tile: Shape
     step: float = 0.5  # distance of neighboring tiles, as a share of the tile
-    mirror: bool = True  # average over all 8 mirrored versions
+    mirror: bool = True  # average over all versions mirrored along `mirror_axes`
+    mirror_axes: tuple[int, ...] = (0, 1, 2)  # D, H, W
     tiles_per_call: int | None = None  # None: as many as fit
     law: str = "nnunet"  # of tile positions and weights: a key of `tiles.LAWS`
     mesh: Mesh | None = None  # the tiles of a call are spread over all its devices
@@ -151,7 +152,8 @@ class SlidingWindow:
     def _places(self, size: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
         """First voxel and mirrored axes of everything the network is to see."""
         axes = tiles.LAWS[self.law].starts(size, self.tile, self.step)
-        flips = itertools.product((False, True) if self.mirror else (False,), repeat=3)
+        mirrored = self.mirror_axes if self.mirror else ()
+        flips = itertools.product(*((False, True) if a in mirrored else (False,) for a in range(3)))
         return list(itertools.product(itertools.product(*axes), list(flips)))
 
     def _calls(self, size: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:

@@ -52,15 +52,15 @@ class PlainConvUNet(nn.Module):
     @property
     def stride(self) -> Triple:
         """The patch must be a multiple of it, axis by axis."""
-        return _total(_strides(self))
+        return _total(strides_of(self))
 
     @nn.compact
     def __call__(self, image: Float[Array, "B D H W C"], *, train: bool) -> Logits:
         del train  # one function: no dropout, no running statistics
         require_patch(type(self).__name__, image.shape[1:4], self.stride)
         stage = _rematerialized(ConvStage, self.remat)
-        strides, kernels = _strides(self), _kernels(self)
-        convs = _counts(self, "convs_encoder", len(self.features))
+        strides, kernels = strides_of(self), kernels_of(self)
+        convs = counts(self, "convs_encoder", len(self.features))
         x, skips = image.astype(self.dtype), []
         for i, features in enumerate(self.features):
             unit = _unit(self, kernels[i])
@@ -99,17 +99,17 @@ class ResidualEncoderUNet(nn.Module):
     @property
     def stride(self) -> Triple:
         """The patch must be a multiple of it, axis by axis."""
-        return _total(_strides(self))
+        return _total(strides_of(self))
 
     @nn.compact
     def __call__(self, image: Float[Array, "B D H W C"], *, train: bool) -> Logits:
         del train  # one function: no dropout, no running statistics
         require_patch(type(self).__name__, image.shape[1:4], self.stride)
         stage = _rematerialized(ResidualStage, self.remat)
-        strides, kernels = _strides(self), _kernels(self)
+        strides, kernels = strides_of(self), kernels_of(self)
         stages = len(self.features)
-        blocks = _per_stage(self, "blocks_encoder", _BLOCKS)
-        inner = _counts(self, "bottleneck", stages) if self.bottleneck else (None,) * stages
+        blocks = blocks_of(self)
+        inner = counts(self, "bottleneck", stages) if self.bottleneck else (None,) * stages
         stem = self.features[0] if self.stem is None else self.stem
         x = _unit(self, kernels[0])(features=stem, name="stem")(image.astype(self.dtype))
         skips = []
@@ -177,8 +177,8 @@ class ResidualStage(nn.Module):
 def _decode(net: Any, skips: list[Array]) -> Logits:
     """From the lowest stage up: up-sample, join (up-sampled first, then skip), convolve, head."""
     stage = _rematerialized(ConvStage, net.remat)
-    strides, kernels = _strides(net), _kernels(net)
-    convs = _counts(net, "convs_decoder", len(skips) - 1)
+    strides, kernels = strides_of(net), kernels_of(net)
+    convs = counts(net, "convs_decoder", len(skips) - 1)
     x, logits = skips[-1], []
     for i in reversed(range(len(skips) - 1)):
         features = net.features[i]
@@ -209,11 +209,13 @@ def _rematerialized(stage: Any, remat: str) -> Any:
     return nn.remat(stage) if remat == "blocks" else stage
 
 
-def _strides(net: Any) -> tuple[Triple, ...]:
+def strides_of(net: Any) -> tuple[Triple, ...]:
+    """Per stage, of its first convolution."""
     return _per_stage(net, "strides", _STRIDES)
 
 
-def _kernels(net: Any) -> tuple[Triple, ...]:
+def kernels_of(net: Any) -> tuple[Triple, ...]:
+    """Per stage."""
     kernels = _per_stage(net, "kernels", _KERNELS)
     if not all(k % 2 for kernel in kernels for k in kernel):
         raise ValueError(f"{type(net).__name__}: kernels must be odd; got {kernels}")
@@ -228,10 +230,16 @@ def _total(strides: tuple[Triple, ...]) -> Triple:
 def _per_stage(net: Any, field: str, default: tuple) -> tuple:
     """One entry per stage; an empty field takes the first of the BHSD plan."""
     stages = len(net.features)
-    return _counts(net, field, stages, default[:stages])
+    return counts(net, field, stages, default[:stages])
 
 
-def _counts(net: Any, field: str, stages: int, default: tuple = ()) -> tuple:
+def blocks_of(net: Any) -> tuple[int, ...]:
+    """Residual blocks per stage."""
+    return _per_stage(net, "blocks_encoder", _BLOCKS)
+
+
+def counts(net: Any, field: str, stages: int, default: tuple = ()) -> tuple:
+    """One entry per stage of a field that may be one number for all."""
     given = getattr(net, field)
     if isinstance(given, int):
         return (given,) * stages

@@ -5,7 +5,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bhsd_jax.models import torch_import
+import numpy as np
+
+from bhsd_jax.models import nnunet, torch_import
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.nnunet import PlainConvUNet, ResidualEncoderUNet
 from bhsd_jax.models.torch_import import Recipe, Weight
@@ -15,6 +17,7 @@ _ALIASES = (  # the same tensor under a second name; a conv unit lists its parts
     (r"\.all_modules\.0\.", ".conv."),
     (r"\.all_modules\.1\.", ".norm."),
 )
+REFERENCES = ("PlainConvUNet", "ResidualEncoderUNet")
 _SHARED = ("input_channels", "n_stages", "features_per_stage", "kernel_sizes", "strides")
 _SHARED += ("num_classes", "n_conv_per_stage_decoder")
 _REQUIRED = {
@@ -69,6 +72,57 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
     weights |= _decoder(module)
     image = (1, *module.stride, arguments["input_channels"])
     return Recipe(module, image, weights, _canonical, functools.partial(_is_unused, module))
+
+
+def constructor_of(module: Any, channels: int) -> tuple[str, dict[str, Any]]:
+    """Class and arguments of the PyTorch twin: what `from_torch` makes `module` of.
+
+    Raises:
+        ValueError: If it is another network than nnU-Net's two.
+    """
+    reference = type(module).__name__
+    if reference not in REFERENCES:
+        raise ValueError(f"{reference}: only {' and '.join(REFERENCES)} have a twin in nnU-Net")
+    stages = len(module.features)
+    arguments = {
+        "input_channels": channels,
+        "num_classes": module.num_classes,
+        "n_stages": stages,
+        "features_per_stage": list(module.features),
+        "conv_op": "torch.nn.Conv3d",
+        "kernel_sizes": [list(kernel) for kernel in nnunet.kernels_of(module)],
+        "strides": [list(stride) for stride in nnunet.strides_of(module)],
+        "n_conv_per_stage_decoder": list(nnunet.counts(module, "convs_decoder", stages - 1)[::-1]),
+        "conv_bias": module.conv_bias,
+        "norm_op": "torch.nn.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": module.epsilon, "affine": module.affine},
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"negative_slope": module.slope, "inplace": True},
+        "deep_supervision": module.deep_supervision,
+    }
+    if reference == "PlainConvUNet":
+        convs = nnunet.counts(module, "convs_encoder", stages)
+        return reference, arguments | {"n_conv_per_stage": list(convs)}
+    arguments["n_blocks_per_stage"] = list(nnunet.blocks_of(module))
+    if module.stem is not None:
+        arguments["stem_channels"] = module.stem
+    if module.bottleneck:
+        inner = list(nnunet.counts(module, "bottleneck", stages))
+        arguments |= {"block": "BottleneckD", "bottleneck_channels": inner}
+    return reference, arguments
+
+
+def completed(module: Any, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With every name PyTorch's own has: second names, and heads that are never computed, as 0."""
+    whole = dict(state)
+    for s in range(1, len(module.features) - 1):
+        head = f"decoder.seg_layers.{len(module.features) - 2 - s}"
+        shape = (module.num_classes, module.features[s], 1, 1, 1)
+        whole.setdefault(f"{head}.weight", np.zeros(shape, np.float32))
+        whole.setdefault(f"{head}.bias", np.zeros(shape[:1], np.float32))
+    for main, second in ((".conv.", ".all_modules.0."), (".norm.", ".all_modules.1.")):
+        whole |= {n.replace(main, second): v for n, v in whole.items() if main in n}
+    return whole | {f"decoder.{n}": v for n, v in whole.items() if n.startswith("encoder.")}
 
 
 def _plain_encoder(module: PlainConvUNet) -> dict[str, Weight]:

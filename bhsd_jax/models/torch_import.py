@@ -24,7 +24,8 @@ REFERENCES = {  # name of the reference (before any "/") -> file in models/
     "CoTr": "cotr",
     "nnFormer": "nnformer",
 }
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+# Of DistributedDataParallel, of torch.compile, and what training scripts call their network.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def load(
         ValueError: If the reference or an argument of its constructor is not supported, or the
             tensors do not fit; then one message names every unknown, missing, or misshapen one.
     """
-    recipe = _recipe(reference, constructor)
-    shapes = _shapes(recipe)
+    recipe = recipe_of(reference, constructor)
+    shapes = shapes_of(recipe)
     paths = {weight.path for weight in recipe.weights.values()}
     assert paths == set(shapes), f"{reference}: from_torch misses {sorted(paths ^ set(shapes))}"
     found, problems = _collect(recipe, _unwrapped(state))
@@ -95,7 +96,12 @@ def load(
     return recipe.module, traverse_util.unflatten_dict(flat)
 
 
-def _recipe(reference: str, constructor: Mapping[str, Any]) -> Recipe:
+def recipe_of(reference: str, constructor: Mapping[str, Any]) -> Recipe:
+    """The linen twin of a PyTorch network, and where its weights go.
+
+    Raises:
+        ValueError: If the reference or an argument of its constructor is not supported.
+    """
     module = REFERENCES.get(reference.partition("/")[0])
     if module is None:
         raise ValueError(
@@ -104,7 +110,8 @@ def _recipe(reference: str, constructor: Mapping[str, Any]) -> Recipe:
     return importlib.import_module(f"bhsd_jax.models.{module}").from_torch(reference, constructor)
 
 
-def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+def shapes_of(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Of every variable, by path."""
     image = jax.ShapeDtypeStruct(recipe.image, jnp.float32)
     init = functools.partial(recipe.module.init, train=False)
     tree = jax.eval_shape(init, jax.random.key(0), image)
@@ -115,7 +122,7 @@ def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
 def _unwrapped(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Without the prefixes of wrappers around the whole network, however nested."""
     unwrapped = dict(state)
-    for wrapper in [w for w in _WRAPPERS for _ in _WRAPPERS]:
+    for wrapper in _WRAPPERS * len(_WRAPPERS):
         if unwrapped and all(name.startswith(wrapper) for name in unwrapped):
             unwrapped = {name.removeprefix(wrapper): value for name, value in unwrapped.items()}
     return unwrapped

@@ -266,7 +266,7 @@ def _transformer_weights(module: UNETR, channels: int) -> dict[str, Weight]:
         weights |= unetr_torch.layer(f"{source}.patch_embeddings", target, layout=layout)
     else:  # a linear layer over blocks of voxels, in the order [D H W C]
         shape = (*module.stride, channels, module.hidden_size)
-        layout = functools.partial(_block_kernel, shape=shape)
+        layout = functools.partial(block_kernel, shape=shape)
         weights |= unetr_torch.layer(f"{source}.patch_embeddings.1", target, layout=layout)
     for i in range(module.layers):
         weights |= unetr_torch.transformer_block(
@@ -275,7 +275,8 @@ def _transformer_weights(module: UNETR, channels: int) -> dict[str, Weight]:
     return weights | unetr_torch.scale_and_bias("vit.norm", "norm")
 
 
-def _block_kernel(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def block_kernel(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(out, d * h * w * in) -> [d h w in out], a `shape` with a stride of its first three."""
     return weight.T.reshape(shape)
 
 

@@ -5,7 +5,7 @@ Orbax restores flipped bits silently, so a SHA-256 of every leaf is stored and c
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,26 @@ def load_networks(folder: Path, which: str | int) -> tuple[int, Params, Params |
     steps = _complete(folder)
     step = _choose(folder, steps, which)
     path = folder / str(step)
+    found = _read(path, ("params", "ema"))
+    return step, found["params"], found.get("ema")
+
+
+def load_statistics(folder: Path, step: int) -> dict[str, Params]:
+    """The running statistics of BatchNorm by collection; none, unless the weights were imported.
+
+    Raises:
+        ValueError: If bits have changed on disk.
+    """
+    return _read(folder.absolute() / str(step), ("batch_stats",))
+
+
+def _read(path: Path, names: Sequence[str]) -> dict[str, Params]:
+    """Those of the trees that a checkpoint has."""
     with ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(path / "state").item_metadata.tree
-        wanted = {name: tree[name] for name in ("params", "ema") if tree.get(name) is not None}
+        wanted = {name: tree[name] for name in names if tree.get(name) is not None}
+        if not wanted:
+            return {}
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
         host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         found = reader.restore(
@@ -104,15 +121,20 @@ def load_networks(folder: Path, which: str | int) -> tuple[int, Params, Params |
     stored = json.loads((path / "digest" / "metadata").read_text())
     ours = _digests(found)
     _require_same({key: stored.get(key) for key in ours}, ours, path)
-    return step, found["params"], found.get("ema")
+    return found
 
 
 def save_networks(
-    folder: Path, params: Params, *, config: Mapping[str, Any], plan: Mapping[str, Any]
+    folder: Path,
+    params: Params,
+    *,
+    config: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    statistics: Mapping[str, Params] | None = None,
 ) -> None:
-    """Writes parameters alone, as step 0, for `load_networks`: imported weights."""
+    """Writes variables alone, as step 0, for the two functions above: imported weights."""
     folder = folder.absolute()
-    tree = {"params": params}
+    tree = {"params": params, **(statistics or {})}
     with _manager(folder) as manager:
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(tree),

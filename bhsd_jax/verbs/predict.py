@@ -97,7 +97,8 @@ def _split_scans(config: Config, workdir: Path, split: str) -> list[Case]:
 def _log_estimate(predict: Predictor, scans: int, plan: Plan) -> None:
     """So that nobody waits for days unknowing: on a CPU a large tile takes most of a minute."""
     tiles = predict.window.count(plan.median_shape) * len(predict.networks)
-    hint = "; infer.mirror=False needs an eighth of them" if predict.window.mirror else ""
+    share = 2 ** len(predict.window.mirror_axes)
+    hint = f"; infer.mirror=False needs one in {share}" if predict.window.mirror else ""
     logger.info("%d scans, about %d tiles each, %d in all%s", scans, tiles, scans * tiles, hint)
 
 
@@ -151,7 +152,7 @@ def _facts(config: Config, plan: Plan, step: int, networks: tuple[str, ...]) -> 
         "networks": networks,
         "classes": setup.classes(config, plan),
         "split": None if settings.predict.images else settings.predict.split,
-        "mirror": settings.infer.mirror,
+        "mirror": settings.infer.mirror_axes if settings.infer.mirror else (),
         "tile": setup.patch(config, plan),
         "tile_step": settings.infer.step,
         "trained_on": plan.dataset,

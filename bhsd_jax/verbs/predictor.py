@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import softmax
 
 from bhsd_jax.ct import geometry, hu, nifti
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow
-from bhsd_jax.train.checkpoint import load_networks
+from bhsd_jax.train.checkpoint import load_networks, load_statistics
 from bhsd_jax.train.mesh import make_mesh
 from bhsd_jax.types import Params
 from bhsd_jax.verbs import setup, wiring
@@ -52,7 +51,7 @@ class Predictor:
     """Networks, and everything between a file and its label map."""
 
     window: SlidingWindow
-    networks: Sequence[Params]
+    networks: Sequence[Params]  # variables, all collections
     fill: float  # raw image value outside the scan
     plan: Plan
     classes: tuple[str, ...]
@@ -73,7 +72,7 @@ class Predictor:
             self.networks, image, fill=self.fill, progress=Teller(name).tiles
         )
         if self.probabilities:
-            chances = geometry.probabilities_from_grid(softmax(logits, axis=0), prepared.grid)
+            chances = geometry.probabilities_from_grid(logits, prepared.grid)
             _write_npz(_probabilities(target), chances.astype(np.float16))
         label = geometry.argmax_from_grid(logits, prepared.grid)
         nifti.write(target, label, like=case.image)
@@ -98,7 +97,7 @@ class Predictor:
 
 
 def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
-    """The checkpoint's step and the networks to average, by name.
+    """The checkpoint's step and the variables of the networks to average, by name.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -108,6 +107,7 @@ def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
     which = settings.checkpoint
     which = int(which) if str(which).isdigit() else which
     step, params, ema = load_networks(workdir / "checkpoints", which)
+    statistics = load_statistics(workdir / "checkpoints", step)
     found = wiring.objective(config).deployable(params, ema)
     wanted = tuple(settings.networks) or tuple(found)[:1]
     unknown = [name for name in wanted if name not in found]
@@ -117,7 +117,7 @@ def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
             f"this objective has {', '.join(found)}"
         )
     logger.info("checkpoint of step %d, network %s", step, " + ".join(wanted))
-    return step, {name: found[name] for name in wanted}
+    return step, {name: {"params": found[name], **statistics} for name in wanted}
 
 
 def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Predictor:
@@ -130,18 +130,19 @@ def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Pr
     model, normalization = wiring.model(config, plan), wiring.normalization(config, plan)
     tile = setup.patch(config, plan)
 
-    def forward(params: Params, raw: jax.Array) -> Any:
-        return model.apply({"params": params}, normalization(raw), train=False)
+    def forward(variables: Params, raw: jax.Array) -> Any:
+        return model.apply(variables, normalization(raw), train=False)
 
     sample = jax.ShapeDtypeStruct((1, *tile, normalization.channels), jnp.float32)
     expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), sample)
-    for params in networks:
-        _require_fit(params, expected["params"])
+    for variables in networks:
+        _require_fit(variables, expected)
     window = SlidingWindow(
         forward,
         tile,
         step=settings.infer.step,
         mirror=settings.infer.mirror,
+        mirror_axes=settings.infer.mirror_axes,
         tiles_per_call=settings.infer.tiles,
         mesh=make_mesh() if jax.device_count() > 1 else None,
     )
@@ -155,11 +156,11 @@ def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Pr
     )
 
 
-def _require_fit(params: Params, expected: Params) -> None:
-    """Refuses parameters of another network, naming the first that differs."""
+def _require_fit(variables: Params, expected: Params) -> None:
+    """Refuses variables of another network, naming the first that differs."""
     found, wanted = (
         {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, expected))
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (variables, expected))
     )
     odd = [name for name in found | wanted if found.get(name) != wanted.get(name)]
     if odd:

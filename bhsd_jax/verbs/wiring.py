@@ -65,9 +65,18 @@ def objective(config: Config) -> Any:
 
 
 def normalization(config: Config, plan: Plan) -> windows.Normalization:
-    """Raw intensity to network channels: the plan's, or CT windows."""
+    """Raw intensity to network channels: the plan's, or CT windows.
+
+    Raises:
+        ValueError: If windows are wanted of scans that the plan normalizes beforehand.
+    """
     if config.windows == "plan":
-        return windows.Normalization.from_plan(plan.modality, plan.foreground)
+        modality = "mr" if plan.normalize_first else plan.modality
+        return windows.Normalization.from_plan(modality, plan.foreground)
+    if plan.normalize_first:
+        raise ValueError(
+            "config.windows: this plan normalizes first, nothing is left in HU; 'plan'"
+        )
     return windows.Normalization.from_windows(config.windows)
 
 

@@ -157,8 +157,8 @@ def test_outside_the_crop_is_background():
     logits[2] = 1
     np.testing.assert_array_equal(geometry.argmax_from_grid(logits, grid), np.where(inside, 2, 0))
     prob = geometry.probabilities_from_grid(logits, grid)
-    np.testing.assert_allclose(prob[0], ~inside)
-    np.testing.assert_allclose(prob[2], inside, atol=1e-6)
+    np.testing.assert_allclose(prob[0], np.where(inside, 1 / (3 + np.e), 1), rtol=1e-6)
+    np.testing.assert_allclose(prob[2], inside * np.e / (3 + np.e), rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(6))

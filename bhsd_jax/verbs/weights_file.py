@@ -1,0 +1,142 @@
+"""Files of PyTorch weights as NumPy arrays: .pth and its kin, safetensors, npz. No code is run."""
+
+import importlib
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+# Where training scripts keep the network's weights among other things, the surest name first.
+_NESTS = ("network_weights", "state_dict", "model_state_dict", "model", "net", "network", "params")
+_SCALARS = (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightsFile:
+    """What a file holds."""
+
+    state: Mapping[str, np.ndarray]  # by PyTorch name
+    beside: Mapping[str, Any]  # the rest, by key: nnU-Net's plans; strings of a safetensors header
+
+
+def read(path: Path) -> WeightsFile:
+    """Reads weights, told apart by suffix; anything else is taken for a file of `torch.save`.
+
+    A state dict may lie under one of the usual names, however deep.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a library is missing, the file is damaged, holds no weights, or holds Python
+            objects, which only running code from it could bring back.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    if path.suffix == ".npz":
+        return _npz(path)
+    content = _torch(path)
+    beside = content if isinstance(content, Mapping) else {}
+    return WeightsFile(_state(content, path), beside)
+
+
+def library(name: str, path: Path, extra: str = "torch-import") -> ModuleType:
+    """Imports what only an extra brings.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise ValueError(
+            f"{path}: needs {package}; install it with: pip install 'bhsd-jax[{extra}]'"
+        ) from error
+
+
+def _safetensors(path: Path) -> WeightsFile:
+    safetensors = library("safetensors", path)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return WeightsFile(state, file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a sound safetensors file ({error})") from error
+
+
+def _npz(path: Path) -> WeightsFile:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return WeightsFile({name: file[name] for name in file.files}, {})
+    except (ValueError, OSError, EOFError, AttributeError) as error:
+        raise ValueError(f"{path}: not an npz file of plain arrays ({error})") from error
+
+
+def _torch(path: Path) -> Any:
+    torch = library("torch", path)
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()
+        blocked = next((line.strip() for line in reason if "GLOBAL" in line), reason[0])
+        raise ValueError(
+            f"{path}: cannot be read without running code from it ({blocked}); at its origin, "
+            "save the weights alone: torch.save(network.state_dict(), ...)"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not a sound PyTorch file ({error})") from error
+
+
+def _numpy_scalars() -> list[Any]:
+    """Exactly what a NumPy number in a log needs, under the names of NumPy 1 and 2."""
+    scalar = np.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    types = {type(np.dtype(kind)) for kind in _SCALARS}
+    return [np.dtype, *types, *((scalar, name) for name in names)]
+
+
+def _state(content: Any, path: Path) -> dict[str, np.ndarray]:
+    found = content
+    while not _is_state(found):
+        keys = list(found) if isinstance(found, Mapping) else []
+        nest = next((name for name in _NESTS if name in keys), None)
+        if nest is None:
+            raise ValueError(
+                f"{path}: no weights under {', '.join(_NESTS)}; it holds "
+                f"{', '.join(map(str, keys[:12])) or type(found).__name__}"
+            )
+        found = found[nest]
+    return {name: _array(tensor) for name, tensor in found.items()}
+
+
+def _is_state(content: Any) -> bool:
+    if not isinstance(content, Mapping) or not content:
+        return False
+    return all(isinstance(k, str) and hasattr(v, "shape") for k, v in content.items())
+
+
+def _array(tensor: Any) -> np.ndarray:
+    whole = tensor.detach()
+    return (whole.float() if whole.is_floating_point() else whole).numpy()
+
+
+def json_of(text: str) -> dict[str, Any]:
+    """A JSON object, from a file or written out.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{text}: neither a JSON object nor a file of one ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{text}: must be a JSON object, got a {type(found).__name__}")
+    return found

@@ -1,0 +1,59 @@
+"""Exports the network of a run, trained here or imported.
+
+    python tools/export.py runs/task1 exported --to stablehlo
+    python tools/export.py runs/task1 task1.safetensors --to safetensors
+
+StableHLO runs wherever JAX does, without this package: `exported/model.stablehlo` is one function
+for CPU and CUDA, from raw intensities of a tile (with --normalized: from normalized ones) to
+logits, with the weights inside (with --weights-apart: as its first argument). `exported/model.json`
+says classes, spacing, axes, normalization and license.
+
+safetensors holds the weights under the names PyTorch has, for nnU-Net's two networks and for runs
+that were imported from PyTorch: `network.load_state_dict(safetensors.torch.load_file(...))`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Loads, converts, writes; says what is wrong and exits where it cannot."""
+    sys.path.insert(0, str(ROOT))
+    from bhsd_jax.verbs import exported
+    from configs import from_run
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("out", type=Path, help="folder to write; safetensors: file to write")
+    parser.add_argument("--to", choices=("stablehlo", "safetensors"), required=True)
+    parser.add_argument("--checkpoint", default="best", help="best, last, or a step; default best")
+    parser.add_argument("--network", help="of several, such as twins; default: the deployed one")
+    parser.add_argument("--normalized", action="store_true", help="the input is normalized already")
+    parser.add_argument("--weights-apart", action="store_true", help="weights.npz as an argument")
+    options = parser.parse_args()
+    try:
+        config = from_run.get_config(str(options.run))
+        config.predict.checkpoint = options.checkpoint
+        config.predict.networks = (options.network,) if options.network else ()
+        if options.to == "safetensors":
+            exported.safetensors(config, options.run, options.out)
+        else:
+            exported.stablehlo(
+                config,
+                options.run,
+                options.out,
+                normalize=not options.normalized,
+                weights_apart=options.weights_apart,
+            )
+    except (OSError, ValueError) as error:
+        sys.exit(f"export: {error}")
+    print(f"{options.out}: written. Research use only. Not a medical device.")
+
+
+if __name__ == "__main__":
+    main()

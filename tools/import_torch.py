@@ -1,0 +1,141 @@
+"""Imports weights trained with PyTorch as a run for `predict`.
+
+    python tools/import_torch.py fold_0/checkpoint_final.pth runs/imported
+    python tools/import_torch.py swin.safetensors runs/swin --reference SwinUNETR \
+        --constructor '{"in_channels": 1, "out_channels": 2, "feature_size": 48}' \
+        --patch 96 96 96 --spacing-mm 1 1 1 --axes RAS --window -100 200 --classes background IPH
+
+A checkpoint of nnU-Net v2, or the folder of a fold, needs nothing more: network, plan and
+normalization come from it, and `predict` gives nnU-Net's own label maps. UNETR and SwinUNETR of
+MONAI, CoTr and nnFormer (as nnFormer/synapse, /acdc, /tumor) need the rest of the options, and so
+do weights of nnU-Net's networks in safetensors or npz files. .pth and its kin need the extra
+`torch-import`; no pickle is executed.
+
+    bhsd predict --config=configs/from_run.py:runs/imported --workdir=runs/imported \
+        --config.predict.images=/new/scans
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Reads, converts, writes; says what is wrong and exits 2 where it cannot."""
+    sys.path.insert(0, str(ROOT))
+    from bhsd_jax.verbs import imported, weights_file
+    from configs import common
+
+    options = parse()
+    try:
+        path = imported.find(options.checkpoint)
+        weights = weights_file.read(path)
+        if imported.is_nnunet(weights):
+            source = imported.from_nnunet(weights, path)
+        else:
+            source = described(options, path, weights.beside)
+        imported.write_run(common.get_config(), source, weights, options.out)
+    except (OSError, ValueError) as error:
+        sys.exit(f"import: {error}")
+    plan = source.plan
+    patch = " x ".join(map(str, plan.network.patch))
+    print(f"{options.out}: {source.reference}, patch {patch}, {', '.join(plan.classes)}")
+    print("Research use only. Not a medical device; not for diagnosis, triage or treatment.")
+
+
+def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
+    """Network and plan from the options; `tools/export.py` leaves the network in the header.
+
+    Raises:
+        ValueError: Lists the options that are missing.
+    """
+    from bhsd_jax.verbs import imported, weights_file
+
+    reference = options.reference or header.get("reference")
+    text = options.constructor or header.get("constructor")
+    needed = {
+        "--reference": reference,
+        "--constructor": text,
+        "--classes": options.classes,
+        "--spacing-mm": options.spacing_mm,
+        "--window, --clip or --zscore": options.window or options.clip or options.zscore,
+    }
+    missing = [name for name, value in needed.items() if not value]
+    if missing:
+        raise ValueError(f"{path}: does not say it all itself; give {', '.join(missing)}")
+    constructor = weights_file.json_of(text)
+    foreground, windows = normalization(options)
+    plan = imported.plan_for(
+        constructor,
+        classes=options.classes,
+        spacing_mm=tuple(options.spacing_mm),
+        axes=options.axes,
+        foreground=foreground,
+        source_sha256=imported.digest(path),
+        patch=options.patch and tuple(options.patch),
+        crop_hu=options.crop_hu,
+        dataset=options.dataset,
+        license=options.license,
+    )
+    axes = tuple(options.mirror_axes)
+    return imported.Source(reference, constructor, plan, axes, options.pad, windows)
+
+
+def normalization(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Clip from, subtract, divide by, clip to (None: z-scores); and `config.windows`."""
+    if options.zscore:
+        return None, "plan"
+    if options.clip:
+        (low, high), (mean, std) = options.clip, options.mean_std
+        return (low, mean, std, high), "plan"
+    pairs = [((low + high) / 2, high - low) for low, high in options.window]
+    if min(width for _, width in pairs) <= 0:
+        raise ValueError(f"--window goes from low to high; got {options.window}")
+    low, high = options.window[0]
+    first, last = options.range
+    if first >= last:
+        raise ValueError(f"--range goes from low to high; got {options.range}")
+    if len(pairs) > 1:
+        if (first, last) != (-1, 1):
+            raise ValueError("several windows become -1 to 1 each: say so with --range -1 1")
+        return (0.0, 0.0, 1.0, 1.0), tuple(pairs)
+    scale = (high - low) / (last - first)
+    return (low, low - first * scale, scale, high), "plan"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help=".pth, .pt, .model, .safetensors, .npz, or nnU-Net's fold")
+    add("out", type=Path, help="folder of the run to write")
+    add(
+        "--reference", help="PlainConvUNet, ResidualEncoderUNet, UNETR, SwinUNETR, CoTr, nnFormer/*"
+    )
+    add("--constructor", metavar="JSON", help="arguments of that class: a file, or written out")
+    add("--classes", nargs="+", help="background first")
+    add("--patch", type=int, nargs=3, metavar="N", help="voxels of a tile, along --axes")
+    add("--spacing-mm", type=float, nargs=3, metavar="MM", help="along --axes")
+    add("--axes", default="SPL", help="where array axes run, as RAS (MONAI), or file; default SPL")
+    two = {"type": float, "nargs": 2}
+    add("--window", **two, action="append", metavar=("LOW", "HIGH"), help="HU; one per channel")
+    add("--range", **two, default=(0, 1), metavar=("A", "B"), help="what one window becomes; 0 1")
+    add("--clip", **two, metavar=("LOW", "HIGH"), help="HU to clip to, with --mean-std")
+    add("--mean-std", **two, default=(0, 1), metavar=("MEAN", "STD"), help="subtracted, divided by")
+    add("--zscore", action="store_true", help="every scan to zero mean and unit variance (MR)")
+    add("--pad", choices=("air", "nnunet"), default="air", help="outside the scan; default air")
+    add("--crop-hu", type=float, help="crop to the largest component above; default: non-zero")
+    axes = {"type": int, "choices": range(3), "nargs": "*"}
+    add("--mirror-axes", **axes, default=(0, 1, 2), help="mirrored along in prediction; 0 1 2")
+    add("--dataset", default="imported", help="what it was trained on")
+    add("--license", default="", help="of the data it was trained on")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
