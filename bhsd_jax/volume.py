@@ -152,6 +152,11 @@ class Plan:
     axes: str = "SPL"  # where D, H, W run before `transpose`; "file": as they lie in the file
     normalize_first: bool = False  # as nnU-Net: unrepaired, normalized before it is resampled
 
+    @property
+    def normalized_before(self) -> bool:
+        """Prepared scans are normalized; else they are CT in HU."""
+        return self.normalize_first or self.modality == "mr"
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""
         return dataclasses.asdict(self)

@@ -225,7 +225,7 @@ def _older(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"network_class_name": unet, "arch_kwargs": arguments}
 
 
-def triple(values: Sequence[int]) -> Shape:
+def triple(values: Sequence[float]) -> Shape:
     """Three whole numbers out of a longer type."""
     d, h, w = (int(value) for value in values)
     return d, h, w

@@ -166,8 +166,7 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     """
     classes = len(plan.classes)
     raw = nifti.read(case.image)
-    hounsfield = plan.modality == "ct" and not plan.normalize_first
-    volume, label, _ = _read(case, raw, num_classes=classes, repair=hounsfield)
+    volume, label, _ = _read(case, raw, num_classes=classes, repair=not plan.normalized_before)
     grid = geometry.locate(
         volume,
         spacing_mm=plan.spacing_mm,
@@ -175,7 +174,7 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         crop_hu=plan.crop_hu,
         axes=plan.axes,
     )
-    if hounsfield:
+    if not plan.normalized_before:
         image = np.rint(geometry.to_grid(volume.voxels, grid, "image")).astype(np.int16)
     else:
         ct = plan.modality == "ct"

@@ -10,7 +10,6 @@ With the weights apart: `network.call(dict(np.load("out/weights.npz")), image)`.
 import hashlib
 import io
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from bhsd_jax import windows
 from bhsd_jax.ct.shards import write_json
 from bhsd_jax.models import nnunet_torch, torch_export
 from bhsd_jax.report.page import NOTICE
@@ -45,7 +45,8 @@ def stablehlo(
     """Writes `model.stablehlo`, `model.json`, and `weights.npz` if they are to lie apart.
 
     One tile of the run's patch, any number at once, float32, full-resolution logits. `normalize`:
-    the function takes raw intensities (CT: HU) and normalizes them itself.
+    the function takes raw intensities (CT: HU) and normalizes them itself, unless the plan does it
+    before resampling (MR, and runs imported from nnU-Net).
 
     Raises:
         FileNotFoundError: If there is no plan or checkpoint.
@@ -53,6 +54,7 @@ def stablehlo(
     """
     weights_file.library("flatbuffers", out, extra="export")  # of JAX's file format
     plan = setup.load_plan(config, workdir)
+    normalize = normalize and not plan.normalized_before
     step, name, variables = _network(config, workdir)
     normalization = wiring.normalization(config, plan)
     model = wiring.model(config, plan).clone(dtype=jnp.float32, remat="none")
@@ -75,7 +77,7 @@ def stablehlo(
         np.savez(weights, **flat)
         predictor.write_bytes(out / "weights.npz", weights.getvalue())
     facts = _facts(config, plan, step, name) | {
-        "input": f"float32 [b D H W {channels}], {'raw' if normalize else 'normalized'}",
+        "input": f"float32 [b D H W {channels}], {'raw, HU' if normalize else 'normalized'}",
         "output": f"logits float32 [b D H W {model.num_classes}]",
         "platforms": platforms,
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -117,7 +119,7 @@ def _network(config: Config, workdir: Path) -> tuple[int, str, Params]:
 
 def _forward(model: Any, normalization: Any) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
     def forward(flat: Mapping[str, Any], image: jax.Array) -> jax.Array:
-        variables = traverse_util.unflatten_dict(dict(flat), sep="/")
+        variables = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, dict(flat)), sep="/")
         ready = normalization(image) if normalization else image
         return model.apply(variables, ready, train=False)[0]
 
@@ -135,11 +137,6 @@ def _twin(config: Config, workdir: Path, plan: Plan) -> tuple[str, dict[str, Any
 
 def _facts(config: Config, plan: Plan, step: int, name: str) -> dict[str, Any]:
     """What one must know to use the network, without this package."""
-    normalization = wiring.normalization(config, plan)
-    numbers = {
-        key: [value if math.isfinite(value) else None for value in getattr(normalization, key)]
-        for key in _NORMALIZATION
-    }
     return {
         "notice": NOTICE,
         "license": plan.license,
@@ -150,7 +147,19 @@ def _facts(config: Config, plan: Plan, step: int, name: str) -> dict[str, Any]:
         "axes": plan.axes,
         "transpose": plan.transpose,
         "modality": plan.modality,
-        "normalization": {"formula": "(clip(x, low, high) - shift) / scale", **numbers},
+        "normalization": _normalization(config, plan),
         "plan": plan.to_json(),
         "model": {"name": config.model.name, "network": name, "step": step},
     }
+
+
+def _normalization(config: Config, plan: Plan) -> dict[str, Any]:
+    """From raw intensities to the network's input, in numbers; one entry per channel."""
+    when = "before resampling" if plan.normalized_before else "after resampling"
+    if plan.modality == "mr":
+        return {"formula": "(x - mean of the scan) / its standard deviation", "when": when}
+    normalization = wiring.normalization(config, plan)
+    if plan.normalize_first:
+        normalization = windows.Normalization.from_plan("ct", plan.foreground)
+    numbers = {key: getattr(normalization, key) for key in _NORMALIZATION}
+    return {"formula": "(clip(x, low, high) - shift) / scale", "when": when, **numbers}

@@ -228,3 +228,13 @@ def test_a_scan_that_would_become_larger_than_any_is_refused():
     volume = Volume(head().astype(np.float32), CANONICAL @ np.diag([1, 1e3, 1e3, 1]), "huge")
     with pytest.raises(ValueError, match=r"huge: .* more than fit; look at the spacing"):
         geometry.locate(volume, spacing_mm=(5.0, 0.5, 0.5))
+
+
+def test_axes_go_by_their_letters():
+    assert geometry.canonical(CANONICAL) == geometry.canonical(CANONICAL, "SPL")
+    assert geometry.canonical(CANONICAL, "RAS") == ((2, 1, 0), (True, True, False))
+    assert geometry.canonical(CANONICAL, "SAR") == ((0, 1, 2), (False, True, True))
+    assert geometry.canonical(CANONICAL, "file") == ((0, 1, 2), (False, False, False))
+    for wrong in ("SPP", "RAL", "S", "native"):
+        with pytest.raises(ValueError, match="one each of R/L, A/P, S/I"):
+            geometry.canonical(CANONICAL, wrong)

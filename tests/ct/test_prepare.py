@@ -305,3 +305,33 @@ def test_nothing_to_plan_from_is_said():
         prepare.make_plan([], **MADE)
     with pytest.raises(ValueError, match="all 2 training cases are empty"):
         prepare.make_plan(facts_of([(1.0,) * 3] * 2, [(8, 8, 8)] * 2, [[], []]), **MADE)
+
+
+def test_nnunets_order_clips_and_scales_before_it_resamples(tmp_path):
+    voxels = np.random.default_rng(2).normal(40, 60, (6, 12, 10)).astype(np.float32)
+    voxels[0, 0, 0] = -30000  # not repaired: nnU-Net would not
+    case = store(tmp_path, voxels, matrix=affine((5.0, 1.0, 1.0)))
+    plan = dataclasses.replace(
+        a_plan("ct", (5.0, 0.8, 0.8)), foreground=(0.0, 30.0, 20.0, 80.0), normalize_first=True
+    )
+    prepared = prepare.prepare_case(case, plan)
+    scaled = ((np.clip(voxels, 0, 80) - 30) / 20).astype(np.float32)
+    want = geometry.to_grid(scaled, prepared.grid, "image")
+    assert prepared.image.dtype == np.float32
+    np.testing.assert_allclose(prepared.image, want, atol=1e-6)
+    afterwards = (np.clip(geometry.to_grid(voxels, prepared.grid, "image"), 0, 80) - 30) / 20
+    assert np.abs(prepared.image - afterwards).max() > 0.1
+
+
+def test_axes_may_be_the_files_own(tmp_path):
+    voxels = np.random.default_rng(3).integers(1, 99, (6, 12, 10)).astype(np.int16)
+    lying = affine((5.0, 1.0, 1.0), ((0, 1, 0, 0), (0, 0, 1, 0), (1, 0, 0, 0)))
+    case = store(tmp_path, voxels, matrix=lying)
+    plan = dataclasses.replace(a_plan("ct", (5.0, 1.0, 1.0)), axes="file")
+    np.testing.assert_array_equal(prepare.prepare_case(case, plan).image, voxels)
+    turned = dataclasses.replace(plan, transpose=(2, 0, 1), spacing_mm=(1.0, 5.0, 1.0))
+    want = voxels.transpose(2, 0, 1)
+    np.testing.assert_array_equal(prepare.prepare_case(case, turned).image, want)
+    other = dataclasses.replace(plan, axes="SPL")
+    want = voxels[:, :, ::-1].transpose(0, 2, 1)[:, :, ::-1]
+    np.testing.assert_array_equal(prepare.prepare_case(case, other).image, want)

@@ -112,6 +112,16 @@ def test_mirroring_makes_a_lopsided_network_commute_with_flips():
         np.testing.assert_allclose(np.flip(turned, axis + 1), found, rtol=1e-5, atol=2e-5)
 
 
+def test_only_the_named_axes_are_mirrored():
+    image = volume(4, 8, 6)
+    window = SlidingWindow(lopsided, TILE, mirror_axes=(1,), tiles_per_call=2)
+    assert window.count((4, 8, 6)) == 2
+    plain = SlidingWindow(lopsided, TILE, mirror=False, tiles_per_call=2)
+    turned = plain.logits([PARAMS], np.flip(image, 1).copy())
+    want = (plain.logits([PARAMS], image) + np.flip(turned, 2)) / 2
+    np.testing.assert_allclose(window.logits([PARAMS], image), want, rtol=1e-5, atol=2e-5)
+
+
 def test_tiles_per_call_and_devices_do_not_change_the_result():
     image = volume(7, 19, 9)
     want = SlidingWindow(lopsided, TILE, tiles_per_call=1).logits([PARAMS], image)

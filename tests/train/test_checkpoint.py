@@ -10,7 +10,7 @@ from toy import make_batch, make_parts
 from bhsd_jax.objectives.cps import CrossPseudoSupervision
 from bhsd_jax.objectives.supervised import Supervised
 from bhsd_jax.train import mesh as meshes
-from bhsd_jax.train.checkpoint import Checkpoints, load_networks, save_networks
+from bhsd_jax.train.checkpoint import Checkpoints, load_networks, load_statistics, save_networks
 from bhsd_jax.train.step import init_state
 
 EXTRA = {"config": {"seed": 1, "patch": (1, 2)}, "plan": {"dataset": "toy"}}
@@ -128,3 +128,15 @@ def test_imported_weights_are_a_run(tmp_path):
     step, found, ema = load_networks(tmp_path / "c", "best")
     assert (step, ema) == (0, None)
     assert bits(found) == bits(params)
+
+
+def test_running_statistics_come_back_with_imported_weights(tmp_path):
+    params = {"kernel": np.arange(3, dtype=np.float32)}
+    mean = {"norm": {"mean": np.float32([1, 2])}}
+    save_networks(tmp_path / "c", params, **EXTRA, statistics={"batch_stats": mean})
+    assert bits(load_networks(tmp_path / "c", "best")[1]) == bits(params)
+    found = load_statistics(tmp_path / "c", 0)
+    assert list(found) == ["batch_stats"]
+    assert bits(found["batch_stats"]) == bits(mean)
+    save_networks(tmp_path / "plain", params, **EXTRA)
+    assert load_statistics(tmp_path / "plain", 0) == {}

@@ -1,0 +1,180 @@
+"""Exported networks: StableHLO in a process of JAX alone, safetensors back into a run."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bhsd_jax.models import torch_import
+from bhsd_jax.train.checkpoint import save_networks
+from bhsd_jax.verbs import exported, predictor, wiring
+from bhsd_jax.volume import Network, Plan
+from configs import common, from_run
+
+TOOLS = Path(__file__).parents[2] / "tools"
+TILE = (4, 8, 8)
+PLAN = Plan(
+    dataset="tiny",
+    classes=("background", "IPH", "SDH"),
+    modality="ct",
+    spacing_mm=(5.0, 2.0, 2.0),
+    transpose=(0, 1, 2),
+    crop_hu=-200.0,
+    foreground=(10.0, 60.0, 20.0, 110.0),
+    median_shape=(7, 24, 20),
+    network=Network(
+        patch=TILE,
+        batch=1,
+        features=(4, 6, 8),
+        strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+        kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+        convs_encoder=(1, 2, 1),
+        convs_decoder=(2, 1),
+        batch_dice=False,
+    ),
+    source_sha256="",
+    license="CC0",
+)
+ALONE = """
+import sys
+import jax, jax.export
+import numpy as np
+data, image, weights, out = sys.argv[1:]
+network = jax.export.deserialize(bytearray(open(data, "rb").read()))
+given = [dict(np.load(weights))] if weights else []
+np.save(out, network.call(*given, np.load(image)))
+ours = {name for name in sys.modules if name.partition(".")[0] in ("flax", "bhsd_jax", "configs")}
+assert not ours, ours
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder as training leaves it, its model and variables."""
+    folder = tmp_path_factory.mktemp("run")
+    config = common.get_config()
+    model = wiring.model(config, PLAN)
+    image = jax.ShapeDtypeStruct((1, *TILE, 1), jnp.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+    random = np.random.default_rng(0)
+    variables = jax.tree.map(lambda s: random.normal(0, 0.5, s.shape).astype(np.float32), shapes)
+    plain = json.loads(json.dumps(config.to_dict()))
+    (folder / "config.json").write_text(json.dumps(plain))
+    (folder / "plan.json").write_text(json.dumps(PLAN.to_json()))
+    save_networks(folder / "checkpoints", variables["params"], config=plain, plan=PLAN.to_json())
+    return folder, model, variables
+
+
+def run_tool(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(TOOLS / name), run_name="__main__")
+
+
+def alone(folder, image, weights=""):
+    """Logits out of a process that has imported JAX and nothing of ours."""
+    np.save(folder / "image.npy", image)
+    files = [folder / "model.stablehlo", folder / "image.npy", weights, folder / "out.npy"]
+    command = [sys.executable, "-c", ALONE, *map(str, files)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return np.load(folder / "out.npy")
+
+
+def logits(run, image, normalize=None):
+    _, model, variables = run
+    normalize = normalize or (lambda x: x)
+    apply = jax.jit(lambda v, x: model.apply(v, normalize(x), train=False)[0])
+    return np.asarray(apply(variables, image))
+
+
+def tiles(count, channels=1):
+    return np.random.default_rng(1).normal(60, 30, (count, *TILE, channels)).astype(np.float32)
+
+
+def test_stablehlo_gives_the_logits_without_the_package(run, tmp_path, monkeypatch):
+    pytest.importorskip("flatbuffers", reason="extra export: StableHLO files")
+    run_tool(monkeypatch, "export.py", run[0], tmp_path / "out", "--to", "stablehlo")
+    image = tiles(3)
+    normalize = wiring.normalization(common.get_config(), PLAN)
+    want = logits(run, image, normalize)
+    found = alone(tmp_path / "out", image)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    facts = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert facts["platforms"] == ["cpu", "cuda"]
+    assert facts["normalization"] == {
+        "formula": "(clip(x, low, high) - shift) / scale",
+        "when": "after resampling",
+        "low": [10.0],
+        "high": [110.0],
+        "shift": [60.0],
+        "scale": [20.0],
+    }
+    assert (facts["license"], facts["patch"], facts["classes"][2]) == ("CC0", [4, 8, 8], "SDH")
+    assert "Research use only" in facts["notice"]
+    assert facts["spacing_mm"] == [5.0, 2.0, 2.0]
+
+
+def test_weights_may_lie_apart_and_images_be_normalized(run, tmp_path, monkeypatch):
+    pytest.importorskip("flatbuffers", reason="extra export: StableHLO files")
+    out = tmp_path / "out"
+    options = ["--to", "stablehlo", "--normalized", "--weights-apart"]
+    run_tool(monkeypatch, "export.py", run[0], out, *options)
+    image = tiles(1)
+    want = logits(run, image)
+    found = alone(out, image, out / "weights.npz")
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    size = (out / "model.stablehlo").stat().st_size
+    exported.stablehlo(from_run.get_config(str(run[0])), run[0], tmp_path / "in")
+    assert (tmp_path / "in" / "model.stablehlo").stat().st_size > size
+
+
+def test_safetensors_come_back_as_the_same_run(run, tmp_path, monkeypatch):
+    folder, _, variables = run
+    file, again = tmp_path / "w.safetensors", tmp_path / "again"
+    run_tool(monkeypatch, "export.py", folder, file, "--to", "safetensors")
+    options = ["--classes", *PLAN.classes, "--spacing-mm", "5", "2", "2", "--patch", *TILE]
+    options += ["--clip", "10", "110", "--mean-std", "60", "20", "--crop-hu", "-200"]
+    run_tool(monkeypatch, "import_torch.py", file, again, *options)
+    config = from_run.get_config(str(again))
+    _, networks = predictor.load(config, again)
+    (found,) = networks.values()
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    plan = Plan.load(again)
+    for name in ("classes", "foreground", "spacing_mm", "axes", "crop_hu", "modality"):
+        assert getattr(plan, name) == getattr(PLAN, name)
+    twin = json.loads(file.with_suffix(".json").read_text())
+    module, _ = torch_import.load(
+        twin["reference"], twin["constructor"], torch_names(tmp_path / "w.safetensors")
+    )
+    assert module == wiring.model(common.get_config(), PLAN)
+
+    second = tmp_path / "second.safetensors"
+    run_tool(monkeypatch, "export.py", again, second, "--to", "safetensors")
+    a, b = torch_names(file), torch_names(second)
+    assert a.keys() == b.keys()
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def torch_names(path):
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def test_what_cannot_be_exported_says_why(run, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="no config; give the folder of a run"):
+        run_tool(monkeypatch, "export.py", tmp_path, tmp_path / "x", "--to", "stablehlo")
+    with pytest.raises(SystemExit, match="no 'teacher'; this objective has student"):
+        run_tool(
+            monkeypatch,
+            *("export.py", run[0], tmp_path / "x", "--to", "safetensors", "--network", "teacher"),
+        )
+    monkeypatch.setattr(wiring, "model", lambda config, plan: object())
+    with pytest.raises(ValueError, match="only PlainConvUNet and ResidualEncoderUNet"):
+        exported.safetensors(from_run.get_config(str(run[0])), run[0], tmp_path / "x")

@@ -1,0 +1,253 @@
+"""Weights from files of PyTorch names, through the tool and `predict`, to label maps."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from bhsd_jax.models import torch_export, torch_import
+from bhsd_jax.train.checkpoint import save_networks
+from bhsd_jax.verbs import imported, predict, predictor, weights_file, wiring
+from bhsd_jax.volume import Plan
+from configs import from_run
+
+TOOL = Path(__file__).parents[2] / "tools" / "import_torch.py"
+TILE = (8, 12, 4)
+CONSTRUCTOR = {
+    "input_channels": 1,
+    "num_classes": 3,
+    "n_stages": 2,
+    "features_per_stage": [4, 6],
+    "kernel_sizes": [[3, 3, 1], [3, 3, 3]],
+    "strides": [[1, 1, 1], [2, 2, 1]],
+    "n_conv_per_stage": [1, 1],
+    "n_conv_per_stage_decoder": [1],
+    "conv_bias": True,
+    "norm_op": "torch.nn.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "nonlin": "torch.nn.LeakyReLU",
+}
+BATCH_NORM = {
+    "in_channels": 1,
+    "out_channels": 3,
+    "feature_size": 6,
+    "depths": [1, 1, 1, 1],
+    "num_heads": [1, 1, 2, 2],
+    "window_size": 2,
+    "norm_name": "batch",
+}
+# Axes as MONAI has them: x to the right, y anterior, z superior.
+OPTIONS = [
+    *("--classes", "background", "IPH", "SDH", "--spacing-mm", "2", "2", "5", "--axes", "RAS"),
+    *("--window", "-100", "300", "--mirror-axes", "--license", "CC0"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    monkeypatch.setattr(predictor.jax, "device_count", lambda: 1)
+
+
+def weights(reference, constructor):
+    """Random variables as a state dict; variances are positive."""
+    recipe = torch_import.recipe_of(reference, constructor)
+    random = np.random.default_rng(4)
+    tree = {}
+    for path, shape in torch_import.shapes_of(recipe).items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        value = random.normal(0, 0.5, shape).astype(np.float32)
+        node[last] = np.abs(value) + 0.5 if last == "var" else value
+    return recipe.module, tree, torch_export.dump(reference, constructor, tree)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return weights("PlainConvUNet", CONSTRUCTOR)
+
+
+def run_tool(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["import_torch.py", *map(str, arguments)])
+    runpy.run_path(str(TOOL), run_name="__main__")
+
+
+def scan(folder, shape, codes="LAS"):
+    """HU of a scan of one tile, along R, A, S; written in another order."""
+    voxels = np.random.default_rng(1).integers(-90, 290, shape).astype(np.int16)
+    image = nib.Nifti1Image(voxels, np.diag([2.0, 2.0, 5.0, 1.0]))
+    change = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes)
+    )
+    folder.mkdir(exist_ok=True)
+    nib.save(image.as_reoriented(change), folder / "a.nii.gz")
+    return voxels
+
+
+def predicted(run, images):
+    """The label map of `predict`, along R, A, S."""
+    config = from_run.get_config(str(run))
+    config.predict.images = str(images)
+    predict.run(config, run)
+    label = nib.load(run / "predictions" / "a.nii.gz")
+    return np.asanyarray(nib.as_closest_canonical(label).dataobj)
+
+
+def expected(module, variables, voxels):
+    image = ((voxels + 100) / 400).astype(np.float32)[None, ..., None]  # the window as 0..1
+    apply = jax.jit(lambda v, x: module.apply(v, x, train=False)[0])
+    return np.asarray(apply(variables, image))[0].argmax(-1)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_a_file_becomes_a_run_that_predicts(suffix, tmp_path, monkeypatch, plain):
+    module, variables, state = plain
+    file, run = tmp_path / f"w.{suffix}", tmp_path / "run"
+    state = {f"module.model.{name}": value for name, value in state.items()}
+    if suffix == "npz":
+        np.savez(file, **state)
+    else:
+        safetensors.numpy.save_file(state, file)
+    (tmp_path / "c.json").write_text(json.dumps(CONSTRUCTOR))
+    given = ["--reference", "PlainConvUNet", "--constructor", tmp_path / "c.json"]
+    run_tool(monkeypatch, file, run, *given, *OPTIONS, "--patch", *TILE)
+    voxels = scan(tmp_path / "images", TILE)
+    found = predicted(run, tmp_path / "images")
+    want = expected(module, variables, voxels)
+    assert len(np.unique(want)) == 3
+    np.testing.assert_array_equal(found, want)
+    facts = json.loads((run / "predictions" / "predictions.json").read_text())
+    assert facts["mirror"] == []
+    assert facts["license"] == "CC0"
+    assert Plan.load(run).source_sha256 == imported.digest(file)
+
+
+class Normalized(nn.Module):
+    """Logits that hang on running statistics; as small as can be."""
+
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        out = nn.Dense(self.num_classes)(nn.BatchNorm(use_running_average=not train)(image))
+        return (out,)
+
+
+def test_running_statistics_reach_the_prediction(tmp_path, monkeypatch, plain):
+    np.savez(tmp_path / "w.npz", **plain[2])
+    run, images = tmp_path / "run", tmp_path / "images"
+    given = ["--reference", "PlainConvUNet", "--constructor", json.dumps(CONSTRUCTOR)]
+    run_tool(monkeypatch, tmp_path / "w.npz", run, *given, *OPTIONS, "--patch", *TILE)
+    voxels = scan(images, TILE, "PIL")
+    variables = {
+        "params": {
+            "BatchNorm_0": {"scale": np.float32([1]), "bias": np.float32([0])},
+            "Dense_0": {"kernel": np.float32([[-1, 0, 1]]), "bias": np.float32([0, 0.5, 0])},
+        },
+        "batch_stats": {"BatchNorm_0": {"mean": np.float32([0.4]), "var": np.float32([0.04])}},
+    }
+    statistics = {"batch_stats": variables["batch_stats"]}
+    plan = json.loads((run / "plan.json").read_text())
+    shutil.rmtree(run / "checkpoints")
+    save_networks(
+        run / "checkpoints", variables["params"], config={}, plan=plan, statistics=statistics
+    )
+    monkeypatch.setattr(wiring, "model", lambda config, plan: Normalized())
+    want = expected(Normalized(), variables, voxels)
+    assert len(np.unique(want)) == 3
+    np.testing.assert_array_equal(predicted(run, images), want)
+
+
+def test_running_statistics_are_imported(tmp_path, monkeypatch):
+    _, variables, state = weights("SwinUNETR", BATCH_NORM)
+    np.savez(tmp_path / "w.npz", **state)
+    given = ["--reference", "SwinUNETR", "--constructor", json.dumps(BATCH_NORM), *OPTIONS]
+    run = tmp_path / "run"
+    run_tool(monkeypatch, tmp_path / "w.npz", run, *given, "--patch", "32", "32", "32")
+    _, networks = predictor.load(from_run.get_config(str(run)), run)
+    (found,) = networks.values()
+    assert set(found) == {"params", "batch_stats"}
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+
+
+def test_names_that_do_not_fit_are_listed(tmp_path, monkeypatch, plain):
+    _, _, state = plain
+    broken = state | {"decoder.surprise": np.zeros(2, np.float32)}
+    del broken["decoder.seg_layers.0.bias"]
+    np.savez(tmp_path / "w.npz", **broken)
+    given = ["--reference", "PlainConvUNet", "--constructor", json.dumps(CONSTRUCTOR)]
+    with pytest.raises(SystemExit) as caught:
+        run_tool(
+            monkeypatch, tmp_path / "w.npz", tmp_path / "run", *given, *OPTIONS, "--patch", *TILE
+        )
+    said = str(caught.value)
+    assert "unknown decoder.surprise" in said
+    assert "missing decoder.seg_layers.0.bias" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_file_does_not_say_is_asked_for(tmp_path, monkeypatch, plain):
+    np.savez(tmp_path / "w.npz", **plain[2])
+    with pytest.raises(SystemExit, match=r"--reference, --constructor, --classes, --spacing-mm"):
+        run_tool(monkeypatch, tmp_path / "w.npz", tmp_path / "run")
+    given = ["--reference", "PlainConvUNet", "--constructor", json.dumps(CONSTRUCTOR), *OPTIONS]
+    with pytest.raises(SystemExit, match="give a patch"):
+        run_tool(monkeypatch, tmp_path / "w.npz", tmp_path / "run", *given)
+
+
+def test_a_network_that_does_not_fit_its_plan_is_refused(tmp_path, monkeypatch, plain):
+    np.savez(tmp_path / "w.npz", **plain[2])
+    given = ["--reference", "PlainConvUNet", "--constructor", json.dumps(CONSTRUCTOR), *OPTIONS]
+    given += ["--classes", "background", "any", "--window", "0", "80", "--range", "-1", "1"]
+    with pytest.raises(SystemExit) as caught:
+        run_tool(
+            monkeypatch, tmp_path / "w.npz", tmp_path / "run", *given, "--patch", "8", "13", "4"
+        )
+    said = str(caught.value)
+    assert "3 classes, but 2 names" in said
+    assert "takes 1 channels, but the normalization gives 2" in said
+    assert "(8, 13, 4) is no multiple of its stride (2, 2, 1)" in said
+
+
+def test_a_run_is_not_overwritten(tmp_path, monkeypatch, plain):
+    np.savez(tmp_path / "w.npz", **plain[2])
+    given = [tmp_path / "w.npz", tmp_path / "run", "--reference", "PlainConvUNet"]
+    given += ["--constructor", json.dumps(CONSTRUCTOR), *OPTIONS, "--patch", *TILE]
+    run_tool(monkeypatch, *given)
+    with pytest.raises(SystemExit, match="there is a run in this folder"):
+        run_tool(monkeypatch, *given)
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        weights_file.read(tmp_path / "none.npz")
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="not an npz file of plain arrays"):
+        weights_file.read(tmp_path / "objects.npz")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(ValueError, match="not a sound safetensors file"):
+        weights_file.read(tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match="neither a JSON object nor a file"):
+        weights_file.json_of("nowhere.json")
+
+
+def test_a_missing_library_is_named_with_its_extra(tmp_path):
+    with pytest.raises(ValueError, match=r"needs no_such_library.*bhsd-jax\[export\]"):
+        weights_file.library("no_such_library.part", tmp_path, extra="export")
+
+
+def test_a_folder_of_a_fold_gives_its_final_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none of checkpoint_final\.pth"):
+        imported.find(tmp_path)
+    for name in ("checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"):
+        (tmp_path / name).write_bytes(b"")
+        assert imported.find(tmp_path).name == name
