@@ -151,7 +151,7 @@ def argmax_from_grid(
     _check_shape(logits.shape[1:], grid.shape, "prepared")
     if not 1 <= len(logits) <= 256:
         raise ValueError(f"argmax_from_grid: want 1 to 256 classes; got {len(logits)}")
-    axis = resample.separate_axis(grid.native_spacing_mm, grid.spacing_mm)
+    axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
     best = resample.resample_linear(logits[0], grid.cropped_shape, axis)
     winner = np.zeros(grid.cropped_shape, np.uint8)
     for index in range(1, len(logits)):
@@ -176,7 +176,7 @@ def probabilities_from_grid(
     Source: nnU-Net v2.8.1, `convert_predicted_logits_to_segmentation_with_correct_shape`.
     """
     _check_shape(logits.shape[1:], grid.shape, "prepared")
-    axis = resample.separate_axis(grid.native_spacing_mm, grid.spacing_mm)
+    axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
     native = np.zeros((len(logits), *grid.native_shape), np.float32)
     native[0] = 1
     inside = [_native_box(one, grid) for one in native]

@@ -33,7 +33,7 @@ def dump(
         ValueError: If reference or constructor are not supported, or the variables not its own.
     """
     recipe = torch_import.recipe_of(reference, constructor)
-    flat = traverse_util.flatten_dict(variables, sep="/")
+    flat: Any = traverse_util.flatten_dict(variables, sep="/")
     shapes = torch_import.shapes_of(recipe)
     odd = [name for name in flat | shapes if name not in flat or name not in shapes]
     odd += [n for n, shape in shapes.items() if n not in odd and np.shape(flat[n]) != shape]

@@ -58,7 +58,7 @@ def stablehlo(
     step, name, variables = _network(config, workdir)
     normalization = wiring.normalization(config, plan)
     model = wiring.model(config, plan).clone(dtype=jnp.float32, remat="none")
-    flat = traverse_util.flatten_dict(variables, sep="/")
+    flat: Any = traverse_util.flatten_dict(variables, sep="/")
     forward = _forward(model, normalization if normalize else None)
     (batch,) = jax.export.symbolic_shape("b")
     channels = 1 if normalize else normalization.channels

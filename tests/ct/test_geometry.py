@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from bhsd_jax.ct import geometry
+from bhsd_jax.ct import geometry, resample
 from bhsd_jax.volume import Grid, Volume
 
 ORIENTATIONS = [
@@ -238,3 +238,19 @@ def test_axes_go_by_their_letters():
     for wrong in ("SPP", "RAL", "S", "native"):
         with pytest.raises(ValueError, match="one each of R/L, A/P, S/I"):
             geometry.canonical(CANONICAL, wrong)
+
+
+def test_the_way_back_keeps_apart_the_axis_that_is_coarse_for_the_network():
+    """As nnU-Net: the spacing that is left decides, the scan's on the way there, ours back."""
+    voxels = np.random.default_rng(0).normal(size=(24, 6, 20)).astype(np.float32)
+    matrix = np.eye(4)
+    matrix[:3] = CANONICAL[:3]
+    matrix[:3, :3] = (CANONICAL[:3, :3] / np.linalg.norm(CANONICAL[:3, :3], axis=0)) * (1, 5, 1)
+    grid = geometry.locate(Volume(voxels, matrix, "x"), spacing_mm=(5.0, 1.0, 1.0))
+    forward = geometry.to_grid(voxels, grid, "image")
+    np.testing.assert_array_equal(forward, resample.resample_image(voxels, grid.shape, 1))
+    logits = np.random.default_rng(1).normal(size=(3, *grid.shape)).astype(np.float32)
+    back = np.stack([resample.resample_linear(one, (24, 6, 20), 0) for one in logits])
+    np.testing.assert_array_equal(geometry.argmax_from_grid(logits, grid), back.argmax(0))
+    want = np.exp(back) / np.exp(back).sum(0)
+    np.testing.assert_allclose(geometry.probabilities_from_grid(logits, grid), want, rtol=1e-5)

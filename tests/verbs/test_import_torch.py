@@ -84,9 +84,13 @@ def torch_logits(network, image):
 
 
 def require_same(found, logits):
+    """Every voxel has PyTorch's class, but where its two best are equal to rounding."""
     want = logits.argmax(0)
     assert len(np.unique(want)) == len(logits), "every class is there"
-    assert int((found != want).sum()) == 0
+    second, best = np.sort(logits, axis=0)[-2:]
+    tied = best - second < 1e-4 * np.abs(logits).max()
+    assert tied.mean() < 1e-3
+    np.testing.assert_array_equal(found[~tied], want[~tied])
 
 
 @pytest.fixture
