@@ -108,15 +108,10 @@ def expected(module, variables, voxels):
     return np.asarray(apply(variables, image))[0].argmax(-1)
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
-def test_a_file_becomes_a_run_that_predicts(suffix, tmp_path, monkeypatch, plain):
+def test_safetensors_become_a_run_that_predicts(tmp_path, monkeypatch, plain):
     module, variables, state = plain
-    file, run = tmp_path / f"w.{suffix}", tmp_path / "run"
-    state = {f"module.model.{name}": value for name, value in state.items()}
-    if suffix == "npz":
-        np.savez(file, **state)
-    else:
-        safetensors.numpy.save_file(state, file)
+    file, run = tmp_path / "w.safetensors", tmp_path / "run"
+    safetensors.numpy.save_file({f"module.model.{k}": v for k, v in state.items()}, file)
     (tmp_path / "c.json").write_text(json.dumps(CONSTRUCTOR))
     given = ["--reference", "PlainConvUNet", "--constructor", tmp_path / "c.json"]
     run_tool(monkeypatch, file, run, *given, *OPTIONS, "--patch", *TILE)
@@ -218,11 +213,15 @@ def test_a_network_that_does_not_fit_its_plan_is_refused(tmp_path, monkeypatch, 
     assert "(8, 13, 4) is no multiple of its stride (2, 2, 1)" in said
 
 
-def test_a_run_is_not_overwritten(tmp_path, monkeypatch, plain):
-    np.savez(tmp_path / "w.npz", **plain[2])
-    given = [tmp_path / "w.npz", tmp_path / "run", "--reference", "PlainConvUNet"]
+def test_npz_becomes_a_run_once(tmp_path, monkeypatch, plain):
+    _, variables, state = plain
+    np.savez(tmp_path / "w.npz", **state)
+    run = tmp_path / "run"
+    given = [tmp_path / "w.npz", run, "--reference", "PlainConvUNet"]
     given += ["--constructor", json.dumps(CONSTRUCTOR), *OPTIONS, "--patch", *TILE]
     run_tool(monkeypatch, *given)
+    _, networks = predictor.load(from_run.get_config(str(run)), run)
+    jax.tree.map(np.testing.assert_array_equal, networks, {"student": variables})
     with pytest.raises(SystemExit, match="there is a run in this folder"):
         run_tool(monkeypatch, *given)
 
