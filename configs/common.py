@@ -104,11 +104,15 @@ def _preprocess(data: str) -> dict:
         # Target spacing D, H, W in mm. None: nnU-Net's rule. BHSD is pinned, because that rule
         # flips between 5.0 and 2.7 mm on subsets of it.
         "spacing_mm": (5.0, 0.48828125, 0.48828125) if data == "bhsd" else placeholder(tuple),
-        "planner": "default",  # "default", "resenc_m", "resenc_l"
+        "planner": "default",  # "default", "resenc_m", "resenc_l", "resenc_xl"
+        "plan": "",  # a plans.json of nnU-Net to take instead, spacing and all; "": make one
+        "configuration": "3d_fullres",  # of that plans.json; or "3d_lowres"
         # Box of the largest component above this many HU; None: nnU-Net's non-zero voxels.
         "crop_hu": placeholder(float) if data == "msd" else -200.0,
         "cases_per_shard": 16,
         "processes": 0,  # 0: one per core
+        "shard_index": 0,  # which of num_shards jobs this is, counted from 0
+        "num_shards": 1,  # jobs on one run folder; each writes every num_shards-th shard
         "allow_skipped": False,  # finish with exit 0 although cases were refused
         "verify_only": False,  # check and print the integrity table, write no shards
     }

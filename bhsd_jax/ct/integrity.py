@@ -10,6 +10,7 @@ import numpy as np
 
 from bhsd_jax.ct.doctor import Group
 from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.ct.shards import temporary_for
 
 TILTED_DEG = 0.5  # below, the angle is rounding
 _ORDER = ("train", "val", "test", "unlabeled")
@@ -45,7 +46,7 @@ def summary(
 def write_csv(path: str | Path, table: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Writes a table whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_for(path)
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

@@ -36,6 +36,7 @@ class Facts:
     warnings: tuple[str, ...]  # repairs and oddities
     field_mm: Millimeters = (0.0, 0.0, 0.0)  # extent of the whole scan, canonical axes
     voxels_sha256: str = ""  # of the intensities as read: equal for copies under other names
+    order: Shape = (0, 1, 2)  # native axis behind each canonical one
 
 
 def fingerprint_case(
@@ -90,6 +91,7 @@ def fingerprint_case(
         warnings=tuple(warnings),
         field_mm=grid.native_extent_mm,
         voxels_sha256=hashlib.sha256(np.ascontiguousarray(raw.voxels).data).hexdigest(),
+        order=grid.order,
     )
 
 

@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import os
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,21 +89,21 @@ def write_shard(path: str | Path, prepared: Iterable[Prepared]) -> list[Entry]:
     The same cases give the same bytes. Without any case no file is written.
     """
     path = Path(path)
-    # A fixed name: what a killed run left behind is overwritten by the next.
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_for(path)
     entries: list[Entry] = []
-    writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
     try:
-        for case in prepared:
-            header, record = pack(case)
-            writer.write(record)
-            entries.append(_describe(header, shard=path.name, record=len(entries)))
+        writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
+        try:
+            for case in prepared:
+                header, record = pack(case)
+                writer.write(record)
+                entries.append(_describe(header, shard=path.name, record=len(entries)))
+        finally:
+            writer.close()
+        if entries:
+            os.replace(temporary, path)
     finally:
-        writer.close()
-        if not entries:
-            temporary.unlink()
-    if entries:
-        os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)
     return entries
 
 
@@ -123,9 +124,17 @@ def entry_from_json(row: Mapping[str, Any]) -> Entry:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a JSON file that is either the old one or the new one, never half of it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    temporary = temporary_for(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_for(path: Path) -> Path:
+    """A hidden name beside `path` that no other process uses: several may write the same file."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def _read(shard: Path, record: int, place: str) -> bytes:

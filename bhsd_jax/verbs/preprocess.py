@@ -1,24 +1,25 @@
 """Raw scans to shards: look at every case, plan, then write what is not yet there.
 
-A killed run is started again with the same command: shards that are complete, made from the same
-files under the same plan, stay. Needs no JAX.
+A killed run is started again with the same command: cases whose files have not changed are not
+looked at again, and shards that are complete, made from the same files under the same plan, stay.
+Needs no JAX.
 """
 
 import functools
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.ct import integrity, shards
+from bhsd_jax.ct import adopt, facts_file, integrity, shards
+from bhsd_jax.ct.plan import from_nnunet_plans
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, make_plan, prepare_case
-from bhsd_jax.verbs import checkup, setup
+from bhsd_jax.verbs import checkup, setup, shard_jobs
 from bhsd_jax.verbs.setup import Config
-from bhsd_jax.verbs.workers import Progress, Workers
+from bhsd_jax.verbs.shard_jobs import Job, Share
+from bhsd_jax.verbs.workers import Pool, Progress, Workers
 from bhsd_jax.volume import Case, Dataset, Plan
 
 logger = logging.getLogger(__name__)
@@ -27,31 +28,19 @@ _BYTES_PER_PROCESS = 2**25  # a process takes seconds to start, and reads this m
 _BROKEN = (ValueError, OSError, EOFError, MemoryError)  # of one case: recorded, others go on
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One shard to write: a function of the sorted case list and the plan alone."""
-
-    path: Path
-    cases: tuple[Case, ...]
-    digests: tuple[str, ...]  # of each case's files
-    plan: Plan
-
-    @property
-    def key(self) -> str:
-        """Changes when a byte of the shard would. Planned network and statistics do not matter."""
-        plan = self.plan.to_json()
-        used = [plan[k] for k in ("version", "classes", "modality", "spacing_mm", "transpose")]
-        used += [plan["crop_hu"], shards.SCHEMA]
-        known = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
-        return hashlib.sha256(json.dumps([used, known, self.digests]).encode()).hexdigest()
-
-
-def run(config: Config, workdir: Path) -> None:
+def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
     """Checks, plans and writes; with `preprocess.verify_only` it only checks.
 
     Writes `integrity.csv`, `integrity.json`, `defects.csv` if there are any and, if cases were
     refused, `skipped.csv` to `workdir`; `plan.json`, shards, `manifest.json` and, last,
     `index.json` to the shards' folder.
+    With `preprocess.num_shards` above 1 this is one of so many jobs, which share `workdir` and the
+    shards' folder and may run at once, in any order, and again.
+
+    Args:
+        config: The experiment's.
+        workdir: The run folder.
+        workers: What the passes run on; None: processes of this machine.
 
     Raises:
         FileNotFoundError: If the data set is not where the config says.
@@ -59,6 +48,8 @@ def run(config: Config, workdir: Path) -> None:
             `preprocess.allow_skipped` is False (all others are written by then).
     """
     settings: Any = config.preprocess
+    share = Share(settings.shard_index, settings.num_shards)
+    theirs = _nnunet(settings)
     workdir.mkdir(parents=True, exist_ok=True)
     dataset: Any = setup.dataset(config, workdir)
     if hasattr(dataset, "prepare"):
@@ -66,15 +57,20 @@ def run(config: Config, workdir: Path) -> None:
     found = checkup.survey(dataset)
     cases = found.cases
     ledger = workdir / "skipped.csv"
-    with Workers(settings.processes or _processes(cases)) as workers:
-        facts, skipped = _look(cases, dataset, _crop_hu(dataset, settings), workers)
+    # Who checks a data set wants its files read, not what was known of them.
+    memory = None if settings.verify_only and share.number == 1 else workdir / "looked"
+    with workers or Workers(settings.processes or _processes(cases)) as workers:
+        order = share.order(cases, settings.cases_per_shard)
+        facts, skipped = _look(order, dataset, _crop_hu(dataset, settings), workers, memory)
+        facts.sort(key=lambda fact: fact.case)
         facts, skipped = checkup.conclude(workdir, dataset, found, facts, skipped)
         _write_ledger(ledger, skipped)
         if facts and not settings.verify_only:
-            plan = _plan(dataset, facts, settings, skipped)
-            folder = Path(settings.shards or workdir / "shards")
-            jobs = _jobs(folder, cases, facts, plan, settings.cases_per_shard)
-            skipped |= _write_all(folder, jobs, plan, workers)
+            plan = _plan(dataset, facts, settings, skipped, theirs)
+            folder, records = setup.shards_folder(config, workdir), workdir / "written"
+            size = settings.cases_per_shard
+            jobs = shard_jobs.divide(folder, records, cases, facts, plan, size)
+            skipped |= _write_all(folder, jobs, plan, share, workers)
             _write_ledger(ledger, skipped)
     if skipped:
         case = min(skipped)
@@ -101,8 +97,21 @@ def _crop_hu(dataset: Dataset, settings: Any) -> float | None:
     return settings.crop_hu if dataset.modality == "ct" else None
 
 
+def _nnunet(settings: Any) -> dict[str, Any] | None:
+    """NnU-Net's plan if one is named, refused here if it cannot be used with any data."""
+    if not settings.plan:
+        return None
+    plans = adopt.read(settings.plan)
+    from_nnunet_plans(plans, settings.configuration)
+    return plans
+
+
 def _plan(
-    dataset: Dataset, facts: Sequence[Facts], settings: Any, skipped: Mapping[str, str]
+    dataset: Dataset,
+    facts: Sequence[Facts],
+    settings: Any,
+    skipped: Mapping[str, str],
+    theirs: dict[str, Any] | None,
 ) -> Plan:
     training = [fact for fact in facts if fact.voxels and fact.split in ("train", "val")]
     if skipped and not training:
@@ -122,17 +131,24 @@ def _plan(
         spacing_mm=tuple(settings.spacing_mm) if settings.spacing_mm else None,
         crop_hu=_crop_hu(dataset, settings),
     )
+    if theirs:
+        plan = adopt.adopt(plan, training, theirs, settings.configuration)
     for note in plan.notes:
         logger.warning("%s", note)
     return plan
 
 
 def _look(
-    cases: Sequence[Case], dataset: Dataset, crop_hu: float | None, workers: Workers
+    cases: Sequence[Case],
+    dataset: Dataset,
+    crop_hu: float | None,
+    workers: Pool,
+    memory: Path | None = None,
 ) -> tuple[list[Facts], dict[str, str]]:
     """First pass: facts in the order of the cases, and why the others were refused."""
     look = functools.partial(
         _fingerprint,
+        memory=memory,
         num_classes=len(dataset.classes),
         modality=dataset.modality,
         crop_hu=crop_hu,
@@ -150,71 +166,54 @@ def _look(
     return [found[case.id] for case in cases if case.id in found], skipped
 
 
-def _fingerprint(case: Case, **settings: Any) -> Facts | str:
+def _fingerprint(case: Case, *, memory: Path | None, **settings: Any) -> Facts | str:
+    """Facts, or why there are none; from the folder `memory` if no file has changed since."""
+    key = facts_file.key(case, settings)  # before reading: a file may change meanwhile
+    if memory and (known := facts_file.load(memory, case, key)):
+        return known
     try:
-        return fingerprint_case(case, **settings)
+        found = fingerprint_case(case, **settings)
+    except ValueError as error:
+        found = _reason(error)
     except _BROKEN as error:
-        return _reason(error)
+        return _reason(error)  # not the file's fault, perhaps: asked again each time
+    if memory:
+        facts_file.save(memory, case, key, found)
+    return found
 
 
-def _jobs(
-    folder: Path, cases: Sequence[Case], facts: Sequence[Facts], plan: Plan, size: int
-) -> list[_Job]:
-    """Shards by position among all cases, so that one refused case moves no other."""
-    digests = {fact.case: fact.source_sha256 for fact in facts}
-    count = -(-len(cases) // size)
-    jobs = []
-    for index in range(count):
-        part = [c for c in cases[index * size : (index + 1) * size] if c.id in digests]
-        path = folder / f"shard-{index:05d}-of-{count:05d}.arrayrecord"
-        jobs.append(_Job(path, tuple(part), tuple(digests[case.id] for case in part), plan))
-    return [job for job in jobs if job.cases]
-
-
-def _write_all(folder: Path, jobs: Sequence[_Job], plan: Plan, workers: Workers) -> dict[str, str]:
-    """Second pass: writes what is missing, then the index. Returns why cases were refused."""
+def _write_all(
+    folder: Path, jobs: Sequence[Job], plan: Plan, share: Share, workers: Pool
+) -> dict[str, str]:
+    """Second pass: writes what is missing of this job's share. Returns why cases were refused."""
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = _manifest(folder)
-    done = {job.path.name: manifest[job.path.name] for job in jobs if _is_done(job, manifest)}
-    todo = [job for job in jobs if job.path.name not in done]
-    logger.info("%d of %d shards are there already", len(done), len(jobs))
+    jobs[0].record.parent.mkdir(parents=True, exist_ok=True)
+    mine = share.jobs(jobs)
+    known = shard_jobs.manifest(folder)
+    todo = [job for job in mine if not _is_whole(job, known)]
+    logger.info("%d of %d shards are there already", len(mine) - len(todo), len(mine))
     if todo:
         (folder / "index.json").unlink(missing_ok=True)  # it would speak of shards being replaced
     shards.write_json(folder / "plan.json", plan.to_json())
-    skipped: dict[str, str] = {}
-    rows = [row for name in done for row in done[name]["entries"]]
     with Progress("prepare", sum(len(job.cases) for job in todo)) as progress:
-        for job, (entries, refused) in workers.each(_write, todo):
-            skipped |= refused
-            new = [asdict(entry) for entry in entries]
-            rows += new
-            if not refused:
-                size = job.path.stat().st_size
-                done[job.path.name] = {"key": job.key, "bytes": size, "entries": new}
-                shards.write_json(folder / "manifest.json", done)
+        for job, _ in workers.each(_write, todo):
             progress.advance(len(job.cases))
-    shards.write_json(folder / "manifest.json", dict(sorted(done.items())))
-    shards.write_index(folder, [shards.entry_from_json(row) for row in rows])
-    for path in folder.glob("shard-*.arrayrecord"):
-        if path.name not in {row["shard"] for row in rows}:
-            path.unlink()  # of an earlier division into shards
+    missing, skipped = shard_jobs.finish(folder, jobs, plan)
+    if missing:
+        logger.info("%d of %d shards are left to the other jobs", missing, len(jobs))
     return skipped
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _is_whole(job: Job, known: Mapping[str, Any]) -> bool:
+    record = shard_jobs.written(job, known)
+    return record is not None and not record.get("refused")  # what was refused is tried again
 
 
-def _is_done(job: _Job, manifest: Mapping[str, Any]) -> bool:
-    known = manifest.get(job.path.name)
-    if known is None or known["key"] != job.key or not job.path.is_file():
-        return False
-    return job.path.stat().st_size == known["bytes"]
-
-
-def _write(job: _Job) -> tuple[list[shards.Entry], dict[str, str]]:
+def _write(job: Job) -> None:
+    """Writes one shard and its record, unless they are there."""
     refused: dict[str, str] = {}
+    if _is_whole(job, {}):
+        return
 
     def prepared() -> Iterator[shards.Prepared]:
         for case, digest in zip(job.cases, job.digests, strict=True):
@@ -225,7 +224,10 @@ def _write(job: _Job) -> tuple[list[shards.Entry], dict[str, str]]:
             else:
                 yield made
 
-    return shards.write_shard(job.path, prepared()), refused
+    entries = shards.write_shard(job.path, prepared())
+    if not entries:
+        job.path.unlink(missing_ok=True)  # an older shard, none of whose cases are left
+    shard_jobs.remember(job, entries, refused)
 
 
 def _reason(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import rich.console
 import rich.progress
@@ -17,6 +17,21 @@ import rich.progress
 logger = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 5.0
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """Runs jobs that leave their results in files, wherever that is; closed when done with."""
+
+    def __enter__(self) -> "Pool": ...
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None: ...
+
+    def each(
+        self, function: Callable[[Any], Any], jobs: Sequence[Any]
+    ) -> Iterator[tuple[Any, Any]]:
+        """Pairs of job and result, in any order."""
+        ...
 
 
 class Workers:

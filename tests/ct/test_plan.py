@@ -342,12 +342,52 @@ def run(*arguments):
 
 
 def test_the_tool_prints_the_plan_of_a_file(golden):
-    path = golden / "plans" / "plan_00_mri.json"
+    path = golden / "plans" / "plan_01_mri.json"
     done = run(path, "--planner", "resenc_l")
     fingerprint = json.loads(path.read_text())["fingerprint"]
-    expected = plan.make_plans(*fingerprint.values(), planner="resenc_l")
+    expected = as_json(plan.make_plans(*fingerprint.values(), planner="resenc_l"))
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == as_json(expected)
+    printed = json.loads(done.stdout)
+    theirs = load(golden, "plan_01_mri")["plans"]["nnUNetResEncUNetLPlans"]
+    assert parts(printed, theirs) == theirs  # the fixtures have no arch_kwargs
+    for settings in printed["configurations"].values():
+        if architecture := settings.get("architecture"):
+            for name in architecture["arch_kwargs"]:
+                del architecture[name]
+    assert printed == expected
+
+
+def test_the_tool_warns_where_a_few_scans_decide_unless_the_spacing_is_pinned(golden):
+    path = golden / "plans" / "plan_07_headct.json"
+    assert "2.5 to 5 mm over random halves" in run(path).stderr
+    assert run(path, "--spacing-mm", "5", "0.5", "0.5").stderr == ""
+
+
+def test_the_tool_reads_classes_channels_and_modality_from_a_dataset_json(golden, tmp_path):
+    theirs = load(golden, "full_Hippocampus_nnUNetPlans")
+    fingerprint = tmp_path / "fingerprint.json"
+    fingerprint.write_text(
+        json.dumps(
+            {
+                "spacings": [[1, 1, 1]] * 10,
+                "shapes_after_crop": [[36, 50, 35]] * 10,
+                "foreground_intensity_properties_per_channel": theirs[
+                    "foreground_intensity_properties_per_channel"
+                ],
+            }
+        )
+    )
+    about = {"name": theirs["dataset_name"], "numTraining": 260, "modality": {"0": "MRI"}}
+    about["labels"] = {"0": "background", "1": "Anterior", "2": "Posterior"}
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    done = run(fingerprint, "--dataset", tmp_path / "dataset.json")
+    assert done.returncode == 0, done.stderr
+    assert parts(json.loads(done.stdout), theirs) == theirs
+    assert run(fingerprint).stdout == done.stdout  # the one beside the fingerprint
+    (tmp_path / "dataset.json").write_text("{}")
+    done = run(fingerprint)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "dataset.json: no labels" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""Which shards a data set becomes, which of them are written, and the files that say so.
+
+Everything here is a function of the sorted case list, the facts and the plan, so that any number of
+jobs that share only a file system agree on it. Each shard that was written has a record, a small
+file of its own; whoever finds all records merges them into `manifest.json` and `index.json`.
+"""
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bhsd_jax.ct import shards
+from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.volume import Case, Plan
+
+_ABANDONED_S = 3600.0  # a temporary file nobody wrote to for so long is a killed job's
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write: a function of the sorted case list and the plan alone."""
+
+    path: Path
+    record: Path  # the file that says it is written
+    cases: tuple[Case, ...]
+    digests: tuple[str, ...]  # of each case's files
+    plan: Plan
+
+    @property
+    def key(self) -> str:
+        """Changes when a byte of the shard would. Planned network and statistics do not matter."""
+        plan = self.plan.to_json()
+        used = [plan[k] for k in ("version", "classes", "modality", "spacing_mm", "transpose")]
+        used += [plan["crop_hu"], shards.SCHEMA]
+        known = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
+        return hashlib.sha256(json.dumps([used, known, self.digests]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several jobs does: every `number`-th shard, beginning with shard `index`.
+
+    Raises:
+        ValueError: If there is no such job.
+    """
+
+    index: int = 0
+    number: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.number:
+            raise ValueError(
+                f"config.preprocess.shard_index is 0..{self.number - 1} for num_shards "
+                f"{self.number}; got {self.index}"
+            )
+
+    def jobs(self, jobs: Sequence[Job]) -> list[Job]:
+        """The shards this one writes."""
+        return [job for job in jobs if _position(job.path) % self.number == self.index]
+
+    def order(self, cases: Sequence[Case], size: int) -> list[Case]:
+        """All cases, its own first; the others in an order no other job has.
+
+        What another has looked at by then is only read, so that jobs that are done help those that
+        are not, and one that is started alone waits for nobody.
+        """
+        own = [c for n, c in enumerate(cases) if n // size % self.number == self.index]
+        rest = [c for n, c in enumerate(cases) if n // size % self.number != self.index]
+        return own + random.Random(self.index).sample(rest, len(rest))
+
+
+def divide(
+    folder: Path,
+    records: Path,
+    cases: Sequence[Case],
+    facts: Sequence[Facts],
+    plan: Plan,
+    size: int,
+) -> list[Job]:
+    """Shards by position among all cases, so that one refused case moves no other."""
+    digests = {fact.case: fact.source_sha256 for fact in facts}
+    count = -(-len(cases) // size)
+    jobs = []
+    for index in range(count):
+        part = tuple(c for c in cases[index * size : (index + 1) * size] if c.id in digests)
+        name = f"shard-{index:05d}-of-{count:05d}"
+        path, record = folder / f"{name}.arrayrecord", records / f"{name}.json"
+        jobs.append(Job(path, record, part, tuple(digests[case.id] for case in part), plan))
+    return [job for job in jobs if job.cases]
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """Records by shard, as the last run that was complete merged them."""
+    return _read(folder / "manifest.json")
+
+
+def written(job: Job, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a shard that is there as the job would write it; None if it is not.
+
+    A row of the manifest, `known`, does as well: the records may lie in a run folder that is gone.
+    """
+    for found in (_read(job.record), known.get(job.path.name)):
+        if found and found["key"] == job.key and _size(job.path) == found["bytes"]:
+            return found
+    return None
+
+
+def remember(job: Job, entries: Sequence[shards.Entry], refused: Mapping[str, str]) -> None:
+    """Writes the record of a shard, and why cases are missing from it."""
+    rows = [asdict(entry) for entry in entries]
+    found = {"key": job.key, "bytes": _size(job.path), "entries": rows, "refused": dict(refused)}
+    shards.write_json(job.record, found)
+
+
+def finish(folder: Path, jobs: Sequence[Job], plan: Plan) -> tuple[int, dict[str, str]]:
+    """Writes manifest and index if all shards are there.
+
+    Returns:
+        How many are not, and why cases are missing from those that are, whoever wrote them.
+    """
+    known = manifest(folder)
+    found = {job.path.name: written(job, known) for job in jobs}
+    records = {name: dict(record) for name, record in sorted(found.items()) if record}
+    refused = {case: why for r in records.values() for case, why in r.get("refused", {}).items()}
+    if missing := len(found) - len(records):
+        return missing, refused
+    rows = [shards.entry_from_json(row) for record in records.values() for row in record["entries"]]
+    whole = {name: r for name, r in records.items() if not r.pop("refused", None)}
+    shards.write_json(folder / "plan.json", plan.to_json())
+    shards.write_json(folder / "manifest.json", whole)
+    shards.write_index(folder, rows)
+    _sweep(folder, {row.shard for row in rows})
+    return 0, refused
+
+
+def _sweep(folder: Path, used: set[str]) -> None:
+    """Removes the shards of an earlier division, and what killed jobs left."""
+    for path in folder.glob("shard-*.arrayrecord"):
+        if path.name not in used:
+            path.unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        if _age_s(path) > _ABANDONED_S:
+            path.unlink(missing_ok=True)
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _position(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,135 @@
+import json
+
+import numpy as np
+import pytest
+
+from bhsd_jax.ct import adopt, plan, prepare
+from bhsd_jax.volume import Network, Plan
+
+PROPERTIES = {"0": {"percentile_00_5": 3, "mean": 50.5, "std": 16, "percentile_99_5": 97}}
+
+
+def head_ct(golden):
+    """NnU-Net's plan for BHSD."""
+    return json.loads((golden / "plans" / "full_BHSDtrain96_nnUNetPlans.json").read_text())
+
+
+def facts(shape=(34, 512, 512), spacing=(5.0, 0.5, 0.5), order=(0, 1, 2)):
+    return prepare.Facts(
+        case="a",
+        patient="a",
+        split="train",
+        bleeding=True,
+        shape=shape,
+        spacing_mm=spacing,
+        tilt_deg=0.0,
+        intensity=(0.0, 0.0, 0.0),
+        voxels=(1, 1),
+        volume_ml=(1.0, 1.0),
+        foreground=np.zeros(1, np.float32),
+        source_sha256="",
+        warnings=(),
+        order=order,
+    )
+
+
+def ours(modality="ct"):
+    return Plan(
+        dataset="made up",
+        classes=("background", "blood"),
+        modality=modality,
+        spacing_mm=(1.0, 1.0, 1.0),
+        transpose=(0, 1, 2),
+        crop_hu=-200.0,
+        foreground=(0.0, 1.0, 2.0, 3.0),
+        median_shape=(8, 16, 16),
+        network=Network((8, 16, 16), 2, (8,), ((1, 1, 1),), ((3, 3, 3),), (2,), (), True),
+        source_sha256="abc",
+        license="free",
+        notes=("the target spacing rests on a few scans",),
+    )
+
+
+def test_what_nnunet_decided_is_taken_and_the_rest_is_ours(golden):
+    theirs = head_ct(golden) | {"foreground_intensity_properties_per_channel": PROPERTIES}
+    made = adopt.adopt(ours(), [facts(), facts((30, 400, 512))], theirs, "3d_fullres")
+    settings = theirs["configurations"]["3d_fullres"]
+    assert made.network == plan.from_nnunet_plans(theirs)[0]
+    assert list(made.network.patch) == settings["patch_size"]
+    assert made.network.batch == settings["batch_size"]
+    assert list(made.spacing_mm) == settings["spacing"]
+    assert made.foreground == (3.0, 50.5, 16.0, 97.0)
+    # 512 and 400 rows of 0.5 mm are 524 and 410 of 0.48828 mm.
+    assert made.median_shape == (32, 467, 524)
+    assert (made.transpose, made.crop_hu, made.license) == ((0, 1, 2), -200.0, "free")
+    assert made.notes == ("plan of nnU-Net: nnUNetPlans, 3d_fullres, of Dataset501_BHSDtrain96",)
+
+
+def test_a_coarser_configuration_is_taken_by_name(golden):
+    theirs = head_ct(golden)
+    coarse = {
+        "inherits_from": "3d_fullres",
+        "spacing": [5.0, 0.7, 0.7],
+        "patch_size": [20, 256, 256],
+    }
+    theirs["configurations"]["3d_lowres"] = coarse
+    made = adopt.adopt(ours(), [facts()], theirs, "3d_lowres")
+    assert made.spacing_mm == (5.0, 0.7, 0.7)
+    assert made.network.patch == (20, 256, 256)
+    assert made.median_shape == (34, 366, 366)
+    assert "3d_lowres" in made.notes[0]
+
+
+def test_axes_of_the_files_become_axes_of_the_patient(golden):
+    """Coronal files: planes to the back, rows up, columns to the left."""
+    theirs = head_ct(golden)
+    theirs["transpose_forward"] = [1, 0, 2]  # rows first: superior
+    scan = facts((34, 300, 512), order=(1, 0, 2))
+    made = adopt.adopt(ours(), [scan], theirs, "3d_fullres")
+    assert made.transpose == (0, 1, 2)
+    assert made.median_shape == (34, 307, 524)
+    theirs["transpose_forward"] = [0, 1, 2]  # posterior first
+    made = adopt.adopt(ours(), [scan], theirs, "3d_fullres")
+    assert made.transpose == (1, 0, 2)
+    # Posterior 300 x 0.5 mm at 5 mm, superior 34 x 5 mm at 0.48828 mm.
+    assert made.median_shape == (30, 348, 524)
+    with pytest.raises(ValueError, match=r"\(0, 1, 2\), \(1, 0, 2\).*store all scans alike"):
+        adopt.adopt(ours(), [scan, facts()], theirs, "3d_fullres")
+
+
+def test_what_the_plan_lacks_or_wants_otherwise_is_said(golden):
+    theirs = head_ct(golden) | {"foreground_intensity_properties_per_channel": {}}
+    settings = theirs["configurations"]["3d_fullres"]
+    settings["resampling_fn_data"] = "resample_torch_fornnunet"
+    made = adopt.adopt(ours(), [facts()], theirs, "3d_fullres")
+    assert made.foreground == ours().foreground
+    assert made.notes[1:] == (
+        "it has no intensity statistics; ours are used",
+        "it resamples with resample_torch_fornnunet; here scans are resampled by "
+        "resample_data_or_seg_to_shape",
+    )
+    residual = (golden / "plans" / "full_BHSDtrain96_nnUNetResEncUNetMPlans.json").read_text()
+    made = adopt.adopt(ours(), [facts()], json.loads(residual), "3d_fullres")
+    assert made.notes[1] == "made for --config.model.name=nnunet.ResidualEncoderUNet"
+
+
+def test_another_normalization_is_refused(golden):
+    theirs = head_ct(golden)
+    with pytest.raises(ValueError, match=r"normalization \['CTNormalization'\].*mr.*ZScore"):
+        adopt.adopt(ours("mr"), [facts()], theirs, "3d_fullres")
+    settings = theirs["configurations"]["3d_fullres"]
+    settings.update(normalization_schemes=["ZScoreNormalization"], use_mask_for_norm=[True])
+    with pytest.raises(ValueError, match="use_mask_for_norm"):
+        adopt.adopt(ours("mr"), [facts()], theirs, "3d_fullres")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is no JSON"), ("[1]", "no `configurations`"), ("{}", "nnU-Net v2")]
+)
+def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path, text, message):
+    path = tmp_path / "plans.json"
+    with pytest.raises(FileNotFoundError, match=r"plans\.json.*preprocess\.plan"):
+        adopt.read(path)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"plans\.json: .*{message}"):
+        adopt.read(path)

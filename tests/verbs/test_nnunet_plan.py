@@ -1,0 +1,71 @@
+"""Preprocessing by a plans.json of nnU-Net, and the network that is trained from it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bhsd_jax.ct import nifti, shards
+from bhsd_jax.verbs import preprocess, wiring
+from bhsd_jax.volume import Volume
+from configs import common
+
+UPRIGHT = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three small MR scans with masks."""
+    random = np.random.default_rng(0)
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for index in range(3):
+        label = np.zeros((20, 24, 18), np.uint8)
+        label[8:12, 8:14, 6:11] = 1 + index % 2
+        image = random.normal(100, 20, label.shape).astype(np.float32)
+        for folder, voxels in (("imagesTr", image), ("labelsTr", label)):
+            path = tmp_path / "data" / folder / f"h_{index}.nii.gz"
+            nifti.write_volume(path, Volume(voxels, UPRIGHT, ""))
+    labels = {"0": "background", "1": "Anterior", "2": "Posterior"}
+    about = {"name": "Small", "modality": {"0": "MRI"}, "labels": labels}
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(about))
+    return tmp_path / "data"
+
+
+def test_shards_and_network_are_those_of_nnunets_plan(data, tmp_path, golden):
+    theirs = json.loads((golden / "plans" / "full_Hippocampus_nnUNetPlans.json").read_text())
+    settings = theirs["configurations"]["3d_fullres"]
+    theirs["configurations"]["3d_lowres"] = {
+        **settings, "spacing": [2.0, 1.5, 1.5], "patch_size": [16, 16, 16], "batch_size": 3,
+        "next_stage": "3d_cascade_fullres",
+    }  # fmt: skip
+    (tmp_path / "plans.json").write_text(json.dumps(theirs))
+    config = common.get_config("data=msd")
+    config.data.root = str(data)
+    config.preprocess.update(plan=str(tmp_path / "plans.json"), configuration="3d_lowres")
+    preprocess.run(config, tmp_path / "run")
+    found = shards.Shards(tmp_path / "run" / "shards")
+    assert found.plan.spacing_mm == (2.0, 1.5, 1.5)
+    assert {entry.shape for entry in found.entries} == {(10, 16, 12)}
+    statistics = theirs["foreground_intensity_properties_per_channel"]["0"]
+    assert found.plan.foreground[1] == statistics["mean"]
+    assert (found.plan.network.patch, found.plan.network.batch) == ((16, 16, 16), 3)
+    model = wiring.model(config, found.plan)
+    arguments = settings["architecture"]["arch_kwargs"]
+    for ours, name in [
+        (model.features, "features_per_stage"),
+        (model.strides, "strides"),
+        (model.kernels, "kernel_sizes"),
+        (model.convs_encoder, "n_conv_per_stage"),
+        (model.convs_decoder, "n_conv_per_stage_decoder"),
+    ]:
+        assert json.loads(json.dumps(ours)) == arguments[name]
+
+
+def test_a_configuration_that_is_not_there_is_refused(data, tmp_path, golden):
+    config = common.get_config("data=msd")
+    config.data.root = str(data)
+    config.preprocess.plan = str(golden / "plans" / "full_Hippocampus_nnUNetPlans.json")
+    config.preprocess.configuration = "3d_lowres"
+    with pytest.raises(ValueError, match="no usable configuration 3d_lowres; there are 2d, 3d_f"):
+        preprocess.run(config, tmp_path / "run")

@@ -1,0 +1,328 @@
+"""Many jobs that share nothing but a file system write what one would."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bhsd_jax.ct import facts_file, nifti, shards
+from bhsd_jax.datasets.msd import MSD
+from bhsd_jax.verbs import preprocess, shard_jobs
+from bhsd_jax.volume import Volume
+from configs import common
+
+ROOT = Path(__file__).parents[2]
+CASES, JOBS = 9, 4  # 5 shards of 2 cases: job 0 has two of them
+UPRIGHT = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])  # canonical axes
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A Decathlon folder of small MR scans; the last two have no mask."""
+    random = np.random.default_rng(0)
+    for folder in ("imagesTr", "imagesTs", "labelsTr"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for index in range(CASES):
+        labeled = index < CASES - 2
+        shape = (9 + index, 13, 11)
+        image = random.normal(100, 20, shape).astype(np.float32)
+        mask = np.zeros(shape, np.uint8)
+        mask[4:7, 5:9, 5:8] = 1 + (index % 2)
+        path = tmp_path / "data" / ("imagesTr" if labeled else "imagesTs") / f"h_{index}.nii.gz"
+        nifti.write_volume(path, Volume(image, UPRIGHT, ""))
+        if labeled:
+            path = tmp_path / "data" / "labelsTr" / path.name
+            nifti.write_volume(path, Volume(mask, UPRIGHT, ""))
+    about = {
+        "name": "Small",
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "left", "2": "right"},
+    }
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(about))
+    return tmp_path / "data"
+
+
+def configure(root, **settings):
+    config = common.get_config("data=msd")
+    config.data.root = str(root)
+    config.preprocess.update(cases_per_shard=2, processes=1, spacing_mm=(2.0, 1.0, 0.8))
+    config.preprocess.update(settings)
+    return config
+
+
+def flags(config, workdir):
+    settings = config.preprocess
+    return [
+        "--config=configs/supervised.py:data=msd",
+        f"--config.data.root={config.data.root}",
+        f"--workdir={workdir}",
+        f"--config.preprocess.spacing_mm={tuple(settings.spacing_mm)}",
+        *(
+            f"--config.preprocess.{name}={settings[name]}"
+            for name in ("cases_per_shard", "processes", "shard_index", "num_shards")
+        ),
+    ]
+
+
+def contents(workdir):
+    return {path.name: path.read_bytes() for path in (workdir / "shards").iterdir()}
+
+
+def stamps(workdir):
+    return {path.name: path.stat().st_mtime_ns for path in (workdir / "shards").glob("shard-*")}
+
+
+def names(*positions):
+    return {f"shard-{position:05d}-of-00005.arrayrecord" for position in positions}
+
+
+@pytest.fixture
+def serial(data, tmp_path):
+    preprocess.run(configure(data), tmp_path / "serial")
+    found = contents(tmp_path / "serial")
+    assert set(found) == names(*range(5)) | {"plan.json", "manifest.json", "index.json"}
+    return found
+
+
+def test_jobs_one_after_the_other_in_any_order_write_the_same_bytes(data, tmp_path, serial):
+    written = {}
+    for index in (2, 0, 3, 1):
+        assert not (tmp_path / "run" / "shards" / "index.json").exists()
+        config = configure(data, shard_index=index, num_shards=JOBS)
+        preprocess.run(config, tmp_path / "run")
+        new = stamps(tmp_path / "run").items() - written.items()
+        assert {name for name, _ in new} == (names(0, 4) if index == 0 else names(index))
+        written |= new
+    assert contents(tmp_path / "run") == serial
+
+
+def test_jobs_at_once_write_the_same_bytes(data, tmp_path, serial):
+    """Four processes begin together; the last to end finds all shards and writes the index."""
+    workdir, running = tmp_path / "run", []
+    for index in range(JOBS):
+        config = configure(data, shard_index=index, num_shards=JOBS)
+        command = [sys.executable, "-m", "bhsd_jax.main", "preprocess", *flags(config, workdir)]
+        running.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _, said = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+    assert contents(workdir) == serial
+    assert (workdir / "integrity.json").is_file()
+
+
+def test_a_pool_of_processes_writes_the_same_bytes(data, tmp_path, serial):
+    preprocess.run(configure(data, processes=2), tmp_path / "run")
+    assert contents(tmp_path / "run") == serial
+
+
+def test_beam_writes_the_same_bytes(data, tmp_path, serial):
+    python = os.environ.get("BHSD_BEAM_PYTHON")
+    if not python:
+        pytest.skip("BHSD_BEAM_PYTHON names no Python that has apache-beam")
+    command = [python, "tools/preprocess_beam.py", *flags(configure(data), tmp_path / "run")]
+    done = subprocess.run(
+        [*command, "--", "--runner=DirectRunner"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "run") == serial
+
+
+def test_a_job_run_again_writes_nothing_and_a_lost_shard_comes_back_alone(data, tmp_path, serial):
+    workdir = tmp_path / "run"
+    for index in range(2):
+        preprocess.run(configure(data, shard_index=index, num_shards=2), workdir)
+    before = stamps(workdir)
+    for name in names(3):
+        (workdir / "shards" / name).unlink()
+    preprocess.run(configure(data, shard_index=0, num_shards=2), workdir)
+    assert stamps(workdir).items() == {k: v for k, v in before.items() if k not in names(3)}.items()
+    preprocess.run(configure(data, shard_index=1, num_shards=2), workdir)
+    assert {k for k, v in stamps(workdir).items() if before[k] != v} == names(3)
+    assert contents(workdir) == serial
+
+
+def test_the_manifest_alone_is_enough_to_know_what_is_written(data, tmp_path):
+    folder = str(tmp_path / "shared")
+    preprocess.run(configure(data, shards=folder), tmp_path / "one")
+    before = {path: path.stat().st_mtime_ns for path in Path(folder).glob("shard-*")}
+    preprocess.run(configure(data, shards=folder), tmp_path / "two")
+    assert {path: path.stat().st_mtime_ns for path in Path(folder).glob("shard-*")} == before
+
+
+def test_what_a_killed_job_left_is_swept_once_it_is_old(data, tmp_path):
+    folder = tmp_path / "run" / "shards"
+    folder.mkdir(parents=True)
+    old, fresh = folder / ".shard-00000.gone-1.tmp", folder / ".shard-00001.here-2.tmp"
+    for path in (old, fresh):
+        path.write_bytes(b"half")
+    os.utime(old, (0, time.time() - 2 * 3600))
+    preprocess.run(configure(data), tmp_path / "run")
+    assert not old.exists()
+    assert fresh.exists()
+
+
+def test_the_last_job_knows_what_another_could_not_prepare(data, tmp_path, monkeypatch):
+    real = preprocess.prepare_case
+
+    def broken(case, plan, **known):
+        if case.id == "h_0":
+            raise OSError("disk gone")
+        return real(case, plan, **known)
+
+    monkeypatch.setattr(preprocess, "prepare_case", broken)
+    for index in range(2):
+        with pytest.raises(ValueError, match=r"1 of 9 cases skipped.*h_0: disk gone"):
+            preprocess.run(configure(data, shard_index=index, num_shards=2), tmp_path / "run")
+    assert "h_0,disk gone" in (tmp_path / "run" / "skipped.csv").read_text()
+    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == CASES - 1
+    monkeypatch.setattr(preprocess, "prepare_case", real)
+    preprocess.run(configure(data, shard_index=0, num_shards=2), tmp_path / "run")
+    assert not (tmp_path / "run" / "skipped.csv").exists()
+    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == CASES
+
+
+def test_a_shard_that_lost_all_its_cases_is_gone(data, tmp_path, monkeypatch):
+    preprocess.run(configure(data), tmp_path / "run")
+    real = preprocess.prepare_case
+
+    def broken(case, plan, **known):
+        if case.id in ("h_2", "h_3"):
+            raise ValueError("no good")
+        return real(case, plan, **known)
+
+    monkeypatch.setattr(preprocess, "prepare_case", broken)
+    config = configure(data, spacing_mm=(1.0, 1.0, 1.0), allow_skipped=True)
+    preprocess.run(config, tmp_path / "run")
+    assert set(stamps(tmp_path / "run")) == names(0, 2, 3, 4)
+    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == CASES - 2
+
+
+@pytest.mark.parametrize(("extra", "number"), [({}, 8), ({"BHSD_NUM_SHARDS": "64"}, 64)])
+def test_a_slurm_task_is_the_job_of_its_number(tmp_path, extra, number):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "env").write_text('PATH="$PWD:$PATH"')
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"')
+    (tmp_path / "python").chmod(0o755)
+    array = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": "3"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "slurm_prepare.sbatch"), "--config=a b.py", "--workdir=w"],
+        env=os.environ | array | {"SLURM_ARRAY_TASK_MAX": "7"} | extra,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [
+        *("-m", "bhsd_jax.main", "preprocess", "--config=a b.py", "--workdir=w"),
+        "--config.preprocess.shard_index=3",
+        f"--config.preprocess.num_shards={number}",
+    ]
+
+
+@pytest.mark.parametrize(("index", "number"), [(4, 4), (-1, 4), (0, 0)])
+def test_a_job_that_is_none_of_them_is_refused(data, tmp_path, index, number):
+    with pytest.raises(ValueError, match=rf"shard_index is 0\.\..*got {index}"):
+        preprocess.run(configure(data, shard_index=index, num_shards=number), tmp_path / "run")
+
+
+def test_a_job_begins_with_its_own_cases_and_helps_with_all_others(data):
+    cases = list(MSD(data).cases())
+    orders = [shard_jobs.Share(i, JOBS).order(cases, 2) for i in range(JOBS)]
+    assert [[c.id for c in order[:2]] for order in orders] == [
+        [f"h_{2 * i}", f"h_{2 * i + 1}"] for i in range(JOBS)
+    ]
+    assert all(sorted(c.id for c in order) == [c.id for c in cases] for order in orders)
+    assert len({tuple(c.id for c in order) for order in orders}) == JOBS
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Ids of the cases whose files were read in the first pass."""
+    real, seen = preprocess.fingerprint_case, []
+
+    def counted(case, **settings):
+        seen.append(case.id)
+        return real(case, **settings)
+
+    monkeypatch.setattr(preprocess, "fingerprint_case", counted)
+    return seen
+
+
+def taken(looks):
+    found, looks[:] = sorted(looks), []
+    return found
+
+
+def test_cases_are_looked_at_again_only_if_a_file_changed(data, tmp_path, looks):
+    every = [f"h_{i}" for i in range(CASES)]
+    preprocess.run(configure(data), tmp_path / "run")
+    assert taken(looks) == every
+    preprocess.run(configure(data, spacing_mm=(1.0, 1.0, 1.0)), tmp_path / "run")
+    assert taken(looks) == []
+    os.utime(data / "labelsTr" / "h_3.nii.gz", (0, 0))
+    preprocess.run(configure(data), tmp_path / "run")
+    assert taken(looks) == ["h_3"]
+    preprocess.run(configure(data, crop_hu=None), tmp_path / "run")  # as before: MR has no HU
+    assert taken(looks) == []
+    preprocess.run(configure(data, verify_only=True), tmp_path / "run")  # means it
+    assert taken(looks) == every
+
+
+def test_a_refusal_is_remembered_until_the_file_is_another(data, tmp_path, looks):
+    path = data / "imagesTr" / "h_1.nii.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-900])
+    for expected in ([f"h_{i}" for i in range(CASES)], []):
+        with pytest.raises(ValueError, match=r"1 of 9 cases skipped.*h_1: .*h_1\.nii\.gz"):
+            preprocess.run(configure(data), tmp_path / "run")
+        assert taken(looks) == expected
+        with (tmp_path / "run" / "skipped.csv").open() as file:
+            assert [row["case"] for row in csv.DictReader(file)] == ["h_1"]
+    path.write_bytes(whole)
+    preprocess.run(configure(data), tmp_path / "run")
+    assert taken(looks) == ["h_1"]
+    assert not (tmp_path / "run" / "skipped.csv").exists()
+    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == CASES
+
+
+def test_a_failure_of_the_machine_is_not_remembered(data, tmp_path, monkeypatch):
+    real = preprocess.fingerprint_case
+
+    def flaky(case, **settings):
+        if case.id == "h_2":
+            raise OSError("stale file handle")
+        return real(case, **settings)
+
+    monkeypatch.setattr(preprocess, "fingerprint_case", flaky)
+    with pytest.raises(ValueError, match="h_2: stale file handle"):
+        preprocess.run(configure(data), tmp_path / "run")
+    monkeypatch.setattr(preprocess, "fingerprint_case", real)
+    preprocess.run(configure(data), tmp_path / "run")
+    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == CASES
+
+
+def test_facts_come_back_as_they_were_and_half_a_file_is_none(data, tmp_path):
+    case = next(iter(MSD(data).cases()))
+    settings = {"num_classes": 3, "modality": "mr", "crop_hu": None}
+    facts = preprocess.fingerprint_case(case, **settings)
+    key = facts_file.key(case, settings)
+    facts_file.save(tmp_path / "looked", case, key, facts)
+    found = facts_file.load(tmp_path / "looked", case, key)
+    assert found.foreground.dtype == facts.foreground.dtype
+    assert found.foreground.tobytes() == facts.foreground.tobytes()
+    without = [{k: v for k, v in vars(f).items() if k != "foreground"} for f in (found, facts)]
+    assert without[0] == without[1]
+    assert facts_file.load(tmp_path / "looked", case, "another") is None
+    assert facts_file.key(case, settings | {"num_classes": 4}) != key
+    (path,) = (tmp_path / "looked").rglob("*.npz")
+    path.write_bytes(path.read_bytes()[:-40])
+    assert facts_file.load(tmp_path / "looked", case, key) is None
