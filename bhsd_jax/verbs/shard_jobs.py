@@ -36,7 +36,7 @@ class Job:
         """Changes when a byte of the shard would. Planned network and statistics do not matter."""
         plan = self.plan.to_json()
         used = [plan[k] for k in ("version", "classes", "modality", "spacing_mm", "transpose")]
-        used += [plan["crop_hu"], shards.SCHEMA]
+        used += [plan[k] for k in ("crop_hu", "axes", "normalize_first")] + [shards.SCHEMA]
         known = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
         return hashlib.sha256(json.dumps([used, known, self.digests]).encode()).hexdigest()
 
