@@ -78,6 +78,27 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     return config
 
 
+def semisupervised(arg: str, name: str, objective: str, presets: dict) -> ml_collections.ConfigDict:
+    """The defaults for a binary task with labeled and unlabeled patches one to one.
+
+    `presets` holds the objective's arguments by preset. `ssl4mis` deploys the checkpoint that
+    validated best, `recommended` the last.
+
+    Raises:
+        ValueError: If the preset is unknown; lists the choices.
+    """
+    config = get_config(arg)
+    if config.preset not in presets:
+        raise ValueError(f"{name}: preset is one of {', '.join(presets)}; got {config.preset!r}")
+    config.name = name
+    config.objective = {"name": objective, **presets[config.preset]}
+    config.split.binary = config.task != "1"
+    config.input.labeled = 2
+    config.input.unlabeled = 2
+    config.predict.checkpoint = "best" if config.preset == "ssl4mis" else "last"
+    return config
+
+
 def parse_arg(arg: str) -> dict:
     """Reads `"smoke,data=msd"`; a word without a value is True.
 
