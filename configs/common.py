@@ -209,7 +209,9 @@ def _predict() -> dict:
         "split": "test",  # "val" or "test"
         "out": "",  # folder; "": <workdir>/predictions
         "checkpoint": "best",  # "best", "last", or a step
-        "networks": (),  # names from the objective, averaged; (): the one it deploys
+        # Names from the objective (student, teacher, a, b; ensemble: a and b), averaged; (): the
+        # one it deploys.
+        "networks": (),
         "probabilities": False,  # also write <case>_probabilities.npz
         "overwrite": True,
         "show_ids": True,

@@ -45,8 +45,9 @@ class CrossPseudoSupervision:
         params = {twin: model.init(keys[twin], image, train=False)["params"] for twin in self.twins}
         if self.twin_init == "kaiming_xavier":
             ups = _transposed(model, image)
-            for twin, spread in (("a", (2, "fan_in")), ("b", (1, "fan_avg"))):
-                init = nn.initializers.variance_scaling(*spread, "normal")
+            kaiming = nn.initializers.variance_scaling(2, "fan_in", "normal")
+            xavier = nn.initializers.variance_scaling(1, "fan_avg", "normal")
+            for twin, init in (("a", kaiming), ("b", xavier)):
                 params[twin] = _redraw(params[twin], init, keys[twin], ups)
         return params
 
