@@ -57,6 +57,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "ce_weight": 1.0,
     }
     config.objective = {"name": "supervised.Supervised"}
+    config.weak = _weak()
     config.optimizer = {
         "name": "sgd",
         "lr": 0.01,
@@ -181,6 +182,23 @@ def _augment() -> dict:
             {"name": "intensity.Gamma", "p": 0.1, "gamma": (0.7, 1.5), "invert": True},
             {"name": "intensity.Gamma", "p": 0.3, "gamma": (0.7, 1.5), "invert": False},
         ),
+    }
+
+
+def _weak() -> dict:
+    """Slice labels of the unlabeled scans, with any objective that reads them; weight 0: off."""
+    return {
+        "neg_sup": 0.0,  # slices without bleeding are labels: 1
+        "negatives": "ce",  # their loss: cross entropy, or "volume", the mean probability
+        "gate_pseudo": False,  # no pseudo-label of a class that the slice does not show
+        "mil": 0.0,  # presence by pooled margins: 0.01 to 0.1
+        "sharpness": 5.0,  # of the pooling; 0 is the mean, infinity the maximum
+        "size": 0.0,  # bounds on the area: 0.01
+        "sizes": "penalty",  # or "barrier", the log-barrier extension
+        "barrier": (5.0, 1.1),  # its t at first, growth per 1 % of the training
+        "lesion_voxels": 10.0,  # least area of a bleed in a slice that shows it
+        "start": 0.3,  # share of the training before `mil` and `size` begin
+        "margin": 1,  # slices next to a bleed that are not trusted to lack it
     }
 
 
