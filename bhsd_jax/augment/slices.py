@@ -8,11 +8,13 @@ part, presence is not.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
-# A chord that cuts 2.5 % off a disk is 0.96 radii long, 0.54 times the root of the disk's area. A
-# shorter cut at the rim of what is read and another at the rim of the patch leave 95 %.
-_CHORD = 0.54
+# A chord c cuts about c^3 / 12 R off a disk of radius R. Of a round head of area A = pi R^2 that is
+# 2.5 % where c^3 is 0.17 A^1.5; at most so much may lie beyond the rim of what is read and again
+# beyond the rim of the patch, which leaves 95 %.
+_CUT = 0.025 * 12 / np.sqrt(np.pi)
 _FAR = 2**14  # above every slice number
 
 
@@ -53,5 +55,6 @@ def follow(
 def _is_whole(head: Bool[Array, "U D H W"]) -> Bool[Array, "U D"]:
     """Whether at most 2.5 % of a round head can lie beyond the rim of the slice."""
     rows, columns = head.sum(3), head.sum(2)
-    rim = rows[..., 0] + rows[..., -1] + columns[..., 0] + columns[..., -1]
-    return rim <= _CHORD * jnp.sqrt(head.sum((2, 3)).astype(jnp.float32))
+    rim = jnp.stack([rows[..., 0], rows[..., -1], columns[..., 0], columns[..., -1]], -1)
+    area = head.sum((2, 3)).astype(jnp.float32)
+    return (rim.astype(jnp.float32) ** 3).sum(-1) <= _CUT * area**1.5

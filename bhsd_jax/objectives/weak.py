@@ -175,7 +175,7 @@ def sizes(
 def log_barrier(z: Array, t: Array | float) -> Array:
     """-log(-z) / t, and its tangent beyond z = -1/t^2: finite where the constraint z <= 0 fails."""
     edge = -1 / t**2
-    inside = -jnp.log(-jnp.minimum(z, edge)) / t
+    inside = -jnp.log(-jnp.where(z <= edge, z, edge)) / t
     return jnp.where(z <= edge, inside, t * z - jnp.log(1 / t**2) / t + 1 / t)
 
 
