@@ -95,11 +95,11 @@ class CrossPseudoSupervision:
 
 
 def _transposed(model: nn.Module, image: jax.Array) -> frozenset[tuple[str, ...]]:
-    """Paths of the transposed convolutions, whatever a model calls them."""
+    """Paths of the transposed convolutions, by their class: models name them as they like."""
     found = set()
 
     def note(call, args, kwargs, context):
-        if "transpose" in type(context.module).__name__.lower():
+        if any(word in type(context.module).__name__ for word in ("Transpose", "Expand")):
             found.add(context.module.path)
         return call(*args, **kwargs)
 

@@ -123,8 +123,8 @@ def test_the_log_barrier_is_smooth_at_its_seam_and_hardens_with_t(t):
     beyond, steep = value_and_slope(edge * (1 - 1e-3), t)
     assert float(beyond) == pytest.approx(float(value), abs=2e-3 / t)
     assert float(steep) == pytest.approx(t, rel=1e-4)
-    assert abs(float(weak.log_barrier(-0.5, 1e3))) < 1e-3
-    assert float(weak.log_barrier(0.5, 1e3)) > 100
+    assert abs(float(weak.log_barrier(jnp.asarray(-0.5), 1e3))) < 1e-3
+    assert float(weak.log_barrier(jnp.asarray(0.5), 1e3)) > 100
 
 
 def test_the_barrier_holds_both_bounds_and_stays_finite_where_they_fail():

@@ -322,6 +322,10 @@ def test_twins_are_averaged_on_request(folder, scans, weights):
     config.objective = {"name": "cps.CrossPseudoSupervision"}
     _, networks = predictor.load(config, folder / "twins")
     assert list(networks) == ["a", "b"]
+    _, together = predictor.load(
+        configure(scans / "ID_2", networks=("ensemble",)), folder / "twins"
+    )
+    assert list(together) == ["a", "b"]
     predict.run(config, folder / "twins")
     facts = json.loads((folder / "twins" / "predictions" / "predictions.json").read_text())
     assert facts["networks"] == ["a", "b"]
