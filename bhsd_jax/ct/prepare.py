@@ -1,6 +1,7 @@
 """One case at a time: what planning must know of it, and its prepared form. Pure functions."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
