@@ -35,6 +35,18 @@ def cross_entropy(
     return (weight * nats).sum() / jnp.maximum(weight.sum(), 1e-8)
 
 
+def entropy(logits: Float[Array, "B D H W K"]) -> Float[Array, "B D H W"]:
+    """Entropy of every voxel's classes as a share of the largest possible, log K: 0 to 1."""
+    log_prob = jax.nn.log_softmax(logits.astype(jnp.float32))
+    # Not p log p: that has a NaN gradient where a probability underflows.
+    return -(jnp.exp(log_prob) * log_prob).sum(-1) / np.log(logits.shape[-1])
+
+
+def consistency(logits: Float[Array, "B D H W K"], target: Float[Array, "B D H W K"]) -> Scalar:
+    """Mean squared difference of probabilities, over voxels and classes; `target` sums to 1."""
+    return ((jax.nn.softmax(logits.astype(jnp.float32)) - target) ** 2).mean()
+
+
 def soft_dice(
     logits: Float[Array, "B D H W K"],
     label: Int[Array, "B D H W"],

@@ -30,6 +30,21 @@ class Batch:
     image: Any  # [L D H W C]
     label: Any  # int8 [L D H W]
     unlabeled: Any = None  # [U D H W C], or None
+    # Per slice of `unlabeled`: int8 [U D K-1], 1 the slice shows the class, 0 it does not, -1 not
+    # known; or None. What is said of a slice holds for the part of it inside the patch.
+    weak: Any = None
+
+
+def all_possible(logits: Array, weak: Array | None) -> Array:
+    """Logits as they are: no class is ruled out."""
+    del weak
+    return logits
+
+
+def nothing_known(weak: Array | None, *logits: Array) -> tuple[Array | float, Metrics]:
+    """No loss from slice labels."""
+    del weak, logits
+    return 0.0, {}
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +70,17 @@ class Learner:
     ema: Params | None
     step: Int[Array, ""]
     steps: int  # length of the whole training
+    # Slice labels (`objectives/weak.py`), each a no-op when off. Teachers' logits go through
+    # `gate`, and the full-resolution logits of every trained network through `weak`.
+    gate: Callable[[Array, Array | None], Array] = all_possible  # (logits, weak) -> logits
+    weak: Callable[..., tuple[Array | float, Metrics]] = nothing_known  # (weak, *logits)
+
+
+@runtime_checkable
+class SliceLabels(Protocol):
+    """Gives a learner its `gate` and `weak`, whatever the objective."""
+
+    def __call__(self, learner: Learner) -> Learner: ...
 
 
 @runtime_checkable

@@ -57,6 +57,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "ce_weight": 1.0,
     }
     config.objective = {"name": "supervised.Supervised"}
+    config.weak = _weak()
     config.optimizer = {
         "name": "sgd",
         "lr": 0.01,
@@ -75,6 +76,27 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.report = _report()
     if words["smoke"]:
         smoke(config)
+    return config
+
+
+def semisupervised(arg: str, name: str, objective: str, presets: dict) -> ml_collections.ConfigDict:
+    """The defaults for a binary task with labeled and unlabeled patches one to one.
+
+    `presets` holds the objective's arguments by preset. `ssl4mis` deploys the checkpoint that
+    validated best, `recommended` the last.
+
+    Raises:
+        ValueError: If the preset is unknown; lists the choices.
+    """
+    config = get_config(arg)
+    if config.preset not in presets:
+        raise ValueError(f"{name}: preset is one of {', '.join(presets)}; got {config.preset!r}")
+    config.name = name
+    config.objective = {"name": objective, **presets[config.preset]}
+    config.split.binary = config.task != "1"
+    config.input.labeled = 2
+    config.input.unlabeled = 2
+    config.predict.checkpoint = "best" if config.preset == "ssl4mis" else "last"
     return config
 
 
@@ -167,6 +189,23 @@ def _augment() -> dict:
     }
 
 
+def _weak() -> dict:
+    """Slice labels of the unlabeled scans, with any objective that reads them; weight 0: off."""
+    return {
+        "neg_sup": 0.0,  # slices without bleeding are labels: 1
+        "negatives": "ce",  # their loss: cross entropy, or "volume", the mean probability
+        "gate_pseudo": False,  # no pseudo-label of a class that the slice does not show
+        "mil": 0.0,  # presence by pooled margins: 0.01 to 0.1
+        "sharpness": 5.0,  # of the pooling; 0 is the mean, infinity the maximum
+        "size": 0.0,  # bounds on the area: 0.01
+        "sizes": "penalty",  # or "barrier", the log-barrier extension
+        "barrier": (5.0, 1.1),  # its t at first, growth per 1 % of the training
+        "lesion_voxels": 10.0,  # least area of a bleed in a slice that shows it
+        "start": 0.3,  # share of the training before `mil` and `size` begin
+        "margin": 1,  # slices next to a bleed that are not trusted to lack it
+    }
+
+
 def _train() -> dict:
     return {
         "steps": 250_000,
@@ -193,7 +232,9 @@ def _predict() -> dict:
         "split": "test",  # "val" or "test"
         "out": "",  # folder; "": <workdir>/predictions
         "checkpoint": "best",  # "best", "last", or a step
-        "networks": (),  # names from the objective, averaged; (): the one it deploys
+        # Names from the objective (student, teacher, a, b; ensemble: a and b), averaged; (): the
+        # one it deploys.
+        "networks": (),
         "probabilities": False,  # also write <case>_probabilities.npz
         "overwrite": True,
         "show_ids": True,

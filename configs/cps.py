@@ -23,17 +23,5 @@ PRESETS = {
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The defaults with twins and an unlabeled stream.
-
-    Raises:
-        ValueError: If the preset is unknown; lists the choices.
-    """
-    config = common.get_config(arg)
-    if config.preset not in PRESETS:
-        raise ValueError(f"cps: preset is one of {', '.join(PRESETS)}; got {config.preset!r}")
-    config.name = "cps"
-    config.objective = {"name": "cps.CrossPseudoSupervision", **PRESETS[config.preset]}
-    config.split.binary = config.task != "1"
-    config.input.labeled = 2
-    config.input.unlabeled = 2
-    return config
+    """The defaults with twins and an unlabeled stream."""
+    return common.semisupervised(arg, "cps", "cps.CrossPseudoSupervision", PRESETS)

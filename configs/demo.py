@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         steps=700, log_every=25, validate_every=350, validate_cases=8, save_every=350
     )
     config.infer.mirror = False
-    config.predict.networks = ("a", "b")
+    config.predict.update(networks=("a", "b"), checkpoint="best")
     config.evaluate.update(baseline=True, bootstrap=1000)
     config.report.title = "Demonstration: hemorrhage on synthetic head CT"
     config.report.note = (

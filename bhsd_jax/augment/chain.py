@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from bhsd_jax.augment.spatial import center_crop
+from bhsd_jax.augment.spatial import Affine, center_crop, is_in_plane
 from bhsd_jax.types import IntensityAugment, SpatialAugment
 from bhsd_jax.volume import Shape
 
@@ -60,6 +60,15 @@ class SpatialChain:
         """Size the input must cut from the scan."""
         first = self.ops[0] if self.ops else None
         return first.source_patch(self.patch) if isinstance(first, Cutter) else self.patch
+
+    @property
+    def keeps_slices(self) -> bool:
+        """Whether every slice of a patch comes from a single one: nothing is turned out of it."""
+        return all(
+            is_in_plane(self.patch, op.dummy_2d) or op.rotation_p == op.scale_p == 0
+            for op in self.ops
+            if isinstance(op, Affine)
+        )
 
     def __call__(
         self,

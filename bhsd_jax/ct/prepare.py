@@ -1,6 +1,7 @@
 """One case at a time: what planning must know of it, and its prepared form. Pure functions."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,8 +253,9 @@ def _scaled(voxels: np.ndarray, plan: Plan) -> np.ndarray:
 def _align_slice_labels(
     case: Case, grid: Grid, num_classes: int
 ) -> tuple[tuple[int, ...], ...] | None:
-    """One row per prepared slice: that of the native slice its center falls into.
+    """One row per prepared slice, from the native slices that it covers or is interpolated from.
 
+    It lacks a class if all of them do, and shows one if the nearest does; else nothing is known.
     None where the prepared slices do not run along the file's.
     """
     if case.slice_labels is None or grid.order[0] != 0:
@@ -267,8 +269,18 @@ def _align_slice_labels(
     rows += [(-1,) * (num_classes - 1)] * (depth - len(rows))
     if grid.flip[0]:
         rows.reverse()
-    rows = rows[grid.crop_start[0] : grid.crop_stop[0]]
-    return tuple(rows[(2 * i + 1) * len(rows) // (2 * grid.shape[0])] for i in range(grid.shape[0]))
+    table = np.asarray(rows[grid.crop_start[0] : grid.crop_stop[0]])
+    step = len(table) / grid.shape[0]  # native slices per prepared one
+    found = []
+    for i in range(grid.shape[0]):
+        center = (i + 0.5) * step - 0.5  # in native slices
+        reach = max(1.0, step / 2)
+        low = max(0, math.floor(center - reach + 1e-6) + 1)
+        high = min(len(table), math.ceil(center + reach - 1e-6))
+        nearest = table[(2 * i + 1) * len(table) // (2 * grid.shape[0])]
+        none = (table[low:high] == 0).all(0)
+        found.append(tuple(int(v) for v in np.where(nearest == 1, 1, np.where(none, 0, -1))))
+    return tuple(found)
 
 
 def _bleeding(case: Case, label: np.ndarray | None) -> bool | None:

@@ -66,6 +66,17 @@ class Reader:
         stops = np.cumsum(self.header["foreground"])
         return tuple(np.split(stacked, stops[:-1])) if len(stops) else ()
 
+    @property
+    def slice_labels(self) -> tuple[tuple[int, ...], ...] | None:
+        """As in `Prepared`."""
+        rows = self.header["slice_labels"]
+        return None if rows is None else tuple(tuple(row) for row in rows)
+
+    @property
+    def bleeding(self) -> bool | None:
+        """As in `Prepared`."""
+        return self.header["bleeding"]
+
     def patch(self, start: Shape, stop: Shape) -> tuple[np.ndarray, np.ndarray | None]:
         """Image and label (None if there is none) of a box, cut off at the borders of the array.
 
@@ -123,13 +134,12 @@ def unpack(reader: Reader) -> Prepared:
     for name, digest in header["sha256"].items():
         if _digest(arrays[name]) != digest:
             raise damaged(reader.place, f"{name} does not match its digest")
-    rows = header["slice_labels"]
     return Prepared(
         case=header["case"],
         patient=header["patient"],
         split=header["split"],
         bleeding=header["bleeding"],
-        slice_labels=None if rows is None else tuple(tuple(row) for row in rows),
+        slice_labels=reader.slice_labels,
         image=image,
         label=label,
         grid=Grid.from_json(header["grid"]),

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from bhsd_jax.input import sampling
+from bhsd_jax.input.slices import Slices
 from bhsd_jax.types import Batch
 from bhsd_jax.volume import Shape
 
@@ -27,6 +28,12 @@ class Reader(Protocol):
 
     @property
     def foreground(self) -> tuple[np.ndarray, ...]: ...
+
+    @property
+    def slice_labels(self) -> tuple[tuple[int, ...], ...] | None: ...
+
+    @property
+    def bleeding(self) -> bool | None: ...
 
     def patch(self, start: Shape, stop: Shape) -> tuple[np.ndarray, np.ndarray | None]: ...
 
@@ -43,7 +50,10 @@ class Cut:
 
 
 class Stream:
-    """Element i: one patch, a dict of `image` [D H W 1] and, if labeled, `label` int8 [D H W]."""
+    """Element i: one patch, a dict of `image` [D H W 1] and what is known of it.
+
+    A labeled patch has `label` int8 [D H W]; an unlabeled one, given `slices`, `weak` int8 [D C].
+    """
 
     def __init__(
         self,
@@ -55,9 +65,11 @@ class Stream:
         length: int,
         seed: tuple[int, int],
         labeled: bool,
+        slices: Slices | None = None,
     ):
         self.open_case, self.cases, self.cut = open_case, tuple(cases), cut
         self.batch, self.length, self.seed, self.labeled = batch, length, seed, labeled
+        self.slices = slices
 
     def __len__(self) -> int:
         return self.length
@@ -86,6 +98,9 @@ class Stream:
             if self.cut.binary:
                 label = (label > 0).astype(np.int8)
             element["label"] = sampling.paste(label, start, corner, self.cut.source, -1)
+        elif self.slices is not None:
+            known = case.slice_labels, case.bleeding
+            element["weak"] = self.slices.rows(*known, case.shape, corner, self.cut.source)
         return element
 
 
@@ -112,8 +127,8 @@ class Batches:
     def __next__(self) -> Batch:
         parts = [next(part) for part in self._parts]
         self.position += 1
-        unlabeled = parts[1]["image"] if len(parts) > 1 else None
-        return Batch(image=parts[0]["image"], label=parts[0]["label"], unlabeled=unlabeled)
+        labeled, free = parts[0], parts[1] if len(parts) > 1 else {}
+        return Batch(labeled["image"], labeled["label"], free.get("image"), free.get("weak"))
 
     def state(self) -> dict[str, int]:
         """What a checkpoint needs."""
@@ -155,6 +170,8 @@ class Decoded:
     image: np.ndarray  # [D H W]
     label: np.ndarray | None
     foreground: tuple[np.ndarray, ...]
+    slice_labels: tuple[tuple[int, ...], ...] | None = None
+    bleeding: bool | None = None
 
     @property
     def shape(self) -> Shape:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -12,20 +13,24 @@ from bhsd_jax.types import Learner, Logits, Params
 
 @dataclass(frozen=True)
 class SingleModel:
-    """Trains one copy of the model; deploys its moving average if there is one."""
+    """Trains one copy of the model; deploys its moving average if there is one.
+
+    `tested` names the network that is deployed, if there are two: "teacher" or "student".
+    """
 
     twins: ClassVar[tuple[str, ...]] = ()  # keys of `params` that are networks of their own
     uses_unlabeled: ClassVar[bool] = True
     ema_decay: float | None = None
+    tested: str = "teacher"
 
     def init(self, model: nn.Module, image: Array, key: PRNGKeyArray) -> Params:
         """Parameters of one copy."""
         return model.init(key, image, train=False)["params"]
 
     def deployable(self, params: Params, ema: Params | None) -> dict[str, Params]:
-        """The moving average first if there is one, then the trained network."""
-        student = {"student": params}
-        return student if ema is None else {"teacher": ema} | student
+        """The moving average, if there is one, and the trained network; `tested` first."""
+        found = {"student": params} if ema is None else {"teacher": ema, "student": params}
+        return {self.tested: found[self.tested]} | found if self.tested in found else found
 
 
 def ramp_up(
@@ -60,6 +65,15 @@ def forward_both(
     return learner.forward(params, labeled, key), learner.forward(params, unlabeled, key)
 
 
+def follow_average(learner: Learner, image: Array, weak: Array | None, key: PRNGKeyArray) -> Array:
+    """Full-resolution logits of the moving average, without gradient.
+
+    Classes that slice labels rule out get none of the probability.
+    """
+    logits = learner.forward(learner.ema, image, key)[0]
+    return jax.lax.stop_gradient(learner.gate(logits, weak))
+
+
 def interleave(labeled: Array, unlabeled: Array) -> Array:
     """Merges two batches row by row, so that every device keeps its own rows.
 
@@ -77,6 +91,26 @@ def separate(merged: Array) -> tuple[Array, Array]:
     """Undoes `interleave`."""
     pairs = merged.reshape(-1, 2, *merged.shape[1:])
     return pairs[:, 0], pairs[:, 1]
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses a word that is not among the choices.
+
+    Raises:
+        ValueError: Names the field and the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(choices)}; got {value!r}")
+
+
+def require_decay(objective: str, decay: float | None) -> None:
+    """Refuses a teacher without a decay between 0 and 1.
+
+    Raises:
+        ValueError: Names the objective.
+    """
+    if decay is None or not 0 <= decay <= 1:
+        raise ValueError(f"{objective}: ema_decay makes its teacher and lies in 0..1; got {decay}")
 
 
 def require_fraction(name: str, value: float) -> None:

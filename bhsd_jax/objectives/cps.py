@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from bhsd_jax import losses
-from bhsd_jax.objectives.common import forward_both, ramp_up, require_fraction
+from bhsd_jax.objectives.common import forward_both, ramp_up, require_choice, require_fraction
 from bhsd_jax.types import Params
 
 
@@ -33,26 +33,22 @@ class CrossPseudoSupervision:
     views: str = "independent"  # "shared": both twins see one intensity draw
     confidence: float = 0.0  # voxels whose supervising twin is less sure are left out
     twin_init: str = "model"  # "kaiming_xavier": a Kaiming-normal, b Xavier-normal convolutions
+    deep: bool = False  # pseudo-labels, shrunk as masks are, also teach the coarser heads
 
     def __post_init__(self):
         require_fraction("ramp", self.ramp)
-        for name, value, choices in (
-            ("views", self.views, ("independent", "shared")),
-            ("twin_init", self.twin_init, ("model", "kaiming_xavier")),
-        ):
-            if value not in choices:
-                raise ValueError(f"cps: {name} is one of {', '.join(choices)}; got {value!r}")
+        require_choice("cps: views", self.views, ("independent", "shared"))
+        require_choice("cps: twin_init", self.twin_init, ("model", "kaiming_xavier"))
 
     def init(self, model, image, key):
         keys = dict(zip(self.twins, jax.random.split(key), strict=True))
         params = {twin: model.init(keys[twin], image, train=False)["params"] for twin in self.twins}
         if self.twin_init == "kaiming_xavier":
-            params["a"] = _redraw(
-                params["a"], nn.initializers.variance_scaling(2, "fan_in", "normal"), keys["a"]
-            )
-            params["b"] = _redraw(
-                params["b"], nn.initializers.variance_scaling(1, "fan_avg", "normal"), keys["b"]
-            )
+            ups = _transposed(model, image)
+            kaiming = nn.initializers.variance_scaling(2, "fan_in", "normal")
+            xavier = nn.initializers.variance_scaling(1, "fan_avg", "normal")
+            for twin, init in (("a", kaiming), ("b", xavier)):
+                params[twin] = _redraw(params[twin], init, keys[twin], ups)
         return params
 
     def loss(self, learner, batch, key):
@@ -63,10 +59,12 @@ class CrossPseudoSupervision:
         b, guess_b = forward_both(learner, learner.params["b"], batch.image, free_b, key_b)
 
         supervised = learner.segmentation(a, batch.label) + learner.segmentation(b, batch.label)
-        cross = self._follow(guess_a[0], guess_b[0]) + self._follow(guess_b[0], guess_a[0])
+        answer_a, answer_b = (learner.gate(g[0], batch.weak) for g in (guess_a, guess_b))
+        cross = self._teach(guess_a, answer_b) + self._teach(guess_b, answer_a)
         weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
         disagree = (guess_a[0].argmax(-1) != guess_b[0].argmax(-1)).mean()
-        return supervised + weight * cross, {
+        weak, terms = learner.weak(batch.weak, guess_a[0], guess_b[0])
+        return supervised + weight * cross + weak, terms | {
             "supervised": supervised,
             "cross": cross,
             "weight": weight,
@@ -76,20 +74,49 @@ class CrossPseudoSupervision:
     def deployable(self, params, ema):
         return {twin: params[twin] for twin in self.twins}
 
+    def _teach(self, heads, teacher):
+        """Cross entropy of the heads with the other twin's answer: full resolution alone, or all.
+
+        Coarser heads weigh as in supervised training.
+        """
+        if not self.deep:
+            return self._follow(heads[0], teacher)
+        weights = losses.head_weights(len(heads))
+        return sum(w * self._follow(x, teacher) for w, x in zip(weights, heads, strict=True) if w)
+
     def _follow(self, logits, teacher):
         """Cross entropy of `logits` with the other twin's answer, which gets no gradient."""
         teacher = jax.lax.stop_gradient(teacher)
-        sure = None
+        guess, size, sure = teacher.argmax(-1), logits.shape[1:4], None
         if self.confidence > 0:
-            sure = jax.nn.softmax(teacher).max(-1) >= self.confidence
-        return losses.cross_entropy(logits, teacher.argmax(-1), sure)
+            confident = jax.nn.softmax(teacher).max(-1) >= self.confidence
+            sure = losses.shrink_label(confident.astype(jnp.int8), size) > 0
+        return losses.cross_entropy(logits, losses.shrink_label(guess, size), sure)
 
 
-def _redraw(params: Params, init: nn.initializers.Initializer, key: jax.Array) -> Params:
-    """Draws convolution kernels anew; transposed ones and heads of other ranks stay."""
+def _transposed(model: nn.Module, image: jax.Array) -> frozenset[tuple[str, ...]]:
+    """Paths of the transposed convolutions, by their class: models name them as they like."""
+    found = set()
+
+    def note(call, args, kwargs, context):
+        if any(word in type(context.module).__name__ for word in ("Transpose", "Expand")):
+            found.add(context.module.path)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+    return frozenset(found)
+
+
+def _redraw(
+    params: Params,
+    init: nn.initializers.Initializer,
+    key: jax.Array,
+    transposed: frozenset[tuple[str, ...]],
+) -> Params:
+    """Draws convolution kernels anew; transposed ones and kernels of other ranks stay."""
     flat: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(params))
     for i, (path, value) in enumerate(sorted(flat.items())):
-        transposed = any("transpose" in part.lower() for part in path)
-        if path[-1] == "kernel" and value.ndim == 5 and not transposed:
+        if path[-1] == "kernel" and value.ndim == 5 and path[:-1] not in transposed:
             flat[path] = init(jax.random.fold_in(key, i), value.shape, jnp.float32)
     return traverse_util.unflatten_dict(flat)

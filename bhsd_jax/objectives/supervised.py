@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bhsd_jax.objectives.common import SingleModel
+import jax
+
+from bhsd_jax.objectives.common import SingleModel, forward_both
 
 
 @dataclass(frozen=True)
@@ -16,3 +18,19 @@ class Supervised(SingleModel):
         logits = learner.forward(learner.params, batch.image, key)
         loss = learner.segmentation(logits, batch.label)
         return loss, {"supervised": loss}
+
+
+@dataclass(frozen=True)
+class WeaklySupervised(SingleModel):
+    """Segmentation loss plus what the slice labels of the unlabeled patches say; no pseudo-labels.
+
+    With every term of `config.weak` off it is `Supervised` at twice the price.
+    """
+
+    def loss(self, learner, batch, key):
+        view_key, key = jax.random.split(key)
+        free = learner.view(view_key, batch.unlabeled)
+        labeled, unlabeled = forward_both(learner, learner.params, batch.image, free, key)
+        loss = learner.segmentation(labeled, batch.label)
+        weak, terms = learner.weak(batch.weak, unlabeled[0])
+        return loss + weak, terms | {"supervised": loss}

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data", None, "space"))
 
 
+def batch_shardings(mesh: Mesh, batch: Batch) -> Any:
+    """Where the leaves of a batch lie: patches as in `batch_sharding`, slice labels over `data`."""
+    slices = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda leaf: batch_sharding(mesh) if leaf.ndim > 3 else slices, batch)
+
+
 def state_shardings(mesh: Mesh, state: Params) -> Params:
     """Every leaf split over `model` along its largest axis that divides; else replicated."""
     size = mesh.shape["model"]
@@ -80,9 +87,10 @@ def state_shardings(mesh: Mesh, state: Params) -> Params:
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     """A global batch from every process' own rows (NumPy leaves)."""
-    sharding = batch_sharding(mesh)
     return jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
+        lambda rows, place: jax.make_array_from_process_local_data(place, np.asarray(rows)),
+        batch,
+        batch_shardings(mesh, batch),
     )
 
 

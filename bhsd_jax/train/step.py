@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from bhsd_jax.types import Batch, Learner, Logits, Metrics, Objective, Params, TrainState
+from bhsd_jax.types import (
+    Batch,
+    Learner,
+    Logits,
+    Metrics,
+    Objective,
+    Params,
+    SliceLabels,
+    TrainState,
+)
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -27,6 +36,7 @@ class Parts:
     augment: Callable[[PRNGKeyArray, Batch], Batch]  # raw batch -> normalized, augmented patches
     view: Callable[[PRNGKeyArray, Array], Array]  # a fresh intensity draw
     steps: int  # of the whole training
+    weak: SliceLabels | None = None  # what slice labels add to the objective
 
 
 def init_state(parts: Parts, image: Array, key: PRNGKeyArray) -> TrainState:
@@ -59,6 +69,8 @@ def make_train_step(parts: Parts) -> TrainStep:
             learner = Learner(
                 forward, parts.view, parts.segmentation, params, state.ema, state.step, parts.steps
             )
+            if parts.weak is not None:
+                learner = parts.weak(learner)
             return parts.objective.loss(learner, patches, loss_key)
 
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

@@ -99,6 +99,8 @@ class Predictor:
 def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
     """The checkpoint's step and the variables of the networks to average, by name.
 
+    "ensemble" stands for all twins.
+
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If the objective has no network of a wanted name.
@@ -108,13 +110,16 @@ def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
     which = int(which) if str(which).isdigit() else which
     step, params, ema = load_networks(workdir / "checkpoints", which)
     statistics = load_statistics(workdir / "checkpoints", step)
-    found = wiring.objective(config).deployable(params, ema)
-    wanted = tuple(settings.networks) or tuple(found)[:1]
+    objective = wiring.objective(config)
+    found = objective.deployable(params, ema)
+    asked = tuple(settings.networks) or tuple(found)[:1]
+    together = {"ensemble": objective.twins} if objective.twins else {}
+    wanted = [one for name in asked for one in together.get(name, (name,))]
     unknown = [name for name in wanted if name not in found]
     if unknown:
         raise ValueError(
             f"config.predict.networks: no {', '.join(map(repr, unknown))}; "
-            f"this objective has {', '.join(found)}"
+            f"this objective has {', '.join([*found, *together])}"
         )
     logger.info("checkpoint of step %d, network %s", step, " + ".join(wanted))
     return step, {name: {"params": found[name], **statistics} for name in wanted}

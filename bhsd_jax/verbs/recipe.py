@@ -10,10 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
+from bhsd_jax.augment.slices import follow, mark
 from bhsd_jax.build import build, find
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Cut
+from bhsd_jax.input.slices import Slices
 from bhsd_jax.losses import DiceCE
+from bhsd_jax.objectives.weak import SliceLabelTerms
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.optimizer import make_optimizer, make_schedule
 from bhsd_jax.train.step import Parts, init_state
@@ -35,6 +38,7 @@ class Recipe:
     channels: int  # of the network's input
     labeled: int  # patches per step, all devices together
     unlabeled: int
+    slices: Slices | None  # of unlabeled patches, if anything uses their slice labels
 
     def abstract_batch(self) -> Batch:
         """Shapes and types of a batch as the input delivers it."""
@@ -46,6 +50,13 @@ class Recipe:
             image=rows(self.labeled, self.raw_type, 1),
             label=rows(self.labeled, jnp.int8),
             unlabeled=rows(self.unlabeled, self.raw_type, 1) if self.unlabeled else None,
+            weak=self._weak() if self.unlabeled and self.slices else None,
+        )
+
+    def _weak(self) -> jax.ShapeDtypeStruct:
+        assert self.slices is not None
+        return jax.ShapeDtypeStruct(
+            (self.unlabeled, self.cut.source[0], self.slices.columns), jnp.int8
         )
 
     def init(self, key: jax.Array) -> TrainState:
@@ -59,6 +70,7 @@ def make_recipe(config: Config, plan: Plan) -> Recipe:
     normalization = wiring.normalization(config, plan)
     spatial, intensity = make_chains(config, plan)
     schedule, optimizer = _optimizer(config, parts=bool(objective.twins))
+    weak, slices = _slice_labels(config, plan)
     loss = config.loss.to_dict()
     if loss["batch_dice"] is None:
         loss["batch_dice"] = plan.network.batch_dice
@@ -68,9 +80,10 @@ def make_recipe(config: Config, plan: Plan) -> Recipe:
         optimizer=optimizer,
         schedule=schedule,
         segmentation=DiceCE(**loss),
-        augment=make_augment(normalization, spatial, intensity),
+        augment=make_augment(normalization, spatial, intensity, head_hu=plan.crop_hu),
         view=intensity,
         steps=config.train.steps,
+        weak=weak,
     )
     cut = Cut(
         patch=spatial.patch,
@@ -86,6 +99,7 @@ def make_recipe(config: Config, plan: Plan) -> Recipe:
         channels=normalization.channels,
         labeled=config.input.labeled or plan.network.batch,
         unlabeled=config.input.unlabeled,
+        slices=slices,
     )
 
 
@@ -109,18 +123,32 @@ def make_chains(config: Config, plan: Plan) -> tuple[SpatialChain, IntensityChai
 
 
 def make_augment(
-    normalize: Callable[[Any], Any], spatial: SpatialChain, intensity: IntensityChain
+    normalize: Callable[[Any], Any],
+    spatial: SpatialChain,
+    intensity: IntensityChain,
+    *,
+    head_hu: float | None = None,
 ) -> Callable[[Any, Batch], Batch]:
-    """Raw batch to patches: the labeled ones complete, the unlabeled without intensity changes."""
+    """Raw batch to patches: the labeled ones complete, the unlabeled without intensity changes.
+
+    Slice labels find their slices again by the voxels above `head_hu`, -200 if None.
+    """
+    head_hu = -200.0 if head_hu is None else head_hu
 
     def augment(key: jax.Array, batch: Batch) -> Batch:
         spatial_key, intensity_key, free_key = jax.random.split(key, 3)
         image, label = spatial(spatial_key, normalize(batch.image), batch.label)
         image = intensity(intensity_key, image)
-        free = batch.unlabeled
-        if free is not None:
-            free, _ = spatial(free_key, normalize(free), None)
-        return Batch(image, label, free)
+        free, weak = batch.unlabeled, batch.weak
+        if free is None:
+            return Batch(image, label)
+        if weak is None:
+            return Batch(image, label, spatial(free_key, normalize(free), None)[0])
+        marks, whole = mark(free, head_hu)
+        free, moved = spatial(free_key, normalize(free), marks)
+        assert moved is not None  # marks came in
+        weak = follow(moved, whole, weak, reach=0 if spatial.keeps_slices else 1)
+        return Batch(image, label, free, weak)
 
     return augment
 
@@ -140,6 +168,11 @@ def require_matching(config: Config, recipe: Recipe, roles: Roles, mesh: Mesh) -
             f"{recipe.unlabeled} and {len(roles.unlabeled)} scans are unlabeled; raise the first, "
             "or set split.labeled so that some masks are left out"
         )
+    if recipe.slices is not None and not wants:
+        raise ValueError(
+            f"weak: objective {config.objective.name} reads no unlabeled patches, which slice "
+            "labels are about; choose another, such as supervised.WeaklySupervised"
+        )
     if recipe.unlabeled and not wants:
         raise ValueError(
             f"objective {config.objective.name} uses no unlabeled patches; set input.unlabeled=0"
@@ -150,6 +183,18 @@ def require_matching(config: Config, recipe: Recipe, roles: Roles, mesh: Mesh) -
     meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, recipe.cut.source[1])
     # A patch the model cannot take is refused by the model, here.
     jax.eval_shape(recipe.init, jax.random.key(0))
+
+
+def _slice_labels(config: Config, plan: Plan) -> tuple[SliceLabelTerms | None, Slices | None]:
+    """What slice labels add to the objective, and how they are read; None if nothing is on."""
+    spec = config.weak.to_dict()
+    slices = Slices(len(plan.classes) - 1, config.split.binary, spec.pop("margin"))
+    terms = SliceLabelTerms(**spec)
+    if not terms.active:
+        return None, None
+    if plan.modality != "ct":
+        raise ValueError(f"weak: slice labels are for head CT; these scans are {plan.modality}")
+    return terms, slices
 
 
 def _optimizer(config: Config, *, parts: bool) -> tuple[Any, Any]:

@@ -160,7 +160,9 @@ def _batches(
 
     def decoded(case: str) -> Decoded:
         whole = shards.load(case)
-        return Decoded(whole.image, whole.label, whole.foreground)
+        return Decoded(
+            whole.image, whole.label, whole.foreground, whole.slice_labels, whole.bleeding
+        )
 
     cache = Cache(shards.open, decoded, config.input.cache_mb * 2**20)
     streams = [
@@ -172,6 +174,7 @@ def _batches(
             length=config.train.steps * batch,
             seed=(config.seed, number),
             labeled=number == 0,
+            slices=recipe.slices,
         )
         for number, (cases, batch) in enumerate(
             [(roles.train, recipe.labeled), (roles.unlabeled, recipe.unlabeled)]
@@ -191,7 +194,7 @@ def _compile(recipe: Recipe, state: TrainState, mesh: Mesh) -> TrainStep:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
         make_train_step(recipe.parts),
-        in_shardings=(shardings, meshes.batch_sharding(mesh)),
+        in_shardings=(shardings, meshes.batch_shardings(mesh, recipe.abstract_batch())),
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from scipy.special import softmax
 
 from bhsd_jax.ct.shards import Shards
 from bhsd_jax.infer.sliding import SlidingWindow
@@ -24,10 +25,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Validation:
-    """Scores every network the objective could deploy; the first gives the headline."""
+    """Scores every network the objective could deploy; the first gives the headline.
+
+    Twins are also scored together, as "ensemble": the mean of their probabilities.
+    """
 
     window: SlidingWindow
     deployable: Callable[[Params, Params | None], dict[str, Params]]
+    twins: tuple[str, ...]
     normalize: Callable[[Any], Any]
     fill: tuple[float, ...]
     shards: Shards
@@ -63,6 +68,7 @@ class Validation:
         return cls(
             window=window,
             deployable=recipe.parts.objective.deployable,
+            twins=recipe.parts.objective.twins,
             normalize=jax.jit(wiring.normalization(config, shards.plan)),
             fill=wiring.normalization(config, shards.plan).fill(config.input.pad),
             shards=shards,
@@ -73,20 +79,22 @@ class Validation:
         )
 
     def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
-        """Writes `val/dice/<class>` and their mean, per network; case Dice by nnU-Net's rule."""
+        """Writes Dice by nnU-Net's rule, averaged over cases.
+
+        `val/dice/<class>` and `val/dice/mean` are the first network's; the others' are
+        `val_<network>/dice/...`. Every network's mean is also `val/dice/<network>`.
+        """
         if not self.cases:
             return
         begun = time.monotonic()
-        values = {}
-        for index, (name, params) in enumerate(self.deployable(state.params, state.ema).items()):
-            dice = self._score(_local(params), step)
+        found = self.deployable(state.params, state.ema)
+        scores = self._scores({name: _local(params) for name, params in found.items()}, step)
+        values: dict[str, float] = {}
+        for index, (name, dice) in enumerate(scores.items()):
             prefix = "val/dice" if index == 0 else f"val_{name}/dice"
-            found = [value for value in dice if np.isfinite(value)]
-            mean = float(np.mean(found)) if found else float("nan")
             values |= {f"{prefix}/{c}": v for c, v in zip(self.classes[1:], dice, strict=True)}
-            values[f"{prefix}/mean"] = mean
-            if index == 0:
-                self.newest = (step, mean)
+            values[f"{prefix}/mean"] = values[f"val/dice/{name}"] = _mean(dice)
+        self.newest = (step, values["val/dice/mean"])
         seconds = time.monotonic() - begun
         self.log.pause(seconds)
         self.log.write(step, values | {"time/validation_s": seconds})
@@ -95,7 +103,9 @@ class Validation:
             step,
             self.newest[1],
             len(self.cases),
-            ", ".join(f"{c} {values[f'val/dice/{c}']:.3f}" for c in self.classes[1:]),
+            ", ".join(
+                f"{name} {values[f'val/dice/{name}']:.3f}" for name in (*self.classes[1:], *scores)
+            ),
             seconds,
         )
 
@@ -103,30 +113,48 @@ class Validation:
         """Mean Dice if this very step was validated, else NaN."""
         return self.newest[1] if self.newest[0] == step else float("nan")
 
-    def _score(self, params: Params, step: int) -> list[float]:
-        """Mean Dice per foreground class; NaN for a class in no case."""
-        rows = np.full((len(self.cases), len(self.classes) - 1), np.nan)
+    def _scores(self, networks: dict[str, Params], step: int) -> dict[str, list[float]]:
+        """Mean Dice per foreground class, by network; NaN for a class in no case."""
+        names = (*networks, "ensemble") if self.twins else tuple(networks)
+        rows = np.full((len(self.cases), len(names), len(self.classes) - 1), np.nan)
         said = time.monotonic()
         for index in range(jax.process_index(), len(self.cases), jax.process_count()):
-            rows[index] = self._case(params, self.cases[index])
+            rows[index] = self._case(networks, self.cases[index])
             if time.monotonic() - said > 8:
                 said = time.monotonic()
                 logger.info("step %d  validating: case %d of %d", step, index + 1, len(rows))
         if jax.process_count() > 1:
             rows = np.nanmax(multihost_utils.process_allgather(rows), axis=0)
-        scored = np.isfinite(rows)
-        sums = np.where(scored, rows, 0).sum(0)
-        return [
-            float(s / n) if n else float("nan") for s, n in zip(sums, scored.sum(0), strict=True)
-        ]
+        return {
+            name: [_mean(rows[:, i, k]) for k in range(rows.shape[2])]
+            for i, name in enumerate(names)
+        }
 
-    def _case(self, params: Params, case: str) -> np.ndarray:
+    def _case(self, networks: dict[str, Params], case: str) -> np.ndarray:
+        """Dice [network, foreground class]; the twins' ensemble comes last."""
         prepared = self.shards.load(case)
         image = np.asarray(self.normalize(prepared.image[..., None]))
-        predicted = self.window.labels([params], image, fill=self.fill)
         assert prepared.label is not None  # validation cases have masks
         reference = np.minimum(prepared.label, 1) if self.binary else prepared.label
-        return overlap.dice_per_class(predicted, reference, len(self.classes))
+        predicted, together = [], 0.0
+        for name, params in networks.items():
+            if name not in self.twins:
+                predicted.append(self.window.labels([params], image, fill=self.fill))
+                continue
+            logits = self.window.logits([params], image, fill=self.fill)
+            predicted.append(logits.argmax(0).astype(np.uint8))
+            together = together + softmax(logits, axis=0)
+        if self.twins:
+            predicted.append(np.argmax(together, axis=0).astype(np.uint8))
+        return np.stack(
+            [overlap.dice_per_class(each, reference, len(self.classes)) for each in predicted]
+        )
+
+
+def _mean(values: Any) -> float:
+    """Over what is defined; NaN if nothing is."""
+    found = [value for value in values if np.isfinite(value)]
+    return float(np.mean(found)) if found else float("nan")
 
 
 def _local(params: Params) -> Params:

@@ -234,6 +234,16 @@ def test_slice_labels_follow_flip_crop_and_resampling(tmp_path):
     assert made.slice_labels[0] == (-1, -1)  # slice 8, of which nothing is known
 
 
+def test_a_resampled_slice_lacks_a_class_only_if_all_slices_it_comes_from_do(tmp_path):
+    voxels = np.full((8, 12, 12), 100, np.float32)
+    rows = ((1, 0), (0, 0), (0, 0), (0, 0), (0, 0), (1, 1), (0, -1), (0, 0))
+    case = store(tmp_path, voxels, matrix=affine((2.0, 1.0, 1.0)), slice_labels=rows)
+    halved = prepare.prepare_case(case, a_plan("mr", (4.0, 1.0, 1.0)))
+    assert halved.slice_labels == ((-1, 0), (0, 0), (1, 1), (0, -1))
+    doubled = prepare.prepare_case(case, a_plan("mr", (1.0, 1.0, 1.0)))
+    assert [row[0] for row in doubled.slice_labels][:4] == [1, 1, -1, 0]
+
+
 def test_slice_labels_that_do_not_fit_the_scan_are_refused(mr):
     for rows in (((0, 0),) * 13, ((0,),) * 12):
         with pytest.raises(ValueError, match="scan: slice labels do not fit"):

@@ -65,7 +65,9 @@ def test_from_nothing_to_a_report(prepared, environment, tmp_path):
     for verb in ("train", "predict", "evaluate", "report"):
         run(verb, tmp_path, environment, *share(prepared))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert {"train/loss", "val/dice/any", "val_b/dice/any"} <= {key for r in records for key in r}
+    logged = {key for r in records for key in r}
+    assert {"train/loss", "val/dice/any", "val_b/dice/any", "val_ensemble/dice/any"} <= logged
+    assert {"val/dice/a", "val/dice/b", "val/dice/ensemble"} <= logged
     assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
 
     data = json.loads((prepared / "synthetic" / "dataset.json").read_text())

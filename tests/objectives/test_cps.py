@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
+from bhsd_jax.build import build
 from bhsd_jax.losses import DiceCE, cross_entropy
-from bhsd_jax.objectives.cps import CrossPseudoSupervision
+from bhsd_jax.objectives.cps import CrossPseudoSupervision, _redraw, _transposed
 
 FULL = CrossPseudoSupervision(weight=0.7, ramp=0.0)
 
@@ -118,6 +120,52 @@ def test_kaiming_and_xavier_draw_the_published_spread(net, key):
     fan_in, fan_out = 200 * 27, 4 * 27
     for twin, want in (("a", 2 / fan_in), ("b", 2 / (fan_in + fan_out))):
         assert float(params[twin]["Conv_0"]["kernel"].std()) == pytest.approx(want**0.5, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nnunet.PlainConvUNet", ("up_",)),
+        ("unetr.UNETR", ("up",)),
+        ("cotr.CoTr", ("up_",)),
+        ("nnformer.NNFormer", ("up_", "head_")),
+    ],
+)
+def test_transposed_convolutions_are_known_in_every_backbone(name, words):
+    model = build("bhsd_jax.models", {"name": name}, num_classes=2)
+    image = jnp.zeros((1, *(getattr(model, "patch", None) or model.stride), 1))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))["params"]
+    kernels = {
+        path[:-1]
+        for path, leaf in traverse_util.flatten_dict(shapes).items()
+        if path[-1] == "kernel" and leaf.ndim == 5
+    }
+    want = {path for path in kernels if path[-1].startswith(words)}
+    assert want
+    assert _transposed(model, image) == want
+
+
+def test_redrawing_leaves_transposed_convolutions_alone(key):
+    flat = {
+        ("conv", "kernel"): jnp.ones((3, 3, 3, 2, 2)),
+        ("up", "kernel"): jnp.ones((2, 2, 2, 2, 2)),
+    }
+    params = traverse_util.unflatten_dict(flat)
+    found = _redraw(params, jax.nn.initializers.normal(), key, frozenset({("up",)}))
+    assert (found["up"]["kernel"] == 1).all()
+    assert (found["conv"]["kernel"] != 1).all()
+
+
+def test_deep_pseudo_labels_weigh_the_heads_as_masks_do(key):
+    full = jax.random.normal(key, (1, 4, 8, 8, 3))
+    half = jax.random.normal(jax.random.key(1), (1, 2, 4, 4, 3))
+    last = jnp.zeros((1, 1, 2, 2, 3))
+    teacher = jax.random.normal(jax.random.key(2), full.shape)
+    heads, label = (full, half, last), teacher.argmax(-1)
+    found = dataclasses.replace(FULL, deep=True)._teach(heads, teacher)
+    want = DiceCE(dice_weight=0.0)(heads, label)
+    assert float(found) == pytest.approx(float(want), rel=1e-6)
+    assert float(FULL._teach(heads, teacher)) == float(cross_entropy(full, label))
 
 
 def test_wrong_settings_name_the_field():

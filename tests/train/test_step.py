@@ -1,5 +1,8 @@
 """The step: what it changes, what it never touches, and that devices do not matter."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,13 @@ import pytest
 from toy import make_batch, make_parts
 
 from bhsd_jax.objectives.cps import CrossPseudoSupervision
+from bhsd_jax.objectives.cps_cutmix import CrossPseudoSupervisionCutMix
+from bhsd_jax.objectives.entropy import EntropyMinimization
+from bhsd_jax.objectives.ict import InterpolationConsistency
+from bhsd_jax.objectives.mean_teacher import MeanTeacher
 from bhsd_jax.objectives.supervised import Supervised
+from bhsd_jax.objectives.w2s import WeakToStrong
+from bhsd_jax.objectives.weak import SliceLabelTerms
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import init_state, make_train_step, moving_average
 
@@ -65,10 +74,12 @@ def test_the_initial_state_shares_no_buffer_with_its_average(key):
     ("objective", "sizes"),
     [
         (CrossPseudoSupervision(ramp=0.0), (8, 1, 1)),
+        (MeanTeacher(ramp=0.0, ema_decay=0.9, noise=0.1), (8, 1, 1)),
+        (InterpolationConsistency(ramp=0.0, ema_decay=0.9), (8, 1, 1)),
         (Supervised(ema_decay=0.9), (4, 2, 1)),
         (Supervised(ema_decay=0.9), (2, 1, 4)),
     ],
-    ids=["data", "model", "space"],
+    ids=["data", "mean-teacher", "ict", "model", "space"],
 )
 def test_eight_devices_equal_one(objective, sizes, key):
     parts, batches = make_parts(objective), [make_batch(i) for i in range(3)]
@@ -100,25 +111,46 @@ def test_eight_devices_equal_one(objective, sizes, key):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", [Supervised(), CrossPseudoSupervision()])
-def test_data_parallel_steps_only_reduce(objective, key):
-    parts, batch = make_parts(objective, quiet=True), make_batch()
+EVERY_TERM = SliceLabelTerms(True, neg_sup=1.0, mil=0.1, size=0.01)
+
+
+@pytest.mark.parametrize(
+    ("objective", "terms", "groups"),
+    [
+        (Supervised(), None, 1),
+        (CrossPseudoSupervision(), None, 1),
+        (CrossPseudoSupervisionCutMix(), None, 1),
+        (EntropyMinimization(), None, 1),
+        (MeanTeacher(noise=0.1), None, 1),
+        (InterpolationConsistency(), None, 1),
+        # How many voxels count must be known everywhere before the gradient.
+        (WeakToStrong(), None, 2),
+        (CrossPseudoSupervision(), EVERY_TERM, 2),
+    ],
+    ids=["supervised", "cps", "cps_cutmix", "entropy", "mean_teacher", "ict", "w2s", "slices"],
+)
+def test_data_parallel_steps_only_reduce(objective, terms, groups, key):
+    """One all-reduce, of gradients and metrics together; two patches a device, so pairs stay."""
+    parts = dataclasses.replace(make_parts(objective, quiet=True), weak=terms)
+    batch = make_batch(labeled=16, unlabeled=16 if objective.uses_unlabeled else 0)
+    if terms is not None:
+        batch = dataclasses.replace(batch, weak=jnp.zeros((16, 4, 2), jnp.int8))
     mesh = meshes.make_mesh()
-    state = start(parts, batch, key)
-    rows = meshes.batch_sharding(mesh)
+    state = jax.eval_shape(lambda: init_state(parts, batch.image, key))
     compiled = (
         jax.jit(
             make_train_step(parts),
-            in_shardings=(meshes.replicated(mesh), rows),
+            in_shardings=(meshes.replicated(mesh), meshes.batch_shardings(mesh, batch)),
             out_shardings=(meshes.replicated(mesh), meshes.replicated(mesh)),
         )
         .lower(state, batch)
         .compile()
     )
     text = compiled.as_text()
-    assert "all-reduce" in text
-    for other in ("all-gather", "all-to-all", "collective-permute"):
+    assert "num_partitions=8" in text
+    for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert other not in text
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == groups
 
 
 def test_a_batch_that_does_not_spread_is_refused():

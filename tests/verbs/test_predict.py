@@ -322,6 +322,9 @@ def test_twins_are_averaged_on_request(folder, scans, weights):
     config.objective = {"name": "cps.CrossPseudoSupervision"}
     _, networks = predictor.load(config, folder / "twins")
     assert list(networks) == ["a", "b"]
+    config.predict.networks = ("ensemble",)
+    _, networks = predictor.load(config, folder / "twins")
+    assert list(networks) == ["a", "b"]
     predict.run(config, folder / "twins")
     facts = json.loads((folder / "twins" / "predictions" / "predictions.json").read_text())
     assert facts["networks"] == ["a", "b"]

@@ -1,5 +1,7 @@
 """The whole recipe of a config: network, augmentation, objective, optimizer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,40 @@ def test_the_augmented_batch_is_what_the_network_wants():
     assert batch.label.shape == (8, 4, 16, 16)
     assert batch.unlabeled is None
     assert recipe.cut.source == (4, 18, 18), "nnU-Net's initial crop: 16 / 0.85"
+
+
+def test_slice_labels_reach_the_loss_in_the_shape_of_the_network():
+    config = config_of(cps)
+    assert make_recipe(config, PLAN).abstract_batch().weak is None
+    config.weak.update(neg_sup=1.0, gate_pseudo=True)
+    recipe = make_recipe(config, PLAN)
+    raw = recipe.abstract_batch()
+    assert raw.weak.shape == (8, 4, 1), "binary: one class"
+    patches = jax.eval_shape(recipe.parts.augment, jax.random.key(0), raw)
+    assert patches.weak.shape == (8, 4, 1)
+    assert patches.weak.dtype == jnp.int8
+    state = jax.eval_shape(recipe.init, jax.random.key(0))
+    _, metrics = jax.eval_shape(make_train_step(recipe.parts), state, raw)
+    assert {"weak/known", "weak/neg_sup"} <= set(metrics)
+    assert "weak/mil" not in metrics
+
+
+def test_slice_labels_split_over_data_alone():
+    config = config_of(cps)
+    config.weak.neg_sup = 1.0
+    batch = make_recipe(config, PLAN).abstract_batch()
+    places = meshes.batch_shardings(meshes.make_mesh(2, 1, 4), batch)
+    assert places.weak.shard_shape(batch.weak.shape) == (4, 4, 1)
+    assert places.unlabeled.shard_shape((8, 4, 20, 18, 1)) == (4, 4, 5, 18, 1)
+
+
+def test_slice_labels_that_nothing_can_use_are_refused():
+    config = config_of(supervised)
+    config.weak.neg_sup = 1.0
+    with pytest.raises(ValueError, match=r"weak: .*supervised\.WeaklySupervised"):
+        require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+    with pytest.raises(ValueError, match="head CT"):
+        make_recipe(config, dataclasses.replace(PLAN, modality="mr"))
 
 
 def test_the_plan_decides_what_the_config_leaves_open():

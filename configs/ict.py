@@ -1,0 +1,40 @@
+"""Interpolation consistency (BHSD Task 2): binary, labeled and unlabeled patches one to one.
+
+Presets: `recommended` (adapted to nnU-Net's training) and `ssl4mis` (what the paper most likely
+ran): `--config=configs/ict.py:preset=ssl4mis`.
+Paper: binary Dice 45.38 against 45.10 without the unlabeled scans (Wu et al. 2023, Table 2).
+Cost: 2.3 times the supervised step of as many labeled patches; 1.8 times in `ssl4mis`.
+Run:  python -m bhsd_jax.main train --config=configs/ict.py:data=bhsd --workdir=runs/ict
+"""
+
+import ml_collections
+
+from configs import common
+
+PRESETS = {
+    "recommended": {
+        "weight": 2.0,
+        "ramp": 0.4,
+        "ema_decay": 0.999,
+        "views": "weak_strong",
+        "beta": 0.5,
+        "fold": True,
+        "pairs": "each",
+    },
+    "ssl4mis": {
+        "weight": 0.2,
+        "ramp": 1.0,
+        "staircase": 150,
+        "ema_decay": 0.99,
+        "views": "shared",
+        "beta": 0.2,
+        "fold": False,
+        "pairs": "half",
+        "tested": "student",
+    },
+}
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The defaults with blends of unlabeled patches."""
+    return common.semisupervised(arg, "ict", "ict.InterpolationConsistency", PRESETS)

@@ -1,0 +1,139 @@
+"""What holds for every objective that has an unlabeled part."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bhsd_jax.build import build
+from bhsd_jax.losses import DiceCE
+from bhsd_jax.objectives.weak import SliceLabelTerms
+
+NAMES = ("cps", "cps_cutmix", "entropy", "ict", "mean_teacher", "w2s")
+ROWS = [
+    (name, preset)
+    for name in NAMES
+    for preset in importlib.import_module(f"configs.{name}").PRESETS
+]
+
+
+def objective_of(name, preset="recommended", **changes):
+    config = importlib.import_module(f"configs.{name}").get_config(f"preset={preset}")
+    return build("bhsd_jax.objectives", {**config.objective.to_dict(), **changes})
+
+
+@functools.cache
+def supervised(net):
+    def loss(params, image, label):
+        return DiceCE()(net.apply({"params": params}, image, train=True), label)
+
+    return jax.jit(jax.grad(loss))
+
+
+def start(objective, net, batch, key):
+    params = objective.init(net, batch.image, key)
+    return params, None if objective.ema_decay is None else jax.tree.map(lambda x: 0.9 * x, params)
+
+
+@pytest.mark.parametrize(("name", "preset"), [row for row in ROWS if row[0] != "cps"])
+def test_weight_zero_is_supervised_training(name, preset, net, learn, batch, key):
+    objective = objective_of(name, preset, weight=0.0)
+    params, ema = start(objective, net, batch, key)
+
+    def loss(params):
+        return objective.loss(learn(params, step=50, ema=ema, noise=0.3), batch, key)[0]
+
+    grads = jax.jit(jax.grad(loss))(params)
+    alone = functools.partial(supervised(net), image=batch.image, label=batch.label)
+    want = {t: alone(params[t]) for t in objective.twins} if objective.twins else alone(params)
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cps", "entropy", "mean_teacher"])
+def test_with_every_term_off_slice_labels_do_not_change_the_program(name, net, learn, batch, key):
+    """Bit for bit, then. The others also mix the labels, which nothing reads."""
+    objective = objective_of(name)
+    params, ema = start(objective, net, batch, key)
+    absent = dataclasses.replace(batch, weak=jnp.zeros((2, 4, 2), jnp.int8))
+
+    def program(batch):
+        def loss(params):
+            return objective.loss(learn(params, ema=ema, noise=0.3), batch, key)
+
+        return str(jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(params))
+
+    assert program(absent) == program(batch)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "supervised"])
+def test_every_objective_gates_its_teachers_and_offers_its_students(name, net, learn, batch, key):
+    if name == "supervised":
+        objective = build("bhsd_jax.objectives", {"name": "supervised.WeaklySupervised"})
+    else:
+        objective = objective_of(name)
+    params, ema = start(objective, net, batch, key)
+    batch = dataclasses.replace(batch, weak=jnp.zeros((2, 4, 2), jnp.int8))
+    gated, offered = [], []
+
+    def gate(logits, weak):
+        gated.append(weak is not None)
+        return logits
+
+    def weak(weak, *logits):
+        assert weak.shape == (2, 4, 2)
+        offered.extend(x.shape for x in logits)
+        return 7.0, {"weak/spy": jnp.zeros(())}
+
+    def both(params):
+        plain = learn(params, ema=ema)
+        spied = dataclasses.replace(plain, gate=gate, weak=weak)
+        return objective.loss(plain, batch, key), objective.loss(spied, batch, key)
+
+    (_, without), (_, found) = jax.eval_shape(both, params)
+    assert set(found) - set(without) == {"weak/spy"}
+    networks = max(1, len(objective.twins))
+    assert offered == [(2, 4, 6, 6, 3)] * networks
+    assert gated == [True] * (0 if name == "supervised" else networks)
+
+
+@pytest.mark.parametrize("name", ["cps", "mean_teacher"])
+def test_slice_labels_of_which_nothing_is_known_are_the_identity(name, net, learn, batch, key):
+    objective = objective_of(name)
+    params, ema = start(objective, net, batch, key)
+    unknown = dataclasses.replace(batch, weak=jnp.full((2, 4, 2), -1, jnp.int8))
+    terms = SliceLabelTerms(gate_pseudo=True, neg_sup=1.0, mil=0.1, size=0.01, start=0.0)
+
+    @jax.jit
+    def both(params):
+        def loss(params, batch, change):
+            return objective.loss(change(learn(params, ema=ema, noise=0.3)), batch, key)[0]
+
+        grad = jax.value_and_grad(loss)
+        return grad(params, batch, lambda learner: learner), grad(params, unknown, terms)
+
+    (want, grads), (value, found) = both(params)
+    assert float(value) == pytest.approx(float(want), abs=6e-8)
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(x, y, atol=6e-8)
+
+
+def test_one_step_down_lowers_every_term_on_negative_slices(net, learn, batch, key):
+    objective = objective_of("cps")
+    params, _ = start(objective, net, batch, key)
+    absent = dataclasses.replace(batch, weak=jnp.zeros((2, 4, 2), jnp.int8))
+    terms = SliceLabelTerms(gate_pseudo=True, neg_sup=1.0, mil=0.1, size=0.01, start=0.0)
+
+    def loss(params):
+        return objective.loss(terms(learn(params)), absent, key)
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, before), grads = step(params)
+    (_, after), _ = step(jax.tree.map(lambda p, g: p - 0.05 * g, params, grads))
+    assert float(before["weak/known"]) == 1
+    for term in ("neg_sup", "mil", "size"):
+        assert 0 < float(after[f"weak/{term}"]) < float(before[f"weak/{term}"]), term

@@ -1,0 +1,106 @@
+"""Weak-to-strong and CPS with CutMix: pasted labels, sure voxels, copy-paste weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bhsd_jax.losses import cross_entropy, soft_dice
+from bhsd_jax.objectives import mixing, w2s
+from bhsd_jax.objectives.cps import CrossPseudoSupervision
+from bhsd_jax.objectives.cps_cutmix import CrossPseudoSupervisionCutMix
+from bhsd_jax.objectives.w2s import WeakToStrong
+
+PLAIN = WeakToStrong(weight=1.0, ramp=0.0, chance=0.0, holes=0.0, sure=0.0, sure_foreground=0.0)
+PASTE = WeakToStrong(weight=1.0, ramp=0.0, pairing="labeled")
+
+
+@pytest.fixture
+def nets(net, batch, key):
+    return [net.init(k, batch.image, train=False)["params"] for k in jax.random.split(key)]
+
+
+def logits(net, params, image):
+    return net.apply({"params": params}, image, train=True)[0]
+
+
+def test_without_a_box_it_is_pseudo_labels_of_the_teacher(net, learn, nets, batch, key):
+    _, metrics = PLAIN.loss(learn(nets[0], ema=nets[1]), batch, key)
+    student, teacher = (logits(net, n, batch.unlabeled) for n in nets)
+    guess = teacher.argmax(-1)
+    want = cross_entropy(student, guess) + 1 - soft_dice(student, guess, batch=True).mean()
+    assert float(metrics["follow"]) == pytest.approx(float(want), rel=1e-5)
+    assert float(metrics["sure"]) == 1
+
+
+def test_image_and_labels_are_pasted_by_one_mask(net, learn, nets, batch, key, monkeypatch):
+    mask = jnp.zeros((2, 4, 6, 6), bool).at[:, 1:3, 2:5, 1:4].set(True)
+    monkeypatch.setattr(mixing, "boxes", lambda *a, chance: mask & (chance == 1.0))
+    pasted = dataclasses.replace(PLAIN, chance=1.0)
+    _, metrics = pasted.loss(learn(nets[0], ema=nets[1]), batch, key)
+    image = jnp.where(mask[..., None], batch.unlabeled[::-1], batch.unlabeled)
+    teacher = logits(net, nets[1], batch.unlabeled).argmax(-1)
+    guess = jnp.where(mask, teacher[::-1], teacher)
+    student = logits(net, nets[0], image)
+    want = cross_entropy(student, guess) + 1 - soft_dice(student, guess, batch=True).mean()
+    assert float(metrics["follow"]) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_foreground_needs_less_to_be_sure_and_nobody_sure_is_no_loss(learn, nets, batch, key):
+    p = np.asarray([0.94, 0.96, 0.31, 0.25])
+    pair = jnp.asarray(np.log(np.stack([p, 1 - p], -1)), jnp.float32)
+    default = WeakToStrong()
+    np.testing.assert_array_equal(default._is_sure(pair), [False, True, False, True])
+
+    never = dataclasses.replace(PLAIN, sure=1.0, sure_foreground=1.0)
+
+    def follow(params):
+        return never.loss(learn(params, ema=nets[1]), batch, key)[1]["follow"]
+
+    grads = jax.jit(jax.grad(follow))(nets[0])
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("objective", [PLAIN, PASTE], ids=["boxes", "copy-paste"])
+def test_the_teacher_gets_no_gradient(objective, learn, nets, batch, key):
+    def loss(ema):
+        return objective.loss(learn(nets[0], ema=ema), batch, key)[0]
+
+    grads = jax.jit(jax.grad(loss))(nets[1])
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_copy_paste_counts_pseudo_labels_half(net, learn, nets, batch, key, monkeypatch):
+    mask = jnp.zeros((2, 4, 6, 6), bool).at[:, :2, 1:5, 1:5].set(True)
+    monkeypatch.setattr(mixing, "cube", lambda *a: mask)
+    _, metrics = PASTE.loss(learn(nets[0], ema=nets[1]), batch, key)
+    guess = logits(net, nets[1], batch.unlabeled).argmax(-1)
+    want = 0.0
+    for true in (mask, ~mask):
+        image = jnp.where(true[..., None], batch.image, batch.unlabeled)
+        answer = logits(net, nets[0], image)
+        for label, valid, weight in ((batch.label, true, 1.0), (guess, ~true, 0.5)):
+            dice = soft_dice(answer, label, valid=valid, batch=True).mean()
+            want += weight * (cross_entropy(answer, label, valid) + 1 - dice) / 2
+    assert float(metrics["follow"]) == pytest.approx(float(want), rel=1e-5)
+    few = dataclasses.replace(batch, unlabeled=batch.unlabeled[:1])
+    with pytest.raises(ValueError, match="as many unlabeled as labeled"):
+        PASTE.loss(learn(nets[0], ema=nets[1]), few, key)
+
+
+def test_cps_without_a_box_is_cps_on_plain_patches(learn, nets, batch, key):
+    both = {"a": nets[0], "b": nets[1]}
+    cutmix = CrossPseudoSupervisionCutMix(weight=0.7, ramp=0.0, chance=0.0)
+    plain = CrossPseudoSupervision(weight=0.7, ramp=0.0)
+    value, _ = cutmix.loss(learn(both), batch, key)
+    want, _ = plain.loss(learn(both), batch, key)
+    assert float(value) == pytest.approx(float(want), rel=1e-6)
+
+
+def test_a_threshold_outside_0_to_1_is_refused():
+    with pytest.raises(ValueError, match="sure_foreground"):
+        w2s.WeakToStrong(sure_foreground=70)
+    with pytest.raises(ValueError, match="pairing is one of unlabeled, labeled"):
+        w2s.WeakToStrong(pairing="roll")

@@ -1,0 +1,167 @@
+"""Slice labels: the gate and the four terms against their formulas."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bhsd_jax.losses import DiceCE, cross_entropy
+from bhsd_jax.objectives import weak
+from bhsd_jax.objectives.weak import SliceLabelTerms
+
+RNG = np.random.default_rng(0)
+LOGITS = jnp.asarray(RNG.normal(size=(2, 3, 4, 5, 3)), jnp.float32)
+UNKNOWN = jnp.full((2, 3, 2), -1, jnp.int8)
+ABSENT, SHOWN = UNKNOWN * 0, UNKNOWN * 0 + 1
+
+
+def prob(logits):
+    return np.asarray(jax.nn.softmax(logits), np.float64)
+
+
+@pytest.mark.parametrize("rows", [UNKNOWN, SHOWN])
+def test_a_gate_with_nothing_ruled_out_is_the_identity(rows):
+    np.testing.assert_array_equal(weak.gate(LOGITS, rows), LOGITS)
+    np.testing.assert_array_equal(weak.gate(LOGITS, None), LOGITS)
+
+
+def test_the_gate_renormalizes_over_what_may_be():
+    rows = UNKNOWN.at[0, 1, 0].set(0).at[1, 2].set(0)
+    gated = prob(weak.gate(LOGITS, rows))
+    np.testing.assert_allclose(gated.sum(-1), 1, atol=1e-6)
+    keep = np.ones((2, 3, 1, 1, 3))
+    keep[0, 1, ..., 1] = keep[1, 2, ..., 1:] = 0
+    want = prob(LOGITS) * keep
+    np.testing.assert_allclose(gated, want / want.sum(-1, keepdims=True), atol=1e-6)
+    winner = np.asarray(weak.gate(LOGITS, rows).argmax(-1))
+    assert not (winner[0, 1] == 1).any()
+    assert not winner[1, 2].any(), "all absent is background everywhere"
+
+
+def test_negatives_are_cross_entropy_with_an_empty_mask():
+    empty = jnp.zeros(LOGITS.shape[:-1], jnp.int32)
+    value, grad = jax.value_and_grad(weak.negatives)(LOGITS, ABSENT)
+    want, target = jax.value_and_grad(cross_entropy)(LOGITS, empty)
+    supervised = DiceCE(dice_weight=0.0)([LOGITS], empty)
+    assert float(value) == pytest.approx(float(want), rel=1e-6)
+    assert float(value) == pytest.approx(float(supervised), rel=1e-6)
+    np.testing.assert_allclose(grad, target, atol=1e-7)
+
+
+def test_negatives_speak_only_of_slices_that_lack_something():
+    assert float(weak.negatives(LOGITS, UNKNOWN)) == 0
+    assert not np.any(jax.grad(weak.negatives)(LOGITS, SHOWN))
+    rows = UNKNOWN.at[0, 1, 0].set(0).at[1, 2].set(0)
+    grad = jax.grad(weak.negatives)(LOGITS, rows)
+    assert np.abs(grad).max((2, 3, 4)).astype(bool).tolist() == [[0, 1, 0], [0, 0, 1]]
+    p = prob(LOGITS)
+    nats = np.concatenate([-np.log(1 - p[0, 1, ..., 1]), -np.log(p[1, 2, ..., 0])])
+    assert float(weak.negatives(LOGITS, rows)) == pytest.approx(nats.mean(), rel=1e-5)
+    volume = np.concatenate([p[0, 1, ..., 1], 1 - p[1, 2, ..., 0]]).mean()
+    assert float(weak.negatives(LOGITS, rows, "volume")) == pytest.approx(volume, rel=1e-5)
+
+
+def test_pooling_lies_between_mean_and_maximum_and_rises_with_its_sharpness():
+    margin = LOGITS[..., :2]
+    pooled = [np.asarray(weak.pool(margin, r)) for r in (1e-3, 0.5, 5.0, 50.0, 1e3)]
+    for low, high in itertools.pairwise(pooled):
+        assert (low < high).all()
+    np.testing.assert_allclose(pooled[0], margin.mean((2, 3)), atol=2e-3)
+    np.testing.assert_allclose(pooled[-1], margin.max((2, 3)), atol=1e-2)
+    shuffled = margin.reshape(2, 3, 20, 2)[:, :, RNG.permutation(20)].reshape(margin.shape)
+    np.testing.assert_allclose(weak.pool(shuffled, 5.0), pooled[2], atol=1e-6)
+
+
+def test_presence_pulls_the_top_voxels_up_and_pushes_an_empty_slice_down():
+    z = jnp.asarray(RNG.normal(size=(1, 1, 4, 4)), jnp.float32)
+
+    def loss(z, rows):
+        return weak.presence(jnp.stack([0 * z, z], -1), rows, sharpness=5.0, least=2.0)
+
+    up = np.asarray(jax.grad(loss)(z, jnp.ones((1, 1, 1), jnp.int8)))
+    down = np.asarray(jax.grad(loss)(z, jnp.zeros((1, 1, 1), jnp.int8)))
+    assert (up < 0).all()
+    assert up.argmin() == np.asarray(z).argmax()
+    assert (down > 0).all()
+    assert float(loss(z, jnp.full((1, 1, 1), -1, jnp.int8))) == 0
+    score = np.log(np.exp(5 * np.asarray(z, np.float64)).sum() / 2) / 5
+    assert float(loss(z, jnp.ones((1, 1, 1), jnp.int8))) == pytest.approx(
+        np.log1p(np.exp(-score)), rel=1e-5
+    )
+
+
+def test_as_many_voxels_as_the_least_lesion_at_margin_zero_are_undecided():
+    z = jnp.full((1, 1, 5, 5), -40.0).at[0, 0, 0, :3].set(0.0)
+    logits = jnp.stack([0 * z, z], -1)
+    for label in (0, 1):
+        loss = weak.presence(logits, jnp.full((1, 1, 1), label, jnp.int8), least=3.0)
+        assert float(loss) == pytest.approx(np.log(2), rel=1e-5)
+
+
+def test_a_size_within_its_bounds_costs_nothing_and_outside_its_square():
+    p = prob(LOGITS)[..., 1:].sum((2, 3))  # soft areas, all between 3 and 20 voxels
+    assert p.min() > 3
+    assert float(weak.sizes(LOGITS, SHOWN, least=1.0)) == 0
+    assert float(weak.sizes(LOGITS, UNKNOWN)) == 0
+    short = weak.sizes(LOGITS, SHOWN, least=15.0)
+    assert float(short) == pytest.approx((np.maximum(0, 15 - p) ** 2 / 20).mean(), rel=1e-4)
+    assert float(weak.sizes(LOGITS, ABSENT)) == pytest.approx((p**2 / 20).mean(), rel=1e-4)
+    rows = ABSENT.at[:, :, 1].set(-1)
+    assert float(weak.sizes(LOGITS, rows)) == pytest.approx((p[..., 0] ** 2 / 20).mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("t", [1.5, 5.0, 40.0])
+def test_the_log_barrier_is_smooth_at_its_seam_and_hardens_with_t(t):
+    value_and_slope = jax.value_and_grad(weak.log_barrier)
+    edge = -1 / t**2
+    value, slope = value_and_slope(edge, t)
+    assert float(value) == pytest.approx(2 * np.log(t) / t, rel=1e-4)
+    assert float(slope) == pytest.approx(t, rel=1e-4)
+    beyond, steep = value_and_slope(edge * (1 - 1e-3), t)
+    assert float(beyond) == pytest.approx(float(value), abs=2e-3 / t)
+    assert float(steep) == pytest.approx(t, rel=1e-4)
+    assert abs(float(weak.log_barrier(jnp.asarray(-0.5), 1e3))) < 1e-3
+    assert float(weak.log_barrier(jnp.asarray(0.5), 1e3)) > 100
+
+
+def test_the_barrier_holds_both_bounds_and_stays_finite_where_they_fail():
+    for rows in (SHOWN, ABSENT):
+        value, grad = jax.value_and_grad(weak.sizes)(LOGITS, rows, 30.0, 5.0)
+        assert np.isfinite(value)
+        assert np.isfinite(grad).all()
+    # What shows too little is pushed up, what shows anything where there is nothing down.
+    assert float(jax.grad(weak.sizes)(LOGITS, SHOWN, 30.0, 5.0)[..., 0].sum()) > 0
+    assert float(jax.grad(weak.sizes)(LOGITS, ABSENT, 30.0, 5.0)[..., 0].sum()) < 0
+
+
+def test_terms_are_weighted_summed_over_networks_and_begin_when_told(learn):
+    learner = learn(None, step=20)
+    terms = SliceLabelTerms(neg_sup=2.0, mil=0.5, size=0.1, start=0.3)
+    loss, metrics = terms(learner).weak(ABSENT, LOGITS, LOGITS)
+    assert float(loss) == pytest.approx(4 * float(weak.negatives(LOGITS, ABSENT)), rel=1e-6)
+    assert set(metrics) == {"weak/known", "weak/neg_sup", "weak/mil", "weak/size"}
+    later, _ = terms(dataclasses.replace(learner, step=jnp.asarray(30))).weak(ABSENT, LOGITS)
+    want = (
+        2 * weak.negatives(LOGITS, ABSENT)
+        + 0.5 * weak.presence(LOGITS, ABSENT)
+        + 0.1 * weak.sizes(LOGITS, ABSENT)
+    )
+    assert float(later) == pytest.approx(float(want), rel=1e-6)
+    assert terms(learner).gate is learner.gate
+    assert SliceLabelTerms(gate_pseudo=True)(learner).gate is weak.gate
+
+
+def test_whether_anything_is_on_and_wrong_settings():
+    assert not SliceLabelTerms().active
+    assert SliceLabelTerms(gate_pseudo=True).active
+    assert SliceLabelTerms(size=0.01).active
+    for wrong, message in (
+        ({"neg_sup": -1.0}, r"weak\.neg_sup"),
+        ({"lesion_voxels": 0.0}, r"weak\.lesion_voxels"),
+        ({"sizes": "none"}, r"weak\.sizes is one of penalty, barrier"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SliceLabelTerms(**wrong)
