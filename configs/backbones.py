@@ -57,10 +57,10 @@ _SMOKE = {  # thin networks that still have every part, by class
         "hidden_size": 24,
         "mlp_dim": 48,
         "heads": 2,
-        "layers": 4,
-        "taps": (1, 2, 3),
+        "layers": 2,
+        "taps": (1, 1, 2),
     },
-    "swin_unetr.SwinUNETR": {"feature_size": 8, "depths": (2, 1, 1, 1), "heads": (1, 2, 2, 4)},
+    "swin_unetr.SwinUNETR": {"feature_size": 8, "depths": (1, 1, 1, 1), "heads": (1, 2, 2, 4)},
     "cotr.CoTr": {
         "features": (8, 12, 24),
         "blocks": (1, 1, 1),
@@ -69,15 +69,13 @@ _SMOKE = {  # thin networks that still have every part, by class
         "points": 2,
         "ffn": 32,
     },
-    "nnformer.NNFormer": {"embed": 16, "depths": (2, 1, 1, 1), "heads": (1, 2, 2, 4)},
+    "nnformer.NNFormer": {"embed": 8, "depths": (1, 1, 1, 1), "heads": (1, 2, 2, 4)},
     "nnunet.PlainConvUNet": {"features": (8, 16)},
     "nnunet.ResidualEncoderUNet": {"features": (8, 16)},
 }
 
 
-def choose(
-    config: ml_collections.ConfigDict, backbone: str, recipe: str, *, head_ct: bool
-) -> None:
+def choose(config: ml_collections.ConfigDict, backbone: str, recipe: str, *, head_ct: bool) -> None:
     """Sets the model, and for a short name the patch (on head CT) and the recipe.
 
     Raises:

@@ -70,9 +70,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "power": 0.9,
         "warmup": 0.0,  # steps; below 1: share of the training
     }
-    backbones.choose(
-        config, words["backbone"], words["recipe"], head_ct=words["data"] == "bhsd"
-    )
+    backbones.choose(config, words["backbone"], words["recipe"], head_ct=words["data"] == "bhsd")
     config.train = _train()
     config.mesh = {"data": -1, "model": 1, "space": 1}  # devices per axis; -1: all that are left
     config.infer = _infer()

@@ -1,5 +1,8 @@
 """CoTr: a convolutional encoder and decoder, a transformer between on the two deepest maps.
 
+Its deformable attention is plain gathers, no kernel of its own; `DeformableAttention` says what
+they cost.
+
 Source: Xie et al. 2021, arXiv:2103.03024; CoTr 521b4cc, whose outputs and gradients it reproduces.
 """
 
@@ -105,9 +108,7 @@ class CoTr(nn.Module):
         options = Options(
             self.heads, self.points, self.ffn, self.dropout, self.axes, train, self.dtype
         )
-        transformer = DeformableEncoder(
-            options, self.layers, self.remat, name="transformer"
-        )
+        transformer = DeformableEncoder(options, self.layers, self.remat, name="transformer")
         maps[2:] = transformer(tuple(maps[2:]))
         return self._decode(unit, maps)
 

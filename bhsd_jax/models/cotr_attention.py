@@ -110,7 +110,10 @@ class DeformableAttention(nn.Module):
 
     Work and memory grow linearly with the tokens: N queries of all heads read
     8 * levels * points * N rows of C values (full attention would read N * N), and no row is kept
-    for the backward pass (see `weighted_rows`).
+    for the backward pass (see `weighted_rows`). On the head CT patch that is N = 14,400 and, per
+    layer and patch, 64 * 14,400 * 384 = 354 M values gathered (1.4 GB in float32) for as many
+    multiply-adds: bound by bandwidth, and 0.2 % of the network's 937 G multiply-adds in six layers.
+    The backward pass gathers them again and scatters as many.
     """
 
     options: Options
