@@ -53,14 +53,14 @@ BACKBONES = {
 }
 _SMOKE = {  # thin networks that still have every part, by class
     "unetr.UNETR": {
-        "feature_size": 8,
+        "feature_size": 4,
         "hidden_size": 24,
         "mlp_dim": 48,
         "heads": 2,
         "layers": 2,
         "taps": (1, 1, 2),
     },
-    "swin_unetr.SwinUNETR": {"feature_size": 8, "depths": (1, 1, 1, 1), "heads": (1, 2, 2, 4)},
+    "swin_unetr.SwinUNETR": {"feature_size": 4, "depths": (1, 1, 1, 1), "heads": (1, 2, 2, 4)},
     "cotr.CoTr": {
         "features": (8, 12, 24),
         "blocks": (1, 1, 1),

@@ -37,7 +37,9 @@ def test_warmup_cosine_gives_monais_rates():
     for epoch in (0, 1, 25, 48, 49, 50, 51, 1000, 2525, 4999):
         cosine = 0.5 * (1 + np.cos(np.pi * (epoch - warmup) / (epochs - warmup)))
         want = 1e-4 * (epoch / (warmup - 1) if epoch < warmup else cosine)
-        assert float(rate(epoch)) == pytest.approx(want, rel=1e-4, abs=1e-11)  # float32 near 1 + cos
+        assert float(rate(epoch)) == pytest.approx(
+            want, rel=1e-4, abs=1e-11
+        )  # float32 near 1 + cos
     held = make_schedule("warmup_cosine", lr=1.0, steps=300, warmup=90, hold=30)
     assert [float(held(i)) for i in (0, 29, 30, 60, 90)] == pytest.approx([0, 0, 0.5, 1, 1])
 
