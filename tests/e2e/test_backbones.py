@@ -59,6 +59,8 @@ def recipe_of(experiment, backbone, workdir):
     config.augment = {"spatial": (), "intensity": ()}
     config.split.binary = True
     config.train.steps = STEPS
+    if "ramp" in config.objective:
+        config.objective.ramp = 0.0  # one weight throughout: losses of all steps are comparable
     if config.optimizer.name == "adamw":
         config.optimizer.lr = 0.003  # the published 0.0001 is for 5000 epochs
     return config, make_recipe(config, Shards(setup.shards_folder(config, workdir)).plan)
