@@ -2,7 +2,7 @@
 
     python tools/import_torch.py fold_0/checkpoint_final.pth runs/imported
     python tools/import_torch.py swin.safetensors runs/swin --reference SwinUNETR \
-        --constructor '{"in_channels": 1, "out_channels": 2, "feature_size": 48}' \
+        --constructor '{"in_channels": 1, "out_channels": 2, "downsample": "legacy"}' \
         --patch 96 96 96 --spacing-mm 1 1 1 --axes RAS --window -100 200 --classes background IPH
 
 A checkpoint of nnU-Net v2, or the folder of a fold, needs nothing more: network, plan and
@@ -67,6 +67,7 @@ def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
     if missing:
         raise ValueError(f"{path}: does not say it all itself; give {', '.join(missing)}")
     constructor = weights_file.json_of(text)
+    imported.require_release(reference, constructor)
     foreground, windows = normalization(options)
     plan = imported.plan_for(
         constructor,

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bhsd_jax.models import torch_import, unetr_torch
-from bhsd_jax.models.blocks import require_patch
+from bhsd_jax.models.blocks import rematerialized, require_patch
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.swin_blocks import PatchMerging, SwinBlock, SwinStage, merging_order
 from bhsd_jax.models.torch_import import Recipe, Weight
@@ -26,7 +26,6 @@ from bhsd_jax.models.unetr_blocks import (
     NormSpec,
     PatchEmbed,
     UpBlock,
-    rematerialized,
     total_stride,
 )
 from bhsd_jax.types import Logits
@@ -163,7 +162,7 @@ _ARGUMENTS = {  # of the reference, with its defaults
     "patch_norm": False,
     "use_checkpoint": False,  # changes memory, not numbers
     "spatial_dims": 3,
-    "downsample": "merging",
+    "downsample": "legacy",  # not MONAI's: see `from_torch`
     "use_v2": False,
     "img_size": None,  # before MONAI 1.5; checked, never used
 }
@@ -173,8 +172,10 @@ _MERGING = {"merging": "fixed", "mergingv2": "v2"} | {n: n for n in ("fixed", "l
 def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
     """Twin of MONAI's `SwinUNETR`.
 
-    `"SwinUNETR/legacy"`, or an argument `merging="legacy"`, is the network as built before
-    MONAI 1.5, which the weights published until then need.
+    `downsample` says which release built it: "merging" since MONAI 1.5, "legacy" before, with the
+    same name and other results. Where it is not given it is "legacy", the order that all weights
+    published until 2025 need, unlike MONAI's own default. `"SwinUNETR/legacy"` and an argument
+    `merging` say it too.
 
     Raises:
         ValueError: Lists every argument that has no counterpart here.

@@ -75,6 +75,22 @@ def from_nnunet(weights: WeightsFile, path: Path) -> Source:
     return Source(reference, constructor, plan, tuple(int(axis) for axis in axes or ()))
 
 
+def require_release(reference: str, constructor: Mapping[str, Any]) -> None:
+    """Asks for what neither weights nor MONAI's arguments say but the results depend on.
+
+    Raises:
+        ValueError: If the order in which a Swin UNETR merges its patches is open.
+    """
+    said = {"downsample", "merging", "img_size"} & set(constructor)  # the last: before MONAI 1.5
+    if reference == "SwinUNETR" and not said:
+        raise ValueError(
+            "SwinUNETR: MONAI 1.5 changed the order in which patches are merged, and the weights "
+            'do not tell which they have; add to --constructor "downsample": "merging" if MONAI '
+            '1.5 or later built the network, "legacy" for those before (all that were published '
+            "until 2025)"
+        )
+
+
 def plan_for(
     constructor: Mapping[str, Any],
     *,

@@ -161,16 +161,24 @@ def test_swin_unetr_lists_every_argument_without_a_counterpart():
         from_torch("SwinUNETR", arguments)
 
 
+LEGACY = {"feature_size": 24, "merging": "legacy"}
+
+
 @pytest.mark.parametrize(
     ("reference", "changes", "fields"),
     [
-        ("SwinUNETR", {}, {"feature_size": 24}),
-        ("SwinUNETR/legacy", {}, {"feature_size": 24, "merging": "legacy"}),
-        ("SwinUNETR", {"merging": "legacy"}, {"feature_size": 24, "merging": "legacy"}),
+        ("SwinUNETR", {"downsample": "merging"}, {"feature_size": 24}),
+        ("SwinUNETR", {}, LEGACY),
+        ("SwinUNETR/legacy", {}, LEGACY),
+        ("SwinUNETR", {"merging": "legacy"}, LEGACY),
         ("SwinUNETR", {"downsample": "mergingv2"}, {"feature_size": 24, "merging": "v2"}),
-        ("SwinUNETR", {"use_v2": True}, {"feature_size": 24, "convolve_stages": True}),
-        ("SwinUNETR", {"window_size": [4, 3, 5]}, {"feature_size": 24, "attn_window": (4, 3, 5)}),
-        ("SwinUNETR", {"feature_size": 48, "img_size": 96}, {}),
+        (
+            "SwinUNETR",
+            {"use_v2": True, "downsample": "mergingv2"},
+            {"feature_size": 24, "convolve_stages": True, "merging": "v2"},
+        ),
+        ("SwinUNETR", {"window_size": [4, 3, 5]}, {"attn_window": (4, 3, 5)} | LEGACY),
+        ("SwinUNETR", {"img_size": 96}, LEGACY),
     ],
 )
 def test_swin_unetr_arguments_become_fields(reference, changes, fields):

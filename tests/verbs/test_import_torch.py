@@ -123,6 +123,7 @@ def test_a_swin_unetr_predicts_as_in_monai(tmp_path, monkeypatch):
         warnings.simplefilter("ignore")  # MONAI's own, of what else is installed
         nets = pytest.importorskip("monai.networks.nets", reason="needs the package monai")
     constructor = {"in_channels": 1, "out_channels": 3, "feature_size": 12}
+    constructor |= {"downsample": "merging"}
     constructor |= {"depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4], "window_size": 3}
     network = randomized(nets.SwinUNETR(**constructor), (64, 32, 32))
     torch.save({"model": network.state_dict()}, tmp_path / "w.pt")

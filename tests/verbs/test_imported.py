@@ -43,6 +43,7 @@ BATCH_NORM = {
     "num_heads": [1, 1, 2, 2],
     "window_size": 2,
     "norm_name": "batch",
+    "downsample": "legacy",
 }
 # Axes as MONAI has them: x to the right, y anterior, z superior.
 OPTIONS = [
@@ -196,6 +197,10 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path, monkeypatch, plain):
         run_tool(monkeypatch, tmp_path / "w.npz", tmp_path / "run")
     given = ["--reference", "PlainConvUNet", "--constructor", json.dumps(CONSTRUCTOR), *OPTIONS]
     with pytest.raises(SystemExit, match="give a patch"):
+        run_tool(monkeypatch, tmp_path / "w.npz", tmp_path / "run", *given)
+    open_order = {k: v for k, v in BATCH_NORM.items() if k != "downsample"}
+    given = ["--reference", "SwinUNETR", "--constructor", json.dumps(open_order), *OPTIONS]
+    with pytest.raises(SystemExit, match=r'"merging" if MONAI 1.5 or later'):
         run_tool(monkeypatch, tmp_path / "w.npz", tmp_path / "run", *given)
 
 
