@@ -87,13 +87,40 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Series:
+    """A scan that lies in many files: one DICOM series, and how it becomes one volume.
+
+    Its text shows no file name: those of DICOM often carry the patient's.
+    """
+
+    files: tuple[Path, ...] = field(repr=False)  # in any order
+    name: str  # stands for it in messages
+    uneven: str = "refuse"  # slices at uneven steps; or "resample"
+    unshear: bool = False  # undo the gantry's tilt for the network
+    notes: tuple[str, ...] = ()  # what had to be said when it was found
+
+
+@dataclass(frozen=True)
+class Masks:
+    """A label map to be made: of several raters', or of one with other class values."""
+
+    files: tuple[Path, ...]  # NIfTI, on the scan's voxels
+    combine: str = "first"  # "majority", "union" or "intersection" (`ct/masks.py` says how)
+    values: tuple[int, ...] = ()  # class by value in the files; (): as they are
+
+
+Image = Path | Series  # where a scan lies
+Label = Path | Masks  # where its label map lies
+
+
+@dataclass(frozen=True)
 class Case:
     """One scan of a data set: where it lies and what is known of it."""
 
     id: str
     patient: str  # cases of one patient never cross a split
-    image: Path
-    label: Path | None  # None: no mask
+    image: Image
+    label: Label | None  # None: no mask
     split: str  # "train", "val", "test", or "unlabeled" (training images used without a mask)
     bleeding: bool | None = None  # volume-level label; None: not known
     slice_labels: tuple[tuple[int, ...], ...] | None = None
@@ -147,7 +174,7 @@ class Plan:
     network: Network
     source_sha256: str  # of the sorted list of input files
     license: str = ""  # of the data; carried into every checkpoint and export
-    version: int = 1  # of the preprocessing code
+    version: int = 2  # of the preprocessing code
     notes: tuple[str, ...] = field(default=())  # warnings of the planner
     axes: str = "SPL"  # where D, H, W run before `transpose`; "file": as they lie in the file
     normalize_first: bool = False  # as nnU-Net: unrepaired, normalized before it is resampled

@@ -9,10 +9,40 @@ from ml_collections.config_dict import FieldReference, placeholder
 
 from configs import backbones
 
+HEMORRHAGE = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
 DATA = {  # the word `data=`
     "synthetic": {"name": "synthetic.Synthetic", "root": "", "difficulty": "default"},
     "bhsd": {"name": "bhsd.BHSD", "root": "data/BHSD"},
     "msd": {"name": "msd.MSD", "root": "data/msd"},
+    "dicom": {
+        "name": "dicom.DICOM",
+        "root": "data/dicom",
+        "masks": "",  # folder of NIfTI masks; "": <root>/masks, or beside the slices
+        "classes": HEMORRHAGE,
+        "uneven": "refuse",  # slices at uneven steps; or "resample"
+        "unshear": False,  # undo the gantry's tilt
+        "show_ids": False,  # call cases by their folders
+    },
+    "rsna": {
+        "name": "rsna.RSNA",
+        "root": "data/rsna",
+        "csv": "stage_2_train.csv",  # in `root`
+        "uneven": "resample",
+        "unshear": False,
+        "bhsd": "",  # BHSD's folder: its outlined scans join, their patients' others are left out
+    },
+    "instance": {"name": "instance.INSTANCE", "root": "data/INSTANCE2022"},
+    "ctich": {"name": "ctich.CTICH", "root": "data/ct-ich", "masks": "binary"},
+    "hemseg": {"name": "hemseg.HemSeg", "root": "data/HemSeg-500"},
+    "mbhseg": {"name": "mbhseg.MBHSeg", "root": "data/MBH-Seg25", "rater": "majority"},
+    "folder": {
+        "name": "folder.Folder",
+        "root": "data/folder",
+        "images": "images",  # in `root`
+        "masks": "masks",  # in `root`; scans without one are unlabeled
+        "labels": "bhsd",  # classes by mask value: a preset, or their names, background first
+        "modality": "ct",
+    },
 }
 WORDS = {
     "smoke": False,
@@ -127,9 +157,11 @@ def parse_arg(arg: str) -> dict:
 def _preprocess(data: str) -> dict:
     return {
         "shards": "",  # folder of shards and plan.json; "": <workdir>/shards
-        # Target spacing D, H, W in mm. None: nnU-Net's rule. BHSD is pinned, because that rule
-        # flips between 5.0 and 2.7 mm on subsets of it.
-        "spacing_mm": (5.0, 0.48828125, 0.48828125) if data == "bhsd" else placeholder(tuple),
+        # Target spacing D, H, W in mm. None: nnU-Net's rule. BHSD and what holds its scans is
+        # pinned, because that rule flips between 5.0 and 2.7 mm on subsets of it.
+        "spacing_mm": (5.0, 0.48828125, 0.48828125)
+        if data in ("bhsd", "rsna", "mbhseg")
+        else placeholder(tuple),
         "planner": "default",  # "default", "resenc_m", "resenc_l", "resenc_xl"
         "plan": "",  # a plans.json of nnU-Net to take instead, spacing and all; "": make one
         "configuration": "3d_fullres",  # of that plans.json; or "3d_lowres"
@@ -232,7 +264,12 @@ def _infer() -> dict:
 
 def _predict() -> dict:
     return {
-        "images": "",  # a NIfTI file or a folder of them; "": the cases of `split`
+        # A NIfTI file, or a folder with NIfTI files or, at any depth, DICOM series; "": the cases
+        # of `split`.
+        "images": "",
+        # Of DICOM series; as the network was trained. `uneven` slices: "refuse" or "resample";
+        # `unshear` undoes the gantry's tilt before the network, and does it again after.
+        "dicom": {"uneven": "refuse", "unshear": False},
         "split": "test",  # "val" or "test"
         "out": "",  # folder; "": <workdir>/predictions
         "checkpoint": "best",  # "best", "last", or a step
@@ -241,7 +278,7 @@ def _predict() -> dict:
         "networks": (),
         "probabilities": False,  # also write <case>_probabilities.npz
         "overwrite": True,
-        "show_ids": True,
+        "show_ids": placeholder(bool),  # names of scans in outputs; None: NIfTI's, but not DICOM's
     }
 
 

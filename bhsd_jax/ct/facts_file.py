@@ -27,7 +27,8 @@ def key(case: Case, settings: Mapping[str, Any]) -> str:
     Files are told apart by size and time stamp, as `make` and `rsync` do. The code that finds the
     facts counts too: none of another version is taken for its own.
     """
-    known = dataclasses.asdict(dataclasses.replace(case, label=None)) | {"image": repr(case.image)}
+    known = dataclasses.asdict(dataclasses.replace(case, label=None))
+    known |= {"image": repr(case.image), "label": repr(case.label)}
     files = [(str(path), *_stamp(path)) for path in _files(case)]
     text = json.dumps([known, files, dict(settings), _code()], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

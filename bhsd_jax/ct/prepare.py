@@ -1,14 +1,12 @@
 """One case at a time: what planning must know of it, and its prepared form. Pure functions."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from bhsd_jax.ct import geometry, hu, nifti
+from bhsd_jax.ct import geometry, hu, nifti, scan, shear, slice_labels
 from bhsd_jax.ct.foreground import SEED, foreground_positions
 from bhsd_jax.ct.plan import network_for, spacing_margin, target_spacing, transpose_for
 from bhsd_jax.ct.resample import resampled_shape
@@ -55,11 +53,12 @@ def fingerprint_case(
 
     Source: nnU-Net v2, `DatasetFingerprintExtractor` (crop, then sample).
     """
-    raw = nifti.read(case.image)
+    raw, found = scan.read(case.image)
     volume, label, warnings = _read(case, raw, num_classes=num_classes, repair=modality == "ct")
+    warnings = [*found, *warnings]
     # The target spacing does not matter here: only the crop and the native spacing are used.
     grid = geometry.locate(volume, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
-    _align_slice_labels(case, grid, num_classes)
+    slice_labels.align(case, grid, num_classes)
     warnings += nifti.remarks(case.image, case.label)
     counts: tuple[int, ...] = ()
     drawn = np.zeros(0, np.float32)
@@ -83,7 +82,7 @@ def fingerprint_case(
         bleeding=_bleeding(case, label),
         shape=grid.cropped_shape,
         spacing_mm=grid.native_spacing_mm,
-        tilt_deg=float(hu.tilt_deg(volume.affine)) if modality == "ct" else 0.0,
+        tilt_deg=float(shear.gantry_deg(volume.affine)) if modality == "ct" else 0.0,
         intensity=_extent(raw.voxels),
         voxels=counts,
         volume_ml=tuple(count * voxel_ml for count in counts),
@@ -168,8 +167,10 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         FileNotFoundError: If a file is not there.
     """
     classes = len(plan.classes)
-    raw = nifti.read(case.image)
-    volume, label, _ = _read(case, raw, num_classes=classes, repair=not plan.normalized_before)
+    raw, found = scan.read(case.image)
+    volume, label, warnings = _read(
+        case, raw, num_classes=classes, repair=not plan.normalized_before
+    )
     grid = geometry.locate(
         volume,
         spacing_mm=plan.spacing_mm,
@@ -194,21 +195,22 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         patient=case.patient,
         split=case.split,
         bleeding=_bleeding(case, label),
-        slice_labels=_align_slice_labels(case, grid, classes),
+        slice_labels=slice_labels.of_case(case, grid, prepared_label, classes),
         image=image,
         label=prepared_label,
         grid=grid,
         foreground=foreground_positions(prepared_label, classes),
         volume_ml=volume_ml,
         source_sha256=source_sha256 or source_digest(case),
+        warnings=(*found, *warnings),
     )
 
 
 def source_digest(case: Case) -> str:
     """SHA-256 over the digests of the case's files: changes when any byte of them does."""
     total = hashlib.sha256()
-    for path in (case.image, case.label):
-        total.update(b"-" if path is None else _file_digest(path))
+    total.update(scan.digest(case.image))
+    total.update(b"-" if case.label is None else scan.digest(case.label))
     return total.hexdigest()
 
 
@@ -217,7 +219,7 @@ def _read(
 ) -> tuple[Volume, np.ndarray | None, list[str]]:
     label, warnings = None, []
     if case.label is not None:
-        mask, found = nifti.read_label(case.label, raw, num_classes=num_classes)
+        mask, found = scan.read_label(case.label, case.image, raw, num_classes=num_classes)
         label = mask.voxels
         warnings.extend(found)
     volume = raw
@@ -225,7 +227,7 @@ def _read(
         try:
             voxels, repairs = hu.repair(raw.voxels)
         except ValueError as error:
-            raise ValueError(f"{case.image}: {error}") from error
+            raise ValueError(f"{scan.called(case.image)}: {error}") from error
         volume = replace(raw, voxels=voxels)
         warnings.extend(repairs)
     return volume, label, warnings
@@ -250,39 +252,6 @@ def _scaled(voxels: np.ndarray, plan: Plan) -> np.ndarray:
     return (np.clip(voxels.astype(np.float32), low, high) - mean) / max(std, 1e-8)
 
 
-def _align_slice_labels(
-    case: Case, grid: Grid, num_classes: int
-) -> tuple[tuple[int, ...], ...] | None:
-    """One row per prepared slice, from the native slices that it covers or is interpolated from.
-
-    It lacks a class if all of them do, and shows one if the nearest does; else nothing is known.
-    None where the prepared slices do not run along the file's.
-    """
-    if case.slice_labels is None or grid.order[0] != 0:
-        return None
-    rows, depth = list(case.slice_labels), grid.native_shape[0]
-    if len(rows) > depth or any(len(row) != num_classes - 1 for row in rows):
-        raise ValueError(
-            f"{case.id}: slice labels do not fit: {len(rows)} rows for {depth} slices, "
-            f"{len(rows[0])} columns for {num_classes - 1} foreground classes"
-        )
-    rows += [(-1,) * (num_classes - 1)] * (depth - len(rows))
-    if grid.flip[0]:
-        rows.reverse()
-    table = np.asarray(rows[grid.crop_start[0] : grid.crop_stop[0]])
-    step = len(table) / grid.shape[0]  # native slices per prepared one
-    found = []
-    for i in range(grid.shape[0]):
-        center = (i + 0.5) * step - 0.5  # in native slices
-        reach = max(1.0, step / 2)
-        low = max(0, math.floor(center - reach + 1e-6) + 1)
-        high = min(len(table), math.ceil(center + reach - 1e-6))
-        nearest = table[(2 * i + 1) * len(table) // (2 * grid.shape[0])]
-        none = (table[low:high] == 0).all(0)
-        found.append(tuple(int(v) for v in np.where(nearest == 1, 1, np.where(none, 0, -1))))
-    return tuple(found)
-
-
 def _bleeding(case: Case, label: np.ndarray | None) -> bool | None:
     """What is known of the scan, which its mask must not contradict."""
     if label is None or case.bleeding in (None, bool(label.any())):
@@ -297,8 +266,3 @@ def _bleeding(case: Case, label: np.ndarray | None) -> bool | None:
 
 def _extent(voxels: np.ndarray) -> tuple[float, float, float]:
     return float(voxels.min()), float(np.median(voxels)), float(voxels.max())
-
-
-def _file_digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

@@ -39,6 +39,7 @@ class Prepared:
     foreground: tuple[np.ndarray, ...]  # per foreground class: int32 [n 3] voxel positions
     volume_ml: tuple[float, ...] = ()  # per class, background first; native grid, tilt-corrected
     source_sha256: str = ""  # of the files the case was made from
+    warnings: tuple[str, ...] = ()  # repairs and oddities; not in the record
 
 
 class Reader:

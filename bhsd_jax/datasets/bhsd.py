@@ -189,7 +189,8 @@ def _unlabeled(root: Path, labeled: set[str]) -> tuple[list[Case], list[Finding]
                     findings.append(Finding("scan that bleeds and does not", "refused", id, text))
                     torn.add(id)
                 elif cases[id] is not case:
-                    text = f"{image}: lies in two folders, {cases[id].image.parent} is taken"
+                    taken = Path(str(cases[id].image)).parent
+                    text = f"{image}: lies in two folders, {taken} is taken"
                     findings.append(Finding("one scan in two folders", "repaired", id, text))
         findings += _folder_name(base, count)
     return [case for id, case in cases.items() if id not in torn], findings
@@ -197,7 +198,9 @@ def _unlabeled(root: Path, labeled: set[str]) -> tuple[list[Case], list[Finding]
 
 def _unused(root: Path, cases: list[Case]) -> list[Finding]:
     """Folders of scans that belong to nothing, such as a later challenge's test scans."""
-    used = {path.parent for case in cases for path in (case.image, case.label) if path}
+    used = {
+        path.parent for case in cases for path in (case.image, case.label) if isinstance(path, Path)
+    }
     findings = []
     for folder in sorted(root.iterdir()):
         if folder.is_dir() and folder not in used and (count := len(list(folder.glob("*.nii*")))):

@@ -16,13 +16,13 @@ from bhsd_jax.verbs import setup
 from bhsd_jax.verbs.scoring import ANY, Job, Scored, score_case
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.workers import Progress, Workers
-from bhsd_jax.volume import Case, Plan
+from bhsd_jax.volume import Case, Image, Label, Plan
 
 logger = logging.getLogger(__name__)
 
 _HEADLINE = "nnunet"
 _LISTED = 10  # names in an error message
-_FOUND = tuple[str, str, Path, Path | None]  # case, patient, reference, image
+_FOUND = tuple[str, str, Label, Image | None]  # case, patient, reference, image
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -133,7 +133,7 @@ def _expected(
         )
     if not expected:
         raise FileNotFoundError(f"{source}: no masks to compare with")
-    return sorted(expected)
+    return sorted(expected, key=lambda found: found[0])
 
 
 def _members(

@@ -8,14 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax.ct import dicom
 from bhsd_jax.ct.shards import write_json
+from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.verbs import predictor, setup
 from bhsd_jax.verbs.predictor import Predictor, Row
 from bhsd_jax.verbs.setup import Config
-from bhsd_jax.volume import Case, Plan
+from bhsd_jax.volume import Case, Plan, Series
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +36,20 @@ def run(config: Config, workdir: Path) -> None:
     settings: Any = config.predict
     logger.warning("%s", NOTICE)
     cases = find_scans(config, workdir)
+    if settings.probabilities and any(
+        isinstance(c.image, Series) and c.image.unshear for c in cases
+    ):
+        raise ValueError(
+            "config.predict.probabilities: those of unsheared series would not lie on the series' "
+            "own voxels; set unshear=False, or leave them out"
+        )
     plan = setup.load_plan(config, workdir)
     step, networks = predictor.load(config, workdir)
     predict = predictor.make_predictor(config, plan, list(networks.values()))
     out = Path(settings.out or workdir / "predictions")
     out.mkdir(parents=True, exist_ok=True)
     _log_estimate(predict, len(cases), plan)
-    names = setup.short_names([case.id for case in cases], workdir, settings.show_ids)
+    names = _names(cases, workdir, settings)
     rows, skipped = _predict_all(predict, cases, names, out, settings.overwrite)
     write_json(out / "predictions.json", _facts(config, plan, step, tuple(networks)))
     _write_csv(out / "skipped.csv", [{"case": c, "reason": r} for c, r in skipped.items()])
@@ -56,7 +65,8 @@ def run(config: Config, workdir: Path) -> None:
 def find_scans(config: Config, workdir: Path) -> list[Case]:
     """The scans to predict, sorted: a file, a folder's, or a split of the data set.
 
-    nnU-Net's channel suffix `_0000` is not part of a case's name.
+    NIfTI files of a folder itself, and every DICOM CT series anywhere below it. nnU-Net's channel
+    suffix `_0000` is not part of a case's name.
 
     Raises:
         FileNotFoundError: If there is no such file or folder, or no scan in it.
@@ -66,17 +76,36 @@ def find_scans(config: Config, workdir: Path) -> list[Case]:
     if not settings.images:
         return _split_scans(config, workdir, settings.split)
     path = Path(settings.images)
+    series: list[Case] = []
     if path.is_dir():
-        files = nifti_files(path)
+        files = {n: f for n, f in nifti_files(path).items() if not dicom.is_dicom(f)}
+        series = dicom_cases.scans(path, **settings.dicom)
+    elif path.is_file() and dicom.is_dicom(path):
+        raise ValueError(f"{path}: one DICOM file is one slice; name the folder of the series")
     elif path.is_file():
         files = {path.name.removesuffix(".gz").removesuffix(".nii"): path}
     else:
         raise FileNotFoundError(f"{path}: no such file or folder; look at config.predict.images")
-    if not files:
-        raise FileNotFoundError(f"{path}: no NIfTI file in it; look at config.predict.images")
+    if not files and not series:
+        raise FileNotFoundError(
+            f"{path}: no NIfTI file and no DICOM CT series in it; look at config.predict.images"
+        )
     short = {name.removesuffix("_0000"): file for name, file in files.items()}
     chosen = short if len(short) == len(files) else files
-    return [Case(name, name, file, None, "test") for name, file in sorted(chosen.items())]
+    found = [Case(name, name, file, None, "test") for name, file in sorted(chosen.items())]
+    if {case.id for case in found} & {case.id for case in series}:
+        raise ValueError(
+            f"{path}: a NIfTI file and a DICOM folder have one name; rename or move one of them"
+        )
+    return found + series
+
+
+def _names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:
+    """What outputs are called; by default DICOM's own names are hidden, NIfTI's are not."""
+    hide = settings.show_ids is False, settings.show_ids is not True and bool(settings.images)
+    hidden = {c.id for c in cases if hide[isinstance(c.image, Series)]}
+    short = setup.short_names(sorted(hidden), workdir, show_ids=False) if hidden else {}
+    return {case.id: short.get(case.id, case.id) for case in cases}
 
 
 def _split_scans(config: Config, workdir: Path, split: str) -> list[Case]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bhsd_jax.ct import geometry, hu, nifti
+from bhsd_jax.ct import geometry, hu, scan, shear
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
@@ -67,6 +67,8 @@ class Predictor:
         begun = time.monotonic()
         # The function of `preprocess`: what the network sees cannot differ from training.
         prepared = prepare_case(case, self.plan, source_sha256="not needed")
+        for text in prepared.warnings:
+            logger.info("%s: %s", name, text)
         image = prepared.image[..., None].astype(np.float32)
         logits = self.window.logits(
             self.networks, image, fill=self.fill, progress=Teller(name).tiles
@@ -75,7 +77,7 @@ class Predictor:
             chances = geometry.probabilities_from_grid(logits, prepared.grid)
             _write_npz(_probabilities(target), chances.astype(np.float16))
         label = geometry.argmax_from_grid(logits, prepared.grid)
-        nifti.write(target, label, like=case.image)
+        scan.write(target, label, like=case.image)
         affine = np.asarray(prepared.grid.native_affine)
         return self._row(name, label, affine, time.monotonic() - begun)
 
@@ -84,14 +86,16 @@ class Predictor:
         wanted = [target, _probabilities(target)] if self.probabilities else [target]
         if not all(path.is_file() for path in wanted):
             return None
-        scan = nifti.read(case.image)
-        label, _ = nifti.read_label(target, scan, num_classes=len(self.classes))
-        return self._row(name, label.voxels, scan.affine, None)
+        place = scan.native(case.image)
+        image, _ = scan.read(place)
+        label, _ = scan.read_label(target, place, image, num_classes=len(self.classes))
+        seen = image if place == case.image else scan.read(case.image)[0]
+        return self._row(name, label.voxels, seen.affine, None)
 
     def _row(self, name: str, label: np.ndarray, affine: np.ndarray, seconds: float | None) -> Row:
         counts = np.bincount(label.ravel(), minlength=len(self.classes))
         each = hu.voxel_ml(affine, self.plan.modality)
-        tilt = hu.tilt_deg(affine) if self.plan.modality == "ct" else 0.0
+        tilt = shear.gantry_deg(affine) if self.plan.modality == "ct" else 0.0
         volumes = zip(self.classes[1:], counts[1:], strict=True)
         return Row(name, float(tilt), seconds, {c: float(n * each) for c, n in volumes})
 

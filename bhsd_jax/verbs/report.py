@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax import __version__
-from bhsd_jax.ct import geometry, hu, nifti
+from bhsd_jax.ct import geometry, hu, scan
 from bhsd_jax.report import figures
 from bhsd_jax.report.page import Page, Picture, Section
 from bhsd_jax.report.tables import (
@@ -163,17 +163,18 @@ def _overlays(
 
 
 def _overlay(case: Case, folder: Path, plan: Plan, index: int, binary: bool) -> figures.Overlay:
-    scan = nifti.read(case.image)
+    place = scan.native(case.image)
+    volume, _ = scan.read(place)
     assert case.label is not None  # the caller has looked
     masks = []
     for path in (case.label, folder / f"{case.id}.nii.gz"):
-        label, _ = nifti.read_label(path, scan, num_classes=None)
+        label, _ = scan.read_label(path, place, volume, num_classes=None)
         masks.append(label.voxels > 0 if binary else label.voxels == index)
-    order, flip = geometry.canonical(scan.affine)
+    order, flip = geometry.canonical(volume.affine)
     turned = tuple(slice(None, None, -1 if back else 1) for back in flip)
-    voxels = hu.repair(scan.voxels)[0] if plan.modality == "ct" else scan.voxels
+    voxels = hu.repair(volume.voxels)[0] if plan.modality == "ct" else volume.voxels
     image, reference, predicted = (a.transpose(order)[turned] for a in (voxels, *masks))
-    spacing = tuple(scan.spacing_mm[axis] for axis in order)
+    spacing = tuple(volume.spacing_mm[axis] for axis in order)
     low, high = np.percentile(image, (2, 99.5))
     window = _BRAIN if plan.modality == "ct" else (float(low), float(high))
     return figures.Overlay(image, reference, predicted, spacing, window)  # pyright: ignore[reportArgumentType]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bhsd_jax.ct import hu, nifti
+from bhsd_jax.ct import hu, scan
 from bhsd_jax.metrics import scores, threshold
-from bhsd_jax.volume import Volume
+from bhsd_jax.volume import Image, Label, Volume
 
 ANY = "any"  # all classes merged
 
@@ -20,8 +20,8 @@ class Job:
     case: str
     patient: str
     predicted: Path
-    reference: Path
-    image: Path | None  # gives the geometry; None: the reference does
+    reference: Label
+    image: Image | None  # gives the geometry; None: the reference does
     classes: tuple[str, ...]  # background first, as in the files
     modality: str
     binary: bool  # merge the classes of both before anything is counted
@@ -45,11 +45,13 @@ def score_case(job: Job) -> Scored:
     Raises:
         ValueError: If a file cannot be used, or lies on another grid than its scan.
     """
-    scan = nifti.read(job.image or job.reference)
-    reference, warnings = nifti.read_label(job.reference, scan, num_classes=len(job.classes))
-    predicted, more = nifti.read_label(job.predicted, scan, num_classes=len(job.classes))
+    place = scan.native(job.image or scan.files(job.reference)[0])
+    image, _ = scan.read(place)
+    classes = len(job.classes)
+    reference, warnings = scan.read_label(job.reference, place, image, num_classes=classes)
+    predicted, more = scan.read_label(job.predicted, place, image, num_classes=classes)
     about = scores.Scan(
-        job.case, job.patient, scan.spacing_mm, hu.voxel_ml(scan.affine, job.modality)
+        job.case, job.patient, image.spacing_mm, hu.voxel_ml(image.affine, job.modality)
     )
     names = (job.classes[0], ANY)
     both = [np.minimum(label.voxels, 1) for label in (reference, predicted)]
@@ -61,10 +63,10 @@ def score_case(job: Job) -> Scored:
     return Scored(
         rows,
         merged,
-        _histogram(scan, both[0] > 0) if job.baseline else None,
+        _histogram(image, both[0] > 0) if job.baseline else None,
         [f"{job.case}: {text}" for text in (*warnings, *more)],
     )
 
 
-def _histogram(scan: Volume, mask: np.ndarray) -> threshold.Histogram:
-    return threshold.histogram(hu.repair(scan.voxels)[0], mask, scan.spacing_mm)
+def _histogram(image: Volume, mask: np.ndarray) -> threshold.Histogram:
+    return threshold.histogram(hu.repair(image.voxels)[0], mask, image.spacing_mm)

@@ -1,12 +1,13 @@
 """From a config to data and names: what more than one verb needs, without JAX."""
 
 import hashlib
+import inspect
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.build import build
+from bhsd_jax.build import build, find
 from bhsd_jax.ct.shards import Shards
 from bhsd_jax.datasets import splits
 from bhsd_jax.volume import Dataset, Plan, Shape
@@ -26,6 +27,9 @@ def dataset(config: Config, workdir: Path) -> Dataset:
         if not spec["name"].startswith("synthetic."):
             raise ValueError(f"config.data.root is empty; say where {spec['name']} lies")
         spec["root"] = str(workdir / "synthetic")
+    made = find("bhsd_jax.datasets", spec["name"])
+    if "salt" in inspect.signature(made).parameters and not spec.get("salt"):
+        spec["salt"] = _salt(shards_folder(config, workdir))  # its names are those in the shards
     return build("bhsd_jax.datasets", spec)
 
 
@@ -59,8 +63,13 @@ def short_names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str
     """
     if show_ids:
         return {case: case for case in cases}
-    path = workdir / ".salt"
-    if not path.is_file():
-        path.write_text(secrets.token_hex(16))
-    salt = path.read_text()
+    salt = _salt(workdir)
     return {c: hashlib.sha256((salt + c).encode()).hexdigest()[:8] for c in cases}
+
+
+def _salt(folder: Path) -> str:
+    path = folder / ".salt"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(16))
+    return path.read_text()

@@ -244,6 +244,22 @@ def test_a_resampled_slice_lacks_a_class_only_if_all_slices_it_comes_from_do(tmp
     assert [row[0] for row in doubled.slice_labels][:4] == [1, 1, -1, 0]
 
 
+def test_without_slice_labels_the_prepared_mask_gives_them(head):
+    made = prepare.prepare_case(head, a_plan("ct", (5.0, 1.0, 1.0), crop_hu=-200.0))
+    shown = [tuple(int((plane == index).any()) for index in (1, 2)) for plane in made.label]
+    assert made.slice_labels == tuple(shown)
+    assert (1, 0) in shown
+    assert (0, 1) in shown
+    doubled = prepare.prepare_case(head, a_plan("ct", (2.5, 1.0, 1.0)))
+    assert len(doubled.slice_labels) == len(doubled.image) == 20
+
+
+def test_a_scan_known_not_to_bleed_shows_nothing_in_any_slice(head):
+    for bleeding, want in ((False, ((0, 0),) * 10), (True, None), (None, None)):
+        bare = dataclasses.replace(head, label=None, bleeding=bleeding)
+        assert prepare.prepare_case(bare, a_plan("ct", (5.0, 1.0, 1.0))).slice_labels == want
+
+
 def test_slice_labels_that_do_not_fit_the_scan_are_refused(mr):
     for rows in (((0, 0),) * 13, ((0,),) * 12):
         with pytest.raises(ValueError, match="scan: slice labels do not fit"):

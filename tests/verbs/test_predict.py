@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+from dicom_files import NAME, PATIENT, write_series
 from nibabel import orientations
+from pydicom import dcmread
 
 from bhsd_jax.ct import geometry
 from bhsd_jax.ct.prepare import prepare_case
+from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.train.checkpoint import save_networks
@@ -368,6 +371,83 @@ def test_scans_come_from_a_file_or_a_folder(tmp_path, scans):
     for wrong in ("nowhere", "empty"):
         with pytest.raises(FileNotFoundError, match=wrong):
             predict.find_scans(configure(tmp_path / wrong), tmp_path)
+
+
+# DICOM series.
+
+
+def as_dicom(folder, voxels, **options):
+    """The head [x y z] in RAS order as slices: rows to the back, columns to the left."""
+    return write_series(folder, voxels.transpose(2, 1, 0)[:, ::-1, ::-1], **options)
+
+
+def test_a_dicom_series_gets_its_label_map_on_its_own_voxels_and_no_name(folder, tmp_path, caplog):
+    """Beside a NIfTI file; nested, tilted, with names in paths and headers."""
+    caplog.set_level(logging.DEBUG)
+    images = tmp_path / "images"
+    paths = as_dicom(images / NAME / "ct", head(), tilt_deg=14.0, spacing_mm=(5.0, 2.0, 2.0))
+    as_dicom(images / NAME / "torn", head(1), series="1.2.9", places=[0, 5, 10, 15, 22, 30, 38])
+    nib.save(stored_as("LAS"), images / "ID_1.nii.gz")
+    with pytest.raises(ValueError, match=r"1 of 3 scans skipped.*series 2: slices at uneven") as no:
+        predict.run(configure(images), folder)
+    out = folder / "predictions"
+    rows = rows_of(out / "volumes.csv")
+    assert len(rows) == 2
+    (name,) = (row["case"] for row in rows if row["case"] != "ID_1")
+    assert f"{name}: gantry tilt of 14.0 degrees, kept as shear in the affine" in caplog.text
+    assert {row["case"]: float(row["tilt_deg"]) for row in rows} == {"ID_1": 0.0, name: 14.0}
+    label = nib.load(out / f"{name}.nii.gz")
+    assert label.get_data_dtype() == np.uint8
+    for place in (0, 3, 6):
+        data = dcmread(paths[place])
+        corner = np.asarray(data.ImagePositionPatient, float) * (-1, -1, 1)
+        found = label.affine @ (0, label.shape[1] - 1, place, 1)  # the first voxel of the slice
+        np.testing.assert_allclose(found[:3], corner, atol=1e-4)
+    texts = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    texts.append(gzip.decompress((out / f"{name}.nii.gz").read_bytes()))
+    texts += [text.encode() for text in (caplog.text, str(no.value), *map(str, out.iterdir()))]
+    for secret in (NAME, "Roe", PATIENT, "1.2.3.4", "19700101"):
+        assert not [text for text in texts if secret.encode() in text]
+    header = label.header
+    assert not any(
+        bytes(header[field]).strip(b"\0") for field in ("descrip", "aux_file", "db_name")
+    )
+    assert not header.extensions
+
+    predict.run(
+        configure(images, show_ids=True, dicom={"uneven": "resample", "unshear": True}), folder
+    )
+    found = {row["case"]: row for row in rows_of(out / "volumes.csv")}
+    assert set(found) == {"ID_1", f"{NAME}_ct", f"{NAME}_torn"}
+    again = nib.load(out / f"{NAME}_ct.nii.gz")
+    assert again.shape == label.shape
+    np.testing.assert_array_equal(again.affine, label.affine)
+
+
+def test_a_series_has_the_label_map_of_the_same_scan_as_nifti(tmp_path):
+    as_dicom(tmp_path / "dicom", head(), spacing_mm=SPACING)
+    (case,) = dicom_cases.scans(tmp_path / "dicom", uneven="refuse", unshear=False)
+    run, target = threshold_predictor(), tmp_path / "out.nii.gz"
+    row = run(case, target, "scan")
+    label = nib.as_closest_canonical(nib.load(target))
+    hu = head()
+    want = np.where(hu > 90, 2, np.where(hu > 60, 1, 0))
+    np.testing.assert_array_equal(np.asanyarray(label.dataobj), want)
+    assert row.ml["SDH"] == pytest.approx(0.02 * (want == 2).sum())
+    assert run.finished(case, target, "scan").ml == pytest.approx(dict(row.ml))
+
+
+def test_probabilities_of_unsheared_series_are_refused(folder, tmp_path):
+    as_dicom(tmp_path / "dicom", head(), tilt_deg=14.0)
+    options = {"uneven": "refuse", "unshear": True}
+    with pytest.raises(ValueError, match="own voxels; set unshear=False"):
+        predict.run(configure(tmp_path / "dicom", dicom=options, probabilities=True), folder)
+
+
+def test_one_slice_is_no_scan(tmp_path):
+    paths = as_dicom(tmp_path / "dicom", head())
+    with pytest.raises(ValueError, match="one DICOM file is one slice"):
+        predict.find_scans(configure(paths[0]), tmp_path)
 
 
 def test_long_scans_say_how_far_they_are(monkeypatch, caplog):

@@ -1,0 +1,261 @@
+"""One DICOM file: what its header says of a slice, and its voxels in HU; the place for pydicom.
+
+Messages never quote a header or a path: both may name the patient.
+"""
+
+import contextlib
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Num
+
+from bhsd_jax.ct import hu
+
+MULTI_FRAME = "a multi-frame image"
+_TAGS = (
+    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"),
+    *("Modality", "ImageType", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
+)
+_ENHANCED = "1.2.840.10008.5.1.4.1.1.2."  # enhanced and legacy converted CT; plain CT ends before
+_UNIT = 1e-3  # how far direction cosines may be from unit length and perpendicular
+_TISSUE_HU = (-200.0, 200.0)
+_BROKEN = (Exception,)  # pydicom throws what the file makes it throw: KeyError, struct.error, ...
+
+
+@dataclass(frozen=True, slots=True)  # there can be a million of them
+class Slice:
+    """What the header of one file says; world coordinates as in DICOM: x left, y posterior."""
+
+    file: Path = field(repr=False)
+    patient: str = field(repr=False)
+    study: str = field(repr=False)
+    series: str = field(repr=False)
+    instance: str = field(repr=False)
+    flaw: str  # why it is no slice of a CT volume; empty if it is
+    shape: tuple[int, int] = (0, 0)  # rows, columns
+    spacing_mm: tuple[float, float] = (0.0, 0.0)  # between rows, between columns
+    along_row: tuple[float, ...] = ()  # direction in which the column index grows
+    along_column: tuple[float, ...] = ()  # direction in which the row index grows
+    position: tuple[float, ...] = ()  # center of the first voxel, mm
+    whole: bool = True  # the file is long enough for its voxels; not known of compressed ones
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """Voxels of one file and what was done to them."""
+
+    voxels: np.ndarray  # [H W] int16 if that is exact, else float32; HU
+    padding: int  # voxels set to air because the file calls them padding
+    doubtful: bool  # a padding value that is tissue was not believed
+    unwrapped: bool  # 12-bit overflow undone
+    unscaled: bool  # no rescale factors in the header; taken for 1 and 0
+
+
+def is_dicom(path: Path) -> bool:
+    """True if the file says so after its preamble."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def header(path: Path) -> Slice:
+    """Reads a header without the voxels.
+
+    Raises:
+        ValueError: If it cannot be read.
+        ModuleNotFoundError: If pydicom is not installed.
+    """
+    read = _pydicom().dcmread
+    try:
+        with _quiet(), path.open("rb") as file:
+            data = read(file, stop_before_pixels=True, specific_tags=list(_TAGS))
+            left = path.stat().st_size - file.tell()
+            return replace(_slice(path, data), whole=_is_whole(data, left))
+    except _BROKEN as error:
+        # Not chained: pydicom's messages quote the header.
+        raise ValueError(f"its DICOM header cannot be read ({type(error).__name__})") from None
+
+
+def pixels(path: Path) -> Plane:
+    """Reads the voxels in HU.
+
+    What the file calls padding becomes air, unless that value is tissue, which real voxels have
+    too. A slice stored in unsigned 12 bits without an offset has everything below 0 HU wrapped
+    around to +3096..+4095: that is undone.
+
+    Raises:
+        ValueError: If it is compressed in a way that nothing installed decodes, or damaged.
+
+    Source: the RSNA 2019 hemorrhage data, in which a part of the scans is stored so.
+    """
+    read = _pydicom().dcmread
+    try:
+        with _quiet():
+            data = read(path)
+            _require_decoder(data.file_meta.TransferSyntaxUID)
+            stored = np.asarray(data.pixel_array)
+            if stored.ndim != 2:
+                raise _RefusedError(f"{MULTI_FRAME}, not a slice")
+            return _plane(data, stored.astype(np.int32))
+    except _RefusedError as error:
+        raise ValueError(str(error)) from None
+    except _BROKEN as error:
+        raise ValueError(f"its voxels cannot be read ({type(error).__name__}): damaged") from None
+
+
+class _RefusedError(ValueError):
+    """A message of ours, safe to show."""
+
+
+def _pydicom() -> Any:
+    try:
+        import pydicom
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "DICOM files need pydicom: install the extra, pip install 'bhsd-jax[dicom]'"
+        ) from error
+    return pydicom
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, no log: both quote values of the header, and names are among them."""
+    log = logging.getLogger("pydicom")
+    before = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
+def _slice(path: Path, data: Any) -> Slice:
+    known = Slice(
+        path,
+        patient=sys.intern(str(data.get("PatientID") or "")),
+        study=sys.intern(str(data.get("StudyInstanceUID") or "")),
+        series=sys.intern(str(data.get("SeriesInstanceUID") or "")),
+        instance=str(data.get("SOPInstanceUID") or ""),
+        flaw=_flaw(data),
+    )
+    if known.flaw:
+        return known
+    orientation = [float(value) for value in data.ImageOrientationPatient]
+    rows, columns = (float(value) for value in data.PixelSpacing)
+    position = tuple(float(value) for value in data.ImagePositionPatient)
+    if not all(map(math.isfinite, (*orientation, rows, columns, *position))):
+        return replace(known, flaw="without a usable position")
+    across = np.asarray(orientation).reshape(2, 3)
+    if min(rows, columns) <= 0 or np.abs(across @ across.T - np.eye(2)).max() > _UNIT:
+        return replace(known, flaw="without a usable orientation")
+    return replace(
+        known,
+        shape=(int(data.Rows), int(data.Columns)),
+        spacing_mm=(rows, columns),
+        along_row=tuple(orientation[:3]),
+        along_column=tuple(orientation[3:]),
+        position=position,
+    )
+
+
+def _is_whole(data: Any, left: int) -> bool:
+    syntax = data.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated or syntax.is_deflated:
+        return True
+    voxels = int(data.get("Rows") or 0) * int(data.get("Columns") or 0)
+    start = 8 if syntax.is_implicit_VR else 12  # of the element, where reading stopped
+    return left >= start + voxels * int(data.get("BitsAllocated") or 16) // 8
+
+
+def _flaw(data: Any) -> str:
+    kinds = [str(word).upper() for word in (data.get("ImageType") or ())]
+    modality = str(data.get("Modality") or "CT")
+    counts = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+    if modality != "CT":
+        return "of another kind than CT"
+    if "LOCALIZER" in kinds:
+        return "a localizer"
+    if int(data.get("NumberOfFrames") or 1) > 1 or str(data.get("SOPClassUID", "")).startswith(
+        _ENHANCED
+    ):
+        return MULTI_FRAME
+    if int(data.get("SamplesPerPixel") or 1) != 1:
+        return "in color"
+    if any(len(data.get(tag) or ()) != count for tag, count in counts.items()):
+        return "without a usable position"
+    if int(data.get("Rows") or 0) < 1 or int(data.get("Columns") or 0) < 1:
+        return "without voxels"
+    return ""
+
+
+def _require_decoder(syntax: Any) -> None:
+    if not syntax.is_encapsulated:
+        return
+    from pydicom.pixels.decoders.base import get_decoder
+
+    try:
+        ready = get_decoder(syntax).is_available
+    except NotImplementedError:
+        ready = False
+    if not ready:
+        raise _RefusedError(
+            f"compressed as {syntax.name}, and no decoder for it is installed; decompress the "
+            "files (gdcmconv --raw), or install pylibjpeg with its plug-ins"
+        )
+
+
+def _plane(data: Any, stored: Num[np.ndarray, "H W"]) -> Plane:
+    slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
+    unscaled = slope is None or intercept is None
+    slope, intercept = float(1 if slope is None else slope), float(intercept or 0)
+    bits = int(data.get("BitsStored") or 16)
+    signed = int(data.get("PixelRepresentation") or 0) == 1
+    wraps = bits == 12 and not signed and intercept > -100 and slope == 1
+    padding = _padding(data, stored, signed, 4096 if wraps else 0)
+    unwrapped = False
+    if wraps and (stored >= 3096).any():
+        stored = np.where(stored >= 3096, stored - 4096, stored)
+        unwrapped = True
+    values = stored * slope + intercept
+    doubtful = False
+    if padding.any():
+        low, high = _TISSUE_HU
+        doubtful = bool(low <= values[padding][0] <= high)
+        if doubtful:
+            padding = np.zeros_like(padding)
+        values = np.where(padding, hu.LOWEST_HU, values)
+    exact = slope == 1 and intercept == int(intercept)
+    exact = exact and values.min() >= -32768 and values.max() <= 32767
+    return Plane(
+        voxels=values.astype(np.int16 if exact else np.float32),
+        padding=int(np.count_nonzero(padding)),
+        doubtful=doubtful,
+        unwrapped=unwrapped,
+        unscaled=unscaled,
+    )
+
+
+def _padding(data: Any, stored: np.ndarray, signed: bool, modulus: int) -> np.ndarray:
+    """Where the stored value is the padding value, or between it and the limit."""
+    value = data.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(stored.shape, bool)
+    limit = data.get("PixelPaddingRangeLimit")
+    ends = [int(value), int(value if limit is None else limit)]
+    if signed:  # some files state a negative number in the unsigned type
+        ends = [end - 65536 if end > 32767 else end for end in ends]
+    elif modulus:
+        ends = [end % modulus for end in ends]
+    return (stored >= min(ends)) & (stored <= max(ends))

@@ -1,0 +1,176 @@
+"""Scans wherever they lie: one NIfTI file, or the files of a DICOM series."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from bhsd_jax.ct import dicom_series, hu, masks, nifti, shear
+from bhsd_jax.volume import Image, Label, Masks, Series, Volume
+
+_OFF_GRID_MM = 0.1  # how far a mask's voxels may lie from the series'
+
+
+def read(image: Image) -> tuple[Volume, list[str]]:
+    """The scan as the network is to see it, and what was done to it on the way.
+
+    Raises:
+        ValueError: If it is broken, or lies in no grid; names the file, or the series.
+        FileNotFoundError: If there is no such file.
+    """
+    if not isinstance(image, Series):
+        return nifti.read(image), []
+    volume, notes = dicom_series.read(image)
+    if image.unshear:
+        voxels, affine = shear.unshear(volume.voxels, volume.affine, fill=hu.LOWEST_HU)
+        if voxels is not volume.voxels:
+            notes.append("unsheared: slices moved over each other, and set upright")
+        volume = replace(volume, voxels=voxels, affine=affine)
+    return volume, notes
+
+
+def native(image: Image) -> Image:
+    """The scan on its own voxels, which label maps lie on."""
+    return replace(image, unshear=False) if isinstance(image, Series) else image
+
+
+def read_label(
+    label: Label, image: Image, volume: Volume, *, num_classes: int | None
+) -> tuple[Volume, list[str]]:
+    """The label map of `volume`, which `read` made from `image`.
+
+    A NIfTI scan's must have its shape, as by `nifti.read_label`. A DICOM series has no voxel order
+    that every tool shares, so that a mask of it is turned to the series' by its affine.
+
+    Raises:
+        ValueError: If it is refused as by `nifti.read_label`, or lies off the series' grid.
+        FileNotFoundError: If there is no such file.
+    """
+    if not isinstance(label, Masks):
+        return _read_label(label, image, volume, num_classes)
+    found, notes = [], []
+    for path in label.files:
+        one, said = _read_label(path, image, volume, None)
+        found.append(masks.reclass(one.voxels, label.values, num_classes, path.name))
+        notes += [text for text in said if text not in notes]
+    made = masks.combine(found, label.combine)
+    return Volume(made, volume.affine, volume.case), notes
+
+
+def write(path: str | Path, label: UInt8[np.ndarray, "D H W"], like: Image) -> None:
+    """Writes a label map of what `read` gave onto the scan's own voxels: as `nifti.write`.
+
+    Nothing but geometry and voxels is written. A sheared affine is kept, which some readers
+    (ITK's among them) refuse.
+
+    Raises:
+        ValueError: If shapes differ, or the scan has become unreadable.
+    """
+    if not isinstance(like, Series):
+        nifti.write(path, label, like=like)
+        return
+    stack = dicom_series.arrange(like)
+    if like.unshear:
+        label = shear.shear_label(label, stack.affine, stack.shape)
+    if label.shape != stack.shape:
+        raise ValueError(f"{like.name}: label has shape {label.shape}, the series {stack.shape}")
+    nifti.write_volume(path, Volume(label, stack.affine, like.name))
+
+
+def called(image: Image) -> str:
+    """What messages call it."""
+    return image.name if isinstance(image, Series) else str(image)
+
+
+def files(place: Image | Label) -> tuple[Path, ...]:
+    """What it lies in."""
+    return (place,) if isinstance(place, Path) else place.files
+
+
+def digest(place: Image | Label) -> bytes:
+    """SHA-256 of all that decides what is read from it."""
+    if isinstance(place, Path):
+        return file_digest(place)
+    if isinstance(place, Series):
+        total = hashlib.sha256(f"{place.uneven} {place.unshear}".encode())
+    else:
+        total = hashlib.sha256(f"{place.combine} {place.values}".encode())
+    for part in sorted(file_digest(path) for path in place.files):
+        total.update(part)
+    return total.digest()
+
+
+def file_digest(path: Path) -> bytes:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _read_label(
+    path: Path, image: Image, volume: Volume, num_classes: int | None
+) -> tuple[Volume, list[str]]:
+    if not isinstance(image, Series):
+        return nifti.read_label(path, volume, num_classes=num_classes)
+    try:
+        own = nifti.read(path)
+        label, _ = nifti.read_label(path, own, num_classes=num_classes)
+    except (ValueError, FileNotFoundError) as error:
+        # Not chained: the original names the file, and with it perhaps the patient.
+        text = str(error).replace(str(path), "its mask")
+        raise ValueError(f"{image.name}: {text}") from None
+    notes = []
+    if image.unshear:
+        stack = dicom_series.arrange(image)
+        shape, affine = stack.shape, stack.affine
+    else:
+        shape, affine = volume.voxels.shape, volume.affine
+    turned = _onto(label, shape, affine)
+    if turned is None:
+        # Converters write tilted stacks with perpendicular axes: the same voxels, drawn upright.
+        turned = _onto(label, shape, _straightened(affine))
+        notes.append("mask of a converter that hides the gantry's tilt; the series' is taken")
+    if turned is None:
+        raise ValueError(
+            f"{image.name}: its mask has shape {own.voxels.shape} (D, H, W) and does not lie on "
+            f"the voxels of the series, {shape}; draw it on the series itself, or on a conversion"
+        )
+    if image.unshear:
+        turned = shear.unshear_label(turned, affine)
+    return Volume(turned, volume.affine, volume.case), notes
+
+
+def _onto(label: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray | None:
+    """The label in the voxel order of another grid of the same voxels; None if they are others."""
+    moved = np.linalg.inv(affine) @ label.affine
+    turn = np.rint(moved[:3, :3])
+    order = np.abs(turn).argmax(axis=1)  # the mask's axis behind each of ours
+    if sorted(order.tolist()) != [0, 1, 2] or np.abs(turn).sum() != 3:
+        return None
+    turned = label.voxels.transpose(order)
+    back = [axis for axis in range(3) if turn[axis, order[axis]] < 0]
+    turned = np.flip(turned, tuple(back))
+    if turned.shape != shape:
+        return None
+    exact = np.zeros((4, 4))
+    exact[3, 3] = 1
+    exact[:3, :3] = turn
+    exact[back, 3] = np.asarray(shape)[back] - 1
+    corners = np.stack(
+        [*np.meshgrid(*[(0, n - 1) for n in label.voxels.shape]), np.ones((2, 2, 2))]
+    )
+    apart = (label.affine - affine @ exact)[:3] @ corners.reshape(4, -1)
+    if np.linalg.norm(apart, axis=0).max() > _OFF_GRID_MM:
+        return None
+    return np.ascontiguousarray(turned)
+
+
+def _straightened(affine: np.ndarray) -> np.ndarray:
+    """With the step from slice to slice turned into the slices' normal, its length kept."""
+    across = np.cross(affine[:3, 1], affine[:3, 2])
+    across = across / np.linalg.norm(across)
+    across = across * np.copysign(np.linalg.norm(affine[:3, 0]), across @ affine[:3, 0])
+    straight = affine.copy()
+    straight[:3, 0] = across
+    return straight

@@ -1,0 +1,58 @@
+"""What is known of each slice of a prepared scan, class by class."""
+
+import math
+
+import numpy as np
+
+from bhsd_jax.volume import Case, Grid
+
+
+def of_case(
+    case: Case, grid: Grid, label: np.ndarray | None, num_classes: int
+) -> tuple[tuple[int, ...], ...] | None:
+    """Rows per prepared slice: the case's own; else what its prepared mask shows.
+
+    Without either, a scan known not to bleed shows nothing in any slice; of one known to bleed no
+    slice is known.
+    """
+    given = align(case, grid, num_classes)
+    if given is None and label is not None:
+        shown = [(label == index).any(axis=(1, 2)) for index in range(1, num_classes)]
+        return tuple(zip(*(column.astype(int).tolist() for column in shown), strict=True))
+    if given is None and case.bleeding is False:
+        return ((0,) * (num_classes - 1),) * grid.shape[0]
+    return given
+
+
+def align(case: Case, grid: Grid, num_classes: int) -> tuple[tuple[int, ...], ...] | None:
+    """One row per prepared slice, from the native slices that it covers or is interpolated from.
+
+    It lacks a class if all of them do, and shows one if the nearest does; else nothing is known.
+    None where the prepared slices do not run along the file's.
+
+    Raises:
+        ValueError: If there are more rows than slices, or a row is not one value per class.
+    """
+    if case.slice_labels is None or grid.order[0] != 0:
+        return None
+    rows, depth = list(case.slice_labels), grid.native_shape[0]
+    if len(rows) > depth or any(len(row) != num_classes - 1 for row in rows):
+        raise ValueError(
+            f"{case.id}: slice labels do not fit: {len(rows)} rows for {depth} slices, "
+            f"{len(rows[0])} columns for {num_classes - 1} foreground classes"
+        )
+    rows += [(-1,) * (num_classes - 1)] * (depth - len(rows))
+    if grid.flip[0]:
+        rows.reverse()
+    table = np.asarray(rows[grid.crop_start[0] : grid.crop_stop[0]])
+    step = len(table) / grid.shape[0]  # native slices per prepared one
+    found = []
+    for i in range(grid.shape[0]):
+        center = (i + 0.5) * step - 0.5  # in native slices
+        reach = max(1.0, step / 2)
+        low = max(0, math.floor(center - reach + 1e-6) + 1)
+        high = min(len(table), math.ceil(center + reach - 1e-6))
+        nearest = table[(2 * i + 1) * len(table) // (2 * grid.shape[0])]
+        none = (table[low:high] == 0).all(0)
+        found.append(tuple(int(v) for v in np.where(nearest == 1, 1, np.where(none, 0, -1))))
+    return tuple(found)

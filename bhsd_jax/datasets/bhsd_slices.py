@@ -1,0 +1,119 @@
+"""Slice labels for BHSD's scans, which ship none, from the RSNA challenge they were taken from."""
+
+import csv
+import io
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bhsd_jax.ct import dicom, dicom_series, geometry, nifti
+from bhsd_jax.ct.dicom_series import Group
+from bhsd_jax.datasets import rsna
+from bhsd_jax.datasets.bhsd import BHSD
+from bhsd_jax.volume import Case
+
+FILE = "slice_labels.csv"  # in BHSD's folder, where `datasets/bhsd.py` reads it
+_LEAST = 0.99  # correlation of a slice with its original
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows per case in the order of its file's slices, and why other cases have none."""
+
+    rows: dict[str, tuple[rsna.Row, ...]]
+    refused: dict[str, str]
+
+
+def match(
+    bhsd: BHSD,
+    groups: Sequence[Group],
+    labels: Mapping[str, rsna.Row],
+    *,
+    compare: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Found:
+    """Finds each scan's study by patient and study, and takes its slices' labels by position.
+
+    A study counts only if it has as many slices as the scan and, with `compare`, each slice
+    correlates with its original. Of several series of a study the one that fits is taken.
+    """
+    by_name = defaultdict(list)
+    for group in groups:
+        by_name[f"{group.first.patient}_{group.first.study}"].append(group)
+    found = Found({}, {})
+    cases = list(bhsd.cases())
+    for done, case in enumerate(cases, start=1):
+        try:
+            found.rows[case.id] = _rows(case, by_name.get(case.id, []), labels, compare)
+        except (ValueError, OSError) as error:
+            found.refused[case.id] = str(error)
+        progress(done, len(cases))
+    return found
+
+
+def write(path: Path, rows: Mapping[str, Sequence[rsna.Row]], classes: Sequence[str]) -> None:
+    """Writes the table whole or not at all; slices of which nothing is known are left out."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["case", "slice", "any", *classes])
+    for case in sorted(rows):
+        for index, row in enumerate(rows[case]):
+            if row == rsna.UNKNOWN:
+                continue
+            union = rsna.any_bleeding([row])
+            table.writerow([case, index, "" if union is None else int(union), *row])
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text.getvalue())
+    os.replace(temporary, path)
+
+
+def _rows(
+    case: Case, groups: Sequence[Group], labels: Mapping[str, rsna.Row], compare: bool
+) -> tuple[rsna.Row, ...]:
+    if not groups:
+        raise ValueError("its study is not among the slices")
+    assert isinstance(case.image, Path)  # of BHSD
+    scan = nifti.read(case.image)
+    order, flip = geometry.canonical(scan.affine)
+    if order != (0, 1, 2):
+        raise ValueError("its axes are not in the order of BHSD's files")
+    reasons = []
+    for group in groups:
+        series = group.as_series(case.id, uneven="resample", unshear=False)
+        slices = dicom_series.order(group.slices, series).slices  # up along the normal
+        if len(slices) != len(scan.voxels):
+            reasons.append(f"{len(scan.voxels)} slices, but its series has {len(slices)}")
+            continue
+        upward = -1 if flip[0] else 1
+        worst = 1.0
+        if compare:
+            pairs = zip(scan.voxels[::upward], slices, strict=True)
+            worst = min(_correlation(plane, flip, item.file) for plane, item in pairs)
+        if worst < _LEAST:
+            reasons.append(f"a slice correlates with its original by {worst:.3f} only")
+            continue
+        rows = [labels.get(rsna.instance(item), rsna.UNKNOWN) for item in slices]
+        if all(row == rsna.UNKNOWN for row in rows):
+            reasons.append("the table does not have its slices")
+            continue
+        return tuple(rows[::upward])
+    raise ValueError("; ".join(reasons))
+
+
+def _correlation(plane: np.ndarray, flip: tuple[bool, bool, bool], original: Path) -> float:
+    """Of soft tissue and bone, both being clipped to -100..300 HU; 1 where both are flat."""
+    # A file's rows run to the back and its columns to the left, as canonical ones do.
+    turned = np.flip(plane, tuple(axis for axis in (0, 1) if flip[axis + 1]))
+    voxels = dicom.pixels(original).voxels
+    if turned.shape != voxels.shape:
+        return -1.0
+    one, other = (
+        np.clip(array, -100, 300).astype(np.float64).ravel() for array in (turned, voxels)
+    )
+    if not one.std() or not other.std():
+        return float(one.std() == other.std())
+    return float(np.corrcoef(one, other)[0, 1])

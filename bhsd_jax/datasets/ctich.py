@@ -1,0 +1,86 @@
+"""PhysioNet CT-ICH: 75 head CTs, bleeding outlined as one class and typed slice by slice."""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bhsd_jax.datasets.label_maps import LabelMap
+from bhsd_jax.datasets.pairs import pairs
+from bhsd_jax.volume import Case
+
+_TABLE = "hemorrhage_diagnosis_raw_ct.csv"
+_COLUMNS = ("Epidural", "Intraparenchymal", "Intraventricular", "Subarachnoid", "Subdural")
+_MAPS = {"binary": LabelMap.of("binary"), "types": LabelMap.of("bhsd")}
+
+
+@dataclass(frozen=True)
+class CTICH:
+    """Version 1.3.1 as unpacked: `ct_scans/NNN.nii`, `masks/NNN.nii` and the table of slices.
+
+    With `masks` "binary" the one class is outlined and every slice is known to show it or not.
+    With "types" there are the five classes and no masks, since those do not tell them apart: the
+    table's slice labels are all there is, and cases are "unlabeled".
+
+    Source: Hssayeni et al. 2020, doi:10.3390/data5010014; physionet.org/content/ct-ich/1.3.1.
+    """
+
+    root: str | Path
+    masks: str = "binary"
+    name: str = field(default="CT-ICH", init=False)
+    modality: str = field(default="ct", init=False)
+    license: str = field(default="PhysioNet Restricted Health Data License 1.5.0", init=False)
+
+    def __post_init__(self):
+        if self.masks not in _MAPS:
+            raise ValueError(f"CTICH: masks is {' or '.join(_MAPS)}; got {self.masks!r}")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """One, or the five types."""
+        return _MAPS[self.masks].classes
+
+    def cases(self) -> Iterator[Case]:
+        """All cases, sorted by id.
+
+        Raises:
+            FileNotFoundError: If there are no scans, or no table.
+            ValueError: If a mask has no scan, or the table makes no sense.
+        """
+        root = Path(self.root)
+        typed = self.masks == "types"
+        rows = _rows(root / _TABLE, typed)
+        for id, (image, mask) in pairs(root / "ct_scans", root / "masks").items():
+            known = rows.get(id)
+            bleeding = None if known is None else any(map(any, known))
+            if typed or mask is None:
+                yield Case(id, id, image, None, "unlabeled", bleeding, known)
+            else:
+                label = _MAPS["binary"].label(mask)
+                yield Case(id, id, image, label, "train", bleeding, known)
+
+
+def _rows(path: Path, typed: bool) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Slice labels by case; the table counts patients from 49 and slices from 1."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; it comes with the data set")
+    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        lacking = {"PatientNumber", "SliceNumber", *_COLUMNS} - set(reader.fieldnames or ())
+        if lacking:
+            raise ValueError(f"{path}: no column {', '.join(sorted(lacking))}")
+        for row in reader:
+            try:
+                values = tuple(int(row[name]) for name in _COLUMNS)
+                case, index = f"{int(row['PatientNumber']):03d}", int(row["SliceNumber"]) - 1
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {reader.line_num}: expected numbers") from error
+            if not set(values) <= {0, 1} or index < 0:
+                raise ValueError(f"{path}, line {reader.line_num}: expected 0 or 1; got {values}")
+            found.setdefault(case, {})[index] = values if typed else (max(values),)
+    unknown = (-1,) * (len(_COLUMNS) if typed else 1)
+    return {
+        case: tuple(slices.get(k, unknown) for k in range(max(slices) + 1))
+        for case, slices in found.items()
+    }

@@ -1,0 +1,125 @@
+"""DICOM folders: every CT series below one, with masks as NIfTI where there are any."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bhsd_jax.ct import dicom_series
+from bhsd_jax.ct.dicom_series import Group
+from bhsd_jax.datasets.bhsd import scans as nifti_files
+from bhsd_jax.volume import Case
+
+_MASKS = "masks"
+
+
+@dataclass(frozen=True)
+class DICOM:
+    """Studies and series in folders of any shape and with any names.
+
+    A mask belongs to the series whose SeriesInstanceUID it is named for, or whose folder (its path
+    below the root joined by _, or its name if no other has it), or to the only series of the
+    folder it lies in. Series with a mask train (a fold of them validates),
+    others are unlabeled. Patients are told apart by PatientID, else by study. Unless `show_ids`,
+    cases and patients are called by salted hashes.
+    """
+
+    root: str | Path
+    masks: str | Path | None = None  # their folder; None or "": `root`/masks if there is one
+    classes: tuple[str, ...] = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
+    uneven: str = "refuse"  # slices at uneven steps; or "resample"
+    unshear: bool = False
+    show_ids: bool = False
+    salt: str = ""  # of the hashes; the same for all verbs of a run
+    name: str = field(default="DICOM", init=False)
+    modality: str = field(default="ct", init=False)
+    license: str = field(default="", init=False)
+
+    def cases(self) -> Iterator[Case]:
+        """All cases, sorted by id.
+
+        Raises:
+            FileNotFoundError: If there is no folder, or no CT series in it.
+            ValueError: If a mask belongs to no series, or a series has two.
+        """
+        root = Path(self.root)
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root}: no such folder; set data.root to the DICOM folder")
+        groups = dicom_series.find(root)
+        if not groups:
+            raise FileNotFoundError(f"{root}: no DICOM CT series in it or below; look at data.root")
+        names = _names(root, groups)
+        masks = self._masks(root, groups, names)
+        found = []
+        for group, name, mask in zip(groups, names, masks, strict=True):
+            id = name if self.show_ids else self._hashed(group.first.series + name)
+            who = group.first.patient or group.first.study or name
+            image = group.as_series(id, uneven=self.uneven, unshear=self.unshear)
+            split = "unlabeled" if mask is None else "train"
+            found.append(Case(id, self._hashed(who), image, mask, split))
+        yield from sorted(found, key=lambda case: case.id)
+
+    def _hashed(self, text: str) -> str:
+        return hashlib.sha256((self.salt + text).encode()).hexdigest()[:12]
+
+    def _masks(
+        self, root: Path, groups: Sequence[Group], names: Sequence[str]
+    ) -> list[Path | None]:
+        folder = Path(self.masks) if self.masks else root / _MASKS
+        if self.masks and not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; look at data.masks")
+        apart = nifti_files(folder) if folder.is_dir() else {}
+        apart = {name: path for name, path in apart.items() if path.suffix}
+        crowded = Counter(group.folder for group in groups)
+        alike = Counter(group.folder.name for group in groups)
+        found: list[Path | None] = []
+        used = set()
+        for group, name in zip(groups, names, strict=True):
+            keys = {group.first.series, name}
+            if alike[group.folder.name] == 1:
+                keys.add(group.folder.name)
+            keys &= set(apart)
+            paths = [apart[key] for key in sorted(keys)]
+            used |= keys
+            if crowded[group.folder] == 1:
+                beside = nifti_files(group.folder).values()
+                paths += [path for path in beside if ".nii" in path.name]
+            if len(paths) > 1:
+                raise ValueError(
+                    f"series {len(found) + 1} of {len(groups)} in the order of paths has "
+                    f"{len(paths)} masks; keep one"
+                )
+            found.append(paths[0] if paths else None)
+        lonely = len(set(apart) - used)
+        if lonely:
+            raise ValueError(
+                f"{folder}: {lonely} of {len(apart)} masks belong to no series; name each for its "
+                "SeriesInstanceUID or for the folder of its series"
+            )
+        return found
+
+
+def scans(root: Path, *, uneven: str, unshear: bool) -> list[Case]:
+    """Series to predict, in the order of their paths; called by their folders, which may be names.
+
+    The series itself is called by its number, since its errors are logged.
+    """
+    groups = dicom_series.find(root)
+    cases = []
+    for index, (group, id) in enumerate(zip(groups, _names(root, groups), strict=True), start=1):
+        series = group.as_series(f"series {index}", uneven=uneven, unshear=unshear)
+        cases.append(Case(id, group.first.patient or id, series, None, "test"))
+    return cases
+
+
+def _names(root: Path, groups: Sequence[Group]) -> list[str]:
+    """Folders below the root, with a number where one holds several series."""
+    seen: Counter[str] = Counter()
+    names = []
+    for group in groups:
+        inside = group.folder.relative_to(root)
+        name = "_".join(inside.parts) or root.resolve().name
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return names

@@ -1,0 +1,158 @@
+"""The RSNA 2019 challenge: head CTs as loose DICOM slices, labeled slice by slice."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bhsd_jax.ct import dicom_series
+from bhsd_jax.ct.dicom import Slice
+from bhsd_jax.ct.dicom_series import Group
+from bhsd_jax.datasets.bhsd import BHSD
+from bhsd_jax.volume import Case, Series
+
+TYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
+Row = tuple[int, ...]  # per type 1, 0 or -1 (not known)
+UNKNOWN: Row = (-1,) * len(TYPES)
+_CLOSE = 0.25  # of the way to the next slice: as far as an interpolated one is taken for the first
+
+
+@dataclass(frozen=True)
+class RSNA:
+    """Slices anywhere below the root, and `stage_2_train.csv`.
+
+    A case is a series, called `<PatientID>_<StudyInstanceUID>` as BHSD's files are; its slice
+    labels follow the slices' positions. All are unlabeled, so that a plan needs masks from
+    elsewhere: with `bhsd`, the scans outlined there come first, and their patients' are left out.
+
+    Source: Flanders et al. 2020, doi:10.1148/ryai.2020190211.
+    """
+
+    root: str | Path
+    csv: str = "stage_2_train.csv"  # in `root`
+    uneven: str = "resample"  # slices at uneven steps, of which there are many; or "refuse"
+    unshear: bool = False
+    bhsd: str | Path = ""
+    name: str = field(default="RSNA2019", init=False)
+    classes: tuple[str, ...] = field(
+        default=("background", "EDH", "IPH", "IVH", "SAH", "SDH"), init=False
+    )
+    modality: str = field(default="ct", init=False)
+    license: str = field(default="RSNA 2019 terms (non-commercial research, education)", init=False)
+
+    def cases(self) -> Iterator[Case]:
+        """All cases, sorted by id.
+
+        Raises:
+            FileNotFoundError: If there are no slices, or no table.
+            ValueError: If the table makes no sense.
+        """
+        root = Path(self.root)
+        labels = read_table(root / self.csv)
+        groups = dicom_series.find(root)
+        if not groups:
+            raise FileNotFoundError(f"{root}: no DICOM slices in it or below; look at data.root")
+        outlined = []
+        if self.bhsd:
+            outlined = [case for case in BHSD(self.bhsd).cases() if case.split != "unlabeled"]
+        taken = {case.patient for case in outlined}
+        kept = [group for group in groups if group.first.patient not in taken]
+        found = [self._case(id, group, labels) for id, group in named(kept)]
+        yield from sorted([*outlined, *found], key=lambda case: case.id)
+
+    def _case(self, id: str, group: Group, labels: Mapping[str, Row]) -> Case:
+        series = group.as_series(id, uneven=self.uneven, unshear=self.unshear)
+        known = [labels.get(instance(item)) for item in group.slices]
+        bleeding = any_bleeding(known)
+        patient = group.first.patient or group.first.study
+        rows = slice_rows(group, series, labels) if any(known) else None
+        return Case(id, patient, series, None, "unlabeled", bleeding, rows)
+
+
+def read_table(path: Path) -> dict[str, Row]:
+    """Rows by slice from the challenge's table of `ID_<slice>_<type>,Label`.
+
+    Lines that repeat one are dropped. `any` 0 says 0 of all types, 1 says nothing of those that
+    are not listed.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If a line is odd, contradicts one before, or `any` is not the union of types.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; it is the challenge's table of slice labels")
+    places = {name: place for place, name in enumerate((*TYPES, "any"))}
+    codes: dict[str, int] = {}  # two bits per type, for the table has millions of lines
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        if next(reader, None) != ["ID", "Label"]:
+            raise ValueError(f"{path}: the first line must be ID,Label")
+        for line in reader:
+            name, _, kind = (line[0] if line else "").rpartition("_")
+            if len(line) != 2 or not name or kind not in places or line[1] not in ("0", "1"):
+                raise ValueError(f"{path}, line {reader.line_num}: expected ID_<slice>_<type>,0|1")
+            shift, value = 2 * places[kind], 2 + int(line[1])
+            before = codes.get(name, 0) >> shift & 3
+            if before not in (0, value):
+                raise ValueError(f"{path}, line {reader.line_num}: contradicts an earlier line")
+            codes[name] = codes.get(name, 0) | value << shift
+    rows = {code: _row(code) for code in set(codes.values())}
+    odd = next((name for name, code in codes.items() if rows[code] is None), None)
+    if odd is not None:
+        raise ValueError(f"{path}: {odd}: 'any' is not the union of the types")
+    return {name: row for name, code in codes.items() if (row := rows[code]) is not None}
+
+
+def _row(code: int) -> Row | None:
+    *types, union = ((code >> 2 * place & 3) - 2 for place in range(len(TYPES) + 1))
+    row = tuple(max(value, -1) for value in types)
+    if union == 0:
+        return None if 1 in row else (0,) * len(TYPES)
+    return None if union == 1 and not (1 in row or -1 in row) else row
+
+
+def named(groups: Sequence[Group]) -> list[tuple[str, Group]]:
+    """Groups under the names BHSD gives its files; numbered where a study has several series."""
+    seen: Counter[str] = Counter()
+    found = []
+    for group in groups:
+        name = f"{group.first.patient}_{group.first.study}"
+        seen[name] += 1
+        found.append((name if seen[name] == 1 else f"{name}_{seen[name]}", group))
+    return found
+
+
+def instance(item: Slice) -> str:
+    """What the table calls a slice: its SOPInstanceUID, which files are named for as well."""
+    return item.instance or item.file.stem
+
+
+def slice_rows(group: Group, series: Series, labels: Mapping[str, Row]) -> tuple[Row, ...] | None:
+    """A row per slice of the volume that the series becomes; None if it becomes none.
+
+    Where slices are interpolated to even steps, each has the row of the one nearest to it; near
+    the middle between two, only what both agree on.
+    """
+    try:
+        stack = dicom_series.order(group.slices, series)
+    except ValueError:
+        return None  # reading the case will say why
+    rows = [labels.get(instance(item), UNKNOWN) for item in stack.slices]
+    return tuple(_row_at(float(place), rows) for place in stack.source)
+
+
+def _row_at(place: float, rows: Sequence[Row]) -> Row:
+    nearest = rows[round(place)]
+    if abs(place - round(place)) <= _CLOSE:
+        return nearest
+    pair = zip(rows[int(place)], rows[int(place) + 1], strict=True)
+    return tuple(one if one == other else -1 for one, other in pair)
+
+
+def any_bleeding(known: Sequence[Row | None]) -> bool | None:
+    """Of a volume: True if a slice bleeds, False if all are known not to, else None."""
+    if any(row is not None and 1 in row for row in known):
+        return True
+    clean = all(row is not None and set(row) == {0} for row in known)
+    return False if clean and known else None

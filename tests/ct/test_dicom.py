@@ -1,0 +1,382 @@
+"""Series written with pydicom: the right volume, or the right refusal."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_files import NAME, PATIENT, block, store, write_series
+from pydicom import dcmread
+from pydicom.uid import JPEGLSLossless, RLELossless
+
+from bhsd_jax.ct import dicom, dicom_series, hu, nifti, scan, shear
+from bhsd_jax.volume import Masks, Series, Volume
+
+TILT = 18.5
+
+
+def series_of(root, *, uneven="refuse", unshear=False):
+    (group,) = dicom_series.find(root)
+    return group.as_series("case", uneven=uneven, unshear=unshear)
+
+
+def read(root, **options):
+    return scan.read(series_of(root, **options))
+
+
+def in_file(volume):
+    """Voxels as [slice, row, column] of the files."""
+    return volume.voxels[:, ::-1]
+
+
+def world(path, row, column):
+    """Where DICOM says a voxel lies (PS3.3 C.7.6.2.1.1), in RAS."""
+    data = dcmread(path, stop_before_pixels=True)
+    along = np.asarray(data.ImageOrientationPatient, float).reshape(2, 3)
+    rows_mm, columns_mm = data.PixelSpacing
+    place = np.asarray(data.ImagePositionPatient, float)
+    place = place + along[0] * columns_mm * column + along[1] * rows_mm * row
+    return place * (-1, -1, 1)
+
+
+@pytest.mark.parametrize("tilt", [0.0, TILT, -12.0])
+def test_every_voxel_has_its_value_and_its_place_in_the_world(tmp_path, tilt):
+    head = block()
+    paths = write_series(tmp_path, head, tilt_deg=tilt)
+    volume, notes = read(tmp_path)
+    np.testing.assert_array_equal(in_file(volume), head)
+    assert volume.voxels.dtype == np.int16
+    d, h, w = head.shape
+    for k in range(d):
+        for row, column in ((0, 0), (h - 1, 0), (2, w - 1)):
+            found = volume.affine @ (k, h - 1 - row, column, 1)
+            np.testing.assert_allclose(found[:3], world(paths[k], row, column), atol=1e-6)
+    assert volume.spacing_mm == pytest.approx((5 / math.cos(math.radians(tilt)), 2, 1.5), abs=1e-6)
+    assert [note for note in notes if "tilt" in note] == (
+        [f"gantry tilt of {abs(tilt)} degrees, kept as shear in the affine"] if tilt else []
+    )
+
+
+def test_a_sheared_affine_gives_the_true_volume_of_a_voxel(tmp_path):
+    write_series(tmp_path, block(), tilt_deg=TILT)
+    volume, _ = read(tmp_path)
+    assert shear.angle_deg(volume.affine) == pytest.approx(TILT, abs=1e-4)
+    assert hu.tilt_deg(volume.affine) == 0
+    # The files' rows run down to the back, as the GE scanner's do at +18.5: the front points up.
+    assert shear.gantry_deg(volume.affine) == pytest.approx(TILT, abs=1e-4)
+    turned = volume.affine.copy()
+    turned[:3, 0] = np.cross(turned[:3, 1], turned[:3, 2])
+    assert shear.gantry_deg(turned) == pytest.approx(hu.tilt_deg(turned)) == pytest.approx(TILT)
+    assert hu.voxel_ml(volume.affine, "ct") == pytest.approx(5 * 2 * 1.5 / 1000, rel=1e-6)
+
+
+def test_unshearing_straightens_a_rod_across_the_slices_and_leads_back(tmp_path):
+    """Each slice of a tilted gantry cuts it in another row."""
+    rod = np.full((9, 24, 10), -1000)
+    per_slice = 5 * math.tan(math.radians(TILT)) / 2  # rows from slice to slice
+    for k, plane in enumerate(rod):
+        row = round(4 + k * per_slice)
+        plane[row : row + 4, 3:7] = 50
+    write_series(tmp_path, rod, tilt_deg=TILT)
+    plain, _ = read(tmp_path)
+    volume, notes = read(tmp_path, unshear=True)
+    assert any("unsheared" in note for note in notes)
+    assert volume.voxels.shape == (9, 24 + math.ceil(8 * per_slice), 10)
+    assert volume.spacing_mm == pytest.approx((5, 2, 1.5), abs=1e-6)
+    assert hu.voxel_ml(volume.affine, "ct") == pytest.approx(hu.voxel_ml(plain.affine, "ct"))
+    rows = [np.flatnonzero(plane[:, 4] > -475).mean() for plane in volume.voxels]
+    np.testing.assert_allclose(rows, rows[0], atol=0.51)  # the rod itself was rounded to rows
+    label = (plain.voxels > 0).astype(np.uint8)
+    moved = shear.unshear_label(label, plain.affine)
+    assert moved.shape == volume.voxels.shape
+    assert ((volume.voxels > 0) & (moved > 0)).sum() > 0.7 * moved.sum()
+    np.testing.assert_array_equal(shear.shear_label(moved, plain.affine, label.shape), label)
+    for shape, affine in ((volume.voxels.shape, volume.affine), (label.shape, plain.affine)):
+        middle = affine @ (*((n - 1) / 2 for n in shape), 1)
+        np.testing.assert_allclose(middle[:3], (13.5, 9.6886, 21.2918), atol=1e-3)
+
+
+def test_a_label_of_the_unsheared_volume_is_written_on_the_series_own_voxels(tmp_path):
+    head = block((6, 20, 12))
+    write_series(tmp_path / "dicom", head, tilt_deg=TILT)
+    series = series_of(tmp_path / "dicom", unshear=True)
+    volume, _ = scan.read(series)
+    plain, _ = scan.read(scan.native(series))
+    want = (plain.voxels > 0).astype(np.uint8)
+    nifti.write_volume(tmp_path / "mask.nii.gz", Volume(want, plain.affine, ""))
+    label, _ = scan.read_label(tmp_path / "mask.nii.gz", series, volume, num_classes=2)
+    assert label.voxels.shape == volume.voxels.shape
+    scan.write(tmp_path / "out.nii.gz", label.voxels, like=series)
+    back = nifti.read(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(back.voxels, want)
+    np.testing.assert_allclose(back.affine, plain.affine, atol=1e-4)
+
+
+def test_uneven_steps_are_refused_or_interpolated(tmp_path):
+    """A value that grows with height stays in place, whatever the steps."""
+    places = np.array([0, 4, 8, 9.2, 16, 23])
+    ramp = np.broadcast_to(np.rint(10 * places).astype(int)[:, None, None], (6, 8, 8))
+    write_series(tmp_path, ramp, places=places)
+    with pytest.raises(
+        ValueError, match=r"case: slices at uneven steps, 1\.20 to 7\.00 mm, mostly"
+    ):
+        read(tmp_path)
+    volume, notes = read(tmp_path, uneven="resample")
+    assert any("interpolated to 7 slices at steps of 3.833 mm" in note for note in notes)
+    want = 10 * np.linspace(0, 23, 7)
+    np.testing.assert_allclose(volume.voxels[:, 3, 3], want, atol=1e-3)
+    assert volume.spacing_mm[0] == pytest.approx(23 / 6)
+    stack = dicom_series.arrange(series_of(tmp_path, uneven="resample"))
+    np.testing.assert_allclose(np.interp(stack.source, np.arange(6), places), want / 10)
+
+
+def test_a_missing_slice_is_named_and_filled_only_on_request(tmp_path):
+    head = block((7, 8, 8))
+    places = np.arange(7) * 5.0
+    paths = write_series(tmp_path, head, places=places)
+    paths[3].unlink()
+    with pytest.raises(ValueError, match=r"1 slice is missing: 10\.00 mm after slice 3 of 6"):
+        read(tmp_path)
+    volume, _ = read(tmp_path, uneven="resample")
+    assert volume.voxels.shape == head.shape
+    np.testing.assert_allclose(in_file(volume)[3], (head[2] + head[4]) / 2)
+    np.testing.assert_array_equal(in_file(volume)[5], head[5])
+    paths[4].unlink()
+    with pytest.raises(ValueError, match="too much to interpolate"):
+        read(tmp_path, uneven="resample")
+
+
+def test_copies_of_a_slice_are_dropped_and_others_at_its_place_refused(tmp_path):
+    head = block()
+    paths = write_series(tmp_path, head)
+    (tmp_path / "copy").write_bytes(paths[2].read_bytes())
+    volume, notes = read(tmp_path)
+    np.testing.assert_array_equal(in_file(volume), head)
+    assert "copies of slices left out: 1" in notes
+    data = dcmread(tmp_path / "copy")
+    store(data, head[1] + 1024, signed=False, intercept=-1024)
+    data.save_as(tmp_path / "copy")
+    with pytest.raises(ValueError, match="two different slices at one position"):
+        read(tmp_path)
+
+
+def test_slices_shifted_sideways_each_in_its_own_way_are_refused(tmp_path):
+    def shift(k, data):
+        if k == 3:
+            data.ImagePositionPatient[0] += 2.5
+
+    write_series(tmp_path, block(), change=shift)
+    with pytest.raises(ValueError, match=r"shifted sideways by up to 2\.50 mm"):
+        read(tmp_path)
+
+
+def test_twelve_bit_overflow_is_undone(tmp_path):
+    head = np.clip(block(), -1000, 3095)
+
+    def wrap(k, data):
+        store(data, head[k] % 4096, bits=12, signed=False)
+
+    write_series(tmp_path, head, change=wrap)
+    volume, notes = read(tmp_path)
+    np.testing.assert_array_equal(in_file(volume), head)
+    assert "12-bit overflow undone in 6 of 6 slices" in notes
+
+
+@pytest.mark.parametrize("value", [-2000, 63536])
+def test_padding_becomes_air_however_its_value_is_written(tmp_path, value):
+    head = block()
+
+    def pad(k, data):
+        stored = head[k].copy()
+        stored[0] = -2000
+        store(data, stored)
+        data.add_new(0x00280120, "SS" if value < 0 else "US", value)
+
+    write_series(tmp_path, head, change=pad)
+    volume, notes = read(tmp_path)
+    assert (in_file(volume)[:, 0] == -1024).all()
+    np.testing.assert_array_equal(in_file(volume)[:, 1:], head[:, 1:])
+    assert f"{6 * head.shape[2]} voxels of padding set to -1024 HU" in notes
+
+
+def test_a_padding_value_among_tissue_is_not_believed(tmp_path):
+    head = block()
+
+    def pad(k, data):
+        store(data, head[k])
+        data.add_new(0x00280120, "SS", 40)
+
+    write_series(tmp_path, head, change=pad)
+    volume, notes = read(tmp_path)
+    np.testing.assert_array_equal(in_file(volume), head)
+    assert any("not believed" in note for note in notes)
+
+
+def test_each_slice_has_its_own_rescale_factors(tmp_path):
+    head = block() // 2 * 2
+
+    def scale(k, data):
+        slope = 2 if k % 2 else 0.5
+        store(data, (head[k] + 1000) / slope, slope=slope, intercept=-1000)
+
+    write_series(tmp_path, head, change=scale)
+    volume, _ = read(tmp_path)
+    np.testing.assert_array_equal(in_file(volume), head)
+
+
+def test_missing_rescale_factors_are_said(tmp_path):
+    def strip(k, data):
+        del data.RescaleSlope
+
+    write_series(tmp_path, block(), change=strip)
+    assert any("no rescale factors in 6 of 6" in note for note in read(tmp_path)[1])
+
+
+def test_series_of_a_study_come_apart_and_what_is_no_slice_is_said(tmp_path):
+    def localizer(k, data):
+        data.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+    def report(k, data):
+        data.Modality = "SR"
+
+    def sagittal(k, data):
+        data.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
+        data.ImagePositionPatient = [5.0 * k, 0, 0]
+
+    thick, thin = block(), block((9, 8, 8), seed=1)
+    write_series(tmp_path / "a", thick, series="1.1")
+    write_series(tmp_path / "a", thin, series="1.2", names=[f"x{k}" for k in range(9)])
+    write_series(tmp_path / "a", thin, series="1.2", names=list("stuvwxyzq"), change=sagittal)
+    write_series(tmp_path / "a", thick[:2], series="1.3", names=["l1", "l2"], change=localizer)
+    write_series(tmp_path / "b", thick[:1], series="1.4", names=["r"], change=report)
+    write_series(tmp_path / "b", thick[:1], series="1.5", names=["alone"])
+    (tmp_path / "b" / "notes.txt").write_text("not DICOM")
+    groups = dicom_series.find(tmp_path)
+    assert sorted((g.first.series, len(g.slices)) for g in groups) == [
+        *(("1.1", 6), ("1.2", 9), ("1.2", 9)),
+    ]
+    assert sorted(note for group in groups for note in group.notes) == [
+        "left out: 1 image alone in its series",
+        "left out: 1 image of another kind than CT",
+        "left out: 2 images a localizer",
+    ]
+    for group in groups:
+        volume, _ = scan.read(group.as_series("case", uneven="refuse", unshear=False))
+        assert volume.voxels.shape[0] == len(group.slices)
+
+
+def test_links_and_hidden_files_are_not_followed(tmp_path):
+    write_series(tmp_path / "a", block())
+    (tmp_path / "a" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "a" / "._IM003").write_bytes((tmp_path / "a" / "IM003").read_bytes())
+    (group,) = dicom_series.find(tmp_path)
+    assert len(group.slices) == 6
+
+
+def test_multi_frame_images_are_refused_with_a_way_out(tmp_path):
+    def frames(k, data):
+        data.NumberOfFrames = 3
+
+    write_series(tmp_path, block()[:1], change=frames)
+    with pytest.raises(ValueError, match=r"multi-frame.*dcm2niix"):
+        read(tmp_path)
+
+
+def test_compressed_files_are_decoded_or_refused_with_a_way_out(tmp_path):
+    head = block()
+    write_series(tmp_path / "rle", head, change=lambda k, data: data.compress(RLELossless))
+    np.testing.assert_array_equal(in_file(read(tmp_path / "rle")[0]), head)
+
+    def claim_another(k, data):
+        data.compress(RLELossless)
+        data.file_meta.TransferSyntaxUID = JPEGLSLossless
+
+    write_series(tmp_path / "jpeg", head, change=claim_another)
+    with pytest.raises(ValueError, match=r"file 1 of 6.*JPEG-LS.*no decoder.*gdcmconv"):
+        read(tmp_path / "jpeg")
+
+
+def test_a_truncated_file_is_refused_or_left_out(tmp_path):
+    head = block((7, 8, 8))
+    paths = write_series(tmp_path, head)
+    paths[2].write_bytes(paths[2].read_bytes()[:-10])
+    place = sorted(paths).index(paths[2]) + 1
+    with pytest.raises(ValueError, match=f"1 of 7 files are damaged, the first is file {place}"):
+        read(tmp_path)
+    volume, notes = read(tmp_path, uneven="resample")
+    assert volume.voxels.shape == head.shape
+    assert any("left out" in note for note in notes)
+
+
+def test_messages_name_no_patient_and_no_path(tmp_path):
+    folder = tmp_path / NAME
+    paths = write_series(folder, block(), series="1.9")
+    paths[1].write_bytes(paths[1].read_bytes()[:-10])
+    series = series_of(folder)
+    paths[2].unlink()
+    said = [repr(series), str(series), repr(dicom.header(paths[0]))]
+    for uneven in ("refuse", "resample"):
+        with pytest.raises(ValueError, match="case: ") as caught:
+            scan.read(Series(series.files, "case", uneven))
+        said.append(str(caught.value))
+        assert caught.value.__cause__ is None or NAME not in str(caught.value.__cause__)
+    assert not [text for text in said if NAME in text or PATIENT in text or str(tmp_path) in text]
+
+
+def stored_as(mask, affine, order, flips):
+    """The same voxels with axes in another order and direction."""
+    moved = np.flip(mask.transpose(order), flips)
+    matrix = np.zeros((4, 4))
+    matrix[3, 3] = 1
+    for new, old in enumerate(order):
+        matrix[old, new] = -1 if new in flips else 1
+        matrix[old, 3] = mask.shape[old] - 1 if new in flips else 0
+    return Volume(np.ascontiguousarray(moved), affine @ matrix, "")
+
+
+@pytest.mark.parametrize("tilt", [0.0, TILT])
+@pytest.mark.parametrize(
+    ("order", "flips"), [((0, 1, 2), ()), ((0, 1, 2), (1,)), ((2, 0, 1), (0, 2))]
+)
+def test_a_mask_is_turned_to_the_series_by_its_affine(tmp_path, tilt, order, flips):
+    head = block()
+    write_series(tmp_path / "dicom", head, tilt_deg=tilt)
+    series = series_of(tmp_path / "dicom")
+    volume, _ = scan.read(series)
+    want = (volume.voxels > 40).astype(np.uint8)
+    nifti.write_volume(tmp_path / "m.nii.gz", stored_as(want, volume.affine, order, flips))
+    label, notes = scan.read_label(tmp_path / "m.nii.gz", series, volume, num_classes=2)
+    np.testing.assert_array_equal(label.voxels, want)
+    assert not notes
+
+
+def test_a_mask_of_a_converter_that_hides_the_tilt_is_known_and_others_are_refused(tmp_path):
+    write_series(tmp_path / "dicom", block(), tilt_deg=TILT)
+    series = series_of(tmp_path / "dicom")
+    volume, _ = scan.read(series)
+    want = (volume.voxels > 40).astype(np.uint8)
+    upright = volume.affine.copy()
+    across = np.cross(upright[:3, 1], upright[:3, 2])
+    upright[:3, 0] = -across / np.linalg.norm(across) * np.linalg.norm(upright[:3, 0])
+    if upright[2, 0] < 0:
+        upright[:3, 0] *= -1
+    nifti.write_volume(tmp_path / "m.nii.gz", Volume(want, upright, ""))
+    label, notes = scan.read_label(tmp_path / "m.nii.gz", series, volume, num_classes=2)
+    np.testing.assert_array_equal(label.voxels, want)
+    assert any("hides the gantry's tilt" in note for note in notes)
+    upright[:3, 3] += 3
+    nifti.write_volume(tmp_path / "off.nii.gz", Volume(want, upright, ""))
+    with pytest.raises(ValueError, match=r"case: its mask has shape .* does not lie on the voxels"):
+        scan.read_label(tmp_path / "off.nii.gz", series, volume, num_classes=2)
+
+
+def test_a_digest_follows_files_and_options(tmp_path):
+    paths = write_series(tmp_path, block())
+    series = series_of(tmp_path)
+    digests = {scan.digest(series), scan.digest(series_of(tmp_path, unshear=True))}
+    digests.add(scan.digest(series_of(tmp_path, uneven="resample")))
+    paths[0].write_bytes(paths[0].read_bytes() + b"\0\0")
+    digests.add(scan.digest(series))
+    assert len(digests) == 4
+    mask = Path(paths[0])
+    assert scan.digest(Masks((mask,))) != scan.digest(Masks((mask,), values=(0, 1)))

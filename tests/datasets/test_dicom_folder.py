@@ -1,0 +1,85 @@
+import pytest
+from dicom_files import NAME, PATIENT, block, write_series
+
+from bhsd_jax.ct import nifti, scan
+from bhsd_jax.datasets import dicom
+from bhsd_jax.datasets.dicom import DICOM
+from bhsd_jax.volume import Series, Volume
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two studies of one patient and one of another, each in folders with names in them."""
+    for index, (patient, study) in enumerate(((PATIENT, "1"), (PATIENT, "2"), ("MRN-2", "3"))):
+        write_series(
+            tmp_path / "in" / f"{NAME} {index}" / "head",
+            block(seed=index),
+            study=f"1.2.{study}",
+            series=f"1.2.{study}.7",
+            patient=patient,
+        )
+    return tmp_path / "in"
+
+
+def mask(root, case, path):
+    volume, _ = scan.read(case.image)
+    path.parent.mkdir(exist_ok=True)
+    nifti.write_volume(path, Volume((volume.voxels > 40).astype("u1"), volume.affine, ""))
+    return path
+
+
+def test_cases_are_series_under_salted_names(tree):
+    cases = list(DICOM(tree, salt="a").cases())
+    assert [case.split for case in cases] == ["unlabeled"] * 3
+    assert all(isinstance(case.image, Series) for case in cases)
+    assert len({case.id for case in cases}) == 3
+    assert len({case.patient for case in cases}) == 2
+    assert [case.id for case in cases] == sorted(case.id for case in cases)
+    for text in map(repr, cases):
+        assert not [secret for secret in (NAME, PATIENT, "1.2.1.7", str(tree)) if secret in text]
+    again = [case.id for case in DICOM(tree, salt="a").cases()]
+    other = [case.id for case in DICOM(tree, salt="b").cases()]
+    assert again == [case.id for case in cases]
+    assert not set(other) & set(again)
+    shown = [case.id for case in DICOM(tree, show_ids=True).cases()]
+    assert shown == [f"{NAME} {index}_head" for index in range(3)]
+
+
+def test_masks_are_found_by_series_by_folder_and_beside_the_slices(tree):
+    first, second, third = DICOM(tree, show_ids=True).cases()
+    by_series = mask(tree, first, tree / "masks" / "1.2.1.7.nii.gz")
+    by_folder = mask(tree, second, tree / "masks" / f"{second.id}.nii.gz")
+    beside = mask(tree, third, tree / f"{NAME} 2" / "head" / "drawn.nii.gz")
+    found = list(DICOM(tree, show_ids=True).cases())
+    assert [case.label for case in found] == [by_series, by_folder, beside]
+    assert {case.split for case in found} == {"train"}
+    (tree / "masks" / "head.nii.gz").write_bytes(by_series.read_bytes())
+    with pytest.raises(ValueError, match="1 of 3 masks belong to no series") as caught:
+        list(DICOM(tree).cases())
+    assert NAME not in str(caught.value)
+    (tree / "masks" / "head.nii.gz").unlink()
+    (tree / f"{NAME} 0" / "head" / "m.nii.gz").write_bytes(by_series.read_bytes())
+    with pytest.raises(ValueError, match="series 1 of 3 in the order of paths has 2 masks"):
+        list(DICOM(tree).cases())
+
+
+def test_a_folder_without_series_says_so(tmp_path):
+    for root, message in ((tmp_path / "no", "no such folder"), (tmp_path, "no DICOM CT series")):
+        with pytest.raises(FileNotFoundError, match=message):
+            list(DICOM(root).cases())
+    write_series(tmp_path / "x", block())
+    with pytest.raises(FileNotFoundError, match=r"data\.masks"):
+        list(DICOM(tmp_path, masks=tmp_path / "none").cases())
+
+
+def test_series_to_predict_are_numbered_in_the_order_of_their_paths(tree):
+    write_series(
+        tree / f"{NAME} 0" / "head", block(), series="9", names=[f"z{k}" for k in range(6)]
+    )
+    cases = dicom.scans(tree, uneven="resample", unshear=True)
+    assert [case.id for case in cases] == [
+        *(f"{NAME} 0_head", f"{NAME} 0_head_2", f"{NAME} 1_head", f"{NAME} 2_head"),
+    ]
+    series = [case.image for case in cases]
+    assert [s.name for s in series] == [f"series {n}" for n in (1, 2, 3, 4)]
+    assert {(s.uneven, s.unshear) for s in series} == {("resample", True)}

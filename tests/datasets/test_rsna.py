@@ -1,0 +1,191 @@
+import csv
+
+import numpy as np
+import pytest
+from dicom_files import block, write_series
+
+from bhsd_jax.ct import dicom_series, nifti, scan
+from bhsd_jax.datasets import bhsd_slices, rsna
+from bhsd_jax.datasets.bhsd import BHSD
+from bhsd_jax.datasets.rsna import RSNA, TYPES
+from bhsd_jax.volume import Volume
+
+PATIENT, STUDY = "ID_0a000001", "ID_00000000a1"
+SLICES = [f"ID_0000000{k}{k}" for k in range(6)]  # by position
+# EDH, IPH, IVH, SAH, SDH of each slice
+ROWS = ((0,) * 5, (0, 1, 0, 0, 0), (0, 1, 1, 0, 0), (0, 0, 0, 0, 1), (0,) * 5, (0,) * 5)
+UNKNOWN = (-1,) * 5
+
+
+def table(path, rows, more=()):
+    lines = ["ID,Label"]
+    for name, row in rows.items():
+        lines += [f"{name}_{kind},{value}" for kind, value in zip(TYPES, row, strict=True)]
+        lines.append(f"{name}_any,{max(row)}")
+    path.write_text("\n".join([*lines, *more]) + "\n")
+
+
+def study(folder, hu=None, patient=PATIENT, study=STUDY, **options):
+    hu = block() if hu is None else hu
+    options = {"names": [f"{name}.dcm" for name in SLICES], "instances": SLICES} | options
+    return write_series(folder, hu, patient=patient, study=study, series=f"{study}_s", **options)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """File names and the table in another order than the slices in space."""
+    study(tmp_path / "stage_2_train")
+    table(tmp_path / "stage_2_train.csv", dict(sorted(zip(SLICES, ROWS, strict=True))))
+    return tmp_path
+
+
+def test_labels_follow_the_positions_of_the_slices(root):
+    (case,) = RSNA(root).cases()
+    assert (case.id, case.patient, case.split) == (f"{PATIENT}_{STUDY}", PATIENT, "unlabeled")
+    assert case.bleeding is True
+    assert case.slice_labels == ROWS
+    volume, _ = scan.read(case.image)
+    assert len(volume.voxels) == len(case.slice_labels)
+
+
+def test_slices_that_are_not_in_the_table_are_unknown(root):
+    table(root / "stage_2_train.csv", dict(zip(SLICES[4:], ROWS[4:], strict=True)))
+    (case,) = RSNA(root).cases()
+    assert case.slice_labels == (UNKNOWN,) * 4 + ROWS[4:]
+    assert case.bleeding is None
+    table(root / "stage_2_train.csv", dict.fromkeys(SLICES, (0,) * 5))
+    assert next(RSNA(root).cases()).bleeding is False
+    table(root / "stage_2_train.csv", {"ID_other": (0,) * 5})
+    (case,) = RSNA(root).cases()
+    assert (case.bleeding, case.slice_labels) == (None, None)
+
+
+def test_a_damaged_slice_is_left_out_and_its_neighbors_keep_their_labels(root):
+    path = root / "stage_2_train" / f"{SLICES[2]}.dcm"
+    path.write_bytes(path.read_bytes()[:-50])
+    (case,) = RSNA(root).cases()
+    volume, notes = scan.read(case.image)
+    assert any("damaged" in note for note in notes)
+    assert len(volume.voxels) == len(case.slice_labels) == 6
+    assert case.slice_labels[3:] == ROWS[3:]
+    assert case.slice_labels[:2] == ROWS[:2]
+    assert case.slice_labels[2] == (0, -1, 0, 0, -1)  # IPH below, SDH above
+    (case,) = RSNA(root, uneven="refuse").cases()
+    assert case.slice_labels is None
+    with pytest.raises(ValueError, match="damaged"):
+        scan.read(case.image)
+
+
+def test_interpolated_slices_have_the_labels_of_the_nearest_or_what_both_agree_on(tmp_path):
+    """Slices at 0, 4.833, 9.667, 14.5, 19.333, 24.167, 29; the last but two is halfway."""
+    study(tmp_path, places=np.array([0, 5, 10, 15, 22, 29]))
+    table(tmp_path / "stage_2_train.csv", dict(zip(SLICES, ROWS, strict=True)))
+    (case,) = RSNA(tmp_path).cases()
+    volume, _ = scan.read(case.image)
+    assert len(volume.voxels) == 7
+    assert case.slice_labels == (*ROWS[:4], (0, 0, 0, 0, -1), ROWS[4], ROWS[5])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([f"{SLICES[1]}_epidural,1"], "contradicts an earlier line"),
+        (["ID_x_subdural,0.5"], "expected ID_<slice>_<type>"),
+        (["ID_x_other,1"], "expected ID_<slice>_<type>"),
+        (["ID_x_any,0", "ID_x_subdural,1"], "ID_x: 'any' is not the union"),
+        ([f"ID_x_{kind},0" for kind in TYPES] + ["ID_x_any,1"], "ID_x: 'any' is not the union"),
+    ],
+)
+def test_tables_that_make_no_sense_are_refused(tmp_path, more, message):
+    table(tmp_path / "t.csv", dict(zip(SLICES, ROWS, strict=True)), more)
+    with pytest.raises(ValueError, match=message):
+        rsna.read_table(tmp_path / "t.csv")
+
+
+def test_repeated_lines_are_dropped_and_any_alone_says_what_it_can(tmp_path):
+    more = [f"{SLICES[1]}_epidural,0", "ID_a_any,0", "ID_b_any,1", "ID_b_subdural,0"]
+    table(tmp_path / "t.csv", dict(zip(SLICES, ROWS, strict=True)), more)
+    found = rsna.read_table(tmp_path / "t.csv")
+    assert [found[name] for name in SLICES] == list(ROWS)
+    assert found["ID_a"] == (0,) * 5
+    assert found["ID_b"] == (-1, -1, -1, -1, 0)
+
+
+def bhsd_tree(root, volume, ids):
+    """BHSD's layout, stored as its files are: L, A, S."""
+    (root / "unlabel_1" / "anybleed").mkdir(parents=True)
+    for id, changed in ids.items():
+        nifti.write_volume(root / "unlabel_1" / "anybleed" / f"{id}.nii.gz", changed or volume)
+    return root
+
+
+def test_patients_outlined_in_bhsd_are_left_out_of_the_pool(root, tmp_path):
+    study(
+        root / "stage_2_train" / "more",
+        patient="ID_0b000002",
+        study="ID_00000000b2",
+        instances=[f"x{k}" for k in range(6)],
+    )
+    base = tmp_path / "bhsd"
+    for folder in ("images", "ground truths"):
+        (base / "label_1" / folder).mkdir(parents=True)
+    volume = Volume(np.zeros((2, 4, 4), np.uint8), np.diag([5.0, 1, 1, 1])[:, [2, 1, 0, 3]], "")
+    outlined = f"{PATIENT}_ID_00000000ff"
+    for folder in ("images", "ground truths"):
+        nifti.write_volume(base / "label_1" / folder / f"{outlined}.nii.gz", volume)
+    (base / "dataset.json").write_text(f'{{"training": ["{outlined}.nii.gz"]}}')
+    cases = list(RSNA(root, bhsd=base).cases())
+    assert [(case.id, case.split) for case in cases] == [
+        (outlined, "train"),
+        ("ID_0b000002_ID_00000000b2", "unlabeled"),
+    ]
+
+
+def test_bhsd_gets_the_labels_of_the_study_that_its_slices_match(root, tmp_path):
+    (case,) = RSNA(root).cases()
+    volume, _ = scan.read(case.image)
+    shorter = Volume(volume.voxels[:-1], volume.affine, "")
+    tree = bhsd_tree(
+        tmp_path / "bhsd", volume, {case.id: None, "ID_0c000003_ID_00000000c3": shorter}
+    )
+    groups, labels = dicom_series.find(root), rsna.read_table(root / "stage_2_train.csv")
+    found = bhsd_slices.match(BHSD(tree), groups, labels)
+    assert found.rows == {case.id: ROWS}
+    assert found.refused == {"ID_0c000003_ID_00000000c3": "its study is not among the slices"}
+    bhsd_slices.write(tree / bhsd_slices.FILE, found.rows, BHSD(tree).classes[1:])
+    labeled = {c.id: c.slice_labels for c in BHSD(tree).cases()}
+    assert labeled == {case.id: ROWS, "ID_0c000003_ID_00000000c3": None}
+    with (tree / bhsd_slices.FILE).open() as file:
+        assert [row["any"] for row in csv.DictReader(file)] == list("011100")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v[:-1], "5 slices, but its series has 6"),
+        (lambda v: v[:, ::-1], "correlates with its original by"),
+        (lambda v: v[::-1], "correlates with its original by"),
+    ],
+)
+def test_bhsd_scans_that_are_not_the_study_get_no_labels(root, tmp_path, change, message):
+    (case,) = RSNA(root).cases()
+    volume, _ = scan.read(case.image)
+    other = Volume(np.ascontiguousarray(change(volume.voxels)), volume.affine, "")
+    tree = bhsd_tree(tmp_path / "bhsd", other, {case.id: None})
+    groups, labels = dicom_series.find(root), rsna.read_table(root / "stage_2_train.csv")
+    found = bhsd_slices.match(BHSD(tree), groups, labels)
+    assert not found.rows
+    assert message in found.refused[case.id]
+
+
+def test_a_bhsd_scan_stored_from_the_top_down_gets_its_rows_in_file_order(root, tmp_path):
+    (case,) = RSNA(root).cases()
+    volume, _ = scan.read(case.image)
+    affine = volume.affine.copy()
+    affine[:3, 3] += affine[:3, 0] * 5
+    affine[:3, 0] *= -1
+    turned = Volume(np.ascontiguousarray(volume.voxels[::-1]), affine, "")
+    tree = bhsd_tree(tmp_path / "bhsd", turned, {case.id: None})
+    groups, labels = dicom_series.find(root), rsna.read_table(root / "stage_2_train.csv")
+    found = bhsd_slices.match(BHSD(tree), groups, labels)
+    assert found.rows == {case.id: ROWS[::-1]}
