@@ -7,6 +7,8 @@ on the command line, words separated by commas: `--config=configs/cps.py:smoke,d
 import ml_collections
 from ml_collections.config_dict import FieldReference, placeholder
 
+from configs import backbones
+
 DATA = {  # the word `data=`
     "synthetic": {"name": "synthetic.Synthetic", "root": "", "difficulty": "default"},
     "bhsd": {"name": "bhsd.BHSD", "root": "data/BHSD"},
@@ -14,7 +16,8 @@ DATA = {  # the word `data=`
 }
 WORDS = {
     "smoke": False,
-    "backbone": "nnunet.PlainConvUNet",
+    "backbone": "nnunet",
+    "recipe": "published",
     "data": "synthetic",
     "preset": "recommended",
     "labels": "",
@@ -66,8 +69,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "clip": 12.0,  # global gradient norm, per network
         "schedule": "poly",
         "power": 0.9,
-        "warmup": 0,  # steps
+        "warmup": 0.0,  # steps; below 1: share of the training
     }
+    backbones.choose(config, words["backbone"], words["recipe"], head_ct=words["data"] == "bhsd")
     config.train = _train()
     config.mesh = {"data": -1, "model": 1, "space": 1}  # devices per axis; -1: all that are left
     config.infer = _infer()
@@ -264,8 +268,7 @@ def smoke(config: ml_collections.ConfigDict) -> None:
         config.data.difficulty = "easy"
         config.preprocess.spacing_mm = (16.0, 3.9, 3.9)
     config.input.update(patch=(8, 32, 32), labeled=2, threads=1, buffer=2)
-    if config.model.name.startswith("nnunet."):
-        config.model.features = (8, 16)
+    backbones.shrink(config)
     config.train.update(steps=4, log_every=1, validate_every=2, validate_cases=1, save_every=2)
     config.infer.update(mirror=False)
     config.evaluate.bootstrap = 50

@@ -35,7 +35,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         {"name": "spatial.Mirror", "p": 0.5, "axes": (2,)},
     )
     config.augment.intensity = ({"name": "intensity.GaussianNoise", "p": 0.1},)
-    config.model.features = (8, 16, 32, 64)
+    if config.model.name.startswith("nnunet."):
+        config.model.features = (8, 16, 32, 64)
     # In a few hundred steps Adam gets further than SGD with momentum 0.99.
     config.optimizer.update(name="adam", lr=0.003, momentum=0.9)
     config.loss.update(batch_dice=True, ce_weight=0.5)

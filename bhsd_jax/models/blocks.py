@@ -92,6 +92,17 @@ def _standardize_grad(epsilon: float, residuals: tuple[Array, Array, Array], gra
 standardize.defvjp(_standardize, _standardize_grad)
 
 
+def rematerialized(stage: Any, remat: str) -> Any:
+    """The module class, recomputed in the backward pass if `remat` is "blocks".
+
+    Raises:
+        ValueError: If `remat` is neither "none" nor "blocks".
+    """
+    if remat not in ("none", "blocks"):
+        raise ValueError(f"remat is {remat!r}; choose 'none' or 'blocks'")
+    return nn.remat(stage) if remat == "blocks" else stage
+
+
 def require_patch(model: str, patch: tuple[int, ...], stride: tuple[int, ...]) -> None:
     """Refuses a patch that the network cannot halve as often as it wants.
 

@@ -1,5 +1,8 @@
 """CoTr: a convolutional encoder and decoder, a transformer between on the two deepest maps.
 
+Its deformable attention is plain gathers, no kernel of its own; `DeformableAttention` says what
+they cost.
+
 Source: Xie et al. 2021, arXiv:2103.03024; CoTr 521b4cc, whose outputs and gradients it reproduces.
 """
 
@@ -15,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bhsd_jax.models import torch_import
-from bhsd_jax.models.blocks import require_patch
+from bhsd_jax.models.blocks import rematerialized, require_patch
 from bhsd_jax.models.conv import ConvTranspose, Triple
 from bhsd_jax.models.cotr_attention import DeformableEncoder, Options
 from bhsd_jax.models.cotr_layers import (
@@ -94,7 +97,7 @@ class CoTr(nn.Module):
             dtype=self.dtype,
         )
         x = unit(self.features[0], (7, 7, 7), self.strides[0], name="stem")(image)
-        maps, block = [x], _rematerialized(BackboneBlock, self.remat)
+        maps, block = [x], rematerialized(BackboneBlock, self.remat)
         for i in range(3):
             features = self.features[min(i + 1, 2)]
             for b in range(self.blocks[i]):
@@ -105,14 +108,12 @@ class CoTr(nn.Module):
         options = Options(
             self.heads, self.points, self.ffn, self.dropout, self.axes, train, self.dtype
         )
-        transformer = DeformableEncoder(
-            options, self.layers, self.remat == "blocks", name="transformer"
-        )
+        transformer = DeformableEncoder(options, self.layers, self.remat, name="transformer")
         maps[2:] = transformer(tuple(maps[2:]))
         return self._decode(unit, maps)
 
     def _decode(self, unit: functools.partial, maps: list[Array]) -> Logits:
-        block = _rematerialized(DecoderBlock, self.remat)
+        block = rematerialized(DecoderBlock, self.remat)
         x, logits = maps[3], []
         for i in reversed(range(3)):
             up = functools.partial(
@@ -136,7 +137,6 @@ def _require_fields(net: CoTr) -> None:
     choices = {
         "norm": ("instance", "batch", "group"),
         "axes": ("reference", "fixed"),
-        "remat": ("none", "blocks"),
     }
     for field, good in choices.items():
         if getattr(net, field) not in good:
@@ -144,10 +144,6 @@ def _require_fields(net: CoTr) -> None:
     for field, count in {"features": 3, "blocks": 3, "strides": 4}.items():
         if len(getattr(net, field)) != count:
             raise ValueError(f"CoTr: {field} needs {count} entries; got {getattr(net, field)}")
-
-
-def _rematerialized(block: Any, remat: str) -> Any:
-    return nn.remat(block) if remat == "blocks" else block
 
 
 def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:

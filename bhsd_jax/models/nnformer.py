@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bhsd_jax.models import nnformer_torch
-from bhsd_jax.models.blocks import require_patch
+from bhsd_jax.models.blocks import rematerialized, require_patch
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.nnformer_blocks import (
     Block,
@@ -121,7 +121,7 @@ class NNFormer(nn.Module):
 
     def _block(self, options: Options, stage: int, grid: tuple[int, ...], heads: int) -> Any:
         window, shift = fit_window(self.attn_windows[stage], grid)
-        block = nn.remat(Block) if self.remat == "blocks" else Block
+        block = rematerialized(Block, self.remat)
 
         def make(shifted: bool, rate: float, name: str) -> nn.Module:
             return block(options, heads, window, shift if shifted else (0, 0, 0), rate, name=name)
@@ -183,8 +183,6 @@ def _require_fields(net: NNFormer) -> None:
             f"NNFormer: heads {net.heads}, heads_decoder {net.heads_decoder} must be 4 and 3 (or"
             f" none), and divide embed {net.embed} times 1, 2, 4, 8; embed must be even"
         )
-    if net.remat not in ("none", "blocks"):
-        raise ValueError(f"NNFormer: remat is {net.remat!r}; choose 'none' or 'blocks'")
 
 
 def _require_depth(net: NNFormer, patch: tuple[int, ...]) -> None:

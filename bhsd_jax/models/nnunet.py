@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from bhsd_jax.models.blocks import ConvUnit, require_patch
+from bhsd_jax.models.blocks import ConvUnit, rematerialized, require_patch
 from bhsd_jax.models.conv import Conv, ConvTranspose, Triple
 from bhsd_jax.types import Logits
 
@@ -58,7 +58,7 @@ class PlainConvUNet(nn.Module):
     def __call__(self, image: Float[Array, "B D H W C"], *, train: bool) -> Logits:
         del train  # one function: no dropout, no running statistics
         require_patch(type(self).__name__, image.shape[1:4], self.stride)
-        stage = _rematerialized(ConvStage, self.remat)
+        stage = rematerialized(ConvStage, self.remat)
         strides, kernels = _strides(self), _kernels(self)
         convs = _counts(self, "convs_encoder", len(self.features))
         x, skips = image.astype(self.dtype), []
@@ -105,7 +105,7 @@ class ResidualEncoderUNet(nn.Module):
     def __call__(self, image: Float[Array, "B D H W C"], *, train: bool) -> Logits:
         del train  # one function: no dropout, no running statistics
         require_patch(type(self).__name__, image.shape[1:4], self.stride)
-        stage = _rematerialized(ResidualStage, self.remat)
+        stage = rematerialized(ResidualStage, self.remat)
         strides, kernels = _strides(self), _kernels(self)
         stages = len(self.features)
         blocks = _per_stage(self, "blocks_encoder", _BLOCKS)
@@ -176,7 +176,7 @@ class ResidualStage(nn.Module):
 
 def _decode(net: Any, skips: list[Array]) -> Logits:
     """From the lowest stage up: up-sample, join (up-sampled first, then skip), convolve, head."""
-    stage = _rematerialized(ConvStage, net.remat)
+    stage = rematerialized(ConvStage, net.remat)
     strides, kernels = _strides(net), _kernels(net)
     convs = _counts(net, "convs_decoder", len(skips) - 1)
     x, logits = skips[-1], []
@@ -201,12 +201,6 @@ def _unit(net: Any, kernel: Triple) -> functools.partial:
         slope=net.slope,
         dtype=net.dtype,
     )
-
-
-def _rematerialized(stage: Any, remat: str) -> Any:
-    if remat not in ("none", "blocks"):
-        raise ValueError(f"remat is {remat!r}; choose 'none' or 'blocks'")
-    return nn.remat(stage) if remat == "blocks" else stage
 
 
 def _strides(net: Any) -> tuple[Triple, ...]:

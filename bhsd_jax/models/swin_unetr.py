@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bhsd_jax.models import torch_import, unetr_torch
-from bhsd_jax.models.blocks import require_patch
+from bhsd_jax.models.blocks import rematerialized, require_patch
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.swin_blocks import PatchMerging, SwinBlock, SwinStage, merging_order
 from bhsd_jax.models.torch_import import Recipe, Weight
@@ -26,7 +26,6 @@ from bhsd_jax.models.unetr_blocks import (
     NormSpec,
     PatchEmbed,
     UpBlock,
-    rematerialized,
     total_stride,
 )
 from bhsd_jax.types import Logits

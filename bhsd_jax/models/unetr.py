@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bhsd_jax.models import torch_import, unetr_torch
-from bhsd_jax.models.blocks import require_patch
+from bhsd_jax.models.blocks import rematerialized, require_patch
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.torch_import import Recipe, Weight
 from bhsd_jax.models.unetr_blocks import (
@@ -27,7 +27,6 @@ from bhsd_jax.models.unetr_blocks import (
     PatchEmbed,
     UpBlock,
     attend,
-    rematerialized,
     total_stride,
     trunc_normal,
     up_sample,

@@ -261,17 +261,6 @@ def _scaled(layer: Any, normal: Array) -> Array:
     return jnp.asarray(normal, layer.dtype)
 
 
-def rematerialized(stage: Any, remat: str) -> Any:
-    """The module class, recomputed in the backward pass if `remat` is "blocks".
-
-    Raises:
-        ValueError: If `remat` is neither "none" nor "blocks".
-    """
-    if remat not in ("none", "blocks"):
-        raise ValueError(f"remat is {remat!r}; choose 'none' or 'blocks'")
-    return nn.remat(stage) if remat == "blocks" else stage
-
-
 def total_stride(strides: tuple[Triple, ...]) -> Triple:
     """Product over the steps, axis by axis."""
     d, h, w = np.prod(strides, axis=0).tolist()

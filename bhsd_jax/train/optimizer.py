@@ -8,22 +8,32 @@ from bhsd_jax.types import Params
 
 
 def make_schedule(
-    schedule: str, *, lr: float, steps: int, power: float = 0.9, warmup: int = 0, hold: int = 1
+    schedule: str, *, lr: float, steps: int, power: float = 0.9, warmup: float = 0, hold: int = 1
 ) -> optax.Schedule:
     """Learning rate by step: `poly`, `cosine` or `constant`, after a linear warm-up from 0.
 
-    `hold` keeps the rate for so many steps; nnU-Net's is 250 (one epoch). The shape runs over the
-    steps after the warm-up and ends at 0 with the training.
+    `hold` keeps the rate for so many steps; nnU-Net's is 250 (one epoch). A `warmup` below 1 is
+    a share of the training. The shape runs over the steps after the warm-up and ends at 0 with
+    the training. `warmup_cosine` is MONAI's: its warm-up starts with a rate of 0 and reaches
+    `lr` one `hold` before it ends.
+
+    Source: MONAI research-contributions `LinearWarmupCosineAnnealingLR`, whose `hold` is an epoch.
 
     Raises:
         ValueError: If the name is unknown, or the warm-up is as long as the training.
     """
+    warmup = round(warmup * steps if warmup < 1 else warmup)
     if not 0 <= warmup < steps:
         raise ValueError(f"optimizer.warmup is {warmup} of {steps} steps; make it shorter")
     length = steps - warmup
+
+    def cosine(t):
+        return 0.5 * (1 + jnp.cos(jnp.pi * t))
+
     shapes = {
         "poly": lambda t: (1 - t) ** power,
-        "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),
+        "cosine": cosine,
+        "warmup_cosine": cosine,
         "constant": lambda t: jnp.ones_like(t),
     }
     if schedule not in shapes:
@@ -33,7 +43,9 @@ def make_schedule(
     def rate(step):
         held = (step // hold) * hold
         t = jnp.clip((held - warmup) / length, 0.0, 1.0)
-        rising = jnp.minimum((step + 1) / (warmup + 1), 1.0)
+        rising = (step + 1) / (warmup + 1)
+        if schedule == "warmup_cosine":
+            rising = jnp.minimum(held / max(1, warmup - hold), 1.0)
         return jnp.where(step < warmup, lr * rising, lr * shape(t))
 
     return rate

@@ -1,16 +1,20 @@
 """Every experiment file builds, is what it was, and refuses words it does not know."""
 
 import importlib
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
+from bhsd_jax.build import find
+from configs.backbones import BACKBONES, RECIPES
+
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(
     path.stem
     for path in (ROOT / "configs").glob("*.py")
-    if path.stem not in ("__init__", "common", "from_run")
+    if path.stem not in ("__init__", "backbones", "common", "from_run")
 )
 GOLDEN = Path(__file__).parents[1] / "golden" / "configs"
 
@@ -39,6 +43,46 @@ def test_an_unknown_word_lists_the_known_ones(name):
         resolved(name, "smok")
     with pytest.raises(ValueError, match="synthetic, bhsd, msd"):
         resolved(name, "data=moon")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_takes_every_backbone_and_recipe(name, recipe, backbone):
+    config = resolved(name, f"smoke,backbone={backbone},recipe={recipe}")
+    made, fields = find("bhsd_jax.models", config["model"]["name"]), dict(config["model"])
+    del fields["name"]
+    accepted = inspect.signature(made).parameters
+    assert {key for key, value in fields.items() if value is not None} <= set(accepted)
+    own = recipe == "published" and BACKBONES[backbone].optimizer is not None
+    if name == "supervised":
+        want = {"name": "adamw", "lr": 1e-4, "weight_decay": 1e-5, "clip": None, "warmup": 0.01}
+        assert (want.items() <= config["optimizer"].items()) == own
+
+
+def test_head_ct_pins_the_patch_unless_nnunet_plans_it():
+    patches = {b: resolved("cps", f"data=bhsd,backbone={b}")["input"]["patch"] for b in BACKBONES}
+    planned = {"nnunet", "nnunet_resenc"}
+    assert {b for b, patch in patches.items() if patch is None} == planned
+    assert all(patch == [20, 320, 256] for b, patch in patches.items() if b not in planned)
+    assert resolved("cps", "data=msd,backbone=unetr")["input"]["patch"] is None
+
+
+def test_unknown_backbones_and_recipes_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"unetr, swin_unetr, cotr, nnformer, nnunet, nnunet_r"):
+        resolved("supervised", "backbone=vnet")
+    with pytest.raises(ValueError, match="published, nnunet"):
+        resolved("supervised", "recipe=mine")
+
+
+def test_a_recipe_of_one_config_does_not_reach_the_next():
+    from configs import supervised
+
+    first = supervised.get_config("backbone=unetr")
+    first.optimizer.update(clip=1.0, lr=3.0)
+    again = supervised.get_config("backbone=unetr")
+    assert again.optimizer.clip is None
+    assert again.optimizer.lr == pytest.approx(1e-4)
 
 
 def test_words_reach_their_fields():

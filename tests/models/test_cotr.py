@@ -96,7 +96,7 @@ def test_a_patch_that_does_not_fit_is_refused_with_the_nearest_that_does():
     [
         ({"norm": "layer"}, "norm is 'layer'; choose from .*group"),
         ({"axes": "dhw"}, "axes is 'dhw'; choose from .*fixed"),
-        ({"remat": "all"}, "choose from .*blocks"),
+        ({"remat": "all"}, "choose 'none' or 'blocks'"),
         ({"blocks": (1, 1)}, "blocks needs 3 entries"),
         ({"heads": 5}, r"12 channels must divide into heads \(5\)"),
         ({"features": (4, 6, 10)}, "10 channels give 4, 3, 3"),

@@ -30,6 +30,35 @@ def test_warm_up_rises_to_the_rate_and_cosine_ends_at_zero():
     assert float(rate(110)) == pytest.approx(0, abs=1e-7)
 
 
+def test_warmup_cosine_gives_monais_rates():
+    """The rule of its scheduler written out; one step is an epoch."""
+    epochs, warmup = 5000, 50
+    rate = make_schedule("warmup_cosine", lr=1e-4, steps=epochs, warmup=0.01)
+    for epoch in (0, 1, 25, 48, 49, 50, 51, 1000, 2525, 4999):
+        cosine = 0.5 * (1 + np.cos(np.pi * (epoch - warmup) / (epochs - warmup)))
+        want = 1e-4 * (epoch / (warmup - 1) if epoch < warmup else cosine)
+        assert float(rate(epoch)) == pytest.approx(
+            want, rel=1e-4, abs=1e-11
+        )  # float32 near 1 + cos
+    held = make_schedule("warmup_cosine", lr=1.0, steps=300, warmup=90, hold=30)
+    assert [float(held(i)) for i in (0, 29, 30, 60, 90)] == pytest.approx([0, 0, 0.5, 1, 1])
+
+
+def test_adamw_is_pytorchs():
+    rng = np.random.default_rng(0)
+    want, grads = rng.normal(size=5), rng.normal(size=(6, 5))
+    tx = make_optimizer("adamw", lambda step: 0.1, momentum=0.9, weight_decay=0.3, clip=None)
+    params = jnp.asarray(want, jnp.float32)
+    state, first, second = tx.init(params), np.zeros(5), np.zeros(5)
+    for i, grad in enumerate(grads, start=1):
+        updates, state = tx.update(jnp.asarray(grad, jnp.float32), state, params)
+        params = params + updates
+        want = want - 0.1 * 0.3 * want  # decoupled, before the step
+        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+        want = want - 0.1 * (first / (1 - 0.9**i)) / (np.sqrt(second / (1 - 0.999**i)) + 1e-8)
+    np.testing.assert_allclose(params, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_sgd_is_pytorchs(nesterov):
     rng = np.random.default_rng(0)
@@ -64,7 +93,7 @@ def test_a_zero_gradient_stays_zero():
 def test_unknown_names_list_the_choices():
     with pytest.raises(ValueError, match="sgd, adam, adamw"):
         make_optimizer("lion", lambda step: 0.1)
-    with pytest.raises(ValueError, match="poly, cosine, constant"):
+    with pytest.raises(ValueError, match="poly, cosine, warmup_cosine, constant"):
         make_schedule("step", lr=0.1, steps=5)
     with pytest.raises(ValueError, match="warmup is 9 of 5"):
         make_schedule("poly", lr=0.1, steps=5, warmup=9)

@@ -1,0 +1,106 @@
+"""The networks of the benchmark by short name: class, head CT patch, published training recipe.
+
+Two words of every experiment: `--config=configs/cps.py:backbone=swin_unetr,recipe=nnunet`.
+`recipe=published` (the default) is what the authors trained with: optimizer, rate, schedule,
+warm-up, weight decay, clipping. CoTr and nnFormer were trained with nnU-Net's, so for them and
+for nnU-Net the two are one. Loss, augmentation, batch and length are nnU-Net's for all, as in the
+benchmark. A backbone may also be named by its class, `backbone=unetr.UNETR`: then nothing but
+the class changes.
+
+Source: CoTr 521b4cc, nnFormer d48aaeb, nnU-Net 2.8.1, and MONAI's research-contributions (UNETR
+and Swin UNETR on BTCV); the fields named in each.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+RECIPES = ("published", "nnunet")
+# UNETR and Swin UNETR alike: AdamW, no clipping, 50 of 5000 epochs of warm-up.
+_ADAMW = {
+    "name": "adamw",
+    "lr": 1e-4,
+    "momentum": 0.9,  # Adam's beta 1
+    "weight_decay": 1e-5,
+    "schedule": "warmup_cosine",
+    "warmup": 0.01,
+}
+# Every network's preset for thick slices accepts the patch nnU-Net plans for BHSD.
+_PATCH = (20, 320, 256)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A class in bhsd_jax/models and what differs from nnU-Net's defaults."""
+
+    name: str
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the class
+    patch: tuple[int, int, int] | None = _PATCH  # on head CT; None: the plan's
+    optimizer: Mapping[str, Any] | None = None  # as published; None: nnU-Net's
+
+
+BACKBONES = {
+    "unetr": Backbone("unetr.UNETR", {"embedding": "perceptron"}, optimizer=_ADAMW),
+    "swin_unetr": Backbone("swin_unetr.SwinUNETR", optimizer=_ADAMW),
+    "cotr": Backbone("cotr.CoTr"),
+    "nnformer": Backbone("nnformer.NNFormer"),
+    "nnunet": Backbone("nnunet.PlainConvUNet", patch=None),
+    # One convolution per decoder stage, whatever planner made the plan.
+    "nnunet_resenc": Backbone("nnunet.ResidualEncoderUNet", {"convs_decoder": 1}, patch=None),
+}
+_SMOKE = {  # thin networks that still have every part, by class
+    "unetr.UNETR": {
+        "feature_size": 4,
+        "hidden_size": 24,
+        "mlp_dim": 48,
+        "heads": 2,
+        "layers": 2,
+        "taps": (1, 1, 2),
+    },
+    "swin_unetr.SwinUNETR": {"feature_size": 4, "depths": (1, 1, 1, 1), "heads": (1, 2, 2, 4)},
+    "cotr.CoTr": {
+        "features": (8, 12, 24),
+        "blocks": (1, 1, 1),
+        "heads": 2,
+        "layers": 1,
+        "points": 2,
+        "ffn": 32,
+    },
+    "nnformer.NNFormer": {"embed": 8, "depths": (1, 1, 1, 1), "heads": (1, 2, 2, 4)},
+    "nnunet.PlainConvUNet": {"features": (8, 16)},
+    "nnunet.ResidualEncoderUNet": {"features": (8, 16)},
+}
+
+
+def choose(config: ml_collections.ConfigDict, backbone: str, recipe: str, *, head_ct: bool) -> None:
+    """Sets the model, and for a short name the patch (on head CT) and the recipe.
+
+    Raises:
+        ValueError: If the short name or the recipe is not known; lists the choices.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe={recipe} is not known; choose from {', '.join(RECIPES)}")
+    config.model.name = backbone
+    if "." in backbone:
+        return
+    if backbone not in BACKBONES:
+        raise ValueError(
+            f"backbone={backbone} is not known; choose from {', '.join(BACKBONES)}, or name a "
+            "class as <module>.<Class>"
+        )
+    chosen = BACKBONES[backbone]
+    config.model.name = chosen.name
+    config.model.update(dict(chosen.fields))
+    if head_ct and chosen.patch is not None:
+        config.input.patch = chosen.patch
+    if recipe == "published" and chosen.optimizer is not None:
+        config.optimizer.update(dict(chosen.optimizer))
+        config.optimizer.clip = placeholder(float)
+
+
+def shrink(config: ml_collections.ConfigDict) -> None:
+    """Thin features, for smoke runs; other classes keep their own."""
+    config.model.update(_SMOKE.get(config.model.name, {}))
