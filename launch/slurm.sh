@@ -16,11 +16,21 @@ set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 BHSD_EXTRAS=${BHSD_EXTRAS:-cuda} source tools/env
 
-srun --kill-on-bad-exit=1 python -m bhsd_jax.main train "$@" &
-job=$!
-trap 'kill -TERM "$job"' TERM
-wait "$job"; code=$?
-while kill -0 "$job" 2>/dev/null; do wait "$job"; code=$?; done  # a trap ends the first wait
+# Runs a command so that SIGTERM reaches it, and waits until it has saved.
+run() {
+  "$@" &
+  job=$!
+  trap 'kill -TERM "$job"' TERM
+  wait "$job"; code=$?
+  while kill -0 "$job" 2>/dev/null; do wait "$job"; code=$?; done  # a trap ends the first wait
+}
+
+run srun --kill-on-bad-exit=1 python -m bhsd_jax.main train "$@"
+for verb in ${BHSD_AFTER:-}; do  # as launch/table1 --slurm asks: predict evaluate report
+  [ "$code" -eq 0 ] || break
+  run srun --nodes=1 --ntasks=1 python -m bhsd_jax.main "$verb" "$@"
+  [ "$code" -ne 143 ] || code=75  # ended by SIGTERM: begins anew
+done
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

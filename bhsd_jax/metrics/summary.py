@@ -75,6 +75,22 @@ def summarize(
     return {name: _summarize(name, voxels, classes, draws) for name in CONVENTIONS}
 
 
+def resampled(
+    rows: Sequence[Row], classes: Sequence[str], *, resamples: int, seed: int
+) -> dict[str, dict[str, Float[np.ndarray, " draws"]]]:
+    """Mean Dice by convention and class (and "mean") of the sample, then of every resample.
+
+    Two predictions of the same scans meet the same resamples of patients, so that their
+    difference in each of them is that of a paired comparison.
+
+    Raises:
+        ValueError: If a row is of another class, or comes twice.
+    """
+    voxels = _tabulate(rows, classes)
+    draws = _draw(voxels.patient, resamples, seed)
+    return {name: _values(name, voxels, classes, draws)[0] for name in CONVENTIONS}
+
+
 def measures(rows: Sequence[Row], classes: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Per foreground class what is not Dice: distances, volumes, lesions.
 
@@ -117,18 +133,27 @@ def _draw(patient: Int[np.ndarray, " cases"], resamples: int, seed: int) -> _Dra
 def _summarize(
     convention: str, voxels: _Voxels, classes: Sequence[str], draws: _Draws
 ) -> dict[str, Mean]:
-    above, below, counted = _terms(convention, voxels)
-    values = _ratio(draws @ _per_patient(above, voxels), draws @ _per_patient(below, voxels))
+    values, counted = _values(convention, voxels, classes, draws)
     present = (voxels.reference > 0).sum(0)
     false = ((voxels.reference == 0) & (voxels.predicted > 0)).sum(0)
     found = {
-        name: _mean(values[:, i], counted[:, i].sum(), present[i], false[i])
+        name: _mean(values[name], counted[:, i].sum(), present[i], false[i])
         for i, name in enumerate(classes)
     }
+    classes_defined = sum(bool(np.isfinite(values[name][0])) for name in classes)
+    found["mean"] = _mean(values["mean"], np.int64(classes_defined), present.sum(), false.sum())
+    return found
+
+
+def _values(
+    convention: str, voxels: _Voxels, classes: Sequence[str], draws: _Draws
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Mean Dice of every resample by class and over classes, and which cases count."""
+    above, below, counted = _terms(convention, voxels)
+    values = _ratio(draws @ _per_patient(above, voxels), draws @ _per_patient(below, voxels))
     defined = np.isfinite(values)
     over_classes = _ratio(np.where(defined, values, 0).sum(1), defined.sum(1))
-    found["mean"] = _mean(over_classes, defined[0].sum(), present.sum(), false.sum())
-    return found
+    return {name: values[:, i] for i, name in enumerate(classes)} | {"mean": over_classes}, counted
 
 
 def _terms(convention: str, voxels: _Voxels) -> tuple[_Table, _Table, np.ndarray]:

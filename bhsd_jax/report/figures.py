@@ -111,6 +111,31 @@ def agreement_png(volumes: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     return _png(figure)
 
 
+def forest_png(
+    rows: Sequence[tuple[str, float, float, float, float | None]], axis_title: str
+) -> bytes:
+    """One line per row, the first on top: value with its interval, and a printed value beside."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.34 * len(rows)), layout="constrained")
+    for height, (_, value, low, high, printed) in enumerate(reversed(rows)):
+        axis.plot([low, high], [height, height], color=_INK, lw=1.6, zorder=1)
+        axis.scatter([value], [height], s=42, color=_INK, zorder=2)
+        if printed is not None:
+            axis.scatter(
+                [printed], [height], s=52, facecolor="white", edgecolor=PREDICTION, lw=2, zorder=3
+            )
+    axis.set_yticks(range(len(rows)), [title for title, *_ in reversed(rows)])
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.set_xlim(left=0)
+    axis.grid(axis="x", color=_FAINT, lw=0.4)
+    axis.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel(axis_title)
+    return _png(figure)
+
+
 def overlay_png(case: Overlay, *, slices: int = 3) -> bytes:
     """The plain slice with most of the lesion, then it and its neighbors with both contours."""
     plt = _pyplot()

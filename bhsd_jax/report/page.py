@@ -18,6 +18,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); margin: 2rem aut
   max-width: 62rem; padding: 0 1rem; }
 h1 { line-height: 1.2; margin-bottom: .2rem } h2 { margin-top: 2.4rem }
 .notice { background: var(--warn); border-left: 4px solid #f0a020; padding: .6rem 1rem; }
+.banner { background: #fde8e8; border-left: 4px solid #c53030; padding: .6rem 1rem;
+  font-weight: 600 }
 .lead { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.2rem 0 }
 .figure { border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem; min-width: 11rem }
 .figure b { display: block; font-size: 1.8rem; line-height: 1.2 }
@@ -57,6 +59,7 @@ class Page:
     headline: tuple[tuple[str, str], ...]  # big number, what it is
     sections: tuple[Section, ...] = field(default=())
     footer: str = ""
+    banners: tuple[str, ...] = ()  # what must not be missed, above everything else
 
     def to_html(self) -> str:
         """One file without scripts, links or other files."""
@@ -68,18 +71,21 @@ class Page:
             f"<h2>{html.escape(section.title)}</h2>" + "".join(map(_html, section.parts))
             for section in self.sections
         )
+        banners = "".join(f'<p class="banner">{html.escape(text)}</p>' for text in self.banners)
         return (
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head><body>"
             f'<h1>{html.escape(self.title)}</h1><p class="note">{html.escape(self.subtitle)}</p>'
-            f'<p class="notice">{html.escape(NOTICE)}</p><div class="lead">{figures}</div>'
+            f'{banners}<p class="notice">{html.escape(NOTICE)}</p><div class="lead">{figures}</div>'
             f'{sections}<p class="note">{html.escape(self.footer)}</p></body></html>\n'
         )
 
     def to_markdown(self) -> str:
         """The words and tables; pictures are named by their captions."""
-        lines = [f"# {self.title}", self.subtitle, f"> {NOTICE}"]
+        lines = [f"# {self.title}", self.subtitle]
+        lines += [f"> **{text}**" for text in self.banners]
+        lines.append(f"> {NOTICE}")
         lines.append("\n".join(f"- **{value}** {what}" for value, what in self.headline))
         for section in self.sections:
             lines.append(f"## {section.title}")

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,15 @@ def short_names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str
         return {case: case for case in cases}
     salt = _salt(workdir)
     return {c: hashlib.sha256((salt + c).encode()).hexdigest()[:8] for c in cases}
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Names of the fields in which two configs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} ({old} -> {new})"
 
 
 def _salt(folder: Path) -> str:

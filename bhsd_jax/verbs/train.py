@@ -60,7 +60,7 @@ def _train(config: Config, workdir: Path) -> None:
 
     state, position = _start(recipe, checkpoints, mesh, config.seed)
     batches = _batches(config, shards, roles, recipe, position)
-    train_step = _compile(recipe, state, mesh)
+    train_step = _compile(recipe, state, mesh, workdir)
     log = Log(
         workdir / "metrics.jsonl",
         config.train.steps,
@@ -122,7 +122,7 @@ def _open_run(config: Config, shards: Shards, workdir: Path) -> Checkpoints:
     checkpoints = Checkpoints(workdir / "checkpoints", config=plain, plan=plan)
     saved = workdir / "config.json"
     if checkpoints.latest() is not None and saved.is_file():
-        for field in _differences(json.loads(saved.read_text()), plain):
+        for field in setup.differences(json.loads(saved.read_text()), plain):
             logger.warning("resuming with another value of config.%s", field)
     if jax.process_index() == 0:
         write_json(saved, plain)
@@ -189,7 +189,7 @@ def _batches(
     )
 
 
-def _compile(recipe: Recipe, state: TrainState, mesh: Mesh) -> TrainStep:
+def _compile(recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path) -> TrainStep:
     """The step ahead of time, with what it costs in the log before step 1."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
@@ -212,16 +212,11 @@ def _compile(recipe: Recipe, state: TrainState, mesh: Mesh) -> TrainStep:
     )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     logger.info("%s parameters to train", f"{parameters:,}")
+    if jax.process_index() == 0:
+        known = {"devices": mesh.size, "device": jax.devices()[0].device_kind}
+        known |= {"parameters": parameters, "flops_per_device": cost.get("flops")}
+        write_json(workdir / "cost.json", known)  # of one step; read where runs are compared
     return compiled
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Names of the fields in which two configs differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path} ({old} -> {new})"
 
 
 @contextmanager

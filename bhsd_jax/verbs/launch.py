@@ -1,0 +1,202 @@
+"""What the programs in `launch/` share: options, shards, running or submitting, the report."""
+
+import argparse
+import hashlib
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bhsd_jax.verbs import series, slurm, study
+from bhsd_jax.verbs.series import Failure, Run, Stopped
+from bhsd_jax.verbs.setup import Config
+from bhsd_jax.verbs.study import Study
+
+logger = logging.getLogger(__name__)
+
+_PLACES = ("root", "processes", "shards", "allow_skipped")  # do not change what a shard holds
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of every series."""
+    parser.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
+    parser.add_argument("--out", type=Path, help="folder of the runs and the report")
+    parser.add_argument(
+        *("--override", "-o"),
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of every run's config; may be given often",
+    )
+    parser.add_argument("--shards", help="folder of shards made before; default: made here, once")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and their state")
+    parser.add_argument("--report-only", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--slurm",
+        nargs="?",
+        const="",
+        metavar="OPTIONS",
+        help='submit the runs; OPTIONS go to sbatch, as in --slurm="--partition=gpu"',
+    )
+
+
+def seeds(text: str) -> list[int]:
+    """Whole numbers separated by commas.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--seeds: needs whole numbers like 0,1,2; got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def overrides(fields: Sequence[str]) -> tuple[str, ...]:
+    """`field=value` as flags of a verb.
+
+    Raises:
+        ValueError: If one has no value.
+    """
+    for text in fields:
+        if "=" not in text.strip("="):
+            raise ValueError(f"--override: needs FIELD=VALUE, like train.steps=1000; got {text!r}")
+    return tuple(f"--config.{text.removeprefix('config.')}" for text in fields)
+
+
+def make_run(row: str, seed: int, arguments: Sequence[str], out: Path, shards: str | None) -> Run:
+    """A run with its folder and its shards in their place.
+
+    Raises:
+        ValueError: If the arguments do not resolve.
+    """
+    where = [f"--config.preprocess.shards={shards}"] if shards else []
+    config = series.resolve([*arguments, *where])
+    if not config.preprocess.shards:
+        where = [f"--config.preprocess.shards={data_folder(config, out) / 'shards'}"]
+    if not config.data.get("root"):
+        where.append(f"--config.data.root={data_folder(config, out) / 'synthetic'}")
+    arguments = (*arguments, *where)
+    return Run(row, seed, out / row / f"seed{seed}", arguments, series.resolve(arguments))
+
+
+def data_folder(config: Config, out: Path) -> Path:
+    """Where the shards of this config lie; rows that need the same shards share it."""
+    plain = series.plain(config)
+    used = [
+        {k: v for k, v in plain[part].items() if k not in _PLACES}
+        for part in ("data", "preprocess")
+    ]
+    root = "" if config.data.name.startswith("synthetic.") else config.data.root
+    digest = hashlib.sha256(json.dumps([root, used], sort_keys=True).encode()).hexdigest()
+    return out / f"data-{digest[:8]}"
+
+
+def launch(what: Study, options: argparse.Namespace, again: Sequence[str]) -> int:
+    """Lists, submits or runs the series and writes its report; the exit code.
+
+    Args:
+        what: The series.
+        options: Of `add_options`.
+        again: The command that was given, for the report's own job.
+    """
+    _say()
+    if options.dry_run:
+        return _list(what)
+    if options.slurm is not None:
+        return _submit(what, options.slurm, again)
+    failures: list[Failure] = []
+    code = 0
+    if not options.report_only:
+        series.share_programs(what.out / ".programs")
+        try:
+            _prepare(what.runs, what.out)
+            failures = series.perform(what.runs, lambda so_far: _so_far(what, so_far))
+        except Stopped as reason:
+            logger.warning("%s; the same command goes on from here", reason)
+            code = series.TRY_AGAIN
+    made = study.write(what, failures)
+    missing = made.wanted - sum(len(line.seeds) for line in made.lines)
+    for failure in failures:
+        logger.error("failed: %s: %s (%s)", failure.run.name, failure.reason, failure.run.workdir)
+    logger.info(
+        "%d of %d runs finished: %s", made.wanted - missing, made.wanted, what.out / "report.html"
+    )
+    return code or (1 if failures else 0)
+
+
+def main(program: Callable[[Sequence[str]], int]) -> None:
+    """Runs a program of the command line; what a user can mend is one line, not a traceback."""
+    try:
+        sys.exit(program(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell says it
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+
+
+def _say() -> None:
+    """Progress to standard error, as the verbs do."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger("bhsd_jax")
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+
+
+def _so_far(what: Study, failures: Sequence[Failure]) -> None:
+    """The report between runs; what is wrong with it must not stop them."""
+    try:
+        study.write(what, failures)
+    except ValueError as error:
+        logger.warning("no report yet: %s", error)
+
+
+def _state(run: Run) -> str:
+    try:
+        if series.is_finished(run):
+            return "finished"
+    except ValueError as error:
+        return f"refused: {error}"
+    return "begun" if (run.workdir / "checkpoints").is_dir() else "new"
+
+
+def _list(what: Study) -> int:
+    for run in what.runs:
+        command = shlex.join(["bhsd", "train", *run.arguments, f"--workdir={run.workdir}"])
+        sys.stdout.write(f"# {run.name}: {_state(run)}\n{command}\n")
+    return 0
+
+
+def _prepare(runs: Sequence[Run], out: Path) -> None:
+    """The shards of all runs that are not finished."""
+    for shards, run in _by_shards(runs).items():
+        series.prepare(run, _shards_workdir(shards, run, out))
+
+
+def _by_shards(runs: Sequence[Run]) -> Mapping[str, Run]:
+    found: dict[str, Run] = {}
+    for run in runs:
+        if _state(run) in ("new", "begun"):
+            found.setdefault(run.config.preprocess.shards, run)
+    return found
+
+
+def _shards_workdir(shards: str, run: Run, out: Path) -> Path:
+    """Where the integrity table goes: beside the shards."""
+    return Path(shards).parent if Path(shards).name == "shards" else data_folder(run.config, out)
+
+
+def _submit(what: Study, options: str, again: Sequence[str]) -> int:
+    todo = [run for run in what.runs if _state(run) in ("new", "begun")]
+    prepare = {}
+    for run in todo:
+        shards = Path(run.config.preprocess.shards)
+        if not (shards / "index.json").is_file():
+            folder = _shards_workdir(str(shards), run, what.out)
+            prepare[run] = _by_shards(todo)[str(shards)].command("preprocess", folder)
+    logger.info("%d of %d runs are to be done", len(todo), len(what.runs))
+    slurm.submit(what.out.name, todo, prepare, [*again, "--report-only"], options)
+    return 0

@@ -1,0 +1,260 @@
+"""A series of runs: each from training to report in its own folder, resumed where it stopped.
+
+What is finished is not run again; a run that fails is named and the others go on. Every verb is a
+process of its own, so that none takes the series down with it.
+"""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from bhsd_jax.ct.shards import write_json
+from bhsd_jax.verbs import setup
+from bhsd_jax.verbs.setup import Config
+
+logger = logging.getLogger(__name__)
+
+TRY_AGAIN = 75  # exit code of a training that was asked to stop and has saved
+VERBS = ("train", "predict", "evaluate", "report")
+# Fields a run may be resumed with other values of: where things lie and how fast they go, ...
+_FREE = (
+    *("data.root", "data.processes", "preprocess.shards", "preprocess.processes", "mesh", "report"),
+    *("input.threads", "input.buffer", "input.cache_mb", "train.log_every", "train.remat"),
+    *("predict.overwrite", "predict.show_ids"),
+)
+_AFTER = ("infer", "predict", "evaluate")  # ... and what is done with a trained network
+
+
+class Stopped(Exception):  # noqa: N818  (a request, not an error)
+    """The series was asked to end."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with all that follows it."""
+
+    row: str
+    seed: int
+    workdir: Path
+    arguments: tuple[str, ...]  # of the command line: --config and its overrides
+    config: Config = field(repr=False, compare=False)  # what they resolve to
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.row}, seed {self.seed}"
+
+    def command(self, verb: str, workdir: Path | None = None) -> list[str]:
+        """What a shell would be given."""
+        where = f"--workdir={workdir or self.workdir}"
+        return [sys.executable, "-m", "bhsd_jax.main", verb, *self.arguments, where]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not finish."""
+
+    run: Run
+    reason: str  # one line
+
+
+def resolve(arguments: Sequence[str]) -> Config:
+    """The config that `--config=FILE:WORDS --config.field=value ...` stand for.
+
+    Raises:
+        ValueError: If the file, a word, a field or a value is not accepted.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", *arguments])
+    try:
+        values(["", *arguments])
+        config: Config = values["config"].value
+        config.to_dict()  # a file that cannot be read shows here
+    except flags.Error as error:  # holds the traceback of a config file that refused
+        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        reason = f"{type(error).__name__}: {' '.join(map(str, error.args))}"
+    else:
+        return config
+    raise ValueError(f"{shlex.join(arguments)}: {reason}")
+
+
+def plain(config: Config) -> dict:
+    """The config as `train` writes it into a run folder."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the folder holds the results of this very config, trained to the last step.
+
+    Raises:
+        ValueError: If it holds a training of another config; names the fields.
+    """
+    saved = run.workdir / "config.json"
+    if not saved.is_file():
+        return False
+    changed = list(setup.differences(json.loads(saved.read_text()), plain(run.config)))
+    changed = [text for text in changed if not _under(text, _FREE)]
+    other = [text for text in changed if not _under(text, _AFTER)]
+    if other:
+        raise ValueError(
+            f"{run.workdir} holds a run of another config: {', '.join(other[:4])}"
+            f"{' ...' if len(other) > 4 else ''}; choose another --out, or delete the folder"
+        )
+    summary = run.workdir / "summary.json"
+    if changed or not is_trained(run) or not summary.is_file():
+        return False
+    return summary.stat().st_mtime_ns >= saved.stat().st_mtime_ns
+
+
+def is_trained(run: Run) -> bool:
+    """Whether the last step is on disk."""
+    last = run.workdir / "checkpoints" / str(run.config.train.steps)
+    return (last / "commit_success.txt").is_file()
+
+
+def perform(
+    runs: Sequence[Run], after: Callable[[Sequence[Failure]], object] = lambda _: None
+) -> list[Failure]:
+    """Runs what is not finished, one after the other, and returns what failed.
+
+    `after` is called with the failures so far whenever a run has ended.
+
+    Raises:
+        Stopped: On SIGTERM, or if a training was asked to stop.
+    """
+    failures: list[Failure] = []
+    with _children() as call:
+        for index, run in enumerate(runs, start=1):
+            try:
+                finished = is_finished(run)
+            except ValueError as error:
+                reason = str(error)
+            else:
+                word = "is finished" if finished else "begins"
+                logger.info("run %d of %d, %s %s", index, len(runs), run.name, word)
+                reason = "" if finished else _one(run, call)
+            if reason:
+                failures.append(Failure(run, reason))
+                logger.error("run %d of %d, %s failed: %s", index, len(runs), run.name, reason)
+            after(failures)
+    return failures
+
+
+def prepare(run: Run, folder: Path) -> None:
+    """Makes the shards of the run, unless they are complete.
+
+    Raises:
+        ValueError: If that fails; says why.
+        Stopped: On SIGTERM.
+    """
+    shards = Path(run.config.preprocess.shards)
+    refused = (folder / "skipped.csv").is_file() and not run.config.preprocess.allow_skipped
+    if (shards / "index.json").is_file() and not refused:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with _children() as call:
+        code, last = call(run.command("preprocess", folder), folder / "log.txt")
+    if code:
+        raise ValueError(f"preprocess failed, no run was started: {last}")
+
+
+def _one(run: Run, call: "_Call") -> str:
+    """Verb after verb; why it failed, or nothing."""
+    saved = run.workdir / "config.json"
+    same = saved.is_file() and json.loads(saved.read_text()) == plain(run.config)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    for verb in VERBS[1:] if same and is_trained(run) else VERBS:
+        begun = time.monotonic()
+        code, last = call(run.command(verb), run.workdir / "log.txt")
+        _add_time(run.workdir / "wall.json", verb, time.monotonic() - begun)
+        if code == TRY_AGAIN:
+            raise Stopped(f"{run.name} was asked to stop and has saved")
+        if code:
+            died = f"{verb}: ended by {signal.Signals(-code).name}" if code < 0 else ""
+            return died or (last if last.startswith(f"{verb}: ") else f"{verb}: {last}")
+    return ""
+
+
+def _add_time(path: Path, verb: str, seconds: float) -> None:
+    """Adds up what all attempts at a verb took."""
+    times = json.loads(path.read_text()) if path.is_file() else {}
+    write_json(path, times | {verb: round(times.get(verb, 0.0) + seconds, 1)})
+
+
+class _Call:
+    """Runs a command, its words to the log file and to ours; returns exit code and last line."""
+
+    def __init__(self) -> None:
+        self.child: subprocess.Popen[str] | None = None
+        self.asked = False
+
+    def __call__(self, command: Sequence[str], log: Path) -> tuple[int, str]:
+        if self.asked:
+            raise Stopped("asked to stop")
+        last = "no word of why"
+        with (
+            log.open("a") as file,
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            ) as self.child,
+        ):
+            file.write(f"$ {shlex.join(command)}\n")
+            assert self.child.stdout is not None  # it is a pipe
+            for line in self.child.stdout:
+                file.write(line)
+                file.flush()
+                last = line.strip() or last
+                sys.stderr.write(f"  {line}")
+        code = self.child.returncode
+        if self.asked and code:
+            raise Stopped("asked to stop")
+        return code, last
+
+    def stop(self, *_: object) -> None:
+        """Passes the request on; a training saves before it ends."""
+        self.asked = True
+        if self.child is not None and self.child.poll() is None:
+            self.child.terminate()
+
+
+@contextmanager
+def _children() -> Iterator[_Call]:
+    """Hands SIGTERM to the child while it lasts, and lets the runs share compiled programs."""
+    call = _Call()
+    before = signal.signal(signal.SIGTERM, call.stop)
+    try:
+        yield call
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if call.child is not None and call.child.poll() is None:
+            call.child.terminate()
+            call.child.wait()
+
+
+def share_programs(folder: Path) -> None:
+    """Lets all processes started from here compile a program once, unless the user chose."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute()))
+
+
+def _under(text: str, names: Sequence[str]) -> bool:
+    """Whether a difference `field (old -> new)` lies in one of the named parts."""
+    path = text.partition(" ")[0]
+    return any(path == name or path.startswith(f"{name}.") for name in names)

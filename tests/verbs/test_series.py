@@ -1,0 +1,151 @@
+"""What is finished stays, what stopped goes on, what fails is named: with verbs that do nothing."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from bhsd_jax.ct.shards import write_json
+from bhsd_jax.verbs import series
+from bhsd_jax.verbs.series import Run
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
+
+
+def change(run, **fields):
+    path = run.workdir / "config.json"
+    config = json.loads(path.read_text())
+    for field, value in fields.items():
+        part, _, name = field.partition("__")
+        config[part][name] = value
+    write_json(path, config)
+
+
+def test_a_run_is_finished_when_its_own_results_are_there(make, finish):
+    run = make("--rows=cps", "--seeds=0").runs[0]
+    assert not series.is_finished(run)
+    finish(run, [(1, 0, 0)])
+    assert series.is_finished(run)
+    # Evaluated before the training went on.
+    os.utime(run.workdir / "summary.json", ns=(0, 0))
+    assert not series.is_finished(run)
+    (run.workdir / "summary.json").touch()
+    assert series.is_finished(run)
+    (run.workdir / "checkpoints" / "4" / "commit_success.txt").unlink()
+    assert not series.is_finished(run), "half-trained, and scored by hand"
+
+
+def test_a_folder_of_another_config_is_refused_and_named(make, finish):
+    run = make("--rows=cps", "--seeds=0").runs[0]
+    finish(run, [(1, 0, 0)])
+    change(run, optimizer__lr=0.5, objective__weight=9.0)
+    with pytest.raises(ValueError, match=r"objective\.weight \(9\.0 -> 0\.5\), optimizer\.lr"):
+        series.is_finished(run)
+
+
+def test_where_things_lie_and_how_fast_they_go_does_not_matter(make, finish):
+    run = make("--rows=cps", "--seeds=0").runs[0]
+    finish(run, [(1, 0, 0)])
+    change(run, data__root="/else", input__threads=7, report__title="x", preprocess__processes=9)
+    (run.workdir / "summary.json").touch()
+    assert series.is_finished(run)
+    change(run, evaluate__bootstrap=7)
+    (run.workdir / "summary.json").touch()
+    assert not series.is_finished(run), "trained, but to be evaluated anew"
+
+
+class Script(Run):
+    """A run whose verbs are the given lines of Python."""
+
+    scripts: ClassVar[dict] = {}
+
+    def command(self, verb, workdir=None):
+        return [sys.executable, "-c", self.scripts.get((self.row, verb), "")]
+
+
+@pytest.fixture
+def scripted(make):
+    Script.scripts = {}
+    made = make("--rows=suponly,ict,cps", "--seeds=0").runs
+    return [Script(r.row, r.seed, r.workdir, r.arguments, r.config) for r in made]
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(scripted):
+    Script.scripts = {
+        ("ict", "predict"): "import sys; sys.exit('predict: no checkpoint')",
+        ("suponly", "train"): "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        ("cps", "report"): "print('written')",
+    }
+    seen = []
+    failures = series.perform(scripted, lambda so_far: seen.append(len(so_far)))
+    assert {f.run.row: f.reason for f in failures} == {
+        "suponly": "train: ended by SIGKILL",
+        "ict": "predict: no checkpoint",
+    }
+    assert seen == [1, 2, 2], "a report after every run"
+    cps = scripted[2].workdir
+    assert "written" in (cps / "log.txt").read_text()
+    assert set(json.loads((cps / "wall.json").read_text())) == set(series.VERBS)
+    ict = scripted[1].workdir
+    assert set(json.loads((ict / "wall.json").read_text())) == {"train", "predict"}
+
+
+def test_what_is_finished_or_trained_is_not_done_again(scripted, finish):
+    done, trained, _ = scripted
+    finish(done, [(1, 0, 0)])
+    finish(trained, [(1, 0, 0)])
+    (trained.workdir / "summary.json").unlink()
+    assert series.perform(scripted[:2]) == []
+    assert not (done.workdir / "log.txt").exists()
+    assert set(json.loads((trained.workdir / "wall.json").read_text())) == set(series.VERBS[1:])
+
+
+def test_a_training_that_was_asked_to_stop_ends_the_series(scripted):
+    Script.scripts = {("suponly", "train"): "import sys; sys.exit(75)"}
+    with pytest.raises(series.Stopped, match="suponly, seed 0 was asked"):
+        series.perform(scripted)
+    assert not scripted[1].workdir.exists()
+
+
+def test_sigterm_reaches_the_training(scripted):
+    Script.scripts = {
+        ("suponly", "train"): "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "print('up', flush=True)\n"
+        "time.sleep(60)"
+    }
+
+    def terminate():
+        log = scripted[0].workdir / "log.txt"
+        while not (log.is_file() and "\nup" in log.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    begun = time.monotonic()
+    with pytest.raises(series.Stopped):
+        series.perform(scripted)
+    thread.join()
+    assert time.monotonic() - begun < 30
+
+
+def test_shards_are_made_once_and_their_failure_is_the_end(scripted, tmp_path):
+    run = scripted[0]
+    shards = Path(run.config.preprocess.shards)
+    script = f"import pathlib; p = pathlib.Path({str(shards)!r}); p.mkdir(parents=True); "
+    Script.scripts = {("suponly", "preprocess"): script + "(p / 'index.json').touch()"}
+    folder = shards.parent
+    series.prepare(run, folder)
+    assert (shards / "index.json").is_file()
+    Script.scripts = {("suponly", "preprocess"): "import sys; sys.exit('preprocess: broken')"}
+    series.prepare(run, folder)  # they are there: nothing is called
+    (folder / "skipped.csv").touch()  # but not all of them
+    with pytest.raises(ValueError, match="no run was started: preprocess: broken"):
+        series.prepare(run, folder)
