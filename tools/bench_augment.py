@@ -99,7 +99,7 @@ def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     image, label = jnp.asarray(image)[..., None], jnp.asarray(label)
 
     @jax.jit
-    def augment(key):
+    def augment(key, image, label):
         spatial_key, intensity_key = jax.random.split(key)
         moved, classes = spatial(spatial_key, image, label)
         return intensity(intensity_key, moved), classes
@@ -109,7 +109,7 @@ def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     def run() -> None:
         keys[0] = jax.random.fold_in(keys[0], 1)
         for key in jax.random.split(keys[0], args.draws):
-            jax.block_until_ready(augment(key))
+            jax.block_until_ready(augment(key, image, label))
 
     jobs = {"augment": run}
     run()
