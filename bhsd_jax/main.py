@@ -9,6 +9,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from bhsd_jax.verbs import runtime
+
 VERBS = ("preprocess", "train", "predict", "evaluate", "report")  # in the order of the pipeline
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
@@ -28,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     workdir = Path(_WORKDIR.value or f"runs/{config.name}")
     standard_logging.getLogger("bhsd_jax").info("%s, run folder %s", verb, workdir)
+    if verb in ("train", "predict"):
+        runtime.prepare()
     try:
         importlib.import_module(f"bhsd_jax.verbs.{verb}").run(config, workdir)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:

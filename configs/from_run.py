@@ -1,4 +1,7 @@
-"""The config a run was trained with: `--config=configs/from_run.py:runs/cps`."""
+"""The config a run was trained with: `--config=configs/from_run.py:runs/cps`.
+
+`from_run.py:runs/cps,infer=fast` changes how it predicts, as the word does in other files.
+"""
 
 import json
 from pathlib import Path
@@ -6,17 +9,24 @@ from pathlib import Path
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from configs import common
+
 
 def get_config(run: str) -> ml_collections.ConfigDict:
     """Reads `<run>/config.json`.
 
     Raises:
         FileNotFoundError: If the folder is not a run.
+        ValueError: If there is no such way to predict; lists the choices.
     """
-    path = Path(run) / "config.json"
+    folder, _, speed = run.partition(",infer=")
+    path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no config; give the folder of a run that was trained")
-    return ml_collections.ConfigDict(_restore(json.loads(path.read_text())))
+    config = ml_collections.ConfigDict(_restore(json.loads(path.read_text())))
+    if speed:
+        config.infer.update(common.inference(speed))
+    return config
 
 
 def _restore(value):

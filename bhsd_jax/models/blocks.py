@@ -28,19 +28,24 @@ class InstanceNorm(nn.Module):
     affine: bool = True  # learned scale and bias; PyTorch's own default is False
     dtype: DTypeLike = jnp.float32  # of the result
     scale_init: Callable[..., Any] = nn.initializers.ones
+    slope: float | None = None  # of a leaky ReLU behind it; None: no activation
 
     @nn.compact
     def __call__(self, image: Float[Array, "B D H W C"]) -> Float[Array, "B D H W C"]:
-        normal = standardize(image, self.epsilon)
+        channels = (image.shape[-1],)
+        scale, bias = jnp.ones(channels), jnp.zeros(channels)
         if self.affine:
-            channels = (image.shape[-1],)
             scale = self.param("scale", self.scale_init, channels)
-            normal = normal * scale + self.param("bias", nn.initializers.zeros, channels)
-        return jnp.asarray(normal, self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, channels)
+        slope = 1.0 if self.slope is None else self.slope
+        return jnp.asarray(normalize(image, scale, bias, self.epsilon, slope), self.dtype)
 
 
 class ConvUnit(nn.Module):
-    """Convolution, instance normalization, leaky ReLU."""
+    """Convolution, instance normalization, leaky ReLU.
+
+    The convolution's bias is a parameter but not added: the norm takes it out again.
+    """
 
     features: int
     kernel: Triple = (3, 3, 3)
@@ -54,42 +59,69 @@ class ConvUnit(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "B D H W C"]) -> Float[Array, "B d h w F"]:
-        out = Conv(
-            self.features, self.kernel, self.strides, self.use_bias, self.dtype, name="conv"
-        )(image)
-        out = InstanceNorm(self.epsilon, self.affine, self.dtype, self.scale_init, name="norm")(out)
-        return out if self.slope is None else nn.leaky_relu(out, self.slope)
+        conv = Conv(
+            self.features,
+            self.kernel,
+            self.strides,
+            self.use_bias,
+            self.dtype,
+            idle_bias=True,
+            name="conv",
+        )
+        norm = InstanceNorm(
+            self.epsilon, self.affine, self.dtype, self.scale_init, self.slope, name="norm"
+        )
+        return norm(conv(image))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def standardize(image: Float[Array, "B D H W C"], epsilon: float) -> Float[Array, "B D H W C"]:
-    """Zero mean and unit variance over D, H, W, in float32.
+    """Zero mean and unit variance over D, H, W, in float32."""
+    channels = image.shape[-1]
+    return normalize(image, jnp.ones(channels), jnp.zeros(channels), epsilon, 1.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize(
+    image: Float[Array, "B D H W C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
+    epsilon: float,
+    slope: float,
+) -> Float[Array, "B D H W C"]:
+    """Zero mean and unit variance over D, H, W, scale and bias, leaky ReLU; in float32.
 
     Its own gradient keeps the image and two numbers per channel; the derived one would keep
-    three float32 copies.
+    three float32 copies and a mask.
     """
-    return _standardize(image, epsilon)[0]
+    return _normalize(image, scale, bias, epsilon, slope)[0]
 
 
-def _standardize(image: Array, epsilon: float):
+def _normalize(image: Array, scale: Array, bias: Array, epsilon: float, slope: float):
     wide = image.astype(jnp.float32)
     mean = wide.mean((1, 2, 3), keepdims=True)
     variance = jnp.square(wide - mean).mean((1, 2, 3), keepdims=True)
-    scale = lax.rsqrt(variance + epsilon)
-    return (wide - mean) * scale, (image, mean, scale)
+    inverse = lax.rsqrt(variance + epsilon)
+    out = (wide - mean) * (inverse * scale) + bias
+    out = out if slope == 1 else jnp.where(out > 0, out, slope * out)
+    return out, (image, mean, inverse, scale, bias)
 
 
-def _standardize_grad(epsilon: float, residuals: tuple[Array, Array, Array], grad: Array):
-    image, mean, scale = residuals
-    normal = (image.astype(jnp.float32) - mean) * scale
+def _normalize_grad(epsilon: float, slope: float, residuals: tuple[Array, ...], grad: Array):
+    image, mean, inverse, scale, bias = residuals
+    normal = (image.astype(jnp.float32) - mean) * inverse
+    if slope != 1:
+        grad = jnp.where(normal * scale + bias > 0, grad, slope * grad)
     # The result ignores shifts and (but for epsilon) scalings of the image, so the gradient loses
     # its components along the constant and along the result itself.
     shift = grad.mean((1, 2, 3), keepdims=True)
     along = (grad * normal).mean((1, 2, 3), keepdims=True)
-    return ((scale * (grad - shift - normal * along)).astype(image.dtype),)
+    to_image = (inverse * scale) * (grad - shift - normal * along)
+    voxels = image[0, ..., 0].size
+    to_scale, to_bias = (voxels * part.sum((0, 1, 2, 3)) for part in (along, shift))
+    return to_image.astype(image.dtype), to_scale, to_bias
 
 
-standardize.defvjp(_standardize, _standardize_grad)
+normalize.defvjp(_normalize, _normalize_grad)
 
 
 def rematerialized(stage: Any, remat: str) -> Any:

@@ -70,6 +70,7 @@ class Conv(nn.Module):
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32  # of the computation; parameters are float32
     kernel_init: Callable[..., Any] = he_normal
+    idle_bias: bool = False  # the bias is a parameter but not added: a norm would take it out again
 
     @nn.compact
     def __call__(self, image: Float[Array, "B D H W C"]) -> Float[Array, "B d h w F"]:
@@ -78,7 +79,8 @@ class Conv(nn.Module):
         d, h, w = (((k - 1) // 2, (k - 1) // 2) for k in self.kernel)
         out = conv3d(image.astype(self.dtype), kernel, self.strides, (d, h, w))
         if self.use_bias:
-            out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            out = out if self.idle_bias else out + bias.astype(self.dtype)
         return out
 
 

@@ -16,6 +16,7 @@ Triple = tuple[int, int, int]  # along D, H, W
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # voxels before and after
 
 _ONE: Triple = (1, 1, 1)
+_ROWS = 4096  # voxels in a block of planes for the kernel's gradient
 _AXES = ("NHWC", "HWIO", "NHWC")
 
 
@@ -96,59 +97,69 @@ def _phase_grad(
 def kernel_grad(
     grad: Array, image: Array, strides: Triple, padding: Padding, size: tuple[int, ...]
 ) -> Array:
-    """Gradient to the kernel: the image convolved with the output gradient as a huge kernel.
+    """Gradient to the kernel: matrix products over all voxels, a few output planes at a time.
 
-    Here channels are the batch, and samples and planes the channels that are summed over. As for
-    the image, each phase of an in-plane stride is a dense convolution of its own.
+    Tap (d, h, w) sums `image[o + (d, h, w)] * grad[o]`, which is `image[q + (d, h, 0)] * grad[q -
+    (0, 0, w)]`. So the planes shifted by (d, h), side by side, times the output gradients shifted
+    by w, side by side, are all taps at once: both factors are copied a few times, where columns
+    of every tap (`im2col`) would copy the image once per tap. Where that is less, for the first
+    convolution and for strided ones, it is done.
     """
+    rows, columns = size[1], size[2]
+    channels, features = image.shape[-1], grad.shape[-1]
+    shear = strides[2] == 1 and (columns - 1) * features < rows * (columns - 1) * channels
+    batch, depth, height, width, _ = grad.shape
     image = _pad(image, (padding[0], (0, 0), (0, 0)))
-    taps = []
-    for d in range(size[0]):
-        last = d + (grad.shape[1] - 1) * strides[0] + 1
-        planes = lax.slice_in_dim(image, d, last, strides[0], axis=1)
-        phases = itertools.product(range(strides[1]), range(strides[2]))
-        parts = [_phase_taps(grad, planes, strides, padding, size, phase) for phase in phases]
-        nothing = jnp.zeros((*size[1:], image.shape[-1], grad.shape[-1]), grad.dtype)
-        taps.append(functools.reduce(jnp.add, [p for p in parts if p is not None] or [nothing]))
-    return jnp.stack(taps)
+    fitting = max(_ROWS // (batch * height * width), 1)
+    planes = max(n for n in range(1, min(depth, fitting) + 1) if depth % n == 0)
+    seen = (planes - 1) * strides[0] + size[0]
+
+    def block(i: Array | int) -> Array:
+        part = lax.dynamic_slice_in_dim(image, i * planes * strides[0], seen, 1)
+        right = lax.dynamic_slice_in_dim(grad, i * planes, planes, 1)
+        left = _windows(part, 1, size[0], strides[0], 0, planes)
+        left = [
+            x for plane in left for x in _windows(plane, 2, rows, strides[1], padding[1][0], height)
+        ]
+        if shear:
+            full = image.shape[3]
+            shifts = range(-padding[2][0], columns - padding[2][0])
+            right = jnp.concatenate([_shift(right, 3, b, full) for b in shifts], -1)
+        else:
+            left = [
+                x
+                for row in left
+                for x in _windows(row, 3, columns, strides[2], padding[2][0], width)
+            ]
+        flat = jnp.concatenate(left, -1)
+        flat, right = (x.reshape(-1, x.shape[-1]) for x in (flat, right))
+        return lax.dot_general(flat, right, (((0,), (0,)), ((), ())))
+
+    blocks = depth // planes
+    total = block(0)
+    if blocks > 1:
+        total = lax.fori_loop(1, blocks, lambda i, total: total + block(i), total)
+    if not shear:
+        return total.reshape(*size, channels, features)
+    return total.reshape(*size[:2], channels, columns, features).swapaxes(2, 3)
 
 
-def _phase_taps(
-    grad: Array,
-    planes: Array,
-    strides: Triple,
-    padding: Padding,
-    size: tuple[int, ...],
-    phase: tuple[int, ...],
-) -> Array | None:
-    """Gradient to the taps `(h, w) = phase (mod stride)` of one kernel plane, zero elsewhere.
+def _windows(
+    image: Array, axis: int, taps: int, stride: int, before: int, count: int
+) -> list[Array]:
+    """What each tap sees along an axis: voxels `stride * o + tap - before`, 0 outside."""
+    length = (count - 1) * stride + 1
+    return [
+        lax.slice_in_dim(_shift(image, axis, before - tap, length), 0, length, stride, axis)
+        for tap in range(taps)
+    ]
 
-    None where there are no such taps, or all of them lie in the padding.
-    """
-    places, pads = [], []
-    for axis in (1, 2):
-        start, step = phase[axis - 1], strides[axis]
-        taps = len(range(start, size[axis], step))
-        first = start - padding[axis][0]  # image index under the first of these taps
-        begin = first if first >= 0 else first % step
-        before = (begin - first) // step
-        wanted = taps + grad.shape[axis + 1] - 1 - before
-        seen = min(len(range(begin, planes.shape[axis + 1], step)), max(wanted, 0))
-        if not taps or not seen:
-            return None
-        stop = begin + (seen - 1) * step + 1
-        planes = lax.slice_in_dim(planes, begin, stop, step, axis=axis + 1)
-        places.append((start, size[axis] - start - (taps - 1) * step - 1, step - 1))
-        pads.append((before, wanted - seen))
-    # Padding inside the convolution: with `lax.pad` before it, this is three times slower.
-    part = lax.conv_general_dilated(
-        planes.reshape(-1, *planes.shape[2:]),
-        grad.reshape(-1, *grad.shape[2:]),
-        (1, 1),
-        pads,
-        dimension_numbers=("CHWN", "IHWO", "HWNC"),
-    )
-    return lax.pad(part, jnp.zeros((), part.dtype), [*places, (0, 0, 0), (0, 0, 0)])
+
+def _shift(image: Array, axis: int, by: int, length: int) -> Array:
+    """Moves the voxels up an axis, which is `length` long afterwards."""
+    config = [(0, 0, 0)] * image.ndim
+    config[axis] = (by, length - by - image.shape[axis], 0)
+    return lax.pad(image, jnp.zeros((), image.dtype), config)
 
 
 def _pad(image: Array, padding: tuple[tuple[int, int], ...]) -> Array:

@@ -91,6 +91,9 @@ def test_words_reach_their_fields():
     assert resolved("supervised", "labels=0.1")["split"]["labeled"] == pytest.approx(0.1)
     assert resolved("supervised", "backbone=unet.X")["model"]["name"] == "unet.X"
     assert resolved("cps", "preset=ssl4mis")["objective"]["twin_init"] == "kaiming_xavier"
+    assert resolved("cps", "infer=fast")["infer"]["step"] == 0.75
+    with pytest.raises(ValueError, match="full, fast"):
+        resolved("cps", "infer=slow")
     with pytest.raises(ValueError, match="recommended, ssl4mis"):
         resolved("cps", "preset=other")
 
@@ -102,6 +105,10 @@ def test_a_finished_run_is_a_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     again = from_run.get_config(str(tmp_path))
     assert again.to_dict() == config.to_dict()
+    fast = from_run.get_config(f"{tmp_path},infer=fast")
+    assert fast.infer.step == 0.75
+    assert not fast.infer.mirror
+    assert fast.train.to_dict() == config.train.to_dict()
     assert isinstance(again.input.patch, tuple)
     with pytest.raises(FileNotFoundError, match="folder of a run"):
         from_run.get_config(str(tmp_path / "none"))

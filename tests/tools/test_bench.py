@@ -1,0 +1,86 @@
+"""The benchmarks run on any CPU, count what they should, and take turns."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture(autouse=True)
+def _tools_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+
+def _bench(script, tmp_path, *options):
+    """One round of ours alone, at the smallest size: its figures and what it printed."""
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(TOOLS / script), "--preset", "tiny", "--peer-python", "none"]
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--json", str(out), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_the_step_benchmark_runs_with_one_command(tmp_path):
+    found, text = _bench("bench_step.py", tmp_path, "--device", "cpu")
+    assert "GFLOP/s" in text
+    assert found["ours"]["wall"] > 0
+    assert found["ours"]["peak_gb"] > 0
+    # Six classes drawn at random: cross entropy near log 6, Dice near 1/6, its sign turned.
+    assert 1.2 < found["facts"]["ours"]["loss"] < 3.0
+
+
+def test_the_augmentation_benchmark_gives_the_cost_of_a_batch(tmp_path):
+    found, _ = _bench("bench_augment.py", tmp_path, "--draws", "1", "--no-step")
+    assert found["ours"]["cpu"] > 0
+
+
+def test_the_inference_benchmark_counts_its_tiles(tmp_path):
+    found, _ = _bench("bench_infer.py", tmp_path, "--volume", "6,24,16", "--mirrors", "on")
+    assert found["facts"]["ours"]["tiles"] == 2 * 2 * 1 * 8
+    assert found["mirrors"]["ours"]["wall"] > 0
+
+
+def test_the_flops_of_the_plan_for_head_ct_are_those_counted_by_hand():
+    from bench_networks import PRESETS, step_flops
+
+    # 462.3 GMAC a patch forward (published for this plan), two patches, backward twice that.
+    assert step_flops(PRESETS["bhsd"]) == pytest.approx(2 * 3 * 2 * 462.3e9, rel=0.01)
+
+
+def test_the_ratio_is_the_median_of_the_rounds_and_not_of_the_sides():
+    from bench_pair import summarize
+
+    def run(wall):
+        return {"wall": wall, "cpu": 2 * wall, "peak": 10**9}
+
+    table = summarize([(run(1.0), run(3.0)), (run(2.0), run(2.0)), (run(4.0), run(8.0))])
+    assert table["ratio_wall"]["median"] == 2.0
+    assert table["ratio_wall"]["low"] == 1.5
+    assert table["ours"] == {"wall": 2.0, "cpu": 4.0, "peak_gb": 1.0}
+
+
+def test_both_sides_take_turns_in_alternating_order():
+    from bench_pair import take_turns
+
+    said = []
+
+    class Side:
+        def __init__(self, name):
+            self.name = name
+
+        def run(self, job):
+            said.append(self.name)
+            return {"wall": 1.0, "cpu": 1.0, "peak": 0, "name": self.name}
+
+    rounds = take_turns(Side("ours"), Side("peer"), "step", 2)
+    assert said == ["ours", "peer", "peer", "ours"]
+    assert [tuple(run["name"] for run in turn) for turn in rounds] == [("ours", "peer")] * 2

@@ -1,0 +1,64 @@
+"""Compiled programs are kept, and freed memory stays with the process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bhsd_jax.verbs import runtime
+
+_FAULTS = """
+import resource, threading, numpy as np
+from bhsd_jax.verbs import runtime
+if {keep}: assert runtime.keep_memory()
+def work():
+    np.empty(2**26, np.uint8).fill(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4): np.empty(2**26, np.uint8).fill(1)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=work); thread.start(); thread.join()
+"""
+
+
+def test_the_cache_lies_in_the_users_folder_unless_the_environment_says_where(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # so that it is as before afterwards
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(runtime, "keep_memory", lambda: True)
+    runtime.prepare()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(runtime.cache_folder())
+    assert runtime.cache_folder().parent == tmp_path / "bhsd_jax"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    runtime.prepare()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+def test_only_flags_that_jaxlib_knows_are_set(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_one=1")
+    monkeypatch.setattr(runtime, "_SCHEDULER", "xla_cpu_no_such_flag")
+    runtime.order_for_memory()
+    assert os.environ["XLA_FLAGS"] == "--xla_one=1"
+    monkeypatch.undo()
+    assert runtime._jaxlib_knows("xla_dump_to")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_one=1")
+    monkeypatch.setattr(runtime, "_jaxlib_knows", lambda *words: True)
+    runtime.order_for_memory()
+    once = os.environ["XLA_FLAGS"]
+    assert once == "--xla_one=1 --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+    runtime.order_for_memory()
+    assert os.environ["XLA_FLAGS"] == once
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_large_blocks_of_a_thread_are_faulted_in_only_once():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+
+    def faults(keep):
+        command = [sys.executable, "-c", _FAULTS.format(keep=keep)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults(True) < faults(False) / 10

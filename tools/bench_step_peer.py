@@ -1,0 +1,163 @@
+"""PyTorch's side of `bench_step.py`, which starts it; needs torch and nnunetv2."""
+
+import functools
+import os
+import sys
+
+import bench_pair
+import torch
+from bench_networks import PRESETS, Preset
+from bench_step import distinct, parse
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from torch import nn
+
+
+def main() -> None:
+    """Serves as the peer."""
+    args = parse(sys.argv[1:])
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    setup = setup_layers if args.layers else setup_step
+    bench_pair.serve(functools.partial(setup, args), device_peak)
+
+
+def network(preset: Preset, deep_supervision: bool = True) -> nn.Module:
+    """The same network, with its authors' layers."""
+    net = PlainConvUNet(
+        preset.channels,
+        len(preset.features),
+        preset.features,
+        nn.Conv3d,
+        preset.kernels,
+        preset.strides,
+        2,
+        preset.classes,
+        2,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=deep_supervision,
+    )
+    net.apply(InitWeights_He(1e-2))
+    return net
+
+
+def setup_step(args) -> tuple[dict, bench_pair.Jobs]:
+    """Builds the step as nnU-Net's trainer does, and runs it once."""
+    preset = PRESETS[args.preset]
+    device, layout = place(args)
+    torch.manual_seed(0)
+    net = network(preset).to(device, memory_format=layout)
+    batch = args.batch or preset.batch
+    image = torch.randn(batch, preset.channels, *preset.patch, device=device)
+    image = image.contiguous(memory_format=layout)
+    whole = torch.randint(0, preset.classes, (batch, 1, *preset.patch), device=device).float()
+    targets = coarser(whole, preset)
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    loss_fn = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+    heads = len(preset.features) - 1
+    weights = [0.5**i for i in range(heads)]
+    if heads > 1:
+        weights[-1] = 0.0
+    loss_fn = DeepSupervisionWrapper(loss_fn, [w / sum(weights) for w in weights])
+    optimizer = torch.optim.SGD(
+        net.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5
+    )
+    run_net = torch.compile(net) if args.device == "gpu" else net
+    narrow = args.dtype == "bfloat16"
+    kind = "cuda" if args.device == "gpu" else "cpu"
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(kind, torch.bfloat16, enabled=narrow):
+            loss = loss_fn(run_net(image), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 12)
+        optimizer.step()
+        wait(args)
+        return float(loss.detach())
+
+    facts = {"device": name(args), "loss": step()}
+    step()
+    return facts, {"step": step}
+
+
+def coarser(whole: torch.Tensor, preset: Preset) -> list[torch.Tensor]:
+    """Label maps of all heads, made once: nnU-Net's data loader does it, not its step."""
+    targets, size = [], preset.patch
+    for strides in preset.strides[:-1]:
+        size = tuple(n // s for n, s in zip(size, strides, strict=True))
+        targets.append(nn.functional.interpolate(whole, size, mode="nearest-exact"))
+    return targets
+
+
+def setup_layers(args) -> tuple[dict, bench_pair.Jobs]:
+    """Every distinct convolution without bias, and with its two gradients."""
+    preset, jobs = PRESETS[args.preset], {}
+    device, layout = place(args)
+    dtype = getattr(torch, args.dtype)
+    for index, layer in enumerate(distinct(preset)):
+        shape = (args.batch or preset.batch, layer.channels, *layer.size)
+        image = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=layout)
+        image.requires_grad_()
+        kernel = torch.randn(layer.features, layer.channels, *layer.kernel, device=device)
+        kernel = kernel.to(dtype).contiguous(memory_format=layout).requires_grad_()
+        conv = functools.partial(
+            nn.functional.conv3d, stride=layer.strides, padding=[k // 2 for k in layer.kernel]
+        )
+        grad = torch.randn_like(conv(image, kernel))
+        jobs[f"{index} forward"] = functools.partial(forward, args, conv, image, kernel)
+        jobs[f"{index} both"] = functools.partial(both, args, conv, image, kernel, grad)
+    for job in jobs.values():
+        job()
+    return {"device": name(args)}, jobs
+
+
+def forward(args, conv, image: torch.Tensor, kernel: torch.Tensor) -> None:
+    """Forward alone."""
+    with torch.no_grad():
+        conv(image, kernel)
+    wait(args)
+
+
+def both(args, conv, image: torch.Tensor, kernel: torch.Tensor, grad: torch.Tensor) -> None:
+    """Forward and both gradients."""
+    torch.autograd.grad(conv(image, kernel), (image, kernel), grad)
+    wait(args)
+
+
+def place(args) -> tuple[torch.device, torch.memory_format]:
+    """Device and layout of images and kernels."""
+    device = torch.device("cuda" if args.device == "gpu" else "cpu")
+    last = args.peer_format == "channels_last"
+    return device, torch.channels_last_3d if last else torch.contiguous_format
+
+
+def name(args) -> str:
+    """What runs where."""
+    if args.device == "gpu":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"cpu, torch {torch.__version__}, {threads}"
+
+
+def wait(args) -> None:
+    """Until the device is done."""
+    if args.device == "gpu":
+        torch.cuda.synchronize()
+
+
+def device_peak() -> int | None:
+    """Bytes on the device, if there is one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+if __name__ == "__main__":
+    main()
