@@ -42,9 +42,30 @@ def entropy(logits: Float[Array, "B D H W K"]) -> Float[Array, "B D H W"]:
     return -(jnp.exp(log_prob) * log_prob).sum(-1) / np.log(logits.shape[-1])
 
 
-def consistency(logits: Float[Array, "B D H W K"], target: Float[Array, "B D H W K"]) -> Scalar:
+def consistency(
+    logits: Float[Array, "B D H W K"],
+    target: Float[Array, "B D H W K"],
+    valid: Bool[Array, "B D H W"] | None = None,
+) -> Scalar:
     """Mean squared difference of probabilities, over voxels and classes; `target` sums to 1."""
-    return ((jax.nn.softmax(logits.astype(jnp.float32)) - target) ** 2).mean()
+    return valid_mean((jax.nn.softmax(logits.astype(jnp.float32)) - target) ** 2, valid)
+
+
+def valid_mean(
+    values: Float[Array, "B D H W *K"], valid: Bool[Array, "B D H W"] | None = None
+) -> Scalar:
+    """Mean over all voxels, or over those that are valid; 0 if there are none."""
+    if valid is None:
+        return values.mean()
+    each = values.reshape(*valid.shape, -1).mean(-1)
+    return jnp.where(valid, each, 0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def both(
+    counts: Bool[Array, "B D H W"], valid: Bool[Array, "B D H W"] | None
+) -> Bool[Array, "B D H W"]:
+    """Voxels that count and are valid."""
+    return counts if valid is None else counts & valid
 
 
 def soft_dice(

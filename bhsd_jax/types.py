@@ -33,6 +33,9 @@ class Batch:
     # Per slice of `unlabeled`: int8 [U D K-1], 1 the slice shows the class, 0 it does not, -1 not
     # known; or None. What is said of a slice holds for the part of it inside the patch.
     weak: Any = None
+    # Which voxels of `unlabeled` lie in the scan: int8 [U D H W], 1 in it and -1 outside, inside
+    # the loss bool; or None. The others count in no loss on the network's own answers.
+    inside: Any = None
 
 
 def all_possible(logits: Array, weak: Array | None) -> Array:

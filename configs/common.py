@@ -221,6 +221,9 @@ def _input() -> dict:
         "unlabeled": 0,  # unlabeled patches per step
         "foreground": 0.33,  # share of labeled patches centered on a labeled voxel
         "pad": "air",  # outside the scan: "air" (lower clip bound), "nnunet" (0 once normalized)
+        # Voxels of unlabeled patches outside the scan: "learned" like any others (SSL4MIS), or
+        # "masked", left out of the losses on the network's own answers.
+        "outside": "learned",
         "threads": 4,  # that read patches
         "buffer": 8,  # patches read ahead, per stream
         "cache_mb": 4096,  # decoded cases kept in memory, per process

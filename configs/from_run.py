@@ -13,7 +13,7 @@ from configs import common
 
 
 def get_config(run: str) -> ml_collections.ConfigDict:
-    """Reads `<run>/config.json`.
+    """Reads `<run>/config.json`; fields that an older version did not write have their defaults.
 
     Raises:
         FileNotFoundError: If the folder is not a run.
@@ -23,10 +23,21 @@ def get_config(run: str) -> ml_collections.ConfigDict:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no config; give the folder of a run that was trained")
-    config = ml_collections.ConfigDict(_restore(json.loads(path.read_text())))
+    saved = json.loads(path.read_text())
+    filled = _fill(saved, common.get_config().to_dict())
+    config = ml_collections.ConfigDict(_restore(filled))
     if speed:
         config.infer.update(common.inference(speed))
     return config
+
+
+def _fill(saved: dict, defaults: dict) -> dict:
+    """What was saved, and what it lacks. A part with a name says all about itself."""
+    filled = defaults | saved
+    for key, value in saved.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict) and "name" not in value:
+            filled[key] = _fill(value, defaults[key])
+    return filled
 
 
 def _restore(value):

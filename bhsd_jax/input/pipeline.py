@@ -47,12 +47,14 @@ class Cut:
     fill: float  # raw image value outside the scan
     foreground: float = 0.33  # share of labeled patches centered on a labeled voxel
     binary: bool = False  # all classes become 1
+    masked: bool = False  # unlabeled patches say which of their voxels lie in the scan
 
 
 class Stream:
     """Element i: one patch, a dict of `image` [D H W 1] and what is known of it.
 
-    A labeled patch has `label` int8 [D H W]; an unlabeled one, given `slices`, `weak` int8 [D C].
+    A labeled patch has `label` int8 [D H W], -1 outside the scan. An unlabeled one has, given
+    `slices`, `weak` int8 [D C], and if the cut is `masked` `inside` int8 [D H W], 1 or -1.
     """
 
     def __init__(
@@ -88,8 +90,8 @@ class Stream:
             case.foreground if forced else None,
         )
         start, stop = sampling.inside(corner, self.cut.source, case.shape)
-        image, label = case.patch(start, stop)
-        image = sampling.paste(image, start, corner, self.cut.source, self.cut.fill)
+        raw, label = case.patch(start, stop)
+        image = sampling.paste(raw, start, corner, self.cut.source, self.cut.fill)
         element = {"image": image[..., None]}
         if self.labeled:
             if label is None:
@@ -98,9 +100,13 @@ class Stream:
             if self.cut.binary:
                 label = (label > 0).astype(np.int8)
             element["label"] = sampling.paste(label, start, corner, self.cut.source, -1)
-        elif self.slices is not None:
+            return element
+        if self.slices is not None:
             known = case.slice_labels, case.bleeding
             element["weak"] = self.slices.rows(*known, case.shape, corner, self.cut.source)
+        if self.cut.masked:
+            within = np.ones(raw.shape, np.int8)
+            element["inside"] = sampling.paste(within, start, corner, self.cut.source, -1)
         return element
 
 
@@ -128,7 +134,8 @@ class Batches:
         parts = [next(part) for part in self._parts]
         self.position += 1
         labeled, free = parts[0], parts[1] if len(parts) > 1 else {}
-        return Batch(labeled["image"], labeled["label"], free.get("image"), free.get("weak"))
+        rest = (free.get(name) for name in ("image", "weak", "inside"))
+        return Batch(labeled["image"], labeled["label"], *rest)
 
     def state(self) -> dict[str, int]:
         """What a checkpoint needs."""

@@ -60,7 +60,8 @@ class CrossPseudoSupervision:
 
         supervised = learner.segmentation(a, batch.label) + learner.segmentation(b, batch.label)
         answer_a, answer_b = (learner.gate(g[0], batch.weak) for g in (guess_a, guess_b))
-        cross = self._teach(guess_a, answer_b) + self._teach(guess_b, answer_a)
+        inside = batch.inside
+        cross = self._teach(guess_a, answer_b, inside) + self._teach(guess_b, answer_a, inside)
         weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
         disagree = (guess_a[0].argmax(-1) != guess_b[0].argmax(-1)).mean()
         weak, terms = learner.weak(batch.weak, guess_a[0], guess_b[0])
@@ -74,23 +75,25 @@ class CrossPseudoSupervision:
     def deployable(self, params, ema):
         return {twin: params[twin] for twin in self.twins}
 
-    def _teach(self, heads, teacher):
+    def _teach(self, heads, teacher, inside=None):
         """Cross entropy of the heads with the other twin's answer: full resolution alone, or all.
 
         Coarser heads weigh as in supervised training.
         """
         if not self.deep:
-            return self._follow(heads[0], teacher)
+            return self._follow(heads[0], teacher, inside)
         weights = losses.head_weights(len(heads))
-        return sum(w * self._follow(x, teacher) for w, x in zip(weights, heads, strict=True) if w)
+        pairs = [(w, x) for w, x in zip(weights, heads, strict=True) if w]
+        return sum(w * self._follow(x, teacher, inside) for w, x in pairs)
 
-    def _follow(self, logits, teacher):
+    def _follow(self, logits, teacher, inside=None):
         """Cross entropy of `logits` with the other twin's answer, which gets no gradient."""
         teacher = jax.lax.stop_gradient(teacher)
-        guess, size, sure = teacher.argmax(-1), logits.shape[1:4], None
+        guess, size, sure = teacher.argmax(-1), logits.shape[1:4], inside
         if self.confidence > 0:
-            confident = jax.nn.softmax(teacher).max(-1) >= self.confidence
-            sure = losses.shrink_label(confident.astype(jnp.int8), size) > 0
+            sure = losses.both(jax.nn.softmax(teacher).max(-1) >= self.confidence, inside)
+        if sure is not None:
+            sure = losses.shrink_label(sure.astype(jnp.int8), size) > 0
         return losses.cross_entropy(logits, losses.shrink_label(guess, size), sure)
 
 

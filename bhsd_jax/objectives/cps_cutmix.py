@@ -1,6 +1,7 @@
 """Cross pseudo supervision on pasted patches (Chen et al. 2021, section 3.4 with CutMix)."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 
@@ -39,8 +40,7 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
             chance=self.chance,
         )
 
-        def pasted(rows):
-            return mixing.paste(mask, mixing.partners(rows), rows)
+        pasted = partial(mixing.paste_partners, mask)
 
         def answer(params, key):
             logits = learner.gate(learner.forward(params, plain, key)[0], batch.weak)
@@ -49,7 +49,9 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
         labeled_a, guess_a = forward_both(learner, a, batch.image, pasted(strong_a), key_a)
         labeled_b, guess_b = forward_both(learner, b, batch.image, pasted(strong_b), key_b)
         supervised = sum(learner.segmentation(x, batch.label) for x in (labeled_a, labeled_b))
-        cross = self._teach(guess_a, answer(b, plain_b)) + self._teach(guess_b, answer(a, plain_a))
+        inside = pasted(batch.inside)
+        cross = self._teach(guess_a, answer(b, plain_b), inside)
+        cross = cross + self._teach(guess_b, answer(a, plain_a), inside)
         weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
         others = None if batch.weak is None else mixing.partners(batch.weak)
         slices = mixing.paste_slices(mask, others, batch.weak)

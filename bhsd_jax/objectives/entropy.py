@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from bhsd_jax import losses
 from bhsd_jax.objectives.common import (
@@ -51,7 +51,7 @@ class EntropyMinimization(SingleModel):
         free = learner.view(view_key, batch.unlabeled)
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, free, key)
         supervised = learner.segmentation(labeled, batch.label)
-        entropy = self._mean(learner.gate(unlabeled[0], batch.weak))
+        entropy = self._mean(learner.gate(unlabeled[0], batch.weak), batch.inside)
         if self.patches == "all":
             ours, theirs = len(batch.image), len(batch.unlabeled)
             entropy = (ours * self._mean(labeled[0]) + theirs * entropy) / (ours + theirs)
@@ -63,17 +63,20 @@ class EntropyMinimization(SingleModel):
             "weight": weight,
         }
 
-    def _mean(self, logits: Float[Array, "B D H W K"]) -> Array:
+    def _mean(
+        self, logits: Float[Array, "B D H W K"], inside: Bool[Array, "B D H W"] | None = None
+    ) -> Array:
         if self.measure == "entropy":
             unsure = losses.entropy(logits)
         else:
             unsure = (1 - (jax.nn.softmax(logits.astype(jnp.float32)) ** 2).sum(-1)) / 2
         if self.voxels == "all":
-            return unsure.mean()
+            return losses.valid_mean(unsure, inside)
         guess = jax.lax.stop_gradient(logits).argmax(-1)
         if self.voxels == "foreground":
-            return jnp.where(guess > 0, unsure, 0).sum() / jnp.maximum((guess > 0).sum(), 1)
+            return losses.valid_mean(unsure, losses.both(guess > 0, inside))
         among = jax.nn.one_hot(guess, logits.shape[-1], dtype=jnp.float32)
+        among = among if inside is None else among * inside[..., None]
         count = among.sum((0, 1, 2, 3))
         per_class = (unsure[..., None] * among).sum((0, 1, 2, 3)) / jnp.maximum(count, 1)
-        return per_class.sum() / (count > 0).sum()
+        return per_class.sum() / jnp.maximum((count > 0).sum(), 1)

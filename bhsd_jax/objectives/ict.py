@@ -27,7 +27,8 @@ class InterpolationConsistency(SingleModel):
     preset; `ssl4mis` is in `configs/ict.py`.
 
     Source: SSL4MIS `train_interpolation_consistency_training_3D.py` (`ssl4mis`). The authors' own
-    code blends logits, `mix="logit"`; their text and all others blend probabilities.
+    code blends logits, `mix="logit"`; their text and all others blend probabilities. How long the
+    teacher's average may be: `mean_teacher.MeanTeacher`.
     """
 
     ema_decay: float | None = 0.999
@@ -65,7 +66,7 @@ class InterpolationConsistency(SingleModel):
             learner, learner.params, batch.image, blended, student_key
         )
         supervised = learner.segmentation(labeled, batch.label)
-        consistency = losses.consistency(unlabeled[0], target)
+        consistency = losses.consistency(unlabeled[0], target, self._inside(batch.inside))
         weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
         weak, terms = learner.weak(self._slices(batch.weak), unlabeled[0])
         return supervised + weight * consistency + weak, terms | {
@@ -93,3 +94,7 @@ class InterpolationConsistency(SingleModel):
             return None
         ours, theirs = self._paired(weak)
         return jnp.where((ours == 0) & (theirs == 0), 0, -1).astype(weak.dtype)
+
+    def _inside(self, inside):
+        """Voxels that lie in both scans of a blend."""
+        return jax.tree.map(lambda rows: jnp.logical_and(*self._paired(rows)), inside)

@@ -28,6 +28,10 @@ class MeanTeacher(SingleModel):
 
     Source: SSL4MIS `train_mean_teacher_3D.py` (`ssl4mis`). Its teacher begins as a network of its
     own; as the first update forgets what it was, ours begins as a copy.
+
+    An average over 1 / (1 - `ema_decay`) steps must be far shorter than the training: of 400 steps
+    on MSD Hippocampus a teacher of decay 0.999 reached Dice 0.605 where its student had 0.719, one
+    of 0.95 0.730 against 0.727. `train` warns and says which decay would fit.
     """
 
     ema_decay: float | None = 0.999
@@ -53,7 +57,7 @@ class MeanTeacher(SingleModel):
         target = jax.nn.softmax(follow_average(learner, plain, batch.weak, teacher_key))
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, strong, student_key)
         supervised = learner.segmentation(labeled, batch.label)
-        consistency = losses.consistency(unlabeled[0], target)
+        consistency = losses.consistency(unlabeled[0], target, batch.inside)
         weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
         weak, terms = learner.weak(batch.weak, unlabeled[0])
         return supervised + weight * consistency + weak, terms | {

@@ -124,6 +124,11 @@ def paste(mask: Bool[Array, "N D H W"], inside: Array, outside: Array) -> Array:
     return jnp.where(mask[..., None] if inside.ndim == 5 else mask, inside, outside)
 
 
+def paste_partners(mask: Bool[Array, "N D H W"], rows: Array | None) -> Array | None:
+    """Each patch with a piece of its neighbor where the mask is True; None stays None."""
+    return None if rows is None else paste(mask, partners(rows), rows)
+
+
 def paste_slices(
     mask: Bool[Array, "N D H W"],
     inside: Int[Array, "N D K"] | None,

@@ -1,6 +1,7 @@
 """Weak-to-strong: a moving average labels plain patches for a student that sees changed ones."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ class WeakToStrong(SingleModel):
     Source: Yang et al. 2023, UniMatch, arXiv:2208.09910 (threshold, box, chance, Dice over the sure
     voxels), with the moving-average teacher of its second version, arXiv:2410.10777. Copy-paste:
     Bai et al. 2023, arXiv:2305.00673, without its pre-training and without its restriction to the
-    largest component, for bleeds have many.
+    largest component, for bleeds have many. How long the teacher's average may be:
+    `mean_teacher.MeanTeacher`.
     """
 
     ema_decay: float | None = 0.999
@@ -71,11 +73,10 @@ class WeakToStrong(SingleModel):
         mask = mixing.boxes(box_key, count, shape, self.covered, chance=self.chance)
         hole = mixing.boxes(hole_key, count, shape, self.hole, chance=self.holes)
 
-        def pasted(rows):
-            return mixing.paste(mask, mixing.partners(rows), rows)
-
+        pasted = partial(mixing.paste_partners, mask)
         seen = jnp.where(hole[..., None], 0, pasted(strong))
-        guess, sure = pasted(answer.argmax(-1)), pasted(self._is_sure(answer))
+        guess, sure = pasted(answer.argmax(-1)), self._is_sure(answer)
+        sure = pasted(losses.both(sure, batch.inside))
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, seen, student_key)
         supervised = learner.segmentation(labeled, batch.label)
         follow = losses.cross_entropy(unlabeled[0], guess, sure) + _dice(unlabeled[0], guess, sure)
@@ -98,7 +99,9 @@ class WeakToStrong(SingleModel):
             """Loss where `true` voxels show the labeled patch and the others the unlabeled one."""
             image = mixing.paste(true, batch.image, strong)
             logits = learner.forward(learner.params, image, key)[0]
-            return _half(logits, batch.label, true) + self.pseudo * _half(logits, guess, ~true)
+            return _half(logits, batch.label, true) + self.pseudo * _half(
+                logits, guess, losses.both(~true, batch.inside)
+            )
 
         supervised = learner.segmentation(
             learner.forward(learner.params, batch.image, plain_key), batch.label

@@ -50,9 +50,11 @@ class Checkpoints:
         """The latest state, on the shardings of `abstract`, and the input position.
 
         Raises:
-            ValueError: If it does not fit the network or optimizer, or bits have changed on disk.
+            ValueError: If another objective trained it, it does not fit the network or optimizer,
+                or bits have changed on disk.
         """
         step = self.manager.latest_step()
+        self._require_same_objective(step)
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract),
             input=ocp.args.JsonRestore(),
@@ -68,6 +70,17 @@ class Checkpoints:
             ) from error
         _require_same(found["digest"], _digests(found["state"]), self.folder / str(step))
         return found["state"], found["input"]
+
+    def _require_same_objective(self, step: int | None) -> None:
+        """Two methods may have states of one shape, and neither goes on where the other was."""
+        args = ocp.args.Composite(config=ocp.args.JsonRestore())
+        stored = self.manager.restore(step, args=args)["config"].get("objective", {}).get("name")
+        ours = self.extra["config"].get("objective", {}).get("name")
+        if stored != ours:
+            raise ValueError(
+                f"{self.folder}: step {step} was trained with objective {stored}, this config has "
+                f"{ours}; use another --workdir or the config the run began with"
+            )
 
     def wait(self) -> None:
         """Returns when everything is on disk."""

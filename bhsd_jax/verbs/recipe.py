@@ -1,6 +1,7 @@
 """From a config to the parts of a train step, and every check that comes before compiling it."""
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Cut
 from bhsd_jax.input.slices import Slices
 from bhsd_jax.losses import DiceCE
+from bhsd_jax.objectives.common import require_choice
 from bhsd_jax.objectives.weak import SliceLabelTerms
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.optimizer import make_optimizer, make_schedule
@@ -25,6 +27,9 @@ from bhsd_jax.verbs import setup, wiring
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Plan
 
+logger = logging.getLogger(__name__)
+
+_LEAST_TURNS = 10.0  # time constants 1 / (1 - decay) of a moving average in a training
 _TIMING = ("lr", "schedule", "power", "warmup", "hold")  # of the optimizer spec: the schedule's
 
 
@@ -51,6 +56,7 @@ class Recipe:
             label=rows(self.labeled, jnp.int8),
             unlabeled=rows(self.unlabeled, self.raw_type, 1) if self.unlabeled else None,
             weak=self._weak() if self.unlabeled and self.slices else None,
+            inside=rows(self.unlabeled, jnp.int8) if self.unlabeled and self.cut.masked else None,
         )
 
     def _weak(self) -> jax.ShapeDtypeStruct:
@@ -67,6 +73,7 @@ class Recipe:
 def make_recipe(config: Config, plan: Plan) -> Recipe:
     """Model, objective, optimizer, augmentation and batch as config and plan name them."""
     objective = wiring.objective(config)
+    require_choice("input.outside", config.input.outside, ("learned", "masked"))
     normalization = wiring.normalization(config, plan)
     spatial, intensity = make_chains(config, plan)
     schedule, optimizer = _optimizer(config, parts=bool(objective.twins))
@@ -91,6 +98,7 @@ def make_recipe(config: Config, plan: Plan) -> Recipe:
         fill=normalization.pad_value(config.input.pad),
         foreground=config.input.foreground,
         binary=config.split.binary,
+        masked=config.input.outside == "masked",
     )
     return Recipe(
         parts=parts,
@@ -139,16 +147,17 @@ def make_augment(
         spatial_key, intensity_key, free_key = jax.random.split(key, 3)
         image, label = spatial(spatial_key, normalize(batch.image), batch.label)
         image = intensity(intensity_key, image)
-        free, weak = batch.unlabeled, batch.weak
-        if free is None:
+        if batch.unlabeled is None:
             return Batch(image, label)
-        if weak is None:
-            return Batch(image, label, spatial(free_key, normalize(free), None)[0])
-        marks, whole = mark(free, head_hu)
-        free, moved = spatial(free_key, normalize(free), marks)
-        assert moved is not None  # marks came in
-        weak = follow(moved, whole, weak, reach=0 if spatial.keeps_slices else 1)
-        return Batch(image, label, free, weak)
+        weak, inside, plain = batch.weak, batch.inside, normalize(batch.unlabeled)
+        marks, whole = (None, None) if weak is None else mark(batch.unlabeled, head_hu)
+        free, moved = spatial(free_key, plain, marks)
+        if weak is not None:
+            weak = follow(moved, whole, weak, reach=0 if spatial.keeps_slices else 1)
+        if inside is not None:
+            # The same draw; the image, which nothing reads, costs nothing.
+            inside = spatial(free_key, plain, inside)[1] > 0
+        return Batch(image, label, free, weak, inside)
 
     return augment
 
@@ -180,9 +189,23 @@ def require_matching(config: Config, recipe: Recipe, roles: Roles, mesh: Mesh) -
     for field in ("steps", "log_every", "validate_every", "save_every"):
         if config.train[field] < 1:
             raise ValueError(f"train.{field} must be at least 1; got {config.train[field]}")
+    _warn_of_slow_average(recipe.parts.objective.ema_decay, recipe.parts.steps)
     meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, recipe.cut.source[1])
     # A patch the model cannot take is refused by the model, here.
     jax.eval_shape(recipe.init, jax.random.key(0))
+
+
+def _warn_of_slow_average(decay: float | None, steps: int) -> None:
+    """A moving average must forget long before the training ends, or it deploys its beginnings."""
+    if decay is not None and (1 - decay) * steps < _LEAST_TURNS:
+        logger.warning(
+            "objective.ema_decay %g averages over %.0f steps, of %d in all; choose %.3g or less, "
+            "or train longer",
+            decay,
+            1 / max(1 - decay, 1e-9),
+            steps,
+            max(0.0, 1 - _LEAST_TURNS / steps),
+        )
 
 
 def _slice_labels(config: Config, plan: Plan) -> tuple[SliceLabelTerms | None, Slices | None]:
