@@ -22,10 +22,15 @@ def head(depth=6, size=24, radius=9, center=None):
 
 def moved(raw, rows, ops, patch, key=0, reach=None):
     chain = SpatialChain(ops, patch)
-    marks, whole = mark(raw, -200.0)
-    _, marks = chain(jax.random.key(key), raw.astype(jnp.float32), marks)
     reach = (0 if chain.keeps_slices else 1) if reach is None else reach
-    return np.asarray(follow(marks, whole, jnp.asarray(rows, jnp.int8)[None], reach=reach))[0]
+
+    @jax.jit
+    def run(key, raw, rows):
+        marks, whole = mark(raw, -200.0)
+        _, marks = chain(key, raw.astype(jnp.float32), marks)
+        return follow(marks, whole, rows, reach=reach)
+
+    return np.asarray(run(jax.random.key(key), raw, jnp.asarray(rows, jnp.int8)[None]))[0]
 
 
 ROWS = [[0, 1], [0, 0], [1, -1], [0, 0], [-1, 0], [0, 0]]

@@ -112,3 +112,21 @@ def test_a_finished_run_is_a_config(tmp_path):
     assert isinstance(again.input.patch, tuple)
     with pytest.raises(FileNotFoundError, match="folder of a run"):
         from_run.get_config(str(tmp_path / "none"))
+
+
+def test_a_run_of_an_older_version_gets_todays_defaults_for_what_it_lacks(tmp_path):
+    from configs import common, cps, from_run
+
+    config = cps.get_config("smoke").to_dict()
+    config["train"]["steps"] = 77
+    want = json.loads(json.dumps(config))
+    saved = json.loads(json.dumps(config))
+    del saved["weak"], saved["task"], saved["infer"]["mirror_axes"], saved["preprocess"]["plan"]
+    del saved["input"]["outside"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    found = from_run.get_config(str(tmp_path))
+    assert json.loads(json.dumps(found.to_dict())) == want
+    assert found.infer.mirror_axes == common.get_config().infer.mirror_axes
+    assert not found.weak.gate_pseudo
+    assert "features" in found.model
+    assert set(found.objective) == set(config["objective"]), "its fields are its own"

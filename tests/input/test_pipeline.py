@@ -1,5 +1,7 @@
 """Streams are a function of position: threads, processes and restarts do not change them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -108,6 +110,30 @@ def test_unlabeled_elements_never_look_at_a_mask():
     free.open_case = blind.__getitem__
     np.testing.assert_array_equal(free[5]["image"], want)
     assert set(free[5]) == {"image"}
+
+
+def test_masked_patches_say_which_voxels_lie_in_the_scan():
+    full = {
+        name: dataclasses.replace(scan, image=np.full_like(scan.image, 5))
+        for name, scan in SCANS.items()
+    }
+    free = stream(labeled=False, cut=dataclasses.replace(CUT, masked=True))
+    free.open_case = full.__getitem__
+    found = [free[i] for i in range(12)]
+    for element in found:
+        assert element["inside"].dtype == np.int8
+        want = np.where(element["image"][..., 0] == 5, 1, -1)
+        np.testing.assert_array_equal(element["inside"], want)
+    assert any((element["inside"] < 0).any() for element in found)
+    plain = stream(labeled=False)
+    plain.open_case = full.__getitem__
+    np.testing.assert_array_equal(plain[3]["image"], found[3]["image"])
+    labeled = stream(cut=dataclasses.replace(CUT, masked=True))
+    assert set(labeled[0]) == {"image", "label"}
+    free.open_case = SCANS.__getitem__
+    batch = next(Batches([labeled, free]))
+    assert batch.inside.shape == (4, 4, 8, 8)
+    assert batch.weak is None
 
 
 def test_binary_merges_the_classes_and_keeps_outside():

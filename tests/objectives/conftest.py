@@ -18,6 +18,15 @@ class Net(nn.Module):
         return (nn.Conv(self.num_classes, (1, 1, 1), name="Conv_1")(x),)
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """These tests compile much and compute little; the programs are the same."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def net():
     return Net()
@@ -34,7 +43,14 @@ def batch():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def nets(net, batch):
+    """Parameters of two networks."""
+    init = jax.jit(lambda key: net.init(key, batch.image, train=False)["params"])
+    return [init(key) for key in jax.random.split(jax.random.key(0))]
+
+
+@pytest.fixture(scope="session")
 def learn(net):
     """(params, step, ema) -> Learner with additive noise as intensity view."""
 

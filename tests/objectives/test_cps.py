@@ -1,6 +1,7 @@
 """Cross pseudo supervision: what each twin learns from, and what never reaches it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +16,21 @@ from bhsd_jax.objectives.cps import CrossPseudoSupervision, _redraw, _transposed
 FULL = CrossPseudoSupervision(weight=0.7, ramp=0.0)
 
 
-@pytest.fixture
-def params(net, batch, key):
-    return FULL.init(net, batch.image, key)
+@pytest.fixture(scope="module")
+def params(net, batch):
+    return jax.jit(lambda key: FULL.init(net, batch.image, key))(jax.random.key(0))
 
 
-def value_and_grad(objective, learn, params, batch, key, **kwargs):
-    def loss(params):
-        return objective.loss(learn(params, **kwargs), batch, key)[0]
+@functools.cache
+def compiled(objective, learn):
+    def loss(params, batch, key):
+        return objective.loss(learn(params), batch, key)[0]
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def value_and_grad(objective, learn, params, batch, key):
+    return compiled(objective, learn)(params, batch, key)
 
 
 def test_the_loss_is_its_formula(net, learn, params, batch, key):
@@ -69,8 +75,9 @@ def test_weight_zero_is_two_supervised_trainings(net, learn, params, batch, key)
     def supervised(p):
         return DiceCE()(net.apply({"params": p}, batch.image, train=True), batch.label)
 
+    alone = jax.jit(jax.grad(supervised))
     for twin in "ab":
-        want = jax.jit(jax.grad(supervised))(params[twin])
+        want = alone(params[twin])
         for x, y in zip(jax.tree.leaves(grads[twin]), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(x, y, atol=1e-6)
 
@@ -154,6 +161,36 @@ def test_redrawing_leaves_transposed_convolutions_alone(key):
     found = _redraw(params, jax.nn.initializers.normal(), key, frozenset({("up",)}))
     assert (found["up"]["kernel"] == 1).all()
     assert (found["conv"]["kernel"] != 1).all()
+
+
+def test_agreement_for_sure_leaves_nothing_to_learn():
+    sure = 40.0 * jax.nn.one_hot(jnp.arange(60).reshape(1, 3, 4, 5) % 3, 3)
+    assert float(FULL._teach((sure,), sure)) < 1e-6
+
+
+def test_the_gradient_is_the_answer_minus_the_others_hard_one_and_nothing_for_the_other(key):
+    mine, other = jax.random.normal(key, (2, 1, 2, 3, 4, 3))
+    grad, back = jax.jit(jax.grad(FULL._follow, (0, 1)))(mine, other)
+    hard = jax.nn.one_hot(other.argmax(-1), 3)
+    np.testing.assert_allclose(24 * grad, jax.nn.softmax(mine) - hard, atol=1e-6)
+    assert not np.any(back)
+    assert jnp.issubdtype(other.argmax(-1).dtype, jnp.integer)
+    # The arg-max alone stops it too.
+    unstopped = jax.grad(lambda other: cross_entropy(mine, other.argmax(-1)))(other)
+    assert not np.any(unstopped)
+
+
+def test_with_two_heads_deep_is_the_full_resolution_alone(key):
+    heads = tuple(jax.random.normal(key, (1, n, n, n, 3)) for n in (4, 2))
+    deep = dataclasses.replace(FULL, deep=True)
+    assert float(deep._teach(heads, -heads[0])) == float(FULL._teach(heads, -heads[0]))
+
+
+def test_a_confidence_of_zero_changes_nothing(key):
+    heads = (jax.random.normal(key, (1, 4, 4, 4, 3)),)
+    always = dataclasses.replace(FULL, confidence=1e-9)
+    want = float(FULL._teach(heads, -heads[0]))
+    assert float(always._teach(heads, -heads[0])) == pytest.approx(want, rel=1e-6)
 
 
 def test_deep_pseudo_labels_weigh_the_heads_as_masks_do(key):

@@ -17,11 +17,6 @@ HALF = dataclasses.replace(FULL, pairs="half")
 
 
 @pytest.fixture
-def nets(net, batch, key):
-    return [net.init(k, batch.image, train=False)["params"] for k in jax.random.split(key)]
-
-
-@pytest.fixture
 def share(monkeypatch):
     """Fixes the share of the first patch of every blend."""
 

@@ -14,11 +14,6 @@ from configs import mean_teacher
 FULL = MeanTeacher(weight=1.0, ramp=0.0, views="shared")
 
 
-@pytest.fixture
-def nets(net, batch, key):
-    return [net.init(k, batch.image, train=False)["params"] for k in jax.random.split(key)]
-
-
 def test_the_teacher_gets_no_gradient_at_all(learn, nets, batch, key):
     grads = jax.jit(jax.grad(lambda ema: FULL.loss(learn(nets[0], ema=ema), batch, key)[0]))(
         nets[1]

@@ -80,9 +80,7 @@ def test_twins_on_two_devices_exchange_answers_alone(net, twins, batch, want):
         value, grads = jax.value_and_grad(lambda p: own_loss(net, p, batch, other))(params)
         return lax.psum(value, "twin"), jax.tree.map(lambda leaf: leaf[None], grads)
 
-    spread = jax.jit(
-        jax.shard_map(one, mesh=mesh, in_specs=(mine, whole), out_specs=(whole, mine))
-    )
+    spread = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=(mine, whole), out_specs=(whole, mine)))
     compare(spread(stack(twins[1]), batch), want, 1e-6)
     text = spread.lower(stack(twins[1]), batch).compile().as_text()
     assert "u8[" in text.split("collective-permute(")[0].splitlines()[-1]

@@ -41,11 +41,19 @@ def pointwise(params, image, key=None):
     return (image * params["weight"] + params["bias"],)
 
 
-@pytest.fixture
-def run(learn, key):
+@pytest.fixture(scope="module")
+def run(learn):
     """Of an objective: (params, batch) -> loss and its gradients in params and unlabeled voxels."""
 
+    made = {}
+
     def of(name, changes):
+        spec = (name, str(changes))
+        if spec not in made:
+            made[spec] = make(name, changes)
+        return made[spec]
+
+    def make(name, changes):
         objective = objective_of(name, **{"ramp": 0.0, "weight": 1.0, **changes})
 
         @jax.jit
@@ -53,7 +61,7 @@ def run(learn, key):
             def loss(params, free):
                 learner = dataclasses.replace(learn(params, ema=NETS[1]), forward=pointwise)
                 seen = dataclasses.replace(batch, unlabeled=free)
-                return objective.loss(learner, seen, key)[0]
+                return objective.loss(learner, seen, jax.random.key(0))[0]
 
             return jax.value_and_grad(loss, (0, 1))(params, batch.unlabeled)
 

@@ -17,11 +17,6 @@ PLAIN = WeakToStrong(weight=1.0, ramp=0.0, chance=0.0, holes=0.0, sure=0.0, sure
 PASTE = WeakToStrong(weight=1.0, ramp=0.0, pairing="labeled")
 
 
-@pytest.fixture
-def nets(net, batch, key):
-    return [net.init(k, batch.image, train=False)["params"] for k in jax.random.split(key)]
-
-
 def logits(net, params, image):
     return net.apply({"params": params}, image, train=True)[0]
 

@@ -43,8 +43,8 @@ def test_the_gate_renormalizes_over_what_may_be():
 
 def test_negatives_are_cross_entropy_with_an_empty_mask():
     empty = jnp.zeros(LOGITS.shape[:-1], jnp.int32)
-    value, grad = jax.value_and_grad(weak.negatives)(LOGITS, ABSENT)
-    want, target = jax.value_and_grad(cross_entropy)(LOGITS, empty)
+    value, grad = jax.jit(jax.value_and_grad(weak.negatives))(LOGITS, ABSENT)
+    want, target = jax.jit(jax.value_and_grad(cross_entropy))(LOGITS, empty)
     supervised = DiceCE(dice_weight=0.0)([LOGITS], empty)
     assert float(value) == pytest.approx(float(want), rel=1e-6)
     assert float(value) == pytest.approx(float(supervised), rel=1e-6)
@@ -52,10 +52,11 @@ def test_negatives_are_cross_entropy_with_an_empty_mask():
 
 
 def test_negatives_speak_only_of_slices_that_lack_something():
+    graded = jax.jit(jax.grad(weak.negatives))
     assert float(weak.negatives(LOGITS, UNKNOWN)) == 0
-    assert not np.any(jax.grad(weak.negatives)(LOGITS, SHOWN))
+    assert not np.any(graded(LOGITS, SHOWN))
     rows = UNKNOWN.at[0, 1, 0].set(0).at[1, 2].set(0)
-    grad = jax.grad(weak.negatives)(LOGITS, rows)
+    grad = graded(LOGITS, rows)
     assert np.abs(grad).max((2, 3, 4)).astype(bool).tolist() == [[0, 1, 0], [0, 0, 1]]
     p = prob(LOGITS)
     nats = np.concatenate([-np.log(1 - p[0, 1, ..., 1]), -np.log(p[1, 2, ..., 0])])
@@ -78,11 +79,16 @@ def test_pooling_lies_between_mean_and_maximum_and_rises_with_its_sharpness():
 def test_presence_pulls_the_top_voxels_up_and_pushes_an_empty_slice_down():
     z = jnp.asarray(RNG.normal(size=(1, 1, 4, 4)), jnp.float32)
 
-    def loss(z, rows):
+    @jax.jit
+    @jax.value_and_grad
+    def graded(z, rows):
         return weak.presence(jnp.stack([0 * z, z], -1), rows, sharpness=5.0, least=2.0)
 
-    up = np.asarray(jax.grad(loss)(z, jnp.ones((1, 1, 1), jnp.int8)))
-    down = np.asarray(jax.grad(loss)(z, jnp.zeros((1, 1, 1), jnp.int8)))
+    def loss(z, rows):
+        return graded(z, rows)[0]
+
+    up = np.asarray(graded(z, jnp.ones((1, 1, 1), jnp.int8))[1])
+    down = np.asarray(graded(z, jnp.zeros((1, 1, 1), jnp.int8))[1])
     assert (up < 0).all()
     assert up.argmin() == np.asarray(z).argmax()
     assert (down > 0).all()
@@ -128,13 +134,14 @@ def test_the_log_barrier_is_smooth_at_its_seam_and_hardens_with_t(t):
 
 
 def test_the_barrier_holds_both_bounds_and_stays_finite_where_they_fail():
+    graded = jax.jit(jax.value_and_grad(weak.sizes), static_argnums=(2, 3))
     for rows in (SHOWN, ABSENT):
-        value, grad = jax.value_and_grad(weak.sizes)(LOGITS, rows, 30.0, 5.0)
+        value, grad = graded(LOGITS, rows, 30.0, 5.0)
         assert np.isfinite(value)
         assert np.isfinite(grad).all()
     # What shows too little is pushed up, what shows anything where there is nothing down.
-    assert float(jax.grad(weak.sizes)(LOGITS, SHOWN, 30.0, 5.0)[..., 0].sum()) > 0
-    assert float(jax.grad(weak.sizes)(LOGITS, ABSENT, 30.0, 5.0)[..., 0].sum()) < 0
+    assert float(graded(LOGITS, SHOWN, 30.0, 5.0)[1][..., 0].sum()) > 0
+    assert float(graded(LOGITS, ABSENT, 30.0, 5.0)[1][..., 0].sum()) < 0
 
 
 def test_terms_are_weighted_summed_over_networks_and_begin_when_told(learn):

@@ -117,6 +117,22 @@ def test_another_network_is_refused_in_one_line(tmp_path):
     checkpoints.close()
 
 
+def test_another_objective_is_refused_though_its_state_has_the_same_shape(tmp_path):
+    state, plan = make_state(Supervised(ema_decay=0.9)), EXTRA["plan"]
+
+    def opened(objective):
+        config = {"objective": {"name": objective}}
+        return Checkpoints(tmp_path / "c", config=config, plan=plan)
+
+    first = opened("mean_teacher.MeanTeacher")
+    first.save(1, state, {"batches": 1}, 0.5)
+    first.close()
+    other = opened("ict.InterpolationConsistency")
+    with pytest.raises(ValueError, match=r"objective mean_teacher\.MeanTeacher, .* has ict\."):
+        other.restore(abstract(state))
+    other.close()
+
+
 def test_nothing_there_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="verb `train` first"):
         load_networks(tmp_path / "none", "best")

@@ -1,6 +1,7 @@
 """The step: what it changes, what it never touches, and that devices do not matter."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -38,13 +39,22 @@ def test_twenty_steps_lower_the_loss(objective, key):
     assert step._cache_size() == 1, "one compilation for all steps"
 
 
-def test_two_runs_of_a_step_are_equal_bit_for_bit(key):
-    parts, batch = make_parts(CrossPseudoSupervision()), make_batch()
-    step = jax.jit(make_train_step(parts))
-    a, _ = step(start(parts, batch, key), batch)
-    b, _ = step(start(parts, batch, key), batch)
-    same = jax.tree.map(lambda x, y: bool((x == y).all()), a.params, b.params)
-    assert jax.tree.all(same)
+def equal(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def test_two_runs_are_equal_bit_for_bit_and_so_are_twins_that_began_alike(key):
+    parts, batch = make_parts(CrossPseudoSupervision(views="shared", ramp=0.0)), make_batch()
+    step, began = jax.jit(make_train_step(parts)), start(parts, batch, key)
+    a, _ = step(began, batch)
+    b, _ = step(began, batch)
+    assert equal(a.params, b.params)
+    assert not equal(a.params["a"], a.params["b"])
+    alike = dataclasses.replace(began, params=dict.fromkeys("ab", began.params["a"]))
+    for _ in range(3):
+        alike, _ = step(alike, batch)
+    assert equal(alike.params["a"], alike.params["b"])
+    assert not equal(alike.params["a"], began.params["a"])
 
 
 def test_the_average_is_the_mean_of_all_networks_until_the_decay_takes_over():
@@ -59,6 +69,32 @@ def test_the_average_is_the_mean_of_all_networks_until_the_decay_takes_over():
     for params in seen[10:]:
         want = 0.9 * want + 0.1 * params
     np.testing.assert_allclose(ema, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_an_average_without_memory_is_the_network_and_one_that_never_forgets_its_mean(decay):
+    seen = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    ema = jnp.full(4, -7.0)
+    for t, params in enumerate(seen):
+        ema = moving_average(ema, jnp.asarray(params), decay, jnp.asarray(t))
+        want = seen[: t + 1].mean(0) if decay else params
+        np.testing.assert_allclose(ema, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_moves_in_float32_where_bfloat16_would_stand_still():
+    """2000 updates of decay 0.999 from 1 toward 1.5, the warm-up over: 1.5 - 0.5 * 0.999^2000."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def follow(kind):
+        def move(i, ema):
+            target = jnp.full((), 1.5, kind)
+            return moving_average(ema, target, 0.999, 100_000 + i).astype(kind)
+
+        return jax.lax.fori_loop(0, 2000, move, jnp.ones((), kind))
+
+    assert follow(jnp.float32).dtype == jnp.float32
+    assert float(follow(jnp.float32)) == pytest.approx(1.4324, abs=1e-4)
+    assert float(follow(jnp.bfloat16)) == 1
 
 
 def test_the_initial_state_shares_no_buffer_with_its_average(key):
@@ -129,7 +165,7 @@ EVERY_TERM = SliceLabelTerms(True, neg_sup=1.0, mil=0.1, size=0.01)
     ],
     ids=["supervised", "cps", "cps_cutmix", "entropy", "mean_teacher", "ict", "w2s", "slices"],
 )
-def test_data_parallel_steps_only_reduce(objective, terms, groups, key):
+def test_data_parallel_steps_only_reduce(objective, terms, groups, key, full_compilation):
     """One all-reduce, of gradients and metrics together; two patches a device, so pairs stay."""
     parts = dataclasses.replace(make_parts(objective, quiet=True), weak=terms)
     batch = make_batch(labeled=16, unlabeled=16 if objective.uses_unlabeled else 0)

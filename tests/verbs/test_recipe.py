@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bhsd_jax.augment.chain import IntensityChain, SpatialChain
+from bhsd_jax.augment.spatial import Affine, Mirror
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.models import cotr, nnformer, unetr
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import make_train_step
 from bhsd_jax.types import Batch
 from bhsd_jax.verbs import wiring
-from bhsd_jax.verbs.recipe import make_recipe, require_matching
+from bhsd_jax.verbs.recipe import make_augment, make_recipe, require_matching
 from bhsd_jax.volume import Network, Plan
-from configs import cps, supervised
+from configs import cps, mean_teacher, supervised
 
 PLAN = Plan(
     dataset="made up",
@@ -112,6 +114,55 @@ def test_slice_labels_reach_the_loss_in_the_shape_of_the_network():
     _, metrics = jax.eval_shape(make_train_step(recipe.parts), state, raw)
     assert {"weak/known", "weak/neg_sup"} <= set(metrics)
     assert "weak/mil" not in metrics
+
+
+def test_the_mask_of_the_scan_reaches_the_loss_in_the_shape_of_the_network():
+    config = config_of(cps)
+    assert make_recipe(config, PLAN).abstract_batch().inside is None
+    config.input.outside = "masked"
+    recipe = make_recipe(config, PLAN)
+    raw = recipe.abstract_batch()
+    assert raw.inside.shape == (8, *recipe.cut.source)
+    patches = jax.eval_shape(recipe.parts.augment, jax.random.key(0), raw)
+    assert patches.inside.shape == (8, 4, 16, 16)
+    assert patches.inside.dtype == bool
+    state = jax.eval_shape(recipe.init, jax.random.key(0))
+    jax.eval_shape(make_train_step(recipe.parts), state, raw)
+    config.input.outside = "ignored"
+    with pytest.raises(ValueError, match=r"input\.outside is one of learned, masked"):
+        make_recipe(config, PLAN)
+
+
+@pytest.mark.parametrize("slices", [False, True])
+def test_the_mask_of_the_scan_is_moved_as_its_voxels_are(slices):
+    """Of an image 1 inside and 0 outside, linear in between, the mask is what exceeds 1/2."""
+    spatial = SpatialChain((Affine(1.0, 1.0), Mirror(0.5)), (4, 16, 16))
+    augment = make_augment(lambda x: x.astype(jnp.float32), spatial, IntensityChain(()))
+    inside = np.full((4, *spatial.source_patch), -1, np.int8)
+    inside[:, 1:, 3:, :11] = 1
+    image = (inside[..., None] > 0).astype(np.int16)
+    weak = np.zeros((4, spatial.source_patch[0], 1), np.int8) if slices else None
+    raw = Batch(image, inside, image, weak, inside)
+    found = jax.jit(augment)(jax.random.key(1), raw)
+    values = np.asarray(found.unlabeled[..., 0])
+    clear = np.abs(values - 0.5) > 1e-3
+    np.testing.assert_array_equal(found.inside[clear], values[clear] > 0.5)
+    assert clear.mean() > 0.95
+    assert 0.1 < found.inside.mean() < 0.9
+    assert (found.weak is None) != slices
+
+
+@pytest.mark.parametrize(("steps", "decay", "fits"), [(400, 0.999, "0.975"), (20_000, 0.999, "")])
+def test_an_average_that_outlives_the_training_is_warned_of(steps, decay, fits, caplog):
+    config = config_of(mean_teacher, unlabeled=8)
+    config.train.steps, config.objective.ema_decay = steps, decay
+    require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+    if fits:
+        assert f"ema_decay 0.999 averages over 1000 steps, of 400 in all; choose {fits}" in (
+            caplog.text
+        )
+    else:
+        assert not caplog.text
 
 
 def test_slice_labels_split_over_data_alone():
