@@ -5,6 +5,7 @@ sharded batch would move patches between devices.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,9 +125,9 @@ def paste(mask: Bool[Array, "N D H W"], inside: Array, outside: Array) -> Array:
     return jnp.where(mask[..., None] if inside.ndim == 5 else mask, inside, outside)
 
 
-def paste_partners(mask: Bool[Array, "N D H W"], rows: Array | None) -> Array | None:
+def paste_partners(mask: Bool[Array, "N D H W"], rows: Any) -> Any:
     """Each patch with a piece of its neighbor where the mask is True; None stays None."""
-    return None if rows is None else paste(mask, partners(rows), rows)
+    return jax.tree.map(lambda x: paste(mask, partners(x), x), rows)
 
 
 def paste_slices(

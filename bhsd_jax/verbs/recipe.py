@@ -150,13 +150,18 @@ def make_augment(
         if batch.unlabeled is None:
             return Batch(image, label)
         weak, inside, plain = batch.weak, batch.inside, normalize(batch.unlabeled)
-        marks, whole = (None, None) if weak is None else mark(batch.unlabeled, head_hu)
-        free, moved = spatial(free_key, plain, marks)
-        if weak is not None:
+        if weak is None:
+            free, _ = spatial(free_key, plain, None)
+        else:
+            marks, whole = mark(batch.unlabeled, head_hu)
+            free, moved = spatial(free_key, plain, marks)
+            assert moved is not None  # marks came in
             weak = follow(moved, whole, weak, reach=0 if spatial.keeps_slices else 1)
         if inside is not None:
             # The same draw; the image, which nothing reads, costs nothing.
-            inside = spatial(free_key, plain, inside)[1] > 0
+            _, moved = spatial(free_key, plain, inside)
+            assert moved is not None
+            inside = moved > 0
         return Batch(image, label, free, weak, inside)
 
     return augment
