@@ -10,7 +10,7 @@ import ml_collections
 from configs import common
 
 PRESETS = {
-    "recommended": {"weight": 0.5, "ramp": 0.4, "views": "independent"},
+    "recommended": {"weight": 0.5, "ramp": 0.4, "views": "independent", "confidence": 0.0},
 }
 
 

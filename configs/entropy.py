@@ -12,8 +12,14 @@ import ml_collections
 from configs import common
 
 PRESETS = {
-    "recommended": {"weight": 0.005, "ramp": 1.0, "patches": "unlabeled"},
-    "ssl4mis": {"weight": 0.2, "ramp": 1.0, "staircase": 150, "patches": "all"},
+    "recommended": {"weight": 0.005, "ramp": 1.0, "patches": "unlabeled", "voxels": "all"},
+    "ssl4mis": {
+        "weight": 0.2,
+        "ramp": 1.0,
+        "staircase": 150,
+        "patches": "all",
+        "voxels": "all",
+    },
 }
 
 

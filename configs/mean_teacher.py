@@ -12,7 +12,13 @@ import ml_collections
 from configs import common
 
 PRESETS = {
-    "recommended": {"weight": 2.0, "ramp": 0.4, "ema_decay": 0.999, "views": "weak_strong"},
+    "recommended": {
+        "weight": 2.0,
+        "ramp": 0.4,
+        "ema_decay": 0.999,
+        "views": "weak_strong",
+        "noise": 0.0,
+    },
     "ssl4mis": {
         "weight": 0.2,
         "ramp": 1.0,

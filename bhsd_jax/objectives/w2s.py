@@ -38,7 +38,7 @@ class WeakToStrong(SingleModel):
     ramp: float = 0.4  # share of the training over which the weight rises
     staircase: int = 1  # steps for which the rising weight is held
     sure: float = 0.95  # least probability of a voxel called background
-    sure_foreground: float = 0.7  # of one called foreground, whose probabilities are lower
+    sure_foreground: float = 0.95  # of one called foreground; lower, and foreground grows
     pairing: str = "unlabeled"  # "labeled": bidirectional copy-paste
     chance: float = 0.5  # that a patch is pasted
     covered: tuple[float, float] = (0.02, 0.4)  # share of it that comes from its partner
