@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from bhsd_jax.ct.resample import nearest_index, separate_axis
 from bhsd_jax.volume import Case, Grid
 
 
@@ -25,10 +26,11 @@ def of_case(
 
 
 def align(case: Case, grid: Grid, num_classes: int) -> tuple[tuple[int, ...], ...] | None:
-    """One row per prepared slice, from the native slices that it covers or is interpolated from.
+    """One row per prepared slice, from the native slices that it comes from.
 
-    It lacks a class if all of them do, and shows one if the nearest does; else nothing is known.
-    None where the prepared slices do not run along the file's.
+    Thick slices are taken as they are, each from the nearest, and so are their rows. Where slices
+    are interpolated, one lacks a class if all it comes from do, and shows one if the nearest does;
+    else nothing is known. None where the prepared slices do not run along the file's.
 
     Raises:
         ValueError: If there are more rows than slices, or a row is not one value per class.
@@ -45,6 +47,9 @@ def align(case: Case, grid: Grid, num_classes: int) -> tuple[tuple[int, ...], ..
     if grid.flip[0]:
         rows.reverse()
     table = np.asarray(rows[grid.crop_start[0] : grid.crop_stop[0]])
+    nearest = table[nearest_index(len(table), grid.shape[0])]
+    if separate_axis(grid.native_spacing_mm, grid.spacing_mm) == 0:
+        return tuple(tuple(row) for row in nearest.tolist())
     step = len(table) / grid.shape[0]  # native slices per prepared one
     found = []
     for i in range(grid.shape[0]):
@@ -52,7 +57,6 @@ def align(case: Case, grid: Grid, num_classes: int) -> tuple[tuple[int, ...], ..
         reach = max(1.0, step / 2)
         low = max(0, math.floor(center - reach + 1e-6) + 1)
         high = min(len(table), math.ceil(center + reach - 1e-6))
-        nearest = table[(2 * i + 1) * len(table) // (2 * grid.shape[0])]
         none = (table[low:high] == 0).all(0)
-        found.append(tuple(int(v) for v in np.where(nearest == 1, 1, np.where(none, 0, -1))))
+        found.append(tuple(int(v) for v in np.where(nearest[i] == 1, 1, np.where(none, 0, -1))))
     return tuple(found)

@@ -237,11 +237,21 @@ def test_slice_labels_follow_flip_crop_and_resampling(tmp_path):
 def test_a_resampled_slice_lacks_a_class_only_if_all_slices_it_comes_from_do(tmp_path):
     voxels = np.full((8, 12, 12), 100, np.float32)
     rows = ((1, 0), (0, 0), (0, 0), (0, 0), (0, 0), (1, 1), (0, -1), (0, 0))
-    case = store(tmp_path, voxels, matrix=affine((2.0, 1.0, 1.0)), slice_labels=rows)
-    halved = prepare.prepare_case(case, a_plan("mr", (4.0, 1.0, 1.0)))
+    case = store(tmp_path, voxels, matrix=affine((1.0, 1.0, 1.0)), slice_labels=rows)
+    halved = prepare.prepare_case(case, a_plan("mr", (2.0, 1.0, 1.0)))
     assert halved.slice_labels == ((-1, 0), (0, 0), (1, 1), (0, -1))
-    doubled = prepare.prepare_case(case, a_plan("mr", (1.0, 1.0, 1.0)))
+    doubled = prepare.prepare_case(case, a_plan("mr", (0.5, 1.0, 1.0)))
     assert [row[0] for row in doubled.slice_labels][:4] == [1, 1, -1, 0]
+
+
+def test_a_thick_slice_keeps_the_label_of_the_one_it_is_taken_from(tmp_path):
+    rows = ((1, 0), (0, 0), (0, 1), (0, -1))
+    voxels = np.broadcast_to(np.arange(4.0, dtype=np.float32)[:, None, None], (4, 12, 12)) + 100
+    case = store(tmp_path, voxels, matrix=affine((5.0, 1.0, 1.0)), slice_labels=rows)
+    doubled = prepare.prepare_case(case, a_plan("mr", (2.5, 1.0, 1.0)))
+    assert doubled.slice_labels == tuple(row for row in rows for _ in range(2))
+    levels = doubled.image[:, 6, 6]
+    np.testing.assert_allclose(levels[::2], levels[1::2], atol=1e-5)
 
 
 def test_without_slice_labels_the_prepared_mask_gives_them(head):
