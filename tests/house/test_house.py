@@ -70,3 +70,9 @@ def test_no_scan_weight_or_path_of_a_machine_is_tracked():
     assert not [name for name in names if name.endswith(ends)]
     big = [n for n in names if (ROOT / n).is_file() and (ROOT / n).stat().st_size > 2**20]
     assert not big
+
+
+def test_no_two_test_files_share_a_name():
+    """Folders of tests are no packages: pytest would refuse the second file."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

@@ -43,11 +43,12 @@ def test_image_and_labels_are_pasted_by_one_mask(net, learn, nets, batch, key, m
     assert float(metrics["follow"]) == pytest.approx(float(want), rel=1e-5)
 
 
-def test_foreground_needs_less_to_be_sure_and_nobody_sure_is_no_loss(learn, nets, batch, key):
+def test_foreground_has_its_own_threshold_and_nobody_sure_is_no_loss(learn, nets, batch, key):
     p = np.asarray([0.94, 0.96, 0.31, 0.25])
     pair = jnp.asarray(np.log(np.stack([p, 1 - p], -1)), jnp.float32)
-    default = WeakToStrong()
-    np.testing.assert_array_equal(default._is_sure(pair), [False, True, False, True])
+    np.testing.assert_array_equal(WeakToStrong()._is_sure(pair), [False, True, False, False])
+    lower = WeakToStrong(sure_foreground=0.7)
+    np.testing.assert_array_equal(lower._is_sure(pair), [False, True, False, True])
 
     never = dataclasses.replace(PLAIN, sure=1.0, sure_foreground=1.0)
 
