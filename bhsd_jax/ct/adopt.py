@@ -15,7 +15,6 @@ from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.volume import Plan, Shape
 
 _RESAMPLING = "resample_data_or_seg_to_shape"
-_STATISTICS = ("percentile_00_5", "mean", "std", "percentile_99_5")
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -60,8 +59,8 @@ def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configur
     transpose = first, second, third
     found = plans.get("foreground_intensity_properties_per_channel", {}).get("0", {})
     statistics = plan.foreground
-    if all(name in found for name in _STATISTICS):
-        low, mean, std, high = (float(found[name]) for name in _STATISTICS)
+    if all(name in found for name in nnunet_schema.STATISTICS):
+        low, mean, std, high = (float(found[name]) for name in nnunet_schema.STATISTICS)
         statistics = low, mean, std, high
     return dataclasses.replace(
         plan,

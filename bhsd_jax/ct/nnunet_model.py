@@ -18,7 +18,6 @@ _AXES = {  # by reader: what its arrays' axes are
 }
 _MODALITIES = {scheme: modality for modality, scheme in nnunet_schema.NORMALIZATION.items()}
 _RESAMPLING = {"data": 3, "probabilities": 1}  # what: spline order
-_STATISTICS = ("percentile_00_5", "mean", "std", "percentile_99_5")
 
 
 def plan_of(
@@ -37,7 +36,8 @@ def plan_of(
     measured = plans.get("foreground_intensity_properties_per_channel") or {}
     if modality == "ct" and "0" not in measured:
         raise ValueError("nnU-Net plans: CTNormalization, but no foreground intensities of it")
-    low, mean, std, high = (float(measured.get("0", {}).get(name, 0)) for name in _STATISTICS)
+    first = measured.get("0", {})
+    low, mean, std, high = (float(first.get(name, 0)) for name in nnunet_schema.STATISTICS)
     return Plan(
         dataset=str(plans.get("dataset_name") or dataset.get("name", "nnU-Net")),
         classes=classes_of(dataset),

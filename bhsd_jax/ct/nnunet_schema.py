@@ -8,6 +8,8 @@ from typing import Any
 from bhsd_jax.ct.topology import Planner, Pooling, fit, widths
 from bhsd_jax.volume import Network, Shape
 
+# Of foreground intensities, in the order of `Plan.foreground`.
+STATISTICS = ("percentile_00_5", "mean", "std", "percentile_99_5")
 NORMALIZATION = {"ct": "CTNormalization", "mr": "ZScoreNormalization"}
 _SPLINES = {  # key in the file: (is_seg, spline order)
     "data": (False, 3),
