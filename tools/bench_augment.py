@@ -27,7 +27,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if args.worker:
         sys.path.insert(0, str(HERE.parent))  # for configs/
-        bench_step.load()
+        bench_step.load(args.batch or PRESETS[args.preset].batch)
         bench_pair.serve(functools.partial(setup, args), bench_step.device_peak)
         return
     settings = bench_step.platform(args)
@@ -80,10 +80,10 @@ def patches(batch: int, size: tuple[int, int, int], classes: int) -> tuple[np.nd
 def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     """Compiles the augmentation alone and, unless told not to, the step without it."""
     import jax
-    import jax.numpy as jnp
 
     from bhsd_jax.augment.chain import IntensityChain, SpatialChain
     from bhsd_jax.build import build
+    from bhsd_jax.train import mesh as meshes
     from configs import common
 
     preset, config = PRESETS[args.preset], common.get_config()
@@ -93,10 +93,13 @@ def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     def ops(specs) -> tuple:
         return tuple(build("bhsd_jax.augment", dict(spec)) for spec in specs)
 
-    spatial = SpatialChain(ops(config.augment.spatial), preset.patch, sequential)
-    intensity = IntensityChain(ops(config.augment.intensity), sequential)
+    mesh = meshes.make_mesh()
+    shared = mesh if mesh.size > 1 and sequential else None
+    spatial = SpatialChain(ops(config.augment.spatial), preset.patch, sequential, shared)
+    intensity = IntensityChain(ops(config.augment.intensity), sequential, shared)
     image, label = patches(batch, spatial.source_patch, preset.classes)
-    image, label = jnp.asarray(image)[..., None], jnp.asarray(label)
+    rows = meshes.batch_sharding(mesh)
+    image, label = jax.device_put((image[..., None], label), rows)
 
     @jax.jit
     def augment(key, image, label):

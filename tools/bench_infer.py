@@ -28,7 +28,9 @@ def main() -> None:
     """Runs one side as a worker, or both and prints how they compare."""
     args = parse(sys.argv[1:])
     if args.worker:
-        bench_step.load()
+        from bhsd_jax.infer.sliding import tiles_in_memory
+
+        bench_step.load(0, most=tiles_in_memory(PRESETS[args.preset].patch))
         import bhsd_jax.infer.sliding
         import bhsd_jax.models.torch_import  # noqa: F401
 
@@ -104,6 +106,7 @@ def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
 
     from bhsd_jax.infer.sliding import SlidingWindow
     from bhsd_jax.models import torch_import
+    from bhsd_jax.train.mesh import make_mesh
 
     preset = PRESETS[args.preset]
     if args.peer_python == "none":
@@ -122,7 +125,8 @@ def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     image, last, jobs = volume(args, preset), {}, {}
     step = 0.75 if args.fast else 0.5
     for job, mirror in (("plain", False), ("mirrors", True)):
-        window = SlidingWindow(forward, preset.patch, step, mirror)
+        mesh = make_mesh() if jax.device_count() > 1 else None
+        window = SlidingWindow(forward, preset.patch, step, mirror, mesh=mesh)
 
         def run(window=window) -> None:
             last["logits"] = window.logits([variables["params"]], image)

@@ -33,7 +33,7 @@ def main() -> None:
     """Runs one side as a worker, or both and prints how they compare."""
     args = parse(sys.argv[1:])
     if args.worker:
-        load()
+        load(args.batch or PRESETS[args.preset].batch)
         setup = setup_layers if args.layers else setup_step
         bench_pair.serve(functools.partial(setup, args), device_peak)
         return
@@ -147,14 +147,17 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     """Compiles our step and runs it once."""
     import jax
 
+    from bhsd_jax.train import mesh as meshes
     from bhsd_jax.train.step import init_state, make_train_step
     from bhsd_jax.types import Batch
 
     preset = PRESETS[args.preset]
     parts = our_parts(args, preset)
     batch, channels = args.batch or preset.batch, max(args.pad_input, preset.channels)
+    mesh = meshes.make_mesh()
+    rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=rows)
     def draw(key):
         image_key, label_key = jax.random.split(key)
         image = jax.random.normal(image_key, (batch, *preset.patch, preset.channels))
@@ -163,8 +166,12 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
         return Batch(jax.numpy.pad(image, more), label.astype("int8"))
 
     data = draw(jax.random.key(0))
-    state = jax.jit(lambda image: init_state(parts, image, jax.random.key(1)))(data.image)
-    step = jax.jit(make_train_step(parts), donate_argnums=0).lower(state, data).compile()
+    init = jax.jit(
+        lambda image: init_state(parts, image, jax.random.key(1)), out_shardings=everywhere
+    )
+    state = init(data.image)
+    step = jax.jit(make_train_step(parts), donate_argnums=0, out_shardings=everywhere)
+    step = step.lower(state, data).compile()
     held = [step(state, data)]
 
     def run() -> None:
@@ -172,7 +179,7 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
 
     cost = step.memory_analysis()
     facts = {
-        "device": f"{jax.devices()[0].device_kind}, jax {jax.__version__}",
+        "device": f"{mesh.size} {jax.devices()[0].device_kind}, jax {jax.__version__}",
         "loss": float(held[0][1]["loss"]),
         "temporaries": getattr(cost, "temp_size_in_bytes", 0),
     }
@@ -218,25 +225,30 @@ def setup_layers(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     import jax
 
     from bhsd_jax.models.conv import conv3d
+    from bhsd_jax.train import mesh as meshes
 
     preset, jobs = PRESETS[args.preset], {}
+    mesh = meshes.make_mesh()
+    rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
     for index, layer in enumerate(distinct(preset)):
         padding = tuple((k // 2, k // 2) for k in layer.kernel)
         conv = functools.partial(conv3d, strides=layer.strides, padding=padding)
         shape = (args.batch or preset.batch, *layer.size, layer.channels)
         kernel_shape = (*layer.kernel, layer.channels, layer.features)
         keys = jax.random.split(jax.random.key(0), 3)
-        image = jax.random.normal(keys[0], shape, args.dtype)
-        kernel = jax.random.normal(keys[1], kernel_shape, args.dtype)
+        image = jax.device_put(jax.random.normal(keys[0], shape, args.dtype), rows)
+        kernel = jax.device_put(jax.random.normal(keys[1], kernel_shape, args.dtype), everywhere)
         grad = jax.random.normal(keys[2], jax.eval_shape(conv, image, kernel).shape, args.dtype)
+        grad = jax.device_put(grad, rows)
 
         def both(image, kernel, grad, conv=conv):
             out, pull = jax.vjp(conv, image, kernel)
-            return out, pull(grad)
+            return out, *pull(grad)
 
         jobs[f"{index} forward"] = _job(jax.jit(conv), image, kernel)
-        jobs[f"{index} both"] = _job(jax.jit(both), image, kernel, grad)
-    return {"device": jax.devices()[0].device_kind}, jobs
+        backward = jax.jit(both, out_shardings=(rows, rows, everywhere))
+        jobs[f"{index} both"] = _job(backward, image, kernel, grad)
+    return {"device": f"{mesh.size} {jax.devices()[0].device_kind}"}, jobs
 
 
 def _job(function, *arrays):
@@ -249,8 +261,8 @@ def _job(function, *arrays):
     return run
 
 
-def load() -> None:
-    """Imports what the worker needs and wakes the device, before memory is counted."""
+def load(batch: int, most: int | None = None) -> None:
+    """Imports what the worker needs and wakes the devices, before memory is counted."""
     from bhsd_jax.verbs import runtime
 
     runtime.order_for_memory()  # as `train` and `predict` do
@@ -259,7 +271,9 @@ def load() -> None:
     import bhsd_jax.models.nnunet
     import bhsd_jax.objectives.supervised
     import bhsd_jax.train.step  # noqa: F401
+    from bhsd_jax.train import mesh as meshes
 
+    meshes.share_cores(batch, most=most)
     jax.devices()
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bhsd_jax.augment.spatial import Affine, center_crop, is_in_plane
@@ -34,8 +35,9 @@ class SpatialChain:
     """Cuts patches of one size and moves their voxels; image and label alike.
 
     `sequential` maps over the batch one patch after another and skips what does not fire: faster on
-    CPU. Otherwise all patches go at once and both outcomes are computed: faster on accelerators,
-    and the batch may be sharded. Same key, same numbers (to rounding) either way.
+    CPU. Where the batch is sharded, every device along `mesh`'s `data` axis does so with its own
+    patches. Otherwise all patches go at once and both outcomes are computed: faster on
+    accelerators. Same key, same numbers (to rounding) either way.
 
     nnU-Net mirrors after its intensity operations, we before: every one of those treats the two
     directions of an axis alike, so the law of the result is the same.
@@ -47,6 +49,7 @@ class SpatialChain:
     ops: tuple[SpatialAugment | Cutter, ...]
     patch: Shape
     sequential: bool = False
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         late = [type(op).__name__ for op in self.ops[1:] if isinstance(op, Cutter)]
@@ -96,7 +99,7 @@ class SpatialChain:
 
     def _run(self, key: PRNGKeyArray, image: Array, label: Array) -> tuple[Array, Array]:
         keys = jax.random.split(key, len(image))
-        return _over_batch(self._one, self.sequential, keys, image, label)
+        return _over_batch(self._one, self, keys, image, label)
 
     def _one(self, key: PRNGKeyArray, image: Array, label: Array) -> tuple[Array, Array]:
         ops = self.ops
@@ -112,17 +115,18 @@ class SpatialChain:
 
 @dataclass(frozen=True)
 class IntensityChain:
-    """Changes the values of patches, each by its own draw; `sequential` as in `SpatialChain`."""
+    """Changes the values of patches, each by its own draw; order and mesh as in `SpatialChain`."""
 
     ops: tuple[IntensityAugment, ...]
     sequential: bool = False
+    mesh: Mesh | None = None
 
     def __call__(
         self, key: PRNGKeyArray, image: Float[Array, "B D H W C"]
     ) -> Float[Array, "B D H W C"]:
         """Another view of the same patches."""
         keys = jax.random.split(key, len(image))
-        return _over_batch(self._one, self.sequential, keys, image)
+        return _over_batch(self._one, self, keys, image)
 
     def _one(self, key: PRNGKeyArray, image: Array) -> Array:
         for index, op in enumerate(self.ops):
@@ -130,8 +134,17 @@ class IntensityChain:
         return image
 
 
-def _over_batch(change: Callable[..., Any], sequential: bool, *batch: Array) -> Any:
+def _over_batch(
+    change: Callable[..., Any], chain: SpatialChain | IntensityChain, *batch: Array
+) -> Any:
     """A `lax.cond` inside `change` becomes a selection under vmap, and stays a branch under map."""
-    if sequential:
-        return lax.map(lambda patch: change(*patch), batch)
-    return jax.vmap(change)(*batch)
+    if not chain.sequential:
+        return jax.vmap(change)(*batch)
+
+    def one_by_one(*part: Array) -> Any:
+        return lax.map(lambda patch: change(*patch), part)
+
+    if chain.mesh is None:
+        return one_by_one(*batch)
+    rows = PartitionSpec("data")
+    return jax.shard_map(one_by_one, mesh=chain.mesh, in_specs=rows, out_specs=rows)(*batch)

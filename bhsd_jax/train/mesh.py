@@ -1,5 +1,6 @@
 """Processes, devices, and how arrays lie on them."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from bhsd_jax.types import Batch, Params
 logger = logging.getLogger(__name__)
 
 AXES = ("data", "model", "space")
+_FORCED = "xla_force_host_platform_device_count"
 _CLUSTER = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES")
 
 
@@ -31,6 +33,28 @@ def start() -> None:
     ids = list(range(len(visible.split(",")))) if visible else None
     jax.distributed.initialize(local_device_ids=ids)
     logger.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def share_cores(*batches: int, most: int | None = None) -> None:
+    """On CPUs, splits the cores into as many devices as share batches of these sizes evenly.
+
+    A device runs one operation at a time, and few operations keep all cores busy; devices with
+    samples of their own do. Nothing happens where devices are in use already, where
+    `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS` say how many there are, or in a run of several processes.
+
+    Args:
+        batches: Samples of a step; 0 is no batch.
+        most: Devices at most, for there is only so much memory.
+    """
+    told = jax.config.read("jax_num_cpu_devices") >= 0 or _FORCED in os.environ.get("XLA_FLAGS", "")
+    if told or any(os.environ.get(name) for name in _CLUSTER):
+        return
+    affinity = getattr(os, "sched_getaffinity", None)  # a batch system may have given only some
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    limit = min(cores, most or cores)
+    share = max(n for n in range(1, limit + 1) if all(count % n == 0 for count in batches))
+    with contextlib.suppress(RuntimeError):  # devices are in use already
+        jax.config.update("jax_num_cpu_devices", share)
 
 
 def make_mesh(data: int = -1, model: int = 1, space: int = 1) -> Mesh:

@@ -44,6 +44,7 @@ def run(config: Config, workdir: Path) -> None:
             "own voxels; set unshear=False, or leave them out"
         )
     plan = setup.load_plan(config, workdir)
+    predictor.share_cores(config, plan)
     step, networks = predictor.load(config, workdir)
     predict = predictor.make_predictor(config, plan, list(networks.values()))
     out = Path(settings.out or workdir / "predictions")

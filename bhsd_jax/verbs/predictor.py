@@ -15,9 +15,9 @@ import numpy as np
 
 from bhsd_jax.ct import geometry, hu, scan, shear
 from bhsd_jax.ct.prepare import prepare_case
-from bhsd_jax.infer.sliding import SlidingWindow
+from bhsd_jax.infer.sliding import SlidingWindow, tiles_in_memory
+from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
-from bhsd_jax.train.mesh import make_mesh
 from bhsd_jax.types import Params
 from bhsd_jax.verbs import setup, wiring
 from bhsd_jax.verbs.setup import Config
@@ -129,6 +129,12 @@ def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
     return step, {name: {"params": found[name], **statistics} for name in wanted}
 
 
+def share_cores(config: Config, plan: Plan) -> None:
+    """On a CPU, a tile for every core that there is memory for; before anything is computed."""
+    settings: Any = config.infer
+    meshes.share_cores(settings.tiles or 0, most=tiles_in_memory(setup.patch(config, plan)))
+
+
 def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Predictor:
     """As the config says, on all devices.
 
@@ -153,7 +159,7 @@ def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Pr
         mirror=settings.infer.mirror,
         mirror_axes=settings.infer.mirror_axes,
         tiles_per_call=settings.infer.tiles,
-        mesh=make_mesh() if jax.device_count() > 1 else None,
+        mesh=meshes.make_mesh() if jax.device_count() > 1 else None,
     )
     return Predictor(
         window=window,

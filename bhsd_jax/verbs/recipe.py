@@ -70,12 +70,12 @@ class Recipe:
         return init_state(self.parts, jnp.zeros((1, *self.cut.patch, self.channels)), key)
 
 
-def make_recipe(config: Config, plan: Plan) -> Recipe:
+def make_recipe(config: Config, plan: Plan, mesh: Mesh | None = None) -> Recipe:
     """Model, objective, optimizer, augmentation and batch as config and plan name them."""
     objective = wiring.objective(config)
     require_choice("input.outside", config.input.outside, ("learned", "masked"))
     normalization = wiring.normalization(config, plan)
-    spatial, intensity = make_chains(config, plan)
+    spatial, intensity = make_chains(config, plan, mesh)
     schedule, optimizer = _optimizer(config, parts=bool(objective.twins))
     weak, slices = _slice_labels(config, plan)
     loss = config.loss.to_dict()
@@ -111,9 +111,13 @@ def make_recipe(config: Config, plan: Plan) -> Recipe:
     )
 
 
-def make_chains(config: Config, plan: Plan) -> tuple[SpatialChain, IntensityChain]:
-    """The augmentations; one patch at a time on a lone CPU, all at once elsewhere."""
-    sequential = jax.default_backend() == "cpu" and jax.device_count() == 1
+def make_chains(
+    config: Config, plan: Plan, mesh: Mesh | None = None
+) -> tuple[SpatialChain, IntensityChain]:
+    """The augmentations; on CPUs each device's patches one by one, all at once elsewhere."""
+    shared = mesh if mesh is not None and mesh.shape["data"] == mesh.size > 1 else None
+    alone = mesh is None or mesh.size == 1
+    sequential = jax.default_backend() == "cpu" and (alone or shared is not None)
     fill = wiring.normalization(config, plan).fill(config.input.pad)
 
     def ops(specs: Any) -> tuple[Any, ...]:
@@ -125,8 +129,8 @@ def make_chains(config: Config, plan: Plan) -> tuple[SpatialChain, IntensityChai
         return tuple(made)
 
     return (
-        SpatialChain(ops(config.augment.spatial), setup.patch(config, plan), sequential),
-        IntensityChain(ops(config.augment.intensity), sequential),
+        SpatialChain(ops(config.augment.spatial), setup.patch(config, plan), sequential, shared),
+        IntensityChain(ops(config.augment.intensity), sequential, shared),
     )
 
 

@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 
 # Options of glibc's `mallopt`: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD.
-_KEEP = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
+_KEEP = ((-8, 1), (-4, 0), (-1, -1))
 _SCHEDULER, _LEAST_MEMORY = "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 

@@ -48,13 +48,17 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def _train(config: Config, workdir: Path) -> None:
-    mesh = meshes.make_mesh(**config.mesh)
     shards = Shards(setup.shards_folder(config, workdir))
+    if config.mesh.model == config.mesh.space == 1:
+        meshes.share_cores(
+            config.input.labeled or shards.plan.network.batch, config.input.unlabeled
+        )
+    mesh = meshes.make_mesh(**config.mesh)
     roles, notes = setup.roles(config, workdir)
     for note in notes:
         logger.warning("%s", note)
     with heartbeat("checking config, plan and network"):
-        recipe = make_recipe(config, shards.plan)
+        recipe = make_recipe(config, shards.plan, mesh)
         require_matching(config, recipe, roles, mesh)
     checkpoints = _open_run(config, shards, workdir)
 
@@ -67,7 +71,7 @@ def _train(config: Config, workdir: Path) -> None:
         position,
         writes=jax.process_index() == 0,
     )
-    validation = Validation.of(config, shards, roles.val, recipe, log)
+    validation = Validation.of(config, shards, roles.val, recipe, log, mesh)
     actions = _actions(config, workdir, log, validation, checkpoints, batches)
     on_devices = map(partial(meshes.to_devices, mesh=mesh), batches)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from scipy.special import softmax
 
 from bhsd_jax.ct.shards import Shards
@@ -50,6 +51,7 @@ class Validation:
         cases: Sequence[str],
         recipe: Recipe,
         log: Log,
+        mesh: Mesh,
     ) -> "Validation":
         """As the config says; each process scores every so manyth case."""
         model = recipe.parts.model
@@ -63,6 +65,8 @@ class Validation:
             step=config.infer.step,
             mirror=False,
             tiles_per_call=config.infer.tiles,
+            # Of several processes each has a case of its own, which the others cannot wait for.
+            mesh=mesh if mesh.size > 1 and jax.process_count() == 1 else None,
         )
         chosen = tuple(cases)[: config.train.validate_cases]
         return cls(

@@ -18,6 +18,7 @@ from bhsd_jax.augment.intensity import (
 )
 from bhsd_jax.augment.spatial import Affine, Mirror
 from bhsd_jax.build import build
+from bhsd_jax.train.mesh import batch_sharding, make_mesh
 from configs import common
 
 PATCH = (2, 12, 10)
@@ -50,6 +51,18 @@ def test_both_modes_give_the_same_patches(key):
     b_image, b_label = jax.jit(one_by_one)(key, image, label)
     np.testing.assert_allclose(a_image, b_image, atol=1e-5)
     np.testing.assert_array_equal(a_label, b_label)
+
+
+def test_devices_that_share_a_batch_give_the_same_patches(key):
+    ops, mesh = (Affine(0.5, 0.5), Mirror()), make_mesh()
+    alone, shared = (SpatialChain(ops, PATCH, True, places) for places in (None, mesh))
+    image, label = batch(alone, 8)
+    a_image, a_label = jax.jit(alone)(key, image, label)
+    rows = batch_sharding(mesh)
+    b_image, b_label = jax.jit(shared)(key, jax.device_put(image, rows), label)
+    np.testing.assert_allclose(a_image, b_image, atol=1e-5)
+    np.testing.assert_array_equal(a_label, b_label)
+    assert b_image.sharding.is_equivalent_to(rows, 5)
 
 
 def test_both_modes_give_the_same_intensities(key):
