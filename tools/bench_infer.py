@@ -28,9 +28,7 @@ def main() -> None:
     """Runs one side as a worker, or both and prints how they compare."""
     args = parse(sys.argv[1:])
     if args.worker:
-        from bhsd_jax.infer.sliding import tiles_in_memory
-
-        bench_step.load(0, most=tiles_in_memory(PRESETS[args.preset].patch))
+        bench_step.load(0)
         import bhsd_jax.infer.sliding
         import bhsd_jax.models.torch_import  # noqa: F401
 

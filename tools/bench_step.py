@@ -261,7 +261,7 @@ def _job(function, *arrays):
     return run
 
 
-def load(batch: int, most: int | None = None) -> None:
+def load(batch: int) -> None:
     """Imports what the worker needs and wakes the devices, before memory is counted."""
     from bhsd_jax.verbs import runtime
 
@@ -273,7 +273,7 @@ def load(batch: int, most: int | None = None) -> None:
     import bhsd_jax.train.step  # noqa: F401
     from bhsd_jax.train import mesh as meshes
 
-    meshes.share_cores(batch, most=most)
+    meshes.share_cores(batch)
     jax.devices()
 
 

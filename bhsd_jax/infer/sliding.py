@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -220,16 +219,12 @@ def tiles_that_fit(tile: Sequence[int]) -> int:
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-    return min(max(free // 2 // (_BYTES_PER_VOXEL * math.prod(tile)), 1), _MOST_TILES)
+    return min(max(free // 2 // bytes_per_tile(tile), 1), _MOST_TILES)
 
 
-def tiles_in_memory(tile: Sequence[int]) -> int:
-    """Tiles a CPU may see at once: half of the host's memory, at the same 4 kB per voxel."""
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not a Unix system, or it does not tell
-        return 1
-    return min(max(memory // 2 // (_BYTES_PER_VOXEL * math.prod(tile)), 1), _MOST_TILES)
+def bytes_per_tile(tile: Sequence[int]) -> int:
+    """Working memory that one tile may take, on any device."""
+    return _BYTES_PER_VOXEL * math.prod(tile)
 
 
 def _report(progress: Progress | None, before: int, whole: int, done: int) -> None:

@@ -46,7 +46,8 @@ def share_cores(*batches: int, most: int | None = None) -> None:
         batches: Samples of a step; 0 is no batch.
         most: Devices at most, for there is only so much memory.
     """
-    told = jax.config.read("jax_num_cpu_devices") >= 0 or _FORCED in os.environ.get("XLA_FLAGS", "")
+    told = jax.config.jax_num_cpu_devices >= 0  # pyright: ignore[reportAttributeAccessIssue]
+    told |= _FORCED in os.environ.get("XLA_FLAGS", "")
     if told or any(os.environ.get(name) for name in _CLUSTER):
         return
     affinity = getattr(os, "sched_getaffinity", None)  # a batch system may have given only some

@@ -15,11 +15,11 @@ import numpy as np
 
 from bhsd_jax.ct import geometry, hu, scan, shear
 from bhsd_jax.ct.prepare import prepare_case
-from bhsd_jax.infer.sliding import SlidingWindow, tiles_in_memory
+from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
 from bhsd_jax.types import Params
-from bhsd_jax.verbs import setup, wiring
+from bhsd_jax.verbs import runtime, setup, wiring
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Case, Plan
 
@@ -132,7 +132,9 @@ def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
 def share_cores(config: Config, plan: Plan) -> None:
     """On a CPU, a tile for every core that there is memory for; before anything is computed."""
     settings: Any = config.infer
-    meshes.share_cores(settings.tiles or 0, most=tiles_in_memory(setup.patch(config, plan)))
+    tile = bytes_per_tile(setup.patch(config, plan))
+    meshes.share_cores(settings.tiles or 0, most=max(runtime.memory() // 2 // tile, 1))
+    runtime.mind_memory(jax.local_device_count() * tile)
 
 
 def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Predictor:

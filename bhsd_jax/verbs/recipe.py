@@ -116,8 +116,8 @@ def make_chains(
 ) -> tuple[SpatialChain, IntensityChain]:
     """The augmentations; on CPUs each device's patches one by one, all at once elsewhere."""
     shared = mesh if mesh is not None and mesh.shape["data"] == mesh.size > 1 else None
-    alone = mesh is None or mesh.size == 1
-    sequential = jax.default_backend() == "cpu" and (alone or shared is not None)
+    apart = jax.device_count() == 1 or shared is not None
+    sequential = jax.default_backend() == "cpu" and apart
     fill = wiring.normalization(config, plan).fill(config.input.pad)
 
     def ops(specs: Any) -> tuple[Any, ...]:

@@ -7,9 +7,12 @@ import mmap
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
-# Options of glibc's `mallopt`: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD.
+# Options of glibc's `mallopt`: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never).
 _KEEP = ((-8, 1), (-4, 0), (-1, -1))
+_HAND_BACK = ((-4, 65536), (-1, 2**17))  # glibc's defaults
+_KEPT = 4  # times the working memory that steps on two devices had kept after a while
 _SCHEDULER, _LEAST_MEMORY = "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 
@@ -58,11 +61,38 @@ def keep_memory() -> bool:
     every page of the next one is faulted in and zeroed anew. One arena, because those of threads
     get large blocks from the system whatever the thresholds are.
     """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
+    mallopt = _libc("mallopt")
+    return mallopt is not None and all(mallopt(*option) for option in _KEEP)
+
+
+def mind_memory(working: int) -> bool:
+    """Takes `keep_memory` back if programs that need so many bytes could fill the machine with it.
+
+    A program's working memory is one block per device. What it leaves is a few bytes too short for
+    the next one when something small was put beside it meanwhile; so several blocks are kept.
+
+    Returns:
+        Whether it was taken back.
+    """
+    if _KEPT * working <= memory() // 2:
         return False
-    return all(mallopt(*option) for option in _KEEP)
+    mallopt = _libc("mallopt")
+    return mallopt is not None and all(mallopt(*option) for option in _HAND_BACK)
+
+
+def memory() -> int:
+    """Bytes of memory the machine has; 0 if it does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not a Unix system
+        return 0
+
+
+def _libc(name: str) -> Any:
+    try:
+        return getattr(ctypes.CDLL("libc.so.6"), name)
+    except (OSError, AttributeError):
+        return None
 
 
 def _processor() -> str:

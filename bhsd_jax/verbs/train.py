@@ -24,7 +24,7 @@ from bhsd_jax.train.log import Log, heartbeat
 from bhsd_jax.train.loop import Every, Interrupted, fit
 from bhsd_jax.train.step import TrainStep, make_train_step
 from bhsd_jax.types import TrainState
-from bhsd_jax.verbs import setup
+from bhsd_jax.verbs import runtime, setup
 from bhsd_jax.verbs.recipe import Recipe, make_recipe, require_matching
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.validation import Validation
@@ -206,6 +206,7 @@ def _compile(recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path) -> Tr
     with heartbeat("compiling the train step"):
         compiled = step.lower(state, recipe.abstract_batch()).compile()
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    runtime.mind_memory(jax.local_device_count() * getattr(memory, "temp_size_in_bytes", 0))
     logger.info(
         "compiled in %.0f s on %d %s; %.3g GFLOP a step, %.2f GB of temporaries",
         time.monotonic() - begun,

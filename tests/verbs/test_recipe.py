@@ -75,8 +75,9 @@ def test_eight_devices_train_to_the_numbers_of_one():
     mesh = meshes.make_mesh()
     whole, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
     spread = jax.device_put(start, whole)
+    shared = make_recipe(config_of(cps), PLAN, mesh)
     sharded = jax.jit(
-        make_train_step(recipe.parts), in_shardings=(whole, rows), out_shardings=whole
+        make_train_step(shared.parts), in_shardings=(whole, rows), out_shardings=whole
     )
     for batch in batches:
         spread, others = sharded(spread, meshes.to_devices(batch, mesh))

@@ -62,3 +62,13 @@ def test_large_blocks_of_a_thread_are_faulted_in_only_once():
         return int(done.stdout)
 
     assert faults(True) < faults(False) / 10
+
+
+def test_memory_is_kept_only_where_the_machine_has_much_more(monkeypatch):
+    asked = []
+    monkeypatch.setattr(runtime, "_libc", lambda name: lambda *option: asked.append(option) or 1)
+    monkeypatch.setattr(runtime, "memory", lambda: 80)
+    assert not runtime.mind_memory(10)
+    assert not asked
+    assert runtime.mind_memory(11)
+    assert asked == list(runtime._HAND_BACK)
