@@ -42,17 +42,16 @@ def run(config: Config, workdir: Path) -> None:
         FloatingPointError: If the loss is not finite.
     """
     meshes.start()
+    shards = Shards(setup.shards_folder(config, workdir))
+    if config.mesh.model == config.mesh.space == 1:  # before anything asks for the devices
+        labeled = config.input.labeled or shards.plan.network.batch
+        meshes.share_cores(labeled, config.input.unlabeled)
     workdir.mkdir(parents=True, exist_ok=True)
     with _alone(workdir):
-        _train(config, workdir)
+        _train(config, workdir, shards)
 
 
-def _train(config: Config, workdir: Path) -> None:
-    shards = Shards(setup.shards_folder(config, workdir))
-    if config.mesh.model == config.mesh.space == 1:
-        meshes.share_cores(
-            config.input.labeled or shards.plan.network.batch, config.input.unlabeled
-        )
+def _train(config: Config, workdir: Path, shards: Shards) -> None:
     mesh = meshes.make_mesh(**config.mesh)
     roles, notes = setup.roles(config, workdir)
     for note in notes:
