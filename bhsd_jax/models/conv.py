@@ -52,7 +52,7 @@ def conv_transpose(
 
     The kernel is not mirrored: `kernel[i, j, k]` makes the voxels at offset (i, j, k) of a block.
     """
-    blocks = _on_cpu_in_float32(_spread)(image, kernel)  # [B D H W kd kh kw F]
+    blocks = _blocks(image, kernel)  # [B D H W kd kh kw F]
     batch, *shape, kd, kh, kw, features = blocks.shape
     size = [n * k for n, k in zip(shape, (kd, kh, kw), strict=True)]
     return blocks.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, *size, features)
@@ -109,6 +109,38 @@ def _pointwise(image: Array, kernel: Array) -> Array:
 
 def _spread(image: Array, kernel: Array) -> Array:
     return lax.dot_general(image, kernel, (((4,), (3,)), ((), ())))
+
+
+@jax.custom_vjp
+def _blocks(image: Array, kernel: Array) -> Array:
+    return _on_cpu_in_float32(_spread)(image, kernel)
+
+
+def _blocks_forward(image: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _blocks(image, kernel), (image, kernel)
+
+
+def _blocks_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    image, kernel = residuals
+
+    def image_grad(grad: Array, kernel: Array) -> Array:
+        return lax.dot_general(grad, kernel, (((4, 5, 6, 7), (0, 1, 2, 4)), ((), ())))
+
+    def kernel_grad(grad: Array, image: Array) -> Array:
+        return jnp.einsum("bdhwc,bdhwijkf->ijkcf", image, grad)
+
+    def cpu_kernel_grad(grad: Array, image: Array) -> Array:
+        flat = grad.reshape(*grad.shape[:4], -1)  # a kernel of one voxel and many features
+        found = conv_cpu.kernel_grad(flat, image, _ONE, ((0, 0),) * 3, _ONE)
+        return found.reshape(kernel.shape[3], *kernel.shape[:3], -1).transpose(1, 2, 3, 0, 4)
+
+    return (
+        _on_cpu_in_float32(image_grad)(grad, kernel),
+        lax.platform_dependent(grad, image, cpu=_in_float32(cpu_kernel_grad), default=kernel_grad),
+    )
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _on_cpu_in_float32(function: Callable[..., Array]) -> Callable[..., Array]:
