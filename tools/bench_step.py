@@ -150,6 +150,7 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     from bhsd_jax.train import mesh as meshes
     from bhsd_jax.train.step import init_state, make_train_step
     from bhsd_jax.types import Batch
+    from bhsd_jax.verbs import runtime
 
     preset = PRESETS[args.preset]
     parts = our_parts(args, preset)
@@ -172,12 +173,14 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     state = init(data.image)
     step = jax.jit(make_train_step(parts), donate_argnums=0, out_shardings=everywhere)
     step = step.lower(state, data).compile()
+    cost = step.memory_analysis()
+    if args.device == "cpu":  # as `train` does
+        runtime.reserve(cost.temp_size_in_bytes, mesh.size)
     held = [step(state, data)]
 
     def run() -> None:
         held[0] = jax.block_until_ready(step(held[0][0], data))
 
-    cost = step.memory_analysis()
     facts = {
         "device": f"{mesh.size} {jax.devices()[0].device_kind}, jax {jax.__version__}",
         "loss": float(held[0][1]["loss"]),

@@ -22,6 +22,7 @@ from bhsd_jax.models.conv_cpu import Padding, Triple
 
 _AXES_3D = ("NDHWC", "DHWIO", "NDHWC")
 _ONE: Triple = (1, 1, 1)
+_NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
 _HE = 2 / 1.0001  # gain of a leaky ReLU with slope 0.01
 he_normal = nn.initializers.variance_scaling(_HE, "fan_in", "normal")
 # PyTorch takes the second axis of its (in, out, kernel) weight for the fan-in.
@@ -34,7 +35,7 @@ def conv3d(
     image: Float[Array, "B D H W C"],
     kernel: Float[Array, "kd kh kw C F"],
     strides: Triple = _ONE,
-    padding: Padding = ((0, 0), (0, 0), (0, 0)),
+    padding: Padding = _NO_PADDING,
 ) -> Float[Array, "B d h w F"]:
     """Cross-correlation with zero padding, in the type of `image`; CPUs compute in float32.
 
@@ -131,7 +132,7 @@ def _blocks_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array
 
     def cpu_kernel_grad(grad: Array, image: Array) -> Array:
         flat = grad.reshape(*grad.shape[:4], -1)  # a kernel of one voxel and many features
-        found = conv_cpu.kernel_grad(flat, image, _ONE, ((0, 0),) * 3, _ONE)
+        found = conv_cpu.kernel_grad(flat, image, _ONE, _NO_PADDING, _ONE)
         return found.reshape(kernel.shape[3], *kernel.shape[:3], -1).transpose(1, 2, 3, 0, 4)
 
     return (

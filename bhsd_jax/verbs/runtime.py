@@ -12,7 +12,9 @@ from typing import Any
 # Options of glibc's `mallopt`: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never).
 _KEEP = ((-8, 1), (-4, 0), (-1, -1))
 _HAND_BACK = ((-4, 65536), (-1, 2**17))  # glibc's defaults
-_KEPT = 4  # times the working memory that steps on two devices had kept after a while
+_KEPT = 2  # times the working memory: room for the programs of a validation, say
+_ROOM, _PIECE, _TRIES = 2**26, 2**20, 256  # bytes, bytes, pieces
+_POINTER = ctypes.c_void_p
 _SCHEDULER, _LEAST_MEMORY = "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 
@@ -66,18 +68,52 @@ def keep_memory() -> bool:
 
 
 def mind_memory(working: int) -> bool:
-    """Takes `keep_memory` back if programs that need so many bytes could fill the machine with it.
+    """Takes `keep_memory` back where the machine has too little for it; says whether it did.
 
-    A program's working memory is one block per device. What it leaves is a few bytes too short for
-    the next one when something small was put beside it meanwhile; so several blocks are kept.
-
-    Returns:
-        Whether it was taken back.
+    Args:
+        working: Bytes that programs on all devices need at a time.
     """
     if _KEPT * working <= memory() // 2:
         return False
     mallopt = _libc("mallopt")
     return mallopt is not None and all(mallopt(*option) for option in _HAND_BACK)
+
+
+def reserve(block: int, count: int) -> None:
+    """Sets places aside for blocks that programs take and give back at every step.
+
+    Left to itself the heap grows by a block now and then: the place of the last one is a few bytes
+    too short, for an aligned block asks for more than it keeps, and something small lies beside
+    it. A place with room to spare, between neighbors that never go, stays good for the next one.
+    Only addresses are taken; what is not written to is not memory.
+
+    Args:
+        block: Bytes of working memory of a device.
+        count: Devices.
+    """
+    malloc, free = _libc("malloc"), _libc("free")
+    if malloc is None or free is None:
+        return
+    malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [_POINTER]
+    size = block + max(block // 8, _ROOM)
+    places = []
+    for _ in range(count):
+        places.append(malloc(size))
+        _put_behind(places[-1], size, malloc, free)
+    for place in places:
+        free(place)
+
+
+def _put_behind(place: int | None, size: int, malloc: Any, free: Any) -> None:
+    """Takes a piece right behind a block, for good; holes elsewhere that would fit are passed."""
+    passed = []
+    while len(passed) < _TRIES:
+        piece = malloc(_PIECE)
+        if place and piece and 0 <= piece - (place + size) < mmap.PAGESIZE:
+            break
+        passed.append(piece)
+    for piece in passed:
+        free(piece)
 
 
 def memory() -> int:

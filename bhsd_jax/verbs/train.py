@@ -205,7 +205,9 @@ def _compile(recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path) -> Tr
     with heartbeat("compiling the train step"):
         compiled = step.lower(state, recipe.abstract_batch()).compile()
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    runtime.mind_memory(jax.local_device_count() * getattr(memory, "temp_size_in_bytes", 0))
+    working, devices = getattr(memory, "temp_size_in_bytes", 0), jax.local_device_count()
+    if jax.default_backend() == "cpu" and not runtime.mind_memory(working * devices):
+        runtime.reserve(working, devices)
     logger.info(
         "compiled in %.0f s on %d %s; %.3g GFLOP a step, %.2f GB of temporaries",
         time.monotonic() - begun,

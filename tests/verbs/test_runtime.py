@@ -21,6 +21,20 @@ thread = threading.Thread(target=work); thread.start(); thread.join()
 """
 
 
+_PLACES = """
+import ctypes, resource
+from bhsd_jax.verbs import runtime
+assert runtime.keep_memory()
+libc = ctypes.CDLL("libc.so.6")
+libc.memalign.restype, libc.memalign.argtypes = ctypes.c_void_p, [ctypes.c_size_t] * 2
+before, size = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, 2**28
+runtime.reserve(size, 3)
+places = sorted(libc.memalign(64, size) for _ in range(3))
+touched = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(b - a - size for a, b in zip(places, places[1:])), touched * resource.getpagesize())
+"""
+
+
 def test_the_cache_lies_in_the_users_folder_unless_the_environment_says_where(
     monkeypatch, tmp_path
 ):
@@ -67,8 +81,19 @@ def test_large_blocks_of_a_thread_are_faulted_in_only_once():
 def test_memory_is_kept_only_where_the_machine_has_much_more(monkeypatch):
     asked = []
     monkeypatch.setattr(runtime, "_libc", lambda name: lambda *option: asked.append(option) or 1)
-    monkeypatch.setattr(runtime, "memory", lambda: 80)
+    monkeypatch.setattr(runtime, "memory", lambda: 40)
     assert not runtime.mind_memory(10)
     assert not asked
     assert runtime.mind_memory(11)
     assert asked == list(runtime._HAND_BACK)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_reserved_places_have_room_to_spare_and_cost_no_memory():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    command = [sys.executable, "-c", _PLACES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    *room, touched = map(int, done.stdout.split())
+    assert len(room) == 2
+    assert min(room) > runtime._ROOM
+    assert touched < 2**24
