@@ -10,7 +10,7 @@ _ONE, _PLANE, _ALL = (1, 1, 1), (1, 2, 2), (2, 2, 2)
 
 @dataclass(frozen=True)
 class Preset:
-    """A plain nnU-Net and the patches it trains on; two convolutions a stage."""
+    """A plain nnU-Net of two convolutions a stage, and the patches it trains on."""
 
     features: tuple[int, ...]
     strides: tuple[Triple, ...]
@@ -19,6 +19,7 @@ class Preset:
     batch: int = 2
     channels: int = 1
     classes: int = 6
+    swin: bool = False  # a Swin-UNETR whose feature size is the first of `features` instead
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Layer:
 _DEEP = (32, 64, 128, 256, 320, 320, 320)
 PRESETS = {
     "tiny": Preset((4, 8), (_ONE, _PLANE), (_FLAT, _CUBE), (4, 16, 16)),
+    "swin": Preset((24,), (_ONE,), (_CUBE,), (32, 96, 96), swin=True),
     # The first four stages of nnU-Net's plan for BHSD (5 mm slices).
     "small": Preset(_DEEP[:4], (_ONE, *(_PLANE,) * 3), (*(_FLAT,) * 3, _CUBE), (16, 128, 128)),
     # The same sizes with kernels that are cubes from stage 1 on, as for thinner slices.

@@ -4,8 +4,9 @@
 
 A step is forward, deep-supervised Dice and cross entropy, backward, clipping, SGD with Nesterov
 momentum, on patches that lie on the device; the peer is `dynamic_network_architectures`'
-PlainConvUNet under nnU-Net's loss. `--layers` compares the network's convolutions one by one
-instead. `--peer-python` names an interpreter that has those packages; "none" measures ours alone.
+PlainConvUNet, or MONAI's SwinUNETR (`--preset swin`), under nnU-Net's loss. `--layers` compares the
+U-Net's convolutions one by one instead. `--peer-python` names an interpreter that has those
+packages; "none" measures ours alone.
 
 On a GPU both sides compute in bfloat16 (`--dtype float32` changes both) and the peer goes through
 torch.compile. What may be tried there, and what is expected of it for the `bhsd` preset:
@@ -59,7 +60,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--remat", choices=("none", "blocks"), default="none")
     parser.add_argument("--pad-input", type=int, default=0, help="input channels, zeros added")
     parser.add_argument("--layers", action="store_true")
-    return completed(parser.parse_args(words))
+    args = completed(parser.parse_args(words))
+    if args.layers and PRESETS[args.preset].swin:
+        parser.error("--layers lists the convolutions of a plain nnU-Net; choose another preset")
+    return args
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -96,19 +100,20 @@ def compare_step(
 ) -> dict:
     """Step against step."""
     preset = PRESETS[args.preset]
-    flops = step_flops(preset) * (args.batch or preset.batch) / preset.batch
+    flops = 0 if preset.swin else step_flops(preset) * (args.batch or preset.batch) / preset.batch
     found = bench_pair.summarize(bench_pair.take_turns(ours, peer, "step", args.rounds))
     found |= {"gflop": flops / 1e9, "facts": {"ours": ours.facts}}
-    print(f"convolutions of a step: {flops / 1e9:.4g} GFLOP")
+    if flops:
+        print(f"convolutions of a step: {flops / 1e9:.4g} GFLOP")
     for name, worker in (("ours", ours), ("peer", peer)):
         if worker is not None:
             found["facts"][name] = worker.facts
-            rate = flops / 1e9 / found[name]["wall"]
+            rate = f"{flops / 1e9 / found[name]['wall']:.0f} GFLOP/s; " if flops else ""
             print(
                 f"{name}: {worker.facts['device']}; set up and compiled in"
                 f" {worker.facts['setup_s']:.1f} s at a peak of"
-                f" {worker.facts['setup_peak'] / 1e9:.2f} GB; {rate:.0f} GFLOP/s;"
-                f" first loss {worker.facts['loss']:.5f}"
+                f" {worker.facts['setup_peak'] / 1e9:.2f} GB; {rate}first"
+                f" loss {worker.facts['loss']:.5f}"
             )
     bench_pair.show(f"train step, preset {args.preset}", found)
     return found
@@ -213,7 +218,10 @@ def our_parts(args: argparse.Namespace, preset: Preset):
 def our_model(args: argparse.Namespace, preset: Preset):
     """The network of a preset."""
     from bhsd_jax.models.nnunet import PlainConvUNet
+    from bhsd_jax.models.swin_unetr import SwinUNETR
 
+    if preset.swin:
+        return SwinUNETR(preset.classes, feature_size=preset.features[0], dtype=args.dtype)
     return PlainConvUNet(
         preset.classes,
         features=preset.features,

@@ -1,4 +1,4 @@
-"""PyTorch's side of `bench_step.py`, which starts it; needs torch and nnunetv2."""
+"""PyTorch's side of `bench_step.py`, which starts it; needs torch, nnunetv2 and monai."""
 
 import functools
 import os
@@ -28,6 +28,10 @@ def main() -> None:
 
 def network(preset: Preset, deep_supervision: bool = True) -> nn.Module:
     """The same network, with its authors' layers."""
+    if preset.swin:
+        from monai.networks.nets import SwinUNETR
+
+        return SwinUNETR(preset.channels, preset.classes, feature_size=preset.features[0])
     net = PlainConvUNet(
         preset.channels,
         len(preset.features),
@@ -66,7 +70,10 @@ def setup_step(args) -> tuple[dict, bench_pair.Jobs]:
     weights = [0.5**i for i in range(heads)]
     if heads > 1:
         weights[-1] = 0.0
-    loss_fn = DeepSupervisionWrapper(loss_fn, [w / sum(weights) for w in weights])
+    if preset.swin:  # one head
+        targets = whole
+    else:
+        loss_fn = DeepSupervisionWrapper(loss_fn, [w / sum(weights) for w in weights])
     optimizer = torch.optim.SGD(
         net.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5
     )
