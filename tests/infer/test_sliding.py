@@ -171,6 +171,14 @@ def test_an_ensemble_averages_softmax():
     assert (POINTWISE.labels(others, image) == found.argmax(0)).all()
 
 
+def test_the_order_of_twins_does_not_matter():
+    image = volume(5, 9, 9)
+    twins = [PARAMS, {"scale": np.array([-1.0, 4.0, 0.0], np.float32)}]
+    one_way, other_way = POINTWISE.logits(twins, image), POINTWISE.logits(twins[::-1], image)
+    np.testing.assert_allclose(one_way, other_way, atol=1e-6)
+    assert not np.allclose(one_way, POINTWISE.logits(twins[:1] * 2, image), atol=0.1)
+
+
 def test_channels_have_their_own_fill():
     def peek(params, image):
         return (jnp.broadcast_to(image.mean(axis=(1, 2, 3), keepdims=True), image.shape),)
