@@ -28,7 +28,7 @@ def main() -> None:
     """Runs one side as a worker, or both and prints how they compare."""
     args = parse(sys.argv[1:])
     if args.worker:
-        bench_step.load(0)
+        bench_step.load()
         import bhsd_jax.infer.sliding
         import bhsd_jax.models.torch_import  # noqa: F401
 
@@ -122,8 +122,8 @@ def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
 
     image, last, jobs = volume(args, preset), {}, {}
     step = 0.75 if args.fast else 0.5
+    mesh = make_mesh() if jax.device_count() > 1 else None
     for job, mirror in (("plain", False), ("mirrors", True)):
-        mesh = make_mesh() if jax.device_count() > 1 else None
         window = SlidingWindow(forward, preset.patch, step, mirror, mesh=mesh)
 
         def run(window=window) -> None:

@@ -272,7 +272,7 @@ def _job(function, *arrays):
     return run
 
 
-def load(batch: int) -> None:
+def load(*batches: int) -> None:
     """Imports what the worker needs and wakes the devices, before memory is counted."""
     from bhsd_jax.verbs import runtime
 
@@ -284,7 +284,7 @@ def load(batch: int) -> None:
     import bhsd_jax.train.step  # noqa: F401
     from bhsd_jax.train import mesh as meshes
 
-    meshes.share_cores(batch)
+    meshes.share_cores(*batches)
     jax.devices()
 
 

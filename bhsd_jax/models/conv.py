@@ -128,7 +128,7 @@ def _blocks_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array
         return lax.dot_general(grad, kernel, (((4, 5, 6, 7), (0, 1, 2, 4)), ((), ())))
 
     def kernel_grad(grad: Array, image: Array) -> Array:
-        return jnp.einsum("bdhwc,bdhwijkf->ijkcf", image, grad)
+        return jax.linear_transpose(lambda k: _spread(image, k), kernel)(grad)[0]
 
     def cpu_kernel_grad(grad: Array, image: Array) -> Array:
         flat = grad.reshape(*grad.shape[:4], -1)  # a kernel of one voxel and many features

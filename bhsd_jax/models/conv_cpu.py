@@ -152,7 +152,7 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
             parts = [part] * taps[2]
             rights = [_shift(right, 2, s, part.shape[3]) for s in shifts]
         products = [
-            _rows(parts[w][d : d + planes, :, h : h + height].swapaxes(0, 1))
+            parts[w][d : d + planes, :, h : h + height].swapaxes(0, 1).reshape(channels, -1)
             @ rights[w].reshape(-1, features)
             for d, h, w in itertools.product(*map(range, taps))
         ]
@@ -161,10 +161,6 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
     total = jnp.zeros((math.prod(taps), channels, features), grad.dtype)
     total = lax.fori_loop(0, depth // planes, lambda i, total: total + block(i), total)
     return total.reshape(*taps, channels, features)
-
-
-def _rows(image: Array) -> Array:
-    return image.reshape(len(image), -1)
 
 
 def _shift(image: Array, axis: int, by: int, length: int) -> Array:

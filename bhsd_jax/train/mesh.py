@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bhsd_jax import machine
 from bhsd_jax.types import Batch, Params
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,7 @@ def share_cores(*batches: int, most: int | None = None) -> None:
     told |= _FORCED in os.environ.get("XLA_FLAGS", "")
     if told or any(os.environ.get(name) for name in _CLUSTER):
         return
-    affinity = getattr(os, "sched_getaffinity", None)  # a batch system may have given only some
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    limit = min(cores, most or cores)
+    limit = min(machine.cores(), most or machine.cores())
     share = max(n for n in range(1, limit + 1) if all(count % n == 0 for count in batches))
     with contextlib.suppress(RuntimeError):  # devices are in use already
         jax.config.update("jax_num_cpu_devices", share)

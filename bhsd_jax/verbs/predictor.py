@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bhsd_jax import machine
 from bhsd_jax.ct import geometry, hu, scan, shear
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
@@ -133,7 +134,7 @@ def share_cores(config: Config, plan: Plan) -> None:
     """On a CPU, a tile for every core that there is memory for; before anything is computed."""
     settings: Any = config.infer
     tile = bytes_per_tile(setup.patch(config, plan))
-    meshes.share_cores(settings.tiles or 0, most=max(runtime.memory() // 2 // tile, 1))
+    meshes.share_cores(settings.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
     runtime.mind_memory(jax.local_device_count() * tile)
 
 

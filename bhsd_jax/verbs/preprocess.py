@@ -8,11 +8,11 @@ Needs no JAX.
 import functools
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax import machine
 from bhsd_jax.ct import adopt, facts_file, integrity, scan, shards
 from bhsd_jax.ct.plan import from_nnunet_plans
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, make_plan, prepare_case
@@ -87,11 +87,11 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
 
 def _processes(cases: Sequence[Case]) -> int:
     """One per core this process may use; fewer where starting them would take longest."""
-    affinity = getattr(os, "sched_getaffinity", None)  # a batch system may have given only some
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     places = [place for case in cases for place in (case.image, case.label) if place]
     files = [path for place in places for path in scan.files(place) if path.is_file()]
-    return min(cores, 1 + sum(path.stat().st_size for path in files) // _BYTES_PER_PROCESS)
+    return min(
+        machine.cores(), 1 + sum(path.stat().st_size for path in files) // _BYTES_PER_PROCESS
+    )
 
 
 def _crop_hu(dataset: Dataset, settings: Any) -> float | None:

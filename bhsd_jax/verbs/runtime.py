@@ -9,12 +9,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax import machine
+
 # Options of glibc's `mallopt`: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never).
 _KEEP = ((-8, 1), (-4, 0), (-1, -1))
 _HAND_BACK = ((-4, 65536), (-1, 2**17))  # glibc's defaults
 _KEPT = 2  # times the working memory: room for the programs of a validation, say
 _ROOM, _PIECE, _TRIES = 2**26, 2**20, 256  # bytes, bytes, pieces
-_POINTER = ctypes.c_void_p
 _SCHEDULER, _LEAST_MEMORY = "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 
@@ -73,7 +74,7 @@ def mind_memory(working: int) -> bool:
     Args:
         working: Bytes that programs on all devices need at a time.
     """
-    if _KEPT * working <= memory() // 2:
+    if _KEPT * working <= machine.memory() // 2:
         return False
     mallopt = _libc("mallopt")
     return mallopt is not None and all(mallopt(*option) for option in _HAND_BACK)
@@ -94,7 +95,8 @@ def reserve(block: int, count: int) -> None:
     malloc, free = _libc("malloc"), _libc("free")
     if malloc is None or free is None:
         return
-    malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [_POINTER]
+    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    free.argtypes = [ctypes.c_void_p]
     size = block + max(block // 8, _ROOM)
     places = []
     for _ in range(count):
@@ -114,14 +116,6 @@ def _put_behind(place: int | None, size: int, malloc: Any, free: Any) -> None:
         passed.append(piece)
     for piece in passed:
         free(piece)
-
-
-def memory() -> int:
-    """Bytes of memory the machine has; 0 if it does not tell."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not a Unix system
-        return 0
 
 
 def _libc(name: str) -> Any:
