@@ -197,6 +197,25 @@ def shrink_label(label: Int[Array, "B D H W"], shape: Sequence[int]) -> Int[Arra
     return label
 
 
+def average_target(
+    target: Float[Array, "B D H W K"], shape: Sequence[int]
+) -> Float[Array, "B d h w K"]:
+    """Probabilities at a coarser head's size: the mean over the voxels each of its own covers."""
+    return _blocks(target, shape).mean((2, 4, 6))
+
+
+def all_valid(valid: Bool[Array, "B D H W"], shape: Sequence[int]) -> Bool[Array, "B d h w"]:
+    """Voxels of a coarser head that cover valid voxels only."""
+    return _blocks(valid, shape).all((2, 4, 6))
+
+
+def _blocks(values: Array, shape: Sequence[int]) -> Array:
+    """[B D H W ...] -> [B d D/d h H/h w W/w ...]; heads divide the patch."""
+    batch, *sizes = values.shape[:4]
+    split = [n for old, new in zip(sizes, shape, strict=True) for n in (new, old // new)]
+    return values.reshape(batch, *split, *values.shape[4:])
+
+
 def _pick(values: Float[Array, "B D H W K"], label: Int[Array, "B D H W"]) -> Array:
     # A masked sum: take_along_axis has a scatter for its gradient, which is slow everywhere.
     classes = jnp.arange(values.shape[-1])

@@ -97,6 +97,7 @@ class Objective(Protocol):
     twins: ClassVar[tuple[str, ...]]  # keys of its parameters that are networks of their own
     uses_unlabeled: ClassVar[bool]
     ema_decay: float | None  # not None: the step keeps a moving average in `state.ema`
+    ema_t0: int  # how that average begins: `train.step.moving_average`
 
     def init(self, model: nn.Module, image: Array, key: PRNGKeyArray) -> Params:
         """Initial trainable parameters, for one or more copies of `model`."""

@@ -123,8 +123,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def semisupervised(arg: str, name: str, objective: str, presets: dict) -> ml_collections.ConfigDict:
     """The defaults for a binary task with labeled and unlabeled patches one to one.
 
-    `presets` holds the objective's arguments by preset. `ssl4mis` deploys the checkpoint that
-    validated best, `recommended` the last.
+    `presets` holds the objective's arguments by preset. `ssl4mis` takes cases in turn and deploys
+    the checkpoint that validated best; the others draw with replacement and deploy the last.
 
     Raises:
         ValueError: If the preset is unknown; lists the choices.
@@ -137,7 +137,9 @@ def semisupervised(arg: str, name: str, objective: str, presets: dict) -> ml_col
     config.split.binary = config.task != "1"
     config.input.labeled = 2
     config.input.unlabeled = 2
-    config.predict.checkpoint = "best" if config.preset == "ssl4mis" else "last"
+    config.predict.checkpoint = "last"
+    if config.preset == "ssl4mis":
+        config.input.cases, config.predict.checkpoint = "in_turn", "best"
     return config
 
 
@@ -219,6 +221,9 @@ def _input() -> dict:
             int
         ),  # labeled patches per step, all devices together; None: the plan's batch
         "unlabeled": 0,  # unlabeled patches per step
+        # Of either stream: drawn "with_replacement" (nnU-Net) or "in_turn", each once in every pass
+        # over them, in an order of its own (SSL4MIS).
+        "cases": "with_replacement",
         "foreground": 0.33,  # share of labeled patches centered on a labeled voxel
         "pad": "air",  # outside the scan: "air" (lower clip bound), "nnunet" (0 once normalized)
         # Voxels of unlabeled patches outside the scan: "learned" like any others (SSL4MIS), or

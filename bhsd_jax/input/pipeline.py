@@ -53,6 +53,9 @@ class Cut:
 class Stream:
     """Element i: one patch, a dict of `image` [D H W 1] and what is known of it.
 
+    Its case is drawn with replacement (nnU-Net) or, `in_turn`, comes once in every pass over the
+    cases (SSL4MIS' `TwoStreamBatchSampler`; here a pass may end amid a batch and loses no case).
+
     A labeled patch has `label` int8 [D H W], -1 outside the scan. An unlabeled one has, given
     `slices`, `weak` int8 [D C], and if the cut is `masked` `inside` int8 [D H W], 1 or -1.
     """
@@ -67,18 +70,21 @@ class Stream:
         length: int,
         seed: tuple[int, int],
         labeled: bool,
+        in_turn: bool = False,
         slices: Slices | None = None,
     ):
         self.open_case, self.cases, self.cut = open_case, tuple(cases), cut
         self.batch, self.length, self.seed, self.labeled = batch, length, seed, labeled
-        self.slices = slices
+        self.in_turn, self.slices = in_turn, slices
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((*self.seed, index))
-        case = self.open_case(self.cases[rng.integers(len(self.cases))])
+        count = len(self.cases)
+        turn = sampling.in_turn(index, count, self.seed) if self.in_turn else rng.integers(count)
+        case = self.open_case(self.cases[turn])
         forced = self.labeled and sampling.is_forced(
             index % self.batch, self.batch, self.cut.foreground
         )

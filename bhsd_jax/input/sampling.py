@@ -9,6 +9,8 @@ import numpy as np
 
 from bhsd_jax.volume import Shape
 
+_ORDER = 1  # sets the generators of orders apart from those of elements; 0 would add nothing
+
 
 def is_forced(row: int, batch: int, share: float) -> bool:
     """Whether this row of a batch must show foreground.
@@ -16,6 +18,15 @@ def is_forced(row: int, batch: int, share: float) -> bool:
     The last rows are: with a share of 0.33 one of 2 (half, not a third), 1 of 3, 3 of 9.
     """
     return row >= round(batch * (1 - share))
+
+
+def in_turn(index: int, count: int, seed: tuple[int, ...]) -> int:
+    """Which of `count` cases is element `index` where each comes once before any comes again.
+
+    Every pass over the cases has an order of its own, a function of the seed and its number.
+    """
+    turn, place = divmod(index, count)
+    return int(np.random.default_rng((*seed, turn, _ORDER)).permutation(count)[place])
 
 
 def corner(

@@ -1,13 +1,15 @@
 """What more than one objective needs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
+from bhsd_jax import losses
 from bhsd_jax.types import Learner, Logits, Params
 
 
@@ -15,12 +17,14 @@ from bhsd_jax.types import Learner, Logits, Params
 class SingleModel:
     """Trains one copy of the model; deploys its moving average if there is one.
 
-    `tested` names the network that is deployed, if there are two: "teacher" or "student".
+    `tested` names the network that is deployed, if there are two: "teacher" or "student". The rule
+    of the average is `train.step.moving_average`'s.
     """
 
     twins: ClassVar[tuple[str, ...]] = ()  # keys of `params` that are networks of their own
     uses_unlabeled: ClassVar[bool] = True
     ema_decay: float | None = None
+    ema_t0: int = 0  # updates counted before the first: 0 SSL4MIS, 1 Tarvainen and Valpola
     tested: str = "teacher"
 
     def init(self, model: nn.Module, image: Array, key: PRNGKeyArray) -> Params:
@@ -74,6 +78,33 @@ def follow_average(learner: Learner, image: Array, weak: Array | None, key: PRNG
     return jax.lax.stop_gradient(learner.gate(logits, weak))
 
 
+def over_heads(loss: Callable[[Array], Scalar], heads: Logits, deep: bool) -> Scalar:
+    """`loss` of the full-resolution logits, or of all heads, weighted as in supervised training."""
+    if not deep:
+        return loss(heads[0])
+    weights = losses.head_weights(len(heads))
+    return jnp.asarray(sum(w * loss(head) for w, head in zip(weights, heads, strict=True) if w))
+
+
+def follow_target(
+    heads: Logits,
+    target: Float[Array, "B D H W K"],
+    valid: Bool[Array, "B D H W"] | None,
+    deep: bool,
+) -> Scalar:
+    """Consistency with probabilities; with `deep` the coarser heads follow their local averages.
+
+    Unlike the nearest voxel's, averages blend as their patches do and sum to 1.
+    """
+
+    def follow(logits: Array) -> Scalar:
+        size = logits.shape[1:4]
+        counts = None if valid is None else losses.all_valid(valid, size)
+        return losses.consistency(logits, losses.average_target(target, size), counts)
+
+    return over_heads(follow, heads, deep)
+
+
 def interleave(labeled: Array, unlabeled: Array) -> Array:
     """Merges two batches row by row, so that every device keeps its own rows.
 
@@ -103,14 +134,16 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is one of {', '.join(choices)}; got {value!r}")
 
 
-def require_decay(objective: str, decay: float | None) -> None:
-    """Refuses a teacher without a decay between 0 and 1.
+def require_average(objective: str, decay: float | None, t0: int) -> None:
+    """Refuses a teacher without a decay between 0 and 1, or with updates before time.
 
     Raises:
-        ValueError: Names the objective.
+        ValueError: Names the objective and the field.
     """
     if decay is None or not 0 <= decay <= 1:
         raise ValueError(f"{objective}: ema_decay makes its teacher and lies in 0..1; got {decay}")
+    if t0 < 0:
+        raise ValueError(f"{objective}: ema_t0 counts updates, 0 or more; got {t0}")
 
 
 def require_fraction(name: str, value: float) -> None:

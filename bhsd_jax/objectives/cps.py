@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from bhsd_jax import losses
-from bhsd_jax.objectives.common import forward_both, ramp_up, require_choice, require_fraction
+from bhsd_jax.objectives.common import (
+    forward_both,
+    over_heads,
+    ramp_up,
+    require_choice,
+    require_fraction,
+)
 from bhsd_jax.types import Params
 
 
@@ -27,6 +33,7 @@ class CrossPseudoSupervision:
     twins: ClassVar[tuple[str, ...]] = ("a", "b")
     uses_unlabeled: ClassVar[bool] = True
     ema_decay: float | None = None
+    ema_t0: ClassVar[int] = 0
     weight: float = 0.5  # against nnU-Net's CE + Dice (SSL4MIS' 0.1 is 0.2 in these units)
     ramp: float = 0.4  # share of the training over which the weight rises
     staircase: int = 1  # steps for which the rising weight is held
@@ -76,15 +83,8 @@ class CrossPseudoSupervision:
         return {twin: params[twin] for twin in self.twins}
 
     def _teach(self, heads, teacher, inside=None):
-        """Cross entropy of the heads with the other twin's answer: full resolution alone, or all.
-
-        Coarser heads weigh as in supervised training.
-        """
-        if not self.deep:
-            return self._follow(heads[0], teacher, inside)
-        weights = losses.head_weights(len(heads))
-        pairs = [(w, x) for w, x in zip(weights, heads, strict=True) if w]
-        return sum(w * self._follow(x, teacher, inside) for w, x in pairs)
+        """Cross entropy of the heads with the other twin's answer."""
+        return over_heads(lambda logits: self._follow(logits, teacher, inside), heads, self.deep)
 
     def _follow(self, logits, teacher, inside=None):
         """Cross entropy of `logits` with the other twin's answer, which gets no gradient."""

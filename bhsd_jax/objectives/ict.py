@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from bhsd_jax import losses
 from bhsd_jax.objectives import mixing
 from bhsd_jax.objectives.common import (
     SingleModel,
     follow_average,
+    follow_target,
     forward_both,
     ramp_up,
+    require_average,
     require_choice,
-    require_decay,
     require_fraction,
 )
 
@@ -40,10 +40,11 @@ class InterpolationConsistency(SingleModel):
     fold: bool = True  # the larger share goes to the patch itself
     pairs: str = "each"  # "half": one blend of every two patches, as SSL4MIS does
     mix: str = "prob"  # "logit": the teacher's logits are blended
+    deep: bool = False  # local averages of the teacher's answers also teach the coarser heads
 
     def __post_init__(self):
         require_fraction("ramp", self.ramp)
-        require_decay("ict", self.ema_decay)
+        require_average("ict", self.ema_decay, self.ema_t0)
         require_choice("ict: views", self.views, ("weak_strong", "shared"))
         require_choice("ict: pairs", self.pairs, ("each", "half"))
         require_choice("ict: mix", self.mix, ("prob", "logit"))
@@ -66,7 +67,7 @@ class InterpolationConsistency(SingleModel):
             learner, learner.params, batch.image, blended, student_key
         )
         supervised = learner.segmentation(labeled, batch.label)
-        consistency = losses.consistency(unlabeled[0], target, self._inside(batch.inside))
+        consistency = follow_target(unlabeled, target, self._inside(batch.inside), self.deep)
         weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
         weak, terms = learner.weak(self._slices(batch.weak), unlabeled[0])
         return supervised + weight * consistency + weak, terms | {

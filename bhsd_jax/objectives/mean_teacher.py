@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from bhsd_jax import losses
 from bhsd_jax.objectives.common import (
     SingleModel,
     follow_average,
+    follow_target,
     forward_both,
     ramp_up,
+    require_average,
     require_choice,
-    require_decay,
     require_fraction,
 )
 
@@ -27,7 +27,8 @@ class MeanTeacher(SingleModel):
     `configs/mean_teacher.py`.
 
     Source: SSL4MIS `train_mean_teacher_3D.py` (`ssl4mis`). Its teacher begins as a network of its
-    own; as the first update forgets what it was, ours begins as a copy.
+    own; as the first update forgets what it was, ours begins as a copy. With `ema_t0` 1, the
+    authors' rule, the copy stays in the average.
 
     An average over 1 / (1 - `ema_decay`) steps must be far shorter than the training: of 400 steps
     on MSD Hippocampus a teacher of decay 0.999 reached Dice 0.605 where its student had 0.719, one
@@ -41,10 +42,11 @@ class MeanTeacher(SingleModel):
     views: str = "weak_strong"  # "shared": both see one intensity draw
     noise: float = 0.0  # standard deviation added to the teacher's input, normalized units
     noise_clip: float = 0.2  # largest noise
+    deep: bool = False  # local averages of the teacher's answer also teach the coarser heads
 
     def __post_init__(self):
         require_fraction("ramp", self.ramp)
-        require_decay("mean_teacher", self.ema_decay)
+        require_average("mean_teacher", self.ema_decay, self.ema_t0)
         require_choice("mean_teacher: views", self.views, ("weak_strong", "shared"))
         require_choice("mean_teacher: tested", self.tested, ("teacher", "student"))
 
@@ -57,7 +59,7 @@ class MeanTeacher(SingleModel):
         target = jax.nn.softmax(follow_average(learner, plain, batch.weak, teacher_key))
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, strong, student_key)
         supervised = learner.segmentation(labeled, batch.label)
-        consistency = losses.consistency(unlabeled[0], target, batch.inside)
+        consistency = follow_target(unlabeled, target, batch.inside, self.deep)
         weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
         weak, terms = learner.weak(batch.weak, unlabeled[0])
         return supervised + weight * consistency + weak, terms | {

@@ -13,8 +13,8 @@ from bhsd_jax.objectives.common import (
     follow_average,
     forward_both,
     ramp_up,
+    require_average,
     require_choice,
-    require_decay,
     require_fraction,
 )
 
@@ -48,7 +48,7 @@ class WeakToStrong(SingleModel):
     pseudo: float = 0.5  # weight of a pseudo-labeled voxel in copy-paste; a labeled one has 1
 
     def __post_init__(self):
-        require_decay("w2s", self.ema_decay)
+        require_average("w2s", self.ema_decay, self.ema_t0)
         require_choice("w2s: pairing", self.pairing, ("unlabeled", "labeled"))
         require_choice("w2s: tested", self.tested, ("teacher", "student"))
         for name in ("ramp", "sure", "sure_foreground", "chance", "holes", "side", "pseudo"):

@@ -76,7 +76,8 @@ def make_train_step(parts: Parts) -> TrainStep:
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = moving_average(state.ema, params, parts.objective.ema_decay, state.step)
+        decay, t0 = parts.objective.ema_decay, parts.objective.ema_t0
+        ema = moving_average(state.ema, params, decay, state.step, t0)
         metrics = metrics | {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
@@ -91,16 +92,18 @@ def make_train_step(parts: Parts) -> TrainStep:
 
 
 def moving_average(
-    ema: Params | None, params: Params, decay: float | None, step: Int[Array, ""]
+    ema: Params | None, params: Params, decay: float | None, step: Int[Array, ""], t0: int = 0
 ) -> Params | None:
-    """Moves `ema` toward `params` by 1 - min(decay, 1 - 1/(step + 1)), in float32.
+    """Moves `ema` toward `params` by 1 - min(decay, 1 - 1/(step + t0 + 1)), in float32.
 
-    The first update forgets the initial value; until `decay` takes over it is the plain mean of
-    all parameters so far.
+    `step` is the number of updates done before this one. Until `decay` takes over, the average is
+    the plain mean of all parameters so far; the initial value is forgotten by the first update if
+    `t0` is 0, and else counts as `t0` of them. A `t0` of 1/(1 - `decay`) means a constant decay.
 
-    Source: SSL4MIS `update_ema_variables`, `step` being the updates done before this one.
+    Source: `t0` 0 is SSL4MIS' `update_ema_variables`, 1 Tarvainen and Valpola's own code
+    (mean-teacher 546348f).
     """
     if decay is None:
         return None
-    rate = jnp.maximum(1 - decay, 1 / (step + 1))
+    rate = jnp.maximum(1 - decay, 1 / (step + t0 + 1))
     return jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, ema, params)

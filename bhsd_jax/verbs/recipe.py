@@ -74,6 +74,7 @@ def make_recipe(config: Config, plan: Plan, mesh: Mesh | None = None) -> Recipe:
     """Model, objective, optimizer, augmentation and batch as config and plan name them."""
     objective = wiring.objective(config)
     require_choice("input.outside", config.input.outside, ("learned", "masked"))
+    require_choice("input.cases", config.input.cases, ("with_replacement", "in_turn"))
     normalization = wiring.normalization(config, plan)
     spatial, intensity = make_chains(config, plan, mesh)
     schedule, optimizer = _optimizer(config, parts=bool(objective.twins))

@@ -177,6 +177,7 @@ def _batches(
             length=config.train.steps * batch,
             seed=(config.seed, number),
             labeled=number == 0,
+            in_turn=config.input.cases == "in_turn",
             slices=recipe.slices,
         )
         for number, (cases, batch) in enumerate(

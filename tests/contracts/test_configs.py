@@ -91,6 +91,9 @@ def test_words_reach_their_fields():
     assert resolved("supervised", "labels=0.1")["split"]["labeled"] == pytest.approx(0.1)
     assert resolved("supervised", "backbone=unet.X")["model"]["name"] == "unet.X"
     assert resolved("cps", "preset=ssl4mis")["objective"]["twin_init"] == "kaiming_xavier"
+    for experiment in ("cps", "suponly"):
+        assert resolved(experiment, "preset=ssl4mis")["input"]["cases"] == "in_turn"
+        assert resolved(experiment, "")["input"]["cases"] == "with_replacement"
     assert resolved("cps", "infer=fast")["infer"]["step"] == 0.75
     with pytest.raises(ValueError, match="full, fast"):
         resolved("cps", "infer=slow")

@@ -18,7 +18,7 @@ SCANS = {
 }
 
 
-def stream(*, labeled=True, batch=4, length=400, seed=0, cut=CUT):
+def stream(*, labeled=True, batch=4, length=400, seed=0, cut=CUT, in_turn=False):
     number = 0 if labeled else 1
     return Stream(
         SCANS.__getitem__,
@@ -28,7 +28,17 @@ def stream(*, labeled=True, batch=4, length=400, seed=0, cut=CUT):
         length=length,
         seed=(seed, number),
         labeled=labeled,
+        in_turn=in_turn,
     )
+
+
+def cases_of(stream, elements):
+    """Which case each of the elements was cut from."""
+    opened = []
+    stream.open_case = lambda case: opened.append(case) or SCANS[case]
+    for i in elements:
+        stream[i]
+    return opened
 
 
 def both(**kwargs):
@@ -101,6 +111,23 @@ def test_the_two_streams_and_two_seeds_draw_differently():
     assert any((a[i]["image"] != b[i]["image"]).any() for i in range(4))
     free = stream(labeled=False)
     assert any((a[i]["image"] != free[i]["image"]).any() for i in range(4))
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_in_turn_every_pass_is_a_permutation_of_the_cases(labeled):
+    drawn = stream(labeled=labeled, in_turn=True, batch=3)  # passes end amid batches
+    passes = np.reshape(cases_of(drawn, range(40 * len(SCANS))), (40, len(SCANS)))
+    assert (np.sort(passes) == sorted(SCANS)).all()
+    assert len({tuple(order) for order in passes}) > 12, "of 24 orders; each pass draws its own"
+    other = stream(labeled=labeled, in_turn=True, seed=1)
+    assert cases_of(other, range(40)) != passes.ravel()[:40].tolist()
+    assert cases_of(drawn, [17, 5, 17]) == passes.ravel()[[17, 5, 17]].tolist()
+
+
+def test_with_replacement_passes_are_no_permutations():
+    passes = np.reshape(cases_of(stream(), range(40 * len(SCANS))), (40, len(SCANS)))
+    assert not (np.sort(passes) == sorted(SCANS)).all()
+    assert set(passes.ravel()) == set(SCANS)
 
 
 def test_unlabeled_elements_never_look_at_a_mask():

@@ -102,3 +102,5 @@ def test_the_preset_says_which_network_is_tested(preset, first):
 def test_a_mean_teacher_without_a_decay_is_refused():
     with pytest.raises(ValueError, match="mean_teacher: ema_decay"):
         MeanTeacher(ema_decay=None)
+    with pytest.raises(ValueError, match="mean_teacher: ema_t0 counts updates"):
+        MeanTeacher(ema_t0=-1)

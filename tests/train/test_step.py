@@ -81,6 +81,33 @@ def test_an_average_without_memory_is_the_network_and_one_that_never_forgets_its
         np.testing.assert_allclose(ema, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("t0", "counts"), [(1, 1), (3, 3)])
+def test_a_later_beginning_keeps_the_initial_value_in_the_mean(t0, counts):
+    """With 1 it is the mean of the initial value and all later ones: the authors' rule."""
+    first, *seen = np.random.default_rng(1).normal(size=(9, 4)).astype(np.float32)
+    ema = jnp.asarray(first)
+    for t, params in enumerate(seen):
+        ema = moving_average(ema, jnp.asarray(params), 0.99, jnp.asarray(t), t0)
+        want = (counts * first + sum(seen[: t + 1])) / (counts + t + 1)
+        np.testing.assert_allclose(ema, want, rtol=1e-5, atol=1e-6)
+
+
+def test_late_enough_a_beginning_is_a_constant_decay():
+    ema = moving_average(jnp.ones(2), jnp.zeros(2), 0.9, jnp.asarray(0), 10)
+    np.testing.assert_allclose(ema, 0.9, rtol=1e-6)
+
+
+def test_the_step_follows_the_objectives_rule(key):
+    batch = make_batch()
+    forgets, keeps = (make_parts(Supervised(ema_decay=0.99, ema_t0=t0)) for t0 in (0, 1))
+    began = start(forgets, batch, key)
+    done, _ = jax.jit(make_train_step(forgets))(began, batch)
+    assert equal(done.ema, done.params)
+    done, _ = jax.jit(make_train_step(keeps))(began, batch)
+    half = jax.tree.map(lambda old, new: (old + new) / 2, began.params, done.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), done.ema, half)
+
+
 def test_the_average_moves_in_float32_where_bfloat16_would_stand_still():
     """2000 updates of decay 0.999 from 1 toward 1.5, the warm-up over: 1.5 - 0.5 * 0.999^2000."""
 

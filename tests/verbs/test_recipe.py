@@ -9,12 +9,14 @@ import pytest
 
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.augment.spatial import Affine, Mirror
+from bhsd_jax.ct.shards import Shards
 from bhsd_jax.datasets.splits import Roles
+from bhsd_jax.input.pipeline import Decoded
 from bhsd_jax.models import cotr, nnformer, unetr
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import make_train_step
 from bhsd_jax.types import Batch
-from bhsd_jax.verbs import wiring
+from bhsd_jax.verbs import train, wiring
 from bhsd_jax.verbs.recipe import make_augment, make_recipe, require_matching
 from bhsd_jax.volume import Network, Plan
 from configs import cps, mean_teacher, supervised
@@ -131,6 +133,37 @@ def test_the_mask_of_the_scan_reaches_the_loss_in_the_shape_of_the_network():
     jax.eval_shape(make_train_step(recipe.parts), state, raw)
     config.input.outside = "ignored"
     with pytest.raises(ValueError, match=r"input\.outside is one of learned, masked"):
+        make_recipe(config, PLAN)
+
+
+@pytest.mark.parametrize("cases", ["in_turn", "with_replacement"])
+def test_both_streams_take_cases_as_the_config_says(cases):
+    config = config_of(cps, cases=cases, cache_mb=0)
+    roles = Roles(train=tuple("abcd"), unlabeled=tuple("efghijkl"), val=(), test=())
+
+    class Made(Shards):
+        def __init__(self):
+            pass
+
+        def open(self, case):
+            image = np.full((6, 30, 30), ord(case), np.int16)
+            label = np.zeros(image.shape, np.uint8) if case in "abcd" else None
+            return Decoded(image, label, ())
+
+        load = open
+
+    drawn = train._batches(config, Made(), roles, make_recipe(config, PLAN), 0)
+    once = True
+    for _ in range(4):
+        batch = next(drawn)
+        labeled = np.bincount(batch.image.max((1, 2, 3, 4)), minlength=128)
+        unlabeled = np.bincount(batch.unlabeled.max((1, 2, 3, 4)), minlength=128)
+        assert set(np.flatnonzero(labeled)) <= set(map(ord, "abcd"))
+        assert set(np.flatnonzero(unlabeled)) <= set(map(ord, "efghijkl"))
+        once &= (labeled[ord("a") :][:4] == 2).all() and (unlabeled[ord("e") :][:8] == 1).all()
+    assert once == (cases == "in_turn")
+    config.input.cases = "shuffled"
+    with pytest.raises(ValueError, match=r"input\.cases is one of with_replacement, in_turn"):
         make_recipe(config, PLAN)
 
 
