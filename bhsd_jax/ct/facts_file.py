@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from bhsd_jax import files
 from bhsd_jax.ct.prepare import Facts
-from bhsd_jax.ct.shards import temporary_for
 from bhsd_jax.volume import Case
 
 
@@ -51,7 +50,6 @@ def load(folder: Path, case: Case, wanted: str) -> Facts | str | None:
 def save(folder: Path, case: Case, wanted: str, found: Facts | str) -> None:
     """Keeps facts, or the reason of a refusal, under a key; they replace what was there."""
     path = _place(folder, case)
-    path.parent.mkdir(parents=True, exist_ok=True)
     head: dict[str, Any] = {"key": wanted, "case": case.id}
     foreground = np.zeros(0, np.float32)
     if isinstance(found, Facts):
@@ -60,13 +58,8 @@ def save(folder: Path, case: Case, wanted: str, found: Facts | str) -> None:
         head["facts"] = facts
     else:
         head["refused"] = found
-    temporary = temporary_for(path)
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, head=np.array(json.dumps(head)), foreground=foreground)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, head=np.array(json.dumps(head)), foreground=foreground)
 
 
 def _place(folder: Path, case: Case) -> Path:

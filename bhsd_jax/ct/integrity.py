@@ -1,16 +1,15 @@
 """The integrity table: what lies in a data set, case by case and in sum."""
 
 import csv
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bhsd_jax import files
 from bhsd_jax.ct.doctor import Group
 from bhsd_jax.ct.prepare import Facts
-from bhsd_jax.ct.shards import temporary_for
 
 TILTED_DEG = 0.5  # below, the angle is rounding
 _ORDER = ("train", "val", "test", "unlabeled")
@@ -45,13 +44,10 @@ def summary(
 
 def write_csv(path: str | Path, table: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Writes a table whole or not at all."""
-    path = Path(path)
-    temporary = temporary_for(path)
-    with temporary.open("w", newline="") as file:
+    with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(table)
-    os.replace(temporary, path)
 
 
 def _row(fact: Facts, classes: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jaxtyping import Num, Shaped, UInt8
 from nibabel.nifti1 import Nifti1Header
 from nibabel.spatialimages import HeaderDataError
 
+from bhsd_jax import files
 from bhsd_jax.ct import geometry, nifti_header
 from bhsd_jax.volume import Volume
 
@@ -278,15 +279,9 @@ def _save(
     offset = nifti_header.first_offset(header)
     header["vox_offset"] = offset
     header["scl_slope"], header["scl_inter"] = 1, 0  # NaN, nibabel's default, breaks other readers
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file, contextlib.ExitStack() as stack:
-            out = file
-            if path.name.endswith(".gz"):
-                out = stack.enter_context(gzip.GzipFile("", "wb", 4, file, mtime=0))
-            out.write(header.binaryblock.ljust(offset, b"\0"))
-            out.write(voxels.data.cast("B"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        out = file = stack.enter_context(stack.enter_context(files.replacing(path)).open("wb"))
+        if path.name.endswith(".gz"):
+            out = stack.enter_context(gzip.GzipFile("", "wb", 4, file, mtime=0))
+        out.write(header.binaryblock.ljust(offset, b"\0"))
+        out.write(voxels.data.cast("B"))

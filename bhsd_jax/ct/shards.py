@@ -5,8 +5,6 @@
 
 import dataclasses
 import json
-import os
-import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
+from bhsd_jax import files
 from bhsd_jax.ct.record import SCHEMA, Prepared, Reader, damaged, pack, unpack
 from bhsd_jax.volume import Plan, Shape
 
@@ -88,29 +87,25 @@ def write_shard(path: str | Path, prepared: Iterable[Prepared]) -> list[Entry]:
 
     The same cases give the same bytes. Without any case no file is written.
     """
-    path = Path(path)
-    temporary = temporary_for(path)
     entries: list[Entry] = []
-    try:
+    with files.replacing(path) as temporary:
         writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
         try:
             for case in prepared:
                 header, record = pack(case)
                 writer.write(record)
-                entries.append(_describe(header, shard=path.name, record=len(entries)))
+                entries.append(_describe(header, shard=Path(path).name, record=len(entries)))
         finally:
             writer.close()
-        if entries:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if not entries:
+            temporary.unlink()
     return entries
 
 
 def write_index(folder: str | Path, entries: Iterable[Entry]) -> None:
     """Writes `index.json`, sorted by id; the last file of a complete folder."""
     rows = [dataclasses.asdict(e) for e in sorted(entries, key=lambda e: e.id)]
-    write_json(Path(folder) / "index.json", {"schema": SCHEMA, "entries": rows})
+    files.write_json(Path(folder) / "index.json", {"schema": SCHEMA, "entries": rows})
 
 
 def entry_from_json(row: Mapping[str, Any]) -> Entry:
@@ -119,22 +114,6 @@ def entry_from_json(row: Mapping[str, Any]) -> Entry:
     for name in ("shape", "voxels", "volume_ml"):
         values[name] = tuple(values[name])
     return Entry(**values)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes a JSON file that is either the old one or the new one, never half of it."""
-    path = Path(path)
-    temporary = temporary_for(path)
-    try:
-        temporary.write_text(json.dumps(value, indent=1))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def temporary_for(path: Path) -> Path:
-    """A hidden name beside `path` that no other process uses: several may write the same file."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def _read(shard: Path, record: int, place: str) -> bytes:

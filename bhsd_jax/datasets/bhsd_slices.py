@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bhsd_jax import files
 from bhsd_jax.ct import dicom, dicom_series, geometry, nifti
 from bhsd_jax.ct.dicom_series import Group
 from bhsd_jax.datasets import rsna
@@ -66,9 +66,7 @@ def write(path: Path, rows: Mapping[str, Sequence[rsna.Row]], classes: Sequence[
                 continue
             union = rsna.any_bleeding([row])
             table.writerow([case, index, "" if union is None else int(union), *row])
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text.getvalue())
-    os.replace(temporary, path)
+    files.write_text(path, text.getvalue())
 
 
 def _rows(

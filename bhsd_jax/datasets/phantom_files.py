@@ -5,12 +5,13 @@ import gzip
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+
+from bhsd_jax import files
 
 _GOLDEN_32 = 0x9E3779B1  # odd, so multiplying by it permutes the 32-bit numbers
 
@@ -57,7 +58,7 @@ def write(path: Path, raw: np.ndarray, affine: np.ndarray, slope: float, inter: 
     image.header.set_sform(None, code=0)
     image.header.set_slope_inter(slope, inter)
     # No time stamp in the gzip header: equal cases are equal files.
-    replace(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+    files.write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
 def official_lists(train: list[str], test: list[str], version: int) -> dict:
@@ -88,17 +89,9 @@ def write_slices(path: Path, classes: Sequence[str], rows: Mapping[str, list[lis
     table.writerow(["case", "slice", "any", *classes])
     for case in sorted(rows):
         table.writerows([case, k, *values] for k, values in enumerate(rows[case]))
-    replace(path, text.getvalue().encode())
+    files.write_text(path, text.getvalue())
 
 
 def write_json(path: Path, data: object) -> None:
     """Writes indented JSON."""
-    replace(path, (json.dumps(data, indent=2) + "\n").encode())
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, with all folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    files.write_text(path, json.dumps(data, indent=2) + "\n")

@@ -7,7 +7,6 @@ and however many processes make them, the files are the same to the byte.
 import csv
 import json
 import logging
-import os
 import shutil
 import time
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bhsd_jax import machine
 from bhsd_jax.datasets.phantom_bleeds import CLASSES, class_set
 from bhsd_jax.datasets.phantom_case import VERSION, Options, make_case
 from bhsd_jax.datasets.phantom_files import (
@@ -203,7 +203,7 @@ def _make_all(root: Path, jobs: list[_Job], processes: int) -> dict[str, Rows]:
     parameters = jobs[0].parameters
     if processes == 0:
         work = len(jobs) * parameters.slices * parameters.size**2
-        processes = os.cpu_count() or 1 if work > _WORTH_PROCESSES else 1
+        processes = machine.cores() if work > _WORTH_PROCESSES else 1
     processes = min(processes, len(jobs))
     progress = _Progress(len(jobs))
     if processes == 1:

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from bhsd_jax import files
 from bhsd_jax.metrics import lesion, overlap, surface
 from bhsd_jax.volume import Millimeters
 
@@ -117,12 +117,10 @@ def _row(
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
     """Writes one line per row; floats with all their digits, `nan` and `inf` as such."""
     names = [field.name for field in dataclasses.fields(Row)]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
+    with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([_RENAMED.get(name, name) for name in names])
         writer.writerows([getattr(row, name) for name in names] for row in rows)
-    os.replace(temporary, path)
 
 
 def read_csv(path: Path) -> list[Row]:

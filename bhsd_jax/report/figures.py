@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from bhsd_jax import files
+
 logger = logging.getLogger(__name__)
 
 REFERENCE, PREDICTION = "#19d3f3", "#ff9f1c"  # told apart with any color vision, seen on gray
@@ -45,9 +47,7 @@ def draw_progress(metrics: Path, out: Path) -> None:
         return
     records = read_metrics(metrics)
     if records:
-        temporary = out.with_name(f".{out.name}")
-        temporary.write_bytes(progress_png(records))
-        temporary.replace(out)
+        files.write_bytes(out, progress_png(records))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Numbers of a comparison as text: Dice in percent, differences in points, durations."""
+"""Numbers of a comparison as text: Dice in percent, differences in points, durations.
+
+A number that rounds to 0 has no minus sign.
+"""
 
 import math
 
@@ -9,12 +12,12 @@ NONE = "\N{EM DASH}"  # there is no such number
 
 def points(value: float, digits: int = 2) -> str:
     """A share as percent."""
-    return NONE if math.isnan(value) else f"{100 * value:.{digits}f}"
+    return NONE if math.isnan(value) else f"{100 * value:z.{digits}f}"
 
 
 def signed(value: float) -> str:
     """A difference of shares in points."""
-    return NONE if math.isnan(value) else f"{100 * value:+.2f}"
+    return NONE if math.isnan(value) else f"{100 * value:+z.2f}"
 
 
 def printed(value: float | None, spread: float | None = None) -> str:
@@ -34,7 +37,7 @@ def interval(value: OverSeeds, *, sign: bool = False) -> str:
     """The 95 % interval by patient."""
     if math.isnan(value.low):
         return NONE
-    low, high = (f"{100 * x:{'+' if sign else ''}.1f}" for x in (value.low, value.high))
+    low, high = (f"{100 * x:{'+' if sign else ''}z.1f}" for x in (value.low, value.high))
     return f"{low} to {high}"
 
 

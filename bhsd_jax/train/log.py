@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from bhsd_jax import files
 from bhsd_jax.types import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
@@ -114,9 +115,7 @@ def heartbeat(what: str, every_s: float = 5.0) -> Iterator[None]:
 
 def _drop_after(path: Path, step: int) -> None:
     kept = [record for record in read(path) if record["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(path)
+    files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _tensorboard(folder: Path):

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.ct import doctor, integrity, integrity_text, shards
+from bhsd_jax import files
+from bhsd_jax.ct import doctor, integrity, integrity_text
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.volume import Dataset, Survey
 
@@ -63,7 +64,7 @@ def _write(
     defects: Sequence[doctor.Group],
 ) -> None:
     """Files of this look; what it has nothing for goes, so that none contradicts another."""
-    shards.write_json(workdir / "integrity.json", totals)
+    files.write_json(workdir / "integrity.json", totals)
     rows = [asdict(finding) for found in defects for finding in found.findings]
     for name, lines in (("integrity.csv", table), ("defects.csv", rows)):
         if lines:

@@ -4,12 +4,11 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.ct.shards import write_json
+from bhsd_jax import files, machine
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.metrics import scores, summary, threshold
 from bhsd_jax.verbs import setup
@@ -37,7 +36,7 @@ def run(config: Config, workdir: Path) -> None:
         ValueError: If a file cannot be used, or the baseline is asked for without CT scans.
     """
     jobs = _jobs(config, workdir)
-    done = _score(jobs, config.preprocess.processes or os.cpu_count() or 1)
+    done = _score(jobs, config.preprocess.processes or machine.cores())
     for text in (text for scored in done for text in scored.warnings):
         logger.warning("%s", text)
     rows = [row for scored in done for row in scored.rows]
@@ -50,7 +49,7 @@ def run(config: Config, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     scores.write_csv(workdir / "cases.csv", rows)
     scores.write_csv(workdir / "cases_binary.csv", merged)
-    write_json(workdir / "summary.json", summary.without_nan(found))
+    files.write_json(workdir / "summary.json", summary.without_nan(found))
     for line in table(found):
         logger.info("%s", line)
 

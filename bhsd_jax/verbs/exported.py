@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from bhsd_jax import windows
-from bhsd_jax.ct.shards import write_json
+from bhsd_jax import files, windows
 from bhsd_jax.models import nnunet_torch, torch_export
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.types import Params
@@ -71,11 +70,11 @@ def stablehlo(
     made = jax.export.export(jax.jit(function), platforms=platforms)(*arguments)
     data = bytes(made.serialize())
     out.mkdir(parents=True, exist_ok=True)
-    predictor.write_bytes(out / "model.stablehlo", data)
+    files.write_bytes(out / "model.stablehlo", data)
     if weights_apart:
         weights = io.BytesIO()
         np.savez(weights, **flat)
-        predictor.write_bytes(out / "weights.npz", weights.getvalue())
+        files.write_bytes(out / "weights.npz", weights.getvalue())
     facts = _facts(config, plan, step, name) | {
         "input": f"float32 [b D H W {channels}], {'raw, HU' if normalize else 'normalized'}",
         "output": f"logits float32 [b D H W {model.num_classes}]",
@@ -84,7 +83,7 @@ def stablehlo(
         "weights": "weights.npz, the first argument" if weights_apart else "inside",
         "jax": jax.__version__,
     }
-    write_json(out / "model.json", facts)
+    files.write_json(out / "model.json", facts)
 
 
 def safetensors(config: Config, workdir: Path, out: Path) -> None:
@@ -106,9 +105,9 @@ def safetensors(config: Config, workdir: Path, out: Path) -> None:
     header = {"reference": reference, "constructor": json.dumps(constructor)}
     header |= {key: facts[key] for key in ("notice", "license", "trained_on")}
     out.parent.mkdir(parents=True, exist_ok=True)
-    predictor.write_bytes(out, library.save(state, metadata=header))
+    files.write_bytes(out, library.save(state, metadata=header))
     twin = {"reference": reference, "constructor": constructor}
-    write_json(out.with_suffix(".json"), facts | twin)
+    files.write_json(out.with_suffix(".json"), facts | twin)
 
 
 def _network(config: Config, workdir: Path) -> tuple[int, str, Params]:

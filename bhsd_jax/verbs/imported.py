@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax import files
 from bhsd_jax.ct import nnunet_model
-from bhsd_jax.ct.shards import write_json
 from bhsd_jax.models import torch_import
 from bhsd_jax.train.checkpoint import save_networks
 from bhsd_jax.verbs import weights_file, wiring
@@ -160,9 +160,9 @@ def write_run(config: Config, source: Source, weights: WeightsFile, out: Path) -
         out / "checkpoints", variables["params"], config=plain, plan=plan, statistics=statistics
     )
     reference = {"reference": source.reference, "constructor": dict(source.constructor)}
-    write_json(out / REFERENCE_FILE, reference)
-    write_json(out / "plan.json", plan)
-    write_json(out / "config.json", plain)  # last: with it the folder is a run
+    files.write_json(out / REFERENCE_FILE, reference)
+    files.write_json(out / "plan.json", plan)
+    files.write_json(out / "config.json", plain)  # last: with it the folder is a run
 
 
 def digest(path: Path) -> str:

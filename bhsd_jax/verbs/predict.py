@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax import files
 from bhsd_jax.ct import dicom
-from bhsd_jax.ct.shards import write_json
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.report.page import NOTICE
@@ -52,7 +52,7 @@ def run(config: Config, workdir: Path) -> None:
     _log_estimate(predict, len(cases), plan)
     names = _names(cases, workdir, settings)
     rows, skipped = _predict_all(predict, cases, names, out, settings.overwrite)
-    write_json(out / "predictions.json", _facts(config, plan, step, tuple(networks)))
+    files.write_json(out / "predictions.json", _facts(config, plan, step, tuple(networks)))
     _write_csv(out / "skipped.csv", [{"case": c, "reason": r} for c, r in skipped.items()])
     if skipped:
         name, reason = next(iter(skipped.items()))
@@ -170,7 +170,7 @@ def _predict_all(
 def _write_tables(out: Path, rows: Sequence[Row]) -> None:
     _write_csv(out / "volumes.csv", [row.flat() for row in rows])
     listed = [vars(row) | {"ml": dict(row.ml)} for row in rows]
-    write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
+    files.write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
 
 
 def _facts(config: Config, plan: Plan, step: int, networks: tuple[str, ...]) -> dict[str, Any]:
@@ -199,4 +199,4 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    predictor.write_bytes(path, text.getvalue().encode())
+    files.write_text(path, text.getvalue())

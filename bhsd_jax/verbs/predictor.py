@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bhsd_jax import machine
+from bhsd_jax import files, machine
 from bhsd_jax.ct import geometry, hu, scan, shear
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
@@ -208,11 +207,4 @@ def _probabilities(target: Path) -> Path:
 def _write_npz(path: Path, probabilities: np.ndarray) -> None:
     data = io.BytesIO()
     np.savez_compressed(data, probabilities=probabilities)
-    write_bytes(path, data.getvalue())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    files.write_bytes(path, data.getvalue())

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax import machine
+from bhsd_jax import files, machine
 from bhsd_jax.ct import adopt, facts_file, integrity, scan, shards
 from bhsd_jax.ct.plan import from_nnunet_plans
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, make_plan, prepare_case
@@ -195,7 +195,7 @@ def _write_all(
     logger.info("%d of %d shards are there already", len(mine) - len(todo), len(mine))
     if todo:
         (folder / "index.json").unlink(missing_ok=True)  # it would speak of shards being replaced
-    shards.write_json(folder / "plan.json", plan.to_json())
+    files.write_json(folder / "plan.json", plan.to_json())
     with Progress("prepare", sum(len(job.cases) for job in todo)) as progress:
         for job, _ in workers.each(_write, todo):
             progress.advance(len(job.cases))

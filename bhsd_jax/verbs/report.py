@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax import __version__
+from bhsd_jax import __version__, files
 from bhsd_jax.ct import geometry, hu, scan
 from bhsd_jax.report import figures
 from bhsd_jax.report.page import Page, Picture, Section
@@ -66,9 +66,7 @@ def run(config: Config, workdir: Path) -> None:
         footer=f"Written by bhsd_jax {__version__}. Data license: {plan.license or 'not stated'}.",
     )
     for name, text in (("report.html", page.to_html()), ("report.md", page.to_markdown())):
-        temporary = workdir / f".{name}"
-        temporary.write_text(text)
-        temporary.replace(workdir / name)
+        files.write_text(workdir / name, text)
     logger.info("report: %s", workdir / "report.html")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from bhsd_jax.ct.shards import write_json
+from bhsd_jax import files
 from bhsd_jax.verbs import setup
 from bhsd_jax.verbs.setup import Config
 
@@ -191,7 +191,7 @@ def _one(run: Run, call: "_Call") -> str:
 def _add_time(path: Path, verb: str, seconds: float) -> None:
     """Adds up what all attempts at a verb took."""
     times = json.loads(path.read_text()) if path.is_file() else {}
-    write_json(path, times | {verb: round(times.get(verb, 0.0) + seconds, 1)})
+    files.write_json(path, times | {verb: round(times.get(verb, 0.0) + seconds, 1)})
 
 
 class _Call:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax import files
 from bhsd_jax.build import build, find
 from bhsd_jax.ct.shards import Shards
 from bhsd_jax.datasets import splits
@@ -79,6 +80,5 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 def _salt(folder: Path) -> str:
     path = folder / ".salt"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(16))
+        files.write_text(path, secrets.token_hex(16))
     return path.read_text()

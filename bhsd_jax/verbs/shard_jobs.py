@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax import files
 from bhsd_jax.ct import shards
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.volume import Case, Plan
@@ -114,7 +115,7 @@ def remember(job: Job, entries: Sequence[shards.Entry], refused: Mapping[str, st
     """Writes the record of a shard, and why cases are missing from it."""
     rows = [asdict(entry) for entry in entries]
     found = {"key": job.key, "bytes": _size(job.path), "entries": rows, "refused": dict(refused)}
-    shards.write_json(job.record, found)
+    files.write_json(job.record, found)
 
 
 def finish(folder: Path, jobs: Sequence[Job], plan: Plan) -> tuple[int, dict[str, str]]:
@@ -131,8 +132,8 @@ def finish(folder: Path, jobs: Sequence[Job], plan: Plan) -> tuple[int, dict[str
         return missing, refused
     rows = [shards.entry_from_json(row) for record in records.values() for row in record["entries"]]
     whole = {name: r for name, r in records.items() if not r.pop("refused", None)}
-    shards.write_json(folder / "plan.json", plan.to_json())
-    shards.write_json(folder / "manifest.json", whole)
+    files.write_json(folder / "plan.json", plan.to_json())
+    files.write_json(folder / "manifest.json", whole)
     shards.write_index(folder, rows)
     _sweep(folder, {row.shard for row in rows})
     return 0, refused

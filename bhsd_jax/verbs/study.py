@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax import __version__
-from bhsd_jax.ct.shards import write_json
+from bhsd_jax import __version__, files
 from bhsd_jax.metrics import scores, summary
 from bhsd_jax.metrics.seeds import OverSeeds, over_seeds, paired
 from bhsd_jax.report import figures
@@ -73,14 +72,11 @@ def write(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
     """
     made = compare(study, failures)
     shown = page(made)
-    study.out.mkdir(parents=True, exist_ok=True)
     for name, text in (("report.html", shown.to_html()), ("report.md", shown.to_markdown())):
-        temporary = study.out / f".{name}"
-        temporary.write_text(text)
-        temporary.replace(study.out / name)
+        files.write_text(study.out / name, text)
     lines = {key: asdict(line) for key, line in zip(study.rows, made.lines, strict=True)}
     plain = json.loads(json.dumps(lines))
-    write_json(study.out / "figures.json", summary.without_nan(plain))
+    files.write_json(study.out / "figures.json", summary.without_nan(plain))
     return made
 
 

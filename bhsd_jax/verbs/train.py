@@ -14,7 +14,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from bhsd_jax.ct.shards import Shards, write_json
+from bhsd_jax import files
+from bhsd_jax.ct.shards import Shards
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
 from bhsd_jax.report import figures
@@ -128,8 +129,8 @@ def _open_run(config: Config, shards: Shards, workdir: Path) -> Checkpoints:
         for field in setup.differences(json.loads(saved.read_text()), plain):
             logger.warning("resuming with another value of config.%s", field)
     if jax.process_index() == 0:
-        write_json(saved, plain)
-        write_json(workdir / "plan.json", plan)
+        files.write_json(saved, plain)
+        files.write_json(workdir / "plan.json", plan)
     return checkpoints
 
 
@@ -222,7 +223,7 @@ def _compile(recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path) -> Tr
     if jax.process_index() == 0:
         known = {"devices": mesh.size, "device": jax.devices()[0].device_kind}
         known |= {"parameters": parameters, "flops_per_device": cost.get("flops")}
-        write_json(workdir / "cost.json", known)  # of one step; read where runs are compared
+        files.write_json(workdir / "cost.json", known)  # of one step; read where runs are compared
     return compiled
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
+from bhsd_jax import files
 from bhsd_jax.ct import record, shards
 from bhsd_jax.volume import Grid, Network, Plan
 
@@ -67,7 +68,7 @@ def cases():
 @pytest.fixture
 def folder(tmp_path, cases):
     entries = shards.write_shard(tmp_path / "shard-0.arrayrecord", cases)
-    shards.write_json(tmp_path / "plan.json", PLAN.to_json())
+    files.write_json(tmp_path / "plan.json", PLAN.to_json())
     shards.write_index(tmp_path, entries)
     return tmp_path
 

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from bhsd_jax.report import figures
+from bhsd_jax.metrics.seeds import OverSeeds
+from bhsd_jax.report import figures, points
 from bhsd_jax.report.page import NOTICE, Page, Picture, Section
 from bhsd_jax.report.tables import Table, cases_table, dice_table, number
 
@@ -37,6 +38,15 @@ def test_undefined_numbers_are_words():
     assert number(math.inf) == "missed"
     assert number(0.12345) == "0.123"
     assert number(7) == "7"
+
+
+def test_points_have_a_sign_where_they_differ_from_nothing():
+    assert points.signed(0.0123) == "+1.23"
+    assert points.signed(-4e-5) == "+0.00"
+    assert points.points(-1e-9) == "0.00"
+    close = OverSeeds(mean=0.0, sd=0.0, low=-0.0002, high=0.0311, seeds=3)
+    assert points.interval(close, sign=True) == "+0.0 to +3.1"
+    assert points.interval(close) == "0.0 to 3.1"
 
 
 def test_the_dice_table_shows_every_convention_there_is():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bhsd_jax.ct.shards import write_json
+from bhsd_jax import files
 from bhsd_jax.metrics import summary
 from bhsd_jax.metrics.scores import Row, write_csv
 from bhsd_jax.verbs import evaluate, series, tables
@@ -54,9 +54,9 @@ def finish():
         last = run.workdir / "checkpoints" / str(run.config.train.steps)
         last.mkdir(parents=True)
         (last / "commit_success.txt").touch()
-        write_json(run.workdir / "config.json", series.plain(run.config))
+        files.write_json(run.workdir / "config.json", series.plain(run.config))
         plan = PLAN | {"classes": ["background", *classes]}
-        write_json(run.workdir / "plan.json", plan)
+        files.write_json(run.workdir / "plan.json", plan)
         rows = [
             row(f"scan{i}", name, *each)
             for i, scan in enumerate(counts)
@@ -69,7 +69,7 @@ def finish():
         write_csv(run.workdir / "cases.csv", rows)
         write_csv(run.workdir / "cases_binary.csv", merged)
         found = evaluate._summary(run.config, rows, merged, classes)
-        write_json(run.workdir / "summary.json", summary.without_nan(found))
+        files.write_json(run.workdir / "summary.json", summary.without_nan(found))
 
     return finished
 

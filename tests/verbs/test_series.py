@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from bhsd_jax.ct.shards import write_json
+from bhsd_jax import files
 from bhsd_jax.verbs import series
 from bhsd_jax.verbs.series import Run
 
@@ -24,7 +24,7 @@ def change(run, **fields):
     for field, value in fields.items():
         part, _, name = field.partition("__")
         config[part][name] = value
-    write_json(path, config)
+    files.write_json(path, config)
 
 
 def test_a_run_is_finished_when_its_own_results_are_there(make, finish):

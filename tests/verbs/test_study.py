@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from bhsd_jax.ct.shards import write_json
+from bhsd_jax import files
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.verbs import study
 from bhsd_jax.verbs.series import Failure
@@ -88,7 +88,7 @@ def test_real_data_is_held_against_the_paper(binary):
                 run.config.data.name = "bhsd.BHSD"
             config = json.loads((run.workdir / "config.json").read_text())
             config["data"]["name"] = "bhsd.BHSD"
-            write_json(run.workdir / "config.json", config)
+            files.write_json(run.workdir / "config.json", config)
             (run.workdir / "summary.json").touch()
         else:
             run.config.data.name = "bhsd.BHSD"
@@ -143,8 +143,10 @@ def test_costs_are_those_the_runs_wrote_down(binary):
     made, runs = binary
     for run in (runs["cps", 0], runs["cps", 1]):
         flops = {"devices": 2, "device": "H100", "parameters": 31_000_000, "flops_per_device": 4e12}
-        write_json(run.workdir / "cost.json", flops)
-        write_json(run.workdir / "wall.json", {"train": 200.0 + run.seed * 100, "predict": 50.0})
+        files.write_json(run.workdir / "cost.json", flops)
+        files.write_json(
+            run.workdir / "wall.json", {"train": 200.0 + run.seed * 100, "predict": 50.0}
+        )
         lines = [
             {"step": 2, "train/loss": 1.0, "time/step_s": 10.0},
             {"step": 2, "val/dice/mean": 0.5, "time/validation_s": 99.0},
