@@ -155,7 +155,7 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     from bhsd_jax.train import mesh as meshes
     from bhsd_jax.train.step import init_state, make_train_step
     from bhsd_jax.types import Batch
-    from bhsd_jax.verbs import runtime
+    from bhsd_jax.verbs import heap
 
     preset = PRESETS[args.preset]
     parts = our_parts(args, preset)
@@ -180,7 +180,7 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     step = step.lower(state, data).compile()
     cost = step.memory_analysis()
     if args.device == "cpu":  # as `train` does
-        runtime.reserve(cost.temp_size_in_bytes, mesh.size)
+        heap.settle(cost.temp_size_in_bytes, mesh.size)
     held = [step(state, data)]
 
     def run() -> None:

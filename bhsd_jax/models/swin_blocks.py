@@ -6,16 +6,18 @@ Source: Liu et al. 2021, arXiv:2103.14030; MONAI 1.6.1 `swin_unetr`, whose numbe
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from bhsd_jax.models.attention import attend
 from bhsd_jax.models.conv import Triple
-from bhsd_jax.models.unetr_blocks import ConvBlock, LayerNorm, Linear, Mlp, attend, trunc_normal
+from bhsd_jax.models.unetr_blocks import ConvBlock, LayerNorm, Linear, Mlp, heads_of, trunc_normal
 
 # Which voxel of each 2 x 2 x 2 block (D, H, W) gives which block of channels to a merging layer.
 _CORNERS = {
@@ -82,7 +84,7 @@ class SwinBlock(nn.Module):
             self.shift,
             self.clamped_bias,
             self.qkv_bias,
-            drop(self.attention_dropout),
+            drop(self.attention_dropout) if self.train and self.attention_dropout else None,
             self.dtype,
             name="attention",
         )
@@ -109,7 +111,7 @@ class WindowAttention(nn.Module):
     shift: bool
     clamped_bias: str
     qkv_bias: bool
-    drop: Callable[[Array], Array]  # on the attention weights
+    drop: Callable[[Array], Array] | None  # on the attention weights
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -126,10 +128,9 @@ class WindowAttention(nn.Module):
             x = jnp.roll(x, [-s for s in shift], (1, 2, 3))
         tokens = to_windows(x, window)  # [B windows n C]
         qkv = Linear(3 * channels, self.qkv_bias, self.dtype, name="qkv")(tokens)
+        regions = _regions(padded, window, shift) if any(shift) else None
         bias = self._position_bias(window)
-        if any(shift):
-            bias += _shift_mask(padded, window, shift)[:, None]
-        mixed = attend(qkv, self.heads, bias, self.drop)
+        mixed = attend(*heads_of(qkv, self.heads), bias, regions, self.drop)
         out = Linear(channels, dtype=self.dtype, name="out")(mixed)
         x = from_windows(out, window, padded)
         if any(shift):
@@ -159,21 +160,20 @@ def position_index(window: Triple, clamped: tuple[int, ...], clamped_bias: str) 
     return (d * (2 * window[1] - 1) + h) * (2 * window[2] - 1) + w
 
 
-def _shift_mask(
+def _regions(
     size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]
-) -> Float[Array, "windows n n"]:
-    """-100 between tokens that a cyclic shift brought together from opposite ends."""
+) -> Int[Array, "windows n"]:
+    """Numbers that differ between tokens brought together from opposite ends by a cyclic shift."""
     regions = np.zeros((1, *size, 1), np.int32)
     for axis, (n, w, s) in enumerate(zip(size, window, shift, strict=True)):
         place = np.arange(n)
         region = (place >= n - w).astype(np.int32) + (place >= n - s) if s else 0 * place
         regions = 3 * regions + np.expand_dims(region, [a for a in range(5) if a != axis + 1])
     # The barrier keeps XLA from computing a constant of windows * n * n numbers.
-    tokens = lax.optimization_barrier(to_windows(jnp.asarray(regions), window)[0, ..., 0])
-    return jnp.where(tokens[:, None] == tokens[:, :, None], 0.0, -100.0)
+    return lax.optimization_barrier(jnp.asarray(to_windows(regions, window)[0, ..., 0]))
 
 
-def to_windows(x: Array, window: tuple[int, ...]) -> Array:
+def to_windows(x: Any, window: tuple[int, ...]) -> Any:
     """[B D H W C] -> [B windows n C], both in order D, H, W."""
     batch, *size, channels = x.shape
     d, h, w = (n // k for n, k in zip(size, window, strict=True))

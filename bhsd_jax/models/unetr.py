@@ -22,11 +22,10 @@ from bhsd_jax.models.unetr_blocks import (
     ConvBlock,
     LayerNorm,
     Linear,
-    Mlp,
     NormSpec,
     PatchEmbed,
+    TransformerBlock,
     UpBlock,
-    attend,
     total_stride,
     trunc_normal,
     up_sample,
@@ -149,28 +148,6 @@ class UNETR(nn.Module):
                 f"UNETR: its positions are those of patch {tuple(self.patch)} (D, H, W); got an"
                 f" image of {tuple(size)}, the nearest accepted is {tuple(self.patch)}"
             )
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and MLP, each around a shortcut."""
-
-    heads: int
-    mlp_dim: int
-    qkv_bias: bool
-    dropout: float
-    train: bool
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B N E"]) -> Float[Array, "B N E"]:
-        norm = functools.partial(LayerNorm, dtype=self.dtype)
-        drop = functools.partial(nn.Dropout, self.dropout, deterministic=not self.train)
-        width = x.shape[-1]
-        qkv = Linear(3 * width, self.qkv_bias, self.dtype, name="qkv")(norm(name="norm1")(x))
-        mixed = Linear(width, dtype=self.dtype, name="out")(attend(qkv, self.heads, drop=drop()))
-        x = x + drop()(mixed)
-        mlp = Mlp(self.mlp_dim, self.dropout, self.train, self.dtype, name="mlp")
-        return x + mlp(norm(name="norm2")(x))
 
 
 class Climb(nn.Module):

@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from bhsd_jax.models.attention import attend
 from bhsd_jax.models.blocks import InstanceNorm
 from bhsd_jax.models.conv import Conv, ConvTranspose, Triple
 
@@ -98,24 +99,42 @@ class Mlp(nn.Module):
         return drop()(Linear(x.shape[-1], dtype=self.dtype, name="linear2")(inner))
 
 
-def attend(
-    qkv: Float[Array, "*b n F"],
-    heads: int,
-    bias: Float[Array, "*c n n"] | float = 0.0,
-    drop: Callable[[Array], Array] = lambda weights: weights,
-) -> Float[Array, "*b n E"]:
-    """Multi-head attention; F = 3 E holds query, key, value, each of them head by head.
+def heads_of(
+    qkv: Float[Array, "*b n F"], heads: int
+) -> tuple[
+    Float[Array, "*b n heads d"], Float[Array, "*b n heads d"], Float[Array, "*b n heads d"]
+]:
+    """Query, key, value of every head from one projection, which holds them in this order."""
+    *lead, width = qkv.shape
+    query, key, value = jnp.moveaxis(qkv.reshape(*lead, 3, heads, width // (3 * heads)), -3, 0)
+    return query, key, value
 
-    `bias` is added to the float32 scores [*b heads n n]; `drop` changes the weights.
-    """
-    *lead, tokens, width = qkv.shape
-    depth = width // (3 * heads)
-    q, k, v = jnp.moveaxis(qkv.reshape(*lead, tokens, 3, heads, depth), -3, 0)
-    scores = jnp.einsum(
-        "...nhd,...mhd->...hnm", q * depth**-0.5, k, preferred_element_type=jnp.float32
-    )
-    weights = drop(jax.nn.softmax(scores + bias)).astype(qkv.dtype)
-    return jnp.einsum("...hnm,...mhd->...nhd", weights, v).reshape(*lead, tokens, heads * depth)
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and MLP, each around a shortcut."""
+
+    heads: int
+    mlp_dim: int
+    qkv_bias: bool
+    dropout: float
+    train: bool
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N E"]) -> Float[Array, "B N E"]:
+        norm = functools.partial(LayerNorm, dtype=self.dtype)
+        drop = functools.partial(nn.Dropout, self.dropout, deterministic=not self.train)
+        width = x.shape[-1]
+        qkv = Linear(3 * width, self.qkv_bias, self.dtype, name="qkv")(norm(name="norm1")(x))
+        # Every head is a window of its own: one at a time is as much as a cache may hold.
+        alone = [jnp.moveaxis(part, 2, 1)[..., None, :] for part in heads_of(qkv, self.heads)]
+        mixed = attend(*alone, drop=drop() if self.train and self.dropout else None)
+        mixed = Linear(width, dtype=self.dtype, name="out")(
+            jnp.moveaxis(mixed, 1, 2).reshape(x.shape)
+        )
+        x = x + drop()(mixed)
+        mlp = Mlp(self.mlp_dim, self.dropout, self.train, self.dtype, name="mlp")
+        return x + mlp(norm(name="norm2")(x))
 
 
 class ConvBlock(nn.Module):

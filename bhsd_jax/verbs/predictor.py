@@ -19,7 +19,7 @@ from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
 from bhsd_jax.types import Params
-from bhsd_jax.verbs import runtime, setup, wiring
+from bhsd_jax.verbs import heap, setup, wiring
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Case, Plan
 
@@ -134,7 +134,7 @@ def share_cores(config: Config, plan: Plan) -> None:
     settings: Any = config.infer
     tile = bytes_per_tile(setup.patch(config, plan))
     meshes.share_cores(settings.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
-    runtime.mind_memory(jax.local_device_count() * tile)
+    heap.mind_memory(jax.local_device_count() * tile)
 
 
 def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Predictor:

@@ -25,7 +25,7 @@ from bhsd_jax.train.log import Log, heartbeat
 from bhsd_jax.train.loop import Every, Interrupted, fit
 from bhsd_jax.train.step import TrainStep, make_train_step
 from bhsd_jax.types import TrainState
-from bhsd_jax.verbs import runtime, setup
+from bhsd_jax.verbs import heap, setup
 from bhsd_jax.verbs.recipe import Recipe, make_recipe, require_matching
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.validation import Validation
@@ -208,8 +208,8 @@ def _compile(recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path) -> Tr
         compiled = step.lower(state, recipe.abstract_batch()).compile()
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     working, devices = getattr(memory, "temp_size_in_bytes", 0), jax.local_device_count()
-    if jax.default_backend() == "cpu" and not runtime.mind_memory(working * devices):
-        runtime.reserve(working, devices)
+    if jax.default_backend() == "cpu":
+        heap.settle(working, devices)
     logger.info(
         "compiled in %.0f s on %d %s; %.3g GFLOP a step, %.2f GB of temporaries",
         time.monotonic() - begun,

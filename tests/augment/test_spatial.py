@@ -83,6 +83,9 @@ def test_a_quarter_turn_equals_rot90(axis, plane, turns):
     moved, classes = resample_jit(image, label, matrix, (6, 6, 6), in_plane=False)
     np.testing.assert_allclose(moved, np.rot90(image, turns, plane), atol=1e-5)
     np.testing.assert_array_equal(classes, np.rot90(label, turns, plane))
+    back, again = resample_jit(moved, classes, matrix.T, (6, 6, 6), in_plane=False)
+    np.testing.assert_allclose(back, image, atol=1e-5)
+    np.testing.assert_array_equal(again, label)
 
 
 def test_an_in_plane_quarter_turn_equals_rot90_of_every_slice():
@@ -255,11 +258,15 @@ def test_mirror_flips_each_axis_half_the_time_and_both_arrays():
     assert np.abs(counts / 2000 - 1 / 8).max() < 5 * math.sqrt(7 / 64 / 2000)
 
 
-def test_mirror_leaves_other_axes_alone(key):
+def test_mirror_leaves_other_axes_alone_and_undoes_itself(key):
     image, label = random_pair((2, 3, 4))
-    moved, classes = jax.jit(Mirror(1.0, axes=(2,)))(key, image, label)
-    np.testing.assert_array_equal(moved, image[:, :, ::-1])
-    np.testing.assert_array_equal(classes, label[:, :, ::-1])
+    for axis in range(3):
+        mirror = jax.jit(Mirror(1.0, axes=(axis,)))
+        moved, classes = mirror(key, image, label)
+        np.testing.assert_array_equal(moved, np.flip(image, axis))
+        np.testing.assert_array_equal(classes, np.flip(label, axis))
+        for found, want in zip(mirror(key, moved, classes), (image, label), strict=True):
+            np.testing.assert_array_equal(found, want)
     assert Mirror(0.0)(key, image, label)[0] is image
 
 

@@ -171,6 +171,15 @@ def test_an_ensemble_averages_softmax():
     assert (POINTWISE.labels(others, image) == found.argmax(0)).all()
 
 
+def test_an_ensemble_of_equals_is_the_one_network():
+    image = volume(5, 9, 9)
+    one, two = (POINTWISE.logits([PARAMS] * count, image) for count in (1, 2))
+    np.testing.assert_allclose(jax.nn.softmax(two, 0), jax.nn.softmax(one, 0), atol=1e-6)
+    np.testing.assert_array_equal(
+        POINTWISE.labels([PARAMS] * 2, image), POINTWISE.labels([PARAMS], image)
+    )
+
+
 def test_the_order_of_twins_does_not_matter():
     image = volume(5, 9, 9)
     twins = [PARAMS, {"scale": np.array([-1.0, 4.0, 0.0], np.float32)}]

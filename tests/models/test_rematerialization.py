@@ -18,7 +18,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 def test_recomputed_blocks_give_the_same_gradients(backbone):
     config = supervised.get_config(f"smoke,backbone={backbone}")
     net = wiring.model(config, model_table.head_ct_plan())
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(1)
     image = random.normal(size=(1, *config.input.patch, 1)).astype(np.float32)
     shapes = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, train=False), image)
 
@@ -43,4 +43,4 @@ def test_recomputed_blocks_give_the_same_gradients(backbone):
     whole = np.sqrt(sum(np.square(leaf).sum() for leaf in plain))
     apart = np.sqrt(sum(np.square(a - b).sum() for a, b in zip(plain, recomputed, strict=True)))
     assert whole > 0
-    assert apart < 1e-5 * whole
+    assert apart < 2e-6 * whole

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bhsd_jax.models import torch_import
-from bhsd_jax.models.unetr import HEAD_CT, UNETR, TransformerBlock, from_torch
-from bhsd_jax.models.unetr_blocks import BatchNorm, GroupNorm, attend, make_norm
+from bhsd_jax.models.unetr import HEAD_CT, UNETR, from_torch
+from bhsd_jax.models.unetr_blocks import BatchNorm, GroupNorm, TransformerBlock, make_norm
 
 # Most of the time of these tests would be the compiler's optimizations.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -146,19 +146,6 @@ def test_unetr_arguments_become_fields():
     )
     assert recipe.image == (1, 32, 32, 32, 2)
     assert "encoder1.layer.norm3.bias" in recipe.weights  # group norms have weights
-
-
-def test_attention_is_softmax_of_scaled_products_head_by_head(key):
-    qkv = jax.random.normal(key, (1, 4, 18))  # 2 heads of 3
-    bias = jnp.arange(32.0).reshape(2, 4, 4) / 9
-    out = jit(attend, static_argnums=1)(qkv, 2, bias)
-    q, k, v = np.asarray(qkv[0]).reshape(4, 3, 2, 3).transpose(1, 2, 0, 3)
-    for head in range(2):
-        weights = np.exp(q[head] @ k[head].T / np.sqrt(3) + bias[head])
-        weights /= weights.sum(1, keepdims=True)
-        np.testing.assert_allclose(
-            out[0, :, 3 * head : 3 * head + 3], weights @ v[head], rtol=1e-5, atol=1e-6
-        )
 
 
 def test_a_block_whose_dropout_takes_everything_leaves_the_input(key):

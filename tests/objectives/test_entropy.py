@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_every_objective import objective_of
 
 from bhsd_jax.losses import entropy
 from bhsd_jax.objectives.entropy import EntropyMinimization
@@ -58,14 +59,13 @@ def test_a_step_on_free_logits_lowers_the_entropy_and_keeps_every_class():
 def test_only_ssl4mis_counts_the_labeled_patches(net, batch, learn, key):
     params = net.init(key, batch.image, train=False)["params"]
     other = dataclasses.replace(batch, image=batch.image * 3)
-    everything = dataclasses.replace(FULL, patches="all")
 
     def entropies(objective):
         return [float(objective.loss(learn(params), b, key)[1]["entropy"]) for b in (batch, other)]
 
-    a, b = entropies(FULL)
+    a, b = entropies(objective_of("entropy", "recommended"))
     assert a == b
-    c, d = entropies(everything)
+    c, d = entropies(objective_of("entropy", "ssl4mis"))
     assert c != d
     parts = [
         float(entropy(net.apply({"params": params}, x, train=True)[0]).mean())

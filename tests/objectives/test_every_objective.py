@@ -13,7 +13,15 @@ from bhsd_jax.build import build
 from bhsd_jax.losses import DiceCE
 from bhsd_jax.objectives.weak import SliceLabelTerms
 
-NAMES = ("cps", "cps_cutmix", "entropy", "ict", "mean_teacher", "w2s")
+TERM = {  # what the unlabeled part of each is called in the log
+    "cps": "cross",
+    "cps_cutmix": "cross",
+    "entropy": "entropy",
+    "ict": "consistency",
+    "mean_teacher": "consistency",
+    "w2s": "follow",
+}
+NAMES = tuple(TERM)
 ROWS = [
     (name, preset)
     for name in NAMES
@@ -37,6 +45,40 @@ def supervised(net):
 def start(objective, net, batch, key):
     params = objective.init(net, batch.image, key)
     return params, None if objective.ema_decay is None else jax.tree.map(lambda x: 0.9 * x, params)
+
+
+@pytest.mark.parametrize(("name", "preset"), ROWS)
+def test_a_ramped_weight_times_its_term_is_added_to_the_supervised_loss(
+    name, preset, net, learn, batch, key
+):
+    sure_of_all = {"sure": 0.0, "sure_foreground": 0.0} if name == "w2s" else {}
+    objective = objective_of(name, preset, **sure_of_all)
+    params, ema = start(objective, net, batch, key)
+    value, found = objective.loss(learn(params, step=20, ema=ema, noise=0.3), batch, key)
+    term, weight = found[TERM[name]], found["weight"]
+    assert float(term) > 0
+    assert float(value) == pytest.approx(float(found["supervised"] + weight * term), rel=1e-6)
+    risen = 20 // objective.staircase * objective.staircase / (100 * objective.ramp)
+    want = objective.weight * np.exp(-5 * (1 - min(risen, 1)) ** 2)
+    assert float(weight) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("entropy", {"patches": "all", "voxels": "all", "measure": "entropy", "ema_decay": None}),
+        ("mean_teacher", {"ema_decay": 0.99, "ema_t0": 0, "noise": 0.1, "noise_clip": 0.2}),
+        ("mean_teacher", {"views": "shared", "tested": "student", "deep": False}),
+        ("ict", {"ema_decay": 0.99, "ema_t0": 0, "beta": 0.2, "fold": False, "pairs": "half"}),
+        ("ict", {"mix": "prob", "views": "shared", "tested": "student", "deep": False}),
+        ("cps", {"twin_init": "kaiming_xavier", "views": "shared", "confidence": 0.0}),
+        ("cps", {"ema_decay": None, "deep": False}),
+    ],
+)
+def test_the_preset_of_the_paper_has_the_constants_of_ssl4mis(name, own):
+    objective = objective_of(name, "ssl4mis")
+    want = {"weight": 0.2, "ramp": 1.0, "staircase": 150, **own}
+    assert {field: getattr(objective, field) for field in want} == want
 
 
 @pytest.mark.parametrize(("name", "preset"), [row for row in ROWS if row[0] != "cps"])
@@ -68,6 +110,23 @@ def test_with_every_term_off_slice_labels_do_not_change_the_program(name, net, l
         return str(jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(params))
 
     assert program(absent) == program(batch)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_every_term_off_slice_labels_change_no_bit(name, net, learn, batch, key):
+    objective = objective_of(name)
+    params, ema = start(objective, net, batch, key)
+    absent = dataclasses.replace(batch, weak=jnp.zeros((2, 4, 2), jnp.int8))
+
+    def graded(batch, change):
+        def loss(params):
+            return objective.loss(change(learn(params, ema=ema, noise=0.3)), batch, key)[0]
+
+        return jax.tree.leaves(jax.value_and_grad(loss)(params))
+
+    plain, off = graded(batch, lambda learner: learner), graded(absent, SliceLabelTerms())
+    for x, y in zip(plain, off, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "supervised"])

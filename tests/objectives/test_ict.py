@@ -44,15 +44,18 @@ def test_a_share_of_one_or_nothing_is_a_mean_teacher_on_one_patch(
 def test_swapping_patches_and_shares_is_nothing_and_equal_patches_are_a_mean_teacher(
     learn, nets, batch, key, share
 ):
-    share(0.3)
-    value = follow(HALF, learn, nets, batch, key)
-    share(0.7)
     swapped = dataclasses.replace(batch, unlabeled=batch.unlabeled[::-1])
-    assert follow(HALF, learn, nets, swapped, key) == pytest.approx(value, rel=1e-5)
+    for value in (0.25, 0.3):
+        share(value)
+        want = follow(HALF, learn, nets, batch, key)
+        share(1 - value)
+        assert follow(HALF, learn, nets, swapped, key) == want
     same = dataclasses.replace(batch, unlabeled=jnp.stack([batch.unlabeled[0]] * 2))
     teacher = MeanTeacher(weight=1.0, ramp=0.0, views="shared")
     want = follow(teacher, learn, nets, same, key)
-    assert follow(FULL, learn, nets, same, key) == pytest.approx(want, rel=1e-5)
+    for value in (0.0, 0.1, 0.5, 0.9, 1.0):
+        share(value)
+        assert follow(FULL, learn, nets, same, key) == pytest.approx(want, rel=1e-5)
 
 
 def test_targets_are_probabilities_between_the_two_answers():

@@ -90,6 +90,7 @@ def test_pasting_images_and_maps_by_one_mask_and_its_complement(key):
     a, b = jax.random.normal(key, (2, 2, 3, 6, 6, 1))
     one, other = mixing.paste(mask, a, b), mixing.paste(~mask, a, b)
     np.testing.assert_array_equal(one + other, a + b)
+    np.testing.assert_array_equal(mixing.paste(~mask, b, a), one)
     np.testing.assert_array_equal(mixing.paste(mask, a[..., 0], b[..., 0]), one[..., 0])
     np.testing.assert_array_equal(mixing.paste(jnp.zeros_like(mask), a, b), b)
 

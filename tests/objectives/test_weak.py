@@ -70,6 +70,9 @@ def test_pooling_lies_between_mean_and_maximum_and_rises_with_its_sharpness():
     pooled = [np.asarray(weak.pool(margin, r)) for r in (1e-3, 0.5, 5.0, 50.0, 1e3)]
     for low, high in itertools.pairwise(pooled):
         assert (low < high).all()
+    for each in pooled:
+        assert (each >= margin.mean((2, 3)) - 1e-4).all()
+        assert (each <= margin.max((2, 3)) + 1e-6).all()
     np.testing.assert_allclose(pooled[0], margin.mean((2, 3)), atol=2e-3)
     np.testing.assert_allclose(pooled[-1], margin.max((2, 3)), atol=1e-2)
     shuffled = margin.reshape(2, 3, 20, 2)[:, :, RNG.permutation(20)].reshape(margin.shape)

@@ -241,6 +241,17 @@ def test_what_does_not_fit_is_refused_before_compiling(experiment, fields, messa
         require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
 
 
+def test_a_loud_twin_does_not_mute_the_other():
+    tx = make_recipe(config_of(cps), PLAN).parts.optimizer
+    params = {twin: jnp.ones(3) for twin in "ab"}
+
+    def update_of_b(a):
+        grads = {"a": jnp.full(3, a), "b": jnp.full(3, 0.5)}
+        return tx.update(grads, tx.init(params), params)[0]["b"]
+
+    np.testing.assert_array_equal(update_of_b(1e6), update_of_b(0.0))
+
+
 def test_an_unknown_model_argument_is_refused():
     config = config_of(supervised)
     config.model.name = "nnunet.PlainConvNet"
