@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,12 @@ def _actions(
             figures.draw_progress(log.path, workdir / "progress.png")
         log.pause(time.monotonic() - begun)
 
+    @cache
+    def close_holes() -> None:
+        """Once: the first validation has compiled programs of its own."""
+        if jax.default_backend() == "cpu":
+            heap.close_holes()
+
     def stop(step: int, state: TrainState, *_: Any) -> None:
         if asked(step):
             save(step, state)
@@ -115,6 +121,7 @@ def _actions(
         # Validation first: the checkpoint manager keeps the best by this Dice.
         Every((every.validate_every,), steps, validation),
         Every((every.validate_every,), steps, draw),
+        Every((every.validate_every,), steps, lambda *_: close_holes()),
         Every((every.save_every, every.validate_every), steps, save),
         stop,
     ]
