@@ -21,7 +21,6 @@ _HAND_BACK = ((-4, 65536), (-1, 2**17))  # glibc's defaults
 _KEPT = 2  # times the working memory: room for the programs of a validation, say
 _ROOM, _PIECE, _TRIES = 2**26, 2**20, 256  # bytes, bytes, pieces
 _HOLES = (2**10, 2**20)  # bytes; smaller ones are found at once, larger ones are worth having
-_PASSES = 4
 
 
 def keep_memory() -> bool:
@@ -74,11 +73,12 @@ def close_holes() -> int:
     trim(0)
     malloc(_PIECE)  # larger than any of them: on its way it sorts those that are not in a list yet
     closed = 0
-    for _ in range(_PASSES):  # a hole is as large as its list demands or larger: something is left
-        for size, count in _holes():
-            for _ in range(count):
-                malloc(size - 2 * ctypes.sizeof(ctypes.c_size_t))  # less what a block keeps
-            closed += count
+    # A hole is as large as its list demands or larger. What is left of it stays a hole on purpose:
+    # with none at all, small objects settle in the places that `reserve` sets aside.
+    for size, count in _holes():
+        for _ in range(count):
+            malloc(size - 2 * ctypes.sizeof(ctypes.c_size_t))  # less what a block keeps for itself
+        closed += count
     return closed
 
 

@@ -62,8 +62,8 @@ def test_large_blocks_of_a_thread_are_faulted_in_only_once():
 def test_holes_of_odd_sizes_are_closed():
     before, closed, after = _numbers(_HOLES)
     assert before > 9000
-    assert closed >= before
-    assert after < 500
+    assert closed > 0.99 * before
+    assert after < 0.6 * before, "what is left of the holes, and smaller"
 
 
 def test_memory_is_kept_only_where_the_machine_has_much_more(monkeypatch):
