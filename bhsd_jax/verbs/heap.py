@@ -63,7 +63,7 @@ def close_holes() -> int:
 
     They are 10^5, of all sizes, and glibc walks its sorted lists of them whenever a block of such
     a size is taken or given back: microseconds each time, under the lock that all threads share. A
-    step of a Swin-UNETR took 3.4 s with them and 2.6 s without. Their pages go back to the system
+    step of a Swin-UNETR took 3.4 s with them and 2.5 s without. Their pages go back to the system
     first, so that a closed hole is an address and no memory.
     """
     malloc, trim = _libc("malloc"), _libc("malloc_trim")
