@@ -9,7 +9,6 @@ import ctypes
 import mmap
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,11 +83,13 @@ def close_holes() -> int:
 
 def _holes() -> Iterator[tuple[int, int]]:
     """Least size and number of the holes in each list of the main heap, by its own account."""
-    with tempfile.TemporaryFile() as file:
-        opened, info, closed = (_libc(name) for name in ("fdopen", "malloc_info", "fclose"))
-        opened.restype = ctypes.c_void_p
-        info.argtypes, closed.argtypes = [ctypes.c_int, ctypes.c_void_p], [ctypes.c_void_p]
+    opened, info, closed = (_libc(name) for name in ("fdopen", "malloc_info", "fclose"))
+    opened.restype = ctypes.c_void_p
+    info.argtypes, closed.argtypes = [ctypes.c_int, ctypes.c_void_p], [ctypes.c_void_p]
+    with open(os.memfd_create("holes"), "w+b") as file:  # a file in memory
         stream = opened(os.dup(file.fileno()), b"w")
+        if not stream:
+            return
         info(0, stream)
         closed(stream)
         file.seek(0)
