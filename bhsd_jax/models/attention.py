@@ -99,8 +99,8 @@ def _blocks(
     size = _windows_at_once(query, key)
 
     def block(x):
-        weights, (_, _, value) = _weights(x, bias)
-        return jnp.einsum("bwhnm,bwhmd->bwhnd", weights, value)
+        query, key, value, regions = x
+        return jnp.einsum("bwhnm,bwhmd->bwhnd", _weights(query, key, bias, regions), value)
 
     parts = [_split(a, size) for a in (query, key, value)]
     return _join(lax.map(block, (*parts, _rows(regions, size)))).astype(query.dtype)
@@ -122,8 +122,8 @@ def _block_grads(
     along = (given * _split(out, size)).sum(-1, keepdims=True)
 
     def block(total, x):
-        *x, given, along = x
-        weights, (query, key, value) = _weights(x, bias)
+        query, key, value, regions, given, along = x
+        weights = _weights(query, key, bias, regions)
         to_value = jnp.einsum("bwhnm,bwhnd->bwhmd", weights, given)
         to_scores = weights * (jnp.einsum("bwhnd,bwhmd->bwhnm", given, value) - along)
         to_query = jnp.einsum("bwhnm,bwhmd->bwhnd", to_scores, key)
@@ -140,10 +140,9 @@ def _block_grads(
     return to_query, to_key, to_value, None if total is None else total.sum(0)
 
 
-def _weights(x: Any, bias: Array | None) -> tuple[Array, tuple[Array, Array, Array]]:
-    query, key, value, regions = x
+def _weights(query: Array, key: Array, bias: Array | None, regions: Array | None) -> Array:
     scores = jnp.einsum("bwhnd,bwhmd->bwhnm", query, key)
-    return jax.nn.softmax(_adjusted(scores, bias, regions)), (query, key, value)
+    return jax.nn.softmax(_adjusted(scores, bias, regions))
 
 
 def _windows_at_once(query: Array, key: Array) -> int:
