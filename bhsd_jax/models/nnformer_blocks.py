@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from bhsd_jax.models.attention import at_once, from_windows, regions_of, to_windows
 from bhsd_jax.models.conv import Triple, conv3d, conv_transpose
 
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
@@ -79,13 +80,13 @@ class Block(nn.Module):
         _, *grid, channels = next(iter(parts.values())).shape
         # Padding comes after the norm: a padded voxel is a zero whose key is the bias. No mask
         # hides it, in the reference neither.
-        padded = [math.ceil(n / w) * w for n, w in zip(grid, self.window, strict=True)]
+        padded = tuple(math.ceil(n / w) * w for n, w in zip(grid, self.window, strict=True))
         margins = [(0, 0), *((0, p - n) for n, p in zip(grid, padded, strict=True)), (0, 0)]
         minus = [-s for s in self.shift]
         projected = []
         for name, part in parts.items():
             part = jnp.roll(jnp.pad(part, margins), minus, (1, 2, 3))
-            part = _partition(part, self.window)  # [B windows voxels C]
+            part = to_windows(part, self.window)  # [B windows voxels C]
             if name != "q":
                 features = len(name) * channels
                 part = dense(features, channels, options.dtype, name)(part)
@@ -94,14 +95,11 @@ class Block(nn.Module):
         heads = (*projected[0].shape[:-1], self.heads, channels // self.heads)
         query, key, value = (part.reshape(heads) for part in projected)
         query = query * (channels // self.heads) ** -0.5
-        scores = jnp.einsum("bwqhc,bwkhc->bwhqk", query, key, preferred_element_type=jnp.float32)
-        scores += self._position_bias()
-        if options.mask_shifted and any(self.shift):
-            scores += _shift_mask(padded, self.window, self.shift)[:, None]
-        attention = nn.softmax(scores).astype(options.dtype)
-        out = jnp.einsum("bwhqk,bwkhc->bwqhc", attention, value)
+        masked = options.mask_shifted and any(self.shift)
+        regions = regions_of(padded, self.window, self.shift) if masked else None
+        out = at_once(query, key, value, self._position_bias(), regions)
         out = dense(channels, channels, options.dtype, "proj")(out.reshape(*heads[:-2], channels))
-        out = jnp.roll(_join(out, padded, self.window), self.shift, (1, 2, 3))
+        out = jnp.roll(from_windows(out, self.window, padded), self.shift, (1, 2, 3))
         return out[:, : grid[0], : grid[1], : grid[2]]
 
     def _position_bias(self) -> Float[Array, "heads voxels voxels"]:
@@ -228,33 +226,3 @@ def _bias(fan_in: int) -> Callable[..., Any]:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
-
-
-def _partition(x: Any, window: Triple) -> Any:
-    """[B D H W C] -> [B windows voxels C]; windows and their voxels both in D, H, W order."""
-    batch, depth, height, width, channels = x.shape
-    d, h, w = window
-    x = x.reshape(batch, depth // d, d, height // h, h, width // w, w, channels)
-    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, -1, d * h * w, channels)
-
-
-def _join(x: Array, grid: list[int], window: Triple) -> Array:
-    batch, *_, channels = x.shape
-    blocks = [n // w for n, w in zip(grid, window, strict=True)]
-    x = x.reshape(batch, *blocks, *window, channels)
-    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, *grid, channels)
-
-
-def _shift_mask(
-    grid: list[int], window: Triple, shift: Triple
-) -> Float[Array, "windows voxels voxels"]:
-    """-100 between voxels that the roll has brought together from opposite ends."""
-    region = np.zeros(grid, np.int32)
-    for axis, (size, wide, by) in enumerate(zip(grid, window, shift, strict=True)):
-        along = np.arange(size)
-        part = (along >= size - wide).astype(np.int32) + (along >= size - by)
-        region = 3 * region + part.reshape([-1 if a == axis else 1 for a in range(3)])
-    region = _partition(region[None, ..., None], window)[0, :, :, 0]
-    # On the device: over all windows the mask is far larger than the regions.
-    region = jnp.asarray(region)
-    return jnp.where(region[:, :, None] == region[:, None], 0.0, -100.0)

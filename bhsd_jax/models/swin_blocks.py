@@ -6,16 +6,14 @@ Source: Liu et al. 2021, arXiv:2103.14030; MONAI 1.6.1 `swin_unetr`, whose numbe
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from bhsd_jax.models.attention import attend
+from bhsd_jax.models.attention import attend, from_windows, regions_of, to_windows
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.unetr_blocks import ConvBlock, LayerNorm, Linear, Mlp, heads_of, trunc_normal
 
@@ -128,7 +126,7 @@ class WindowAttention(nn.Module):
             x = jnp.roll(x, [-s for s in shift], (1, 2, 3))
         tokens = to_windows(x, window)  # [B windows n C]
         qkv = Linear(3 * channels, self.qkv_bias, self.dtype, name="qkv")(tokens)
-        regions = _regions(padded, window, shift) if any(shift) else None
+        regions = regions_of(padded, window, shift) if any(shift) else None
         bias = self._position_bias(window)
         mixed = attend(*heads_of(qkv, self.heads), bias, regions, self.drop)
         out = Linear(channels, dtype=self.dtype, name="out")(mixed)
@@ -158,36 +156,6 @@ def position_index(window: Triple, clamped: tuple[int, ...], clamped_bias: str) 
     distance = coordinates[:, None] - coordinates[None] + np.array(window) - 1  # [n n 3], from 0
     d, h, w = np.moveaxis(distance, -1, 0)
     return (d * (2 * window[1] - 1) + h) * (2 * window[2] - 1) + w
-
-
-def _regions(
-    size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]
-) -> Int[Array, "windows n"]:
-    """Numbers that differ between tokens brought together from opposite ends by a cyclic shift."""
-    regions = np.zeros((1, *size, 1), np.int32)
-    for axis, (n, w, s) in enumerate(zip(size, window, shift, strict=True)):
-        place = np.arange(n)
-        region = (place >= n - w).astype(np.int32) + (place >= n - s) if s else 0 * place
-        regions = 3 * regions + np.expand_dims(region, [a for a in range(5) if a != axis + 1])
-    # The barrier keeps XLA from computing a constant of windows * n * n numbers.
-    return lax.optimization_barrier(jnp.asarray(to_windows(regions, window)[0, ..., 0]))
-
-
-def to_windows(x: Any, window: tuple[int, ...]) -> Any:
-    """[B D H W C] -> [B windows n C], both in order D, H, W."""
-    batch, *size, channels = x.shape
-    d, h, w = (n // k for n, k in zip(size, window, strict=True))
-    p, q, r = window
-    x = x.reshape(batch, d, p, h, q, w, r, channels).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    return x.reshape(batch, d * h * w, p * q * r, channels)
-
-
-def from_windows(x: Array, window: tuple[int, ...], size: tuple[int, ...]) -> Array:
-    """Inverse of `to_windows` for a volume of `size`."""
-    batch, _, _, channels = x.shape
-    d, h, w = (n // k for n, k in zip(size, window, strict=True))
-    x = x.reshape(batch, d, h, w, *window, channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(batch, *size, channels)
 
 
 class PatchMerging(nn.Module):

@@ -66,7 +66,7 @@ def test_by_block_value_and_gradients_are_those_of_all_windows_at_once(
     bias = bias if "bias" in known else None
     regions = regions if "regions" in known else None
     found = passes(attention._by_block, query, key, value, bias, regions=regions)
-    want = passes(attention._at_once, query, key, value, bias, regions=regions)
+    want = passes(attention.at_once, query, key, value, bias, regions=regions)
     assert len(found) == len(want) == (5 if "bias" in known else 4)
     assert_close(found, want)
 
@@ -75,7 +75,7 @@ def test_more_keys_than_queries(tokens):
     query, key, value, *_ = tokens
     inputs = query[:, :, :2], key, value, None
     found = passes(attention._by_block, *inputs, regions=None)
-    assert_close(found, passes(attention._at_once, *inputs, regions=None))
+    assert_close(found, passes(attention.at_once, *inputs, regions=None))
 
 
 def test_tokens_in_bfloat16_are_computed_in_float32(tokens):

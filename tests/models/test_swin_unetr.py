@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from bhsd_jax.models import torch_import
+from bhsd_jax.models.attention import from_windows, to_windows
 from bhsd_jax.models.swin_blocks import (
     SwinBlock,
     WindowAttention,
-    from_windows,
     merging_order,
     position_index,
-    to_windows,
 )
 from bhsd_jax.models.swin_unetr import HEAD_CT, SwinUNETR, from_torch
 
