@@ -282,9 +282,9 @@ def load(*batches: int) -> None:
     import bhsd_jax.models.nnunet
     import bhsd_jax.objectives.supervised
     import bhsd_jax.train.step  # noqa: F401
-    from bhsd_jax.train import mesh as meshes
+    from bhsd_jax.train import processes
 
-    meshes.share_cores(*batches)
+    processes.share_cores(*batches)
     jax.devices()
 
 

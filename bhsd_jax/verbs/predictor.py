@@ -17,6 +17,7 @@ from bhsd_jax.ct import geometry, hu, scan, shear
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
 from bhsd_jax.types import Params
 from bhsd_jax.verbs import heap, setup, wiring
@@ -133,7 +134,7 @@ def share_cores(config: Config, plan: Plan) -> None:
     """On a CPU, a tile for every core that there is memory for; before anything is computed."""
     settings: Any = config.infer
     tile = bytes_per_tile(setup.patch(config, plan))
-    meshes.share_cores(settings.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
+    processes.share_cores(settings.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
     heap.mind_memory(jax.local_device_count() * tile)
 
 

@@ -20,6 +20,7 @@ from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
 from bhsd_jax.report import figures
 from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import Checkpoints
 from bhsd_jax.train.log import Log, heartbeat
 from bhsd_jax.train.loop import Every, Interrupted, fit
@@ -42,11 +43,11 @@ def run(config: Config, workdir: Path) -> None:
         ValueError: Where config, plan and data do not fit each other; before anything is compiled.
         FloatingPointError: If the loss is not finite.
     """
-    meshes.start()
+    processes.start()
     shards = Shards(setup.shards_folder(config, workdir))
     if config.mesh.model == config.mesh.space == 1:  # before anything asks for the devices
         labeled = config.input.labeled or shards.plan.network.batch
-        meshes.share_cores(labeled, config.input.unlabeled)
+        processes.share_cores(labeled, config.input.unlabeled)
     workdir.mkdir(parents=True, exist_ok=True)
     with _alone(workdir):
         _train(config, workdir, shards)
@@ -93,7 +94,7 @@ def _actions(
     batches: Batches,
 ) -> list[Callable[..., None]]:
     """What happens between steps, in this order."""
-    asked = meshes.Preemption()
+    asked = processes.Preemption()
 
     def save(step: int, state: TrainState, *_: Any) -> None:
         checkpoints.save(step, state, batches.state(), validation.dice_at(step))

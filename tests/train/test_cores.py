@@ -9,11 +9,11 @@ import pytest
 _SHARE = """
 import os
 os.sched_getaffinity = lambda process: set(range({cores}))
-from bhsd_jax.train import mesh
-mesh.share_cores({arguments})
+from bhsd_jax.train import processes
+processes.share_cores({arguments})
 import jax
 print(jax.device_count())
-mesh.share_cores(5)
+processes.share_cores(5)
 print(jax.device_count())
 """
 
