@@ -110,7 +110,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     }
     backbones.choose(config, words["backbone"], words["recipe"], head_ct=words["data"] == "bhsd")
     config.train = _train()
-    config.mesh = {"data": -1, "model": 1, "space": 1}  # devices per axis; -1: all that are left
+    config.mesh = _mesh()
     config.infer = _infer(words["infer"])
     config.predict = _predict()
     config.evaluate = _evaluate()
@@ -277,7 +277,21 @@ def _train() -> dict:
         "validate_every": 5_000,  # steps; whole volumes by sliding window
         "validate_cases": placeholder(int),  # the first so many; None: all
         "save_every": 1_000,  # steps
+        # Parts of a batch that go through the network one after another, for the memory of one;
+        # their gradients are averaged. What counts over the batch counts over a part: batch Dice,
+        # and means over voxels that are sure, inside the scan, or in slices with labels.
+        "accumulate": 1,
         "remat": "none",  # "blocks": recompute activations per stage in the backward pass
+    }
+
+
+def _mesh() -> dict:
+    """Devices per axis; together all there are, or as many as the patches of a step fill."""
+    return {
+        "data": -1,  # groups of devices with patches of their own; -1: all the others leave
+        "model": 1,  # over which parameters and optimizer are split
+        "space": 1,  # over which the rows (H) of patches are split; if both, then over `model` too
+        "twins": 1,  # 2: the networks of an objective with twins (CPS) on devices of their own
     }
 
 
