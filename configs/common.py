@@ -282,16 +282,23 @@ def _train() -> dict:
         # and means over voxels that are sure, inside the scan, or in slices with labels.
         "accumulate": 1,
         "remat": "none",  # "blocks": recompute activations per stage in the backward pass
+        "profile": "",  # steps to trace for xprof, like "10:15", into <workdir>/profile
     }
 
 
 def _mesh() -> dict:
-    """Devices per axis; together all there are, or as many as the patches of a step fill."""
     return {
-        "data": -1,  # groups of devices with patches of their own; -1: all the others leave
+        # Devices per axis; together all there are, or as many as the patches of a step fill.
+        "data": -1,  # groups of devices with patches of their own; -1: all that the others leave
         "model": 1,  # over which parameters and optimizer are split
-        "space": 1,  # over which the rows (H) of patches are split; if both, then over `model` too
+        "space": 1,  # over which the rows (H) of patches are split; with `model`, over both
         "twins": 1,  # 2: the networks of an objective with twins (CPS) on devices of their own
+        # The processes of a run that no cluster tells of: all three here, or in the environment as
+        # JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+        "coordinator": "",  # host:port where process 0 listens
+        "num_processes": placeholder(int),
+        "process_id": placeholder(int),  # from 0
+        "detect": "",  # ask one of JAX's ways, such as "mpi4py"; "": flags, environment, cluster
     }
 
 

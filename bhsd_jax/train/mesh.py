@@ -4,16 +4,15 @@ import itertools
 import logging
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bhsd_jax.types import Batch, Params, in_turn
+from bhsd_jax.types import Batch, Params
 
 logger = logging.getLogger(__name__)
 
@@ -46,31 +45,22 @@ def make_mesh(
         devices: What to arrange; None: all devices of all processes.
 
     Raises:
-        ValueError: If the sizes do not multiply to the devices or to those of a process, or the
-            batches do not spread over the processes.
+        ValueError: If the sizes do not multiply to the devices, or the batches do not spread over
+            the processes.
     """
     devices = jax.devices() if devices is None else devices
     group = _group(model, space, twins)
-    count = max(data, 1) * group
     text = f"mesh: data {data} x model {model} x space {space} x twins {twins}"
-    if len(devices) % count or (data != -1 and len(devices) != count):
+    if len(devices) % group or (data != -1 and len(devices) != data * group):
         raise ValueError(
             f"{text} is not the {len(devices)} devices there are; set mesh.data to -1 and the "
             "others to sizes that multiply to a divisor of it"
         )
-    owned = _by_process(devices)
-    each = min(map(len, owned))
-    if each % group:
-        raise ValueError(
-            f"{text}: a process reads whole patches, so all but data must multiply to a divisor of "
-            f"the {each} devices of one"
-        )
     if data == -1:
-        share = _share(each // group, len(owned), batches, accumulate)
-        used = [device for own in owned for device in own[: share * group]]
+        used, data = _fill(devices, group, batches, accumulate)
         if len(used) < len(devices):
             _say_idle(devices, used, batches)
-        devices, data = used, share * len(owned)
+        devices = used
     shape = (data, model, space, twins)
     # Auto: the compiler places what lies between the annotated inputs and outputs of the step.
     kinds = (AxisType.Auto,) * len(AXES)
@@ -88,23 +78,35 @@ def _group(model: int, space: int, twins: int) -> int:
     return math.prod((model, space, twins))
 
 
-def _by_process(devices: Sequence[Any]) -> list[list[Any]]:
-    ordered = sorted(devices, key=lambda device: device.process_index)
-    return [list(own) for _, own in itertools.groupby(ordered, lambda d: d.process_index)]
-
-
-def _share(most: int, processes: int, batches: Sequence[int], accumulate: int) -> int:
-    """Groups of devices of one process that the batches fill."""
+def _fill(
+    devices: Sequence[Any], group: int, batches: Sequence[int], accumulate: int
+) -> tuple[list[Any], int]:
+    """The devices that the batches fill, as many of every process, and how many groups they are."""
+    ordered = sorted(devices, key=operator.attrgetter("process_index"))
+    owned = [list(o) for _, o in itertools.groupby(ordered, operator.attrgetter("process_index"))]
+    each = min(map(len, owned))
+    if max(each, group) % min(each, group):
+        raise ValueError(
+            f"mesh: model x space x twins is {group}, which neither divides nor multiplies the "
+            f"{each} devices of a process"
+        )
+    readers = len(owned) * min(each, group) // group  # processes, or teams of them, that read
     for count in batches:
-        if count % processes:
+        if count % readers:
             raise ValueError(
-                f"{' + '.join(map(str, batches))} patches a step (input.labeled, input.unlabeled) "
-                f"do not spread over {processes} processes, of which each reads its own; choose "
-                f"multiples of {processes}, or start fewer processes"
+                f"{_sum(batches)} patches a step (input.labeled, input.unlabeled) do not spread "
+                f"over {len(owned)} processes; choose multiples of {readers}, or start fewer"
             )
     parts = [count // accumulate for count in batches]
-    fill = [n for n in range(1, most + 1) if not any(count % (n * processes) for count in parts)]
-    return max(fill, default=1)
+    most = max(each // group, 1)
+    fits = [n for n in range(1, most + 1) if not any(count % (n * readers) for count in parts)]
+    share = max(fits, default=1)
+    used = [device for own in owned for device in own[: share * min(each, group)]]
+    return used, share * readers
+
+
+def _sum(batches: Sequence[int]) -> str:
+    return " + ".join(str(count) for count in batches if count)
 
 
 def _say_idle(devices: Sequence[Any], used: Sequence[Any], batches: Sequence[int]) -> None:
@@ -116,7 +118,7 @@ def _say_idle(devices: Sequence[Any], used: Sequence[Any], batches: Sequence[int
         "mesh.twins, or train other runs beside this one, each on devices of its own",
         len(used),
         len(devices),
-        " + ".join(map(str, filter(None, batches))),
+        _sum(batches),
         ", ".join(str(device) for device in devices if device not in kept),
         len(devices),
     )
@@ -135,10 +137,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     a multiple of it (`findings/xla_conv_gradient_of_copies.sh`). Spread over both, there are no
     copies, and no device computes what another does.
     """
-    return NamedSharding(mesh, PartitionSpec("data", None, _rows(mesh)))
+    return NamedSharding(mesh, PartitionSpec("data", None, rows_over(mesh)))
 
 
-def _rows(mesh: Mesh) -> tuple[str, ...]:
+def rows_over(mesh: Mesh) -> tuple[str, ...]:
+    """Axes of the mesh over which the rows of patches are split."""
     both = min(mesh.shape["model"], mesh.shape["space"]) > 1
     return ("model", "space") if both else ("space",)
 
@@ -147,13 +150,6 @@ def batch_shardings(mesh: Mesh, batch: Batch) -> Any:
     """Where the leaves of a batch lie: patches as in `batch_sharding`, slice labels over `data`."""
     slices = NamedSharding(mesh, PartitionSpec("data"))
     return jax.tree.map(lambda leaf: batch_sharding(mesh) if leaf.ndim > 3 else slices, batch)
-
-
-def keep_rows(mesh: Mesh | None, batch: Batch) -> Batch:
-    """Inside a compiled function: patches as in `batch_sharding`, whatever was done to them."""
-    if mesh is None or mesh.shape["space"] == 1:
-        return batch
-    return lax.with_sharding_constraint(batch, batch_shardings(mesh, batch))
 
 
 def state_shardings(mesh: Mesh, state: Params, among: Sequence[tuple[str, ...]] = _SPLIT) -> Params:
@@ -177,63 +173,29 @@ def state_shardings(mesh: Mesh, state: Params, among: Sequence[tuple[str, ...]] 
     return jax.tree.map(leaf, state)
 
 
-def spread(mesh: Mesh | None, state: Params) -> Params:
-    """Inside a compiled function: keeps arrays of the state's shapes as the state lies."""
-    return (
-        state if mesh is None else lax.with_sharding_constraint(state, state_shardings(mesh, state))
-    )
-
-
-def gathered(mesh: Mesh | None, params: Params) -> Params:
-    """Inside a compiled function: parameters as networks whose patches lie over `model` need them.
-
-    Whole, that is; but each device keeps its share of the twins. The gradients go back to where the
-    state lies.
-    """
-    if mesh is None or "model" not in _rows(mesh):
-        return params
-    return lax.with_sharding_constraint(params, state_shardings(mesh, params, [("twins",)]))
-
-
-def each_twin(mesh: Mesh | None) -> Callable[..., Any]:
-    """How both twins are run: as `types.in_turn`, or at once where the mesh has `twins`.
-
-    Then each half of the devices gets the parameters of its twin, runs a network of its own, not
-    two as one grouped convolution, and both halves get the results of both.
-    """
-    if mesh is None or mesh.shape["twins"] == 1:
-        return in_turn
-    half = PartitionSpec("twins")
-
-    def at_once(one: Callable[..., Any], *arguments: dict[str, Any]) -> dict[str, Any]:
-        names = list(arguments[0])
-        stacked = [
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *(each[name] for name in names))
-            for each in arguments
-        ]
-
-        def mine(*own: Any) -> Any:
-            found = one(*jax.tree.map(lambda leaf: leaf[0], own))
-            return jax.tree.map(lambda leaf: leaf[None], found)
-
-        # Every argument and result varies over `twins`, so there is nothing for the check to find;
-        # it would ask for marks on the loops of `models.conv_cpu`.
-        found = jax.shard_map(
-            mine, mesh=mesh, axis_names={"twins"}, in_specs=half, out_specs=half, check_vma=False
-        )(*stacked)
-        halves = [jax.tree.map(operator.itemgetter(i), found) for i in range(len(names))]
-        return dict(zip(names, halves, strict=True))
-
-    return at_once
+def local_rows(mesh: Mesh, count: int) -> list[int]:
+    """Which of `count` rows of a global batch the devices of this process need, ascending."""
+    places = NamedSharding(mesh, PartitionSpec("data")).addressable_devices_indices_map((count,))
+    parts = [index[0] for index in places.values() if index is not None]
+    return sorted({row for part in parts for row in range(*part.indices(count))})
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """A global batch from every process' own rows (NumPy leaves)."""
-    return jax.tree.map(
-        lambda rows, place: jax.make_array_from_process_local_data(place, np.asarray(rows)),
-        batch,
-        batch_shardings(mesh, batch),
-    )
+    """A global batch from this process' own rows (NumPy leaves), those of `local_rows`."""
+    own = len(local_rows(mesh, mesh.shape["data"]))  # parts of the batch that this process has
+
+    def share(rows: Any, place: NamedSharding) -> jax.Array:
+        rows = np.asarray(rows)
+        count = len(rows) * mesh.shape["data"] // own
+        at = {row: index for index, row in enumerate(local_rows(mesh, count))}
+
+        def part(index: Any) -> np.ndarray:
+            first, stop, _ = index[0].indices(count)
+            return rows[(slice(at[first], at[first] + stop - first), *index[1:])]
+
+        return jax.make_array_from_callback((count, *rows.shape[1:]), place, part)
+
+    return jax.tree.map(share, batch, batch_shardings(mesh, batch))
 
 
 def require_divisible(
@@ -254,8 +216,8 @@ def require_divisible(
                 f"{field} is {count} patches a step over {mesh.shape['data']} devices{parts}; "
                 f"choose a multiple of {share}, such as {max(1, round(count / share)) * share}"
             )
-    bands = math.prod(mesh.shape[axis] for axis in _rows(mesh))
+    bands = math.prod(mesh.shape[axis] for axis in rows_over(mesh))
     for count in rows:
         if count % bands:
-            names = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in _rows(mesh))
+            names = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in rows_over(mesh))
             raise ValueError(f"{names} does not divide the {count} rows of a patch")

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, Scalar
 
-from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train import layout
 from bhsd_jax.types import (
     Batch,
     Learner,
@@ -65,22 +65,23 @@ def make_train_step(parts: Parts) -> TrainStep:
     """Closes the update over what never changes; the caller jits it."""
 
     def forward(params: Params, image: Array, key: PRNGKeyArray) -> Logits:
-        return parts.model.apply({"params": params}, image, train=True, rngs={"dropout": key})  # pyright: ignore[reportReturnType]
+        with layout.keep_rows(parts.mesh):
+            return parts.model.apply({"params": params}, image, train=True, rngs={"dropout": key})  # pyright: ignore[reportReturnType]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         augment_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        patches = meshes.keep_rows(parts.mesh, parts.augment(augment_key, batch))
+        patches = layout.keep_patches(parts.mesh, parts.augment(augment_key, batch))
 
         def loss_fn(params: Params, patches: Batch, key: PRNGKeyArray) -> tuple[Scalar, Metrics]:
             learner = Learner(
                 forward,
                 parts.view,
                 parts.segmentation,
-                meshes.gathered(parts.mesh, params),
-                meshes.gathered(parts.mesh, state.ema),
+                layout.gathered(parts.mesh, params),
+                layout.gathered(parts.mesh, state.ema),
                 state.step,
                 parts.steps,
-                meshes.each_twin(parts.mesh),
+                layout.each_twin(parts.mesh),
             )
             if parts.weak is not None:
                 learner = parts.weak(learner)
@@ -123,8 +124,8 @@ def _in_parts(found: Gradient, count: int, mesh: Mesh | None) -> Gradient:
 
         def add(total: Any, part: tuple[Batch, PRNGKeyArray]) -> tuple[Any, None]:
             patches, key = part
-            values, grads = found(params, meshes.keep_rows(mesh, patches), key)
-            return jax.tree.map(jnp.add, total, (values, meshes.spread(mesh, grads))), None
+            values, grads = found(params, layout.keep_patches(mesh, patches), key)
+            return jax.tree.map(jnp.add, total, (values, layout.keep_state(mesh, grads))), None
 
         first = jax.tree.map(lambda rows: rows[0], (dealt, keys))
         shapes = jax.eval_shape(found, params, *first)
