@@ -238,13 +238,14 @@ def _compile(
     begun = time.monotonic()
     with heartbeat("compiling the train step"):
         compiled = step.lower(state, recipe.abstract_batch()).compile()
+    seconds = time.monotonic() - begun
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     working, devices = getattr(memory, "temp_size_in_bytes", 0), jax.local_device_count()
     if jax.default_backend() == "cpu":
         heap.settle(working, devices)
     logger.info(
         "compiled in %.0f s on %d %s; %.3g GFLOP a step, %.2f GB of temporaries",
-        time.monotonic() - begun,
+        seconds,
         mesh.size,
         jax.devices()[0].device_kind,
         cost.get("flops", float("nan")) / 1e9,
@@ -254,7 +255,11 @@ def _compile(
     logger.info("%s parameters to train", f"{parameters:,}")
     if jax.process_index() == 0:
         known = {"devices": mesh.size, "device": jax.devices()[0].device_kind}
-        known |= {"parameters": parameters, "flops_per_device": cost.get("flops")}
+        known |= {
+            "parameters": parameters,
+            "flops_per_device": cost.get("flops"),
+            "compile_s": seconds,
+        }
         files.write_json(workdir / "cost.json", known)  # of one step; read where runs are compared
     return compiled, cost.get("flops", float("nan"))
 
