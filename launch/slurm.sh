@@ -48,7 +48,7 @@ fi
 # Starts in a row that found nothing newer than the one before; a job that cannot go on must not
 # be queued for ever.
 progress() {
-  find "$workdir/checkpoints" -mindepth 2 -maxdepth 2 -name commit_success.txt 2>/dev/null |
+  find "$workdir/checkpoints" -mindepth 2 -maxdepth 2 \( -name commit_success.txt -o -name SHA256SUMS \) 2>/dev/null |
     sed 's,.*/\([0-9]*\)/[^/]*$,\1,' | sort -n | tail -n 1 | tr '\n' '/'
   find "$workdir/predictions" -type f 2>/dev/null | wc -l
 }
@@ -68,7 +68,7 @@ export BHSD_EXTRAS=${BHSD_EXTRAS:-}
 source tools/env || exit
 
 # What sbatch kept of the shell it was called in, or keeps from the steps of this job.
-unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_GPUS_PER_NODE 2>/dev/null
+unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_GPUS_PER_NODE 2>/dev/null || true
 export SLURM_EXPORT_ENV=ALL # with --export=NONE the tasks would not get our PATH
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not read sbatch's since Slurm 22.05
 
@@ -84,11 +84,12 @@ fi
 
 # The signal that reaches this script alone (scancel --batch) is passed on to the processes. Never to
 # srun, which would answer with SIGKILL to all of them.
-woken=''
+woken='' asked=''
 # shellcheck disable=SC2317
 pass_on() {
   woken=yes
-  scancel --signal=TERM "$SLURM_JOB_ID"
+  asked=yes
+  scancel --signal=TERM "$SLURM_JOB_ID" || true # they may have ended meanwhile
 }
 trap pass_on TERM INT USR1
 
@@ -107,13 +108,13 @@ run() {
     exec python -m bhsd_jax.main "$@"' task "$@" &
   job=$!
   while :; do
-    woken=''
-    wait "$job"
-    code=$?
+    woken='' code=0
+    wait "$job" || code=$?
     [ -n "$woken" ] || break # a trap ends a wait early
   done
   case "$code" in # the signals that ask to stop, come before a verb could heed them: nothing is lost
     130 | 138 | 143) code=75 ;;
+    137) [ -z "$asked" ] || code=75 ;; # srun was sent the signal as well, and killed them
   esac
 }
 
@@ -125,7 +126,7 @@ done
 
 if [ "$code" -eq 75 ]; then
   trap '' TERM INT USR1
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || true
   if [ "$state" != RUNNING ]; then # scancel, or Slurm queues it again itself
     echo "launch/slurm.sh: stopped and saved; the job is $state and is left so" >&2
   elif ! scontrol requeue "$SLURM_JOB_ID"; then
