@@ -127,7 +127,7 @@ def test_asked_to_stop_it_is_queued_again_and_ends_as_the_uninterrupted_run(
     first = submit(cluster, whole, *CONFIG, shards, options=["--nodes=2"])
     assert finished(cluster, first, whole)[:2] == ("COMPLETED", "0:0")
 
-    job = submit(cluster, parted, *CONFIG, shards, options=["--nodes=2", "--export=NONE"])
+    job = submit(cluster, parted, *CONFIG, shards, options=["--nodes=2"])
     for times, how in enumerate((["--signal=TERM"], ["--batch", "--signal=TERM"]), start=1):
         before = logged(parted)
         wait_until(lambda n=before: logged(parted) > n + 2, 300, parted)
@@ -144,7 +144,8 @@ def test_asked_to_stop_it_is_queued_again_and_ends_as_the_uninterrupted_run(
 def test_at_its_time_limit_it_saves_and_goes_on(cluster, shards, tmp_path):
     workdir = tmp_path / "run"
     long = [*CONFIG, "--config.train.steps=1000000", "--config.train.validate_every=1000000"]
-    options = ["--time=1", "--signal=TERM@15"]
+    # Slurm looks at the clock every 30 s, and its limits are whole minutes.
+    options = ["--time=3", "--signal=TERM@60"]
     job = submit(cluster, workdir, *long, shards, options=options)
     wait_until(lambda: state(cluster, job)[2] == 1, 300, workdir)
     assert "saved step" in (workdir / "slurm.log").read_text()
@@ -183,9 +184,9 @@ def scripted(tmp_path, cluster):
 
 def test_each_process_knows_its_number_and_where_to_meet(cluster, scripted, tmp_path):
     home, workdir = scripted("exit 0"), tmp_path / "run"
-    environment = cluster | {"BHSD_AFTER": "predict evaluate report"}
-    options = ["--nodes=2", "--cpus-per-task=2"]
-    job = submit(environment, workdir, "--config=x", options=options, cwd=home)
+    # Told on the command line what to hand on: nothing else of our environment arrives.
+    options = ["--nodes=2", "--cpus-per-task=2", "--export=BHSD_AFTER=predict evaluate report"]
+    job = submit(cluster, workdir, "--config=x", options=options, cwd=home)
     assert finished(cluster, job, workdir)[:2] == ("COMPLETED", "0:0")
     port = 20000 + int(job) % 10000
     tasks = sorted((tmp_path / "tasks").read_text().splitlines())
