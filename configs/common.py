@@ -110,7 +110,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     }
     backbones.choose(config, words["backbone"], words["recipe"], head_ct=words["data"] == "bhsd")
     config.train = _train()
-    config.mesh = {"data": -1, "model": 1, "space": 1}  # devices per axis; -1: all that are left
+    config.mesh = _mesh()
     config.infer = _infer(words["infer"])
     config.predict = _predict()
     config.evaluate = _evaluate()
@@ -278,6 +278,22 @@ def _train() -> dict:
         "validate_cases": placeholder(int),  # the first so many; None: all
         "save_every": 1_000,  # steps
         "remat": "none",  # "blocks": recompute activations per stage in the backward pass
+        "profile": "",  # steps to trace for xprof, like "10:15", into <workdir>/profile
+    }
+
+
+def _mesh() -> dict:
+    return {
+        # Devices per axis; -1: all that are left.
+        "data": -1,
+        "model": 1,
+        "space": 1,
+        # The processes of a run that no cluster tells of: all three here, or in the environment as
+        # JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+        "coordinator": "",  # host:port where process 0 listens
+        "num_processes": placeholder(int),
+        "process_id": placeholder(int),  # from 0
+        "detect": "",  # ask one of JAX's ways, such as "mpi4py"; "": flags, environment, cluster
     }
 
 

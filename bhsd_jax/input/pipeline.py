@@ -117,20 +117,31 @@ class Stream:
 
 
 class Batches:
-    """Endless-looking iterator of this process' rows of every batch; `position` counts them."""
+    """Endless-looking iterator of some rows of every batch; `position` counts the batches.
+
+    Args:
+        streams: Labeled patches, and unlabeled ones if there are any.
+        position: The first batch.
+        rows: Of each stream, which rows of its batches to read, ascending; None: all.
+        threads: That read patches.
+        buffer: Patches read ahead.
+    """
 
     def __init__(
         self,
         streams: Sequence[Stream],
         *,
         position: int = 0,
-        process: tuple[int, int] = (0, 1),
+        rows: Sequence[Sequence[int]] | None = None,
         threads: int = 4,
         buffer: int = 8,
     ):
         self.position = position
+        wanted = rows or [range(stream.batch) for stream in streams]
         self._parts = [
-            _rows(stream, position, process, threads, buffer) for stream in streams if stream.batch
+            _read(stream, position, which, threads, buffer)
+            for stream, which in zip(streams, wanted, strict=True)
+            if stream.batch
         ]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -203,17 +214,15 @@ class Decoded:
         return self.image[box], None if self.label is None else self.label[box]
 
 
-def _rows(
-    stream: Stream, position: int, process: tuple[int, int], threads: int, buffer: int
+def _read(
+    stream: Stream, position: int, rows: Sequence[int], threads: int, buffer: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process' contiguous rows of every batch from `position` on."""
-    index, count = process
-    local = stream.batch // count
-    first = index * local
+    """These rows of every batch from `position` on."""
+    local = len(rows)
 
     def element(i: int) -> dict[str, np.ndarray]:
         batch, row = divmod(i, local)
-        return stream[(position + batch) * stream.batch + first + row]
+        return stream[(position + batch) * stream.batch + rows[row]]
 
     length = (stream.length // stream.batch - position) * local
     # The default buffer is 500 elements: gigabytes of patches.

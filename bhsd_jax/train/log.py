@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from bhsd_jax import files
+from bhsd_jax.train.speed import Speed
 from bhsd_jax.types import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,16 @@ class Log:
     twice. Only the main process writes.
     """
 
-    def __init__(self, path: Path, steps: int, resumed_at: int, *, writes: bool = True):
-        self.path, self.steps, self.writes = path, steps, writes
+    def __init__(
+        self,
+        path: Path,
+        steps: int,
+        resumed_at: int,
+        *,
+        writes: bool = True,
+        speed: Speed | None = None,
+    ):
+        self.path, self.steps, self.writes, self.speed = path, steps, writes, speed
         self.started, self.start_step = time.monotonic(), resumed_at
         self.since, self.since_step = self.started, resumed_at
         self.paused = 0.0
@@ -43,7 +52,8 @@ class Log:
         """
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         now = time.monotonic()
-        seconds = (now - self.since - self.paused) / max(step - self.since_step, 1)
+        steps, passed = max(step - self.since_step, 1), now - self.since - self.paused
+        seconds = passed / steps
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise FloatingPointError(
                 f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}, after "
@@ -51,7 +61,8 @@ class Log:
                 "these steps. The last checkpoint is untouched"
             )
         self.since, self.since_step, self.paused = now, step, 0.0
-        self.write(step, {f"train/{k}": v for k, v in values.items()} | {"time/step_s": seconds})
+        told = {f"train/{k}": v for k, v in values.items()} | {"time/step_s": seconds}
+        self.write(step, told | (self.speed.since(steps, passed) if self.speed else {}))
         left = (self.steps - step) * seconds
         logger.info(
             "step %d/%d  loss %.4f  %.2f s/step  %s left",

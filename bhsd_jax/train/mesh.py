@@ -64,13 +64,29 @@ def state_shardings(mesh: Mesh, state: Params) -> Params:
     return jax.tree.map(leaf, state)
 
 
+def local_rows(mesh: Mesh, count: int) -> list[int]:
+    """Which of `count` rows of a global batch the devices of this process need, ascending."""
+    places = NamedSharding(mesh, PartitionSpec("data")).addressable_devices_indices_map((count,))
+    parts = [index[0] for index in places.values() if index is not None]
+    return sorted({row for part in parts for row in range(*part.indices(count))})
+
+
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """A global batch from every process' own rows (NumPy leaves)."""
-    return jax.tree.map(
-        lambda rows, place: jax.make_array_from_process_local_data(place, np.asarray(rows)),
-        batch,
-        batch_shardings(mesh, batch),
-    )
+    """A global batch from this process' own rows (NumPy leaves), those of `local_rows`."""
+    own = len(local_rows(mesh, mesh.shape["data"]))  # parts of the batch that this process has
+
+    def spread(rows: Any, place: NamedSharding) -> jax.Array:
+        rows = np.asarray(rows)
+        count = len(rows) * mesh.shape["data"] // own
+        at = {row: index for index, row in enumerate(local_rows(mesh, count))}
+
+        def part(index: Any) -> np.ndarray:
+            first, stop, _ = index[0].indices(count)
+            return rows[(slice(at[first], at[first] + stop - first), *index[1:])]
+
+        return jax.make_array_from_callback((count, *rows.shape[1:]), place, part)
+
+    return jax.tree.map(spread, batch, batch_shardings(mesh, batch))
 
 
 def require_divisible(mesh: Mesh, labeled: int, unlabeled: int, rows: int) -> None:

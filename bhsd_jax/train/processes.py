@@ -1,33 +1,143 @@
 """The processes of a run: how they find each other, what they share, and how they are stopped."""
 
 import contextlib
+import glob
+import importlib.util
 import logging
 import os
 import signal
+import sys
+import warnings
+from collections.abc import Iterator
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
-from bhsd_jax import machine
+from bhsd_jax import cluster, machine
+from bhsd_jax.cluster import Place
 
 logger = logging.getLogger(__name__)
 
 _FORCED = "xla_force_host_platform_device_count"
-_CLUSTER = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES")
+_SILENT_S = 30  # after so long without a word a process counts as lost; JAX's default is 100
+_NOBODY = "coordinator_address should be defined"  # JAX found no cluster
+_UNCLEAR = ("must be defined", "should be defined")
+_PLUGINS = {  # packages that bring an accelerator to JAX
+    "jax_cuda12_plugin": "cuda",
+    "jax_cuda13_plugin": "cuda",
+    "jax_rocm7_plugin": "rocm",
+    "libtpu": "tpu",
+}
 
 
-def start() -> None:
-    """Joins the other processes of this run, where the environment says there are any.
+def start(
+    coordinator: str = "",
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    detect: str = "",
+) -> None:
+    """Joins the other processes of this run, where flags or environment say there are any.
 
-    On Slurm one process per node owns all GPUs of it: JAX alone would assume one process per GPU.
+    Flags and JAX's variables come first (`cluster.find`), then Slurm and Open MPI, then what JAX
+    itself detects: Cloud TPU's metadata, GKE, Kubernetes. Nothing happens in a run of one process.
+
+    Args:
+        coordinator: host:port of process 0; or "".
+        num_processes: How many there are.
+        process_id: Which this one is, from 0.
+        detect: One of JAX's ways to ask, such as "mpi4py", instead of all that.
+
+    Raises:
+        ValueError: If what is said is not enough, or does not agree; says what is missing.
     """
-    if not any(os.environ.get(name) for name in _CLUSTER) or jax.distributed.is_initialized():
+    if jax.distributed.is_initialized():
         return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    ids = list(range(len(visible.split(",")))) if visible else None
-    jax.distributed.initialize(local_device_ids=ids)
-    logger.info("process %d of %d", jax.process_index(), jax.process_count())
+    place = Place() if detect else cluster.find(coordinator, num_processes, process_id)
+    if place.count == 1:
+        return
+    if place.complete and not place.coordinator.rpartition(":")[2].isdecimal():
+        raise ValueError(f"{place.source}: coordinator is host:port; got {place.coordinator!r}")
+    if _initialize(place, detect):
+        logger.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def _initialize(place: Place, detect: str) -> bool:
+    """Lets JAX find out the rest and join; whether there was anything to join."""
+    ids = place.gpus(_visible_gpus()) if place.count is not None else None
+    try:
+        with _quiet_about_kubernetes(place):
+            jax.distributed.initialize(
+                place.coordinator or None,
+                place.count,
+                place.index,
+                local_device_ids=None if "JAX_LOCAL_DEVICE_IDS" in os.environ else ids,
+                cluster_detection_method=detect or None,
+                heartbeat_timeout_seconds=_SILENT_S,
+                shutdown_timeout_seconds=2 * _SILENT_S,
+            )
+    except ImportError as error:
+        raise ValueError(f"mesh.detect {detect!r}: {error}; install it") from error
+    except ValueError as error:
+        if place == Place() and not detect and _NOBODY in str(error):
+            return False
+        if any(words in str(error) for words in _UNCLEAR):
+            raise ValueError(
+                f"{place.source or f'mesh.detect {detect!r}'}: not all is known of the processes "
+                f"of this run; say {cluster.missing(place)}"
+            ) from error
+        raise
+    return True
+
+
+def _visible_gpus() -> int:
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        if name in os.environ:
+            return len([one for one in os.environ[name].split(",") if one.strip()])
+    return len(glob.glob("/dev/nvidia[0-9]*"))
+
+
+@contextlib.contextmanager
+def _quiet_about_kubernetes(place: Place) -> Iterator[None]:
+    """JAX warns in every pod that lacks a package which only its own detection needs."""
+    with warnings.catch_warnings():
+        if place.complete or os.environ.get("JOB_COMPLETION_INDEX") is None:
+            warnings.filterwarnings("ignore", message=r"\s*Kubernetes environment detected")
+        yield
+
+
+def say_devices() -> None:
+    """Logs what this run computes on; where an accelerator lies idle, so that nobody misses it."""
+    found, kind = jax.devices(), jax.devices()[0].device_kind
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    logger.info("%s: %d x %s%s", jax.default_backend(), len(found), kind, processes)
+    reason = _why_no_accelerator() if jax.default_backend() == "cpu" else ""
+    if reason:
+        line = "!" * 78
+        logger.warning("\n%s\nTHIS RUNS ON THE CPU ALONE: %s\n%s", line, reason, line)
+
+
+def _why_no_accelerator() -> str:
+    """What keeps this run on the CPU although there is more; "" if there is not, or it was asked.
+
+    JAX itself says one quiet word.
+    """
+    wanted = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME") or ""
+    if wanted.partition(",")[0] == "cpu":
+        return ""
+    installed = [extra for name, extra in _PLUGINS.items() if importlib.util.find_spec(name)]
+    if installed:
+        return (
+            f"JAX's plugin for {installed[0]} is installed and finds no device it can use. Look at "
+            "the driver (nvidia-smi), at CUDA_VISIBLE_DEVICES, and at who else holds the device; "
+            "JAX_PLATFORMS=cpu says that it is meant to be so"
+        )
+    if glob.glob("/dev/nvidia[0-9]*"):
+        return (
+            "this machine has an NVIDIA GPU, and JAX's plugin for it is not installed: "
+            "BHSD_EXTRAS=cuda tools/env"
+        )
+    return ""
 
 
 def share_cores(*batches: int, most: int | None = None) -> None:
@@ -43,7 +153,7 @@ def share_cores(*batches: int, most: int | None = None) -> None:
     """
     told = jax.config.jax_num_cpu_devices >= 0  # pyright: ignore[reportAttributeAccessIssue]
     told |= _FORCED in os.environ.get("XLA_FLAGS", "")
-    if told or any(os.environ.get(name) for name in _CLUSTER):
+    if told or jax.distributed.is_initialized():
         return
     limit = min(machine.cores(), most or machine.cores())
     share = max(n for n in range(1, limit + 1) if all(count % n == 0 for count in batches))
@@ -51,19 +161,66 @@ def share_cores(*batches: int, most: int | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", share)
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """In a run of several processes, says in one line that another one is gone.
+
+    Raises:
+        ValueError: Instead of what the collective operation that missed it said.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise ValueError(
+            f"process {jax.process_index()} of {jax.process_count()}: "
+            f"{str(error).splitlines()[0]}; most likely another process has ended, look at its "
+            "words. The last checkpoint is untouched: start the same command again to go on"
+        ) from error
+
+
 class Preemption:
-    """Notices that the machine wants the run to end, on SIGTERM, alike in every process."""
+    """Notices that the machine wants the run to end, alike in every process.
+
+    SIGTERM is what Slurm, Kubernetes and most others send, SIGUSR1 what Slurm users choose, SIGINT
+    what a person types; a second SIGINT ends the run at once. One process that is told tells the
+    others: JAX's service picks a call that all of them are still to make.
+    """
 
     def __init__(self):
         self.asked = False
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._note)
+        self._told, self._calls = False, 0
+        self._alone = jax.process_count() == 1
 
-    def __call__(self, step: int) -> bool:
-        """Whether to save and stop after this step; to be asked at every step."""
-        if jax.process_count() == 1:
-            return self.asked
-        return multihost_utils.reached_preemption_sync_point(step)
+    def __enter__(self) -> "Preemption":
+        signals = (signal.SIGINT, signal.SIGUSR1)  # SIGTERM belongs to JAX's service, if it runs
+        self._before = {
+            number: signal.signal(number, self._note)
+            for number in ((*signals, signal.SIGTERM) if self._alone else signals)
+        }
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        """Whether to save and stop; every process must ask equally often."""
+        self._calls += 1
+        if not self.asked:
+            self.asked = self._told if self._alone else self._agreed()
+        return self.asked
+
+    def _agreed(self) -> bool:
+        return multihost_utils.reached_preemption_sync_point(self._calls)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.asked = True
+        if self._told and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        name = signal.Signals(signum).name
+        # Written as a signal handler must: the log may be in the middle of a line.
+        os.write(sys.stderr.fileno(), f"{name}: saving after this step\n".encode())
+        self._told = True
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)

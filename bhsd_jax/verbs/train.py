@@ -24,9 +24,12 @@ from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import Checkpoints
 from bhsd_jax.train.log import Log, heartbeat
 from bhsd_jax.train.loop import Every, Interrupted, fit
+from bhsd_jax.train.processes import Preemption
+from bhsd_jax.train.profile import Profile, Span
+from bhsd_jax.train.speed import Speed, Timed, Watch, peak_flops
 from bhsd_jax.train.step import TrainStep, make_train_step
 from bhsd_jax.types import TrainState
-from bhsd_jax.verbs import heap, setup
+from bhsd_jax.verbs import heap, setup, wiring
 from bhsd_jax.verbs.recipe import Recipe, make_recipe, require_matching
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.validation import Validation
@@ -43,18 +46,22 @@ def run(config: Config, workdir: Path) -> None:
         ValueError: Where config, plan and data do not fit each other; before anything is compiled.
         FloatingPointError: If the loss is not finite.
     """
-    processes.start()
+    span = Span.parse(config.train.profile, config.train.steps)
+    wiring.join(config)
     shards = Shards(setup.shards_folder(config, workdir))
     if config.mesh.model == config.mesh.space == 1:  # before anything asks for the devices
         labeled = config.input.labeled or shards.plan.network.batch
         processes.share_cores(labeled, config.input.unlabeled)
+    processes.say_devices()
     workdir.mkdir(parents=True, exist_ok=True)
-    with _alone(workdir):
-        _train(config, workdir, shards)
+    with _alone(workdir), Preemption() as asked, processes.together():
+        _train(config, workdir, shards, asked, span)
 
 
-def _train(config: Config, workdir: Path, shards: Shards) -> None:
-    mesh = meshes.make_mesh(**config.mesh)
+def _train(
+    config: Config, workdir: Path, shards: Shards, asked: Preemption, span: Span | None
+) -> None:
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.model, config.mesh.space)
     roles, notes = setup.roles(config, workdir)
     for note in notes:
         logger.warning("%s", note)
@@ -64,25 +71,40 @@ def _train(config: Config, workdir: Path, shards: Shards) -> None:
     checkpoints = _open_run(config, shards, workdir)
 
     state, position = _start(recipe, checkpoints, mesh, config.seed)
-    batches = _batches(config, shards, roles, recipe, position)
-    train_step = _compile(recipe, state, mesh, workdir)
+    batches = _batches(config, shards, roles, recipe, mesh, position)
+    train_step, flops = _compile(recipe, state, mesh, workdir)
+    on_devices = Timed(map(partial(meshes.to_devices, mesh=mesh), batches))
     log = Log(
         workdir / "metrics.jsonl",
         config.train.steps,
         position,
         writes=jax.process_index() == 0,
+        speed=_speed(recipe, mesh, on_devices, flops),
     )
-    validation = Validation.of(config, shards, roles.val, recipe, log, mesh)
-    actions = _actions(config, workdir, log, validation, checkpoints, batches)
-    on_devices = map(partial(meshes.to_devices, mesh=mesh), batches)
+    validation = Validation.of(config, shards, roles.val, recipe, log, mesh, asked)
+    actions = _actions(config, workdir, log, validation, checkpoints, batches, asked)
+    watch = Watch(on_devices)
+    profile = [Profile(span, workdir / "profile")] if span else []
+    for each in profile:
+        each.begin(position)
     try:
-        fit(state, on_devices, train_step, actions, config.train.steps)
+        fit(state, on_devices, train_step, [watch, *profile, *actions], config.train.steps)
     except Interrupted as reason:
         logger.warning("%s; start the same command again to go on", reason)
         sys.exit(TRY_AGAIN)
     finally:
+        for each in (watch, *profile):
+            each.close()
         checkpoints.close()
     logger.info("trained %d steps; the run is %s", config.train.steps, workdir)
+
+
+def _speed(recipe: Recipe, mesh: Mesh, batches: Timed, flops: float) -> Speed:
+    """What the log needs to tell how fast the run is."""
+    device = mesh.devices.flat[0]
+    peak = peak_flops(device.device_kind)
+    patches = recipe.labeled + recipe.unlabeled
+    return Speed(batches, patches, flops * mesh.size, peak and peak * mesh.size)
 
 
 def _actions(
@@ -92,9 +114,9 @@ def _actions(
     validation: Validation,
     checkpoints: Checkpoints,
     batches: Batches,
+    asked: Preemption,
 ) -> list[Callable[..., None]]:
     """What happens between steps, in this order."""
-    asked = processes.Preemption()
 
     def save(step: int, state: TrainState, *_: Any) -> None:
         checkpoints.save(step, state, batches.state(), validation.dice_at(step))
@@ -112,7 +134,7 @@ def _actions(
             heap.close_holes()
 
     def stop(step: int, state: TrainState, *_: Any) -> None:
-        if asked(step):
+        if asked():
             save(step, state)
             raise Interrupted(f"asked to stop; saved step {step}")
 
@@ -166,7 +188,7 @@ def _start(
 
 
 def _batches(
-    config: Config, shards: Shards, roles: Roles, recipe: Recipe, position: int
+    config: Config, shards: Shards, roles: Roles, recipe: Recipe, mesh: Mesh, position: int
 ) -> Batches:
     """Labeled and, if any, unlabeled patches; from `position` on."""
 
@@ -196,14 +218,16 @@ def _batches(
     return Batches(
         streams,
         position=position,
-        process=(jax.process_index(), jax.process_count()),
+        rows=[meshes.local_rows(mesh, count) for count in (recipe.labeled, recipe.unlabeled)],
         threads=config.input.threads,
         buffer=config.input.buffer,
     )
 
 
-def _compile(recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path) -> TrainStep:
-    """The step ahead of time, with what it costs in the log before step 1."""
+def _compile(
+    recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path
+) -> tuple[TrainStep, float]:
+    """The step ahead of time, and its FLOP on a device; costs are in the log before step 1."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
         make_train_step(recipe.parts),
@@ -214,13 +238,14 @@ def _compile(recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path) -> Tr
     begun = time.monotonic()
     with heartbeat("compiling the train step"):
         compiled = step.lower(state, recipe.abstract_batch()).compile()
+    seconds = time.monotonic() - begun
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     working, devices = getattr(memory, "temp_size_in_bytes", 0), jax.local_device_count()
     if jax.default_backend() == "cpu":
         heap.settle(working, devices)
     logger.info(
         "compiled in %.0f s on %d %s; %.3g GFLOP a step, %.2f GB of temporaries",
-        time.monotonic() - begun,
+        seconds,
         mesh.size,
         jax.devices()[0].device_kind,
         cost.get("flops", float("nan")) / 1e9,
@@ -230,9 +255,13 @@ def _compile(recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path) -> Tr
     logger.info("%s parameters to train", f"{parameters:,}")
     if jax.process_index() == 0:
         known = {"devices": mesh.size, "device": jax.devices()[0].device_kind}
-        known |= {"parameters": parameters, "flops_per_device": cost.get("flops")}
+        known |= {
+            "parameters": parameters,
+            "flops_per_device": cost.get("flops"),
+            "compile_s": seconds,
+        }
         files.write_json(workdir / "cost.json", known)  # of one step; read where runs are compared
-    return compiled
+    return compiled, cost.get("flops", float("nan"))
 
 
 @contextmanager

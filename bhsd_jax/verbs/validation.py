@@ -41,6 +41,7 @@ class Validation:
     classes: tuple[str, ...]
     binary: bool
     log: Log
+    asked: Callable[[], bool]  # whether the run is to stop; processes ask equally often
     newest: tuple[int, float] = field(default=(-1, float("nan")))
 
     @classmethod
@@ -52,6 +53,7 @@ class Validation:
         recipe: Recipe,
         log: Log,
         mesh: Mesh,
+        asked: Callable[[], bool],
     ) -> "Validation":
         """As the config says; each process scores every so manyth case."""
         model = recipe.parts.model
@@ -80,19 +82,24 @@ class Validation:
             classes=setup.classes(config, shards.plan),
             binary=config.split.binary,
             log=log,
+            asked=asked,
         )
 
     def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Writes Dice by nnU-Net's rule, averaged over cases.
 
         `val/dice/<class>` and `val/dice/mean` are the first network's; the others' are
-        `val_<network>/dice/...`. Every network's mean is also `val/dice/<network>`.
+        `val_<network>/dice/...`. Every network's mean is also `val/dice/<network>`. Nothing is
+        written if the run is asked to stop meanwhile.
         """
         if not self.cases:
             return
         begun = time.monotonic()
         found = self.deployable(state.params, state.ema)
         scores = self._scores({name: _local(params) for name, params in found.items()}, step)
+        if scores is None:
+            logger.warning("validation of step %d is left undone: asked to stop", step)
+            return
         values: dict[str, float] = {}
         for index, (name, dice) in enumerate(scores.items()):
             prefix = "val/dice" if index == 0 else f"val_{name}/dice"
@@ -117,18 +124,27 @@ class Validation:
         """Mean Dice if this very step was validated, else NaN."""
         return self.newest[1] if self.newest[0] == step else float("nan")
 
-    def _scores(self, networks: dict[str, Params], step: int) -> dict[str, list[float]]:
-        """Mean Dice per foreground class, by network; NaN for a class in no case."""
+    def _scores(self, networks: dict[str, Params], step: int) -> dict[str, list[float]] | None:
+        """Mean Dice per foreground class, by network; NaN for a class in no case.
+
+        None if the run is to stop before the last case.
+        """
         names = (*networks, "ensemble") if self.twins else tuple(networks)
         rows = np.full((len(self.cases), len(names), len(self.classes) - 1), np.nan)
         said = time.monotonic()
-        for index in range(jax.process_index(), len(self.cases), jax.process_count()):
-            rows[index] = self._case(networks, self.cases[index])
+        for first in range(0, len(self.cases), jax.process_count()):
+            if self.asked():
+                return None
+            index = first + jax.process_index()
+            if index < len(rows):
+                rows[index] = self._case(networks, self.cases[index])
             if time.monotonic() - said > 8:
                 said = time.monotonic()
-                logger.info("step %d  validating: case %d of %d", step, index + 1, len(rows))
+                logger.info("step %d  validating: case %d of %d", step, first + 1, len(rows))
         if jax.process_count() > 1:
-            rows = np.nanmax(multihost_utils.process_allgather(rows), axis=0)
+            # As pairs of integers: JAX would round float64 to float32 on the way.
+            parts = multihost_utils.process_allgather(rows.view(np.uint32))
+            rows = np.fmax.reduce(np.asarray(parts).view(np.float64))
         return {
             name: [_mean(rows[:, i, k]) for k in range(rows.shape[2])]
             for i, name in enumerate(names)

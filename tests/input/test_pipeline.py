@@ -95,15 +95,19 @@ def test_threads_do_not_matter():
         equal(a, b)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_processes_hold_the_rows_of_one_global_batch(count):
-    parts = [both(process=(i, count)) for i in range(count)]
+@pytest.mark.parametrize(
+    "shares", [([0, 1, 2, 3],), ([0, 1], [2, 3]), ([0, 3], [1, 2]), ([1, 2, 3], [0, 1])]
+)
+def test_processes_hold_the_rows_of_one_global_batch(shares):
+    parts = [both(rows=[share, [share[0] % 2]]) for share in shares]
     whole = both()
     for _ in range(3):
-        rows = [next(part) for part in parts]
         want = next(whole)
-        np.testing.assert_array_equal(np.concatenate([r.image for r in rows]), want.image)
-        np.testing.assert_array_equal(np.concatenate([r.unlabeled for r in rows]), want.unlabeled)
+        for part, share in zip(parts, shares, strict=True):
+            rows = next(part)
+            np.testing.assert_array_equal(rows.image, want.image[share])
+            np.testing.assert_array_equal(rows.label, want.label[share])
+            np.testing.assert_array_equal(rows.unlabeled, want.unlabeled[[share[0] % 2]])
 
 
 def test_the_two_streams_and_two_seeds_draw_differently():

@@ -1,0 +1,258 @@
+"""Processes find each other in every way they are told, and stop together."""
+
+import http.server
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from bhsd_jax.train import processes
+from bhsd_jax.train.processes import Preemption
+
+ROOT = Path(__file__).parents[2]
+JOIN = """
+import jax
+from bhsd_jax.train import processes
+processes.start()
+print("joined", jax.process_index(), jax.process_count(), len(jax.devices()), flush=True)
+"""
+UNTIL_ASKED = """
+import time
+with processes.Preemption() as asked:
+    for call in range(1, 1000):
+        if asked():
+            break
+        time.sleep(0.02 if jax.process_index() else 0.03)
+print("stopped at", call, flush=True)
+"""
+
+
+def environment(**more):
+    names = ("JAX_COORDINATOR", "SLURM", "OMPI", "XLA_FLAGS", "JAX_NUM", "JAX_PROCESS")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+    return clean | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | more
+
+
+def begin(script, **more):
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def said(*started):
+    """What each printed, and that all went well."""
+    done = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), done
+    return [out.splitlines() for out, _ in done]
+
+
+def test_told_by_variables_and_one_that_is_asked_to_stop_stops_all_at_one_step():
+    port = f"127.0.0.1:{free_port()}"
+    pair = [
+        begin(
+            JOIN + UNTIL_ASKED,
+            JAX_COORDINATOR_ADDRESS=port,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]
+    assert [process.stdout.readline() for process in pair] == ["joined 0 2 2\n", "joined 1 2 2\n"]
+    time.sleep(1)
+    pair[1].send_signal(signal.SIGUSR1)
+    (first,), (second,) = said(*pair)
+    assert first == second
+    assert 1 < int(first.split()[-1]) < 999
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """What a Cloud TPU VM is told of the two of its slice."""
+
+    worker = 0
+
+    def do_GET(self):
+        known = {
+            "agent-worker-number": str(self.worker),
+            "worker-network-endpoints": "a:b:127.0.0.1,a:b:127.0.0.1",
+            "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'",
+        }
+        found = known.get(self.path.rpartition("/")[2])
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write((found or "").encode())
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def metadata():
+    """Addresses of the metadata servers of two VMs."""
+    servers = [
+        http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), type(f"Worker{index}", (Metadata,), {"worker": index})
+        )
+        for index in range(2)
+    ]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield [f"127.0.0.1:{server.server_port}" for server in servers]
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_slice_of_cloud_tpu_vms_is_found_by_its_metadata(metadata):
+    port = str(free_port())
+    # JAX itself sets this one where it sees no chips.
+    join = "import os, jax; del os.environ['TPU_SKIP_MDS_QUERY']" + JOIN
+    pair = [
+        begin(join, JAX_FORCE_TPU_INIT="1", GCE_METADATA_IP=address, JAX_COORDINATOR_PORT=port)
+        for address in metadata
+    ]
+    assert said(*pair) == [["joined 0 2 2"], ["joined 1 2 2"]]
+
+
+def test_the_pods_of_a_tpu_slice_on_gke_are_found_by_their_variables(metadata):
+    port = str(free_port())
+    pair = [
+        begin(
+            JOIN,
+            JAX_FORCE_TPU_INIT="1",
+            TPU_SKIP_MDS_QUERY="1",  # of the two, GKE's way
+            GCE_METADATA_IP=metadata[index],  # which tells of slices, elsewhere than here
+            TPU_WORKER_HOSTNAMES="127.0.0.1,127.0.0.1",
+            TPU_WORKER_ID=str(index),
+            JAX_COORDINATOR_PORT=port,
+        )
+        for index in range(2)
+    ]
+    assert said(*pair) == [["joined 0 2 2"], ["joined 1 2 2"]]
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="needs Open MPI's mpirun on the PATH")
+def test_open_mpi_starts_processes():
+    done = subprocess.run(
+        ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-c", JOIN],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert sorted(done.stdout.splitlines()) == ["joined 0 2 2", "joined 1 2 2"], done.stderr
+
+
+def test_alone_nothing_is_joined():
+    assert said(begin(JOIN)) == [["joined 0 1 1"]]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            {"coordinator": "127.0.0.1:9"},
+            "not all is known .* say --config.mesh.num_processes or JAX_NUM_PROCESSES, "
+            "--config.mesh.process_id or JAX_PROCESS_ID",
+        ),
+        (
+            {"num_processes": 2, "process_id": 0},
+            "say --config.mesh.coordinator or JAX_COORDINATOR_ADDRESS",
+        ),
+        (
+            {"coordinator": "head", "num_processes": 2, "process_id": 0},
+            r"coordinator is host:port; got 'head'",
+        ),
+        ({"detect": "no such way"}, "mesh.detect 'no such way': not all is known"),
+    ],
+)
+def test_what_is_not_enough_is_one_clear_error(more, words, monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: False)
+    # JAX refuses to join once devices are in use, as they are here.
+    from jax._src import distributed
+
+    monkeypatch.setattr(
+        processes.jax.distributed,
+        "initialize",
+        lambda *place, **rest: distributed.State().initialize(
+            *place,
+            local_device_ids=rest["local_device_ids"],
+            cluster_detection_method=rest["cluster_detection_method"],
+        ),
+    )
+    with pytest.raises(ValueError, match=words):
+        processes.start(**more)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_single_process_notices_every_way_of_being_asked(number):
+    before = signal.getsignal(number)
+    with Preemption() as asked:
+        assert not asked()
+        os.kill(os.getpid(), number)
+        assert asked()
+        assert asked(), "it stays so"
+    assert signal.getsignal(number) == before
+
+
+def test_who_insists_is_obeyed_at_once():
+    with Preemption() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("environment", "plugins", "words"),
+    [
+        ({"JAX_PLATFORMS": "cpu"}, ["jax_cuda12_plugin"], ""),
+        ({}, [], ""),
+        ({}, ["jax_cuda12_plugin"], "plugin for cuda is installed and finds no device"),
+        ({}, ["libtpu"], "plugin for tpu is installed"),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, ["jax_cuda13_plugin"], "plugin for cuda"),
+    ],
+)
+def test_an_accelerator_that_lies_idle_is_a_loud_warning(
+    environment, plugins, words, monkeypatch, caplog
+):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name in plugins or None)
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: [])
+    processes.say_devices()
+    loud = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if not words:
+        assert loud == []
+        return
+    assert len(loud) == 1
+    assert "THIS RUNS ON THE CPU ALONE" in loud[0]
+    assert words in loud[0]
+
+
+def test_a_gpu_without_its_plugin_is_said(monkeypatch, caplog):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/nvidia0"])
+    processes.say_devices()
+    assert "BHSD_EXTRAS=cuda tools/env" in caplog.text
