@@ -40,15 +40,12 @@ done
 [ -n "$workdir" ] || die "give --workdir=FOLDER, where the run is kept"
 nodes=${SLURM_JOB_NUM_NODES:-1}
 processes=${SLURM_NTASKS:-$nodes}
-gpus=${SLURM_JOB_GPUS:-}
-if [ -n "$gpus" ] && [ "$processes" -gt "$nodes" ]; then
-  die "one process per node owns its GPUs: --ntasks-per-node=1, and --nodes=N for more processes"
-fi
 
 # Starts in a row that found nothing newer than the one before; a job that cannot go on must not
 # be queued for ever.
 progress() {
-  find "$workdir/checkpoints" -mindepth 2 -maxdepth 2 \( -name commit_success.txt -o -name SHA256SUMS \) 2>/dev/null |
+  find "$workdir/checkpoints" -mindepth 2 -maxdepth 2 \
+    \( -name SHA256SUMS -o -name commit_success.txt \) 2>/dev/null |
     sed 's,.*/\([0-9]*\)/[^/]*$,\1,' | sort -n | tail -n 1 | tr '\n' '/'
   find "$workdir/predictions" -type f 2>/dev/null | wc -l
 }
@@ -58,12 +55,11 @@ now=$(progress)
 if [ "$job" = "$SLURM_JOB_ID" ] && [ "$seen" = "$now" ]; then starts=$((starts + 1)); else starts=0; fi
 echo "$SLURM_JOB_ID $now $starts" >"$workdir/.slurm-starts" || exit
 if [ "$starts" -gt "${BHSD_REQUEUES:-3}" ]; then
-  die "started $starts times without a newer checkpoint in $workdir; see the log above for the cause, such as too" \
-    "short a --time for a first checkpoint, then submit again"
+  die "started again $starts times without a newer checkpoint in $workdir; the log above says why, or" \
+    "--time is too short for a first one; submit again when that is mended"
 fi
 
-if [ -z "${BHSD_EXTRAS+set}" ] && [ -n "$gpus" ]; then BHSD_EXTRAS=cuda; fi
-export BHSD_EXTRAS=${BHSD_EXTRAS:-}
+export BHSD_EXTRAS=${BHSD_EXTRAS-${SLURM_JOB_GPUS:+cuda}}
 # shellcheck source=tools/env
 source tools/env || exit
 
@@ -72,11 +68,14 @@ unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_GPUS_PER_NODE 2>/dev/nul
 export SLURM_EXPORT_ENV=ALL # with --export=NONE the tasks would not get our PATH
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not read sbatch's since Slurm 22.05
 
-# Where processes meet. The address is the one Slurm itself uses; names need not resolve.
+# Where processes meet; how many there are and which is which, they know from Slurm. The address is the
+# one that Slurm itself uses, for the names of nodes need not resolve.
+unset JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID # of the shell that submitted
 if [ "$processes" -gt 1 ]; then
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-  export JAX_COORDINATOR_ADDRESS=${address:-$first}:$((20000 + SLURM_JOB_ID % 10000))
+  port=${JAX_COORDINATOR_PORT:-$((61440 + SLURM_JOB_ID % 4096))}
+  export JAX_COORDINATOR_ADDRESS=${address:-$first}:$port
   if [ -n "${http_proxy:-}${https_proxy:-}${grpc_proxy:-}" ]; then
     export no_grpc_proxy=${address:-$first},127.0.0.1
   fi
@@ -98,14 +97,8 @@ trap pass_on TERM INT USR1
 run() {
   local tasks=$1 job
   shift
-  # shellcheck disable=SC2016
-  srun --ntasks="$tasks" --nodes="$((tasks < nodes ? tasks : nodes))" --kill-on-bad-exit=0 --wait=60 bash -c '
-    if [ "$SLURM_STEP_NUM_TASKS" -gt 1 ]; then
-      export JAX_NUM_PROCESSES=$SLURM_STEP_NUM_TASKS JAX_PROCESS_ID=$SLURM_PROCID
-    else
-      unset JAX_COORDINATOR_ADDRESS
-    fi
-    exec python -m bhsd_jax.main "$@"' task "$@" &
+  srun --ntasks="$tasks" --nodes="$((tasks < nodes ? tasks : nodes))" --kill-on-bad-exit=0 \
+    --wait=60 python -m bhsd_jax.main "$@" &
   job=$!
   while :; do
     woken='' code=0
@@ -121,7 +114,10 @@ run() {
 run "$processes" train "$@"
 for verb in ${BHSD_AFTER:-}; do
   [ "$code" -eq 0 ] || break
-  run 1 "$verb" "$@"
+  case "$verb" in
+    predict | evaluate) run "$processes" "$verb" "$@" ;;
+    *) run 1 "$verb" "$@" ;;
+  esac
 done
 
 if [ "$code" -eq 75 ]; then

@@ -158,8 +158,9 @@ def test_at_its_time_limit_it_saves_and_goes_on(cluster, shards, tmp_path):
 
 SCRIPTED = """#!/usr/bin/env bash
 [ "$3" = train ] || { echo "$3" >>"$WORK/verbs"; exit 0; }
-echo "$SLURM_PROCID $SLURM_CPUS_PER_TASK ${JAX_PROCESS_ID:-} ${JAX_NUM_PROCESSES:-} \\
-${JAX_COORDINATOR_ADDRESS:-} $(pwd) ${BHSD_EXTRAS:-} ${CUDA_VISIBLE_DEVICES:-}" >>"$WORK/tasks"
+cd / && PYTHONPATH=ROOT REAL -c "from bhsd_jax import cluster; p = cluster.find(); \
+print(p.index, p.count, p.coordinator)" >"$WORK/told$SLURM_PROCID" && cd - >/dev/null
+echo "$(cat "$WORK/told$SLURM_PROCID") $SLURM_CPUS_PER_TASK $(pwd) [$BHSD_EXTRAS]" >>"$WORK/tasks"
 """
 
 
@@ -173,7 +174,8 @@ def scripted(tmp_path, cluster):
         shutil.copytree(ROOT / "launch", home / "launch")
         (home / "bin").mkdir()
         python = home / "bin" / "python"
-        python.write_text(SCRIPTED.replace("$WORK", str(tmp_path)) + lines)
+        text = SCRIPTED.replace("$WORK", str(tmp_path)).replace("ROOT", str(ROOT))
+        python.write_text(text.replace("REAL", sys.executable) + lines)
         python.chmod(0o755)
         env = home / "tools" / "env"
         env.write_text(f'set -e\nexport PATH="{home}/bin:$PATH"\n')  # leaves an option behind
@@ -188,12 +190,12 @@ def test_each_process_knows_its_number_and_where_to_meet(cluster, scripted, tmp_
     options = ["--nodes=2", "--cpus-per-task=2", "--export=BHSD_AFTER=predict evaluate report"]
     job = submit(cluster, workdir, "--config=x", options=options, cwd=home)
     assert finished(cluster, job, workdir)[:2] == ("COMPLETED", "0:0")
-    port = 20000 + int(job) % 10000
+    meeting = f"127.0.0.1:{61440 + int(job) % 4096}"
     tasks = sorted((tmp_path / "tasks").read_text().splitlines())
-    assert [line.rstrip() for line in tasks] == [
-        f"{index} 2 {index} 2 127.0.0.1:{port} {home}" for index in range(2)
-    ]
-    assert (tmp_path / "verbs").read_text().split() == ["predict", "evaluate", "report"]
+    assert tasks == [f"{index} 2 {meeting} 2 {home} []" for index in range(2)]
+    # Processes share the scans; the report is written by one.
+    verbs = (tmp_path / "verbs").read_text().split()
+    assert verbs == ["predict", "predict", "evaluate", "evaluate", "report"]
 
 
 @pytest.mark.parametrize(
@@ -201,8 +203,8 @@ def test_each_process_knows_its_number_and_where_to_meet(cluster, scripted, tmp_
     [
         ("exit 3", 3, 0, ""),
         ("[ $SLURM_PROCID = 0 ] || exit 9\nsleep 200", None, 0, "Killed"),
-        ("exit 75", 2, 4, "started 4 times without a newer checkpoint"),
-        ("kill -TERM $$; sleep 9", 2, 4, "started 4 times without a newer checkpoint"),
+        ("exit 75", 2, 4, "started again 4 times without a newer checkpoint"),
+        ("kill -TERM $$; sleep 9", 2, 4, "started again 4 times without a newer checkpoint"),
     ],
 )
 def test_what_ends_badly_is_not_queued_for_ever(
