@@ -47,16 +47,21 @@ class WriteError(OSError):
     """
 
 
-def explain(error: OSError) -> str | None:
-    """One line that says which path, what happened and what to do; None if there are no words."""
+def explain(error: OSError, place: Path | None = None) -> str | None:
+    """One line that says which path, what happened and what to do; None if there are no words.
+
+    Args:
+        error: The system's.
+        place: The folder to name where the error names no path.
+    """
     known = _WORDS.get(error.errno or 0)
     if known is None:
         return None
     path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     happened, remedy = known
     if error.errno == errno.ENOSPC:
-        happened = _full(Path(path)) if path else happened
-    where = path or "a file that was not named"
+        happened = _full(Path(path or place or "/"))
+    where = path or f"a file in {place or 'a folder that was not named'}"
     written = isinstance(error, WriteError)
     return (
         f"{where}: {'cannot be written: ' if written else ''}{happened}; {remedy}"
@@ -99,7 +104,7 @@ def in_words_of(error: Exception, path: Path) -> OSError | None:
 
 def _full(path: Path) -> str:
     """Whether space or the number of files is at its end, and how much of it there is."""
-    for folder in path.parents:
+    for folder in (path, *path.parents):
         with contextlib.suppress(OSError):
             state = os.statvfs(folder)
             if state.f_files and not state.f_favail:

@@ -18,8 +18,9 @@ from bhsd_jax import faults
 logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 255  # bytes, on every file system that clusters have
+_LONGEST_REASON = 200  # letters
 _ABANDONED_S = 3600.0  # a temporary file nobody wrote to for so long is a killed program's
-_TEMPORARY = re.compile(r"\..*\.(?P<host>[^/]+)-(?P<process>\d+)\.tmp", re.DOTALL)
+_TEMPORARY = re.compile(r"\..*-(\d+)\.tmp", re.DOTALL)  # as `_hidden` names them
 MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
 """What using a value raises that is not of the kind it should be."""
 
@@ -184,7 +185,7 @@ def recall_json(
 
 def discard(path: Path, reason: str) -> None:
     """Removes a damaged file that is about to be made anew, and says so."""
-    logger.warning("%s: damaged (%s); it is made anew", path, " ".join(reason.split()))
+    logger.warning("%s: damaged (%s); it is made anew", path, _in_line(reason))
     _unlink(path)
 
 
@@ -221,7 +222,13 @@ def _reason(error: Exception, data: bytes) -> str:
         return f"byte {error.start} is not UTF-8"
     if isinstance(error, KeyError):
         return f"has no {error}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return _in_line(str(error)) or type(error).__name__
+
+
+def _in_line(text: str) -> str:
+    """Of a library's text what fits in a line: it may hold the damaged bytes themselves."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."
 
 
 def _unlink(path: Path) -> None:
@@ -252,7 +259,8 @@ def _is_abandoned(path: Path) -> bool:
         return False
     if time.time() - path.stat().st_mtime > _ABANDONED_S:
         return True
-    return parts["host"] == _host() and not _runs(int(parts["process"]))
+    here = path.name.endswith(f".{_host()}-{parts[1]}.tmp")
+    return here and not _runs(int(parts[1]))
 
 
 def _runs(process: int) -> bool:

@@ -42,17 +42,17 @@ def main(argv: Sequence[str]) -> None:
         files.sweep(workdir)
         importlib.import_module(f"bhsd_jax.verbs.{verb}").run(config, workdir)
     except (ValueError, OSError, FloatingPointError) as error:
-        reason = _reason(error)
+        reason = _reason(error, workdir)
         if reason is None:
             raise
         logging.debug("%s", error, exc_info=True)
         sys.exit(f"{verb}: {reason}")
 
 
-def _reason(error: Exception) -> str | None:
+def _reason(error: Exception, workdir: Path) -> str | None:
     """One line of what went wrong; None where only a traceback tells."""
     if isinstance(error, OSError) and error.errno is not None:
-        return faults.explain(error)
+        return faults.explain(error, workdir)
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return None
     return str(error)

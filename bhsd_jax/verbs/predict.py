@@ -104,10 +104,9 @@ def _conclude(out: Path, found: Found, facts: Mapping[str, Any], scans: int) -> 
         unwritten = faults.explain(error) or str(error)
     if found.fault or unwritten:
         tables = "their tables are not complete" if unwritten else "the tables tell of them"
-        text = "; ".join(dict.fromkeys(filter(None, (found.fault, unwritten))))
         raise ValueError(
-            f"{text}. {len(found.rows)} of {scans} label maps are in {out}, {tables}; with "
-            "--config.predict.overwrite=False the same command goes on from there"
+            f"{found.fault or unwritten}. {len(found.rows)} of {scans} label maps are in {out}, "
+            f"{tables}; with --config.predict.overwrite=False the same command goes on from there"
         )
     if found.skipped:
         name, reason = next(iter(found.skipped.items()))
