@@ -157,7 +157,7 @@ def _open_run(config: Config, shards: Shards, workdir: Path) -> Checkpoints:
     checkpoints = Checkpoints(workdir / "checkpoints", config=plain, plan=plan)
     saved = workdir / "config.json"
     if checkpoints.latest() is not None and saved.is_file():
-        for field in setup.differences(json.loads(saved.read_text()), plain):
+        for field in setup.differences(files.recall_json(saved, remove=False) or plain, plain):
             logger.warning("resuming with another value of config.%s", field)
     if jax.process_index() == 0:
         files.write_json(saved, plain)
