@@ -2,18 +2,23 @@
 
 import importlib
 import logging as standard_logging
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from bhsd_jax import faults, files
+from bhsd_jax.train import barrier
 from bhsd_jax.verbs import runtime
 
 VERBS = ("preprocess", "train", "predict", "evaluate", "report")  # in the order of the pipeline
+_TRY_AGAIN = 75  # exit code of a training that was asked to stop (EX_TEMPFAIL)
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config.name>.")
@@ -37,20 +42,36 @@ def main(argv: Sequence[str]) -> None:
     workdir = Path(_WORKDIR.value or f"runs/{name}")
     standard_logging.getLogger("bhsd_jax").info("%s, run folder %s", verb, workdir)
     try:
+        if verb == "train":  # until the training itself heeds it there is nothing to save
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TRY_AGAIN))
         if verb in ("train", "predict"):
             runtime.prepare()
         files.sweep(workdir)
         importlib.import_module(f"bhsd_jax.verbs.{verb}").run(config, workdir)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except KeyboardInterrupt:
+        _end(f"{verb}: interrupted", 130)  # as a shell says it
+    except Exception as error:
         reason = _reason(error, workdir)
-        if reason is None:
-            raise
         logging.debug("%s", error, exc_info=True)
-        sys.exit(f"{verb}: {reason}")
+        _end(f"{verb}: {reason}" if reason else traceback.format_exc(), 1)
+
+
+def _end(words: str, code: int) -> NoReturn:
+    """Ends this process; at once where there are others, which would be waited for.
+
+    They may be in the middle of what needs this one, and notice that it is gone.
+    """
+    sys.stderr.write(f"{words}\n")
+    if barrier.place()[1] > 1:
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _reason(error: Exception, workdir: Path) -> str | None:
     """One line of what went wrong; None where only a traceback tells."""
+    if not isinstance(error, ValueError | OSError | FloatingPointError):
+        return None
     if isinstance(error, OSError) and error.errno is not None:
         return faults.explain(error, workdir)
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):

@@ -38,6 +38,7 @@ def run(config: Config, workdir: Path) -> None:
         ValueError: If a file cannot be used, or the baseline is asked for without CT scans.
         faults.WriteError: If the system says no, such as on a full disk.
     """
+    parts.join(config)
     jobs = _jobs(config, workdir)
     files.open_folder(workdir)
     done = _score_together(workdir, jobs, config.preprocess.processes or machine.cores())

@@ -6,10 +6,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bhsd_jax import files
+from bhsd_jax import cluster, files
 from bhsd_jax.train import barrier
+from bhsd_jax.verbs.setup import Config
 
 _T = TypeVar("_T")
+
+
+def join(config: Config) -> None:
+    """Joins the other processes of this run, if there are any; before anything asks for devices.
+
+    Raises:
+        ValueError: If what flags and environment say of them is not enough, or does not agree.
+    """
+    if place(config).several or config.mesh.detect or cluster.is_likely():
+        from bhsd_jax.train import processes  # alone, a verb may need no JAX
+
+        settings: Any = config.mesh
+        processes.start(
+            settings.coordinator, settings.num_processes, settings.process_id, settings.detect
+        )
+
+
+def place(config: Config) -> cluster.Place:
+    """Which process of the run this is, as far as it is known without JAX."""
+    settings: Any = config.mesh
+    return cluster.find(settings.coordinator, settings.num_processes, settings.process_id)
 
 
 def own(jobs: Sequence[_T]) -> list[_T]:

@@ -14,7 +14,7 @@ from bhsd_jax.ct import dicom
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.report.page import NOTICE
-from bhsd_jax.train import barrier
+from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.verbs import parts, predictor, setup
 from bhsd_jax.verbs.predictor import Predictor, Row
@@ -49,6 +49,7 @@ def run(config: Config, workdir: Path) -> None:
         faults.WriteError: If nothing can be written from the start.
     """
     settings: Any = config.predict
+    parts.join(config)
     logger.warning("%s", NOTICE)
     cases = find_scans(config, workdir)
     if settings.probabilities and any(
@@ -63,6 +64,7 @@ def run(config: Config, workdir: Path) -> None:
     files.open_folder(out)
     files.sweep(out)
     predictor.share_cores(config, plan)
+    processes.say_devices()
     step, networks = predictor.load(config, workdir)
     predict = predictor.make_predictor(config, plan, list(networks.values()))
     names = _names(cases, workdir, settings)

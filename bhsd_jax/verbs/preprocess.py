@@ -17,7 +17,7 @@ from bhsd_jax import files, machine
 from bhsd_jax.ct import adopt, facts_file, integrity, scan, shards
 from bhsd_jax.ct.plan import from_nnunet_plans
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, make_plan, prepare_case
-from bhsd_jax.verbs import checkup, setup, shard_jobs
+from bhsd_jax.verbs import checkup, parts, setup, shard_jobs
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.shard_jobs import Job, Share
 from bhsd_jax.verbs.workers import Pool, Progress, Workers
@@ -35,8 +35,9 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
     Writes `integrity.csv`, `integrity.json`, `defects.csv` if there are any and, if cases were
     refused, `skipped.csv` to `workdir`; `plan.json`, shards, `manifest.json` and, last,
     `index.json` to the shards' folder.
-    With `preprocess.num_shards` above 1 this is one of so many jobs, which share `workdir` and the
-    shards' folder and may run at once, in any order, and again.
+    With `preprocess.num_shards` above 1, or in a cluster's process among others, this is one of so
+    many jobs, which share `workdir` and the shards' folder and may run at once, in any order, and
+    again.
 
     Args:
         config: The experiment's.
@@ -50,7 +51,7 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
         faults.WriteError: If the system says no, such as on a full disk; the same command goes on.
     """
     settings: Any = config.preprocess
-    share = Share(settings.shard_index, settings.num_shards)
+    share = _share(config)
     theirs = _nnunet(settings)
     for folder in (workdir, workdir / "looked"):
         files.sweep(folder)
@@ -87,6 +88,15 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
                 f"{message}; repair them, or set --config.preprocess.allow_skipped=True"
             )
         logger.warning("%s", message)
+
+
+def _share(config: Config) -> Share:
+    """What the config says; else, of several processes of a cluster, each is one of the jobs."""
+    settings: Any = config.preprocess
+    place = parts.place(config)
+    if settings.num_shards == 1 and place.several:
+        return Share(place.index or 0, place.count or 1)
+    return Share(settings.shard_index, settings.num_shards)
 
 
 def _processes(cases: Sequence[Case]) -> int:

@@ -21,7 +21,7 @@ from bhsd_jax.report.tables import (
     metrics_table,
     number,
 )
-from bhsd_jax.verbs import setup
+from bhsd_jax.verbs import parts, setup
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Case, Plan
 
@@ -46,6 +46,9 @@ def run(config: Config, workdir: Path) -> None:
         FileNotFoundError: If the run has not been evaluated.
         ValueError: If a file of the run is damaged; names it.
     """
+    if parts.place(config).index:
+        logger.info("the first process writes the report")
+        return
     summary = _read_json(workdir / "summary.json", "evaluate")
     rows = _read_rows(workdir / "cases.csv")
     plan = setup.load_plan(config, workdir)

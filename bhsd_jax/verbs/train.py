@@ -29,7 +29,7 @@ from bhsd_jax.train.profile import Profile, Span
 from bhsd_jax.train.speed import Speed, Timed, Watch, peak_flops
 from bhsd_jax.train.step import TrainStep, make_train_step
 from bhsd_jax.types import TrainState
-from bhsd_jax.verbs import heap, setup, wiring
+from bhsd_jax.verbs import heap, parts, setup
 from bhsd_jax.verbs.recipe import Recipe, make_mesh, make_recipe, require_matching
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.validation import Validation
@@ -47,7 +47,7 @@ def run(config: Config, workdir: Path) -> None:
         FloatingPointError: If the loss is not finite.
     """
     span = Span.parse(config.train.profile, config.train.steps)
-    wiring.join(config)
+    parts.join(config)
     shards = Shards(setup.shards_folder(config, workdir))
     if config.mesh.model == config.mesh.space == 1:  # before anything asks for the devices
         labeled = config.input.labeled or shards.plan.network.batch
