@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         runtime.prepare()
     try:
         importlib.import_module(f"bhsd_jax.verbs.{verb}").run(config, workdir)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         logging.debug("%s", error, exc_info=True)
         sys.exit(f"{verb}: {error}")
 

@@ -22,7 +22,7 @@ from bhsd_jax.report import figures
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import Checkpoints
-from bhsd_jax.train.log import Log, heartbeat
+from bhsd_jax.train.log import Log, heartbeat, read
 from bhsd_jax.train.loop import Every, Interrupted, fit
 from bhsd_jax.train.step import TrainStep, make_train_step
 from bhsd_jax.types import TrainState
@@ -33,6 +33,7 @@ from bhsd_jax.verbs.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+SAVED = "checkpoint/step"  # in metrics.jsonl: this step is on disk
 TRY_AGAIN = 75  # exit code of a run that was asked to stop and has saved (EX_TEMPFAIL)
 
 
@@ -64,6 +65,11 @@ def _train(config: Config, workdir: Path, shards: Shards) -> None:
     checkpoints = _open_run(config, shards, workdir)
 
     state, position = _start(recipe, checkpoints, mesh, config.seed)
+    if (
+        jax.process_index() == 0
+    ):  # not before: a config that the checkpoint refuses is not the run's
+        files.write_json(workdir / "config.json", checkpoints.extra["config"])
+        files.write_json(workdir / "plan.json", checkpoints.extra["plan"])
     batches = _batches(config, shards, roles, recipe, position)
     train_step = _compile(recipe, state, mesh, workdir)
     log = Log(
@@ -74,14 +80,16 @@ def _train(config: Config, workdir: Path, shards: Shards) -> None:
     )
     validation = Validation.of(config, shards, roles.val, recipe, log, mesh)
     actions = _actions(config, workdir, log, validation, checkpoints, batches)
+    record = _recorder(checkpoints, log, position)
     on_devices = map(partial(meshes.to_devices, mesh=mesh), batches)
     try:
-        fit(state, on_devices, train_step, actions, config.train.steps)
+        fit(state, on_devices, train_step, [record, *actions], config.train.steps)
     except Interrupted as reason:
         logger.warning("%s; start the same command again to go on", reason)
         sys.exit(TRY_AGAIN)
     finally:
         checkpoints.close()
+        record()
     logger.info("trained %d steps; the run is %s", config.train.steps, workdir)
 
 
@@ -128,17 +136,36 @@ def _actions(
     ]
 
 
+def _recorder(checkpoints: Checkpoints, log: Log, resumed_at: int) -> Callable[..., None]:
+    """Notes in the log what has come to disk; raises a step later where a save has failed."""
+    now = resumed_at
+    if checkpoints.latest() is not None:  # the log has lost the lines of later steps
+        log.write(now, {SAVED: now})
+
+    def record(step: int | None = None, *_: Any) -> None:
+        nonlocal now
+        now = step or now
+        for saved in checkpoints.finished():
+            log.write(now, {SAVED: saved.step, "checkpoint/seconds": saved.seconds})
+
+    return record
+
+
 def _open_run(config: Config, shards: Shards, workdir: Path) -> Checkpoints:
-    """Writes config and plan into the run folder, and opens its checkpoints."""
+    """The run's checkpoints; says in what the config differs from theirs."""
     plain, plan = json.loads(json.dumps(config.to_dict())), shards.plan.to_json()
-    checkpoints = Checkpoints(workdir / "checkpoints", config=plain, plan=plan)
-    saved = workdir / "config.json"
-    if checkpoints.latest() is not None and saved.is_file():
-        for field in setup.differences(json.loads(saved.read_text()), plain):
+    lines = read(workdir / "metrics.jsonl")
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        config=plain,
+        plan=plan,
+        recorded={line[SAVED] for line in lines if SAVED in line},
+    )
+    if checkpoints.latest() is not None:
+        for field in setup.differences(checkpoints.config(), plain):
             logger.warning("resuming with another value of config.%s", field)
-    if jax.process_index() == 0:
-        files.write_json(saved, plain)
-        files.write_json(workdir / "plan.json", plan)
+    elif lines:
+        logger.warning("%s: stopped before its first checkpoint; beginning anew at step 0", workdir)
     return checkpoints
 
 
