@@ -7,19 +7,18 @@ written; where the newest is not, the one before it is used.
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from bhsd_jax.train import checkpoint_arrays as arrays
 from bhsd_jax.train import checkpoint_files as disk
+from bhsd_jax.train.agreement import agree
 from bhsd_jax.types import Params, TrainState
 
 logger = logging.getLogger(__name__)
@@ -254,29 +253,6 @@ def save_networks(
     saver.save(disk.unfinished(folder, 0), args=args)
     saver.close()  # waits
     disk.finish(folder, 0, None)
-
-
-def agree(decide: Callable[[], Any]) -> Any:
-    """What process 0 decides, in every process; as JSON has it where there are several.
-
-    Raises:
-        ValueError: With the words of its ValueError or OSError.
-    """
-    if jax.process_count() == 1:
-        return decide()
-    told, failure = {}, None
-    if jax.process_index() == 0:
-        try:
-            told["value"] = decide()
-        except (ValueError, OSError) as error:
-            told["error"], failure = str(error), error
-    text = np.frombuffer(json.dumps(told).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-    text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
-    told = json.loads(np.asarray(text, np.uint8).tobytes())
-    if "error" in told:
-        raise failure or ValueError(told["error"])
-    return told["value"]
 
 
 def _choose(folder: Path, which: str | int) -> int:
