@@ -73,7 +73,7 @@ class Checkpoints:
 
     def config(self) -> dict[str, Any]:
         """What the latest checkpoint was trained with."""
-        return arrays.read_json(self._path() / "config")
+        return disk.read(self.folder, self._step(), "config")
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest state, on the shardings of `abstract`, and the input position.
@@ -82,9 +82,10 @@ class Checkpoints:
             ValueError: If another objective trained it, or it does not fit the network or
                 optimizer; names what differs.
         """
-        path = self._path()
-        self._require_same_objective(path)
-        return arrays.restore(path, abstract), arrays.read_json(path / "input")
+        step = self._step()
+        self._require_same_objective(step)
+        state = arrays.restore(self.folder / str(step), abstract)
+        return state, disk.read(self.folder, step, "input")
 
     def save(self, step: int, state: TrainState, position: Mapping[str, Any], dice: float) -> None:
         """Writes a checkpoint in the background; `dice` is this step's validation Dice or NaN.
@@ -96,21 +97,19 @@ class Checkpoints:
             return
         self.wait()
         begun = time.monotonic()
-        path = disk.unfinished(self.folder, step)
         try:
             agree(lambda: self._make_room(step))
-            self._saver.save(
-                path,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    input=ocp.args.JsonSave(dict(position)),
-                    **{name: ocp.args.JsonSave(value) for name, value in self.extra.items()},
-                ),
-            )
+            path = disk.unfinished(self.folder, step) / "state"
+            self._saver.save(path, args=ocp.args.StandardSave(state))
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failure(step, error) from error
         self._newest, self._found = step, None
-        self._pending = step, self._pool.submit(self._finish, step, dice, begun)
+        self._pending = (
+            step,
+            self._pool.submit(
+                self._finish, step, dice, {"input": dict(position), **self.extra}, begun
+            ),
+        )
 
     def finished(self) -> list[Saved]:
         """Checkpoints that have come to disk since the last call; does not wait.
@@ -167,33 +166,32 @@ class Checkpoints:
         disk.warn(self.folder, damaged, instead)
         return step, damaged
 
-    def _path(self) -> Path:
+    def _step(self) -> int:
         step = self.latest()
         assert step is not None  # the caller has asked
-        return self.folder / str(step)
+        return step
 
-    def _require_same_objective(self, path: Path) -> None:
+    def _require_same_objective(self, step: int) -> None:
         """Two methods may have states of one shape, and neither goes on where the other was."""
-        stored = arrays.read_json(path / "config").get("objective", {}).get("name")
+        stored = disk.read(self.folder, step, "config").get("objective", {}).get("name")
         ours = self.extra["config"].get("objective", {}).get("name")
         if stored != ours:
             raise ValueError(
-                f"{path}: it was trained with objective {stored}, this config has {ours}; use "
-                "another --workdir or the config the run began with"
+                f"{self.folder / str(step)}: it was trained with objective {stored}, this config "
+                f"has {ours}; use another --workdir or the config the run began with"
             )
 
     def _make_room(self, step: int) -> None:
         """Sets aside what stands in the way of this step, or of a step to come."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        disk.remove_unfinished(self.folder)
-        for other in {step, *(self._found[1] if self._found else ())}:
+        disk.make_room(self.folder, step)
+        for other in self._found[1] if self._found else ():
             disk.set_aside(self.folder, other)
 
-    def _finish(self, step: int, dice: float, begun: float) -> Saved:
+    def _finish(self, step: int, dice: float, facts: dict[str, Any], begun: float) -> Saved:
         """In the background: waits for all processes' files, then lists and names them."""
         self._saver.wait_until_finished()
         if jax.process_index() == 0:
-            disk.finish(self.folder, step, dice)
+            disk.finish(self.folder, step, dice, facts)
             try:
                 disk.prune(self.folder)
             except OSError as error:
@@ -205,7 +203,8 @@ class Checkpoints:
         left = f"the last good checkpoint is step {good[-1]}" if good else "there is no older one"
         return OSError(
             f"{self.folder / str(step)}: this checkpoint could not be written: "
-            f"{arrays.cause(error)}; {left}. Mend that and start the same command again"
+            f"{arrays.cause(error)}; {left}. Make room or give the right to write there, "
+            "then start the same command again"
         )
 
 
@@ -243,16 +242,12 @@ def save_networks(
 ) -> None:
     """Writes variables alone, as step 0, for the two functions above: imported weights."""
     folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_room(folder, 0)
     saver = arrays.saver()
-    args = ocp.args.Composite(
-        state=ocp.args.PyTreeSave({"params": params, **(statistics or {})}),
-        config=ocp.args.JsonSave(_plain(config)),
-        plan=ocp.args.JsonSave(_plain(plan)),
-    )
-    saver.save(disk.unfinished(folder, 0), args=args)
+    tree = {"params": params, **(statistics or {})}
+    saver.save(disk.unfinished(folder, 0) / "state", args=ocp.args.StandardSave(tree))
     saver.close()  # waits
-    disk.finish(folder, 0, None)
+    disk.finish(folder, 0, None, {"config": _plain(config), "plan": _plain(plan)})
 
 
 def _choose(folder: Path, which: str | int) -> int:

@@ -1,10 +1,13 @@
 """What Orbax does for a checkpoint: writes the trees of a step, and reads them back."""
 
-import json
+import errno
 import logging
+import os
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,14 @@ from bhsd_jax.types import Params, TrainState
 
 
 def saver() -> ocp.AsyncCheckpointer:
-    """Writes a folder in the background, from all processes at once.
-
-    A folder without its commit mark is unfinished, whatever it holds.
-    """
-    logging.getLogger("absl").addFilter(_is_no_failed_save)
+    """Writes a tree into a folder in the background, from all processes at once."""
+    _keep_quiet()
     mode = ocp.options.AtomicityMode.COMMIT_FILE
     return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(),
+        ocp.StandardCheckpointHandler(),
+        # Where a folder that is made in the background cannot be made, Orbax's threads wait for it,
+        # and with them the end of the process, for five minutes (0.12.8).
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         atomicity_options=ocp.options.AtomicityOptions(mode=mode),
     )
 
@@ -58,18 +61,13 @@ def read(path: Path, names: Sequence[str]) -> dict[str, Params]:
         return handler.restore(state, args=args)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON part of a step."""
-    return json.loads((path / "metadata").read_text())
-
-
 def cause(error: BaseException) -> str:
     """What the operating system said, out of what TensorStore and Orbax made of it."""
     text = str(error)
-    if found := re.search(r"OS error \d+: ([^\]\n]+)", text):
-        return found[1]
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})"
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+    for said in map(os.strerror, codes):
+        if said in text:
+            return said
     return (text.splitlines() or [type(error).__name__])[0]
 
 
@@ -106,6 +104,20 @@ def _name(part: Any) -> str:
     return str(part)
 
 
-def _is_no_failed_save(record: logging.LogRecord) -> bool:
-    """Orbax logs a failed save with its traceback; the caller has the same in one line."""
-    return not (record.exc_info and "orbax" in record.pathname)
+@cache
+def _keep_quiet() -> None:
+    """Without the tracebacks of a failed save: the caller gets the same error, in one line."""
+    logging.getLogger("absl").addFilter(
+        lambda record: not (record.exc_info and "orbax" in record.pathname)
+    )
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not re.search("never retrieved(?s:.*)(orbax|OCDBT)", record.getMessage())
+    )
+    before = sys.unraisablehook
+
+    def hook(what: Any) -> None:
+        # TensorStore reports to an event loop that Orbax has closed after the first error.
+        if "Event loop is closed" not in str(what.exc_value):
+            before(what)
+
+    sys.unraisablehook = hook

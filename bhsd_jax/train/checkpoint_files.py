@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bhsd_jax import files
 
@@ -61,9 +62,13 @@ def unfinished(folder: Path, step: int) -> Path:
     return folder / f"{step}.unfinished"
 
 
-def finish(folder: Path, step: int, dice: float | None) -> None:
-    """Lists every file of a step that has been written, then gives the step its name."""
+def finish(
+    folder: Path, step: int, dice: float | None, facts: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Writes `facts` beside the arrays, lists every file, and gives the step its name."""
     path = unfinished(folder, step)
+    for name, value in facts.items():
+        files.write_json(path / f"{name}.json", value)
     known = {"step": step, "dice": dice if dice is not None and math.isfinite(dice) else None}
     names = _files(path)
     known["bytes"] = {name: (path / name).stat().st_size for name in names}
@@ -72,6 +77,11 @@ def finish(folder: Path, step: int, dice: float | None) -> None:
     seal = hashlib.sha256(text.encode()).hexdigest()
     files.write_text(path / SUMS, f"{_SEAL}{seal}\n{text}")
     path.rename(folder / str(step))
+
+
+def read(folder: Path, step: int, name: str) -> dict[str, Any]:
+    """One of the facts of a step that is whole."""
+    return json.loads((folder / str(step) / f"{name}.json").read_text())
 
 
 def listing(folder: Path, step: int) -> Listing:
@@ -163,7 +173,19 @@ def set_aside(folder: Path, step: int) -> None:
     logger.warning("%s is in the way of a checkpoint to be written; renamed to %s", path, target)
 
 
-def remove_unfinished(folder: Path) -> None:
+def make_room(folder: Path, step: int) -> None:
+    """Prepares for writing a step.
+
+    Raises:
+        OSError: If nothing can be written there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(folder)
+    set_aside(folder, step)
+    unfinished(folder, step).mkdir()
+
+
+def _remove_unfinished(folder: Path) -> None:
     """Deletes what killed saves have left; by their name these are ours and were never whole."""
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name) and not path.is_symlink():

@@ -117,7 +117,7 @@ def test_the_list_is_what_sha256sum_reads(three):
         command = ["sha256sum", "--check", "--strict", "--quiet", checkpoint_files.SUMS]
         subprocess.run(command, cwd=three / step, check=True)
     listed = (three / "3" / checkpoint_files.SUMS).read_text()
-    for part in ("input/metadata", "config/metadata", "state/_METADATA", "state/manifest.ocdbt"):
+    for part in ("input.json", "config.json", "state/_METADATA", "state/manifest.ocdbt"):
         assert f"  {part}\n" in listed
 
 
@@ -134,7 +134,7 @@ def truncate(file):
 @pytest.mark.parametrize("harm", [flip, truncate, lambda file: file.unlink()])
 def test_whatever_is_wrong_with_any_file_of_the_newest_the_one_before_is_used(three, harm, caplog):
     every = sorted(path for path in (three / "3").rglob("*") if path.is_file())
-    assert len(every) > 15
+    assert len(every) > 12
     for file in every:
         good, mode = file.read_bytes(), file.stat().st_mode
         harm(file)
@@ -156,9 +156,9 @@ def test_whatever_is_wrong_with_any_file_of_the_newest_the_one_before_is_used(th
 
 
 def test_damaged_steps_are_set_aside_when_training_goes_on(three):
-    flip(three / "2" / "input" / "metadata")
-    flip(three / "3" / "input" / "metadata")
-    harmed = (three / "3" / "input" / "metadata").read_bytes()
+    flip(three / "2" / "input.json")
+    flip(three / "3" / "input.json")
+    harmed = (three / "3" / "input.json").read_bytes()
     (three / "3.damaged").mkdir()
     checkpoints = opened(three)
     assert checkpoints.latest() == 1
@@ -166,7 +166,7 @@ def test_damaged_steps_are_set_aside_when_training_goes_on(three):
     save(checkpoints, 2, 3, 4)
     checkpoints.close()
     assert names(three) == ["2", "2.damaged", "3", "3.damaged", "3.damaged-2", "4"]
-    assert (three / "3.damaged-2" / "input" / "metadata").read_bytes() == harmed
+    assert (three / "3.damaged-2" / "input.json").read_bytes() == harmed
     assert load_networks(three, "last")[0] == 4
 
 
@@ -200,8 +200,8 @@ def test_an_unfinished_step_is_no_checkpoint_and_goes_at_the_next_save(three):
 
 def test_a_run_that_has_saved_never_starts_at_0(three):
     for step in "123":
-        flip(three / step / "config" / "metadata")
-    says = r"step 3: config/metadata differs.*step 1: config.*step 4: its folder is gone.*--workdir"
+        flip(three / step / "config.json")
+    says = r"step 3: config.json differs.*step 1: config.*step 4: its folder is gone.*--workdir"
     with pytest.raises(ValueError, match=says):
         opened(three, recorded=(2, 3, 4)).latest()
     with pytest.raises(ValueError, match="its folder is gone"):
