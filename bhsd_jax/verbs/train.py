@@ -22,11 +22,11 @@ from bhsd_jax.report import figures
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import Checkpoints
-from bhsd_jax.train.log import Log, heartbeat
+from bhsd_jax.train.log import Log, heartbeat, read
 from bhsd_jax.train.loop import Every, Interrupted, fit
 from bhsd_jax.train.processes import Preemption
-from bhsd_jax.train.profile import Profile, Span
-from bhsd_jax.train.speed import Speed, Timed, Watch, peak_flops
+from bhsd_jax.train.profile import Span, profiling
+from bhsd_jax.train.speed import Speed, Timed, peak_flops, watching
 from bhsd_jax.train.step import TrainStep, make_train_step
 from bhsd_jax.types import TrainState
 from bhsd_jax.verbs import heap, parts, setup
@@ -36,6 +36,8 @@ from bhsd_jax.verbs.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+SAVED = "checkpoint/step"  # in metrics.jsonl: this step is on disk
+_ELSEWHERE = ("mesh.", "train.profile")  # fields that say where and not what is trained
 TRY_AGAIN = 75  # exit code of a run that was asked to stop and has saved (EX_TEMPFAIL)
 
 
@@ -70,33 +72,29 @@ def _train(
         recipe = make_recipe(config, shards.plan, mesh)
         require_matching(config, recipe, roles, mesh)
     checkpoints = _open_run(config, shards, workdir)
-
     state, position = _start(recipe, checkpoints, mesh, config.seed)
+    writes = jax.process_index() == 0
+    if writes:  # not before: a config that the checkpoint refuses is not the run's
+        files.write_json(workdir / "config.json", checkpoints.extra["config"])
+        files.write_json(workdir / "plan.json", checkpoints.extra["plan"])
     batches = _batches(config, shards, roles, recipe, mesh, position)
     train_step, flops = _compile(recipe, state, mesh, workdir)
     on_devices = Timed(map(partial(meshes.to_devices, mesh=mesh), batches))
-    log = Log(
-        workdir / "metrics.jsonl",
-        config.train.steps,
-        position,
-        writes=jax.process_index() == 0,
-        speed=_speed(recipe, mesh, on_devices, flops),
-    )
+    speed = _speed(recipe, mesh, on_devices, flops)
+    log = Log(workdir / "metrics.jsonl", config.train.steps, position, writes=writes, speed=speed)
     validation = Validation.of(config, shards, roles.val, recipe, log, mesh, asked)
+    record = _recorder(checkpoints, log, position)
     actions = _actions(config, workdir, log, validation, checkpoints, batches, asked)
-    watch = Watch(on_devices)
-    profile = [Profile(span, workdir / "profile")] if span else []
-    for each in profile:
-        each.begin(position)
     try:
-        fit(state, on_devices, train_step, [watch, *profile, *actions], config.train.steps)
+        with watching(on_devices) as watch, profiling(span, workdir / "profile", position) as trace:
+            every = [watch, record, trace, *actions]
+            fit(state, on_devices, train_step, every, config.train.steps)
     except Interrupted as reason:
         logger.warning("%s; start the same command again to go on", reason)
         sys.exit(TRY_AGAIN)
     finally:
-        for each in (watch, *profile):
-            each.close()
         checkpoints.close()
+        record()
     logger.info("trained %d steps; the run is %s", config.train.steps, workdir)
 
 
@@ -151,17 +149,37 @@ def _actions(
     ]
 
 
+def _recorder(checkpoints: Checkpoints, log: Log, resumed_at: int) -> Callable[..., None]:
+    """Notes in the log what has come to disk; raises a step later where a save has failed."""
+    now = resumed_at
+    if checkpoints.latest() is not None:  # the log has lost the lines of later steps
+        log.write(now, {SAVED: now})
+
+    def record(step: int | None = None, *_: Any) -> None:
+        nonlocal now
+        now = step or now
+        for saved in checkpoints.finished():
+            log.write(now, {SAVED: saved.step, "checkpoint/seconds": saved.seconds})
+
+    return record
+
+
 def _open_run(config: Config, shards: Shards, workdir: Path) -> Checkpoints:
-    """Writes config and plan into the run folder, and opens its checkpoints."""
+    """The run's checkpoints; says in what the config differs from theirs."""
     plain, plan = json.loads(json.dumps(config.to_dict())), shards.plan.to_json()
-    checkpoints = Checkpoints(workdir / "checkpoints", config=plain, plan=plan)
-    saved = workdir / "config.json"
-    if checkpoints.latest() is not None and saved.is_file():
-        for field in setup.differences(files.recall_json(saved, remove=False) or plain, plain):
-            logger.warning("resuming with another value of config.%s", field)
-    if jax.process_index() == 0:
-        files.write_json(saved, plain)
-        files.write_json(workdir / "plan.json", plan)
+    lines = read(workdir / "metrics.jsonl")
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        config=plain,
+        plan=plan,
+        recorded={line[SAVED] for line in lines if SAVED in line},
+    )
+    if checkpoints.latest() is not None:
+        for field in setup.differences(checkpoints.config(), plain):
+            if not field.startswith(_ELSEWHERE):
+                logger.warning("resuming with another value of config.%s", field)
+    elif lines:
+        logger.warning("%s: stopped before its first checkpoint; beginning anew at step 0", workdir)
     return checkpoints
 
 
