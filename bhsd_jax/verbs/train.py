@@ -26,10 +26,9 @@ from bhsd_jax.train.log import Log, heartbeat, read
 from bhsd_jax.train.loop import Every, Interrupted, fit
 from bhsd_jax.train.processes import Preemption
 from bhsd_jax.train.profile import Span, profiling
-from bhsd_jax.train.speed import Speed, Timed, peak_flops, watching
-from bhsd_jax.train.step import TrainStep, make_train_step
+from bhsd_jax.train.speed import Timed, watching
 from bhsd_jax.types import TrainState
-from bhsd_jax.verbs import heap, parts, setup
+from bhsd_jax.verbs import heap, parts, program, setup
 from bhsd_jax.verbs.recipe import Recipe, make_mesh, make_recipe, require_matching
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.validation import Validation
@@ -78,9 +77,9 @@ def _train(
         files.write_json(workdir / "config.json", checkpoints.extra["config"])
         files.write_json(workdir / "plan.json", checkpoints.extra["plan"])
     batches = _batches(config, shards, roles, recipe, mesh, position)
-    train_step, flops = _compile(recipe, state, mesh, workdir)
+    train_step, flops = program.build_step(recipe, state, mesh, workdir)
     on_devices = Timed(map(partial(meshes.to_devices, mesh=mesh), batches))
-    speed = _speed(recipe, mesh, on_devices, flops)
+    speed = program.speed(recipe, mesh, on_devices, flops)
     log = Log(workdir / "metrics.jsonl", config.train.steps, position, writes=writes, speed=speed)
     validation = Validation.of(config, shards, roles.val, recipe, log, mesh, asked)
     record = _recorder(checkpoints, log, position)
@@ -96,14 +95,6 @@ def _train(
         checkpoints.close()
         record()
     logger.info("trained %d steps; the run is %s", config.train.steps, workdir)
-
-
-def _speed(recipe: Recipe, mesh: Mesh, batches: Timed, flops: float) -> Speed:
-    """What the log needs to tell how fast the run is."""
-    device = mesh.devices.flat[0]
-    peak = peak_flops(device.device_kind)
-    patches = recipe.labeled + recipe.unlabeled
-    return Speed(batches, patches, flops * mesh.size, peak and peak * mesh.size)
 
 
 def _actions(
@@ -241,48 +232,6 @@ def _batches(
         threads=config.input.threads,
         buffer=config.input.buffer,
     )
-
-
-def _compile(
-    recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path
-) -> tuple[TrainStep, float]:
-    """The step ahead of time, and its FLOP on a device; costs are in the log before step 1."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(
-        make_train_step(recipe.parts),
-        in_shardings=(shardings, meshes.batch_shardings(mesh, recipe.abstract_batch())),
-        out_shardings=(shardings, meshes.replicated(mesh)),
-        donate_argnums=0,
-    )
-    begun = time.monotonic()
-    with heartbeat("compiling the train step"):
-        compiled = step.lower(state, recipe.abstract_batch()).compile()
-    seconds = time.monotonic() - begun
-    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    working, devices = getattr(memory, "temp_size_in_bytes", 0), len(mesh.local_devices)
-    kind = mesh.devices.flat[0].device_kind
-    if jax.default_backend() == "cpu":
-        heap.settle(working, devices)
-    logger.info(
-        "compiled in %.0f s on %d %s; %.3g GFLOP a step, %.2f GB of temporaries",
-        seconds,
-        mesh.size,
-        kind,
-        cost.get("flops", float("nan")) / 1e9,
-        getattr(memory, "temp_size_in_bytes", float("nan")) / 1e9,
-    )
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    logger.info("%s parameters to train", f"{parameters:,}")
-    if jax.process_index() == 0:
-        known = {
-            "devices": mesh.size,
-            "device": kind,
-            "parameters": parameters,
-            "flops_per_device": cost.get("flops"),
-            "compile_s": seconds,
-        }
-        files.write_json(workdir / "cost.json", known)  # of one step; read where runs are compared
-    return compiled, cost.get("flops", float("nan"))
 
 
 @contextmanager
