@@ -31,6 +31,17 @@ _SETTINGS = {
 _REMOVED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # a machine's defaults for NumPy's BLAS
 
 
+def processor() -> str:
+    """Name of the CPU, the widest instructions it has, and the cores this process may use."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    flags = re.search(r"(?:flags|Features)\s*: (.*)", text)
+    known = flags[1].split() if flags else []
+    widest = next((each for each in ("avx512f", "avx2", "sve", "asimd") if each in known), "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name[1] if name else 'unknown processor'}, {widest or 'no AVX'}, {cores} cores"
+
+
 class Worker:
     """One side: a process that runs its jobs when asked."""
 

@@ -4,12 +4,14 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bhsd_jax.verbs import series, slurm, study
+from bhsd_jax.verbs import places, series, slurm, study
+from bhsd_jax.verbs.places import Place
 from bhsd_jax.verbs.series import Failure, Run, Stopped
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.study import Study
@@ -34,11 +36,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their state")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs side by side; default one per GPU of this machine, on CPUs 1",
+    )
+    parser.add_argument(
         "--slurm",
         nargs="?",
         const="",
         metavar="OPTIONS",
-        help='submit the runs; OPTIONS go to sbatch, as in --slurm="--partition=gpu"',
+        help='submit the runs; OPTIONS go to every sbatch, as in --slurm="--partition=gpu"',
     )
 
 
@@ -106,14 +114,17 @@ def launch(what: Study, options: argparse.Namespace, again: Sequence[str]) -> in
     if options.dry_run:
         return _list(what)
     if options.slurm is not None:
+        if options.jobs is not None:
+            raise ValueError("--jobs: Slurm decides how many of its jobs run side by side")
         return _submit(what, options.slurm, again)
     failures: list[Failure] = []
     code = 0
     if not options.report_only:
         series.share_programs(what.out / ".programs")
         try:
+            where = _places(what.runs, options.jobs)
             _prepare(what.runs, what.out)
-            failures = series.perform(what.runs, lambda so_far: _so_far(what, so_far))
+            failures = series.perform(what.runs, lambda so_far: _so_far(what, so_far), where)
         except Stopped as reason:
             logger.warning("%s; the same command goes on from here", reason)
             code = series.TRY_AGAIN
@@ -135,6 +146,22 @@ def main(program: Callable[[Sequence[str]], int]) -> None:
         sys.exit(130)  # as a shell says it
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+
+
+def enter_home(options: argparse.Namespace, *paths: str) -> list[str]:
+    """Goes to the repository's root, where configs are found, wherever it is called.
+
+    Options of these names are paths; relative ones keep their meaning. Returns their flags as they
+    are to be given at the root.
+    """
+    home, here = Path(__file__).parents[2], Path.cwd()
+    given = [(name, value) for name in paths if (value := getattr(options, name))]
+    if here != home and (home / "configs").is_dir():
+        given = [(name, type(value)(here / value)) for name, value in given]
+        for name, value in given:
+            setattr(options, name, value)
+        os.chdir(home)
+    return [f"--{name}={value}" for name, value in given]
 
 
 def _say() -> None:
@@ -170,6 +197,18 @@ def _list(what: Study) -> int:
     return 0
 
 
+def _places(runs: Sequence[Run], jobs: int | None) -> Sequence[Place]:
+    """One per GPU, unless it was said how many, but no more than there are runs."""
+    todo = max(1, sum(_state(run) in ("new", "begun") for run in runs))
+    count = min(todo, max(1, len(places.gpus())) if jobs is None else jobs)
+    where = places.share(count, option="--jobs")
+    if count > 1:
+        logger.info("%d runs side by side: %s", count, ", ".join(place.text for place in where))
+    for gpu in places.idle(count):
+        logger.warning("GPU %s is idle: %d runs get as many GPUs each", gpu, count)
+    return where
+
+
 def _prepare(runs: Sequence[Run], out: Path) -> None:
     """The shards of all runs that are not finished."""
     for shards, run in _by_shards(runs).items():
@@ -198,5 +237,5 @@ def _submit(what: Study, options: str, again: Sequence[str]) -> int:
             folder = _shards_workdir(str(shards), run, what.out)
             prepare[run] = _by_shards(todo)[str(shards)].command("preprocess", folder)
     logger.info("%d of %d runs are to be done", len(todo), len(what.runs))
-    slurm.submit(what.out.name, todo, prepare, [*again, "--report-only"], options)
+    slurm.submit(what.out.name, todo, prepare, [*again, "--report-only"], options, what.out)
     return 0

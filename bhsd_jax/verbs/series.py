@@ -1,7 +1,8 @@
 """A series of runs: each from training to report in its own folder, resumed where it stopped.
 
 What is finished is not run again; a run that fails is named and the others go on. Every verb is a
-process of its own, so that none takes the series down with it.
+process of its own, so that none takes the series down with it. Where a machine has several GPUs, as
+many runs go on side by side, each on its own.
 """
 
 import json
@@ -9,11 +10,10 @@ import logging
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from bhsd_jax import files
+from bhsd_jax.train import checkpoint_files
 from bhsd_jax.verbs import setup
+from bhsd_jax.verbs.children import Call, Stopped, running
+from bhsd_jax.verbs.places import Place
 from bhsd_jax.verbs.setup import Config
 
 logger = logging.getLogger(__name__)
@@ -35,10 +38,6 @@ _FREE = (
     *("predict.overwrite", "predict.show_ids"),
 )
 _AFTER = ("infer", "predict", "evaluate")  # ... and what is done with a trained network
-
-
-class Stopped(Exception):  # noqa: N818  (a request, not an error)
-    """The series was asked to end."""
 
 
 @dataclass(frozen=True)
@@ -121,36 +120,57 @@ def is_finished(run: Run) -> bool:
 
 def is_trained(run: Run) -> bool:
     """Whether the last step is on disk."""
-    last = run.workdir / "checkpoints" / str(run.config.train.steps)
-    return (last / "commit_success.txt").is_file()
+    return checkpoint_files.is_saved(run.workdir / "checkpoints", run.config.train.steps)
 
 
 def perform(
-    runs: Sequence[Run], after: Callable[[Sequence[Failure]], object] = lambda _: None
+    runs: Sequence[Run],
+    after: Callable[[Sequence[Failure]], object] = lambda _: None,
+    places: Sequence[Place] = (Place(),),
 ) -> list[Failure]:
-    """Runs what is not finished, one after the other, and returns what failed.
+    """Runs what is not finished, one after the other in each place, and returns what failed.
 
     `after` is called with the failures so far whenever a run has ended.
 
     Raises:
-        Stopped: On SIGTERM, or if a training was asked to stop.
+        Stopped: On SIGTERM, or if a training was asked to stop; all runs have saved.
     """
     failures: list[Failure] = []
-    with _children() as call:
-        for index, run in enumerate(runs, start=1):
-            try:
-                finished = is_finished(run)
-            except ValueError as error:
-                reason = str(error)
-            else:
-                word = "is finished" if finished else "begins"
-                logger.info("run %d of %d, %s %s", index, len(runs), run.name, word)
-                reason = "" if finished else _one(run, call)
-            if reason:
-                failures.append(Failure(run, reason))
-                logger.error("run %d of %d, %s failed: %s", index, len(runs), run.name, reason)
-            after(failures)
+    free = list(places)
+    waiting = list(enumerate(runs, start=1))
+    working: dict[Future[str], tuple[Run, Place, str]] = {}
+    with running() as children, ThreadPoolExecutor(len(places)) as pool:
+        try:
+            while waiting or working:
+                while free and waiting:
+                    index, run = waiting.pop(0)
+                    place, what = free.pop(0), f"run {index} of {len(runs)}, {run.name}"
+                    call = children.call(place, f"{run.row} s{run.seed}: " if places[1:] else "")
+                    working[pool.submit(_settle, run, what, place, call)] = run, place, what
+                done, _ = wait(working, return_when=FIRST_COMPLETED)
+                for future in done:
+                    run, place, what = working.pop(future)
+                    free.append(place)
+                    reason = future.result()
+                    if reason:
+                        failures.append(Failure(run, reason))
+                        logger.error("%s failed: %s", what, reason)
+                    after(failures)
+        except BaseException:
+            children.stop()  # the pool waits for them
+            raise
     return failures
+
+
+def _settle(run: Run, what: str, place: Place, call: Call) -> str:
+    """Runs what is not finished of a run; why it failed, or nothing."""
+    try:
+        finished = is_finished(run)
+    except ValueError as error:
+        return str(error)
+    where = f" on {place.text}" if place.environment or place.prefix else ""
+    logger.info("%s %s%s", what, "is finished" if finished else "begins", "" if finished else where)
+    return "" if finished else _one(run, call)
 
 
 def prepare(run: Run, folder: Path) -> None:
@@ -165,13 +185,13 @@ def prepare(run: Run, folder: Path) -> None:
     if (shards / "index.json").is_file() and not refused:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _children() as call:
-        code, last = call(run.command("preprocess", folder), folder / "log.txt")
+    with running() as children:
+        code, last = children.call()(run.command("preprocess", folder), folder / "log.txt")
     if code:
         raise ValueError(f"preprocess failed, no run was started: {last}")
 
 
-def _one(run: Run, call: "_Call") -> str:
+def _one(run: Run, call: Call) -> str:
     """Verb after verb; why it failed, or nothing."""
     saved = run.workdir / "config.json"
     same = saved.is_file() and json.loads(saved.read_text()) == plain(run.config)
@@ -192,61 +212,6 @@ def _add_time(path: Path, verb: str, seconds: float) -> None:
     """Adds up what all attempts at a verb took."""
     times = json.loads(path.read_text()) if path.is_file() else {}
     files.write_json(path, times | {verb: round(times.get(verb, 0.0) + seconds, 1)})
-
-
-class _Call:
-    """Runs a command, its words to the log file and to ours; returns exit code and last line."""
-
-    def __init__(self) -> None:
-        self.child: subprocess.Popen[str] | None = None
-        self.asked = False
-
-    def __call__(self, command: Sequence[str], log: Path) -> tuple[int, str]:
-        if self.asked:
-            raise Stopped("asked to stop")
-        last = "no word of why"
-        with (
-            log.open("a") as file,
-            subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            ) as self.child,
-        ):
-            file.write(f"$ {shlex.join(command)}\n")
-            assert self.child.stdout is not None  # it is a pipe
-            for line in self.child.stdout:
-                file.write(line)
-                file.flush()
-                last = line.strip() or last
-                sys.stderr.write(f"  {line}")
-        code = self.child.returncode
-        if self.asked and code:
-            raise Stopped("asked to stop")
-        return code, last
-
-    def stop(self, *_: object) -> None:
-        """Passes the request on; a training saves before it ends."""
-        self.asked = True
-        if self.child is not None and self.child.poll() is None:
-            self.child.terminate()
-
-
-@contextmanager
-def _children() -> Iterator[_Call]:
-    """Hands SIGTERM to the child while it lasts, and lets the runs share compiled programs."""
-    call = _Call()
-    before = signal.signal(signal.SIGTERM, call.stop)
-    try:
-        yield call
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if call.child is not None and call.child.poll() is None:
-            call.child.terminate()
-            call.child.wait()
 
 
 def share_programs(folder: Path) -> None:

@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from bhsd_jax.verbs.series import VERBS, Run
 logger = logging.getLogger(__name__)
 
 SCRIPT = Path("launch/slurm.sh")
+_SINGLE = ("--nodes=1", "--ntasks=1", "--ntasks-per-node=1")
 
 
 def submit(
@@ -22,6 +22,7 @@ def submit(
     prepare: Mapping[Run, Sequence[str]],
     report: Sequence[str],
     options: str,
+    out: Path,
 ) -> list[str]:
     """Queues what is not queued yet; returns the ids of the jobs of the runs.
 
@@ -30,16 +31,20 @@ def submit(
         runs: Those that are not finished.
         prepare: The command that makes a run's shards, for runs whose shards are not there.
         report: The command that writes the report, whatever became of the runs.
-        options: For `sbatch`, of the jobs that train.
+        options: For `sbatch`, of every job: account, partition, ... The jobs of shards and report
+            stay on one node, with the GPUs that the options ask for, as some partitions demand.
+        out: Folder of their logs.
 
     Raises:
         ValueError: If Slurm is not there or refuses; says its words.
     """
     if shutil.which("sbatch") is None:
         raise ValueError("--slurm: no `sbatch` on the PATH; run on a login node, or without it")
+    given = shlex.split(options)
     queued = set(_call("squeue", "--me", "--noheader", "--format=%j").split())
     shards: dict[tuple[str, ...], str] = {}
     jobs = []
+    out.mkdir(parents=True, exist_ok=True)
     for run in runs:
         title = f"{name}-{run.row}-s{run.seed}"
         if title in queued:
@@ -49,25 +54,29 @@ def submit(
         if run in prepare:
             command = tuple(prepare[run])
             if command not in shards:
-                shards[command] = _job(f"{name}-shards", ["--nodes=1"], f"--wrap={_line(command)}")
-            after = [f"--dependency=afterok:{shards[command]}"]
+                single = ["--cpus-per-task=8", *given, *_SINGLE, _log(out, "shards")]
+                shards[command] = _job(f"{name}-shards", single, f"--wrap={_line(command)}")
+                logger.info("%s-shards is job %s", name, shards[command])
+            # Without its shards a run would wait for ever.
+            after = [f"--dependency=afterok:{shards[command]}", "--kill-on-invalid-dep=yes"]
         run.workdir.mkdir(parents=True, exist_ok=True)
-        log = f"--output={run.workdir}/slurm-%j.log"
-        jobs.append(
-            _job(
-                title,
-                [*after, log, *shlex.split(options)],
-                *(str(SCRIPT), *run.arguments, f"--workdir={run.workdir}"),
-                after=" ".join(VERBS[1:]),
-            )
+        words = (str(SCRIPT), *run.arguments, f"--workdir={run.workdir}")
+        job = _job(
+            title, [*given, *after, _log(run.workdir, "")], *words, after=" ".join(VERBS[1:])
         )
-        logger.info("%s is job %s", title, jobs[-1])
+        jobs.append(job)
+        logger.info("%s is job %s", title, job)
     if jobs:
-        after = [f"--dependency=afterany:{':'.join(jobs)}", "--nodes=1"]
-        logger.info(
-            "the report is job %s", _job(f"{name}-report", after, f"--wrap={_line(report)}")
-        )
+        single = [*given, *_SINGLE, _log(out, "report"), f"--dependency=afterany:{':'.join(jobs)}"]
+        made = _job(f"{name}-report", single, f"--wrap={_line(report)}")
+        logger.info("the report is job %s", made)
     return jobs
+
+
+def _log(folder: Path, title: str) -> str:
+    """Where a job's words go; `%` is Slurm's own sign there."""
+    path = str(folder).replace("%", "%%")
+    return f"--output={path}/slurm-{f'{title}-' if title else ''}%j.log"
 
 
 def _job(title: str, options: Sequence[str], *command: str, after: str = "") -> str:
@@ -81,13 +90,15 @@ def _line(command: Sequence[str]) -> str:
 
 
 def _call(*command: str, after: str = "") -> str:
-    environment = os.environ | ({"BHSD_AFTER": after} if after else {})
+    # In a job of its own right: what Slurm told the one we may be called from is not for it.
+    kept = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") or name in kept
+    }
+    environment |= {"BHSD_AFTER": after} if after else {}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{shlex.join(command)}: {done.stderr.strip() or done.returncode}")
     return done.stdout
-
-
-def python(module: str, *arguments: str) -> list[str]:
-    """A command of this environment."""
-    return [sys.executable, "-m", module, *arguments]

@@ -21,7 +21,8 @@ def cli(arguments: Sequence[str]) -> int:
         ValueError: If an option or a setting is not accepted.
     """
     options = _parser().parse_args(arguments)
-    again = [sys.executable, "-m", "bhsd_jax.verbs.sweep", *arguments]
+    paths = launch.enter_home(options, "out", "shards", "list")
+    again = [sys.executable, "-m", "bhsd_jax.verbs.sweep", *arguments, *paths]
     return launch.launch(make_study(options), options, again)
 
 

@@ -20,9 +20,10 @@ def cli(arguments: Sequence[str]) -> int:
         ValueError: If an option or a row is not accepted.
     """
     options = _parser().parse_args(arguments)
+    paths = launch.enter_home(options, "root", "out", "shards")
     table = importlib.import_module(f"configs.{options.table}").TABLE
     _make_out(options)
-    again = [sys.executable, "-m", "bhsd_jax.verbs.tables", *arguments]
+    again = [sys.executable, "-m", "bhsd_jax.verbs.tables", *arguments, *paths]
     return launch.launch(make_study(table, options), options, again)
 
 

@@ -132,10 +132,17 @@ def test_slurm_gets_shards_then_runs_then_the_report(cluster):
         line.split("|")[:-1] for line in (cluster / "jobs").read_text().splitlines()
     )
     assert "--job-name=table2-shards" in shards
+    for job in (shards, report):
+        assert {"--partition=gpu", "--gpus-per-node=1", "--nodes=1", "--ntasks=1"} <= set(job)
     assert any("bhsd_jax.main preprocess" in word for word in shards)
     for job, row in ((first, "suponly"), (second, "cps")):
         assert job[0] == "predict evaluate report"
-        assert {"--dependency=afterok:101", "--partition=gpu", "--gpus-per-node=1"} <= set(job)
+        assert {
+            "--dependency=afterok:101",
+            "--kill-on-invalid-dep=yes",
+            "--partition=gpu",
+            "--gpus-per-node=1",
+        } <= set(job)
         assert f"--job-name=table2-{row}-s1" in job
         at = job.index("launch/slurm.sh")
         assert job[at + 1].startswith(f"--config=configs/table2.py:{row},seed=1")
@@ -168,7 +175,7 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("codes", "code", "verbs", "requeued"),
-    [
+    [  # tests/slurm runs it on a real Slurm
         ({}, 0, ["train", "predict", "evaluate", "report"], False),
         ({"train": 75}, 75, ["train"], True),
         ({"train": 1}, 1, ["train"], False),
@@ -178,10 +185,12 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
 )
 def test_the_job_runs_verb_after_verb(tmp_path, codes, code, verbs, requeued):
     (tmp_path / "tools").mkdir()
-    (tmp_path / "tools" / "env").touch()
+    # A shell option that it leaves behind must not end the job before it is queued again.
+    (tmp_path / "tools" / "env").write_text("set -e\n")
     cases = "".join(f"{verb}) exit {number};; " for verb, number in codes.items())
     programs = {
         "srun": '#!/bin/sh\nwhile [ "$1" != python ]; do shift; done\n"$@"\n',
+        "squeue": "#!/bin/sh\necho RUNNING\n",
         "python": f'#!/bin/sh\necho "$3" >> verbs\ncase "$3" in {cases} *) exit 0;; esac\n',
         "scontrol": "#!/bin/sh\ntouch requeued\n",
     }
@@ -195,7 +204,7 @@ def test_the_job_runs_verb_after_verb(tmp_path, codes, code, verbs, requeued):
         "BHSD_AFTER": "predict evaluate report",
     }
     done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "slurm.sh"), "--config=x"],
+        ["bash", str(ROOT / "launch" / "slurm.sh"), "--config=x", f"--workdir={tmp_path}"],
         env=environment,
         check=False,
         capture_output=True,

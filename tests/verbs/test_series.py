@@ -12,7 +12,8 @@ from typing import ClassVar
 import pytest
 
 from bhsd_jax import files
-from bhsd_jax.verbs import series
+from bhsd_jax.train import checkpoint_files
+from bhsd_jax.verbs import places, series
 from bhsd_jax.verbs.series import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
@@ -37,7 +38,7 @@ def test_a_run_is_finished_when_its_own_results_are_there(make, finish):
     assert not series.is_finished(run)
     (run.workdir / "summary.json").touch()
     assert series.is_finished(run)
-    (run.workdir / "checkpoints" / "4" / "commit_success.txt").unlink()
+    (run.workdir / "checkpoints" / "4" / checkpoint_files.SUMS).unlink()
     assert not series.is_finished(run), "half-trained, and scored by hand"
 
 
@@ -111,6 +112,119 @@ def test_a_training_that_was_asked_to_stop_ends_the_series(scripted):
     with pytest.raises(series.Stopped, match="suponly, seed 0 was asked"):
         series.perform(scripted)
     assert not scripted[1].workdir.exists()
+
+
+GATHER = """
+import os, pathlib, sys, time
+folder = pathlib.Path({folder!r})
+(folder / {row!r}).write_text(os.environ.get('CUDA_VISIBLE_DEVICES', 'unset'))
+begun = time.monotonic()
+while len(list(folder.iterdir())) < {count}:  # all run at the same time, or none ends well
+    time.sleep(0.02)
+    if time.monotonic() - begun > 30:
+        sys.exit('train: alone')
+"""
+
+
+def gather(tmp_path, count, rows=("suponly", "ict", "cps")):
+    folder = tmp_path / "met"
+    folder.mkdir()
+    for row in rows:
+        script = GATHER.format(folder=str(folder), row=row, count=count)
+        Script.scripts[row, "train"] = script
+    return folder
+
+
+def test_runs_go_on_side_by_side_each_on_its_own_gpu(scripted, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5a,6")
+    folder = gather(tmp_path, 3)
+    Script.scripts["ict", "predict"] = "import sys; sys.exit('predict: no checkpoint')"
+    seen = []
+    failures = series.perform(
+        scripted, lambda so_far: seen.append(len(so_far)), places.share(3, option="--jobs")
+    )
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "suponly": "4",
+        "ict": "GPU-5a",
+        "cps": "6",
+    }
+    assert [f.run.row for f in failures] == ["ict"], "the others went on"
+    assert len(seen) == 3
+    for run in scripted:
+        assert "train" in json.loads((run.workdir / "wall.json").read_text())
+        assert (run.workdir / "log.txt").is_file()
+
+
+def test_a_place_serves_one_run_after_the_other(scripted, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    lines = "import os; print('here', os.environ['CUDA_VISIBLE_DEVICES'])"
+    Script.scripts = {(run.row, "train"): lines for run in scripted}
+    assert series.perform(scripted, places=places.share(2, option="--jobs")) == []
+    used = {run.row: (run.workdir / "log.txt").read_text() for run in scripted}
+    assert "here 0" in used["suponly"]
+    assert "here 1" in used["ict"]
+    assert "here" in used["cps"]
+
+
+def test_stopping_stops_all_runs_and_waits_for_them(scripted, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    wait = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(0.5); print('saved', flush=True); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "print('up', flush=True)\n"
+        "time.sleep(60)"
+    )
+    Script.scripts = {("suponly", "train"): wait, ("ict", "train"): wait}
+    logs = [run.workdir / "log.txt" for run in scripted[:2]]
+
+    def terminate():
+        while not all(log.is_file() and "\nup" in log.read_text() for log in logs):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(series.Stopped):
+        series.perform(scripted, places=places.share(2, option="--jobs"))
+    thread.join()
+    assert all("saved" in log.read_text() for log in logs)
+    assert not scripted[2].workdir.exists()
+
+
+def test_places_share_what_there_is(monkeypatch):
+    for listed, count, want, idle in (
+        ("0,1,2", 3, ["0", "1", "2"], []),
+        ("0,1,2", 2, ["0", "1"], ["2"]),
+        ("7,5,3,1", 2, ["7,5", "3,1"], []),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+        shared = places.share(count, option="--jobs")
+        assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in shared] == want
+        assert places.idle(count) == idle
+    assert places.share(1, option="--jobs")[0].environment == {}, "one has all"
+    with pytest.raises(ValueError, match=r"--jobs: 5 processes do not fit 4 GPUs \(7, 5, 3, 1\)"):
+        places.share(5, option="--jobs")
+    with pytest.raises(ValueError, match="at least 1"):
+        places.share(0, option="--jobs")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert places.gpus() == []
+    shared = places.share(2, option="--jobs")
+    assert [dict(place.environment) for place in shared] == [{}, {}]
+    cores = [place.prefix[-1] for place in shared if place.prefix]
+    assert len(set(cores)) == len(cores), "no core has two"
+
+
+def test_the_driver_is_asked_where_nobody_chose(tmp_path, monkeypatch):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'; echo 'GPU 1: A (UUID: y)'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert places.gpus() == ["0", "1"]
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert places.gpus() == []
 
 
 def test_sigterm_reaches_the_training(scripted):

@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# A run on a TPU slice of Google Cloud, from queued resource to training on all of its hosts:
+#   launch/tpu_vm.sh create NAME --zone=us-east5-a --type=v6e-16 [--spot] [--version=...] [--project=...]
+#   launch/tpu_vm.sh wait   NAME --zone=us-east5-a        until it is there
+#   launch/tpu_vm.sh setup  NAME --zone=us-east5-a        copies the code, makes the environment
+#   launch/tpu_vm.sh run    NAME --zone=us-east5-a -- train --config=configs/cps.py:data=bhsd --workdir=/mnt/runs/cps
+#   launch/tpu_vm.sh stop   NAME --zone=us-east5-a        SIGTERM: saves and ends with 75
+#   launch/tpu_vm.sh delete NAME --zone=us-east5-a
+# --dry-run prints the commands of gcloud and runs none. A run goes on when the connection breaks; `run`
+# again is refused while it does. The folder of the run must be one that all hosts share (Filestore, or a
+# bucket by gcsfuse), and JAX finds the hosts by itself.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+die() {
+  echo "launch/tpu_vm.sh: $*" >&2
+  exit 2
+}
+
+step='' name='' zone='' type='' version='' dry='' where=() spot=() verb=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --) shift && verb=("$@") && break ;;
+    --zone=*) zone=${1#*=} && where+=("$1") ;;
+    --project=*) where+=("$1") ;;
+    --type=*) type=${1#*=} ;;
+    --version=*) version=${1#*=} ;;
+    --spot) spot=(--spot) ;;
+    --dry-run) dry=yes ;;
+    -*) die "no option ${1%%=*}; $(sed -n '3s/^# *//p' "${BASH_SOURCE[0]}")" ;;
+    *) if [ -z "$step" ]; then step=$1; elif [ -z "$name" ]; then name=$1; else die "one NAME, got $name and $1"; fi ;;
+  esac
+  shift
+done
+if [ -z "$name" ] || [ -z "$zone" ]; then
+  die "needs a step, a NAME and --zone=...; the top of this file has all steps"
+fi
+
+# Words as any shell reads them back, each as it is.
+quoted() {
+  local word single="'\\''"
+  for word in "$@"; do
+    case "$word" in
+      '' | *[!A-Za-z0-9_./:=,@%+-]*) printf " '%s'" "${word//"'"/"$single"}" ;;
+      *) printf ' %s' "$word" ;;
+    esac
+  done
+}
+say() {
+  local line
+  line=$(quoted "$@")
+  echo "${line# }"
+}
+do_or_say() {
+  if [ -n "$dry" ]; then say "$@"; else "$@"; fi
+}
+
+# Runs lines of bash on every host; more words are their arguments, whatever is in them.
+on_all() {
+  local lines=$1 words
+  shift
+  words=$(quoted bash -c "$lines" all "$@")
+  do_or_say gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="${words# }"
+}
+
+create() {
+  [ -n "$type" ] || die "create needs --type=, such as v6e-16"
+  if [ -z "$version" ]; then
+    case "$type" in
+      v6e-*) version=v2-alpha-tpuv6e ;;
+      v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+      v5p-*) version=v2-alpha-tpuv5 ;;
+      v[234]-*) version=tpu-ubuntu2204-base ;;
+      *) die "no runtime is known for $type; name one with --version=" ;;
+    esac
+  fi
+  do_or_say gcloud compute tpus queued-resources create "$name" --node-id="$name" "${where[@]}" \
+    --accelerator-type="$type" --runtime-version="$version" "${spot[@]}"
+}
+
+wait_for_it() {
+  local state ask=(gcloud compute tpus queued-resources describe "$name" "${where[@]}" '--format=value(state.state)')
+  if [ -n "$dry" ]; then
+    say "${ask[@]}"
+    return
+  fi
+  while :; do
+    state=$("${ask[@]}")
+    case "$state" in
+      ACTIVE) return ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING)
+        die "$name is $state; delete it and create it anew"
+        ;;
+    esac
+    echo "$name is $state ... $SECONDS s"
+    sleep "${POLL_S:-15}"
+  done
+}
+
+setup() {
+  local code
+  code=$(mktemp -d)
+  # shellcheck disable=SC2064
+  trap "rm -rf $(printf %q "$code")" EXIT
+  git ls-files -z --cached --others --exclude-standard | tar --create --gzip --null --files-from=- --file="$code/bhsd_jax.tgz"
+  do_or_say gcloud compute tpus tpu-vm scp "$code/bhsd_jax.tgz" "$name:" "${where[@]}" --worker=all
+  # shellcheck disable=SC2016
+  on_all '
+    set -e
+    mkdir -p bhsd_jax && tar -xzf bhsd_jax.tgz -C bhsd_jax && cd bhsd_jax
+    export PATH="$HOME/.local/bin:$PATH"
+    command -v uv >/dev/null || python3 -m pip install --quiet --user uv
+    python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" || uv python install 3.12
+    BHSD_EXTRAS=tpu tools/env'
+}
+
+run() {
+  [ "${#verb[@]}" -gt 0 ] || die "run needs -- VERB --config=... --workdir=..."
+  # In a session of its own: it outlives the connection.
+  # shellcheck disable=SC2016
+  on_all '
+    cd bhsd_jax || exit
+    export PATH="$HOME/.local/bin:$PATH" BHSD_EXTRAS=tpu
+    if kill -0 "$(cat ../bhsd.pid 2>/dev/null)" 2>/dev/null; then
+      echo "$(hostname): a run goes on already; stop it first" >&2
+      exit 1
+    fi
+    source tools/env || exit
+    setsid python -m bhsd_jax.main "$@" </dev/null >../bhsd.log 2>&1 &
+    echo $! >../bhsd.pid
+    tail --pid=$! -n +1 -f ../bhsd.log
+    wait $!' "${verb[@]}"
+}
+
+stop() {
+  # shellcheck disable=SC2016
+  on_all 'kill -TERM "$(cat bhsd.pid)" && tail --pid="$(cat bhsd.pid)" -n 3 -f bhsd.log'
+}
+
+case "$step" in
+  create) create ;;
+  wait) wait_for_it ;;
+  setup) setup ;;
+  run) run ;;
+  stop) stop ;;
+  delete) do_or_say gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet ;;
+  *) die "no step '$step'; there are create, wait, setup, run, stop and delete" ;;
+esac

@@ -1,0 +1,254 @@
+"""The files of `launch/` and the shell of `tools/`, without the clusters they are for.
+
+`tests/slurm` runs those of Slurm on a real one.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHELL = [
+    path
+    for folder in ("launch", "tools", ".ci", "tests/slurm")
+    for path in sorted((ROOT / folder).iterdir())
+    if path.is_file() and path.read_bytes().startswith((b"#!/usr/bin/env bash", b"#!/bin/bash"))
+]
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck on the PATH")
+def test_shellcheck_finds_nothing():
+    assert len(SHELL) >= 12
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", *SHELL],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
+def test_shell_parses_and_may_be_run(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    assert (
+        os.access(path, os.X_OK)
+        or path.suffix in (".sbatch",)
+        or path.name
+        in (
+            "env",
+            "slurm.sh",
+        )
+    )
+
+
+# ---- tpu_vm.sh, with a `gcloud` that notes its words and does on this machine what ssh would do
+
+GCLOUD = """#!/usr/bin/env python3
+import json, os, pathlib, shlex, shutil, subprocess, sys
+
+here = pathlib.Path(os.environ["FAKE"])
+with (here / "calls").open("a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+words = sys.argv[1:]
+home = here / "remote home"
+home.mkdir(exist_ok=True)
+if "describe" in words:
+    states = (here / "states").read_text().split()
+    (here / "states").write_text(" ".join(states[1:]))
+    print(states[0])
+if "scp" in words:
+    shutil.copy(words[words.index("scp") + 1], home)
+for word in words:
+    if word.startswith("--command="):  # as sshd: one line for the shell of that machine
+        line = word.removeprefix("--command=")
+        environment = os.environ | {"HOME": str(home)}
+        sys.exit(subprocess.run(["sh", "-c", line], cwd=home, env=environment).returncode)
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gcloud").write_text(GCLOUD)
+    (tmp_path / "bin" / "gcloud").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    monkeypatch.setenv("POLL_S", "0.01")
+    return tmp_path
+
+
+def tpu_vm(*words, code=0, **more):
+    done = subprocess.run(
+        [ROOT / "launch" / "tpu_vm.sh", *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd="/",
+        timeout=60,
+        **more,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def calls(cloud):
+    path = cloud / "calls"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+STEPS = (
+    ["create", "pod 1", "--zone=us-east5-a", "--type=v6e-16", "--spot", "--project=p"],
+    ["wait", "pod 1", "--zone=us-east5-a"],
+    ["setup", "pod 1", "--zone=us-east5-a"],
+    ["run", "pod 1", "--zone=us-east5-a", "--", "train", "--config=a", "--workdir=/a b"],
+    ["stop", "pod 1", "--zone=us-east5-a"],
+    ["delete", "pod 1", "--zone=us-east5-a"],
+)
+
+
+@pytest.mark.parametrize("words", STEPS, ids=lambda words: words[0])
+def test_a_dry_run_prints_what_would_be_called_and_calls_nothing(cloud, words):
+    printed = tpu_vm("--dry-run", *words).stdout
+    assert calls(cloud) == []
+    for command in re.split(r"^(?=gcloud )", printed, flags=re.M)[1:]:
+        parsed = shlex.split(command)
+        assert parsed[:3] == ["gcloud", "compute", "tpus"]
+        assert "pod 1" in [word.removesuffix(":") for word in parsed]
+        assert "--zone=us-east5-a" in parsed
+
+
+def test_create_asks_for_a_queued_resource(cloud):
+    tpu_vm(*STEPS[0])
+    assert calls(cloud) == [
+        [
+            *("compute", "tpus", "queued-resources", "create", "pod 1", "--node-id=pod 1"),
+            *("--zone=us-east5-a", "--project=p", "--accelerator-type=v6e-16"),
+            *("--runtime-version=v2-alpha-tpuv6e", "--spot"),
+        ]
+    ]
+    tpu_vm("delete", "pod 1", "--zone=z")
+    assert calls(cloud)[-1][2:] == [
+        *("queued-resources", "delete", "pod 1", "--zone=z", "--force", "--quiet")
+    ]
+
+
+def test_wait_ends_when_it_is_there_or_lost(cloud):
+    (cloud / "states").write_text("ACCEPTED PROVISIONING ACTIVE FAILED")
+    assert "pod is PROVISIONING" in tpu_vm("wait", "pod", "--zone=z").stdout
+    assert len(calls(cloud)) == 3
+    assert "pod is FAILED; delete it" in tpu_vm("wait", "pod", "--zone=z", code=2).stderr
+
+
+def test_the_code_gets_there_and_arguments_arrive_as_they_are(cloud):
+    tool = cloud / "bin" / "uv"
+    tool.write_text("#!/bin/sh\nexit 0\n")
+    tool.chmod(0o755)
+    home = cloud / "remote home"
+    environment = os.environ | {"PATH": f"{cloud / 'bin'}:/usr/bin:/bin"}
+    code = home / "bhsd_jax"
+    done = subprocess.run(
+        [ROOT / "launch" / "tpu_vm.sh", "setup", "pod", "--zone=z"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment | {"UV_OFFLINE": "1"},
+        timeout=60,
+    )
+    assert [word for call in calls(cloud) for word in ("scp", "ssh") if word in call] == [
+        "scp",
+        "ssh",
+    ]
+    assert (code / "bhsd_jax" / "main.py").is_file(), done.stderr
+    assert (code / "launch" / "tpu_vm.sh").is_file()
+    assert "lacks all of it" in done.stderr, "the real tools/env was called, and uv did nothing"
+    (code / "tools" / "env").write_text(f'export PATH="{cloud}/python:$PATH"\n')
+    (cloud / "python").mkdir()
+    (cloud / "python" / "python").write_text(
+        '#!/usr/bin/env bash\nprintf "<%s>" "$@" "$BHSD_EXTRAS"; exit 75\n'
+    )
+    (cloud / "python" / "python").chmod(0o755)
+    words = [
+        "train",
+        "--config=configs/cps.py:data=bhsd",
+        "--workdir=/a b/'c\"",
+        "$HOME;`id`",
+        "",
+        "*\n",
+    ]
+    said = tpu_vm("run", "pod", "--zone=z", "--", *words, code=75).stdout
+    want = "".join(f"<{word}>" for word in ["-m", "bhsd_jax.main", *words, "tpu"])
+    assert said == want
+
+
+def test_a_run_that_goes_on_is_stopped_with_sigterm(cloud):
+    home = cloud / "remote home"
+    (home / "bhsd_jax" / "tools").mkdir(parents=True)
+    (home / "bhsd_jax" / "tools" / "env").write_text(f'export PATH="{cloud}/python:$PATH"\n')
+    (cloud / "python").mkdir()
+    (cloud / "python" / "python").write_text(
+        "#!/usr/bin/env bash\ntrap 'sleep 0.5; echo saved; exit 75' TERM\n"
+        "echo up; sleep 30 & wait\n"
+    )
+    (cloud / "python" / "python").chmod(0o755)
+    with subprocess.Popen(
+        [ROOT / "launch" / "tpu_vm.sh", "run", "pod", "--zone=z", "--", "train"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as run:
+        assert run.stdout.readline() == "up\n"
+        second = tpu_vm("run", "pod", "--zone=z", "--", "train", code=1)
+        assert "a run goes on already" in second.stderr
+        assert "saved" in tpu_vm("stop", "pod", "--zone=z").stdout
+        assert run.wait(timeout=20) == 75
+
+
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [
+        ([], "needs a step, a NAME and --zone="),
+        (["create", "pod", "--zone=z"], "create needs --type="),
+        (["create", "pod", "--zone=z", "--type=v9-8"], "no runtime is known for v9-8"),
+        (["run", "pod", "--zone=z"], "run needs -- VERB"),
+        (["fly", "pod", "--zone=z"], "no step 'fly'; there are create"),
+        (["wait", "pod", "--zoned=z"], "no option --zoned"),
+    ],
+)
+def test_wrong_words_are_said(cloud, words, want):
+    assert want in tpu_vm(*words, code=2).stderr
+    assert calls(cloud) == []
+
+
+# ---- Containerfile
+
+
+def test_the_image_has_what_the_project_declares():
+    text = (ROOT / "launch" / "Containerfile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    named = set(re.findall(r"--extra ([a-z-]+)", text))
+    assert named
+    assert named <= set(extras)
+    assert {"cuda", "tpu"} <= set(extras)
+    for source in re.findall(r"^COPY (.+) \S+$", text, flags=re.M):
+        assert all((ROOT / name).exists() for name in source.split())
+    env = (ROOT / "tools" / "env").read_text()
+    for variable in re.findall(r"MALLOC_\w+=\d+", env):
+        assert variable in text
+    assert text.index("USER 1000") < text.index("ENTRYPOINT")
+
+
+@pytest.mark.skipif(not shutil.which("hadolint"), reason="no hadolint on the PATH")
+def test_hadolint_finds_nothing():
+    file = ROOT / "launch" / "Containerfile"
+    done = subprocess.run(["hadolint", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,174 @@
+"""Several processes of one machine: started, stopped and ended together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bhsd_jax.verbs import local
+
+ROOT = Path(__file__).parents[2]
+
+SAVES = """
+import signal, sys, time
+def save(*_):
+    time.sleep(0.3); print('saved', flush=True); sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+print('up', flush=True)
+time.sleep(100)
+"""
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(100)
+"""
+
+
+def group(*scripts):
+    """A program that runs the scripts as one group, in a process of its own."""
+    lines = (
+        "import sys\nfrom bhsd_jax.verbs import local\n"
+        "local._LAST_WORDS_S, local._KILL_S = 4.0, 1.0\n"
+        f"scripts = {scripts!r}\n"
+        "commands = [[sys.executable, '-c', script] for script in scripts]\n"
+        "sys.exit(local.Group(commands, [{} for _ in scripts]).run())\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", lines],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def up(path):
+    return f"import os, pathlib; pathlib.Path({str(path)!r}).write_text(str(os.getpid()))\n"
+
+
+def wait_for(paths, seconds=30):
+    begun = time.monotonic()
+    while not all(path.is_file() and path.read_text() for path in paths):
+        assert time.monotonic() - begun < seconds
+        time.sleep(0.02)
+    return [int(path.read_text()) for path in paths]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_all_well_is_0_and_others_are_prefixed():
+    whole = group("print('first')", "print('second')", "")
+    out, err = whole.communicate(timeout=30)
+    assert whole.returncode == 0
+    assert out == "first\n"
+    assert "[1] second\n" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_reaches_all_and_they_save(tmp_path, number):
+    marks = [tmp_path / "0", tmp_path / "1"]
+    whole = group(*(SAVES.replace("print('up', flush=True)", up(mark)) for mark in marks))
+    pids = wait_for(marks)
+    whole.send_signal(number)
+    out, err = whole.communicate(timeout=30)
+    assert whole.returncode == 75
+    assert "saved" in out
+    assert "[1] saved" in err
+    assert not any(map(is_alive, pids))
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)]
+)
+def test_one_that_dies_ends_the_others_and_its_code_counts(tmp_path, end, code):
+    mark = tmp_path / "mark"
+    whole = group(up(mark) + STUBBORN, f"import sys, time; time.sleep(1); {end}")
+    begun = time.monotonic()
+    _, err = whole.communicate(timeout=60)
+    assert whole.returncode == code
+    assert f"a process ended with {code}; ending 1" in err
+    assert time.monotonic() - begun < 30
+    assert not is_alive(int(mark.read_text()))
+
+
+def test_nobody_is_left_when_the_launcher_is_killed(tmp_path):
+    marks = [tmp_path / "0", tmp_path / "1"]
+    whole = group(*(up(mark) + "import time; time.sleep(100)" for mark in marks))
+    pids = wait_for(marks)
+    whole.kill()
+    whole.communicate(timeout=30)
+    begun = time.monotonic()
+    while any(map(is_alive, pids)):
+        assert time.monotonic() - begun < 10
+        time.sleep(0.05)
+
+
+def test_each_process_knows_its_number_and_its_devices(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    made = {}
+
+    class Recorded(local.Group):
+        def run(self):
+            made["commands"], made["environments"] = self.commands, self.environments
+            return 0
+
+    monkeypatch.setattr(local, "Group", Recorded)
+    assert local.cli(["3", "train", "--config=x", "--workdir=a b"]) == 0
+    assert made["commands"][2][1:] == [
+        "-m",
+        "bhsd_jax.main",
+        "train",
+        "--config=x",
+        "--workdir=a b",
+    ]
+    addresses = {each["JAX_COORDINATOR_ADDRESS"] for each in made["environments"]}
+    assert len(addresses) == 1
+    for index, each in enumerate(made["environments"]):
+        assert each["JAX_COORDINATOR_BIND_ADDRESS"].startswith("127.0.0.1:"), "not from outside"
+        assert each["JAX_PROCESS_ID"] == str(index)
+        assert each["JAX_NUM_PROCESSES"] == "3"
+        assert each["CUDA_VISIBLE_DEVICES"] == "356"[index]
+    assert local.cli(["1", "report", "--config=x"]) == 0
+    assert made["environments"] == [{}], "one process needs to meet nobody"
+
+
+def test_wrong_words_are_one_line():
+    for words in ([], ["2"], ["two", "train"], ["2", "--config=x"]):
+        with pytest.raises(ValueError, match=r"launch/local.sh N VERB --config="):
+            local.cli(words)
+    with pytest.raises(ValueError, match="local: N: needs at least 1; got 0"):
+        local.cli(["0", "train"])
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_command(tmp_path):
+    config = [
+        "--config=configs/suponly.py:smoke",
+        f"--config.preprocess.shards={tmp_path}/shards",
+        f"--workdir={tmp_path}",
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    for count, verb in (("1", "preprocess"), ("2", "train")):
+        done = subprocess.run(
+            [ROOT / "launch" / "local.sh", count, verb, *config],
+            cwd=tmp_path,
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "process 0 of 2" in done.stderr
+    assert "[1] " in done.stderr
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) >= 4, "one of them writes"
