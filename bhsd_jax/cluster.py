@@ -1,5 +1,6 @@
 """Which of how many processes this is, as flags and environment tell; without JAX."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -89,6 +90,11 @@ def find(
             f"{found.source}: process {found.index} of {found.count}; they count from 0"
         )
     return found
+
+
+def is_likely(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this machine may be one of several by what `find` does not look at."""
+    return "KUBERNETES_SERVICE_HOST" in environment or bool(importlib.util.find_spec("libtpu"))
 
 
 def missing(place: Place) -> str:

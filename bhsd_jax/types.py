@@ -50,6 +50,11 @@ def nothing_known(weak: Array | None, *logits: Array) -> tuple[Array | float, Me
     return 0.0, {}
 
 
+def in_turn(one: Callable[..., Any], *arguments: dict[str, Any]) -> dict[str, Any]:
+    """Results of one function for every twin, one twin after another; all dicts by twin."""
+    return {twin: one(*(each[twin] for each in arguments)) for twin in arguments[0]}
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
@@ -73,6 +78,9 @@ class Learner:
     ema: Params | None
     step: Int[Array, ""]
     steps: int  # length of the whole training
+    # (function, its arguments, each by twin) -> its results by twin: what runs the networks of an
+    # objective with twins, for they may lie on different devices.
+    each_twin: Callable[..., dict[str, Any]] = in_turn
     # Slice labels (`objectives/weak.py`), each a no-op when off. Teachers' logits go through
     # `gate`, and the full-resolution logits of every trained network through `weak`.
     gate: Callable[[Array, Array | None], Array] = all_possible  # (logits, weak) -> logits

@@ -7,13 +7,14 @@ plan's `transpose` puts another anatomical axis first.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from bhsd_jax import files
 
 Shape = tuple[int, int, int]
 Millimeters = tuple[float, float, float]  # D, H, W
@@ -202,12 +203,14 @@ class Plan:
 
         Raises:
             FileNotFoundError: If there is none; says which verb writes it.
+            ValueError: If it is damaged; names the file.
         """
         path = Path(path)
         path = path / "plan.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no plan; run the verb `preprocess` first")
-        return cls.from_json(json.loads(path.read_text()))
+        remedy = "run what writes it again: `preprocess` that of shards, `train` that of a run"
+        return files.read_json(path, cls.from_json, remedy=remedy)
 
 
 @runtime_checkable

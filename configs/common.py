@@ -277,6 +277,10 @@ def _train() -> dict:
         "validate_every": 5_000,  # steps; whole volumes by sliding window
         "validate_cases": placeholder(int),  # the first so many; None: all
         "save_every": 1_000,  # steps
+        # Parts of a batch that go through the network one after another, for the memory of one;
+        # their gradients are averaged. What counts over the batch counts over a part: batch Dice,
+        # and means over voxels that are sure, inside the scan, or in slices with labels.
+        "accumulate": 1,
         "remat": "none",  # "blocks": recompute activations per stage in the backward pass
         "profile": "",  # steps to trace for xprof, like "10:15", into <workdir>/profile
     }
@@ -284,10 +288,11 @@ def _train() -> dict:
 
 def _mesh() -> dict:
     return {
-        # Devices per axis; -1: all that are left.
-        "data": -1,
-        "model": 1,
-        "space": 1,
+        # Devices per axis; together all there are, or as many as the patches of a step fill.
+        "data": -1,  # groups of devices with patches of their own; -1: all that the others leave
+        "model": 1,  # over which parameters and optimizer are split
+        "space": 1,  # over which the rows (H) of patches are split; with `model`, over both
+        "twins": 1,  # 2: the networks of an objective with twins (CPS) on devices of their own
         # The processes of a run that no cluster tells of: all three here, or in the environment as
         # JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
         "coordinator": "",  # host:port where process 0 listens

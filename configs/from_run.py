@@ -3,12 +3,12 @@
 `from_run.py:runs/cps,infer=fast` changes how it predicts, as the word does in other files.
 """
 
-import json
 from pathlib import Path
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from bhsd_jax import files
 from configs import common
 
 
@@ -17,13 +17,13 @@ def get_config(run: str) -> ml_collections.ConfigDict:
 
     Raises:
         FileNotFoundError: If the folder is not a run.
-        ValueError: If there is no such way to predict; lists the choices.
+        ValueError: If the file is damaged, or there is no such way to predict; lists the choices.
     """
     folder, _, speed = run.partition(",infer=")
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no config; give the folder of a run that was trained")
-    saved = json.loads(path.read_text())
+    saved = files.read_json(path, remedy="run `train` again with the config of that run")
     filled = _fill(saved, common.get_config().to_dict())
     config = ml_collections.ConfigDict(_restore(filled))
     if speed:

@@ -1,6 +1,7 @@
 """Eight fake CPU devices, and shape annotations checked at run time."""
 
 import pkgutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -33,3 +34,29 @@ def key():
 def golden():
     """Folder of small reference files."""
     return GOLDEN
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Makes small file systems of their own: `disk("size=64k")`; whoever may not mount is skipped.
+
+    Called again for the same place, it changes the options: `disk("ro", again=True)`.
+    """
+    place = tmp_path / "disk"
+
+    def mount(options, again=False):
+        place.mkdir(exist_ok=True)
+        words = f"remount,{options}" if again else options
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", words, "tmpfs", str(place)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip(f"no right to mount a file system: {done.stderr.strip()}")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", "--lazy", str(place)], check=True)

@@ -93,7 +93,7 @@ def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     def ops(specs) -> tuple:
         return tuple(build("bhsd_jax.augment", dict(spec)) for spec in specs)
 
-    mesh = meshes.make_mesh()
+    mesh = meshes.make_mesh(batches=(batch,))
     shared = mesh if mesh.size > 1 and sequential else None
     spatial = SpatialChain(ops(config.augment.spatial), preset.patch, sequential, shared)
     intensity = IntensityChain(ops(config.augment.intensity), sequential, shared)
@@ -118,7 +118,7 @@ def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     run()
     if not args.no_step:
         jobs |= bench_step.setup_step(args)[1]
-    return {"device": jax.devices()[0].device_kind}, jobs
+    return {"device": mesh.devices.flat[0].device_kind}, jobs
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     preset = PRESETS[args.preset]
     parts = our_parts(args, preset)
     batch, channels = args.batch or preset.batch, max(args.pad_input, preset.channels)
-    mesh = meshes.make_mesh()
+    mesh = meshes.make_mesh(batches=(batch,))
     rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=rows)
@@ -187,7 +187,7 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
         held[0] = jax.block_until_ready(step(held[0][0], data))
 
     facts = {
-        "device": f"{mesh.size} {jax.devices()[0].device_kind}, jax {jax.__version__}",
+        "device": f"{mesh.size} {mesh.devices.flat[0].device_kind}, jax {jax.__version__}",
         "loss": float(held[0][1]["loss"]),
         "temporaries": getattr(cost, "temp_size_in_bytes", 0),
     }
@@ -239,7 +239,7 @@ def setup_layers(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     from bhsd_jax.train import mesh as meshes
 
     preset, jobs = PRESETS[args.preset], {}
-    mesh = meshes.make_mesh()
+    mesh = meshes.make_mesh(batches=(args.batch or preset.batch,))
     rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
     for index, layer in enumerate(distinct(preset)):
         padding = tuple((k // 2, k // 2) for k in layer.kernel)
@@ -259,7 +259,7 @@ def setup_layers(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
         jobs[f"{index} forward"] = _job(jax.jit(conv), image, kernel)
         backward = jax.jit(both, out_shardings=(rows, rows, everywhere))
         jobs[f"{index} both"] = _job(backward, image, kernel, grad)
-    return {"device": f"{mesh.size} {jax.devices()[0].device_kind}"}, jobs
+    return {"device": f"{mesh.size} {mesh.devices.flat[0].device_kind}"}, jobs
 
 
 def _job(function, *arrays):

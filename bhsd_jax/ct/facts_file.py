@@ -7,8 +7,8 @@ together, and one that is started again goes on where it stopped. A refusal is k
 import dataclasses
 import functools
 import hashlib
+import io
 import json
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,34 @@ def key(case: Case, settings: Mapping[str, Any]) -> str:
 
 
 def load(folder: Path, case: Case, wanted: str) -> Facts | str | None:
-    """Facts, or why the case was refused; None if nothing is known under the key `wanted`."""
+    """Facts, or why the case was refused; None if nothing is known under the key `wanted`.
+
+    A file that is damaged is removed, which a line says: the case is looked at again.
+    """
+    path = _place(folder, case)
     try:
-        with _place(folder, case).open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             head = json.loads(str(stored["head"]))
             if head["key"] != wanted:
                 return None
             if "refused" in head:
                 return head["refused"]
             return Facts(**_tuples(head["facts"]), foreground=stored["foreground"])
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return None  # not there, or half of it: looked at again
+    except Exception as error:  # NumPy parses a damaged header as Python, which raises anything
+        files.discard(path, str(error) or type(error).__name__)
+        return None
 
 
 def save(folder: Path, case: Case, wanted: str, found: Facts | str) -> None:
-    """Keeps facts, or the reason of a refusal, under a key; they replace what was there."""
+    """Keeps facts, or the reason of a refusal, under a key; they replace what was there.
+
+    Raises:
+        faults.WriteError: If the system says no, such as on a full disk.
+    """
     path = _place(folder, case)
     head: dict[str, Any] = {"key": wanted, "case": case.id}
     foreground = np.zeros(0, np.float32)
@@ -58,8 +71,9 @@ def save(folder: Path, case: Case, wanted: str, found: Facts | str) -> None:
         head["facts"] = facts
     else:
         head["refused"] = found
-    with files.replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, head=np.array(json.dumps(head)), foreground=foreground)
+    data = io.BytesIO()
+    np.savez_compressed(data, head=np.array(json.dumps(head)), foreground=foreground)
+    files.write_bytes(path, data.getvalue())
 
 
 def _place(folder: Path, case: Case) -> Path:

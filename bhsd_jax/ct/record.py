@@ -155,14 +155,15 @@ def _split(record: bytes, place: str) -> tuple[dict[str, Any], dict[str, bytes]]
         (length,) = _PREFIX.unpack_from(record)
         start = _PREFIX.size + length
         header = json.loads(record[_PREFIX.size : start])
-    except (ValueError, struct.error) as error:
+        schema, lengths = header["schema"], [int(header["frames"][name]) for name in _ARRAYS]
+    except (ValueError, TypeError, KeyError, struct.error) as error:
         raise damaged(place, "its header cannot be read") from error
-    if header["schema"] != SCHEMA:
-        raise damaged(place, f"schema {header['schema']}, this version reads {SCHEMA}")
+    if schema != SCHEMA:
+        raise damaged(place, f"schema {schema}, this version reads {SCHEMA}")
     frames = {}
-    for name in _ARRAYS:
-        frames[name] = record[start : start + header["frames"][name]]
-        start += header["frames"][name]
+    for name, length in zip(_ARRAYS, lengths, strict=True):
+        frames[name] = record[start : start + length]
+        start += length
     if start != len(record):
         raise damaged(place, f"{len(record)} bytes, its header says {start}")
     return header, frames
@@ -171,8 +172,8 @@ def _split(record: bytes, place: str) -> tuple[dict[str, Any], dict[str, bytes]]
 def damaged(place: str, reason: str) -> ValueError:
     """The error for a record that is not what was written."""
     return ValueError(
-        f"{place}: damaged ({reason}); delete that shard and run the verb `preprocess` again, "
-        "which rewrites only what is missing"
+        f"{place}: damaged ({reason}); run the verb `preprocess` again, which finds damaged shards "
+        "and writes only those anew"
     )
 
 

@@ -3,19 +3,20 @@
 `plan.json` says what was done, `index.json` has one `Entry` per case, sorted by id.
 """
 
+import contextlib
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from bhsd_jax import files
+from bhsd_jax import faults, files
 from bhsd_jax.ct.record import SCHEMA, Prepared, Reader, damaged, pack, unpack
 from bhsd_jax.volume import Plan, Shape
 
+_REMEDY = "run the verb `preprocess` again, which writes it anew"
 _OPTIONS = "group_size:1,uncompressed"  # one record is one read; blosc2 has compressed it already
 
 
@@ -43,20 +44,19 @@ class Shards:
 
         Raises:
             FileNotFoundError: If the folder has no plan or index.
-            ValueError: If the index has another schema.
+            ValueError: If the index is damaged, or has another schema.
         """
         self.folder = Path(folder)
         self.plan = Plan.load(self.folder)
         path = self.folder / "index.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not there; run the verb `preprocess` to its end")
-        index = json.loads(path.read_text())
-        if index["schema"] != SCHEMA:
+        schema, self.entries = files.read_json(path, _parse_index, remedy=_REMEDY)
+        if schema != SCHEMA:
             raise ValueError(
-                f"{path}: schema {index['schema']}, this version reads {SCHEMA}; "
+                f"{path}: schema {schema}, this version reads {SCHEMA}; "
                 "remove the folder and run the verb `preprocess` again"
             )
-        self.entries = tuple(entry_from_json(row) for row in index["entries"])
         self._by_id = {entry.id: entry for entry in self.entries}
 
     def open(self, case: str) -> Reader:
@@ -70,7 +70,7 @@ class Shards:
         if entry is None:
             raise ValueError(f"{self.folder}: no case {case!r} among {len(self.entries)}")
         place = f"{self.folder / entry.shard}, record {entry.record}"
-        return Reader(_read(self.folder / entry.shard, entry.record, place), place)
+        return Reader(_read(self.folder / entry.shard, [entry.record], place)[0], place)
 
     def load(self, case: str) -> Prepared:
         """Reads one case in full and compares it with its digests.
@@ -86,9 +86,12 @@ def write_shard(path: str | Path, prepared: Iterable[Prepared]) -> list[Entry]:
     """Writes cases in the order given, holding one at a time; the file appears when complete.
 
     The same cases give the same bytes. Without any case no file is written.
+
+    Raises:
+        faults.WriteError: If the system says no, such as on a full disk.
     """
     entries: list[Entry] = []
-    with files.replacing(path) as temporary:
+    with files.replacing(path) as temporary, _as_system_error(temporary):
         writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
         try:
             for case in prepared:
@@ -96,7 +99,7 @@ def write_shard(path: str | Path, prepared: Iterable[Prepared]) -> list[Entry]:
                 writer.write(record)
                 entries.append(_describe(header, shard=Path(path).name, record=len(entries)))
         finally:
-            writer.close()
+            writer.close()  # a full disk may show only here
         if not entries:
             temporary.unlink()
     return entries
@@ -109,25 +112,65 @@ def write_index(folder: str | Path, entries: Iterable[Entry]) -> None:
 
 
 def entry_from_json(row: Mapping[str, Any]) -> Entry:
-    """Undoes `dataclasses.asdict`, also after a trip through a JSON file."""
+    """Undoes `dataclasses.asdict`, also after a trip through a JSON file.
+
+    Raises:
+        KeyError: If a field is missing.
+        TypeError: If there is another, or a value is none that the field can have.
+    """
     values: dict[str, Any] = dict(row)
     for name in ("shape", "voxels", "volume_ml"):
         values[name] = tuple(values[name])
     return Entry(**values)
 
 
-def _read(shard: Path, record: int, place: str) -> bytes:
+def check_shard(path: str | Path) -> list[Entry]:
+    """Reads all of a shard and compares it with the digests inside; what it holds.
+
+    Raises:
+        ValueError: If it is damaged; names shard and record.
+    """
+    shard = Path(path)
+    entries = []
+    for record, data in enumerate(_read(shard, None, str(shard))):
+        reader = Reader(data, f"{shard}, record {record}")
+        unpack(reader)
+        entries.append(_describe(reader.header, shard=shard.name, record=record))
+    return entries
+
+
+def _read(shard: Path, records: Sequence[int] | None, place: str) -> list[bytes]:
+    """Those records of a shard, or all."""
     if not shard.is_file():
         raise damaged(place, "the file is not there")
     try:
-        # Opened anew each time (0.1 ms): nothing to lock, and no limit on the number of shards.
-        reader = array_record_module.ArrayRecordReader(str(shard), "readahead_buffer_size:0")
-        try:
-            return reader.read([record])[0]
-        finally:
-            reader.close()
+        with _as_system_error(shard):
+            # Opened anew each time (0.1 ms): nothing to lock, and no limit on how many shards.
+            reader = array_record_module.ArrayRecordReader(str(shard), "readahead_buffer_size:0")
+            try:
+                return reader.read_all() if records is None else reader.read(list(records))
+            finally:
+                reader.close()
     except (RuntimeError, ValueError, IndexError) as error:
         raise damaged(place, str(error)) from error
+
+
+@contextlib.contextmanager
+def _as_system_error(path: Path) -> Iterator[None]:
+    """What the system said no to, which the library says by RuntimeError, is an OSError again."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = faults.in_words_of(error, path)
+        if found is None:
+            raise
+        raise found from error
+
+
+def _parse_index(index: Mapping[str, Any]) -> tuple[int, tuple[Entry, ...]]:
+    if index["schema"] != SCHEMA:
+        return index["schema"], ()  # what its rows are is not known
+    return SCHEMA, tuple(entry_from_json(row) for row in index["entries"])
 
 
 def _describe(header: Mapping[str, Any], *, shard: str, record: int) -> Entry:

@@ -127,16 +127,25 @@ def read_csv(path: Path) -> list[Row]:
     """Undoes `write_csv`.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If it is no such table: a column is missing, or a value is no number.
     """
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
+    with path.open(newline="", errors="replace") as file:
+        reader = csv.DictReader(file)
+        try:
+            lines = list(reader)
+        except csv.Error as error:
+            raise ValueError(f"{path}: damaged ({error}); run the verb `evaluate` again") from error
     fields = [(f.name, _RENAMED.get(f.name, f.name), f.type) for f in dataclasses.fields(Row)]
-    missing = [column for _, column, _ in fields if lines and column not in lines[0]]
+    missing = [column for _, column, _ in fields if column not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path}: has no column {', '.join(missing)}; write it with `evaluate`")
     kinds = {str: str, int: int, float: float}
-    return [
-        Row(**{name: kinds[kind](line[column]) for name, column, kind in fields})  # pyright: ignore
-        for line in lines
-    ]
+    rows = []
+    for number, line in enumerate(lines, start=2):
+        try:
+            rows.append(Row(**{name: kinds[kind](line[column]) for name, column, kind in fields}))  # pyright: ignore
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}: damaged (line {number}: {error}); run the verb `evaluate` again"
+            ) from error
+    return rows

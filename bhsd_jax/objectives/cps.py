@@ -62,8 +62,14 @@ class CrossPseudoSupervision:
         view_a, view_b, key_a, key_b = jax.random.split(key, 4)
         free_a = learner.view(view_a, batch.unlabeled)
         free_b = free_a if self.views == "shared" else learner.view(view_b, batch.unlabeled)
-        a, guess_a = forward_both(learner, learner.params["a"], batch.image, free_a, key_a)
-        b, guess_b = forward_both(learner, learner.params["b"], batch.image, free_b, key_b)
+
+        def network(params, free, key):
+            return forward_both(learner, params, batch.image, free, key)
+
+        found = learner.each_twin(
+            network, learner.params, {"a": free_a, "b": free_b}, {"a": key_a, "b": key_b}
+        )
+        (a, guess_a), (b, guess_b) = found["a"], found["b"]
 
         supervised = learner.segmentation(a, batch.label) + learner.segmentation(b, batch.label)
         answer_a, answer_b = (learner.gate(g[0], batch.weak) for g in (guess_a, guess_b))

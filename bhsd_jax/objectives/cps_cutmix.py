@@ -28,7 +28,7 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
 
     def loss(self, learner, batch, key):
         view_a, view_b, box_key, key_a, key_b, plain_a, plain_b = jax.random.split(key, 7)
-        plain, a, b = batch.unlabeled, learner.params["a"], learner.params["b"]
+        plain = batch.unlabeled
         strong_a = learner.view(view_a, plain)
         strong_b = strong_a if self.views == "shared" else learner.view(view_b, plain)
         mask = mixing.boxes(
@@ -42,16 +42,25 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
 
         pasted = partial(mixing.paste_partners, mask)
 
-        def answer(params, key):
-            logits = learner.gate(learner.forward(params, plain, key)[0], batch.weak)
-            return pasted(jax.lax.stop_gradient(logits))
+        def network(params, seen, key, plain_key):
+            labeled, guess = forward_both(learner, params, batch.image, seen, key)
+            logits = learner.forward(params, plain, plain_key)[0]
+            return labeled, guess, jax.lax.stop_gradient(logits)
 
-        labeled_a, guess_a = forward_both(learner, a, batch.image, pasted(strong_a), key_a)
-        labeled_b, guess_b = forward_both(learner, b, batch.image, pasted(strong_b), key_b)
+        found = learner.each_twin(
+            network,
+            learner.params,
+            {"a": pasted(strong_a), "b": pasted(strong_b)},
+            {"a": key_a, "b": key_b},
+            {"a": plain_a, "b": plain_b},
+        )
+        (labeled_a, guess_a, answer_a), (labeled_b, guess_b, answer_b) = found["a"], found["b"]
         supervised = sum(learner.segmentation(x, batch.label) for x in (labeled_a, labeled_b))
         inside = pasted(batch.inside)
-        cross = self._teach(guess_a, answer(b, plain_b), inside)
-        cross = cross + self._teach(guess_b, answer(a, plain_a), inside)
+        answer_a, answer_b = (
+            pasted(learner.gate(logits, batch.weak)) for logits in (answer_a, answer_b)
+        )
+        cross = self._teach(guess_a, answer_b, inside) + self._teach(guess_b, answer_a, inside)
         weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
         others = None if batch.weak is None else mixing.partners(batch.weak)
         slices = mixing.paste_slices(mask, others, batch.weak)

@@ -3,7 +3,6 @@
 import base64
 import importlib.util
 import io
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -51,10 +50,8 @@ def draw_progress(metrics: Path, out: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`, or nothing if there is none."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    """Whole lines of a `metrics.jsonl`, or nothing if there is none."""
+    return [r for r in files.read_json_lines(path) if isinstance(r.get("step"), int)]
 
 
 def progress_png(records: Sequence[dict[str, Any]]) -> bytes:

@@ -78,13 +78,17 @@ class Log:
         self.paused += seconds
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line; not-a-number (class absent) is written as null."""
+        """Appends one line; not-a-number (class absent) is written as null.
+
+        Raises:
+            faults.WriteError: If the system says no, such as on a full disk.
+        """
         if not self.writes:
             return
         clean = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        with self.path.open("a") as file:
-            elapsed = round(time.monotonic() - self.started, 1)  # of this process
-            file.write(json.dumps({"step": step, **clean, "time/elapsed_s": elapsed}) + "\n")
+        elapsed = round(time.monotonic() - self.started, 1)  # of this process
+        line = json.dumps({"step": step, **clean, "time/elapsed_s": elapsed})
+        files.append(self.path, line + "\n")
         if self.board is not None:
             for key, value in clean.items():
                 if value is not None:
@@ -94,15 +98,7 @@ class Log:
 
 def read(path: Path) -> list[dict]:
     """All whole lines of a `metrics.jsonl`; a line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    return [r for r in files.read_json_lines(path) if isinstance(r.get("step"), int)]
 
 
 @contextmanager

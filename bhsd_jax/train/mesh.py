@@ -1,5 +1,10 @@
 """Devices, and how arrays lie on them."""
 
+import itertools
+import logging
+import math
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,28 +14,114 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bhsd_jax.types import Batch, Params
 
-AXES = ("data", "model", "space")
+logger = logging.getLogger(__name__)
+
+AXES = ("data", "model", "space", "twins")
+_SPLIT = (("model", "twins"), ("model",), ("twins",))  # of the state's leaves, best first
 
 
-def make_mesh(data: int = -1, model: int = 1, space: int = 1) -> Mesh:
-    """Arranges the devices; `data` -1 takes all that `model` and `space` leave.
+def make_mesh(
+    data: int = -1,
+    model: int = 1,
+    space: int = 1,
+    twins: int = 1,
+    *,
+    batches: Sequence[int] = (),
+    accumulate: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """Arranges devices; `data` -1 takes all that the other axes leave and the batches fill.
+
+    Where the batches do not spread over all devices, every process keeps as many of its own as
+    they do spread over, and a warning says which idle and what would use them.
+
+    Args:
+        data: Groups of devices, each with patches of its own.
+        model: Devices over which the parameters and what the optimizer keeps of them are split.
+        space: Devices over which the rows of patches are split.
+        twins: 2 gives each of two networks devices of its own.
+        batches: Patches of a step, all devices together; 0 is no batch.
+        accumulate: Parts in which they go through the network, one after another.
+        devices: What to arrange; None: all devices of all processes.
 
     Raises:
-        ValueError: If the sizes do not multiply to the number of devices, or both `model` and
-            `space` are used: with jax 0.10 that combination trains to other numbers.
+        ValueError: If the sizes do not multiply to the devices, or the batches do not spread over
+            the processes.
     """
-    devices = jax.devices()
-    if model > 1 and space > 1:
-        raise ValueError(f"mesh: model {model} and space {space}; use one of them, leave one at 1")
-    if data == -1:
-        data = len(devices) // (model * space)
-    if data * model * space != len(devices):
+    devices = jax.devices() if devices is None else devices
+    group = _group(model, space, twins)
+    text = f"mesh: data {data} x model {model} x space {space} x twins {twins}"
+    if len(devices) % group or (data != -1 and len(devices) != data * group):
         raise ValueError(
-            f"mesh: data {data} x model {model} x space {space} is not the {len(devices)} devices "
-            "there are; set mesh.data to -1 or choose sizes that multiply to it"
+            f"{text} is not the {len(devices)} devices there are; set mesh.data to -1 and the "
+            "others to sizes that multiply to a divisor of it"
         )
+    if data == -1:
+        used, data = _fill(devices, group, batches, accumulate)
+        if len(used) < len(devices):
+            _say_idle(devices, used, batches)
+        devices = used
+    shape = (data, model, space, twins)
     # Auto: the compiler places what lies between the annotated inputs and outputs of the step.
-    return jax.make_mesh((data, model, space), AXES, axis_types=(AxisType.Auto,) * 3)
+    kinds = (AxisType.Auto,) * len(AXES)
+    if len(devices) == jax.device_count():
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    # A part of an accelerator's grid need not be one that JAX knows an order for.
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=kinds)
+
+
+def _group(model: int, space: int, twins: int) -> int:
+    """Devices that work on the same patches."""
+    for name, size in (("model", model), ("space", space), ("twins", twins)):
+        if size < 1:
+            raise ValueError(f"mesh.{name} counts devices, 1 or more; got {size}")
+    return math.prod((model, space, twins))
+
+
+def _fill(
+    devices: Sequence[Any], group: int, batches: Sequence[int], accumulate: int
+) -> tuple[list[Any], int]:
+    """The devices that the batches fill, as many of every process, and how many groups they are."""
+    ordered = sorted(devices, key=operator.attrgetter("process_index"))
+    owned = [list(o) for _, o in itertools.groupby(ordered, operator.attrgetter("process_index"))]
+    each = min(map(len, owned))
+    if max(each, group) % min(each, group):
+        raise ValueError(
+            f"mesh: model x space x twins is {group}, which neither divides nor multiplies the "
+            f"{each} devices of a process"
+        )
+    readers = len(owned) * min(each, group) // group  # processes, or teams of them, that read
+    for count in batches:
+        if count % readers:
+            raise ValueError(
+                f"{_sum(batches)} patches a step (input.labeled, input.unlabeled) do not spread "
+                f"over {len(owned)} processes; choose multiples of {readers}, or start fewer"
+            )
+    parts = [count // accumulate for count in batches]
+    most = max(each // group, 1)
+    fits = [n for n in range(1, most + 1) if not any(count % (n * readers) for count in parts)]
+    share = max(fits, default=1)
+    used = [device for own in owned for device in own[: share * min(each, group)]]
+    return used, share * readers
+
+
+def _sum(batches: Sequence[int]) -> str:
+    return " + ".join(str(count) for count in batches if count)
+
+
+def _say_idle(devices: Sequence[Any], used: Sequence[Any], batches: Sequence[int]) -> None:
+    kept = set(used)
+    logger.warning(
+        "only %d of %d devices train, because %s patches a step do not spread over more; idle: %s. "
+        "To use them, make input.labeled and input.unlabeled multiples of %d (times "
+        "train.accumulate), or split patches or networks with mesh.space, mesh.model or "
+        "mesh.twins, or train other runs beside this one, each on devices of its own",
+        len(used),
+        len(devices),
+        _sum(batches),
+        ", ".join(str(device) for device in devices if device not in kept),
+        len(devices),
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -39,8 +130,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Patches over `data`, their rows (H) over `space`."""
-    return NamedSharding(mesh, PartitionSpec("data", None, "space"))
+    """Patches over `data`, their rows (H) over `space`, and over `model` where both are used.
+
+    Rows must not lie over one axis of the mesh and be the same over another: XLA's partitioner
+    (jaxlib 0.10.2) would add up the gradient of a convolution's kernel over the copies too and give
+    a multiple of it (`findings/xla_conv_gradient_of_copies.sh`). Spread over both, there are no
+    copies, and no device computes what another does.
+    """
+    return NamedSharding(mesh, PartitionSpec("data", None, rows_over(mesh)))
+
+
+def rows_over(mesh: Mesh) -> tuple[str, ...]:
+    """Axes of the mesh over which the rows of patches are split."""
+    both = min(mesh.shape["model"], mesh.shape["space"]) > 1
+    return ("model", "space") if both else ("space",)
 
 
 def batch_shardings(mesh: Mesh, batch: Batch) -> Any:
@@ -49,17 +152,23 @@ def batch_shardings(mesh: Mesh, batch: Batch) -> Any:
     return jax.tree.map(lambda leaf: batch_sharding(mesh) if leaf.ndim > 3 else slices, batch)
 
 
-def state_shardings(mesh: Mesh, state: Params) -> Params:
-    """Every leaf split over `model` along its largest axis that divides; else replicated."""
-    size = mesh.shape["model"]
+def state_shardings(mesh: Mesh, state: Params, among: Sequence[tuple[str, ...]] = _SPLIT) -> Params:
+    """Every leaf split over `model` and `twins` along its largest axis that divides.
+
+    Where none divides by both, over one of them; else replicated. Twins too are split among all,
+    rather than each put on its own half: so the layout asks nothing of the state's structure.
+    """
 
     def leaf(value) -> NamedSharding:
-        shape = getattr(value, "shape", ())
-        fits = [axis for axis, length in enumerate(shape) if length % size == 0]
-        if size == 1 or not fits or jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             return replicated(mesh)
-        chosen = max(fits, key=lambda axis: shape[axis])
-        return NamedSharding(mesh, PartitionSpec(*([None] * chosen), "model"))
+        for axes in among:
+            size = math.prod(mesh.shape[axis] for axis in axes)
+            fits = [axis for axis, length in enumerate(value.shape) if length % size == 0]
+            if size > 1 and fits:
+                chosen = max(fits, key=lambda axis: value.shape[axis])
+                return NamedSharding(mesh, PartitionSpec(*([None] * chosen), axes))
+        return replicated(mesh)
 
     return jax.tree.map(leaf, state)
 
@@ -75,7 +184,7 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     """A global batch from this process' own rows (NumPy leaves), those of `local_rows`."""
     own = len(local_rows(mesh, mesh.shape["data"]))  # parts of the batch that this process has
 
-    def spread(rows: Any, place: NamedSharding) -> jax.Array:
+    def share(rows: Any, place: NamedSharding) -> jax.Array:
         rows = np.asarray(rows)
         count = len(rows) * mesh.shape["data"] // own
         at = {row: index for index, row in enumerate(local_rows(mesh, count))}
@@ -86,23 +195,29 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
 
         return jax.make_array_from_callback((count, *rows.shape[1:]), place, part)
 
-    return jax.tree.map(spread, batch, batch_shardings(mesh, batch))
+    return jax.tree.map(share, batch, batch_shardings(mesh, batch))
 
 
-def require_divisible(mesh: Mesh, labeled: int, unlabeled: int, rows: int) -> None:
-    """Refuses batches that do not spread evenly.
+def require_divisible(
+    mesh: Mesh, labeled: int, unlabeled: int, rows: Sequence[int], accumulate: int = 1
+) -> None:
+    """Refuses batches that do not spread evenly; `rows` are those of all sizes of patches.
 
     Raises:
         ValueError: Names the field and the nearest accepted number.
     """
-    share = mesh.shape["data"]
+    if accumulate < 1:
+        raise ValueError(f"train.accumulate counts parts of a batch, 1 or more; got {accumulate}")
+    share = mesh.shape["data"] * accumulate
+    parts = f" in {accumulate} parts (train.accumulate)" if accumulate > 1 else ""
     for field, count in (("input.labeled", labeled), ("input.unlabeled", unlabeled)):
         if count % share:
             raise ValueError(
-                f"{field} is {count} patches a step over {share} devices; "
+                f"{field} is {count} patches a step over {mesh.shape['data']} devices{parts}; "
                 f"choose a multiple of {share}, such as {max(1, round(count / share)) * share}"
             )
-    if rows % mesh.shape["space"]:
-        raise ValueError(
-            f"mesh.space {mesh.shape['space']} does not divide the {rows} rows of a source patch"
-        )
+    bands = math.prod(mesh.shape[axis] for axis in rows_over(mesh))
+    for count in rows:
+        if count % bands:
+            names = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in rows_over(mesh))
+            raise ValueError(f"{names} does not divide the {count} rows of a patch")

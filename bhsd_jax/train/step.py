@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, PRNGKeyArray, Scalar
 
+from bhsd_jax.train import layout
 from bhsd_jax.types import (
     Batch,
     Learner,
@@ -22,6 +25,7 @@ from bhsd_jax.types import (
 )
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Gradient = Callable[..., Any]  # (params, patches, key) -> (loss, metrics), gradients
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Parts:
     view: Callable[[PRNGKeyArray, Array], Array]  # a fresh intensity draw
     steps: int  # of the whole training
     weak: SliceLabels | None = None  # what slice labels add to the objective
+    accumulate: int = 1  # parts in which a batch goes through the network: `_in_parts`
+    mesh: Mesh | None = None  # where state and batch lie; None: on one device, or over `data` alone
 
 
 def init_state(parts: Parts, image: Array, key: PRNGKeyArray) -> TrainState:
@@ -59,21 +65,32 @@ def make_train_step(parts: Parts) -> TrainStep:
     """Closes the update over what never changes; the caller jits it."""
 
     def forward(params: Params, image: Array, key: PRNGKeyArray) -> Logits:
-        return parts.model.apply({"params": params}, image, train=True, rngs={"dropout": key})  # pyright: ignore[reportReturnType]
+        with layout.keep_rows(parts.mesh):
+            return parts.model.apply({"params": params}, image, train=True, rngs={"dropout": key})  # pyright: ignore[reportReturnType]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         augment_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        patches = parts.augment(augment_key, batch)
+        patches = layout.keep_patches(parts.mesh, parts.augment(augment_key, batch))
 
-        def loss_fn(params):
+        def loss_fn(params: Params, patches: Batch, key: PRNGKeyArray) -> tuple[Scalar, Metrics]:
             learner = Learner(
-                forward, parts.view, parts.segmentation, params, state.ema, state.step, parts.steps
+                forward,
+                parts.view,
+                parts.segmentation,
+                layout.gathered(parts.mesh, params),
+                layout.gathered(parts.mesh, state.ema),
+                state.step,
+                parts.steps,
+                layout.each_twin(parts.mesh),
             )
             if parts.weak is not None:
                 learner = parts.weak(learner)
-            return parts.objective.loss(learner, patches, loss_key)
+            return parts.objective.loss(learner, patches, key)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        found = jax.value_and_grad(loss_fn, has_aux=True)
+        if parts.accumulate > 1:
+            found = _in_parts(found, parts.accumulate, parts.mesh)
+        (loss, metrics), grads = found(state.params, patches, loss_key)
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay, t0 = parts.objective.ema_decay, parts.objective.ema_t0
@@ -89,6 +106,45 @@ def make_train_step(parts: Parts) -> TrainStep:
         return state, metrics
 
     return train_step
+
+
+def _in_parts(found: Gradient, count: int, mesh: Mesh | None) -> Gradient:
+    """The mean of a loss, its metrics and its gradients over `count` parts of a batch.
+
+    The parts go through the network one after another, each with a key of its own, so that only
+    one of them is held. Of means over patches the result is that of the whole batch. What counts
+    over a batch now counts over a part: batch Dice, and means over voxels that are sure, lie in
+    the scan or have slice labels.
+    """
+
+    def mean(params: Params, patches: Batch, key: PRNGKeyArray) -> Any:
+        share = 1 if mesh is None else mesh.shape["data"]
+        dealt = jax.tree.map(lambda rows: deal(rows, count, share), patches)
+        keys = jax.random.split(key, count)
+
+        def add(total: Any, part: tuple[Batch, PRNGKeyArray]) -> tuple[Any, None]:
+            patches, key = part
+            values, grads = found(params, layout.keep_patches(mesh, patches), key)
+            return jax.tree.map(jnp.add, total, (values, layout.keep_state(mesh, grads))), None
+
+        first = jax.tree.map(lambda rows: rows[0], (dealt, keys))
+        shapes = jax.eval_shape(found, params, *first)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, (dealt, keys))
+        return jax.tree.map(lambda value: value / count, total)
+
+    return mean
+
+
+def deal(rows: Array, count: int, share: int = 1) -> Array:
+    """[B ...] -> [count B/count ...], every device of `share` keeping its own rows.
+
+    Neighbors, which some objectives mix, stay together where every part of a device has two rows
+    or more.
+    """
+    together = 2 if len(rows) % (2 * count * share) == 0 else 1
+    parts = rows.reshape(-1, count, together, *rows.shape[1:]).swapaxes(0, 1)
+    return parts.reshape(count, len(rows) // count, *rows.shape[1:])
 
 
 def moving_average(

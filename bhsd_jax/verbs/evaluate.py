@@ -1,7 +1,6 @@
 """`evaluate`: predictions against references, as `cases.csv` and `summary.json`."""
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,8 @@ from typing import Any
 from bhsd_jax import files, machine
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.metrics import scores, summary, threshold
-from bhsd_jax.verbs import setup
+from bhsd_jax.train import barrier
+from bhsd_jax.verbs import parts, setup
 from bhsd_jax.verbs.scoring import ANY, Job, Scored, score_case
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.workers import Progress, Workers
@@ -27,6 +27,8 @@ _FOUND = tuple[str, str, Label, Image | None]  # case, patient, reference, image
 def run(config: Config, workdir: Path) -> None:
     """Scores every case of a split, or of a folder of masks; all of them or none.
 
+    Of several processes each scores cases of its own, and the first writes. One needs no JAX.
+
     `cases.csv` has a row per case and class, `cases_binary.csv` one per case with all classes
     merged; `summary.json` has the means under every convention. What is not defined is `nan` in
     the tables and null in the summary.
@@ -34,9 +36,14 @@ def run(config: Config, workdir: Path) -> None:
     Raises:
         FileNotFoundError: If predictions or references are missing; lists them.
         ValueError: If a file cannot be used, or the baseline is asked for without CT scans.
+        faults.WriteError: If the system says no, such as on a full disk.
     """
+    parts.join(config)
     jobs = _jobs(config, workdir)
-    done = _score(jobs, config.preprocess.processes or machine.cores())
+    files.open_folder(workdir)
+    done = _score_together(workdir, jobs, config.preprocess.processes or machine.cores())
+    if done is None:
+        return
     for text in (text for scored in done for text in scored.warnings):
         logger.warning("%s", text)
     rows = [row for scored in done for row in scored.rows]
@@ -46,7 +53,6 @@ def run(config: Config, workdir: Path) -> None:
     if config.evaluate.baseline:
         histograms = [scored.histogram for scored in done if scored.histogram is not None]
         found["baseline"] = _baseline(threshold.best_band(histograms))
-    workdir.mkdir(parents=True, exist_ok=True)
     scores.write_csv(workdir / "cases.csv", rows)
     scores.write_csv(workdir / "cases_binary.csv", merged)
     files.write_json(workdir / "summary.json", summary.without_nan(found))
@@ -157,7 +163,10 @@ def _of_split(cases: Mapping[str, Case], members: Sequence[str], split: str) -> 
 def _predicted_split(folder: Path) -> str:
     """What `predict` noted beside its files."""
     noted = folder / "predictions.json"
-    return json.loads(noted.read_text()).get("split") or "" if noted.is_file() else ""
+    if not noted.is_file():
+        return ""
+    found = files.read_json(noted, remedy="run the verb `predict` again, or set evaluate.split")
+    return found.get("split") or ""
 
 
 def _require_all(folder: Path, missing: Sequence[str]) -> None:
@@ -173,8 +182,31 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(sorted(names)[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _score(jobs: Sequence[Job], processes: int) -> list[Scored]:
-    """Results in the order of the jobs, however they come in."""
+def _score_together(workdir: Path, jobs: Sequence[Job], processes: int) -> list[Scored] | None:
+    """Results of all processes in the order of the jobs; None but in the first process."""
+    part: dict[str, Any] = {"scored": {}, "error": ""}
+    mine: dict[str, Scored] = {}
+    try:
+        mine = _score(parts.own(jobs), processes)
+    except (ValueError, OSError) as error:
+        if barrier.place() == (0, 1):
+            raise
+        part["error"] = str(error)
+    if barrier.place() == (0, 1):
+        return [mine[job.case] for job in jobs]
+    part["scored"] = {case: scored.to_json() for case, scored in mine.items()}
+    together = parts.gather(workdir, "evaluate", part)
+    if together is None:
+        return None
+    for one in together:
+        if one["error"]:
+            raise ValueError(one["error"])
+    found = {case: Scored.from_json(row) for one in together for case, row in one["scored"].items()}
+    return [found[job.case] for job in jobs]
+
+
+def _score(jobs: Sequence[Job], processes: int) -> dict[str, Scored]:
+    """Results by case."""
     found: dict[str, Scored] = {}
     with (
         Workers(min(processes, len(jobs))) as workers,
@@ -183,7 +215,7 @@ def _score(jobs: Sequence[Job], processes: int) -> list[Scored]:
         for job, scored in workers.each(score_case, jobs):
             found[job.case] = scored
             progress.advance(1)
-    return [found[job.case] for job in jobs]
+    return found
 
 
 def _summary(

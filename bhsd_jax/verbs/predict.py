@@ -5,16 +5,18 @@ import io
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax import files
+from bhsd_jax import faults, files
 from bhsd_jax.ct import dicom
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.report.page import NOTICE
+from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
-from bhsd_jax.verbs import predictor, setup
+from bhsd_jax.verbs import parts, predictor, setup
 from bhsd_jax.verbs.predictor import Predictor, Row
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Case, Plan, Series
@@ -24,16 +26,30 @@ logger = logging.getLogger(__name__)
 _BROKEN = (ValueError, OSError, EOFError, MemoryError)  # of one scan: recorded, others go on
 
 
+@dataclass
+class Found:
+    """What became of the scans; all is by the names that outputs have."""
+
+    rows: list[Row] = field(default_factory=list)  # of those predicted
+    skipped: dict[str, str] = field(default_factory=dict)  # why others were not
+    fault: str = ""  # why none was predicted after some scan: the machine said no
+
+
 def run(config: Config, workdir: Path) -> None:
     """Predicts every scan, then writes `volumes.csv`, `volumes.json` and `predictions.json`.
 
-    A broken scan goes to `skipped.csv` and the others are still predicted.
+    A broken scan goes to `skipped.csv` and the others are still predicted. Where nothing can be
+    written any more, the tables tell of what there is. Of several processes each predicts scans of
+    its own, and the first writes the tables.
 
     Raises:
         FileNotFoundError: If there is no plan, checkpoint or scan where the config says.
-        ValueError: If config and checkpoint do not fit, or scans had to be skipped.
+        ValueError: If config and checkpoint do not fit, scans had to be skipped, or the disk is
+            full.
+        faults.WriteError: If nothing can be written from the start.
     """
     settings: Any = config.predict
+    parts.join(config)
     logger.warning("%s", NOTICE)
     cases = find_scans(config, workdir)
     if settings.probabilities and any(
@@ -44,23 +60,63 @@ def run(config: Config, workdir: Path) -> None:
             "own voxels; set unshear=False, or leave them out"
         )
     plan = setup.load_plan(config, workdir)
+    out = Path(settings.out or workdir / "predictions")
+    files.open_folder(out)
+    files.sweep(out)
     predictor.share_cores(config, plan)
+    processes.say_devices()
     step, networks = predictor.load(config, workdir)
     predict = predictor.make_predictor(config, plan, list(networks.values()))
-    out = Path(settings.out or workdir / "predictions")
-    out.mkdir(parents=True, exist_ok=True)
-    _log_estimate(predict, len(cases), plan)
     names = _names(cases, workdir, settings)
-    rows, skipped = _predict_all(predict, cases, names, out, settings.overwrite)
-    files.write_json(out / "predictions.json", _facts(config, plan, step, tuple(networks)))
-    _write_csv(out / "skipped.csv", [{"case": c, "reason": r} for c, r in skipped.items()])
-    if skipped:
-        name, reason = next(iter(skipped.items()))
+    mine = parts.own(cases)
+    _log_estimate(predict, len(mine), plan)
+    found = _gather(out, _predict_all(predict, mine, names, out, settings.overwrite), names)
+    if found is not None:
+        facts = _facts(config, plan, step, tuple(networks))
+        _conclude(out, found, facts, len(cases))
+
+
+def _gather(out: Path, found: Found, names: Mapping[str, str]) -> Found | None:
+    """What all processes have found, in the order of the scans; None but in the first process."""
+    together = parts.gather(out, "predict", asdict(found))
+    if together is None:
+        return None
+    every = [
+        Found([Row(**row) for row in part["rows"]], part["skipped"], part["fault"])
+        for part in together
+    ]
+    rows = {row.case: row for one in every for row in one.rows}
+    skipped = {name: reason for one in every for name, reason in one.skipped.items()}
+    return Found(
+        [rows[name] for name in names.values() if name in rows],
+        {name: skipped[name] for name in names.values() if name in skipped},
+        next((one.fault for one in every if one.fault), ""),
+    )
+
+
+def _conclude(out: Path, found: Found, facts: Mapping[str, Any], scans: int) -> None:
+    """Writes the tables, and raises if a scan was skipped or the machine said no."""
+    skipped = [{"case": name, "reason": reason} for name, reason in found.skipped.items()]
+    unwritten = ""
+    try:
+        write_csv(out / "skipped.csv", skipped)
+        _write_tables(out, found.rows)
+        files.write_json(out / "predictions.json", facts)
+    except faults.WriteError as error:
+        unwritten = faults.explain(error) or str(error)
+    if found.fault or unwritten:
+        tables = "their tables are not complete" if unwritten else "the tables tell of them"
         raise ValueError(
-            f"{len(skipped)} of {len(cases)} scans skipped, see {out / 'skipped.csv'}; "
+            f"{found.fault or unwritten}. {len(found.rows)} of {scans} label maps are in {out}, "
+            f"{tables}; with --config.predict.overwrite=False the same command goes on from there"
+        )
+    if found.skipped:
+        name, reason = next(iter(found.skipped.items()))
+        raise ValueError(
+            f"{len(found.skipped)} of {scans} scans skipped, see {out / 'skipped.csv'}; "
             f"{name}: {reason}"
         )
-    logger.info("%d label maps in %s", len(rows), out)
+    logger.info("%d label maps in %s", len(found.rows), out)
 
 
 def find_scans(config: Config, workdir: Path) -> list[Case]:
@@ -138,11 +194,11 @@ def _predict_all(
     names: Mapping[str, str],
     out: Path,
     overwrite: bool,
-) -> tuple[list[Row], dict[str, str]]:
-    """Rows of the predicted scans, and why the others could not be; tables grow as it goes."""
-    rows: list[Row] = []
-    skipped: dict[str, str] = {}
+) -> Found:
+    """Predicts one after the other; where there is one process, tables grow as it goes."""
+    found = Found()
     begun = time.monotonic()
+    alone = barrier.place() == (0, 1)
     for index, case in enumerate(cases, start=1):
         name = names[case.id]
         target = out / f"{name}.nii.gz"
@@ -151,12 +207,18 @@ def _predict_all(
             if row is None:
                 with heartbeat(f"scan {index} of {len(cases)}, {name}"):
                     row = predict(case, target, name)
+            found.rows.append(row)
+            if alone:
+                _write_tables(out, found.rows)
+        except faults.WriteError as error:
+            found.fault = faults.explain(error) or str(error)
+            logger.error("scan %d of %d, %s: %s", index, len(cases), name, found.fault)
+            break
         except _BROKEN as error:
-            skipped[name] = str(error).replace(str(case.image), name).replace(case.id, name)
-            logger.error("scan %d of %d, %s: skipped: %s", index, len(cases), name, skipped[name])
+            reason = str(error).replace(str(case.image), name).replace(case.id, name)
+            found.skipped[name] = reason
+            logger.error("scan %d of %d, %s: skipped: %s", index, len(cases), name, reason)
             continue
-        rows.append(row)
-        _write_tables(out, rows)
         left = (time.monotonic() - begun) / index * (len(cases) - index)
         took = "there already" if row.seconds is None else f"{row.seconds:.1f} s"
         volume = sum(row.ml.values())
@@ -164,11 +226,14 @@ def _predict_all(
             "scan %d of %d, %s: %.1f mL, %s, %.0f s left",
             *(index, len(cases), name, volume, took, left),
         )
-    return rows, skipped
+    told = {row.case for row in found.rows} | found.skipped.keys()
+    missed = [names[case.id] for case in cases if names[case.id] not in told]
+    found.skipped |= dict.fromkeys(missed, f"not predicted: {found.fault}")
+    return found
 
 
 def _write_tables(out: Path, rows: Sequence[Row]) -> None:
-    _write_csv(out / "volumes.csv", [row.flat() for row in rows])
+    write_csv(out / "volumes.csv", [row.flat() for row in rows])
     listed = [vars(row) | {"ml": dict(row.ml)} for row in rows]
     files.write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
 
@@ -190,7 +255,7 @@ def _facts(config: Config, plan: Plan, step: int, networks: tuple[str, ...]) -> 
     }
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Whole or not at all; no rows, no file."""
     if not rows:
         path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from bhsd_jax import files, machine
 from bhsd_jax.ct import geometry, hu, scan, shear
@@ -64,6 +65,7 @@ class Predictor:
         Raises:
             ValueError: If the scan is broken, or the network's output is not finite.
             FileNotFoundError: If there is no such scan.
+            faults.WriteError: If the system says no, such as on a full disk.
         """
         begun = time.monotonic()
         # The function of `preprocess`: what the network sees cannot differ from training.
@@ -83,13 +85,29 @@ class Predictor:
         return self._row(name, label, affine, time.monotonic() - begun)
 
     def finished(self, case: Case, target: Path, name: str) -> Row | None:
-        """The row of a scan whose files are all there, else None."""
+        """The row of a scan whose files are all there and whole, else None.
+
+        A file that is damaged, or of another scan, is said to be so.
+
+        Raises:
+            ValueError: If the scan is broken.
+            FileNotFoundError: If there is no such scan.
+        """
         wanted = [target, _probabilities(target)] if self.probabilities else [target]
         if not all(path.is_file() for path in wanted):
             return None
         place = scan.native(case.image)
         image, _ = scan.read(place)
-        label, _ = scan.read_label(target, place, image, num_classes=len(self.classes))
+        try:
+            label, notes = scan.read_label(target, place, image, num_classes=len(self.classes))
+            if notes:
+                raise ValueError(f"{target}: {notes[0]}")
+            if self.probabilities:
+                _check_npz(wanted[1], (len(self.classes), *label.voxels.shape))
+        except ValueError as error:
+            reason = str(error).replace(str(case.image), name).replace(case.id, name)
+            logger.warning("%s: predicted again, for %s", name, reason)
+            return None
         seen = image if place == case.image else scan.read(case.image)[0]
         return self._row(name, label.voxels, seen.affine, None)
 
@@ -139,7 +157,7 @@ def share_cores(config: Config, plan: Plan) -> None:
 
 
 def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Predictor:
-    """As the config says, on all devices.
+    """As the config says, on all devices of this process: each predicts scans of its own.
 
     Raises:
         ValueError: If the networks are not the config's model.
@@ -162,7 +180,7 @@ def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Pr
         mirror=settings.infer.mirror,
         mirror_axes=settings.infer.mirror_axes,
         tiles_per_call=settings.infer.tiles,
-        mesh=meshes.make_mesh() if jax.device_count() > 1 else None,
+        mesh=_own_mesh() if jax.local_device_count() > 1 else None,
     )
     return Predictor(
         window=window,
@@ -172,6 +190,12 @@ def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Pr
         classes=setup.classes(config, plan),
         probabilities=settings.predict.probabilities,
     )
+
+
+def _own_mesh() -> Mesh:
+    devices = jax.local_devices()
+    kinds = (AxisType.Auto,) * len(meshes.AXES)
+    return jax.make_mesh((len(devices), 1, 1), meshes.AXES, axis_types=kinds, devices=devices)
 
 
 def _require_fit(variables: Params, expected: Params) -> None:
@@ -203,6 +227,17 @@ class Teller:
 
 def _probabilities(target: Path) -> Path:
     return target.with_name(target.name.removesuffix(".nii.gz") + "_probabilities.npz")
+
+
+def _check_npz(path: Path, shape: tuple[int, ...]) -> None:
+    """Refuses a file of probabilities that is damaged, or of another scan."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            found = stored["probabilities"]
+    except Exception as error:  # NumPy parses a damaged header as Python, which raises anything
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    if found.shape != shape or found.dtype != np.float16:
+        raise ValueError(f"{path}: holds {found.dtype}{found.shape}, not float16{shape}")
 
 
 def _write_npz(path: Path, probabilities: np.ndarray) -> None:

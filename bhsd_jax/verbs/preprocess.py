@@ -2,6 +2,7 @@
 
 A killed run is started again with the same command: cases whose files have not changed are not
 looked at again, and shards that are complete, made from the same files under the same plan, stay.
+They are read again and compared with their SHA-256: what was damaged on disk is written anew.
 Needs no JAX.
 """
 
@@ -16,7 +17,7 @@ from bhsd_jax import files, machine
 from bhsd_jax.ct import adopt, facts_file, integrity, scan, shards
 from bhsd_jax.ct.plan import from_nnunet_plans
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, make_plan, prepare_case
-from bhsd_jax.verbs import checkup, setup, shard_jobs
+from bhsd_jax.verbs import checkup, parts, setup, shard_jobs
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.shard_jobs import Job, Share
 from bhsd_jax.verbs.workers import Pool, Progress, Workers
@@ -34,8 +35,9 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
     Writes `integrity.csv`, `integrity.json`, `defects.csv` if there are any and, if cases were
     refused, `skipped.csv` to `workdir`; `plan.json`, shards, `manifest.json` and, last,
     `index.json` to the shards' folder.
-    With `preprocess.num_shards` above 1 this is one of so many jobs, which share `workdir` and the
-    shards' folder and may run at once, in any order, and again.
+    With `preprocess.num_shards` above 1, or in a cluster's process among others, this is one of so
+    many jobs, which share `workdir` and the shards' folder and may run at once, in any order, and
+    again.
 
     Args:
         config: The experiment's.
@@ -46,11 +48,14 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
         FileNotFoundError: If the data set is not where the config says.
         ValueError: If nothing can be planned, or cases were refused and
             `preprocess.allow_skipped` is False (all others are written by then).
+        faults.WriteError: If the system says no, such as on a full disk; the same command goes on.
     """
     settings: Any = config.preprocess
-    share = Share(settings.shard_index, settings.num_shards)
+    share = _share(config)
     theirs = _nnunet(settings)
-    workdir.mkdir(parents=True, exist_ok=True)
+    for folder in (workdir, workdir / "looked"):
+        files.sweep(folder)
+    files.open_folder(workdir)
     dataset: Any = setup.dataset(config, workdir)
     if hasattr(dataset, "prepare"):
         dataset.prepare()
@@ -83,6 +88,15 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
                 f"{message}; repair them, or set --config.preprocess.allow_skipped=True"
             )
         logger.warning("%s", message)
+
+
+def _share(config: Config) -> Share:
+    """What the config says; else, of several processes of a cluster, each is one of the jobs."""
+    settings: Any = config.preprocess
+    place = parts.place(config)
+    if settings.num_shards == 1 and place.several:
+        return Share(place.index or 0, place.count or 1)
+    return Share(settings.shard_index, settings.num_shards)
 
 
 def _processes(cases: Sequence[Case]) -> int:
@@ -187,11 +201,11 @@ def _write_all(
     folder: Path, jobs: Sequence[Job], plan: Plan, share: Share, workers: Pool
 ) -> dict[str, str]:
     """Second pass: writes what is missing of this job's share. Returns why cases were refused."""
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs[0].record.parent.mkdir(parents=True, exist_ok=True)
+    files.open_folder(folder)
+    files.sweep(folder)
     mine = share.jobs(jobs)
-    known = shard_jobs.manifest(folder)
-    todo = [job for job in mine if not _is_whole(job, known)]
+    there = _intact(mine, shard_jobs.manifest(folder), workers)
+    todo = [job for job in mine if job.path.name not in there]
     logger.info("%d of %d shards are there already", len(mine) - len(todo), len(mine))
     if todo:
         (folder / "index.json").unlink(missing_ok=True)  # it would speak of shards being replaced
@@ -205,15 +219,31 @@ def _write_all(
     return skipped
 
 
-def _is_whole(job: Job, known: Mapping[str, Any]) -> bool:
+def _intact(mine: Sequence[Job], known: Mapping[str, Any], workers: Pool) -> set[str]:
+    """Names of the shards that are there and byte for byte what was written; others are removed."""
+    records = [(job, _whole(job, known)) for job in mine]
+    written = [(job, record) for job, record in records if record is not None]
+    intact = set()
+    for (job, _), wrong in workers.each(shard_jobs.verify, written):
+        if wrong:
+            job.record.unlink(missing_ok=True)
+            files.discard(job.path, wrong)
+        else:
+            intact.add(job.path.name)
+    return intact
+
+
+def _whole(job: Job, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a shard that need not be written."""
     record = shard_jobs.written(job, known)
-    return record is not None and not record.get("refused")  # what was refused is tried again
+    # What was refused is tried again.
+    return None if record is None or record.get("refused") else record
 
 
 def _write(job: Job) -> None:
     """Writes one shard and its record, unless they are there."""
     refused: dict[str, str] = {}
-    if _is_whole(job, {}):
+    if _whole(job, {}):
         return
 
     def prepared() -> Iterator[shards.Prepared]:

@@ -70,6 +70,13 @@ class Recipe:
         return init_state(self.parts, jnp.zeros((1, *self.cut.patch, self.channels)), key)
 
 
+def make_mesh(config: Config, plan: Plan) -> Mesh:
+    """The devices of a training, as the config arranges them and its batches fill them."""
+    sizes = {axis: config.mesh[axis] for axis in meshes.AXES}
+    batches = (_labeled(config, plan), config.input.unlabeled)
+    return meshes.make_mesh(**sizes, batches=batches, accumulate=max(config.train.accumulate, 1))
+
+
 def make_recipe(config: Config, plan: Plan, mesh: Mesh | None = None) -> Recipe:
     """Model, objective, optimizer, augmentation and batch as config and plan name them."""
     objective = wiring.objective(config)
@@ -82,6 +89,8 @@ def make_recipe(config: Config, plan: Plan, mesh: Mesh | None = None) -> Recipe:
     loss = config.loss.to_dict()
     if loss["batch_dice"] is None:
         loss["batch_dice"] = plan.network.batch_dice
+    if loss["batch_dice"]:
+        _warn_of_parts(_labeled(config, plan), config.train.accumulate)
     parts = Parts(
         model=wiring.model(config, plan),
         objective=objective,
@@ -92,6 +101,8 @@ def make_recipe(config: Config, plan: Plan, mesh: Mesh | None = None) -> Recipe:
         view=intensity,
         steps=config.train.steps,
         weak=weak,
+        accumulate=config.train.accumulate,
+        mesh=mesh,
     )
     cut = Cut(
         patch=spatial.patch,
@@ -106,7 +117,7 @@ def make_recipe(config: Config, plan: Plan, mesh: Mesh | None = None) -> Recipe:
         cut=cut,
         raw_type=jnp.int16 if plan.modality == "ct" else jnp.float32,
         channels=normalization.channels,
-        labeled=config.input.labeled or plan.network.batch,
+        labeled=_labeled(config, plan),
         unlabeled=config.input.unlabeled,
         slices=slices,
     )
@@ -116,9 +127,10 @@ def make_chains(
     config: Config, plan: Plan, mesh: Mesh | None = None
 ) -> tuple[SpatialChain, IntensityChain]:
     """The augmentations; on CPUs each device's patches one by one, all at once elsewhere."""
-    shared = mesh if mesh is not None and mesh.shape["data"] == mesh.size > 1 else None
-    apart = jax.device_count() == 1 or shared is not None
-    sequential = jax.default_backend() == "cpu" and apart
+    devices = jax.device_count() if mesh is None else mesh.size
+    # One by one needs whole patches; devices that share one get them all at once.
+    shared = mesh if mesh is not None and mesh.shape["space"] == 1 < devices else None
+    sequential = jax.default_backend() == "cpu" and (devices == 1 or shared is not None)
     fill = wiring.normalization(config, plan).fill(config.input.pad)
 
     def ops(specs: Any) -> tuple[Any, ...]:
@@ -200,9 +212,35 @@ def require_matching(config: Config, recipe: Recipe, roles: Roles, mesh: Mesh) -
         if config.train[field] < 1:
             raise ValueError(f"train.{field} must be at least 1; got {config.train[field]}")
     _warn_of_slow_average(recipe.parts.objective.ema_decay, recipe.parts.steps)
-    meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, recipe.cut.source[1])
+    rows = (recipe.cut.source[1], recipe.cut.patch[1])
+    accumulate = recipe.parts.accumulate
+    meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, rows, accumulate)
+    _require_twins(config, recipe, mesh)
     # A patch the model cannot take is refused by the model, here.
     jax.eval_shape(recipe.init, jax.random.key(0))
+
+
+def _require_twins(config: Config, recipe: Recipe, mesh: Mesh) -> None:
+    """Refuses to put networks on devices of their own that are not there."""
+    networks, places = max(len(recipe.parts.objective.twins), 1), mesh.shape["twins"]
+    if places not in (1, networks):
+        raise ValueError(
+            f"mesh.twins is {places}, but objective {config.objective.name} trains {networks} "
+            f"network{'s' if networks > 1 else ''}; set mesh.twins={networks}"
+            f"{' or 1' if networks > 1 else ''}"
+        )
+
+
+def _warn_of_parts(labeled: int, accumulate: int) -> None:
+    """Batch Dice sums over the patches that are in the network together."""
+    if accumulate > 1:
+        logger.warning(
+            "loss.batch_dice counts over the %d patches of a part, not the %d of a step "
+            "(train.accumulate %d): another training than that of the whole batch at once",
+            labeled // accumulate,
+            labeled,
+            accumulate,
+        )
 
 
 def _warn_of_slow_average(decay: float | None, steps: int) -> None:
@@ -216,6 +254,10 @@ def _warn_of_slow_average(decay: float | None, steps: int) -> None:
             steps,
             max(0.0, 1 - _LEAST_TURNS / steps),
         )
+
+
+def _labeled(config: Config, plan: Plan) -> int:
+    return config.input.labeled or plan.network.batch
 
 
 def _slice_labels(config: Config, plan: Plan) -> tuple[SliceLabelTerms | None, Slices | None]:

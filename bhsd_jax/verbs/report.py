@@ -1,7 +1,6 @@
 """`report`: one page from the files of a run, for a reader who has never seen the code."""
 
 import csv
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from bhsd_jax import __version__, files
 from bhsd_jax.ct import geometry, hu, scan
+from bhsd_jax.metrics import scores
 from bhsd_jax.report import figures
 from bhsd_jax.report.page import Page, Picture, Section
 from bhsd_jax.report.tables import (
@@ -21,12 +21,14 @@ from bhsd_jax.report.tables import (
     metrics_table,
     number,
 )
-from bhsd_jax.verbs import setup
+from bhsd_jax.verbs import parts, setup
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Case, Plan
 
 logger = logging.getLogger(__name__)
 
+_AGAIN = {verb: f"run the verb `{verb}` again" for verb in ("predict", "evaluate")}
+_SUMMARY = ("binary", "bootstrap", "classes", "conventions", "metrics", "n_cases", "nsd_mm")
 _BRAIN = (0.0, 80.0)  # HU shown black and white: the usual brain window, level 40 width 80
 _MEASURES = {
     "hd95_mm_median": "HD95, median (mm)",
@@ -42,7 +44,11 @@ def run(config: Config, workdir: Path) -> None:
 
     Raises:
         FileNotFoundError: If the run has not been evaluated.
+        ValueError: If a file of the run is damaged; names it.
     """
+    if parts.place(config).index:
+        logger.info("the first process writes the report")
+        return
     summary = _read_json(workdir / "summary.json", "evaluate")
     rows = _read_rows(workdir / "cases.csv")
     plan = setup.load_plan(config, workdir)
@@ -96,7 +102,7 @@ def _headline(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 def _subtitle(config: Config, workdir: Path, summary: Mapping[str, Any]) -> str:
     made = workdir / "predictions" / "predictions.json"
-    facts = json.loads(made.read_text()) if made.is_file() else {}
+    facts = files.read_json(made, remedy=_AGAIN["predict"]) if made.is_file() else {}
     step = f", checkpoint of step {facts['step']}" if "step" in facts else ""
     return (
         f"Objective {config.objective.name}, backbone {config.model.name}, "
@@ -245,9 +251,10 @@ def _methods(config: Config, workdir: Path, plan: Plan, summary: Mapping[str, An
 def _read_json(path: Path, verb: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; run the verb `{verb}` first")
-    return json.loads(path.read_text())
+    return files.read_json(path, keys=_SUMMARY, remedy=_AGAIN[verb])
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
+    scores.read_csv(path)  # refuses one that is damaged
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

@@ -1,8 +1,10 @@
 """One case from files to scores: what `evaluate` does in every worker process (without JAX)."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,28 @@ class Scored:
     merged: scores.Row  # all classes as one
     histogram: threshold.Histogram | None  # for the threshold, if asked for
     warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers, all their digits."""
+        plain = dataclasses.asdict(self)
+        if self.histogram is not None:
+            for name in ("bleeding", "inside"):
+                plain["histogram"][name] = plain["histogram"][name].tolist()
+        return plain
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Scored":
+        """Undoes `to_json`, also after a trip through a JSON file."""
+        bins = data["histogram"]
+        return cls(
+            [scores.Row(**row) for row in data["rows"]],
+            scores.Row(**data["merged"]),
+            bins
+            and threshold.Histogram(
+                np.array(bins["bleeding"]), np.array(bins["inside"]), bins["mask"]
+            ),
+            data["warnings"],
+        )
 
 
 def score_case(job: Job) -> Scored:

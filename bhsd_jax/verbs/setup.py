@@ -78,7 +78,13 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 
 def _salt(folder: Path) -> str:
+    """Drawn once; processes that ask for it at once are given the same."""
     path = folder / ".salt"
-    if not path.is_file():
-        files.write_text(path, secrets.token_hex(16))
-    return path.read_text()
+    drawn = secrets.token_hex(16)
+    salt = path.read_text(errors="replace") if path.is_file() else files.write_first(path, drawn)
+    if len(salt) != len(drawn):
+        raise ValueError(
+            f"{path}: damaged ({len(salt)} characters, not {len(drawn)}); restore it from a copy, "
+            "or remove it: then all scans it has given names to are called otherwise"
+        )
+    return salt

@@ -3,12 +3,15 @@
 Everything here is a function of the sorted case list, the facts and the plan, so that any number of
 jobs that share only a file system agree on it. Each shard that was written has a record, a small
 file of its own; whoever finds all records merges them into `manifest.json` and `index.json`.
+
+A record holds the SHA-256 of its shard, and a seal, the SHA-256 of itself. What does not agree with
+them was damaged on disk, and is written anew by the job whose shard it is.
 """
 
 import hashlib
 import json
+import logging
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +22,10 @@ from bhsd_jax.ct import shards
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.volume import Case, Plan
 
-_ABANDONED_S = 3600.0  # a temporary file nobody wrote to for so long is a killed job's
+logger = logging.getLogger(__name__)
+
+_KEYS = ("key", "bytes", "entries")  # of every record; those of older versions have no more
+_SEALED = (*_KEYS, "sha256")  # what the seal is of
 
 
 @dataclass(frozen=True)
@@ -96,16 +102,30 @@ def divide(
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """Records by shard, as the last run that was complete merged them."""
-    return _read(folder / "manifest.json")
+    """Records by shard, as the last run that was complete merged them.
+
+    One that is damaged is left out, which a line says.
+    """
+    path = folder / "manifest.json"
+    rows = files.recall_json(path) or {}
+    found = {}
+    for name, row in rows.items():
+        try:
+            found[name] = _checked(row)
+        except files.MALFORMED as error:
+            logger.warning("%s: damaged (%s: %s); it is made anew", path, name, error)
+    if len(found) < len(rows):
+        files.write_json(path, found)
+    return found
 
 
 def written(job: Job, known: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of a shard that is there as the job would write it; None if it is not.
 
     A row of the manifest, `known`, does as well: the records may lie in a run folder that is gone.
+    Of the shard itself only the size is looked at; `verify` reads it.
     """
-    for found in (_read(job.record), known.get(job.path.name)):
+    for found in (files.recall_json(job.record, _checked), known.get(job.path.name)):
         if found and found["key"] == job.key and _size(job.path) == found["bytes"]:
             return found
     return None
@@ -113,9 +133,32 @@ def written(job: Job, known: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def remember(job: Job, entries: Sequence[shards.Entry], refused: Mapping[str, str]) -> None:
     """Writes the record of a shard, and why cases are missing from it."""
-    rows = [asdict(entry) for entry in entries]
-    found = {"key": job.key, "bytes": _size(job.path), "entries": rows, "refused": dict(refused)}
-    files.write_json(job.record, found)
+    found = {
+        "key": job.key,
+        "bytes": _size(job.path),
+        "sha256": _sha256(job.path),
+        "entries": [asdict(entry) for entry in entries],
+    }
+    files.write_json(job.record, found | {"seal": _seal(found), "refused": dict(refused)})
+
+
+def verify(written: tuple[Job, Mapping[str, Any]]) -> str:
+    """What is wrong with a shard, given its record; "" if it is byte for byte what was written.
+
+    A record of an older version has no SHA-256: then every array is compared with the digest beside
+    it in the shard, and the record is written anew.
+    """
+    job, record = written
+    if "sha256" in record:
+        return (
+            "" if _sha256(job.path) == record["sha256"] else "its SHA-256 is not what was written"
+        )
+    try:
+        entries = shards.check_shard(job.path)
+    except ValueError as error:
+        return str(error.__cause__ or error)
+    remember(job, entries, record.get("refused", {}))
+    return ""
 
 
 def finish(folder: Path, jobs: Sequence[Job], plan: Plan) -> tuple[int, dict[str, str]]:
@@ -144,16 +187,7 @@ def _sweep(folder: Path, used: set[str]) -> None:
     for path in folder.glob("shard-*.arrayrecord"):
         if path.name not in used:
             path.unlink(missing_ok=True)
-    for path in folder.glob(".*.tmp"):
-        if _age_s(path) > _ABANDONED_S:
-            path.unlink(missing_ok=True)
-
-
-def _age_s(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+    files.sweep(folder)
 
 
 def _position(path: Path) -> int:
@@ -164,5 +198,32 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _sha256(path: Path) -> str | None:
+    """None if there is no file: a shard none of whose cases could be prepared."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    text = json.dumps([record[name] for name in _SEALED])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """The record, if it can be one.
+
+    Raises:
+        ValueError: If it is not what was written.
+        KeyError: If it lacks a part.
+        TypeError: If a part is of another type.
+    """
+    for row in record["entries"]:
+        shards.entry_from_json(row)
+    missing = [name for name in _KEYS if name not in record]
+    if missing:
+        raise KeyError(missing[0])
+    if "sha256" in record and _seal(record) != record.get("seal"):
+        raise ValueError("its seal is another")
+    return dict(record)

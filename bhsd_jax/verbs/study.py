@@ -129,7 +129,8 @@ def _done(run: Run) -> bool:
 
 
 def _score(run: Run) -> _Scored:
-    found = json.loads((run.workdir / "summary.json").read_text())
+    remedy = "run the verb `evaluate` again"
+    found = files.read_json(run.workdir / "summary.json", keys=("classes",), remedy=remedy)
     rows = scores.read_csv(run.workdir / "cases.csv")
     draws = {"resamples": run.config.evaluate.bootstrap, "seed": _SEED}
     values = summary.resampled(rows, found["classes"], **draws)
@@ -267,4 +268,4 @@ def _footer(runs: Sequence[_Scored]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return files.recall_json(path, remove=False) or {}

@@ -29,8 +29,8 @@ from bhsd_jax.train.profile import Profile, Span
 from bhsd_jax.train.speed import Speed, Timed, Watch, peak_flops
 from bhsd_jax.train.step import TrainStep, make_train_step
 from bhsd_jax.types import TrainState
-from bhsd_jax.verbs import heap, setup, wiring
-from bhsd_jax.verbs.recipe import Recipe, make_recipe, require_matching
+from bhsd_jax.verbs import heap, parts, setup
+from bhsd_jax.verbs.recipe import Recipe, make_mesh, make_recipe, require_matching
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.validation import Validation
 
@@ -47,11 +47,12 @@ def run(config: Config, workdir: Path) -> None:
         FloatingPointError: If the loss is not finite.
     """
     span = Span.parse(config.train.profile, config.train.steps)
-    wiring.join(config)
+    parts.join(config)
     shards = Shards(setup.shards_folder(config, workdir))
     if config.mesh.model == config.mesh.space == 1:  # before anything asks for the devices
         labeled = config.input.labeled or shards.plan.network.batch
-        processes.share_cores(labeled, config.input.unlabeled)
+        at_once = (n // max(config.train.accumulate, 1) for n in (labeled, config.input.unlabeled))
+        processes.share_cores(*at_once)
     processes.say_devices()
     workdir.mkdir(parents=True, exist_ok=True)
     with _alone(workdir), Preemption() as asked, processes.together():
@@ -61,7 +62,7 @@ def run(config: Config, workdir: Path) -> None:
 def _train(
     config: Config, workdir: Path, shards: Shards, asked: Preemption, span: Span | None
 ) -> None:
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.model, config.mesh.space)
+    mesh = make_mesh(config, shards.plan)
     roles, notes = setup.roles(config, workdir)
     for note in notes:
         logger.warning("%s", note)
@@ -156,7 +157,7 @@ def _open_run(config: Config, shards: Shards, workdir: Path) -> Checkpoints:
     checkpoints = Checkpoints(workdir / "checkpoints", config=plain, plan=plan)
     saved = workdir / "config.json"
     if checkpoints.latest() is not None and saved.is_file():
-        for field in setup.differences(json.loads(saved.read_text()), plain):
+        for field in setup.differences(files.recall_json(saved, remove=False) or plain, plain):
             logger.warning("resuming with another value of config.%s", field)
     if jax.process_index() == 0:
         files.write_json(saved, plain)
@@ -240,22 +241,24 @@ def _compile(
         compiled = step.lower(state, recipe.abstract_batch()).compile()
     seconds = time.monotonic() - begun
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    working, devices = getattr(memory, "temp_size_in_bytes", 0), jax.local_device_count()
+    working, devices = getattr(memory, "temp_size_in_bytes", 0), len(mesh.local_devices)
+    kind = mesh.devices.flat[0].device_kind
     if jax.default_backend() == "cpu":
         heap.settle(working, devices)
     logger.info(
         "compiled in %.0f s on %d %s; %.3g GFLOP a step, %.2f GB of temporaries",
         seconds,
         mesh.size,
-        jax.devices()[0].device_kind,
+        kind,
         cost.get("flops", float("nan")) / 1e9,
         getattr(memory, "temp_size_in_bytes", float("nan")) / 1e9,
     )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     logger.info("%s parameters to train", f"{parameters:,}")
     if jax.process_index() == 0:
-        known = {"devices": mesh.size, "device": jax.devices()[0].device_kind}
-        known |= {
+        known = {
+            "devices": mesh.size,
+            "device": kind,
             "parameters": parameters,
             "flops_per_device": cost.get("flops"),
             "compile_s": seconds,

@@ -10,20 +10,11 @@ import jax.numpy as jnp
 from bhsd_jax import windows
 from bhsd_jax.build import build, find
 from bhsd_jax.ct import plan as planner
-from bhsd_jax.train import processes
 from bhsd_jax.verbs import setup
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.volume import Network, Plan
 
 _THICK = 3  # ratio of spacings from which a backbone's own preset for thick slices is used
-
-
-def join(config: Config) -> None:
-    """Joins the other processes of this run, if there are any; before anything asks for devices."""
-    settings: Any = config.mesh
-    processes.start(
-        settings.coordinator, settings.num_processes, settings.process_id, settings.detect
-    )
 
 
 def network(config: Config, plan: Plan) -> Network:

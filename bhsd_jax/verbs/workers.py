@@ -46,7 +46,9 @@ class Workers:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self._pool:
-            self._pool.shutdown(wait=kind is None, cancel_futures=True)
+            # After an error others end what they write: nothing of it is left lying about.
+            wait = kind is None or issubclass(kind, Exception)
+            self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def each(
         self, function: Callable[[Any], Any], jobs: Sequence[Any]

@@ -41,7 +41,7 @@ SIZES = {"input_channels": 1, "num_classes": 3, "deep_supervision": False}
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    monkeypatch.setattr(predictor.jax, "device_count", lambda: 1)
+    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
 
 
 def run_tool(monkeypatch, *arguments):

@@ -54,7 +54,7 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    monkeypatch.setattr(predictor.jax, "device_count", lambda: 1)
+    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
 
 
 def weights(reference, constructor):

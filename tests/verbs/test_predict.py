@@ -180,7 +180,7 @@ def test_probabilities_lie_on_the_scan_and_agree_with_the_label_map(tmp_path):
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     """Compiling for eight devices takes longer; `tests/infer` does it."""
-    monkeypatch.setattr(predictor.jax, "device_count", lambda: 1)
+    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
 
 
 def configure(images, **changes):

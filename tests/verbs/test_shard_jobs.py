@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bhsd_jax import faults
 from bhsd_jax.ct import facts_file, nifti, shards
 from bhsd_jax.datasets.msd import MSD
 from bhsd_jax.verbs import preprocess, shard_jobs
@@ -326,3 +327,197 @@ def test_facts_come_back_as_they_were_and_half_a_file_is_none(data, tmp_path):
     (path,) = (tmp_path / "looked").rglob("*.npz")
     path.write_bytes(path.read_bytes()[:-40])
     assert facts_file.load(tmp_path / "looked", case, key) is None
+
+
+# What was damaged on disk.
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def damaged(data, tmp_path, caplog):
+    """Runs, damages by a function, runs again: rewritten shards, and what was said."""
+
+    def run(damage, processes=1):
+        workdir = tmp_path / "run"
+        preprocess.run(configure(data, processes=processes), workdir)
+        whole, before = contents(workdir), stamps(workdir)
+        damage(workdir)
+        caplog.clear()
+        caplog.set_level("WARNING", "bhsd_jax")
+        preprocess.run(configure(data, processes=processes), workdir)
+        assert contents(workdir) == whole
+        said = [text for text in caplog.messages if "damaged" in text]
+        again = {name for name, stamp in stamps(workdir).items() if stamp != before[name]}
+        caplog.clear()
+        preprocess.run(configure(data, processes=processes), workdir)
+        assert not [text for text in caplog.messages if "damaged" in text]
+        return again, said
+
+    return run
+
+
+@pytest.mark.parametrize(("share", "processes"), [(0.0, 1), (0.5, 1), (0.999, 1)])
+def test_a_flipped_byte_in_a_finished_shard_rewrites_that_shard_alone(damaged, share, processes):
+    def flip_one(workdir):
+        path = workdir / "shards" / min(names(3))
+        flip(path, int(share * path.stat().st_size))
+
+    again, said = damaged(flip_one, processes)
+    assert again == names(3)
+    (line,) = said
+    assert f"{min(names(3))}: damaged (its SHA-256 is not what was written); it is made" in line
+
+
+RECORDS = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[: len(text) // 2],
+    "zeros": lambda text: "\0" * len(text),
+    "list": lambda text: "[]",
+    "no key": lambda text: text.replace('"key"', '"kex"'),
+    "no entries": lambda text: text.replace('"entries"', '"entriez"'),
+    "no field": lambda text: text.replace('"patient"', '"patienz"'),
+    "a digit": lambda text: text.replace('"record": 1', '"record": 0'),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_record_is_made_anew_and_costs_nothing_else(damaged, name):
+    """The manifest still tells what the shard is."""
+
+    def damage(workdir):
+        path = workdir / "written" / f"{min(names(2)).removesuffix('.arrayrecord')}.json"
+        path.write_text(RECORDS[name](path.read_text()))
+
+    again, said = damaged(damage)
+    assert again == set()
+    (line,) = said
+    assert f"{min(names(2)).removesuffix('.arrayrecord')}.json: damaged (" in line
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_manifest_is_made_anew_and_costs_nothing_else(damaged, name):
+    def damage(workdir):
+        path = workdir / "shards" / "manifest.json"
+        path.write_text(RECORDS[name](path.read_text()))
+
+    again, said = damaged(damage)
+    assert again == set()
+    assert said
+    assert all("shards/manifest.json: damaged (" in line for line in said)
+
+
+def test_with_record_and_manifest_damaged_the_shard_is_written_anew(damaged):
+    def damage(workdir):
+        (workdir / "shards" / "manifest.json").write_text("{")
+        for path in (workdir / "written").glob("*-00001-*"):
+            path.write_text("{")
+
+    again, said = damaged(damage)
+    assert again == names(1)
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"entries": [{}]}'])
+@pytest.mark.parametrize("name", ["index.json", "plan.json"])
+def test_a_damaged_index_or_plan_is_named_and_made_anew(data, tmp_path, name, content):
+    folder = tmp_path / "run" / "shards"
+    preprocess.run(configure(data), tmp_path / "run")
+    whole = contents(tmp_path / "run")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match="damaged") as caught:
+        shards.Shards(folder)
+    assert str(caught.value).startswith(f"{folder / name}: damaged (")
+    assert "`preprocess`" in str(caught.value)
+    preprocess.run(configure(data), tmp_path / "run")
+    assert contents(tmp_path / "run") == whole
+
+
+def test_records_without_a_digest_are_checked_against_the_shard_itself(damaged):
+    """As versions before this one have written them; one of the shards has a flipped byte."""
+
+    def age(workdir):
+        for path in (workdir / "shards" / "manifest.json", *(workdir / "written").iterdir()):
+            found = json.loads(path.read_text())
+            for row in found.values() if path.name == "manifest.json" else [found]:
+                del row["sha256"], row["seal"]
+            path.write_text(json.dumps(found))
+        path = workdir / "shards" / min(names(4))
+        flip(path, path.stat().st_size // 2)
+
+    again, said = damaged(age)
+    assert again == names(4)
+    (line,) = said
+    assert f"{min(names(4))}: damaged (" in line
+
+
+def test_facts_with_any_byte_flipped_are_as_they_were_or_none(data, tmp_path, caplog):
+    case = next(iter(MSD(data).cases()))
+    settings = {"num_classes": 3, "modality": "mr", "crop_hu": None}
+    facts, key = preprocess.fingerprint_case(case, **settings), facts_file.key(case, settings)
+    facts_file.save(tmp_path / "looked", case, key, facts)
+    (path,) = (tmp_path / "looked").rglob("*.npz")
+    whole, lost = path.read_bytes(), 0
+    for at in [*range(0, len(whole), 7), *range(len(whole) - 90, len(whole))]:
+        path.write_bytes(whole)
+        flip(path, at)
+        caplog.clear()
+        found = facts_file.load(tmp_path / "looked", case, key)
+        if found is None:
+            lost += 1
+            assert not path.exists()
+            assert f"{path}: damaged (" in caplog.text
+        else:
+            assert found.foreground.tobytes() == facts.foreground.tobytes()
+            assert found.source_sha256 == facts.source_sha256
+    assert lost > 50
+
+
+# What the disk said no to.
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(
+    data, tmp_path, serial, disk, processes
+):
+    small = 3 * max(len(content) for content in serial.values())
+    folder = disk(f"size={small}")
+    config = configure(data, shards=str(folder / "shards"), processes=processes)
+    with pytest.raises(faults.WriteError, match="No space left") as caught:
+        preprocess.run(config, tmp_path / "run")
+    said = faults.explain(caught.value)
+    assert f"{folder}/shards/" in said
+    assert "no space left on the device (" in said
+    assert ".tmp" not in said
+    assert not list(folder.rglob(".*"))
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shards/shard-*")}
+    disk("size=20m", again=True)
+    preprocess.run(config, tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in (folder / "shards").iterdir()} == serial
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("shards/shard-*")}
+    assert before.items() <= after.items()
+
+
+def test_a_disk_full_of_facts_ends_in_one_line(data, tmp_path, disk):
+    folder = disk("size=1m,nr_inodes=8")
+    with pytest.raises(faults.WriteError) as caught:
+        preprocess.run(configure(data), folder / "run")
+    assert "no inode left on the device (8 files is all it holds)" in faults.explain(caught.value)
+    assert not list(folder.rglob(".*"))
+
+
+def test_the_verb_says_one_line_and_exits_with_1(data, disk):
+    folder = disk("ro,size=1m")
+    command = [*(sys.executable, "-m", "bhsd_jax.main", "preprocess")]
+    command += flags(configure(data), folder / "run")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"preprocess: {folder / 'run'}: cannot be written: the file system is read-only; choose "
+        "another folder, or mount it for writing. What was there before is as it was"
+    )

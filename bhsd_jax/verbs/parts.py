@@ -1,0 +1,87 @@
+"""What the processes of a verb find each for itself, put together by the first of them."""
+
+import contextlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bhsd_jax import cluster, files
+from bhsd_jax.train import barrier
+from bhsd_jax.verbs.setup import Config
+
+_T = TypeVar("_T")
+
+
+def join(config: Config) -> None:
+    """Joins the other processes of this run, if there are any; before anything asks for devices.
+
+    Raises:
+        ValueError: If what flags and environment say of them is not enough, or does not agree.
+    """
+    if place(config).several or config.mesh.detect or cluster.is_likely():
+        from bhsd_jax.train import processes  # alone, a verb may need no JAX
+
+        settings: Any = config.mesh
+        processes.start(
+            settings.coordinator, settings.num_processes, settings.process_id, settings.detect
+        )
+
+
+def place(config: Config) -> cluster.Place:
+    """Which process of the run this is, as far as it is known without JAX."""
+    settings: Any = config.mesh
+    return cluster.find(settings.coordinator, settings.num_processes, settings.process_id)
+
+
+def own(jobs: Sequence[_T]) -> list[_T]:
+    """The jobs of this process: every n-th of n processes'."""
+    index, count = barrier.place()
+    return list(jobs[index::count])
+
+
+def gather(folder: Path, name: str, part: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The parts of all processes in their order, for the first process; None for the others.
+
+    Every process must come here, whatever befell it. They meet in a hidden folder that is gone
+    afterwards; nothing is written where there is one process.
+
+    Args:
+        folder: A folder that all processes share.
+        name: Of what is gathered; a word fit for a file name.
+        part: What this process has to say; JSON.
+
+    Raises:
+        faults.WriteError: If this process' part could not be written.
+        ValueError: If another's is not there.
+    """
+    index, count = barrier.place()
+    if count == 1:
+        return [dict(part)]
+    meeting = folder / f".{name}.parts"
+    fault = None
+    try:
+        if index:
+            (meeting / f"{index}.json").unlink(missing_ok=True)  # of a run that was killed
+            files.write_json(meeting / f"{index}.json", part)
+    except OSError as error:
+        fault = error
+    barrier.wait_for_all(name)
+    if index and fault:
+        raise fault
+    if index:
+        return None
+    try:
+        return [dict(part), *(_read(meeting, other) for other in range(1, count))]
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(meeting)
+
+
+def _read(meeting: Path, index: int) -> dict[str, Any]:
+    try:
+        return files.read_json(meeting / f"{index}.json", remedy="run the same command again")
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{meeting}: process {index} could not leave its part; look at what it said"
+        ) from error
