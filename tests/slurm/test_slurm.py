@@ -104,7 +104,8 @@ def finished(cluster, job, workdir, seconds=600):
 
 def parameters(workdir):
     """What was saved at the last step."""
-    folder = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name)) / "state"
+    steps = [p for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal()]
+    folder = max(steps, key=lambda p: int(p.name)) / "state"
     with ocp.StandardCheckpointer() as reader:
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         known = reader.metadata(folder)
