@@ -1,140 +1,235 @@
-"""Checkpoints with Orbax: state, input position, config, plan and digests in one composite.
+"""Checkpoints with Orbax: state, input position, config and plan, written in the background.
 
-Orbax restores flipped bits silently, so a SHA-256 of every leaf is stored and checked.
+Orbax restores flipped bits silently, so a step is used only if every file of it is what was
+written; where the newest is not, the one before it is used.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from bhsd_jax.train import checkpoint_arrays as arrays
+from bhsd_jax.train import checkpoint_files as disk
+from bhsd_jax.train.agreement import agree
 from bhsd_jax.types import Params, TrainState
 
-METRIC = "dice"  # what "best" means: mean validation Dice
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is on disk."""
+
+    step: int
+    seconds: float  # from the call to the last file, most of it beside the training
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest, and the best by validation Dice."""
+    """The checkpoints of one run: the last three, and the best by validation Dice.
 
-    def __init__(self, folder: Path, *, config: Mapping[str, Any], plan: Mapping[str, Any]):
+    In a run of several processes all of them make the same calls; process 0 decides.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        plan: Mapping[str, Any],
+        recorded: Collection[int] = (),
+    ):
+        """Opens the folder; nothing in it is changed before the first save.
+
+        `recorded` are steps known to have been saved: without one of them nothing starts at 0.
+        """
         self.folder = folder.absolute()
         self.extra = {"config": _plain(config), "plan": _plain(plan)}
-        self.manager = _manager(self.folder)
+        self.recorded = sorted(recorded)
+        self._found: tuple[int | None, dict[int, str]] | None = None
+        self._newest: int | None = None  # of this process
+        self._saver = arrays.saver()
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, Future[Saved]] | None = None
+        self._saved: list[Saved] = []
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
-        return self.manager.latest_step()
+        """The newest step that is whole, or None in a run that has saved nothing.
 
-    def save(self, step: int, state: TrainState, position: Mapping[str, Any], dice: float) -> None:
-        """Writes a checkpoint in the background; `dice` is the newest validation Dice or NaN."""
-        if step in self.manager.all_steps():
-            return
-        digests = _digests(state)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            input=ocp.args.JsonSave(dict(position)),
-            digest=ocp.args.JsonSave(digests),
-            **{name: ocp.args.JsonSave(value) for name, value in self.extra.items()},
-        )
-        score = dice if np.isfinite(dice) else -1.0
-        self.manager.save(step, args=args, metrics={METRIC: score})
+        Raises:
+            ValueError: If the run has saved steps, and none of them can be used.
+        """
+        if self._found is None:
+            step, damaged = agree(self._search)
+            self._found = step, {int(key): text for key, text in damaged.items()}
+        return self._found[0]
+
+    def config(self) -> dict[str, Any]:
+        """What the latest checkpoint was trained with."""
+        return disk.read(self.folder, self._step(), "config")
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest state, on the shardings of `abstract`, and the input position.
 
         Raises:
-            ValueError: If another objective trained it, it does not fit the network or optimizer,
-                or bits have changed on disk.
+            ValueError: If another objective trained it, or it does not fit the network or
+                optimizer; names what differs.
         """
-        step = self.manager.latest_step()
+        step = self._step()
         self._require_same_objective(step)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract),
-            input=ocp.args.JsonRestore(),
-            digest=ocp.args.JsonRestore(),
-        )
-        try:
-            found = self.manager.restore(step, args=args)
-        except (ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{self.folder}: step {step} does not fit this config's network or optimizer "
-                f"({reason}); use another --workdir or the config the run began with"
-            ) from error
-        _require_same(found["digest"], _digests(found["state"]), self.folder / str(step))
-        return found["state"], found["input"]
+        state = arrays.restore(self.folder / str(step), abstract)
+        return state, disk.read(self.folder, step, "input")
 
-    def _require_same_objective(self, step: int | None) -> None:
+    def save(self, step: int, state: TrainState, position: Mapping[str, Any], dice: float) -> None:
+        """Writes a checkpoint in the background; `dice` is this step's validation Dice or NaN.
+
+        Raises:
+            OSError: If this save or the one before it failed; says what to do.
+        """
+        if step == self._newest:
+            return
+        self.wait()
+        begun = time.monotonic()
+        try:
+            agree(lambda: self._make_room(step))
+            path = disk.unfinished(self.folder, step) / "state"
+            self._saver.save(path, args=ocp.args.StandardSave(state))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failure(step, error) from error
+        self._newest, self._found = step, None
+        self._pending = (
+            step,
+            self._pool.submit(
+                self._finish, step, dice, {"input": dict(position), **self.extra}, begun
+            ),
+        )
+
+    def finished(self) -> list[Saved]:
+        """Checkpoints that have come to disk since the last call; does not wait.
+
+        Raises:
+            OSError: If a save failed; says why, what is left and what to do.
+        """
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
+        saved, self._saved = self._saved, []
+        return saved
+
+    def wait(self) -> None:
+        """Returns when everything is on disk.
+
+        Raises:
+            OSError: As above.
+        """
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            self._saved.append(future.result())
+        except Exception as error:
+            raise self._failure(step, error) from error
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder.
+
+        Raises:
+            OSError: As above.
+        """
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._saver.close()
+
+    def _search(self) -> tuple[int | None, dict[int, str]]:
+        there = disk.steps(self.folder)
+        step, damaged = disk.first_intact(self.folder, reversed(there))
+        old = any(disk.is_old(self.folder, other) for other in damaged)
+        if step is None and (self.recorded or old):
+            reasons = [f"step {other}: {text}" for other, text in damaged.items()]
+            gone = [other for other in self.recorded if other not in there]
+            if gone:
+                reasons.append(f"step {gone[-1]}: its folder is gone")
+            raise ValueError(
+                f"{self.folder}: this run has saved checkpoints, and none can be used "
+                f"({'; '.join(reasons)}); bring one of them back, choose another --workdir, or "
+                f"move {self.folder.name}/ and metrics.jsonl away to begin anew"
+            )
+        instead = "training begins at step 0" if step is None else f"step {step} is used instead"
+        disk.warn(self.folder, damaged, instead)
+        return step, damaged
+
+    def _step(self) -> int:
+        step = self.latest()
+        assert step is not None  # the caller has asked
+        return step
+
+    def _require_same_objective(self, step: int) -> None:
         """Two methods may have states of one shape, and neither goes on where the other was."""
-        args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        stored = self.manager.restore(step, args=args)["config"].get("objective", {}).get("name")
+        stored = disk.read(self.folder, step, "config").get("objective", {}).get("name")
         ours = self.extra["config"].get("objective", {}).get("name")
         if stored != ours:
             raise ValueError(
-                f"{self.folder}: step {step} was trained with objective {stored}, this config has "
-                f"{ours}; use another --workdir or the config the run began with"
+                f"{self.folder / str(step)}: it was trained with objective {stored}, this config "
+                f"has {ours}; use another --workdir or the config the run began with"
             )
 
-    def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self.manager.wait_until_finished()
+    def _make_room(self, step: int) -> None:
+        """Sets aside what stands in the way of this step, or of a step to come."""
+        disk.make_room(self.folder, step)
+        for other in self._found[1] if self._found else ():
+            disk.set_aside(self.folder, other)
 
-    def close(self) -> None:
-        """Waits, then lets go of the folder."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+    def _finish(self, step: int, dice: float, facts: dict[str, Any], begun: float) -> Saved:
+        """In the background: waits for all processes' files, then lists and names them."""
+        self._saver.wait_until_finished()
+        if jax.process_index() == 0:
+            disk.finish(self.folder, step, dice, facts)
+            try:
+                disk.prune(self.folder)
+            except OSError as error:
+                logger.warning("an old checkpoint could not be deleted: %s", error)
+        return Saved(step, time.monotonic() - begun)
+
+    def _failure(self, step: int, error: Exception) -> OSError:
+        good = [other for other in disk.steps(self.folder) if disk.is_saved(self.folder, other)]
+        left = f"the last good checkpoint is step {good[-1]}" if good else "there is no older one"
+        return OSError(
+            f"{self.folder / str(step)}: this checkpoint could not be written: "
+            f"{arrays.cause(error)}; {left}. Make room or give the right to write there, "
+            "then start the same command again"
+        )
 
 
 def load_networks(folder: Path, which: str | int) -> tuple[int, Params, Params | None]:
     """Step, parameters and moving average of a run's checkpoint: "best", "last" or a step.
 
-    Optimizer state is not read. "best" is the latest where no validation was made.
+    Optimizer state is not read. "best" is the latest where no validation was made. Where the best
+    or the last is damaged, the next one is taken and the log says so; a step is taken or refused.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint; lists those there are.
-        ValueError: If bits have changed on disk.
+        ValueError: If it is not what was saved; names the file.
     """
     folder = folder.absolute()
-    steps = _complete(folder)
-    step = _choose(folder, steps, which)
-    path = folder / str(step)
-    found = _read(path, ("params", "ema"))
+    step = _choose(folder, which)
+    found = arrays.read(folder / str(step), ("params", "ema"))
     return step, found["params"], found.get("ema")
 
 
 def load_statistics(folder: Path, step: int) -> dict[str, Params]:
     """The running statistics of BatchNorm by collection; none, unless the weights were imported.
 
-    Raises:
-        ValueError: If bits have changed on disk.
+    Of a step that `load_networks` has found whole: it is not compared with its list again.
     """
-    return _read(folder.absolute() / str(step), ("batch_stats",))
-
-
-def _read(path: Path, names: Sequence[str]) -> dict[str, Params]:
-    """Those of the trees that a checkpoint has."""
-    with ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(path / "state").item_metadata.tree
-        wanted = {name: tree[name] for name in names if tree.get(name) is not None}
-        if not wanted:
-            return {}
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
-        host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        found = reader.restore(
-            path / "state",
-            ocp.args.PyTreeRestore(item=shapes, restore_args=host, partial_restore=True),
-        )
-    stored = json.loads((path / "digest" / "metadata").read_text())
-    ours = _digests(found)
-    _require_same({key: stored.get(key) for key in ours}, ours, path)
-    return found
+    return arrays.read(folder.absolute() / str(step), ("batch_stats",))
 
 
 def save_networks(
@@ -147,87 +242,36 @@ def save_networks(
 ) -> None:
     """Writes variables alone, as step 0, for the two functions above: imported weights."""
     folder = folder.absolute()
+    disk.make_room(folder, 0)
+    saver = arrays.saver()
     tree = {"params": params, **(statistics or {})}
-    with _manager(folder) as manager:
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(tree),
-            digest=ocp.args.JsonSave(_digests(tree)),
-            config=ocp.args.JsonSave(_plain(config)),
-            plan=ocp.args.JsonSave(_plain(plan)),
-        )
-        manager.save(0, args=args, metrics={METRIC: 0.0})
-        manager.wait_until_finished()
+    saver.save(disk.unfinished(folder, 0) / "state", args=ocp.args.StandardSave(tree))
+    saver.close()  # waits
+    disk.finish(folder, 0, None, {"config": _plain(config), "plan": _plain(plan)})
 
 
-def _complete(folder: Path) -> list[int]:
-    """Steps whose every part was written to the end."""
-    marks = folder.glob("*/commit_success.txt") if folder.is_dir() else []
-    return sorted(int(mark.parent.name) for mark in marks if mark.parent.name.isdigit())
-
-
-def _choose(folder: Path, steps: list[int], which: str | int) -> int:
-    if not steps:
+def _choose(folder: Path, which: str | int) -> int:
+    there = disk.steps(folder)
+    if not there:
         raise FileNotFoundError(f"{folder}: no checkpoint; run the verb `train` first")
+    unread: dict[int, str] = {}
     if which == "last":
-        return max(steps)
-    if which == "best":
-        return max(steps, key=lambda step: (_score(folder / str(step)), step))
-    if int(which) in steps:
-        return int(which)
-    raise FileNotFoundError(
-        f"{folder}: no checkpoint {which!r}; choose best, last, or a step of {sorted(steps)}"
-    )
-
-
-def _score(path: Path) -> float:
-    file = path / "metrics" / "metrics"
-    return json.loads(file.read_text())[METRIC] if file.is_file() else -1.0
-
-
-def _manager(folder: Path) -> ocp.CheckpointManager:
-    # Both best_fn and a policy: with the policy alone metrics are not written, with max_to_keep
-    # alone the newest checkpoint is deleted and a resumed run goes backwards.
-    options = ocp.CheckpointManagerOptions(
-        create=True,
-        best_fn=lambda metrics: metrics[METRIC],
-        preservation_policy=keep.AnyPreservationPolicy(
-            [keep.LatestN(1), keep.BestN(get_metric_fn=lambda metrics: metrics[METRIC], n=1)]
-        ),
-        # A folder counts only with its commit file: an empty "9/" is no checkpoint.
-        atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
-        cleanup_tmp_directories=True,
-    )
-    return ocp.CheckpointManager(folder, options=options)
-
-
-def _digests(tree: Any) -> dict[str, str]:
-    """SHA-256 by path of every leaf, None leaves left out."""
-    digests = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            continue  # another process holds parts of it
-        data = np.ascontiguousarray(jax.device_get(leaf))
-        name = "/".join(_name(part) for part in path)
-        digests[name] = hashlib.sha256(data.tobytes()).hexdigest()
-    return digests
-
-
-def _name(part: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(part, attribute):
-            return str(getattr(part, attribute))
-    return str(part)
-
-
-def _require_same(stored: Mapping[str, str | None], found: Mapping[str, str], path: Path) -> None:
-    changed = sorted(key for key in found if stored.get(key) != found[key])
-    if changed:
-        raise ValueError(
-            f"{path}: the arrays {', '.join(changed[:5])} are not what was saved "
-            "(SHA-256 differs); delete this step and resume from an older one"
+        candidates = there[::-1]
+    elif which == "best":
+        candidates, unread = disk.by_rank(folder)
+    elif int(which) in there:
+        candidates = [int(which)]
+    else:
+        raise FileNotFoundError(
+            f"{folder}: no checkpoint {which!r}; choose best, last, or a step of {there}"
         )
+    step, damaged = disk.first_intact(folder, candidates)
+    damaged |= unread
+    if step is None:
+        reasons = "; ".join(f"step {other}: {text}" for other, text in sorted(damaged.items()))
+        raise ValueError(f"{folder}: no checkpoint {which!r} can be used ({reasons})")
+    disk.warn(folder, damaged, f"step {step} is used instead")
+    return step
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

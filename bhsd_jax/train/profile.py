@@ -1,7 +1,9 @@
 """Traces of a few steps, for xprof and TensorBoard."""
 
+import contextlib
 import logging
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,3 +66,17 @@ class Profile:
             self._on = False
             jax.profiler.stop_trace()
             logger.info("steps %d to %d are traced in %s", *vars(self.span).values(), self.folder)
+
+
+@contextlib.contextmanager
+def profiling(span: Span | None, folder: Path, position: int) -> Iterator[Callable[..., None]]:
+    """An action of the loop that traces the span, if any, of a run that has done so many steps."""
+    if span is None:
+        yield lambda *_: None
+        return
+    profile = Profile(span, folder)
+    profile.begin(position)
+    try:
+        yield profile
+    finally:
+        profile.close()

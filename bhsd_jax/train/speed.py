@@ -1,6 +1,7 @@
 """How fast a run is, how much memory it takes, and which of its steps are slow."""
 
 import collections
+import contextlib
 import logging
 import math
 import re
@@ -183,3 +184,13 @@ class Watch:
 
     def _median(self) -> float:
         return statistics.median(self._times) if self._times else 0.0
+
+
+@contextlib.contextmanager
+def watching(batches: Timed) -> Iterator[Watch]:
+    """A watch for the time of the block."""
+    watch = Watch(batches)
+    try:
+        yield watch
+    finally:
+        watch.close()

@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from bhsd_jax import files
+from bhsd_jax.train import checkpoint_files
 from bhsd_jax.verbs import setup
 from bhsd_jax.verbs.children import Call, Stopped, running
 from bhsd_jax.verbs.places import Place
@@ -119,8 +120,7 @@ def is_finished(run: Run) -> bool:
 
 def is_trained(run: Run) -> bool:
     """Whether the last step is on disk."""
-    last = run.workdir / "checkpoints" / str(run.config.train.steps)
-    return (last / "commit_success.txt").is_file()
+    return checkpoint_files.is_saved(run.workdir / "checkpoints", run.config.train.steps)
 
 
 def perform(

@@ -22,20 +22,21 @@ from bhsd_jax.report import figures
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import Checkpoints
-from bhsd_jax.train.log import Log, heartbeat
+from bhsd_jax.train.log import Log, heartbeat, read
 from bhsd_jax.train.loop import Every, Interrupted, fit
 from bhsd_jax.train.processes import Preemption
-from bhsd_jax.train.profile import Profile, Span
-from bhsd_jax.train.speed import Speed, Timed, Watch, peak_flops
-from bhsd_jax.train.step import TrainStep, make_train_step
+from bhsd_jax.train.profile import Span, profiling
+from bhsd_jax.train.speed import Timed, watching
 from bhsd_jax.types import TrainState
-from bhsd_jax.verbs import heap, parts, setup
+from bhsd_jax.verbs import heap, parts, program, setup
 from bhsd_jax.verbs.recipe import Recipe, make_mesh, make_recipe, require_matching
 from bhsd_jax.verbs.setup import Config
 from bhsd_jax.verbs.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+SAVED = "checkpoint/step"  # in metrics.jsonl: this step is on disk
+_ELSEWHERE = ("mesh.", "train.profile")  # fields that say where and not what is trained
 TRY_AGAIN = 75  # exit code of a run that was asked to stop and has saved (EX_TEMPFAIL)
 
 
@@ -70,42 +71,30 @@ def _train(
         recipe = make_recipe(config, shards.plan, mesh)
         require_matching(config, recipe, roles, mesh)
     checkpoints = _open_run(config, shards, workdir)
-
     state, position = _start(recipe, checkpoints, mesh, config.seed)
+    writes = jax.process_index() == 0
+    if writes:  # not before: a config that the checkpoint refuses is not the run's
+        files.write_json(workdir / "config.json", checkpoints.extra["config"])
+        files.write_json(workdir / "plan.json", checkpoints.extra["plan"])
     batches = _batches(config, shards, roles, recipe, mesh, position)
-    train_step, flops = _compile(recipe, state, mesh, workdir)
+    train_step, flops = program.build_step(recipe, state, mesh, workdir)
     on_devices = Timed(map(partial(meshes.to_devices, mesh=mesh), batches))
-    log = Log(
-        workdir / "metrics.jsonl",
-        config.train.steps,
-        position,
-        writes=jax.process_index() == 0,
-        speed=_speed(recipe, mesh, on_devices, flops),
-    )
+    speed = program.speed(recipe, mesh, on_devices, flops)
+    log = Log(workdir / "metrics.jsonl", config.train.steps, position, writes=writes, speed=speed)
     validation = Validation.of(config, shards, roles.val, recipe, log, mesh, asked)
+    record = _recorder(checkpoints, log, position)
     actions = _actions(config, workdir, log, validation, checkpoints, batches, asked)
-    watch = Watch(on_devices)
-    profile = [Profile(span, workdir / "profile")] if span else []
-    for each in profile:
-        each.begin(position)
     try:
-        fit(state, on_devices, train_step, [watch, *profile, *actions], config.train.steps)
+        with watching(on_devices) as watch, profiling(span, workdir / "profile", position) as trace:
+            every = [watch, record, trace, *actions]
+            fit(state, on_devices, train_step, every, config.train.steps)
     except Interrupted as reason:
         logger.warning("%s; start the same command again to go on", reason)
         sys.exit(TRY_AGAIN)
     finally:
-        for each in (watch, *profile):
-            each.close()
         checkpoints.close()
+        record()
     logger.info("trained %d steps; the run is %s", config.train.steps, workdir)
-
-
-def _speed(recipe: Recipe, mesh: Mesh, batches: Timed, flops: float) -> Speed:
-    """What the log needs to tell how fast the run is."""
-    device = mesh.devices.flat[0]
-    peak = peak_flops(device.device_kind)
-    patches = recipe.labeled + recipe.unlabeled
-    return Speed(batches, patches, flops * mesh.size, peak and peak * mesh.size)
 
 
 def _actions(
@@ -151,17 +140,37 @@ def _actions(
     ]
 
 
+def _recorder(checkpoints: Checkpoints, log: Log, resumed_at: int) -> Callable[..., None]:
+    """Notes in the log what has come to disk; raises a step later where a save has failed."""
+    now = resumed_at
+    if checkpoints.latest() is not None:  # the log has lost the lines of later steps
+        log.write(now, {SAVED: now})
+
+    def record(step: int | None = None, *_: Any) -> None:
+        nonlocal now
+        now = step or now
+        for saved in checkpoints.finished():
+            log.write(now, {SAVED: saved.step, "checkpoint/seconds": saved.seconds})
+
+    return record
+
+
 def _open_run(config: Config, shards: Shards, workdir: Path) -> Checkpoints:
-    """Writes config and plan into the run folder, and opens its checkpoints."""
+    """The run's checkpoints; says in what the config differs from theirs."""
     plain, plan = json.loads(json.dumps(config.to_dict())), shards.plan.to_json()
-    checkpoints = Checkpoints(workdir / "checkpoints", config=plain, plan=plan)
-    saved = workdir / "config.json"
-    if checkpoints.latest() is not None and saved.is_file():
-        for field in setup.differences(files.recall_json(saved, remove=False) or plain, plain):
-            logger.warning("resuming with another value of config.%s", field)
-    if jax.process_index() == 0:
-        files.write_json(saved, plain)
-        files.write_json(workdir / "plan.json", plan)
+    lines = read(workdir / "metrics.jsonl")
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        config=plain,
+        plan=plan,
+        recorded={line[SAVED] for line in lines if SAVED in line},
+    )
+    if checkpoints.latest() is not None:
+        for field in setup.differences(checkpoints.config(), plain):
+            if not field.startswith(_ELSEWHERE):
+                logger.warning("resuming with another value of config.%s", field)
+    elif lines:
+        logger.warning("%s: stopped before its first checkpoint; beginning anew at step 0", workdir)
     return checkpoints
 
 
@@ -223,48 +232,6 @@ def _batches(
         threads=config.input.threads,
         buffer=config.input.buffer,
     )
-
-
-def _compile(
-    recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path
-) -> tuple[TrainStep, float]:
-    """The step ahead of time, and its FLOP on a device; costs are in the log before step 1."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(
-        make_train_step(recipe.parts),
-        in_shardings=(shardings, meshes.batch_shardings(mesh, recipe.abstract_batch())),
-        out_shardings=(shardings, meshes.replicated(mesh)),
-        donate_argnums=0,
-    )
-    begun = time.monotonic()
-    with heartbeat("compiling the train step"):
-        compiled = step.lower(state, recipe.abstract_batch()).compile()
-    seconds = time.monotonic() - begun
-    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    working, devices = getattr(memory, "temp_size_in_bytes", 0), len(mesh.local_devices)
-    kind = mesh.devices.flat[0].device_kind
-    if jax.default_backend() == "cpu":
-        heap.settle(working, devices)
-    logger.info(
-        "compiled in %.0f s on %d %s; %.3g GFLOP a step, %.2f GB of temporaries",
-        seconds,
-        mesh.size,
-        kind,
-        cost.get("flops", float("nan")) / 1e9,
-        getattr(memory, "temp_size_in_bytes", float("nan")) / 1e9,
-    )
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    logger.info("%s parameters to train", f"{parameters:,}")
-    if jax.process_index() == 0:
-        known = {
-            "devices": mesh.size,
-            "device": kind,
-            "parameters": parameters,
-            "flops_per_device": cost.get("flops"),
-            "compile_s": seconds,
-        }
-        files.write_json(workdir / "cost.json", known)  # of one step; read where runs are compared
-    return compiled, cost.get("flops", float("nan"))
 
 
 @contextmanager

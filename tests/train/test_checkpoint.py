@@ -1,6 +1,8 @@
 """Checkpoints come back bit for bit, on any devices, or say what is wrong."""
 
-import json
+import functools
+import re
+import subprocess
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ from toy import make_batch, make_parts
 
 from bhsd_jax.objectives.cps import CrossPseudoSupervision
 from bhsd_jax.objectives.supervised import Supervised
+from bhsd_jax.train import checkpoint_files
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.checkpoint import Checkpoints, load_networks, load_statistics, save_networks
 from bhsd_jax.train.step import init_state
@@ -16,9 +19,33 @@ from bhsd_jax.train.step import init_state
 EXTRA = {"config": {"seed": 1, "patch": (1, 2)}, "plan": {"dataset": "toy"}}
 
 
-def make_state(objective=None, seed=0):
-    parts = make_parts(objective or Supervised(ema_decay=0.9))
-    return jax.jit(lambda: init_state(parts, make_batch().image, jax.random.key(seed)))()
+@functools.cache
+def program(objective):
+    parts = make_parts(objective)
+    return jax.jit(lambda key: init_state(parts, make_batch().image, key))
+
+
+def make_state(objective=Supervised(ema_decay=0.9), seed=0):  # noqa: B008  (frozen)
+    return program(objective)(jax.random.key(seed))
+
+
+def opened(folder, **more):
+    return Checkpoints(folder, **EXTRA | more)
+
+
+def save(checkpoints, *steps, dice=0.5):
+    for step in steps:
+        checkpoints.save(step, make_state(seed=step), {"batches": step}, dice)
+    checkpoints.wait()
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A folder with steps 1, 2 and 3."""
+    checkpoints = opened(tmp_path / "c")
+    save(checkpoints, 1, 2, 3)
+    checkpoints.close()
+    return tmp_path / "c"
 
 
 def abstract(state, sharding=None):
@@ -39,7 +66,7 @@ def bits(tree):
 
 def test_a_state_and_its_position_come_back_bit_for_bit(tmp_path):
     state = make_state(CrossPseudoSupervision())
-    checkpoints = Checkpoints(tmp_path / "c", **EXTRA)
+    checkpoints = opened(tmp_path / "c")
     checkpoints.save(5, state, {"batches": 5}, 0.5)
     checkpoints.wait()
     restored, position = checkpoints.restore(abstract(state))
@@ -52,7 +79,7 @@ def test_a_state_saved_on_eight_devices_is_read_on_one(tmp_path):
     state = make_state()
     mesh = meshes.make_mesh(4, 2, 1)
     spread = jax.device_put(state, meshes.state_shardings(mesh, state))
-    checkpoints = Checkpoints(tmp_path / "c", **EXTRA)
+    checkpoints = opened(tmp_path / "c")
     checkpoints.save(1, spread, {"batches": 1}, 0.5)
     checkpoints.wait()
     one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
@@ -62,72 +89,176 @@ def test_a_state_saved_on_eight_devices_is_read_on_one(tmp_path):
     assert {leaf.sharding for leaf in jax.tree.leaves(restored.params)} == {one}
 
 
-def test_best_and_latest_are_kept_also_after_a_restart(tmp_path):
-    states = {step: make_state(seed=step) for step in (1, 2, 3, 4)}
-    checkpoints = Checkpoints(tmp_path / "c", **EXTRA)
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_last_three_and_the_best_are_kept_also_after_a_restart(tmp_path):
+    folder = tmp_path / "c"
+    checkpoints = opened(folder)
     for step, dice in ((1, 0.2), (2, 0.9), (3, float("nan"))):
-        checkpoints.save(step, states[step], {"batches": step}, dice)
+        save(checkpoints, step, dice=dice)
     checkpoints.close()
-    checkpoints = Checkpoints(tmp_path / "c", **EXTRA)
+    checkpoints = opened(folder)
     assert checkpoints.latest() == 3
-    checkpoints.save(4, states[4], {"batches": 4}, 0.3)
+    for step, dice in ((4, 0.3), (5, 0.4), (6, float("nan")), (7, 0.8)):
+        save(checkpoints, step, dice=dice)
     checkpoints.close()
-    for which, step in (("best", 2), ("last", 4), (4, 4)):
-        found, params, ema = load_networks(tmp_path / "c", which)
+    assert names(folder) == ["2", "5", "6", "7"]
+    for which, step in (("best", 2), ("last", 7), (6, 6)):
+        found, params, ema = load_networks(folder, which)
         assert found == step
-        assert bits(params) == bits(states[step].params)
-        assert bits(ema) == bits(states[step].ema)
+        assert bits(params) == bits(make_state(seed=step).params)
+        assert bits(ema) == bits(make_state(seed=step).ema)
 
 
-def test_a_flipped_bit_is_noticed(tmp_path):
-    state = make_state()
-    checkpoints = Checkpoints(tmp_path / "c", **EXTRA)
-    checkpoints.save(1, state, {"batches": 1}, 0.5)
-    checkpoints.wait()
-    digest = tmp_path / "c" / "1" / "digest" / "metadata"
-    stored = json.loads(digest.read_text())
-    name = next(key for key in stored if "kernel" in key and key.startswith("params"))
-    stored[name] = "0" * 64
-    digest.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="not what was saved"):
-        load_networks(tmp_path / "c", "last")
-    with pytest.raises(ValueError, match=name):
-        checkpoints.restore(abstract(state))
-    checkpoints.close()
+def test_the_list_is_what_sha256sum_reads(three):
+    for step in "123":
+        command = ["sha256sum", "--check", "--strict", "--quiet", checkpoint_files.SUMS]
+        subprocess.run(command, cwd=three / step, check=True)
+    listed = (three / "3" / checkpoint_files.SUMS).read_text()
+    for part in ("input.json", "config.json", "state/_METADATA", "state/manifest.ocdbt"):
+        assert f"  {part}\n" in listed
 
 
-def test_an_unfinished_step_is_no_checkpoint(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "c", **EXTRA)
-    checkpoints.save(1, make_state(), {"batches": 1}, 0.5)
-    checkpoints.close()
-    (tmp_path / "c" / "9").mkdir()
-    checkpoints = Checkpoints(tmp_path / "c", **EXTRA)
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, lambda file: file.unlink()])
+def test_whatever_is_wrong_with_any_file_of_the_newest_the_one_before_is_used(three, harm, caplog):
+    every = sorted(path for path in (three / "3").rglob("*") if path.is_file())
+    assert len(every) > 12
+    for file in every:
+        good, mode = file.read_bytes(), file.stat().st_mode
+        harm(file)
+        checkpoints = opened(three)
+        caplog.clear()
+        assert checkpoints.latest() == 2, file
+        assert checkpoints.restore(abstract(make_state()))[1] == {"batches": 2}
+        assert load_networks(three, "last")[0] == load_networks(three, "best")[0] == 2
+        checkpoints.close()
+        name = file.relative_to(three / "3").as_posix()
+        said = re.compile(rf"{three}/3: {re.escape(name)} .*step 2 is used instead")
+        assert all(said.search(message) for message in caplog.messages)
+        assert len(caplog.messages) == 3
+        with pytest.raises(ValueError, match=re.escape(name)):
+            load_networks(three, 3)
+        file.write_bytes(good)
+        file.chmod(mode)
+    assert opened(three).latest() == 3
+
+
+def test_damaged_steps_are_set_aside_when_training_goes_on(three):
+    flip(three / "2" / "input.json")
+    flip(three / "3" / "input.json")
+    harmed = (three / "3" / "input.json").read_bytes()
+    (three / "3.damaged").mkdir()
+    checkpoints = opened(three)
     assert checkpoints.latest() == 1
+    assert names(three) == ["1", "2", "3", "3.damaged"], "nothing has changed yet"
+    save(checkpoints, 2, 3, 4)
     checkpoints.close()
-    assert load_networks(tmp_path / "c", "last")[0] == 1
+    assert names(three) == ["2", "2.damaged", "3", "3.damaged", "3.damaged-2", "4"]
+    assert (three / "3.damaged-2" / "input.json").read_bytes() == harmed
+    assert load_networks(three, "last")[0] == 4
+
+
+def test_what_a_person_puts_beside_the_checkpoints_stays(three):
+    (three / "3-backup").mkdir()
+    for name in ("old", "03", "3.orbax-checkpoint-tmp", "99"):
+        (three / name).mkdir()
+        (three / name / "mine").write_text("mine")
+    (three / "40").write_text("a file")
+    subprocess.run(["cp", "-r", three / "3", three / "50"], check=True)
+    checkpoints = opened(three)
+    assert checkpoints.latest() == 3
+    save(checkpoints, 4, 5, 6, 7)
+    checkpoints.close()
+    beside = {"3-backup", "old", "03", "3.orbax-checkpoint-tmp", "99.damaged", "40", "50.damaged"}
+    assert set(names(three)) == beside | {"5", "6", "7"}
+    assert (three / "99.damaged" / "mine").read_text() == "mine"
+
+
+def test_an_unfinished_step_is_no_checkpoint_and_goes_at_the_next_save(three):
+    cut_off = three / "4.unfinished"
+    (three / "3").rename(cut_off)
+    checkpoints = opened(three)
+    assert checkpoints.latest() == 2
+    assert load_networks(three, "last")[0] == 2
+    assert cut_off.is_dir()
+    save(checkpoints, 4)
+    checkpoints.close()
+    assert names(three) == ["1", "2", "4"]
+
+
+def test_a_run_that_has_saved_never_starts_at_0(three):
+    for step in "123":
+        flip(three / step / "config.json")
+    says = r"step 3: config.json differs.*step 1: config.*step 4: its folder is gone.*--workdir"
+    with pytest.raises(ValueError, match=says):
+        opened(three, recorded=(2, 3, 4)).latest()
+    with pytest.raises(ValueError, match="its folder is gone"):
+        opened(three.parent / "none", recorded=(2, 3)).latest()
+    assert names(three) == ["1", "2", "3"]
+
+
+def test_a_run_that_has_not_saved_yet_starts_at_0(tmp_path, caplog):
+    assert opened(tmp_path / "none").latest() is None
+    (tmp_path / "c" / "9").mkdir(parents=True)
+    assert opened(tmp_path / "c").latest() is None
+    assert "c/9: SHA256SUMS is missing" in caplog.text
+
+
+def test_checkpoints_of_older_versions_are_refused_in_one_sentence(three):
+    for step in "123":
+        (three / step / checkpoint_files.SUMS).unlink()
+        (three / step / "digest").mkdir()
+    for use in (opened(three).latest, lambda: load_networks(three, "best")):
+        with pytest.raises(ValueError, match="saved by an older version of this program"):
+            use()
+
+
+def test_the_best_that_is_whole_stands_in_for_the_best(tmp_path, caplog):
+    checkpoints = opened(tmp_path / "c")
+    for step, dice in ((1, 0.7), (2, 0.9), (3, 0.8)):
+        save(checkpoints, step, dice=dice)
+    checkpoints.close()
+    flip(next((tmp_path / "c" / "2" / "state" / "d").iterdir()))
+    assert load_networks(tmp_path / "c", "best")[0] == 3
+    assert re.search(r"c/2: state/d/\w+ differs .*step 3 is used instead", caplog.text)
 
 
 def test_another_network_is_refused_in_one_line(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "c", **EXTRA)
+    checkpoints = opened(tmp_path / "c")
     checkpoints.save(1, make_state(), {"batches": 1}, 0.5)
     checkpoints.wait()
     other = make_state(CrossPseudoSupervision())
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(
+        ValueError, match=r"does not fit.*params/a/Conv_0/bias is not there"
+    ) as caught:
         checkpoints.restore(abstract(other))
+    assert "\n" not in str(caught.value)
     checkpoints.close()
 
 
 def test_another_objective_is_refused_though_its_state_has_the_same_shape(tmp_path):
     state, plan = make_state(Supervised(ema_decay=0.9)), EXTRA["plan"]
 
-    def opened(objective):
+    def of(objective):
         config = {"objective": {"name": objective}}
         return Checkpoints(tmp_path / "c", config=config, plan=plan)
 
-    first = opened("mean_teacher.MeanTeacher")
+    first = of("mean_teacher.MeanTeacher")
     first.save(1, state, {"batches": 1}, 0.5)
     first.close()
-    other = opened("ict.InterpolationConsistency")
+    other = of("ict.InterpolationConsistency")
     with pytest.raises(ValueError, match=r"objective mean_teacher\.MeanTeacher, .* has ict\."):
         other.restore(abstract(state))
     other.close()

@@ -7,6 +7,7 @@ import pytest
 from bhsd_jax import files
 from bhsd_jax.metrics import summary
 from bhsd_jax.metrics.scores import Row, write_csv
+from bhsd_jax.train import checkpoint_files
 from bhsd_jax.verbs import evaluate, series, tables
 from configs import table2
 
@@ -53,7 +54,7 @@ def finish():
         """A scan per entry of `counts`, which has (tp, fp, fn) for every class."""
         last = run.workdir / "checkpoints" / str(run.config.train.steps)
         last.mkdir(parents=True)
-        (last / "commit_success.txt").touch()
+        (last / checkpoint_files.SUMS).touch()
         files.write_json(run.workdir / "config.json", series.plain(run.config))
         plan = PLAN | {"classes": ["background", *classes]}
         files.write_json(run.workdir / "plan.json", plan)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 
 from bhsd_jax import files
+from bhsd_jax.train import checkpoint_files
 from bhsd_jax.verbs import places, series
 from bhsd_jax.verbs.series import Run
 
@@ -37,7 +38,7 @@ def test_a_run_is_finished_when_its_own_results_are_there(make, finish):
     assert not series.is_finished(run)
     (run.workdir / "summary.json").touch()
     assert series.is_finished(run)
-    (run.workdir / "checkpoints" / "4" / "commit_success.txt").unlink()
+    (run.workdir / "checkpoints" / "4" / checkpoint_files.SUMS).unlink()
     assert not series.is_finished(run), "half-trained, and scored by hand"
 
 

@@ -1,0 +1,32 @@
+"""One process decides, and all processes of a run do the same."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def agree(decide: Callable[[], Any]) -> Any:
+    """What process 0 decides, in every process; as JSON has it where there are several.
+
+    Raises:
+        ValueError: With the words of its ValueError or OSError.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    told, failure = {}, None
+    if jax.process_index() == 0:
+        try:
+            told["value"] = decide()
+        except (ValueError, OSError) as error:
+            told["error"], failure = str(error), error
+    text = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
+    told = json.loads(np.asarray(text, np.uint8).tobytes())
+    if "error" in told:
+        raise failure or ValueError(told["error"])
+    return told["value"]
