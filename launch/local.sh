@@ -4,6 +4,6 @@
 # One process drives all GPUs of a machine as well; several are for machines where that is slower, and
 # to try what a cluster does. SIGTERM and Ctrl-C make all save and end with 75.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source tools/env
+# shellcheck source=tools/env
+source "$(dirname "$0")/../tools/env"
 exec python -m bhsd_jax.verbs.local "$@"

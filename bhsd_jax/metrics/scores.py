@@ -132,11 +132,11 @@ def read_csv(path: Path) -> list[Row]:
     with path.open(newline="", errors="replace") as file:
         reader = csv.DictReader(file)
         try:
-            lines = list(reader)
+            lines, columns = list(reader), reader.fieldnames or ()
         except csv.Error as error:
             raise ValueError(f"{path}: damaged ({error}); run the verb `evaluate` again") from error
     fields = [(f.name, _RENAMED.get(f.name, f.name), f.type) for f in dataclasses.fields(Row)]
-    missing = [column for _, column, _ in fields if column not in (reader.fieldnames or ())]
+    missing = [column for _, column, _ in fields if column not in columns]
     if missing:
         raise ValueError(f"{path}: has no column {', '.join(missing)}; write it with `evaluate`")
     kinds = {str: str, int: int, float: float}

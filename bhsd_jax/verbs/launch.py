@@ -113,7 +113,7 @@ def launch(what: Study, options: argparse.Namespace, again: Sequence[str]) -> in
     _say()
     if options.dry_run:
         return _list(what)
-    if options.slurm is not None:
+    if options.slurm is not None and not options.report_only:  # the report's own job has both
         if options.jobs is not None:
             raise ValueError("--jobs: Slurm decides how many of its jobs run side by side")
         return _submit(what, options.slurm, again)
@@ -200,7 +200,9 @@ def _list(what: Study) -> int:
 def _places(runs: Sequence[Run], jobs: int | None) -> Sequence[Place]:
     """One per GPU, unless it was said how many, but no more than there are runs."""
     todo = max(1, sum(_state(run) in ("new", "begun") for run in runs))
-    count = min(todo, max(1, len(places.gpus())) if jobs is None else jobs)
+    wanted = max(1, len(places.gpus())) if jobs is None else jobs
+    places.share(wanted, option="--jobs")  # refuses what cannot be
+    count = min(todo, wanted)
     where = places.share(count, option="--jobs")
     if count > 1:
         logger.info("%d runs side by side: %s", count, ", ".join(place.text for place in where))

@@ -232,7 +232,7 @@ def _probabilities(target: Path) -> Path:
 def _check_npz(path: Path, shape: tuple[int, ...]) -> None:
     """Refuses a file of probabilities that is damaged, or of another scan."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             found = stored["probabilities"]
     except Exception as error:  # NumPy parses a damaged header as Python, which raises anything
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error

@@ -150,7 +150,7 @@ def test_wait_ends_when_it_is_there_or_lost(cloud):
 
 def test_the_code_gets_there_and_arguments_arrive_as_they_are(cloud):
     tool = cloud / "bin" / "uv"
-    tool.write_text("#!/bin/sh\nexit 0\n")
+    tool.write_text("#!/bin/sh\nexit 1\n")
     tool.chmod(0o755)
     home = cloud / "remote home"
     environment = os.environ | {"PATH": f"{cloud / 'bin'}:/usr/bin:/bin"}
@@ -169,7 +169,9 @@ def test_the_code_gets_there_and_arguments_arrive_as_they_are(cloud):
     ]
     assert (code / "bhsd_jax" / "main.py").is_file(), done.stderr
     assert (code / "launch" / "tpu_vm.sh").is_file()
-    assert "lacks all of it" in done.stderr, "the real tools/env was called, and uv did nothing"
+    assert "lacks all of it" in done.stderr, (
+        "the real tools/env was called, and uv could do nothing"
+    )
     (code / "tools" / "env").write_text(f'export PATH="{cloud}/python:$PATH"\n')
     (cloud / "python").mkdir()
     (cloud / "python" / "python").write_text(

@@ -104,7 +104,8 @@ def finished(cluster, job, workdir, seconds=600):
 
 def parameters(workdir):
     """What was saved at the last step."""
-    folder = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name)) / "state"
+    steps = [p for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal()]
+    folder = max(steps, key=lambda p: int(p.name)) / "state"
     with ocp.StandardCheckpointer() as reader:
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         known = reader.metadata(folder)
@@ -231,6 +232,41 @@ def test_a_newer_checkpoint_is_progress(cluster, scripted, tmp_path):
     job = submit(cluster, workdir, "--config=x", cwd=scripted(lines))
     ended, code, restarts = finished(cluster, job, workdir)
     assert (ended, code, restarts) == ("COMPLETED", "0:0", 6)
+
+
+SAVES = """
+folder='{0}/checkpoints/'
+[ ! -d "$folder/7" ] || exit 0
+save() {{
+  sleep 2; mkdir -p "$folder/7"; touch "$folder/7/SHA256SUMS"
+  echo "saved step 7"; exit 75
+}}
+trap save TERM
+echo up
+sleep 100 & wait
+"""
+
+
+def test_pushed_out_by_another_job_it_saves_and_comes_back(cluster, scripted, tmp_path):
+    workdir = tmp_path / "run"
+    home = scripted(SAVES.format(workdir))
+    job = submit(cluster, workdir, "--config=x", options=["--nodes=2", "--exclusive"], cwd=home)
+    log = workdir / "slurm.log"
+    wait_until(lambda: log.is_file() and log.read_text().count("up") == 2, 60, workdir)
+    options = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
+    say(cluster, "sbatch", *options, "--wrap=sleep 1")
+    assert finished(cluster, job, workdir, 120) == ("COMPLETED", "0:0", 1)
+    assert log.read_text().count("saved step 7") == 2
+
+
+def test_an_array_prepares_the_shards(cluster, tmp_path):
+    log = f"--output={tmp_path}/slurm-%a.log"
+    command = ("sbatch", "--parsable", "--array=0-1", "--mem=0", "--cpus-per-task=1", log)
+    say(cluster, *command, "launch/slurm_prepare.sbatch", CONFIG[0], f"--workdir={tmp_path}")
+    wait_until(lambda: not say(cluster, "squeue", "--noheader"), 300, tmp_path)
+    logs = [path.read_text() for path in sorted(tmp_path.glob("slurm-*.log"))]
+    assert len(logs) == 2
+    assert (tmp_path / "shards" / "index.json").is_file(), logs
 
 
 def test_wrong_places_are_one_line(cluster, tmp_path):

@@ -36,6 +36,12 @@ PLAN = {
 
 
 @pytest.fixture
+def plan():
+    """A plan as its file holds it."""
+    return dict(PLAN)
+
+
+@pytest.fixture
 def make(tmp_path):
     """Makes the study of a table, nothing of it run."""
 

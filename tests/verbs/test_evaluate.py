@@ -8,8 +8,10 @@ import math
 import numpy as np
 import pytest
 
+from bhsd_jax import faults, files
 from bhsd_jax.ct import nifti
-from bhsd_jax.verbs import evaluate
+from bhsd_jax.verbs import evaluate, report
+from bhsd_jax.verbs.scoring import Scored
 from bhsd_jax.volume import Volume
 from configs import common
 
@@ -242,3 +244,55 @@ def test_printed_numbers_say_what_is_not_defined():
         *("any", "0.500", "[n/a,", "n/a]", "0.500", "0.500", "0.500"),
         *("1", "1", "0", "n/a", "0.250"),
     ]
+
+
+def test_what_a_process_has_scored_survives_a_trip_through_a_file(tree, tmp_path):
+    """With nan, inf and the histogram of the baseline."""
+    data, run = tree
+    jobs = evaluate._jobs(configure(data, baseline=True), run)
+    for scored in evaluate._score(jobs, 1).values():
+        files.write_json(tmp_path / "part.json", scored.to_json())
+        back = Scored.from_json(files.read_json(tmp_path / "part.json"))
+        assert repr((back.rows, back.merged, back.warnings)) == repr(
+            (scored.rows, scored.merged, scored.warnings)
+        )
+        for name in ("bleeding", "inside"):
+            mine, theirs = getattr(back.histogram, name), getattr(scored.histogram, name)
+            assert (mine.dtype, mine.tolist()) == (theirs.dtype, theirs.tolist())
+        assert back.histogram.mask == scored.histogram.mask
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "verb"),
+    [
+        ("summary.json", lambda text: text[:-9], "evaluate"),
+        ("summary.json", lambda text: text.replace('"binary"', '"binari"'), "evaluate"),
+        ("cases.csv", lambda text: text.replace(",4,", ",4#,"), "evaluate"),
+        ("cases.csv", lambda text: text[: len(text) // 2], "evaluate"),
+        ("cases.csv", lambda text: "", "evaluate"),
+        ("predictions/predictions.json", lambda text: "{", "predict"),
+    ],
+)
+def test_a_damaged_file_is_named_where_it_is_read(tree, plan, name, damage, verb):
+    data, run = tree
+    config = configure(data)
+    names = ["background", "EDH", "IPH", "IVH", "SAH", "SDH"]
+    files.write_json(run / "plan.json", plan | {"classes": names})
+    evaluate.run(config, run)
+    files.write_json(run / "predictions" / "predictions.json", {"step": 1, "split": "test"})
+    path = run / name
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=r"damaged|has no column") as caught:
+        report.run(config, run)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert f"`{verb}`" in str(caught.value)
+
+
+def test_a_full_disk_ends_it_before_anything_is_scored(tree, disk):
+    data, run = tree
+    place = disk("size=8k")
+    with pytest.raises(OSError, match="No space"):
+        (place / "fill").write_bytes(bytes(9000))
+    with pytest.raises(faults.WriteError, match="No space"):
+        evaluate.run(configure(data, predictions=str(run / "predictions")), place)
+    assert [path.name for path in place.iterdir()] == ["fill"]

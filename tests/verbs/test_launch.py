@@ -149,6 +149,10 @@ def test_slurm_gets_shards_then_runs_then_the_report(cluster):
         assert job[-1] == f"--workdir={cluster / 'table2' / row / 'seed1'}"
     assert "--dependency=afterany:102:103" in report
     assert report[-1].endswith("--report-only")
+    # What that job does: it submits nothing.
+    assert tables.cli([*words, "--slurm=--partition=gpu", "--report-only"]) == 0
+    assert len((cluster / "jobs").read_text().splitlines()) == 4
+    assert (cluster / "table2" / "report.html").is_file()
 
 
 def test_what_is_queued_or_finished_is_not_submitted_again(cluster, make, finish):
@@ -241,3 +245,44 @@ def test_shards_depend_on_what_they_hold_alone(tmp_path):
     assert folder == launch.data_folder(same, tmp_path)
     assert folder != launch.data_folder(moved, tmp_path)
     assert folder != launch.data_folder(finer, tmp_path)
+
+
+def test_a_machine_with_several_gpus_gets_as_many_runs_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    runs = swept(tmp_path, "objective.weight=0.2,1.0", "--seeds=0,1").runs
+
+    def chosen(runs, jobs=None):
+        return [p.environment.get("CUDA_VISIBLE_DEVICES") for p in launch._places(runs, jobs)]
+
+    assert chosen(runs) == ["0", "1", "2"]
+    assert chosen(runs[:2]) == ["0", "1"], "no more places than runs"
+    assert chosen(runs, 1) == [None], "one run has them all"
+    assert chosen(runs, 2) == ["0", "1"]
+    with pytest.raises(ValueError, match="--jobs: 9 processes do not fit 3 GPUs"):
+        launch._places(runs, 9)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert chosen(runs) == [None], "on CPUs one after the other, unless asked"
+    assert len(launch._places(runs, 2)) == 2
+    with pytest.raises(ValueError, match="--jobs: Slurm decides"):
+        tables.cli(["table2", "--smoke", f"--out={tmp_path}", "--slurm", "--jobs=2"])
+
+
+def test_paths_are_those_of_the_folder_it_is_called_in(tmp_path):
+    for words in (
+        ["tables", "table2", "--root=BHSD", "--shards=made/shards", "--out=out"],
+        ["sweep", "--config=configs/cps.py:data=bhsd", "train.steps=1,2", "--shards=made/shards"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", f"bhsd_jax.verbs.{words[0]}", *words[1:], "--dry-run"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        first = done.stdout.splitlines()[1]
+        assert f"--config.preprocess.shards={tmp_path}/made/shards" in first
+        if words[0] == "tables":
+            assert f"--config.data.root={tmp_path}/BHSD" in first
+            assert f"--workdir={tmp_path}/out/" in first

@@ -142,6 +142,14 @@ def test_each_process_knows_its_number_and_its_devices(monkeypatch, tmp_path):
     assert made["environments"] == [{}], "one process needs to meet nobody"
 
 
+def test_a_config_is_found_from_elsewhere_and_other_paths_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local._found("--config=configs/cps.py:smoke") == f"--config={ROOT}/configs/cps.py:smoke"
+    (tmp_path / "own.py").touch()
+    for word in ("--config=own.py:smoke", "--workdir=runs/x", "--config.data.root=configs/cps.py"):
+        assert local._found(word) == word
+
+
 def test_wrong_words_are_one_line():
     for words in ([], ["2"], ["two", "train"], ["2", "--config=x"]):
         with pytest.raises(ValueError, match=r"launch/local.sh N VERB --config="):
@@ -154,8 +162,8 @@ def test_wrong_words_are_one_line():
 def test_two_processes_train_as_one_command(tmp_path):
     config = [
         "--config=configs/suponly.py:smoke",
-        f"--config.preprocess.shards={tmp_path}/shards",
-        f"--workdir={tmp_path}",
+        "--config.preprocess.shards=shards",
+        "--workdir=.",  # of the folder it is called in
     ]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     for count, verb in (("1", "preprocess"), ("2", "train")):

@@ -5,6 +5,12 @@ import gzip
 import json
 import logging
 import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +21,19 @@ from dicom_files import NAME, PATIENT, write_series
 from nibabel import orientations
 from pydicom import dcmread
 
+from bhsd_jax import faults, files
 from bhsd_jax.ct import geometry
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.train.checkpoint import save_networks
-from bhsd_jax.verbs import predict, predictor, setup, wiring
+from bhsd_jax.verbs import evaluate, predict, predictor, setup, wiring
 from bhsd_jax.volume import Case, Network, Plan
 from configs import common
 
+ROOT = Path(__file__).parents[2]
+DEAD = 2**22 + 1  # above the largest number of a process
 SPACING = (5.0, 2.0, 2.0)  # D H W
 CLASSES = ("background", "IPH", "SDH")
 TILE = (4, 16, 16)
@@ -458,3 +467,168 @@ def test_long_scans_say_how_far_they_are(monkeypatch, caplog):
     monkeypatch.setattr(predictor, "_SAY_EVERY_S", 0.0)
     teller.tiles(2, 27)
     assert "scan 7: tile 2 of 27" in caplog.text
+
+
+# Files that were damaged, and disks that take no more.
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def moved(path):
+    image = nib.load(path)
+    voxels = np.asanyarray(image.dataobj).copy()
+    nib.save(nib.Nifti1Image(voxels, np.diag([9.0, 9, 9, 1]) @ image.affine), path)
+
+
+@pytest.mark.parametrize("damage", [cut, flipped, moved, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("suffix", [".nii.gz", "_probabilities.npz"])
+def test_a_damaged_output_is_not_taken_for_finished(tmp_path, caplog, damage, suffix):
+    if damage is moved and suffix != ".nii.gz":
+        damage = lambda path: np.savez(path, probabilities=np.zeros((3, 2, 2, 2), np.float16))  # noqa: E731
+    source, target = tmp_path / "scan.nii.gz", tmp_path / "out" / "scan.nii.gz"
+    nib.save(nib.Nifti1Image(head(), upright()), source)
+    run, case = threshold_predictor(probabilities=True), Case("scan", "scan", source, None, "test")
+    row = run(case, target, "scan")
+    assert run.finished(case, target, "scan").ml == row.ml
+    assert caplog.text == ""
+    path = target.with_name(f"scan{suffix}")
+    damage(path)
+    assert run.finished(case, target, "scan") is None
+    (line,) = caplog.messages
+    assert line.startswith(f"scan: predicted again, for {path}: ")
+
+
+def test_only_a_truncated_label_map_is_predicted_again(folder, scans):
+    predict.run(configure(scans), folder)
+    out = folder / "predictions"
+    whole = {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
+    before = (out / "ID_1.nii.gz").stat().st_mtime_ns
+    cut(out / "ID_2.nii.gz")
+    left = out / f".ID_1.nii.gz.{files._host()}-{DEAD}.tmp"
+    left.write_bytes(b"half")
+    predict.run(configure(scans, overwrite=False), folder)
+    assert {path.name: path.read_bytes() for path in out.glob("*.nii.gz")} == whole
+    assert (out / "ID_1.nii.gz").stat().st_mtime_ns == before
+    assert [row["seconds"] == "" for row in rows_of(out / "volumes.csv")] == [True, False]
+    assert not left.exists()
+
+
+def test_a_disk_that_is_full_at_some_scan_keeps_what_there_is_and_says_so(
+    folder, tmp_path, scans, disk
+):
+    """The second scan is large: its probabilities do not fit, those of the first do."""
+    large = nib.Nifti1Image(np.tile(head(seed=2), (3, 3, 2)), upright())
+    (scans / "ID_2").write_bytes(large.to_bytes())
+    nib.save(nib.Nifti1Image(head(seed=2), upright()), scans / "ID_3.nii.gz")
+    place = disk("size=9m")
+    config = configure(scans, probabilities=True, out=str(place / "out"))
+    predict.run(config, folder)
+    whole = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
+    sizes = {name: -(-len(content) // 4096) * 4 for name, content in whole.items()}
+    room = sum(sizes[f"ID_1{end}"] for end in (".nii.gz", "_probabilities.npz"))
+    shutil.rmtree(place / "out")
+    disk(f"size={room + 40}k", again=True)
+    with pytest.raises(ValueError, match=r"ID_2.*no space left on the device") as caught:
+        predict.run(config, folder)
+    said = str(caught.value)
+    assert f"1 of 3 label maps are in {place / 'out'}, the tables tell of them; with" in said
+    assert "\n" not in said
+    found = {path.name for path in (place / "out").iterdir()}
+    tables = {"volumes.csv", "volumes.json", "predictions.json", "skipped.csv"}
+    assert found == {"ID_1.nii.gz", "ID_1_probabilities.npz", *tables}
+    assert [row["case"] for row in rows_of(place / "out" / "volumes.csv")] == ["ID_1"]
+    skipped = rows_of(place / "out" / "skipped.csv")
+    assert [row["case"] for row in skipped] == ["ID_2", "ID_3"]
+    assert all("not predicted: " in row["reason"] for row in skipped)
+    disk("size=9m", again=True)
+    config.predict.overwrite = False
+    predict.run(config, folder)
+    again = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
+    assert again.keys() == whole.keys()
+    assert all(again[name] == whole[name] for name in whole if name.startswith(("ID", "pred")))
+
+
+def test_a_full_disk_is_noticed_before_the_network_is_read(folder, scans, disk):
+    place = disk("ro,size=64k")
+    (folder / "checkpoints").rename(folder / "away")
+    with pytest.raises(faults.WriteError, match="Read-only"):
+        predict.run(configure(scans, out=str(place)), folder)
+
+
+TOGETHER = """
+import sys, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+index, port, images, out, folder, references = *map(int, sys.argv[1:3]), *sys.argv[3:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+from pathlib import Path
+from bhsd_jax.verbs import evaluate, predict
+from configs import common
+config = common.get_config()
+config.infer.update(mirror=False, tiles=4)
+config.predict.update(images=images, out=out, show_ids=False)
+config.preprocess.processes = 1
+try:
+    predict.run(config, Path(folder))
+    print("whole")
+except ValueError as error:
+    print(error)
+config.evaluate.update(predictions=out, references=references, bootstrap=10)
+evaluate.run(config, Path(folder))
+"""
+
+
+def test_two_processes_leave_the_files_of_one(folder, tmp_path, scans):
+    """Real processes, one on each side; one scan of the four is broken."""
+    (scans / "ID_3.nii.gz").write_bytes(b"not a scan")
+    nib.save(nib.Nifti1Image(head(seed=2), upright()), scans / "ID_4.nii.gz")
+    references = tmp_path / "references"
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    words = [str(port), str(scans), str(tmp_path / "two"), str(folder), str(references)]
+    (folder / ".salt").write_text("0" * 32)
+    config = configure(scans, out=str(references), show_ids=False)
+    with pytest.raises(ValueError, match="1 of 4 scans skipped") as caught:
+        predict.run(config, folder)
+    flags = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(index), *words],
+            cwd=ROOT,
+            env=flags | {"JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    done = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], done
+    said = [text.splitlines()[-1] for text, _ in done]
+    assert said[0] == str(caught.value).replace(str(references), str(tmp_path / "two"))
+    assert said[1] == "whole"
+    one, two = ({p.name: p for p in place.iterdir()} for place in (references, tmp_path / "two"))
+    assert one.keys() == two.keys()
+    for name, path in two.items():
+        if not name.startswith("volumes"):
+            assert path.read_bytes() == one[name].read_bytes(), name
+    tables = [rows_of(place["volumes.csv"]) for place in (one, two)]
+    measured = [[row.pop("seconds") for row in table] for table in tables]
+    assert tables[0] == tables[1]
+    assert all(float(seconds) > 0 for seconds in measured[1])
+
+    both = {name: (folder / name).read_bytes() for name in ("cases.csv", "summary.json")}
+    config.preprocess.processes = 1
+    config.evaluate.update(predictions=config.predict.out, bootstrap=10)
+    config.evaluate.references = str(references)
+    evaluate.run(config, folder)
+    assert {name: (folder / name).read_bytes() for name in both} == both
+    assert not list(tmp_path.rglob(".*.parts"))
