@@ -152,7 +152,7 @@ def test_both_streams_take_cases_as_the_config_says(cases):
 
         load = open
 
-    drawn = train._batches(config, Made(), roles, make_recipe(config, PLAN), 0)
+    drawn = train._batches(config, Made(), roles, make_recipe(config, PLAN), meshes.make_mesh(), 0)
     once = True
     for _ in range(4):
         batch = next(drawn)
