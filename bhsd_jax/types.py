@@ -102,7 +102,8 @@ class Objective(Protocol):
     so that an objective can take several intensity views of it with `learner.view`.
     """
 
-    twins: ClassVar[tuple[str, ...]]  # keys of its parameters that are networks of their own
+    # Keys of its parameters that are networks of their own, run through `Learner.each_twin`.
+    twins: ClassVar[tuple[str, ...]]
     uses_unlabeled: ClassVar[bool]
     ema_decay: float | None  # not None: the step keeps a moving average in `state.ema`
     ema_t0: int  # how that average begins: `train.step.moving_average`

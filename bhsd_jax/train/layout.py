@@ -17,8 +17,8 @@ from bhsd_jax.types import Batch, Params, in_turn
 
 
 def keep_patches(mesh: Mesh | None, batch: Batch) -> Batch:
-    """Patches as `mesh.batch_sharding` says, whatever was done to them; so where rows are split."""
-    if mesh is None or mesh.shape["space"] == 1:
+    """Patches as `mesh.batch_sharding` says, whatever was done to them."""
+    if mesh is None:
         return batch
     return lax.with_sharding_constraint(batch, batch_shardings(mesh, batch))
 

@@ -1,4 +1,4 @@
-"""Devices, and how arrays lie on them."""
+"""Devices, and how batches and states lie on them."""
 
 import itertools
 import logging
@@ -59,7 +59,7 @@ def make_mesh(
     if data == -1:
         used, data = _fill(devices, group, batches, accumulate)
         if len(used) < len(devices):
-            _say_idle(devices, used, batches)
+            _say_idle(devices, used, batches, len(devices) // group)
         devices = used
     shape = (data, model, space, twins)
     # Auto: the compiler places what lies between the annotated inputs and outputs of the step.
@@ -109,7 +109,9 @@ def _sum(batches: Sequence[int]) -> str:
     return " + ".join(str(count) for count in batches if count)
 
 
-def _say_idle(devices: Sequence[Any], used: Sequence[Any], batches: Sequence[int]) -> None:
+def _say_idle(
+    devices: Sequence[Any], used: Sequence[Any], batches: Sequence[int], groups: int
+) -> None:
     kept = set(used)
     logger.warning(
         "only %d of %d devices train, because %s patches a step do not spread over more; idle: %s. "
@@ -120,7 +122,7 @@ def _say_idle(devices: Sequence[Any], used: Sequence[Any], batches: Sequence[int
         len(devices),
         _sum(batches),
         ", ".join(str(device) for device in devices if device not in kept),
-        len(devices),
+        groups,
     )
 
 

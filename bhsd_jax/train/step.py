@@ -118,8 +118,7 @@ def _in_parts(found: Gradient, count: int, mesh: Mesh | None) -> Gradient:
     """
 
     def mean(params: Params, patches: Batch, key: PRNGKeyArray) -> Any:
-        share = 1 if mesh is None else mesh.shape["data"]
-        dealt = jax.tree.map(lambda rows: deal(rows, count, share), patches)
+        dealt = jax.tree.map(lambda rows: deal(rows, count), patches)
         keys = jax.random.split(key, count)
 
         def add(total: Any, part: tuple[Batch, PRNGKeyArray]) -> tuple[Any, None]:
@@ -136,13 +135,12 @@ def _in_parts(found: Gradient, count: int, mesh: Mesh | None) -> Gradient:
     return mean
 
 
-def deal(rows: Array, count: int, share: int = 1) -> Array:
-    """[B ...] -> [count B/count ...], every device of `share` keeping its own rows.
+def deal(rows: Array, count: int) -> Array:
+    """[B ...] -> [count B/count ...]; a device that has rows for every part keeps its own.
 
-    Neighbors, which some objectives mix, stay together where every part of a device has two rows
-    or more.
+    Neighbors, which some objectives mix, stay together where a part has an even number of rows.
     """
-    together = 2 if len(rows) % (2 * count * share) == 0 else 1
+    together = 2 if len(rows) % (2 * count) == 0 else 1
     parts = rows.reshape(-1, count, together, *rows.shape[1:]).swapaxes(0, 1)
     return parts.reshape(count, len(rows) // count, *rows.shape[1:])
 

@@ -159,49 +159,6 @@ def test_no_two_leaves_of_the_initial_state_share_a_buffer(kind, key):
         jax.jit(make_train_step(parts), donate_argnums=0)(state, batch)
 
 
-@pytest.mark.parametrize(
-    ("objective", "sizes"),
-    [
-        (CrossPseudoSupervision(ramp=0.0), (8, 1, 1)),
-        (MeanTeacher(ramp=0.0, ema_decay=0.9, noise=0.1), (8, 1, 1)),
-        (InterpolationConsistency(ramp=0.0, ema_decay=0.9), (8, 1, 1)),
-        (CrossPseudoSupervisionCutMix(ramp=0.0), (8, 1, 1)),
-        (WeakToStrong(ramp=0.0, ema_decay=0.9, sure=0.4, sure_foreground=0.4), (8, 1, 1)),
-        (EntropyMinimization(ramp=0.0), (8, 1, 1)),
-        (Supervised(ema_decay=0.9), (4, 2, 1)),
-        (Supervised(ema_decay=0.9), (2, 1, 4)),
-    ],
-    ids=["data", "mean-teacher", "ict", "cps_cutmix", "w2s", "entropy", "model", "space"],
-)
-def test_eight_devices_equal_one(objective, sizes, key):
-    parts, batches = make_parts(objective), [make_batch(i) for i in range(3)]
-    alone = began = start(parts, batches[0], key)
-    step = jax.jit(make_train_step(parts))
-    for batch in batches:
-        alone, metrics = step(alone, batch)
-
-    mesh = meshes.make_mesh(*sizes)
-    shardings = meshes.state_shardings(mesh, began)
-    spread = jax.device_put(began, shardings)
-    rows = meshes.batch_sharding(mesh)
-    sharded = jax.jit(
-        make_train_step(parts),
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, meshes.replicated(mesh)),
-        donate_argnums=0,
-    )
-    for batch in batches:
-        spread, others = sharded(spread, meshes.to_devices(batch, mesh))
-    assert float(others["loss"]) == pytest.approx(float(metrics["loss"]), abs=1e-6)
-    for name in ("params", "ema"):
-        for a, b in zip(
-            jax.tree.leaves(getattr(alone, name)),
-            jax.tree.leaves(getattr(spread, name)),
-            strict=True,
-        ):
-            np.testing.assert_allclose(a, b, atol=1e-5)
-
-
 EVERY_TERM = SliceLabelTerms(True, neg_sup=1.0, mil=0.1, size=0.01)
 
 
@@ -242,13 +199,3 @@ def test_data_parallel_steps_only_reduce(objective, terms, groups, key, full_com
     for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert other not in text
     assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == groups
-
-
-def test_a_batch_that_does_not_spread_is_refused():
-    mesh = meshes.make_mesh()
-    with pytest.raises(ValueError, match=r"input\.labeled is 3 .* multiple of 8"):
-        meshes.require_divisible(mesh, 3, 0, 64)
-    with pytest.raises(ValueError, match="multiply"):
-        meshes.make_mesh(3, 2, 1)
-    with pytest.raises(ValueError, match="one of them"):
-        meshes.make_mesh(2, 2, 2)

@@ -1,5 +1,7 @@
 """A tiny network and the parts of a step on it."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,25 @@ class Toy(nn.Module):
         return full, half
 
 
+class Merging(nn.Module):
+    """A stage of a quarter of the rows, merged as transformers merge tokens."""
+
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        x = nn.leaky_relu(nn.Conv(4, (3, 3, 3))(image), 0.01)
+        b, d, h, w, c = x.shape
+        merged = x.reshape(b, d, h // 4, 4, w, c).transpose(0, 1, 2, 4, 3, 5)
+        merged = nn.Dense(4)(merged.reshape(b, d, h // 4, w, 4 * c))
+        merged = nn.leaky_relu(nn.Conv(4, (3, 3, 3))(merged), 0.01)
+        x = jnp.concatenate([x, jnp.repeat(merged, 4, axis=2)], -1)
+        return (nn.Conv(self.num_classes, (1, 1, 1))(x),)
+
+
 def augment(key, batch):
     noise = 0.1 * jax.random.normal(key, batch.image.shape)
-    return Batch(batch.image + noise, jnp.maximum(batch.label, 0), batch.unlabeled)
+    return dataclasses.replace(batch, image=batch.image + noise, label=jnp.maximum(batch.label, 0))
 
 
 def view(key, image):

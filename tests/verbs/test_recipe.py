@@ -17,7 +17,7 @@ from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import make_train_step
 from bhsd_jax.types import Batch
 from bhsd_jax.verbs import train, wiring
-from bhsd_jax.verbs.recipe import make_augment, make_recipe, require_matching
+from bhsd_jax.verbs.recipe import make_augment, make_mesh, make_recipe, require_matching
 from bhsd_jax.volume import Network, Plan
 from configs import cps, mean_teacher, supervised
 
@@ -239,6 +239,33 @@ def test_what_does_not_fit_is_refused_before_compiling(experiment, fields, messa
     config = config_of(experiment, **fields)
     with pytest.raises(ValueError, match=message):
         require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+
+
+def test_the_config_arranges_the_devices_and_few_patches_use_few(caplog):
+    config = config_of(cps, labeled=4, unlabeled=4)
+    config.train.accumulate, config.mesh.twins = 2, 2
+    mesh = make_mesh(config, PLAN)
+    assert dict(mesh.shape) == {"data": 2, "model": 1, "space": 1, "twins": 2}
+    assert "only 4 of 8 devices train, because 4 + 4 patches" in caplog.text
+    recipe = make_recipe(config, PLAN, mesh)
+    assert (recipe.parts.accumulate, recipe.parts.mesh) == (2, mesh)
+    require_matching(config, recipe, ROLES, mesh)
+
+
+@pytest.mark.parametrize(("experiment", "twins"), [(supervised, 2), (cps, 4)])
+def test_devices_for_twins_that_are_not_there_are_refused(experiment, twins):
+    config = config_of(experiment)
+    config.mesh.twins = twins
+    mesh = make_mesh(config, PLAN)
+    with pytest.raises(ValueError, match=f"mesh.twins is {twins}, but objective .* trains"):
+        require_matching(config, make_recipe(config, PLAN, mesh), ROLES, mesh)
+
+
+def test_batch_dice_in_parts_is_said(caplog):
+    config = config_of(supervised)
+    config.train.accumulate = 2
+    make_recipe(config, PLAN)
+    assert "loss.batch_dice counts over the 4 patches of a part, not the 8" in caplog.text
 
 
 def test_a_loud_twin_does_not_mute_the_other():
