@@ -24,6 +24,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bhsd_jax import faults
 from bhsd_jax.verbs import preprocess
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
@@ -56,8 +57,9 @@ def main(argv: Sequence[str]) -> None:
     """Preprocesses; says what is wrong and exits 1 where it cannot."""
     try:
         preprocess.run(CONFIG.value, Path(WORKDIR.value), BeamPool(argv[1:]))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"preprocess: {error}")
+    except (ValueError, OSError) as error:
+        known = isinstance(error, OSError) and faults.explain(error, Path(WORKDIR.value))
+        sys.exit(f"preprocess: {known or error}")
 
 
 if __name__ == "__main__":

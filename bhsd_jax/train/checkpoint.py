@@ -75,6 +75,15 @@ class Checkpoints:
         """What the latest checkpoint was trained with."""
         return disk.read(self.folder, self._step(), "config")
 
+    def dice(self) -> float | None:
+        """The validation Dice of the latest checkpoint; None if that step was not validated."""
+        return agree(lambda: disk.listing(self.folder, self._step()).dice)
+
+    def rate(self, dice: float) -> None:
+        """Notes the Dice of the latest checkpoint, where it was validated only now."""
+        step = self._step()
+        agree(lambda: disk.rate(self.folder, step, dice))
+
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest state, on the shardings of `abstract`, and the input position.
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,31 @@ def finish(
     path = unfinished(folder, step)
     for name, value in facts.items():
         files.write_json(path / f"{name}.json", value)
-    known = {"step": step, "dice": dice if dice is not None and math.isfinite(dice) else None}
     names = _files(path)
-    known["bytes"] = {name: (path / name).stat().st_size for name in names}
-    lines = [f"# {json.dumps(known)}\n", *(f"{_sum(path / name)}  {name}\n" for name in names)]
+    sizes = {name: (path / name).stat().st_size for name in names}
+    _write(path, Listing(step, _finite(dice), sizes, {name: _sum(path / name) for name in names}))
+    path.rename(folder / str(step))
+
+
+def rate(folder: Path, step: int, dice: float) -> None:
+    """Notes the Dice of a step that was validated after it was saved.
+
+    Raises:
+        Damaged: If the step has no readable list.
+    """
+    _write(folder / str(step), replace(listing(folder, step), dice=_finite(dice)))
+
+
+def _write(path: Path, found: Listing) -> None:
+    known = {"step": found.step, "dice": found.dice, "bytes": dict(found.sizes)}
+    lines = [f"# {json.dumps(known)}\n", *(f"{v}  {name}\n" for name, v in found.sums.items())]
     text = "".join(lines)
     seal = hashlib.sha256(text.encode()).hexdigest()
     files.write_text(path / SUMS, f"{_SEAL}{seal}\n{text}")
-    path.rename(folder / str(step))
+
+
+def _finite(dice: float | None) -> float | None:
+    return dice if dice is not None and math.isfinite(dice) else None
 
 
 def read(folder: Path, step: int, name: str) -> dict[str, Any]:

@@ -195,7 +195,8 @@ def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Pr
 def _own_mesh() -> Mesh:
     devices = jax.local_devices()
     kinds = (AxisType.Auto,) * len(meshes.AXES)
-    return jax.make_mesh((len(devices), 1, 1), meshes.AXES, axis_types=kinds, devices=devices)
+    sizes = (len(devices), *(1 for _ in meshes.AXES[1:]))
+    return jax.make_mesh(sizes, meshes.AXES, axis_types=kinds, devices=devices)
 
 
 def _require_fit(variables: Params, expected: Params) -> None:

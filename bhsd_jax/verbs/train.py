@@ -85,6 +85,7 @@ def _train(
     record = _recorder(checkpoints, log, position)
     actions = _actions(config, workdir, log, validation, checkpoints, batches, asked)
     try:
+        _catch_up(config, position, state, validation, checkpoints)
         with watching(on_devices) as watch, profiling(span, workdir / "profile", position) as trace:
             every = [watch, record, trace, *actions]
             fit(state, on_devices, train_step, every, config.train.steps)
@@ -138,6 +139,16 @@ def _actions(
         Every((every.save_every, every.validate_every), steps, save),
         stop,
     ]
+
+
+def _catch_up(
+    config: Config, step: int, state: TrainState, validation: Validation, checkpoints: Checkpoints
+) -> None:
+    """Validates the step that the run goes on from, where it was asked to stop meanwhile."""
+    due = step == config.train.steps or step % config.train.validate_every == 0
+    if step and due and validation.cases and checkpoints.dice() is None:
+        validation(step, state, {})
+        checkpoints.rate(validation.dice_at(step))
 
 
 def _recorder(checkpoints: Checkpoints, log: Log, resumed_at: int) -> Callable[..., None]:

@@ -112,6 +112,22 @@ def test_the_last_three_and_the_best_are_kept_also_after_a_restart(tmp_path):
         assert bits(ema) == bits(make_state(seed=step).ema)
 
 
+def test_a_step_validated_after_it_was_saved_can_be_the_best(tmp_path):
+    folder = tmp_path / "c"
+    checkpoints = opened(folder)
+    save(checkpoints, 1, dice=0.5)
+    save(checkpoints, 2, dice=float("nan"))
+    assert checkpoints.dice() is None
+    checkpoints.close()
+    assert load_networks(folder, "best")[0] == 1
+    again = opened(folder)
+    again.rate(0.75)
+    assert again.dice() == 0.75
+    again.close()
+    assert load_networks(folder, "best")[0] == 2
+    assert opened(folder).latest() == 2, "its list is still whole"
+
+
 def test_the_list_is_what_sha256sum_reads(three):
     for step in "123":
         command = ["sha256sum", "--check", "--strict", "--quiet", checkpoint_files.SUMS]
