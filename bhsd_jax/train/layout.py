@@ -1,7 +1,6 @@
 """How arrays lie while a step computes: said inside the compiled function, for the compiler."""
 
 import contextlib
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bhsd_jax.train.mesh import batch_shardings, rows_over, state_shardings
+from bhsd_jax.train.mesh import bands, batch_shardings, rows_over, state_shardings
 from bhsd_jax.types import Batch, Params, in_turn
 
 
@@ -45,7 +44,7 @@ def keep_rows(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
 
     That is, [B D H W C] is split as patches are, and where the devices do not divide H, every
     device of a group has all rows. Left alone, the compiler may put few rows of a deep stage on
-    some devices and copies on the others, and XLA's partitioner (jaxlib 0.10.2) adds up the
+    some devices and copies on the others, and XLA's partitioner (jaxlib 0.10 to 0.12) adds up the
     gradient of a convolution's kernel over the copies too, which gives a multiple of it:
     `findings/xla_conv_gradient_of_copies.sh`.
     """
@@ -55,9 +54,8 @@ def keep_rows(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     def keep(value: Any) -> Any:
         if getattr(value, "ndim", 0) != 5:
             return value
-        rows = rows_over(mesh)
-        whole = value.shape[2] % math.prod(mesh.shape[axis] for axis in rows)
-        spec = PartitionSpec("data") if whole else PartitionSpec("data", None, rows)
+        split = value.shape[2] % bands(mesh) == 0
+        spec = PartitionSpec("data", None, rows_over(mesh)) if split else PartitionSpec("data")
         # Of a twin with devices of its own the mesh at hand lacks an axis.
         current = jax.sharding.get_abstract_mesh()
         place = NamedSharding(mesh if current.empty else current, spec)

@@ -135,9 +135,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Patches over `data`, their rows (H) over `space`, and over `model` where both are used.
 
     Rows must not lie over one axis of the mesh and be the same over another: XLA's partitioner
-    (jaxlib 0.10.2) would add up the gradient of a convolution's kernel over the copies too and give
-    a multiple of it (`findings/xla_conv_gradient_of_copies.sh`). Spread over both, there are no
-    copies, and no device computes what another does.
+    (jaxlib 0.10 to 0.12) would add up the gradient of a convolution's kernel over the copies too
+    and give a multiple of it (`findings/xla_conv_gradient_of_copies.sh`). Spread over both, there
+    are no copies, and no device computes what another does.
     """
     return NamedSharding(mesh, PartitionSpec("data", None, rows_over(mesh)))
 
@@ -149,9 +149,23 @@ def rows_over(mesh: Mesh) -> tuple[str, ...]:
 
 
 def batch_shardings(mesh: Mesh, batch: Batch) -> Any:
-    """Where the leaves of a batch lie: patches as in `batch_sharding`, slice labels over `data`."""
-    slices = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.tree.map(lambda leaf: batch_sharding(mesh) if leaf.ndim > 3 else slices, batch)
+    """Where the leaves of a batch lie: patches as in `batch_sharding`, slice labels over `data`.
+
+    Patches whose rows do not divide, as those that are cut larger to be turned, are whole on every
+    device that works on them.
+    """
+    whole = NamedSharding(mesh, PartitionSpec("data"))
+
+    def place(leaf: Any) -> NamedSharding:
+        split = leaf.ndim > 3 and leaf.shape[2] % bands(mesh) == 0
+        return batch_sharding(mesh) if split else whole
+
+    return jax.tree.map(place, batch)
+
+
+def bands(mesh: Mesh) -> int:
+    """Into how many bands of rows patches are split."""
+    return math.prod(mesh.shape[axis] for axis in rows_over(mesh))
 
 
 def state_shardings(mesh: Mesh, state: Params, among: Sequence[tuple[str, ...]] = _SPLIT) -> Params:
@@ -201,9 +215,9 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def require_divisible(
-    mesh: Mesh, labeled: int, unlabeled: int, rows: Sequence[int], accumulate: int = 1
+    mesh: Mesh, labeled: int, unlabeled: int, rows: int, accumulate: int = 1
 ) -> None:
-    """Refuses batches that do not spread evenly; `rows` are those of all sizes of patches.
+    """Refuses batches, and patches of so many rows, that do not spread evenly.
 
     Raises:
         ValueError: Names the field and the nearest accepted number.
@@ -218,8 +232,6 @@ def require_divisible(
                 f"{field} is {count} patches a step over {mesh.shape['data']} devices{parts}; "
                 f"choose a multiple of {share}, such as {max(1, round(count / share)) * share}"
             )
-    bands = math.prod(mesh.shape[axis] for axis in rows_over(mesh))
-    for count in rows:
-        if count % bands:
-            names = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in rows_over(mesh))
-            raise ValueError(f"{names} does not divide the {count} rows of a patch")
+    if rows % bands(mesh):
+        names = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in rows_over(mesh))
+        raise ValueError(f"{names} does not divide the {rows} rows of a patch")

@@ -212,8 +212,7 @@ def require_matching(config: Config, recipe: Recipe, roles: Roles, mesh: Mesh) -
         if config.train[field] < 1:
             raise ValueError(f"train.{field} must be at least 1; got {config.train[field]}")
     _warn_of_slow_average(recipe.parts.objective.ema_decay, recipe.parts.steps)
-    rows = (recipe.cut.source[1], recipe.cut.patch[1])
-    accumulate = recipe.parts.accumulate
+    rows, accumulate = recipe.cut.patch[1], recipe.parts.accumulate
     meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, rows, accumulate)
     _require_twins(config, recipe, mesh)
     # A patch the model cannot take is refused by the model, here.

@@ -260,13 +260,13 @@ def test_batches_that_processes_cannot_share_are_refused():
 def test_what_does_not_spread_is_refused():
     mesh = meshes.make_mesh()
     with pytest.raises(ValueError, match=r"input\.labeled is 3 .* multiple of 8"):
-        meshes.require_divisible(mesh, 3, 0, (64,))
+        meshes.require_divisible(mesh, 3, 0, 64)
     with pytest.raises(ValueError, match=r"is 8 .* 2 parts \(train\.accumulate\).* multiple of 16"):
-        meshes.require_divisible(mesh, 16, 8, (64,), accumulate=2)
+        meshes.require_divisible(mesh, 16, 8, 64, accumulate=2)
     with pytest.raises(ValueError, match=r"train\.accumulate .* got 0"):
-        meshes.require_divisible(mesh, 8, 8, (64,), accumulate=0)
+        meshes.require_divisible(mesh, 8, 8, 64, accumulate=0)
     with pytest.raises(ValueError, match=r"mesh\.model 2 x mesh\.space 2 .* the 18 rows"):
-        meshes.require_divisible(meshes.make_mesh(2, 2, 2), 2, 2, (64, 18))
+        meshes.require_divisible(meshes.make_mesh(2, 2, 2), 2, 2, 18)
     for sizes in ((3, 2, 1), (-1, 3, 1), (4, 1, 1), (-1, 1, 1, 16)):
         with pytest.raises(ValueError, match="multiply"):
             meshes.make_mesh(*sizes)

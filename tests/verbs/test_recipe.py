@@ -202,10 +202,12 @@ def test_an_average_that_outlives_the_training_is_warned_of(steps, decay, fits, 
 def test_slice_labels_split_over_data_alone():
     config = config_of(cps)
     config.weak.neg_sup = 1.0
-    batch = make_recipe(config, PLAN).abstract_batch()
-    places = meshes.batch_shardings(meshes.make_mesh(2, 1, 4), batch)
-    assert places.weak.shard_shape(batch.weak.shape) == (4, 4, 1)
-    assert places.unlabeled.shard_shape((8, 4, 20, 18, 1)) == (4, 4, 5, 18, 1)
+    batch, mesh = make_recipe(config, PLAN).abstract_batch(), meshes.make_mesh(2, 1, 4)
+    for rows, own in ((20, 5), (37, 37)):  # those that do not divide are whole on every device
+        free = jax.ShapeDtypeStruct((8, 4, rows, 18, 1), jnp.int16)
+        places = meshes.batch_shardings(mesh, dataclasses.replace(batch, unlabeled=free))
+        assert places.weak.shard_shape(batch.weak.shape) == (4, 4, 1)
+        assert places.unlabeled.shard_shape(free.shape) == (4, 4, own, 18, 1)
 
 
 def test_slice_labels_that_nothing_can_use_are_refused():
