@@ -60,25 +60,26 @@ def main() -> None:
 
 def harass(workdir: Path, flags: list[str], args: argparse.Namespace, rng: random.Random) -> list:
     """Kills the training again and again, then lets it end; the kills that lost something."""
-    failures = []
+    failures, kept = [], []
     aims = ["in a save"] * args.in_save + ["anywhere"] * (args.kills - args.in_save)
     rng.shuffle(aims)
-    for number, aim in enumerate(aims, start=1):
-        before = saved(workdir)
+    for number, aim in enumerate([*aims, "never"]):
         log = workdir.with_name(f"start-{number}.log")
         process = start("train", workdir, flags, log)
-        until_it_trains(workdir, before, process)
+        if kept:
+            resumed = went_on(process, log)
+            print(f"        went on after {resumed}", flush=True)
+            failures += [number] if resumed < kept[-1] else []
+        if aim == "never":
+            wait(process)
+            break
+        until_it_trains(workdir, kept, process)
         time.sleep(rng.uniform(0, 3))
         hit = until_it_saves(workdir, process) if aim == "in a save" else "anywhere"
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_all(log)
         process.wait()
         kept = saved(workdir)
-        print(f"kill {number:2d} {hit:<22} saved {kept}", flush=True)
-        resumed = came_back(workdir, flags, log)
-        print(f"        went on after {resumed}", flush=True)
-        if kept and resumed < kept[-1]:
-            failures.append(number)
-    wait(start("train", workdir, flags))
+        print(f"kill {number + 1:2d} {hit:<18} saved {kept}", flush=True)
     return failures
 
 
@@ -86,6 +87,7 @@ def start(verb: str, workdir: Path, flags: list[str], log: Path | None = None) -
     """Two processes in a group of their own."""
     words = ["bash", "launch/local.sh", "2", verb, *flags, f"--workdir={workdir}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    environment["BHSD_KILL"] = str(log)  # by which they are found
     out = log.open("w") if log else subprocess.DEVNULL
     return subprocess.Popen(
         words, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
@@ -127,19 +129,27 @@ def until_it_saves(workdir: Path, process: subprocess.Popen) -> str:
     sys.exit("the run ended before a save was seen")
 
 
-def came_back(workdir: Path, flags: list[str], log: Path) -> int:
-    """Starts it once more, as far as it says where it goes on, and ends it again."""
-    process = start("train", workdir, flags, log)
+def went_on(process: subprocess.Popen, log: Path) -> int:
+    """The step that a start says it goes on from."""
     while process.poll() is None:
         found = re.search(r"resuming after step (\d+)", log.read_text())
         if found:
-            break
+            return int(found[1])
         time.sleep(0.1)
-    else:
-        sys.exit(f"the next start ended with {process.returncode}: {log.read_text()[-2000:]}")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return int(found[1])
+    sys.exit(f"the next start ended with {process.returncode}: {log.read_text()[-2000:]}")
+
+
+def kill_all(log: Path) -> None:
+    """Kills launcher and processes at one moment: those left alone would be asked to save."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"BHSD_KILL={log}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # another user's, or gone
+            continue
+    for number in sorted(found, reverse=True):
+        os.kill(number, signal.SIGKILL)
 
 
 def parameters(workdir: Path) -> list[bytes]:
