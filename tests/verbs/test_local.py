@@ -1,6 +1,5 @@
 """Several processes of one machine: started, stopped and ended together."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -156,27 +155,3 @@ def test_wrong_words_are_one_line():
             local.cli(words)
     with pytest.raises(ValueError, match="local: N: needs at least 1; got 0"):
         local.cli(["0", "train"])
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_command(tmp_path):
-    config = [
-        "--config=configs/suponly.py:smoke",
-        "--config.preprocess.shards=shards",
-        "--workdir=.",  # of the folder it is called in
-    ]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    for count, verb in (("1", "preprocess"), ("2", "train")):
-        done = subprocess.run(
-            [ROOT / "launch" / "local.sh", count, verb, *config],
-            cwd=tmp_path,
-            env=environment,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stderr
-    assert "process 0 of 2" in done.stderr
-    assert "[1] " in done.stderr
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) >= 4, "one of them writes"
