@@ -19,7 +19,9 @@ def join(config: Config) -> None:
     Raises:
         ValueError: If what flags and environment say of them is not enough, or does not agree.
     """
-    if place(config).several or config.mesh.detect or cluster.is_likely():
+    told = place(config)
+    alone = told == cluster.Place() or told.count == 1
+    if not alone or config.mesh.detect or cluster.is_likely():
         from bhsd_jax.train import processes  # alone, a verb may need no JAX
 
         settings: Any = config.mesh

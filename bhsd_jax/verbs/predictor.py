@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from bhsd_jax import files, machine
 from bhsd_jax.ct import geometry, hu, scan, shear
@@ -173,6 +172,7 @@ def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Pr
     expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), sample)
     for variables in networks:
         _require_fit(variables, expected)
+    several = jax.local_device_count() > 1
     window = SlidingWindow(
         forward,
         tile,
@@ -180,7 +180,8 @@ def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Pr
         mirror=settings.infer.mirror,
         mirror_axes=settings.infer.mirror_axes,
         tiles_per_call=settings.infer.tiles,
-        mesh=_own_mesh() if jax.local_device_count() > 1 else None,
+        # Of several processes each predicts scans of its own.
+        mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,
     )
     return Predictor(
         window=window,
@@ -190,13 +191,6 @@ def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Pr
         classes=setup.classes(config, plan),
         probabilities=settings.predict.probabilities,
     )
-
-
-def _own_mesh() -> Mesh:
-    devices = jax.local_devices()
-    kinds = (AxisType.Auto,) * len(meshes.AXES)
-    sizes = (len(devices), *(1 for _ in meshes.AXES[1:]))
-    return jax.make_mesh(sizes, meshes.AXES, axis_types=kinds, devices=devices)
 
 
 def _require_fit(variables: Params, expected: Params) -> None:

@@ -27,7 +27,7 @@ print(jax.device_count())
         (4, "7", {}, 1),
         (4, "4", {"JAX_NUM_CPU_DEVICES": "3"}, 3),
         (4, "4", {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
-        (4, "4", {"SLURM_STEP_NODELIST": "node[1-2]"}, 1),
+        (4, "4", {"SLURM_STEP_NODELIST": "node[1-2]"}, 4),  # alone, in a job of two nodes
     ],
 )
 def test_every_core_is_a_device_where_the_batch_allows(cores, arguments, environment, devices):

@@ -21,6 +21,8 @@ JOIN = """
 import jax
 from bhsd_jax.train import processes
 processes.start()
+if jax.distributed.is_initialized():
+    processes.share_cores(4)  # does nothing: each has its own share of the batch
 print("joined", jax.process_index(), jax.process_count(), len(jax.devices()), flush=True)
 """
 UNTIL_ASKED = """
@@ -201,6 +203,22 @@ def test_what_is_not_enough_is_one_clear_error(more, words, monkeypatch):
     )
     with pytest.raises(ValueError, match=words):
         processes.start(**more)
+
+
+def test_a_verb_that_is_told_half_says_what_is_missing(tmp_path):
+    words = ["evaluate", "--config=configs/cps.py:smoke", f"--workdir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bhsd_jax.main", *words],
+        cwd=ROOT,
+        env=environment(JAX_COORDINATOR_ADDRESS="127.0.0.1:9"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("evaluate: mesh and JAX_* variables: not all is known")
+    assert "JAX_NUM_PROCESSES" in last
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
