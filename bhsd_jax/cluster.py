@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+TRY_AGAIN = 75  # exit code of a training that was asked to stop and has saved (EX_TEMPFAIL)
 _FLAGS = ("coordinator", "num_processes", "process_id")
 _JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _PORTS = 61440, 4096  # first of the ephemeral ports that jobs share out, and how many

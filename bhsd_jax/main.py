@@ -13,12 +13,11 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bhsd_jax import faults, files
+from bhsd_jax import cluster, faults, files
 from bhsd_jax.train import barrier
 from bhsd_jax.verbs import runtime
 
 VERBS = ("preprocess", "train", "predict", "evaluate", "report")  # in the order of the pipeline
-_TRY_AGAIN = 75  # exit code of a training that was asked to stop (EX_TEMPFAIL)
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config.name>.")
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     standard_logging.getLogger("bhsd_jax").info("%s, run folder %s", verb, workdir)
     try:
         if verb == "train":  # until the training itself heeds it there is nothing to save
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TRY_AGAIN))
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(cluster.TRY_AGAIN))
         if verb in ("train", "predict"):
             runtime.prepare()
         files.sweep(workdir)

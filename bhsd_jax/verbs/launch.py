@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from bhsd_jax import cluster
 from bhsd_jax.verbs import places, series, slurm, study
 from bhsd_jax.verbs.places import Place
 from bhsd_jax.verbs.series import Failure, Run, Stopped
@@ -127,7 +128,7 @@ def launch(what: Study, options: argparse.Namespace, again: Sequence[str]) -> in
             failures = series.perform(what.runs, lambda so_far: _so_far(what, so_far), where)
         except Stopped as reason:
             logger.warning("%s; the same command goes on from here", reason)
-            code = series.TRY_AGAIN
+            code = cluster.TRY_AGAIN
     made = study.write(what, failures)
     missing = made.wanted - sum(len(line.seeds) for line in made.lines)
     for failure in failures:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from bhsd_jax import cluster
 from bhsd_jax.verbs import places
 
 _USAGE = "launch/local.sh N VERB --config=configs/FILE.py:WORDS --workdir=FOLDER"
@@ -101,7 +102,9 @@ class Group:
             code = code or self._first_bad()
             if code and deadline is None:
                 # Those that save get the minute. A process that died is waited for in vain.
-                last_words = _LAST_WORDS_S - _KILL_S if code == 75 or self.asked else 5.0
+                last_words = (
+                    _LAST_WORDS_S - _KILL_S if code == cluster.TRY_AGAIN or self.asked else 5.0
+                )
                 deadline = time.monotonic() + last_words
             if deadline is not None and time.monotonic() > deadline:
                 self._end(signal.SIGKILL if ended else signal.SIGTERM)

@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from bhsd_jax import files
+from bhsd_jax import cluster, files
 from bhsd_jax.train import checkpoint_files
 from bhsd_jax.verbs import setup
 from bhsd_jax.verbs.children import Call, Stopped, running
@@ -29,7 +29,6 @@ from bhsd_jax.verbs.setup import Config
 
 logger = logging.getLogger(__name__)
 
-TRY_AGAIN = 75  # exit code of a training that was asked to stop and has saved
 VERBS = ("train", "predict", "evaluate", "report")
 # Fields a run may be resumed with other values of: where things lie and how fast they go, ...
 _FREE = (
@@ -200,7 +199,7 @@ def _one(run: Run, call: Call) -> str:
         begun = time.monotonic()
         code, last = call(run.command(verb), run.workdir / "log.txt")
         _add_time(run.workdir / "wall.json", verb, time.monotonic() - begun)
-        if code == TRY_AGAIN:
+        if code == cluster.TRY_AGAIN:
             raise Stopped(f"{run.name} was asked to stop and has saved")
         if code:
             died = f"{verb}: ended by {signal.Signals(-code).name}" if code < 0 else ""

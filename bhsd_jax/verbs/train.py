@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from bhsd_jax import files
+from bhsd_jax import cluster, files
 from bhsd_jax.ct.shards import Shards
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 SAVED = "checkpoint/step"  # in metrics.jsonl: this step is on disk
 _ELSEWHERE = ("mesh.", "train.profile")  # fields that say where and not what is trained
-TRY_AGAIN = 75  # exit code of a run that was asked to stop and has saved (EX_TEMPFAIL)
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -91,7 +90,7 @@ def _train(
             fit(state, on_devices, train_step, every, config.train.steps)
     except Interrupted as reason:
         logger.warning("%s; start the same command again to go on", reason)
-        sys.exit(TRY_AGAIN)
+        sys.exit(cluster.TRY_AGAIN)
     finally:
         checkpoints.close()
         record()
