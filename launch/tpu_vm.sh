@@ -126,7 +126,8 @@ run() {
       exit 1
     fi
     source tools/env || exit
-    setsid python -m bhsd_jax.main "$@" </dev/null >../bhsd.log 2>&1 &
+    : >../bhsd.log # before tail looks for it
+    setsid python -m bhsd_jax.main "$@" </dev/null >>../bhsd.log 2>&1 &
     echo $! >../bhsd.pid
     tail --pid=$! -n +1 -f ../bhsd.log
     wait $!' "${verb[@]}"
