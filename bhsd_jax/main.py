@@ -13,9 +13,8 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bhsd_jax import cluster, faults, files
+from bhsd_jax.platform import cluster, faults, files, startup
 from bhsd_jax.train import barrier
-from bhsd_jax.verbs import runtime
 
 VERBS = ("preprocess", "train", "predict", "evaluate", "report")  # in the order of the pipeline
 
@@ -44,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
         if verb == "train":  # until the training itself heeds it there is nothing to save
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(cluster.TRY_AGAIN))
         if verb in ("train", "predict"):
-            runtime.prepare()
+            startup.prepare()
         files.sweep(workdir)
         importlib.import_module(f"bhsd_jax.verbs.{verb}").run(config, workdir)
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from bhsd_jax import files
+from bhsd_jax.platform import files
 
 Shape = tuple[int, int, int]
 Millimeters = tuple[float, float, float]  # D, H, W

@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from bhsd_jax import files
+from bhsd_jax.platform import files
 from configs import common
 
 

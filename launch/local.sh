@@ -6,4 +6,4 @@
 set -euo pipefail
 # shellcheck source=tools/env
 source "$(dirname "$0")/../tools/env"
-exec python -m bhsd_jax.verbs.local "$@"
+exec python -m bhsd_jax.experiments.local "$@"

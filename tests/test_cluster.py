@@ -2,7 +2,7 @@
 
 import pytest
 
-from bhsd_jax.cluster import Place, find, first_host, missing
+from bhsd_jax.platform.cluster import Place, find, first_host, missing
 
 SLURM = {
     "SLURM_JOB_ID": "70000",

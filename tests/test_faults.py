@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bhsd_jax import faults, files
+from bhsd_jax.platform import faults, files
 
 
 def names(folder):

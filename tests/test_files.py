@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bhsd_jax import files
+from bhsd_jax.platform import files
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from bhsd_jax.ct.record import Prepared
-from bhsd_jax.ct.shards import Shards, write_index, write_shard
+from bhsd_jax.ct.prepare import Prepared
 from bhsd_jax.input.pipeline import Batches, Cache, Cut, Decoded, Stream
+from bhsd_jax.shards.store import Shards, write_index, write_shard
 from bhsd_jax.volume import Grid, Network, Plan
 
 SHAPE, PATCH, SOURCE = (34, 512, 512), (20, 320, 256), (20, 376, 376)

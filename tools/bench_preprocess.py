@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def ours(options: argparse.Namespace) -> tuple[Callable[[], int], Callable[[], int]]:
     """Our two passes over a data set."""
     from bhsd_jax.ct.prepare import fingerprint_case, prepare_case
-    from bhsd_jax.ct.shards import write_shard
+    from bhsd_jax.shards.store import write_shard
     from bhsd_jax.volume import Plan
 
     dataset, cases = read_cases(options)
@@ -166,8 +166,9 @@ def read_cases(options: argparse.Namespace) -> tuple[Any, list[Any]]:
 
 def make_plans(options: argparse.Namespace) -> None:
     """One plan for both, each in its own words."""
-    from bhsd_jax.ct import plan as planner
-    from bhsd_jax.ct.prepare import fingerprint_case, make_plan
+    from bhsd_jax.ct.prepare import fingerprint_case
+    from bhsd_jax.nnunet import planner
+    from bhsd_jax.nnunet.dataset_plan import make_plan
 
     dataset, cases = read_cases(options)
     known = {"modality": dataset.modality, "crop_hu": options.crop_hu}
@@ -202,9 +203,9 @@ def make_plans(options: argparse.Namespace) -> None:
 
 def make_phantoms(root: Path, count: int) -> Path:
     """Head CTs of 32 x 512 x 512 voxels with masks, stored as BHSD stores them."""
-    from bhsd_jax.datasets.phantom_bleeds import CLASSES
-    from bhsd_jax.datasets.phantom_case import Options, make_case
-    from bhsd_jax.datasets.phantom_files import write_image, write_label
+    from bhsd_jax.phantom.bleeds import CLASSES
+    from bhsd_jax.phantom.case import Options, make_case
+    from bhsd_jax.phantom.files import write_image, write_label
 
     for index in range(count):
         voxels, label, truth = make_case(index, Options(size=512, slices=32))

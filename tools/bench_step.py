@@ -152,10 +152,10 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     """Compiles our step and runs it once."""
     import jax
 
+    from bhsd_jax.platform import allocator
     from bhsd_jax.train import mesh as meshes
     from bhsd_jax.train.step import init_state, make_train_step
     from bhsd_jax.types import Batch
-    from bhsd_jax.verbs import heap
 
     preset = PRESETS[args.preset]
     parts = our_parts(args, preset)
@@ -180,7 +180,7 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     step = step.lower(state, data).compile()
     cost = step.memory_analysis()
     if args.device == "cpu":  # as `train` does
-        heap.settle(cost.temp_size_in_bytes, mesh.size)
+        allocator.settle(cost.temp_size_in_bytes, mesh.size)
     held = [step(state, data)]
 
     def run() -> None:
@@ -274,9 +274,9 @@ def _job(function, *arrays):
 
 def load(*batches: int) -> None:
     """Imports what the worker needs and wakes the devices, before memory is counted."""
-    from bhsd_jax.verbs import runtime
+    from bhsd_jax.platform import startup
 
-    runtime.order_for_memory()  # as `train` and `predict` do
+    startup.order_for_memory()  # as `train` and `predict` do
     import jax
 
     import bhsd_jax.models.nnunet

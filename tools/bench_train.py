@@ -25,8 +25,8 @@ from pathlib import Path
 from bench_input import PATCH, make_shards
 from bench_pair import processor
 
-from bhsd_jax import files
-from bhsd_jax.ct import plan as planner
+from bhsd_jax.nnunet import planner
+from bhsd_jax.platform import files
 from bhsd_jax.volume import Plan
 
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     """Loads, converts, writes; says what is wrong and exits where it cannot."""
     sys.path.insert(0, str(ROOT))
-    from bhsd_jax.verbs import exported
+    from bhsd_jax.verbs import export
     from configs import from_run
 
     parser = argparse.ArgumentParser(
@@ -41,9 +41,9 @@ def main() -> None:
         config.predict.checkpoint = options.checkpoint
         config.predict.networks = (options.network,) if options.network else ()
         if options.to == "safetensors":
-            exported.safetensors(config, options.run, options.out)
+            export.safetensors(config, options.run, options.out)
         else:
-            exported.stablehlo(
+            export.stablehlo(
                 config,
                 options.run,
                 options.out,

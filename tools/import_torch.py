@@ -26,18 +26,19 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     """Reads, converts, writes; says what is wrong and exits 2 where it cannot."""
     sys.path.insert(0, str(ROOT))
-    from bhsd_jax.verbs import imported, weights_file
+    from bhsd_jax.torch_weights import weights_file
+    from bhsd_jax.verbs import import_weights
     from configs import common
 
     options = parse()
     try:
-        path = imported.find(options.checkpoint)
+        path = import_weights.find(options.checkpoint)
         weights = weights_file.read(path)
-        if imported.is_nnunet(weights):
-            source = imported.from_nnunet(weights, path)
+        if import_weights.is_nnunet(weights):
+            source = import_weights.from_nnunet(weights, path)
         else:
             source = described(options, path, weights.beside)
-        imported.write_run(common.get_config(), source, weights, options.out)
+        import_weights.write_run(common.get_config(), source, weights, options.out)
     except (OSError, ValueError) as error:
         sys.exit(f"import: {error}")
     plan = source.plan
@@ -52,7 +53,8 @@ def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
     Raises:
         ValueError: Lists the options that are missing.
     """
-    from bhsd_jax.verbs import imported, weights_file
+    from bhsd_jax.torch_weights import weights_file
+    from bhsd_jax.verbs import import_weights
 
     reference = options.reference or header.get("reference")
     text = options.constructor or header.get("constructor")
@@ -67,22 +69,22 @@ def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
     if missing:
         raise ValueError(f"{path}: does not say it all itself; give {', '.join(missing)}")
     constructor = weights_file.json_of(text)
-    imported.require_release(reference, constructor)
+    import_weights.require_release(reference, constructor)
     foreground, windows = normalization(options)
-    plan = imported.plan_for(
+    plan = import_weights.plan_for(
         constructor,
         classes=options.classes,
         spacing_mm=tuple(options.spacing_mm),
         axes=options.axes,
         foreground=foreground,
-        source_sha256=imported.digest(path),
+        source_sha256=import_weights.digest(path),
         patch=options.patch and tuple(options.patch),
         crop_hu=options.crop_hu,
         dataset=options.dataset,
         license=options.license,
     )
     axes = tuple(options.mirror_axes)
-    return imported.Source(reference, constructor, plan, axes, options.pad, windows)
+    return import_weights.Source(reference, constructor, plan, axes, options.pad, windows)
 
 
 def normalization(options: argparse.Namespace) -> tuple[Any, Any]:

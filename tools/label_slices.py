@@ -7,7 +7,7 @@ challenge's slices with `stage_2_train.csv` in it.
 import argparse
 from pathlib import Path
 
-from bhsd_jax.ct import dicom_series
+from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.datasets import bhsd_slices, rsna
 from bhsd_jax.datasets.bhsd import BHSD
 

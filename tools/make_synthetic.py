@@ -5,8 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
-from bhsd_jax.datasets.phantom_defects import DEFECTS, spoil
-from bhsd_jax.datasets.phantom_tree import generate
+from bhsd_jax.phantom.defects import DEFECTS, spoil
+from bhsd_jax.phantom.tree import generate
 
 
 def main() -> None:

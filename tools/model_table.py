@@ -49,8 +49,8 @@ def row(backbone: str, patch: tuple[int, int, int]) -> str:
     Raises:
         ValueError: If the backbone is not known or does not take the patch.
     """
+    from bhsd_jax.assemble import wiring
     from bhsd_jax.models.cost import cost
-    from bhsd_jax.verbs import wiring
     from configs import supervised
 
     config = supervised.get_config(f"data=bhsd,backbone={backbone}")
@@ -69,8 +69,8 @@ def row(backbone: str, patch: tuple[int, int, int]) -> str:
 
 def head_ct_plan() -> Any:
     """BHSD's plan as far as it shapes a network."""
-    from bhsd_jax.ct import plan
     from bhsd_jax.datasets.bhsd import BHSD
+    from bhsd_jax.nnunet import planner
     from bhsd_jax.volume import Plan
 
     return Plan(
@@ -82,7 +82,7 @@ def head_ct_plan() -> Any:
         crop_hu=None,
         foreground=(0.0, 0.0, 1.0, 0.0),
         median_shape=PATCH,
-        network=plan.topology(SPACING_MM, PATCH),
+        network=planner.topology(SPACING_MM, PATCH),
         source_sha256="",
     )
 

@@ -27,8 +27,8 @@ KEYS = ("spacings", "shapes_after_crop")
 def main() -> None:
     """Reads, plans, prints; says what is wrong and exits 2 where it cannot."""
     sys.path.insert(0, str(ROOT))
-    from bhsd_jax.ct import plan
-    from bhsd_jax.ct.topology import PLANNERS
+    from bhsd_jax.nnunet import planner
+    from bhsd_jax.nnunet.topology import PLANNERS
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -54,7 +54,7 @@ def main() -> None:
         given = {name: getattr(options, name) for name in ("classes", "channels", "cases")}
         given["modality"] = options.modality
         known |= {name: value for name, value in given.items() if value is not None}
-        plans = plan.make_plans(
+        plans = planner.make_plans(
             *(found[key] for key in KEYS),
             planner=options.planner,
             modality=known.get("modality", "ct"),
@@ -68,7 +68,7 @@ def main() -> None:
             foreground=found.get("foreground_intensity_properties_per_channel"),
         )
         if options.spacing_mm is None:
-            for warning in plan.spacing_margin(*(found[key] for key in KEYS)):
+            for warning in planner.spacing_margin(*(found[key] for key in KEYS)):
                 print(f"warning: {warning}", file=sys.stderr)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{path}: {error}\n")

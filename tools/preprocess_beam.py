@@ -24,7 +24,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bhsd_jax import faults
+from bhsd_jax.platform import faults
 from bhsd_jax.verbs import preprocess
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.build import build
-from bhsd_jax.ct.shards import Shards
-from bhsd_jax.datasets.phantom_case import Options, make_case
+from bhsd_jax.phantom.case import Options, make_case
+from bhsd_jax.shards.store import Shards
 from bhsd_jax.volume import Shape
 from bhsd_jax.windows import Normalization
 from configs import common

@@ -14,8 +14,8 @@ from jaxtyping import Num, Shaped, UInt8
 from nibabel.nifti1 import Nifti1Header
 from nibabel.spatialimages import HeaderDataError
 
-from bhsd_jax import files
 from bhsd_jax.ct import geometry, nifti_header
+from bhsd_jax.platform import files
 from bhsd_jax.volume import Volume
 
 MAX_BYTES = 4 * 2**30

@@ -1,16 +1,12 @@
 """One case at a time: what planning must know of it, and its prepared form. Pure functions."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bhsd_jax.ct import geometry, hu, nifti, scan, shear, slice_labels
 from bhsd_jax.ct.foreground import SEED, foreground_positions
-from bhsd_jax.ct.plan import network_for, spacing_margin, target_spacing, transpose_for
-from bhsd_jax.ct.resample import resampled_shape
-from bhsd_jax.ct.shards import Prepared
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Shape, Volume
 
 _AIR_HU = -500.0  # a head CT without anything below has been windowed or is no CT
@@ -36,6 +32,25 @@ class Facts:
     field_mm: Millimeters = (0.0, 0.0, 0.0)  # extent of the whole scan, canonical axes
     voxels_sha256: str = ""  # of the intensities as read: equal for copies under other names
     order: Shape = (0, 1, 2)  # native axis behind each canonical one
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """One case as training reads it."""
+
+    case: str
+    patient: str
+    split: str
+    bleeding: bool | None
+    slice_labels: tuple[tuple[int, ...], ...] | None
+    """Like `Case.slice_labels`, but one row per slice of the prepared array."""
+    image: np.ndarray  # [D H W] int16 HU, or float32 z-scores
+    label: np.ndarray | None  # uint8 [D H W]
+    grid: Grid
+    foreground: tuple[np.ndarray, ...]  # per foreground class: int32 [n 3] voxel positions
+    volume_ml: tuple[float, ...] = ()  # per class, background first; native grid, tilt-corrected
+    source_sha256: str = ""  # of the files the case was made from
+    warnings: tuple[str, ...] = ()  # repairs and oddities; not in the record
 
 
 def fingerprint_case(
@@ -92,66 +107,6 @@ def fingerprint_case(
         field_mm=grid.native_extent_mm,
         voxels_sha256=hashlib.sha256(np.ascontiguousarray(raw.voxels).data).hexdigest(),
         order=grid.order,
-    )
-
-
-def make_plan(
-    facts: Sequence[Facts],
-    *,
-    dataset: str,
-    classes: tuple[str, ...],
-    modality: str,
-    license: str,
-    source_sha256: str,
-    planner: str = "default",
-    spacing_mm: Millimeters | None = None,
-    crop_hu: float | None = None,
-) -> Plan:
-    """Decides spacing, axis order, network and normalization from the training cases.
-
-    `spacing_mm` pins the target in canonical axes; None leaves it to nnU-Net's rule.
-
-    Raises:
-        ValueError: If there is no training case with a mask, or all masks are empty.
-    """
-    if not facts:
-        raise ValueError(f"{dataset}: no training case with a mask; nothing to plan from")
-    drawn = np.concatenate([fact.foreground for fact in facts]).astype(np.float64)
-    if not drawn.size:
-        raise ValueError(
-            f"{dataset}: the masks of all {len(facts)} training cases are empty; some mirrors "
-            "ship them so: fetch the data set from its first source"
-        )
-    spacings = np.asarray([fact.spacing_mm for fact in facts])
-    shapes = np.asarray([fact.shape for fact in facts])
-    notes = () if spacing_mm else tuple(spacing_margin(spacings, shapes))
-    target = spacing_mm or target_spacing(spacings, shapes)
-    transpose = transpose_for(np.asarray(target))
-    low, high = np.percentile(drawn, (0.5, 99.5))
-    resampled = [resampled_shape(fact.shape, fact.spacing_mm, target) for fact in facts]
-    median = np.median(resampled, axis=0)
-    depth, height, width = (round(float(median[axis])) for axis in transpose)
-    d, h, w = (float(target[axis]) for axis in transpose)
-    return Plan(
-        dataset=dataset,
-        classes=classes,
-        modality=modality,
-        spacing_mm=(d, h, w),
-        transpose=transpose,
-        crop_hu=crop_hu,
-        foreground=(float(low), float(drawn.mean()), float(drawn.std()), float(high)),
-        median_shape=(depth, height, width),
-        network=network_for(
-            spacings,
-            shapes,
-            planner=planner,
-            spacing_mm=np.asarray(target),
-            transpose=transpose,
-            num_classes=len(classes),
-        ),
-        source_sha256=source_sha256,
-        license=license,
-        notes=notes,
     )
 
 

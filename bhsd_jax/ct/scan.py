@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from bhsd_jax.ct import dicom_series, hu, masks, nifti, shear
+from bhsd_jax.ct import hu, masks, nifti, shear
+from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.volume import Image, Label, Masks, Series, Volume
 
 _OFF_GRID_MM = 0.1  # how far a mask's voxels may lie from the series'

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bhsd_jax import files
-from bhsd_jax.ct import dicom, dicom_series, geometry, nifti
-from bhsd_jax.ct.dicom_series import Group
+from bhsd_jax.ct import geometry, nifti
+from bhsd_jax.ct.dicom import series as dicom_series
+from bhsd_jax.ct.dicom import slice_file
+from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.datasets import rsna
 from bhsd_jax.datasets.bhsd import BHSD
+from bhsd_jax.platform import files
 from bhsd_jax.volume import Case
 
 FILE = "slice_labels.csv"  # in BHSD's folder, where `datasets/bhsd.py` reads it
@@ -106,7 +108,7 @@ def _correlation(plane: np.ndarray, flip: tuple[bool, bool, bool], original: Pat
     """Of soft tissue and bone, both being clipped to -100..300 HU; 1 where both are flat."""
     # A file's rows run to the back and its columns to the left, as canonical ones do.
     turned = np.flip(plane, tuple(axis for axis in (0, 1) if flip[axis + 1]))
-    voxels = dicom.pixels(original).voxels
+    voxels = slice_file.pixels(original).voxels
     if turned.shape != voxels.shape:
         return -1.0
     one, other = (

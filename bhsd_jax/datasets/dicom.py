@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bhsd_jax.ct import dicom_series
-from bhsd_jax.ct.dicom_series import Group
+from bhsd_jax.ct.dicom import series as dicom_series
+from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.volume import Case
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bhsd_jax.ct import dicom_series
-from bhsd_jax.ct.dicom import Slice
-from bhsd_jax.ct.dicom_series import Group
+from bhsd_jax.ct.dicom import series as dicom_series
+from bhsd_jax.ct.dicom.series import Group
+from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.volume import Case, Series
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bhsd_jax.datasets.bhsd import BHSD
-from bhsd_jax.datasets.phantom_bleeds import CLASSES
-from bhsd_jax.datasets.phantom_tree import SLICE_LABELS, generate
+from bhsd_jax.phantom.bleeds import CLASSES
+from bhsd_jax.phantom.tree import SLICE_LABELS, generate
 from bhsd_jax.volume import Case
 
 

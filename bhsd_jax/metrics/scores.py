@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from bhsd_jax import files
 from bhsd_jax.metrics import lesion, overlap, surface
+from bhsd_jax.platform import files
 from bhsd_jax.volume import Millimeters
 
 Label = UInt8[np.ndarray, "_ _ _"]  # shapes are compared in `overlap`

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax import files
+from bhsd_jax.platform import files
 
 logger = logging.getLogger(__name__)
 

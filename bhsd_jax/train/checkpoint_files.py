@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax import files
+from bhsd_jax.platform import files
 
 logger = logging.getLogger(__name__)
 

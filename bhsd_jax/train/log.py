@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from bhsd_jax import files
+from bhsd_jax.platform import files
 from bhsd_jax.train.speed import Speed
 from bhsd_jax.types import Metrics, TrainState
 

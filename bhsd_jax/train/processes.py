@@ -14,8 +14,8 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-from bhsd_jax import cluster, machine
-from bhsd_jax.cluster import Place
+from bhsd_jax.platform import cluster, machine
+from bhsd_jax.platform.cluster import Place
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bhsd_jax import cluster, files
+from bhsd_jax.assemble.setup import Config
+from bhsd_jax.platform import cluster, files
 from bhsd_jax.train import barrier
-from bhsd_jax.verbs.setup import Config
 
 _T = TypeVar("_T")
 

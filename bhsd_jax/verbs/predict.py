@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax import faults, files
-from bhsd_jax.ct import dicom
+from bhsd_jax.assemble import predictor, setup
+from bhsd_jax.assemble.predictor import Predictor, Row
+from bhsd_jax.assemble.setup import Config
+from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
+from bhsd_jax.platform import faults, files
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
-from bhsd_jax.verbs import parts, predictor, setup
-from bhsd_jax.verbs.predictor import Predictor, Row
-from bhsd_jax.verbs.setup import Config
+from bhsd_jax.verbs import parts
 from bhsd_jax.volume import Case, Plan, Series
 
 logger = logging.getLogger(__name__)
@@ -135,9 +136,9 @@ def find_scans(config: Config, workdir: Path) -> list[Case]:
     path = Path(settings.images)
     series: list[Case] = []
     if path.is_dir():
-        files = {n: f for n, f in nifti_files(path).items() if not dicom.is_dicom(f)}
+        files = {n: f for n, f in nifti_files(path).items() if not slice_file.is_dicom(f)}
         series = dicom_cases.scans(path, **settings.dicom)
-    elif path.is_file() and dicom.is_dicom(path):
+    elif path.is_file() and slice_file.is_dicom(path):
         raise ValueError(f"{path}: one DICOM file is one slice; name the folder of the series")
     elif path.is_file():
         files = {path.name.removesuffix(".gz").removesuffix(".nii"): path}

@@ -13,14 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax import files, machine
-from bhsd_jax.ct import adopt, facts_file, integrity, scan, shards
-from bhsd_jax.ct.plan import from_nnunet_plans
-from bhsd_jax.ct.prepare import Facts, fingerprint_case, make_plan, prepare_case
-from bhsd_jax.verbs import checkup, parts, setup, shard_jobs
-from bhsd_jax.verbs.setup import Config
-from bhsd_jax.verbs.shard_jobs import Job, Share
-from bhsd_jax.verbs.workers import Pool, Progress, Workers
+from bhsd_jax.assemble import setup
+from bhsd_jax.assemble.setup import Config
+from bhsd_jax.ct import scan
+from bhsd_jax.ct.integrity import checkup, facts_file, listing
+from bhsd_jax.ct.prepare import Facts, fingerprint_case, prepare_case
+from bhsd_jax.nnunet import adoption
+from bhsd_jax.nnunet.dataset_plan import make_plan
+from bhsd_jax.nnunet.planner import from_nnunet_plans
+from bhsd_jax.platform import files, machine
+from bhsd_jax.platform.workers import Pool, Progress, Workers
+from bhsd_jax.shards import jobs as shard_jobs
+from bhsd_jax.shards import store
+from bhsd_jax.shards.jobs import Job, Share
+from bhsd_jax.verbs import parts
 from bhsd_jax.volume import Case, Dataset, Plan
 
 logger = logging.getLogger(__name__)
@@ -116,7 +122,7 @@ def _nnunet(settings: Any) -> dict[str, Any] | None:
     """NnU-Net's plan if one is named, refused here if it cannot be used with any data."""
     if not settings.plan:
         return None
-    plans = adopt.read(settings.plan)
+    plans = adoption.read(settings.plan)
     from_nnunet_plans(plans, settings.configuration)
     return plans
 
@@ -147,7 +153,7 @@ def _plan(
         crop_hu=_crop_hu(dataset, settings),
     )
     if theirs:
-        plan = adopt.adopt(plan, training, theirs, settings.configuration)
+        plan = adoption.adopt(plan, training, theirs, settings.configuration)
     for note in plan.notes:
         logger.warning("%s", note)
     return plan
@@ -246,7 +252,7 @@ def _write(job: Job) -> None:
     if _whole(job, {}):
         return
 
-    def prepared() -> Iterator[shards.Prepared]:
+    def prepared() -> Iterator[store.Prepared]:
         for case, digest in zip(job.cases, job.digests, strict=True):
             try:
                 made = prepare_case(case, job.plan, source_sha256=digest)
@@ -255,7 +261,7 @@ def _write(job: Job) -> None:
             else:
                 yield made
 
-    entries = shards.write_shard(job.path, prepared())
+    entries = store.write_shard(job.path, prepared())
     if not entries:
         job.path.unlink(missing_ok=True)  # an older shard, none of whose cases are left
     shard_jobs.remember(job, entries, refused)
@@ -274,6 +280,6 @@ def _write_ledger(path: Path, skipped: Mapping[str, str]) -> None:
     """Why cases were refused; no file if none was."""
     if skipped:
         table = [{"case": case, "reason": skipped[case]} for case in sorted(skipped)]
-        integrity.write_csv(path, table, ("case", "reason"))
+        listing.write_csv(path, table, ("case", "reason"))
     else:
         path.unlink(missing_ok=True)

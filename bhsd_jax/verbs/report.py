@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax import __version__, files
+from bhsd_jax import __version__
+from bhsd_jax.assemble import setup
+from bhsd_jax.assemble.setup import Config
 from bhsd_jax.ct import geometry, hu, scan
 from bhsd_jax.metrics import scores
+from bhsd_jax.platform import files
 from bhsd_jax.report import figures
 from bhsd_jax.report.page import Page, Picture, Section
 from bhsd_jax.report.tables import (
@@ -21,8 +24,7 @@ from bhsd_jax.report.tables import (
     metrics_table,
     number,
 )
-from bhsd_jax.verbs import parts, setup
-from bhsd_jax.verbs.setup import Config
+from bhsd_jax.verbs import parts
 from bhsd_jax.volume import Case, Plan
 
 logger = logging.getLogger(__name__)

@@ -14,11 +14,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from bhsd_jax import cluster, files
-from bhsd_jax.ct.shards import Shards
+from bhsd_jax.assemble import program, setup
+from bhsd_jax.assemble.recipe import Recipe, make_mesh, make_recipe, require_matching
+from bhsd_jax.assemble.setup import Config
+from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
+from bhsd_jax.platform import allocator, cluster, files
 from bhsd_jax.report import figures
+from bhsd_jax.shards.store import Shards
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import Checkpoints
@@ -28,10 +32,7 @@ from bhsd_jax.train.processes import Preemption
 from bhsd_jax.train.profile import Span, profiling
 from bhsd_jax.train.speed import Timed, watching
 from bhsd_jax.types import TrainState
-from bhsd_jax.verbs import heap, parts, program, setup
-from bhsd_jax.verbs.recipe import Recipe, make_mesh, make_recipe, require_matching
-from bhsd_jax.verbs.setup import Config
-from bhsd_jax.verbs.validation import Validation
+from bhsd_jax.verbs import parts
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _actions(
     def close_holes() -> None:
         """Once: the first validation has compiled programs of its own."""
         if jax.default_backend() == "cpu":
-            heap.close_holes()
+            allocator.close_holes()
 
     def stop(step: int, state: TrainState, *_: Any) -> None:
         if asked():

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from bhsd_jax.assemble import wiring
 from bhsd_jax.build import find
-from bhsd_jax.verbs import launch, wiring
-from bhsd_jax.verbs.series import resolve
+from bhsd_jax.experiments import launch
+from bhsd_jax.experiments.queue import resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
 

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from bhsd_jax.ct import adopt, plan, prepare
+from bhsd_jax.ct import prepare
+from bhsd_jax.nnunet import adoption, planner
 from bhsd_jax.volume import Network, Plan
 
 PROPERTIES = {"0": {"percentile_00_5": 3, "mean": 50.5, "std": 16, "percentile_99_5": 97}}
@@ -52,9 +53,9 @@ def ours(modality="ct"):
 
 def test_what_nnunet_decided_is_taken_and_the_rest_is_ours(golden):
     theirs = head_ct(golden) | {"foreground_intensity_properties_per_channel": PROPERTIES}
-    made = adopt.adopt(ours(), [facts(), facts((30, 400, 512))], theirs, "3d_fullres")
+    made = adoption.adopt(ours(), [facts(), facts((30, 400, 512))], theirs, "3d_fullres")
     settings = theirs["configurations"]["3d_fullres"]
-    assert made.network == plan.from_nnunet_plans(theirs)[0]
+    assert made.network == planner.from_nnunet_plans(theirs)[0]
     assert list(made.network.patch) == settings["patch_size"]
     assert made.network.batch == settings["batch_size"]
     assert list(made.spacing_mm) == settings["spacing"]
@@ -73,7 +74,7 @@ def test_a_coarser_configuration_is_taken_by_name(golden):
         "patch_size": [20, 256, 256],
     }
     theirs["configurations"]["3d_lowres"] = coarse
-    made = adopt.adopt(ours(), [facts()], theirs, "3d_lowres")
+    made = adoption.adopt(ours(), [facts()], theirs, "3d_lowres")
     assert made.spacing_mm == (5.0, 0.7, 0.7)
     assert made.network.patch == (20, 256, 256)
     assert made.median_shape == (34, 366, 366)
@@ -85,23 +86,23 @@ def test_axes_of_the_files_become_axes_of_the_patient(golden):
     theirs = head_ct(golden)
     theirs["transpose_forward"] = [1, 0, 2]  # rows first: superior
     scan = facts((34, 300, 512), order=(1, 0, 2))
-    made = adopt.adopt(ours(), [scan], theirs, "3d_fullres")
+    made = adoption.adopt(ours(), [scan], theirs, "3d_fullres")
     assert made.transpose == (0, 1, 2)
     assert made.median_shape == (34, 307, 524)
     theirs["transpose_forward"] = [0, 1, 2]  # posterior first
-    made = adopt.adopt(ours(), [scan], theirs, "3d_fullres")
+    made = adoption.adopt(ours(), [scan], theirs, "3d_fullres")
     assert made.transpose == (1, 0, 2)
     # Posterior 300 x 0.5 mm at 5 mm, superior 34 x 5 mm at 0.48828 mm.
     assert made.median_shape == (30, 348, 524)
     with pytest.raises(ValueError, match=r"\(0, 1, 2\), \(1, 0, 2\).*store all scans alike"):
-        adopt.adopt(ours(), [scan, facts()], theirs, "3d_fullres")
+        adoption.adopt(ours(), [scan, facts()], theirs, "3d_fullres")
 
 
 def test_what_the_plan_lacks_or_wants_otherwise_is_said(golden):
     theirs = head_ct(golden) | {"foreground_intensity_properties_per_channel": {}}
     settings = theirs["configurations"]["3d_fullres"]
     settings["resampling_fn_data"] = "resample_torch_fornnunet"
-    made = adopt.adopt(ours(), [facts()], theirs, "3d_fullres")
+    made = adoption.adopt(ours(), [facts()], theirs, "3d_fullres")
     assert made.foreground == ours().foreground
     assert made.notes[1:] == (
         "it has no intensity statistics; ours are used",
@@ -109,18 +110,18 @@ def test_what_the_plan_lacks_or_wants_otherwise_is_said(golden):
         "resample_data_or_seg_to_shape",
     )
     residual = (golden / "plans" / "full_BHSDtrain96_nnUNetResEncUNetMPlans.json").read_text()
-    made = adopt.adopt(ours(), [facts()], json.loads(residual), "3d_fullres")
+    made = adoption.adopt(ours(), [facts()], json.loads(residual), "3d_fullres")
     assert made.notes[1] == "made for --config.model.name=nnunet.ResidualEncoderUNet"
 
 
 def test_another_normalization_is_refused(golden):
     theirs = head_ct(golden)
     with pytest.raises(ValueError, match=r"normalization \['CTNormalization'\].*mr.*ZScore"):
-        adopt.adopt(ours("mr"), [facts()], theirs, "3d_fullres")
+        adoption.adopt(ours("mr"), [facts()], theirs, "3d_fullres")
     settings = theirs["configurations"]["3d_fullres"]
     settings.update(normalization_schemes=["ZScoreNormalization"], use_mask_for_norm=[True])
     with pytest.raises(ValueError, match="use_mask_for_norm"):
-        adopt.adopt(ours("mr"), [facts()], theirs, "3d_fullres")
+        adoption.adopt(ours("mr"), [facts()], theirs, "3d_fullres")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_another_normalization_is_refused(golden):
 def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path, text, message):
     path = tmp_path / "plans.json"
     with pytest.raises(FileNotFoundError, match=r"plans\.json.*preprocess\.plan"):
-        adopt.read(path)
+        adoption.read(path)
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"plans\.json: .*{message}"):
-        adopt.read(path)
+        adoption.read(path)

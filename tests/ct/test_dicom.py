@@ -9,7 +9,9 @@ from dicom_files import NAME, PATIENT, block, store, write_series
 from pydicom import dcmread
 from pydicom.uid import JPEGLSLossless, RLELossless
 
-from bhsd_jax.ct import dicom, dicom_series, hu, nifti, scan, shear
+from bhsd_jax.ct import hu, nifti, scan, shear
+from bhsd_jax.ct.dicom import series as dicom_series
+from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.volume import Masks, Series, Volume
 
 TILT = 18.5
@@ -314,7 +316,7 @@ def test_messages_name_no_patient_and_no_path(tmp_path):
     paths[1].write_bytes(paths[1].read_bytes()[:-10])
     series = series_of(folder)
     paths[2].unlink()
-    said = [repr(series), str(series), repr(dicom.header(paths[0]))]
+    said = [repr(series), str(series), repr(slice_file.header(paths[0]))]
     for uneven in ("refuse", "resample"):
         with pytest.raises(ValueError, match="case: ") as caught:
             scan.read(Series(series.files, "case", uneven))

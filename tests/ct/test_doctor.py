@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bhsd_jax.ct import doctor, integrity, integrity_text
+from bhsd_jax.ct.integrity import doctor, listing, words
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.volume import Finding
 
@@ -134,8 +134,8 @@ def test_the_page_counts_per_split_and_names_a_few_of_many():
     findings = [Finding("odd", "kept", f"s{i}", f"text {i}") for i in range(9)]
     findings += [Finding("broken", "refused", f"r{i}", f"/x/r{i}: bad") for i in range(8)]
     defects = doctor.group(findings)
-    totals = integrity.summary(scans, CLASSES, defects)
-    page = integrity_text.page("Set", "ct", totals, CLASSES, defects).splitlines()
+    totals = listing.summary(scans, CLASSES, defects)
+    page = words.page("Set", "ct", totals, CLASSES, defects).splitlines()
     assert page[0] == "Set: 4 scans can be used, 8 are refused"
     cells = {line.split("  ")[0]: line.split("  ")[1:] for line in page}
     counts = {name: [c.strip() for c in row if c.strip()] for name, row in cells.items()}
@@ -157,11 +157,11 @@ def test_the_page_counts_per_split_and_names_a_few_of_many():
 
 
 def test_a_set_without_defects_says_so():
-    totals = integrity.summary([facts("a")], CLASSES, [])
-    page = integrity_text.page("Set", "mr", totals, CLASSES, [])
+    totals = listing.summary([facts("a")], CLASSES, [])
+    page = words.page("Set", "mr", totals, CLASSES, [])
     assert page.endswith("Defects: none found")
     assert "lowest intensity, as stored" in page
     assert "gantry tilt" not in page
     assert "In the masks" not in page
-    nothing = integrity_text.page("Set", "mr", integrity.summary([], CLASSES, []), CLASSES, [])
+    nothing = page.page("Set", "mr", listing.summary([], CLASSES, []), CLASSES, [])
     assert nothing.startswith("Set: 0 scans can be used, 0 are refused")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from bhsd_jax.ct import nnunet_model
-from bhsd_jax.ct.plan import from_nnunet_plans
 from bhsd_jax.models import nnunet_torch
+from bhsd_jax.nnunet import trained
+from bhsd_jax.nnunet.planner import from_nnunet_plans
 
 FULL = "3d_fullres"
 DATASET = {
@@ -24,7 +24,7 @@ def plans(golden):
 
 def test_the_plan_is_what_nnunet_predicts_with(plans):
     plans["transpose_forward"] = [1, 0, 2]
-    found = nnunet_model.plan_of(plans, DATASET, FULL, "abc")
+    found = trained.plan_of(plans, DATASET, FULL, "abc")
     assert found.classes == ("background", "IPH", "SDH"), "by number; ignore is no class"
     assert (found.axes, found.normalize_first, found.crop_hu) == ("file", True, None)
     assert found.transpose == (1, 0, 2)
@@ -38,21 +38,21 @@ def test_the_plan_is_what_nnunet_predicts_with(plans):
 
 def test_reoriented_files_have_axes_of_their_own(plans):
     plans["image_reader_writer"] = "NibabelIOWithReorient"
-    assert nnunet_model.plan_of(plans, DATASET, FULL, "").axes == "SAR"
+    assert trained.plan_of(plans, DATASET, FULL, "").axes == "SAR"
 
 
 def test_z_scores_mean_mr(plans):
     settings = plans["configurations"][FULL]
     settings["normalization_schemes"] = ["ZScoreNormalization"]
     del plans["foreground_intensity_properties_per_channel"]
-    assert nnunet_model.plan_of(plans, DATASET, FULL, "").modality == "mr"
+    assert trained.plan_of(plans, DATASET, FULL, "").modality == "mr"
     settings["use_mask_for_norm"] = [True]
     with pytest.raises(ValueError, match="z-scores inside the non-zero mask"):
-        nnunet_model.plan_of(plans, DATASET, FULL, "")
+        trained.plan_of(plans, DATASET, FULL, "")
 
 
 def test_the_network_has_the_arguments_of_its_class(plans):
-    reference, constructor = nnunet_model.network_of(plans, DATASET, FULL)
+    reference, constructor = trained.network_of(plans, DATASET, FULL)
     assert reference == "PlainConvUNet"
     assert (constructor["input_channels"], constructor["num_classes"]) == (1, 3)
     module = nnunet_torch.from_torch(reference, constructor).module
@@ -61,7 +61,7 @@ def test_the_network_has_the_arguments_of_its_class(plans):
 
 
 def test_files_before_2_4_give_the_same_network(plans):
-    _, want = nnunet_model.network_of(plans, DATASET, FULL)
+    _, want = trained.network_of(plans, DATASET, FULL)
     settings = plans["configurations"][FULL]
     given = settings.pop("architecture")["arch_kwargs"]
     settings |= {
@@ -73,7 +73,7 @@ def test_files_before_2_4_give_the_same_network(plans):
         "n_conv_per_stage_encoder": given["n_conv_per_stage"],
         "n_conv_per_stage_decoder": given["n_conv_per_stage_decoder"],
     }
-    reference, found = nnunet_model.network_of(plans, DATASET, FULL)
+    reference, found = trained.network_of(plans, DATASET, FULL)
     old, new = (nnunet_torch.from_torch(reference, c).module for c in (found, want))
     assert old == new
 
@@ -88,7 +88,7 @@ def test_everything_without_a_counterpart_is_listed(plans):
     plans["image_reader_writer"] = "Tiff3DIO"
     two = DATASET | {"channel_names": {"0": "CT", "1": "PET"}}
     with pytest.raises(ValueError, match="not supported") as caught:
-        nnunet_model.plan_of(plans, two, FULL, "")
+        trained.plan_of(plans, two, FULL, "")
     for part in ("one channel", "RescaleTo01", "Tiff3DIO", "Own", "resample_torch_fornnunet"):
         assert part in str(caught.value)
 
@@ -103,4 +103,4 @@ def test_everything_without_a_counterpart_is_listed(plans):
 )
 def test_regions_and_gaps_are_refused(labels, said):
     with pytest.raises(ValueError, match=said):
-        nnunet_model.classes_of(DATASET | {"labels": labels})
+        trained.classes_of(DATASET | {"labels": labels})

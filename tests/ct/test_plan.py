@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bhsd_jax.ct import plan
-from bhsd_jax.ct.topology import PLANNERS, Pooling, activations, pool
+from bhsd_jax.nnunet import planner
+from bhsd_jax.nnunet.topology import PLANNERS, Pooling, activations, pool
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
 NAMES = {planner.plans_name: name for name, planner in PLANNERS.items()}
@@ -43,7 +43,7 @@ def test_plans_are_those_of_nnunet(golden, name):
     fingerprint = fixture["fingerprint"]
     assert fixture["plans"]
     for plans_name, theirs in fixture["plans"].items():
-        ours = plan.make_plans(
+        ours = planner.make_plans(
             fingerprint["spacings"], fingerprint["shapes_after_crop"], planner=NAMES[plans_name]
         )
         assert list(ours["configurations"]) == list(theirs["configurations"])
@@ -62,7 +62,7 @@ def test_plans_are_those_of_nnunet(golden, name):
 )
 def test_head_ct_plans_file_is_nnunets_to_the_last_key(golden, name, planner):
     theirs = load(golden, f"full_{name}")
-    ours = plan.make_plans(
+    ours = planner.make_plans(
         *head_ct(),
         planner=planner,
         num_classes=6,
@@ -74,7 +74,7 @@ def test_head_ct_plans_file_is_nnunets_to_the_last_key(golden, name, planner):
 
 def test_small_mr_plans_file_is_nnunets_to_the_last_key(golden):
     theirs = load(golden, "full_Hippocampus_nnUNetPlans")
-    ours = plan.make_plans(
+    ours = planner.make_plans(
         [(1, 1, 1)] * 10,
         [(36, 50, 35)] * 10,
         modality="mr",
@@ -101,7 +101,7 @@ def test_small_mr_plans_file_is_nnunets_to_the_last_key(golden):
     ],
 )
 def test_a_larger_gpu_gets_a_larger_patch(planner, memory_gb, patch, batch):
-    plans = plan.make_plans(*head_ct(), planner=planner, num_classes=6, memory_gb=memory_gb)
+    plans = planner.make_plans(*head_ct(), planner=planner, num_classes=6, memory_gb=memory_gb)
     settings = plans["configurations"]["3d_fullres"]
     assert tuple(settings["patch_size"]) == patch
     assert settings["batch_size"] == batch
@@ -134,18 +134,18 @@ def test_memory_proxy_counts_every_convolution_once():
 
 def test_target_spacing_is_the_median_of_nearly_isotropic_scans():
     spacings = [(1.0, 0.9, 0.8), (1.2, 1.0, 0.7), (1.1, 1.4, 0.9)]
-    assert plan.target_spacing(spacings, [(100, 100, 100)] * 3) == pytest.approx((1.1, 1.0, 0.8))
+    assert planner.target_spacing(spacings, [(100, 100, 100)] * 3) == pytest.approx((1.1, 1.0, 0.8))
 
 
 def test_target_spacing_takes_the_tenth_percentile_along_a_coarse_short_axis():
     spacings = [(z, 1.0, 1.0) for z in np.arange(5, 16)]  # 11 scans: the percentile is the second
-    assert plan.target_spacing(spacings, [(20, 200, 200)] * 11) == pytest.approx((6, 1, 1))
-    assert plan.target_spacing(spacings, [(80, 200, 200)] * 11) == pytest.approx((10, 1, 1))
+    assert planner.target_spacing(spacings, [(20, 200, 200)] * 11) == pytest.approx((6, 1, 1))
+    assert planner.target_spacing(spacings, [(80, 200, 200)] * 11) == pytest.approx((10, 1, 1))
 
 
 def test_target_spacing_never_makes_the_coarse_axis_finer_than_the_others():
     spacings = [(z, 1.0, 1.0) for z in (0.4, 0.4, 0.4, 10, 10, 10, 10)]
-    assert plan.target_spacing(spacings, [(20, 200, 200)] * 7) == pytest.approx((1.00001, 1, 1))
+    assert planner.target_spacing(spacings, [(20, 200, 200)] * 7) == pytest.approx((1.00001, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -158,39 +158,39 @@ def test_target_spacing_never_makes_the_coarse_axis_finer_than_the_others():
     ],
 )
 def test_transpose_puts_the_coarsest_axis_first(spacing, expected):
-    assert plan.transpose_for(spacing) == expected
+    assert planner.transpose_for(spacing) == expected
 
 
 def test_plan_of_permuted_axes_is_the_plan_of_the_transposed_scans():
     spacings, shapes = (np.array(rows) for rows in head_ct())
     order = [1, 2, 0]
-    permuted = plan.make_plans(spacings[:, order], shapes[:, order])
+    permuted = planner.make_plans(spacings[:, order], shapes[:, order])
     assert permuted["transpose_forward"] == [2, 0, 1]
     assert permuted["transpose_backward"] == [1, 2, 0]
-    assert permuted["configurations"] == plan.make_plans(spacings, shapes)["configurations"]
+    assert permuted["configurations"] == planner.make_plans(spacings, shapes)["configurations"]
 
 
 def test_a_pinned_spacing_gives_the_plan_of_that_spacing():
     spacings, shapes = head_ct()
     thin = [(2.5, XY, XY)] * 20 + spacings[20:]
-    assert plan.network_for(thin, shapes, num_classes=6).batch_dice is True
-    assert plan.network_for(thin, shapes, num_classes=6, spacing_mm=BHSD) == plan.network_for(
+    assert planner.network_for(thin, shapes, num_classes=6).batch_dice is True
+    assert planner.network_for(thin, shapes, num_classes=6, spacing_mm=BHSD) == planner.network_for(
         spacings, shapes, num_classes=6
     )
 
 
 def test_single_slices_get_a_2d_plan_and_no_3d_network():
     spacings, shapes = [(3.0, 1.0, 1.0)] * 4, [(1, 256, 256)] * 4
-    assert list(plan.make_plans(spacings, shapes)["configurations"]) == ["2d"]
+    assert list(planner.make_plans(spacings, shapes)["configurations"]) == ["2d"]
     with pytest.raises(ValueError, match="single slice"):
-        plan.network_for(spacings, shapes)
+        planner.network_for(spacings, shapes)
 
 
 def test_z_scores_keep_to_the_mask_where_much_was_cropped():
     scans = ([(1, 1, 1)] * 4, [(64, 64, 64)] * 4)
 
     def masked(**arguments):
-        return plan.make_plans(*scans, **arguments)["configurations"]["2d"]["use_mask_for_norm"]
+        return planner.make_plans(*scans, **arguments)["configurations"]["2d"]["use_mask_for_norm"]
 
     assert masked(modality="mr", relative_size=0.7, num_channels=2) == [True, True]
     assert masked(modality="mr", relative_size=0.75) == [False]
@@ -204,24 +204,24 @@ def test_z_scores_keep_to_the_mask_where_much_was_cropped():
 )
 def test_margin_warns_where_a_few_thin_scans_decide(thin, warned):
     spacings = [(2.5, 0.5, 0.5)] * thin + [(5.0, 0.5, 0.5)] * (96 - thin)
-    warnings = plan.spacing_margin(spacings, [(32, 512, 512)] * 96)
+    warnings = planner.spacing_margin(spacings, [(32, 512, 512)] * 96)
     assert len(warnings) == warned
     assert all("axis 0" in warning and "2.5 to 5 mm" in warning for warning in warnings)
 
 
 def test_margin_of_one_scan_is_silent():
-    assert plan.spacing_margin([BHSD], [(32, 512, 512)]) == []
+    assert planner.spacing_margin([BHSD], [(32, 512, 512)]) == []
 
 
 def test_topology_of_the_planned_patch_is_the_planned_network():
-    planned = plan.network_for(*head_ct(), num_classes=6)
-    assert plan.topology(BHSD, (20, 320, 256)) == planned
-    residual = plan.network_for(*head_ct(), planner="resenc_m", num_classes=6)
-    assert plan.topology(BHSD, (20, 256, 256), planner="resenc_m") == residual
+    planned = planner.network_for(*head_ct(), num_classes=6)
+    assert planner.topology(BHSD, (20, 320, 256)) == planned
+    residual = planner.network_for(*head_ct(), planner="resenc_m", num_classes=6)
+    assert planner.topology(BHSD, (20, 256, 256), planner="resenc_m") == residual
 
 
 def test_topology_of_a_pinned_patch_by_hand():
-    network = plan.topology(BHSD, (8, 32, 64), base_features=4, max_features=12)
+    network = planner.topology(BHSD, (8, 32, 64), base_features=4, max_features=12)
     # In the plane until 0.49 mm has become 3.9 mm; by then 4 rows are left, but 8 slices.
     assert network.strides == ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 1, 2))
     assert network.kernels == ((1, 3, 3), (1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3))
@@ -231,17 +231,17 @@ def test_topology_of_a_pinned_patch_by_hand():
 
 
 def test_max_stages_cuts_the_network_short():
-    network = plan.topology((1, 1, 1), (64, 64, 64), max_stages=3)
+    network = planner.topology((1, 1, 1), (64, 64, 64), max_stages=3)
     assert network.strides == ((1, 1, 1), (2, 2, 2), (2, 2, 2))
     assert network.features == (32, 64, 128)
 
 
 def test_a_patch_that_does_not_divide_is_refused_with_one_that_does():
     with pytest.raises(ValueError, match=r"nearest patch that does is \(20, 320, 256\)"):
-        plan.topology(BHSD, (20, 320, 250))
+        planner.topology(BHSD, (20, 320, 250))
     with pytest.raises(ValueError, match=r"nearest patch that does is \(64, 64, 64\)"):
-        plan.topology((1, 1, 1), (65, 64, 64))
-    assert plan.topology((1, 1, 1), (64, 64, 64)).patch == (64, 64, 64)
+        planner.topology((1, 1, 1), (65, 64, 64))
+    assert planner.topology((1, 1, 1), (64, 64, 64)).patch == (64, 64, 64)
 
 
 def test_padded_patches_are_accepted_and_axes_keep_four_voxels():
@@ -256,19 +256,19 @@ def test_padded_patches_are_accepted_and_axes_keep_four_voxels():
 
 
 def test_nnunets_plans_are_read_back(golden):
-    network, spacing, transpose = plan.from_nnunet_plans(
+    network, spacing, transpose = planner.from_nnunet_plans(
         load(golden, "full_BHSDtrain96_nnUNetPlans")
     )
-    assert network == plan.topology(BHSD, (20, 320, 256))
+    assert network == planner.topology(BHSD, (20, 320, 256))
     assert spacing == BHSD
     assert transpose == (0, 1, 2)
     residual = load(golden, "full_BHSDtrain96_nnUNetResEncUNetMPlans")
-    assert plan.from_nnunet_plans(residual)[0].convs_encoder == (1, 3, 4, 6, 6, 6, 6)
+    assert planner.from_nnunet_plans(residual)[0].convs_encoder == (1, 3, 4, 6, 6, 6, 6)
 
 
 def test_plans_in_the_older_spelling_are_read_alike(golden):
     plans = load(golden, "full_BHSDtrain96_nnUNetPlans")
-    expected = plan.from_nnunet_plans(plans)
+    expected = planner.from_nnunet_plans(plans)
     settings = plans["configurations"]["3d_fullres"]
     arguments = settings.pop("architecture")["arch_kwargs"]
     settings |= {
@@ -280,13 +280,13 @@ def test_plans_in_the_older_spelling_are_read_alike(golden):
         "conv_kernel_sizes": arguments["kernel_sizes"],
         "pool_op_kernel_sizes": arguments["strides"],
     }
-    assert plan.from_nnunet_plans(plans) == expected
+    assert planner.from_nnunet_plans(plans) == expected
 
 
 def test_a_configuration_inherits_and_its_own_settings_win(golden):
     plans = load(golden, "full_BHSDtrain96_nnUNetPlans")
     plans["configurations"]["large"] = {"inherits_from": "3d_fullres", "batch_size": 7}
-    assert plan.from_nnunet_plans(plans, "large")[0].batch == 7
+    assert planner.from_nnunet_plans(plans, "large")[0].batch == 7
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_plans_that_cannot_be_used_are_refused(golden, configuration, settings, 
     if settings:
         plans["configurations"][configuration] = settings
     with pytest.raises(ValueError, match=message):
-        plan.from_nnunet_plans(plans, configuration)
+        planner.from_nnunet_plans(plans, configuration)
 
 
 @pytest.mark.parametrize(
@@ -320,20 +320,20 @@ def test_plans_that_cannot_be_used_are_refused(golden, configuration, settings, 
 )
 def test_a_fingerprint_that_cannot_be_is_refused(spacings, shapes, message):
     with pytest.raises(ValueError, match=message):
-        plan.make_plans(spacings, shapes)
+        planner.make_plans(spacings, shapes)
 
 
 def test_unknown_planners_and_impossible_memory_are_refused():
     with pytest.raises(ValueError, match=r"resenc_m.*got 'resenc'"):
-        plan.make_plans(*head_ct(), planner="resenc")
+        planner.make_plans(*head_ct(), planner="resenc")
     with pytest.raises(ValueError, match="planner is one of"):
-        plan.topology(BHSD, (20, 320, 256), planner="resenc")
+        planner.topology(BHSD, (20, 320, 256), planner="resenc")
     with pytest.raises(ValueError, match="modality is ct or mr"):
-        plan.make_plans(*head_ct(), modality="pet")
+        planner.make_plans(*head_ct(), modality="pet")
     with pytest.raises(ValueError, match="fits the memory"):
-        plan.make_plans(*head_ct(), memory_gb=1e-6)
+        planner.make_plans(*head_ct(), memory_gb=1e-6)
     with pytest.raises(ValueError, match="median scan has"):
-        plan.make_plans([(1, 1, 1)], [(10, 10, 10)], spacing_mm=(30, 1, 1))
+        planner.make_plans([(1, 1, 1)], [(10, 10, 10)], spacing_mm=(30, 1, 1))
 
 
 def run(*arguments):
@@ -345,7 +345,7 @@ def test_the_tool_prints_the_plan_of_a_file(golden):
     path = golden / "plans" / "plan_01_mri.json"
     done = run(path, "--planner", "resenc_l")
     fingerprint = json.loads(path.read_text())["fingerprint"]
-    expected = as_json(plan.make_plans(*fingerprint.values(), planner="resenc_l"))
+    expected = as_json(planner.make_plans(*fingerprint.values(), planner="resenc_l"))
     assert (done.returncode, done.stderr) == (0, "")
     printed = json.loads(done.stdout)
     theirs = load(golden, "plan_01_mri")["plans"]["nnUNetResEncUNetLPlans"]

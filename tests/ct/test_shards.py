@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from bhsd_jax import files
-from bhsd_jax.ct import record, shards
+from bhsd_jax.platform import files
+from bhsd_jax.shards import record, store
 from bhsd_jax.volume import Grid, Network, Plan
 
 SHAPE = (11, 70, 90)  # more than one block along every axis
@@ -36,7 +36,7 @@ def case(name, *, is_labeled=True, dtype=np.int16):
     label = (random.integers(0, 40, SHAPE) % 37 % 3).astype(np.uint8)  # class 3 never occurs
     positions = [np.argwhere(label == c).astype(np.int32)[:50] for c in (1, 2, 3)]
     empty = np.zeros((0, 3), np.int32)
-    return shards.Prepared(
+    return store.Prepared(
         case=name,
         patient=name[:1],
         split="train" if is_labeled else "unlabeled",
@@ -67,14 +67,14 @@ def cases():
 
 @pytest.fixture
 def folder(tmp_path, cases):
-    entries = shards.write_shard(tmp_path / "shard-0.arrayrecord", cases)
+    entries = store.write_shard(tmp_path / "shard-0.arrayrecord", cases)
     files.write_json(tmp_path / "plan.json", PLAN.to_json())
-    shards.write_index(tmp_path, entries)
+    store.write_index(tmp_path, entries)
     return tmp_path
 
 
 def assert_same(left, right):
-    for field in dataclasses.fields(shards.Prepared):
+    for field in dataclasses.fields(store.Prepared):
         a, b = getattr(left, field.name), getattr(right, field.name)
         if field.name == "foreground":
             assert len(a) == len(b)
@@ -89,19 +89,19 @@ def assert_same(left, right):
 
 
 def test_what_is_written_is_read_back_bit_for_bit(folder, cases):
-    found = shards.Shards(folder)
+    found = store.Shards(folder)
     assert found.plan == PLAN
     for written in cases:
         assert_same(found.load(written.case), written)
 
 
 def test_the_index_is_sorted_and_says_what_the_records_hold(folder, cases):
-    entries = shards.Shards(folder).entries
+    entries = store.Shards(folder).entries
     assert [entry.id for entry in entries] == ["a2", "b3", "c1"]
     assert [entry.record for entry in entries] == [1, 2, 0]
     by_id = {entry.id: entry for entry in entries}
     counts = [int((cases[0].label == c).sum()) for c in range(4)]
-    assert by_id["c1"] == shards.Entry(
+    assert by_id["c1"] == store.Entry(
         "c1", "c", "train", True, True, SHAPE, tuple(counts), (1.5, 0.25, 2.0, 0.0),
         "shard-0.arrayrecord", 0,
     )  # fmt: skip
@@ -110,7 +110,7 @@ def test_the_index_is_sorted_and_says_what_the_records_hold(folder, cases):
 
 def test_a_patch_is_the_slice_of_the_array_at_any_box(folder, cases):
     random = np.random.default_rng(0)
-    for name, reader in ((c.case, shards.Shards(folder).open(c.case)) for c in cases):
+    for name, reader in ((c.case, store.Shards(folder).open(c.case)) for c in cases):
         whole = next(c for c in cases if c.case == name)
         assert reader.shape == SHAPE
         for _ in range(25):
@@ -144,7 +144,7 @@ def test_a_record_is_length_header_and_three_frames(folder, cases):
 def test_the_same_cases_give_the_same_bytes_and_leave_nothing_else(tmp_path, cases):
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
-        shards.write_shard(tmp_path / name / "s.arrayrecord", iter(cases))
+        store.write_shard(tmp_path / name / "s.arrayrecord", iter(cases))
         assert [path.name for path in (tmp_path / name).iterdir()] == ["s.arrayrecord"]
     one, two = ((tmp_path / name / "s.arrayrecord").read_bytes() for name in ("x", "y"))
     assert one == two
@@ -158,12 +158,12 @@ def test_a_failure_half_way_leaves_the_old_shard_as_it_was(folder, cases):
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        shards.write_shard(folder / "shard-0.arrayrecord", broken())
+        store.write_shard(folder / "shard-0.arrayrecord", broken())
     assert (folder / "shard-0.arrayrecord").read_bytes() == before
 
 
 def test_no_case_no_file(tmp_path):
-    assert shards.write_shard(tmp_path / "s.arrayrecord", []) == []
+    assert store.write_shard(tmp_path / "s.arrayrecord", []) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,7 +172,7 @@ def test_a_flipped_bit_anywhere_in_a_record_is_noticed_and_the_record_named(fold
     good = path.read_bytes()
     data = array_record_module.ArrayRecordReader(str(path)).read([0])[0]
     start = good.index(data[:200])
-    found = shards.Shards(folder)
+    found = store.Shards(folder)
     for place in np.linspace(start, start + len(data) - 1, 12).astype(int):
         bad = bytearray(good)
         bad[place] ^= 4
@@ -198,29 +198,29 @@ def test_a_shard_cut_short_or_gone_is_named(folder):
     for kept in (len(data) // 2, 70_000, 100, 0):
         path.write_bytes(data[:kept])
         with pytest.raises(ValueError, match=r"shard-0\.arrayrecord, record 1: damaged"):
-            shards.Shards(folder).open("a2")
+            store.Shards(folder).open("a2")
     path.unlink()
     with pytest.raises(ValueError, match=r"shard-0\.arrayrecord.*not there.*preprocess"):
-        shards.Shards(folder).load("a2")
+        store.Shards(folder).load("a2")
 
 
 def test_a_folder_without_index_or_with_another_schema_is_refused(folder):
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(index | {"schema": 99}))
     with pytest.raises(ValueError, match="schema 99"):
-        shards.Shards(folder)
+        store.Shards(folder)
     (folder / "index.json").unlink()
     with pytest.raises(FileNotFoundError, match="preprocess"):
-        shards.Shards(folder)
+        store.Shards(folder)
 
 
 def test_a_case_the_folder_does_not_have_is_refused(folder):
     with pytest.raises(ValueError, match="no case 'd4' among 3"):
-        shards.Shards(folder).open("d4")
+        store.Shards(folder).open("d4")
 
 
 def test_threads_read_side_by_side_and_a_copy_reads_the_same(folder, cases):
-    found = pickle.loads(pickle.dumps(shards.Shards(folder)))
+    found = pickle.loads(pickle.dumps(store.Shards(folder)))
     names = list(itertools.islice(itertools.cycle(c.case for c in cases), 48))
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         images = list(pool.map(lambda name: found.load(name).image, names))

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from bhsd_jax.datasets.phantom_bleeds import EDH, IPH, IVH, SAH, SDH, class_set, lowest
-from bhsd_jax.datasets.phantom_case import VERSION, Options, make_case
-from bhsd_jax.datasets.phantom_flaws import METAL_HU
+from bhsd_jax.phantom.bleeds import EDH, IPH, IVH, SAH, SDH, class_set, lowest
+from bhsd_jax.phantom.case import VERSION, Options, make_case
+from bhsd_jax.phantom.flaws import METAL_HU
 
 SMALL = {"size": 48, "slices": 10}
 

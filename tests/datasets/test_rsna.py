@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from dicom_files import block, write_series
 
-from bhsd_jax.ct import dicom_series, nifti, scan
+from bhsd_jax.ct import nifti, scan
+from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.datasets import bhsd_slices, rsna
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.datasets.rsna import RSNA, TYPES

@@ -7,14 +7,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bhsd_jax.datasets import phantom_tree
 from bhsd_jax.datasets.bhsd import BHSD
-from bhsd_jax.datasets.phantom_bleeds import CLASSES
-from bhsd_jax.datasets.phantom_case import Options, make_case
-from bhsd_jax.datasets.phantom_defects import spoil
-from bhsd_jax.datasets.phantom_files import case_id, write_image
-from bhsd_jax.datasets.phantom_tree import generate
 from bhsd_jax.datasets.synthetic import Synthetic
+from bhsd_jax.phantom import tree as phantom_tree
+from bhsd_jax.phantom.bleeds import CLASSES
+from bhsd_jax.phantom.case import Options, make_case
+from bhsd_jax.phantom.defects import spoil
+from bhsd_jax.phantom.files import case_id, write_image
+from bhsd_jax.phantom.tree import generate
 
 SMALL = {"size": 48, "slices": 10}
 TREE = {"train": 3, "test": 2, "bleeding": 2, "nonbleeding": 1, "size": 32, "slices": 6}

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bhsd_jax.ct.shards import Shards
+from bhsd_jax.assemble import setup
+from bhsd_jax.assemble.recipe import make_recipe
 from bhsd_jax.input.pipeline import Batches, Decoded, Stream
+from bhsd_jax.shards.store import Shards
 from bhsd_jax.train.step import make_train_step
-from bhsd_jax.verbs import preprocess, setup
-from bhsd_jax.verbs.recipe import make_recipe
+from bhsd_jax.verbs import preprocess
 from configs import cps, supervised
 from configs.backbones import BACKBONES
 

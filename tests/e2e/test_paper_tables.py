@@ -14,7 +14,7 @@ def test_a_row_from_nothing_to_the_report_and_nothing_twice(tmp_path):
     flags = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
 
     def run():
-        command = [sys.executable, "-m", "bhsd_jax.verbs.tables", *words]
+        command = [sys.executable, "-m", "bhsd_jax.experiments.paper_tables", *words]
         done = subprocess.run(
             command, cwd=ROOT, env=flags, capture_output=True, text=True, check=False
         )

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "bhsd_jax").rglob("*.py"))
-LINES, CODE_LINES = 300, 60  # of a file; of a function without docstring, blanks and comments
+LINES, CODE_LINES = 400, 60  # of a file; of a function without docstring, blanks and comments
 FORBIDDEN = {"utils", "helpers", "misc", "common_lib"}
 
 
@@ -50,18 +50,17 @@ def test_packages_export_nothing():
         assert all(isinstance(node, ast.Expr | ast.Assign) for node in nodes), path
 
 
-def test_the_readme_tree_names_every_file():
+def test_the_readme_tree_names_every_room():
     readme = (ROOT / "README.md").read_text()
-    missing = [
-        path.name
-        for folder in ("bhsd_jax", "configs", "tools", "launch")
-        for path in sorted((ROOT / folder).rglob("*"))
-        if path.is_file()
-        and path.name != "__init__.py"
-        and "__pycache__" not in path.parts
-        and path.name not in readme
+    rooms = [path for path in (ROOT / "bhsd_jax").iterdir() if (path / "__init__.py").is_file()]
+    files = [
+        path
+        for folder in ("configs", "tools", "launch")
+        for path in (ROOT / folder).iterdir()
+        if path.is_file() and path.name != "__init__.py"
     ]
-    assert not missing
+    assert not [path.name for path in rooms if f"  {path.name}/ " not in readme]
+    assert not [path.name for path in files if path.name not in readme]
 
 
 def test_no_scan_weight_or_path_of_a_machine_is_tracked():

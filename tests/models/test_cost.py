@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from bhsd_jax.assemble import wiring
 from bhsd_jax.models import nnunet
 from bhsd_jax.models.blocks import InstanceNorm
 from bhsd_jax.models.conv import Conv, ConvTranspose
 from bhsd_jax.models.cost import cost, equations, multiply_adds
-from bhsd_jax.verbs import wiring
 from configs import supervised
 from configs.backbones import BACKBONES
 from tools import model_table

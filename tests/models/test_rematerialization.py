@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bhsd_jax.verbs import wiring
+from bhsd_jax.assemble import wiring
 from configs import supervised
 from tools import model_table
 

@@ -4,11 +4,12 @@ import math
 
 import pytest
 
-from bhsd_jax import files
+from bhsd_jax.experiments import paper_tables, queue
 from bhsd_jax.metrics import summary
 from bhsd_jax.metrics.scores import Row, write_csv
+from bhsd_jax.platform import files
 from bhsd_jax.train import checkpoint_files
-from bhsd_jax.verbs import evaluate, series, tables
+from bhsd_jax.verbs import evaluate
 from configs import table2
 
 PLAN = {
@@ -47,7 +48,7 @@ def make(tmp_path):
 
     def made(*more, table=table2):
         words = [table.TABLE.name, "--smoke", "--data=synthetic", f"--out={tmp_path}", *more]
-        return tables.make_study(table.TABLE, tables._parser().parse_args(words))
+        return paper_tables.make_study(table.TABLE, paper_tables._parser().parse_args(words))
 
     return made
 
@@ -61,7 +62,7 @@ def finish():
         last = run.workdir / "checkpoints" / str(run.config.train.steps)
         last.mkdir(parents=True)
         (last / checkpoint_files.SUMS).touch()
-        files.write_json(run.workdir / "config.json", series.plain(run.config))
+        files.write_json(run.workdir / "config.json", queue.plain(run.config))
         plan = PLAN | {"classes": ["background", *classes]}
         files.write_json(run.workdir / "plan.json", plan)
         rows = [

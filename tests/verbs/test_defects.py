@@ -7,11 +7,13 @@ import logging
 import numpy as np
 import pytest
 
-from bhsd_jax.ct import prepare, shards
+from bhsd_jax.ct import prepare
+from bhsd_jax.ct.integrity import checkup
 from bhsd_jax.datasets.bhsd import BHSD
-from bhsd_jax.datasets.phantom_defects import DEFECTS, spoil
-from bhsd_jax.datasets.phantom_tree import generate
-from bhsd_jax.verbs import checkup, preprocess
+from bhsd_jax.phantom.defects import DEFECTS, spoil
+from bhsd_jax.phantom.tree import generate
+from bhsd_jax.shards import store
+from bhsd_jax.verbs import preprocess
 from configs import common
 
 # What `spoil` did, what the integrity table calls it, the outcome, words of what it says.
@@ -198,7 +200,7 @@ def test_refused_scans_are_in_the_ledger_and_all_others_in_the_shards(run):
     _, folder, done = run
     refused = {done[made] for made, _, outcome, _ in NAMED if outcome == "refused"}
     assert {row["case"] for row in rows(folder, "skipped.csv")} == refused
-    entries = {entry.id for entry in shards.Shards(folder / "shards").entries}
+    entries = {entry.id for entry in store.Shards(folder / "shards").entries}
     left_out = {done[made] for made in LEFT_OUT}
     others = set(done.values()) - refused - left_out - {done["labeled scan in the pool"]}
     assert others <= entries
@@ -211,7 +213,7 @@ def test_repaired_scans_are_prepared_as_if_they_had_been_whole(run, tree, tmp_pa
     _, folder, done = run
     generate(tmp_path / "whole", **TREE, seed=3, processes=1)
     whole = {case.id: case for case in BHSD(tmp_path / "whole").cases()}
-    found = shards.Shards(folder / "shards")
+    found = store.Shards(folder / "shards")
     for made, floor, near in (
         ("file without .nii.gz", -1024, 0),
         ("mask elsewhere", -1024, 1),

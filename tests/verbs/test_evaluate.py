@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from bhsd_jax import faults, files
 from bhsd_jax.ct import nifti
+from bhsd_jax.platform import faults, files
 from bhsd_jax.verbs import evaluate, report
-from bhsd_jax.verbs.scoring import Scored
+from bhsd_jax.verbs.evaluate import Scored
 from bhsd_jax.volume import Volume
 from configs import common
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bhsd_jax.assemble import predictor, wiring
 from bhsd_jax.models import torch_import
 from bhsd_jax.train.checkpoint import save_networks
-from bhsd_jax.verbs import exported, predictor, wiring
+from bhsd_jax.verbs import export
 from bhsd_jax.volume import Network, Plan
 from configs import common, from_run
 
@@ -130,7 +131,7 @@ def test_weights_may_lie_apart_and_images_be_normalized(run, tmp_path, monkeypat
     found = alone(out, image, out / "weights.npz")
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
     size = (out / "model.stablehlo").stat().st_size
-    exported.stablehlo(from_run.get_config(str(run[0])), run[0], tmp_path / "in")
+    export.stablehlo(from_run.get_config(str(run[0])), run[0], tmp_path / "in")
     assert (tmp_path / "in" / "model.stablehlo").stat().st_size > size
 
 
@@ -177,4 +178,4 @@ def test_what_cannot_be_exported_says_why(run, tmp_path, monkeypatch):
         )
     monkeypatch.setattr(wiring, "model", lambda config, plan: object())
     with pytest.raises(ValueError, match="only PlainConvUNet and ResidualEncoderUNet"):
-        exported.safetensors(from_run.get_config(str(run[0])), run[0], tmp_path / "x")
+        export.safetensors(from_run.get_config(str(run[0])), run[0], tmp_path / "x")

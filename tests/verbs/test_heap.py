@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from bhsd_jax import machine
-from bhsd_jax.verbs import heap
+from bhsd_jax.platform import allocator, machine
 
 _FAULTS = """
 import resource, threading, numpy as np
@@ -68,19 +67,19 @@ def test_holes_of_odd_sizes_are_closed():
 
 def test_memory_is_kept_only_where_the_machine_has_much_more(monkeypatch):
     asked = []
-    monkeypatch.setattr(heap, "_libc", lambda name: lambda *option: asked.append(option) or 1)
+    monkeypatch.setattr(allocator, "_libc", lambda name: lambda *option: asked.append(option) or 1)
     monkeypatch.setattr(machine, "memory", lambda: 40)
-    assert not heap.mind_memory(10)
+    assert not allocator.mind_memory(10)
     assert not asked
-    assert heap.mind_memory(11)
-    assert asked == list(heap._HAND_BACK)
+    assert allocator.mind_memory(11)
+    assert asked == list(allocator._HAND_BACK)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 def test_reserved_places_have_room_to_spare_and_cost_no_memory():
     *room, touched = _numbers(_PLACES)
     assert len(room) == 2
-    assert min(room) > heap._ROOM
+    assert min(room) > allocator._ROOM
     assert touched < 2**24
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import hostile
 import pytest
 
-from bhsd_jax.ct import shards
+from bhsd_jax.shards import store
 
 REFUSED = {name: words for name, (_, words) in (hostile.IMAGES | hostile.MASKS).items()}
 REFUSED |= hostile.ENTRIES
@@ -63,7 +63,7 @@ def test_a_hostile_file_is_refused_in_one_line_that_names_it(run, name):
 def test_every_other_file_comes_through(run):
     folder, *_ = run
     expected = {*hostile.KEPT, "whole", "mask_nan_affine"}
-    assert {entry.id for entry in shards.Shards(folder / "shards").entries} == expected
+    assert {entry.id for entry in store.Shards(folder / "shards").entries} == expected
     assert {row["case"] for row in rows(folder / "skipped.csv")} == set(REFUSED)
     said = {}
     for row in rows(folder / "defects.csv"):
@@ -74,7 +74,7 @@ def test_every_other_file_comes_through(run):
 
 
 def test_what_is_kept_of_odd_headers_is_the_scan(run):
-    found = shards.Shards(run[0] / "shards")
+    found = store.Shards(run[0] / "shards")
     good = found.load("good").image
     for name in ("nan_slope", "infinite_slope", "one_frame", "big_endian", "version_two"):
         assert (found.load(name).image == good).all(), name

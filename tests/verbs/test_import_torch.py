@@ -11,7 +11,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bhsd_jax.verbs import imported, predict, predictor, weights_file
+from bhsd_jax.assemble import predictor
+from bhsd_jax.torch_weights import weights_file
+from bhsd_jax.verbs import import_weights, predict
 from bhsd_jax.volume import Plan
 from configs import from_run
 
@@ -237,4 +239,4 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path):
     torch.save({"epoch": 1, "lr": 0.1}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"no weights under .*it holds epoch, lr"):
         weights_file.read(tmp_path / "w.pth")
-    assert not imported.is_nnunet(weights_file.WeightsFile({}, {"init_args": {}}))
+    assert not import_weights.is_nnunet(weights_file.WeightsFile({}, {"init_args": {}}))

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from bhsd_jax.assemble import predictor, wiring
 from bhsd_jax.models import torch_export, torch_import
+from bhsd_jax.torch_weights import weights_file
 from bhsd_jax.train.checkpoint import save_networks
-from bhsd_jax.verbs import imported, predict, predictor, weights_file, wiring
+from bhsd_jax.verbs import import_weights, predict
 from bhsd_jax.volume import Plan
 from configs import from_run
 
@@ -124,7 +126,7 @@ def test_safetensors_become_a_run_that_predicts(tmp_path, monkeypatch, plain):
     facts = json.loads((run / "predictions" / "predictions.json").read_text())
     assert facts["mirror"] == []
     assert facts["license"] == "CC0"
-    assert Plan.load(run).source_sha256 == imported.digest(file)
+    assert Plan.load(run).source_sha256 == import_weights.digest(file)
 
 
 class Normalized(nn.Module):
@@ -251,7 +253,7 @@ def test_a_missing_library_is_named_with_its_extra(tmp_path):
 
 def test_a_folder_of_a_fold_gives_its_final_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none of checkpoint_final\.pth"):
-        imported.find(tmp_path)
+        import_weights.find(tmp_path)
     for name in ("checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"):
         (tmp_path / name).write_bytes(b"")
-        assert imported.find(tmp_path).name == name
+        assert import_weights.find(tmp_path).name == name

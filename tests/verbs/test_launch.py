@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bhsd_jax.verbs import launch, series, sweep, tables
+from bhsd_jax.experiments import launch, paper_tables, queue, sweep
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
@@ -73,14 +73,17 @@ def test_wrong_options_are_one_line(tmp_path):
         with pytest.raises(ValueError, match=message):
             swept(tmp_path, *words)
     with pytest.raises(ValueError, match="no nothing; table1 has unetr, swin_unetr"):
-        tables.cli(["table1", "--rows=nothing", "--dry-run"])
+        paper_tables.cli(["table1", "--rows=nothing", "--dry-run"])
 
 
 def test_a_dry_run_lists_commands_and_states(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
     assert (
-        tables.cli(["table3", "--root=/data", "--preset=ssl4mis", f"--out={out}", "--dry-run"]) == 0
+        paper_tables.cli(
+            ["table3", "--root=/data", "--preset=ssl4mis", f"--out={out}", "--dry-run"]
+        )
+        == 0
     )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * 3 * 10
@@ -99,8 +102,8 @@ def test_each_table_has_its_folder():
         (["table2", "--smoke"], "runs/table2-smoke"),
         (["table3", "--data=synthetic"], "runs/table3-synthetic"),
     ):
-        options = tables._parser().parse_args(words)
-        tables._make_out(options)
+        options = paper_tables._parser().parse_args(words)
+        paper_tables._make_out(options)
         assert str(options.out) == want
 
 
@@ -127,7 +130,7 @@ def cluster(tmp_path, monkeypatch):
 
 def test_slurm_gets_shards_then_runs_then_the_report(cluster):
     words = ["table2", "--smoke", "--rows=suponly,cps", "--seeds=1", f"--out={cluster / 'table2'}"]
-    assert tables.cli([*words, "--slurm=--partition=gpu --gpus-per-node=1"]) == 0
+    assert paper_tables.cli([*words, "--slurm=--partition=gpu --gpus-per-node=1"]) == 0
     shards, first, second, report = (
         line.split("|")[:-1] for line in (cluster / "jobs").read_text().splitlines()
     )
@@ -150,7 +153,7 @@ def test_slurm_gets_shards_then_runs_then_the_report(cluster):
     assert "--dependency=afterany:102:103" in report
     assert report[-1].endswith("--report-only")
     # What that job does: it submits nothing.
-    assert tables.cli([*words, "--slurm=--partition=gpu", "--report-only"]) == 0
+    assert paper_tables.cli([*words, "--slurm=--partition=gpu", "--report-only"]) == 0
     assert len((cluster / "jobs").read_text().splitlines()) == 4
     assert (cluster / "table2" / "report.html").is_file()
 
@@ -158,15 +161,17 @@ def test_slurm_gets_shards_then_runs_then_the_report(cluster):
 def test_what_is_queued_or_finished_is_not_submitted_again(cluster, make, finish):
     (cluster / "bin" / "squeue").write_text("#!/bin/sh\necho table2-cps-s1\n")
     words = ["table2", "--smoke", "--rows=suponly,cps", "--seeds=1", f"--out={cluster / 'table2'}"]
-    made = tables.make_study(tables.importlib.import_module("configs.table2").TABLE, parsed(words))
+    made = paper_tables.make_study(
+        paper_tables.importlib.import_module("configs.table2").TABLE, parsed(words)
+    )
     finish(made.runs[0], [(1, 0, 0)])
-    assert tables.cli([*words, "--slurm"]) == 0
+    assert paper_tables.cli([*words, "--slurm"]) == 0
     assert not (cluster / "jobs").exists()
 
 
 def parsed(words):
-    options = tables._parser().parse_args(words)
-    tables._make_out(options)
+    options = paper_tables._parser().parse_args(words)
+    paper_tables._make_out(options)
     return options
 
 
@@ -174,7 +179,7 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="no `sbatch` on the PATH"):
-        tables.cli(["table2", "--smoke", f"--out={tmp_path}", "--slurm"])
+        paper_tables.cli(["table2", "--smoke", f"--out={tmp_path}", "--slurm"])
 
 
 @pytest.mark.parametrize(
@@ -222,7 +227,13 @@ def test_the_job_runs_verb_after_verb(tmp_path, codes, code, verbs, requeued):
 def test_shards_that_cannot_be_made_are_one_line(tmp_path):
     words = ["table2", "--rows=cps", "--seeds=0", f"--root={tmp_path / 'none'}"]
     done = subprocess.run(
-        [sys.executable, "-m", "bhsd_jax.verbs.tables", *words, f"--out={tmp_path / 'out'}"],
+        [
+            sys.executable,
+            "-m",
+            "bhsd_jax.experiments.paper_tables",
+            *words,
+            f"--out={tmp_path / 'out'}",
+        ],
         cwd=ROOT,
         check=False,
         capture_output=True,
@@ -237,10 +248,10 @@ def test_shards_that_cannot_be_made_are_one_line(tmp_path):
 
 def test_shards_depend_on_what_they_hold_alone(tmp_path):
     words = ["--config=configs/cps.py:data=bhsd"]
-    config = series.resolve(words)
-    same = series.resolve([*words, "--config.preprocess.processes=3", "--config.train.steps=1"])
-    moved = series.resolve([*words, "--config.data.root=/other"])
-    finer = series.resolve([*words, "--config.preprocess.spacing_mm=(2.5, 0.5, 0.5)"])
+    config = queue.resolve(words)
+    same = queue.resolve([*words, "--config.preprocess.processes=3", "--config.train.steps=1"])
+    moved = queue.resolve([*words, "--config.data.root=/other"])
+    finer = queue.resolve([*words, "--config.preprocess.spacing_mm=(2.5, 0.5, 0.5)"])
     folder = launch.data_folder(config, tmp_path)
     assert folder == launch.data_folder(same, tmp_path)
     assert folder != launch.data_folder(moved, tmp_path)
@@ -265,7 +276,7 @@ def test_a_machine_with_several_gpus_gets_as_many_runs_at_once(tmp_path, monkeyp
     assert chosen(runs) == [None], "on CPUs one after the other, unless asked"
     assert len(launch._places(runs, 2)) == 2
     with pytest.raises(ValueError, match="--jobs: Slurm decides"):
-        tables.cli(["table2", "--smoke", f"--out={tmp_path}", "--slurm", "--jobs=2"])
+        paper_tables.cli(["table2", "--smoke", f"--out={tmp_path}", "--slurm", "--jobs=2"])
 
 
 def test_paths_are_those_of_the_folder_it_is_called_in(tmp_path):

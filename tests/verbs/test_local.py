@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bhsd_jax.verbs import local
+from bhsd_jax.experiments import local
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from bhsd_jax.ct import nifti, shards
-from bhsd_jax.verbs import preprocess, wiring
+from bhsd_jax.assemble import wiring
+from bhsd_jax.ct import nifti
+from bhsd_jax.shards import store
+from bhsd_jax.verbs import preprocess
 from bhsd_jax.volume import Volume
 from configs import common
 
@@ -44,7 +46,7 @@ def test_shards_and_network_are_those_of_nnunets_plan(data, tmp_path, golden):
     config.data.root = str(data)
     config.preprocess.update(plan=str(tmp_path / "plans.json"), configuration="3d_lowres")
     preprocess.run(config, tmp_path / "run")
-    found = shards.Shards(tmp_path / "run" / "shards")
+    found = store.Shards(tmp_path / "run" / "shards")
     assert found.plan.spacing_mm == (2.0, 1.5, 1.5)
     assert {entry.shape for entry in found.entries} == {(10, 16, 12)}
     statistics = theirs["foreground_intensity_properties_per_channel"]["0"]

@@ -21,14 +21,15 @@ from dicom_files import NAME, PATIENT, write_series
 from nibabel import orientations
 from pydicom import dcmread
 
-from bhsd_jax import faults, files
+from bhsd_jax.assemble import predictor, setup, wiring
 from bhsd_jax.ct import geometry
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.infer.sliding import SlidingWindow
+from bhsd_jax.platform import faults, files
 from bhsd_jax.train.checkpoint import save_networks
-from bhsd_jax.verbs import evaluate, predict, predictor, setup, wiring
+from bhsd_jax.verbs import evaluate, predict
 from bhsd_jax.volume import Case, Network, Plan
 from configs import common
 

@@ -7,10 +7,12 @@ import time
 import numpy as np
 import pytest
 
-from bhsd_jax.ct import nifti, prepare, shards
+from bhsd_jax.ct import nifti, prepare
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.datasets.msd import MSD
-from bhsd_jax.verbs import preprocess, workers
+from bhsd_jax.platform import workers
+from bhsd_jax.shards import store
+from bhsd_jax.verbs import preprocess
 from bhsd_jax.volume import Volume
 from configs import common
 
@@ -67,7 +69,7 @@ def shard(index, count=3):
 
 def test_every_case_is_in_the_shards_as_the_plan_says(data, tmp_path):
     preprocess.run(configure(data), tmp_path / "run")
-    found = shards.Shards(tmp_path / "run" / "shards")
+    found = store.Shards(tmp_path / "run" / "shards")
     assert [entry.id for entry in found.entries] == [f"h_{i}" for i in range(CASES)]
     assert [entry.shard for entry in found.entries] == [shard(i // 2) for i in range(CASES)]
     assert [entry.split for entry in found.entries] == ["train"] * (CASES - 1) + ["test"]
@@ -105,7 +107,7 @@ def test_the_plan_counts_no_test_masks_and_no_unlabeled_scans(tmp_path):
     lists = {"training": [names["train"] + ".nii.gz"], "test": [names["test"] + ".nii.gz"]}
     (root / "dataset.json").write_text(json.dumps(lists))
     preprocess.run(configure(root, "bhsd", spacing_mm=(5.0, 1.0, 1.0)), tmp_path / "run")
-    found = shards.Shards(tmp_path / "run" / "shards")
+    found = store.Shards(tmp_path / "run" / "shards")
     assert found.plan.foreground == (60.0, 60.0, 0.0, 60.0)
     assert found.plan.spacing_mm == (5.0, 1.0, 1.0)
     assert found.plan.crop_hu == -200.0
@@ -147,7 +149,7 @@ def test_a_shard_that_is_gone_is_written_again_alone_and_the_same(data, tmp_path
 def test_a_killed_run_goes_on_where_it_stopped(data, tmp_path, monkeypatch):
     folder = tmp_path / "run" / "shards"
     preprocess.run(configure(data), tmp_path / "whole")
-    write, calls = shards.write_shard, []
+    write, calls = store.write_shard, []
 
     def killed_at_the_second(path, prepared):
         calls.append(path.name)
@@ -155,11 +157,11 @@ def test_a_killed_run_goes_on_where_it_stopped(data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return write(path, prepared)
 
-    monkeypatch.setattr(shards, "write_shard", killed_at_the_second)
+    monkeypatch.setattr(store, "write_shard", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         preprocess.run(configure(data), tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="preprocess"):
-        shards.Shards(folder)
+        store.Shards(folder)
     preprocess.run(configure(data), tmp_path / "run")
     assert calls == [shard(0), shard(1), shard(1), shard(2)]
     assert contents(folder) == contents(tmp_path / "whole" / "shards")
@@ -175,7 +177,7 @@ def test_a_changed_file_rewrites_its_own_shard_only(data, tmp_path):
     preprocess.run(configure(data, spacing_mm=(1.0, 1.0, 1.0)), tmp_path / "run")
     after = stamps(folder)
     assert {name for name in after if after[name] != written[name]} == {shard(1)}
-    turned = shards.Shards(folder).load("h_3").image
+    turned = store.Shards(folder).load("h_3").image
     assert not np.array_equal(turned, turned[::-1])
 
 
@@ -186,10 +188,10 @@ def test_another_plan_or_division_rewrites_all_and_clears_what_is_left_over(data
     preprocess.run(configure(data, spacing_mm=(2.0, 1.0, 1.0)), tmp_path / "run")
     after = stamps(folder)
     assert all(after[name] != written[name] for name in written)
-    assert shards.Shards(folder).entries[0].shape == (6, 17, 15)
+    assert store.Shards(folder).entries[0].shape == (6, 17, 15)
     preprocess.run(configure(data, cases_per_shard=3), tmp_path / "run")
     assert sorted(stamps(folder)) == [shard(0, 2), shard(1, 2)]
-    assert {entry.shard for entry in shards.Shards(folder).entries} == {shard(0, 2), shard(1, 2)}
+    assert {entry.shard for entry in store.Shards(folder).entries} == {shard(0, 2), shard(1, 2)}
 
 
 def test_a_broken_case_is_recorded_and_the_others_are_written(data, tmp_path):
@@ -201,7 +203,7 @@ def test_a_broken_case_is_recorded_and_the_others_are_written(data, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["case"] for row in rows] == ["h_2"]
     assert "h_2.nii.gz" in rows[0]["reason"]
-    found = shards.Shards(tmp_path / "run" / "shards")
+    found = store.Shards(tmp_path / "run" / "shards")
     assert [entry.id for entry in found.entries] == ["h_0", "h_1", "h_3", "h_4"]
     assert [entry.shard for entry in found.entries] == [shard(0), shard(0), shard(1), shard(2)]
     preprocess.run(configure(data, allow_skipped=True), tmp_path / "run")
@@ -227,7 +229,7 @@ def test_a_case_that_breaks_in_the_second_pass_is_tried_again(data, tmp_path, mo
     preprocess.run(configure(data), tmp_path / "run")
     after = stamps(tmp_path / "run" / "shards")
     assert {name for name in after if after[name] != written[name]} == {shard(0)}
-    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == CASES
+    assert len(store.Shards(tmp_path / "run" / "shards").entries) == CASES
 
 
 def test_verify_only_writes_the_integrity_table_and_no_shards(data, tmp_path):
@@ -288,7 +290,7 @@ def test_an_empty_root_is_refused_unless_the_data_are_synthetic(tmp_path):
 
 def test_shards_can_lie_elsewhere(data, tmp_path):
     preprocess.run(configure(data, shards=str(tmp_path / "else" / "where")), tmp_path / "run")
-    assert len(shards.Shards(tmp_path / "else" / "where").entries) == CASES
+    assert len(store.Shards(tmp_path / "else" / "where").entries) == CASES
     assert not (tmp_path / "run" / "shards").exists()
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from dicom_files import NAME, PATIENT, block, write_series
 
-from bhsd_jax.ct import nifti, scan, shards
+from bhsd_jax.ct import nifti, scan
 from bhsd_jax.datasets.dicom import DICOM
 from bhsd_jax.datasets.rsna import TYPES
+from bhsd_jax.shards import store
 from bhsd_jax.verbs import evaluate, preprocess
 from bhsd_jax.volume import Volume
 from configs import common
@@ -56,7 +57,7 @@ def everything(folder):
     texts = [path.read_bytes().decode("latin-1") for path in folder.rglob("*") if path.is_file()]
     texts += [str(path.relative_to(folder)) for path in folder.rglob("*")]
     if (folder / "shards" / "index.json").is_file():
-        found = shards.Shards(folder / "shards")
+        found = store.Shards(folder / "shards")
         texts += [repr(found.load(entry.id)) for entry in found.entries]
     return "\n".join(texts)
 
@@ -70,7 +71,7 @@ def leaks(text):
 def test_series_and_masks_become_shards_and_no_name_comes_along(tree, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     preprocess.run(configure(tree, uneven="resample"), tmp_path / "run")
-    found = shards.Shards(tmp_path / "run" / "shards")
+    found = store.Shards(tmp_path / "run" / "shards")
     assert sorted(entry.split for entry in found.entries) == ["train"] * 3 + ["unlabeled"]
     assert not leaks(everything(tmp_path / "run"))
     assert not leaks(caplog.text)
@@ -97,7 +98,7 @@ def test_a_series_that_is_refused_is_in_the_ledger_without_its_name(tree, tmp_pa
     caplog.set_level(logging.DEBUG)
     with pytest.raises(ValueError, match=r"1 of 4 cases skipped.*uneven steps") as caught:
         preprocess.run(configure(tree), tmp_path / "run")
-    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == 3
+    assert len(store.Shards(tmp_path / "run" / "shards").entries) == 3
     assert "uneven steps" in (tmp_path / "run" / "skipped.csv").read_text()
     assert not leaks(everything(tmp_path / "run") + caplog.text + str(caught.value))
 
@@ -158,7 +159,7 @@ def test_slice_labels_of_the_challenge_reach_the_prepared_slices(tmp_path):
     config = configure(root, "rsna", bhsd=str(base))
     config.preprocess.spacing_mm = (2.5, 2.0, 1.5)
     preprocess.run(config, tmp_path / "run")
-    found = shards.Shards(tmp_path / "run" / "shards")
+    found = store.Shards(tmp_path / "run" / "shards")
     assert [(e.id, e.split, e.bleeding) for e in found.entries] == [
         (id, "train", True),
         ("ID_0b000002_ID_00000000b2", "unlabeled", True),

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble.recipe import make_augment, make_mesh, make_recipe, require_matching
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.augment.spatial import Affine, Mirror
-from bhsd_jax.ct.shards import Shards
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Decoded
 from bhsd_jax.models import cotr, nnformer, unetr
+from bhsd_jax.shards.store import Shards
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import make_train_step
 from bhsd_jax.types import Batch
-from bhsd_jax.verbs import train, wiring
-from bhsd_jax.verbs.recipe import make_augment, make_mesh, make_recipe, require_matching
+from bhsd_jax.verbs import train
 from bhsd_jax.volume import Network, Plan
 from configs import cps, mean_teacher, supervised
 

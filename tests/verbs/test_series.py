@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import pytest
 
-from bhsd_jax import files
+from bhsd_jax.experiments import places, queue
+from bhsd_jax.experiments.queue import Run
+from bhsd_jax.platform import files
 from bhsd_jax.train import checkpoint_files
-from bhsd_jax.verbs import places, series
-from bhsd_jax.verbs.series import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
 
@@ -30,16 +30,16 @@ def change(run, **fields):
 
 def test_a_run_is_finished_when_its_own_results_are_there(make, finish):
     run = make("--rows=cps", "--seeds=0").runs[0]
-    assert not series.is_finished(run)
+    assert not queue.is_finished(run)
     finish(run, [(1, 0, 0)])
-    assert series.is_finished(run)
+    assert queue.is_finished(run)
     # Evaluated before the training went on.
     os.utime(run.workdir / "summary.json", ns=(0, 0))
-    assert not series.is_finished(run)
+    assert not queue.is_finished(run)
     (run.workdir / "summary.json").touch()
-    assert series.is_finished(run)
+    assert queue.is_finished(run)
     (run.workdir / "checkpoints" / "4" / checkpoint_files.SUMS).unlink()
-    assert not series.is_finished(run), "half-trained, and scored by hand"
+    assert not queue.is_finished(run), "half-trained, and scored by hand"
 
 
 def test_a_folder_of_another_config_is_refused_and_named(make, finish):
@@ -47,7 +47,7 @@ def test_a_folder_of_another_config_is_refused_and_named(make, finish):
     finish(run, [(1, 0, 0)])
     change(run, optimizer__lr=0.5, objective__weight=9.0)
     with pytest.raises(ValueError, match=r"objective\.weight \(9\.0 -> 0\.5\), optimizer\.lr"):
-        series.is_finished(run)
+        queue.is_finished(run)
 
 
 def test_where_things_lie_and_how_fast_they_go_does_not_matter(make, finish):
@@ -55,10 +55,10 @@ def test_where_things_lie_and_how_fast_they_go_does_not_matter(make, finish):
     finish(run, [(1, 0, 0)])
     change(run, data__root="/else", input__threads=7, report__title="x", preprocess__processes=9)
     (run.workdir / "summary.json").touch()
-    assert series.is_finished(run)
+    assert queue.is_finished(run)
     change(run, evaluate__bootstrap=7)
     (run.workdir / "summary.json").touch()
-    assert not series.is_finished(run), "trained, but to be evaluated anew"
+    assert not queue.is_finished(run), "trained, but to be evaluated anew"
 
 
 class Script(Run):
@@ -84,7 +84,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(scripted):
         ("cps", "report"): "print('written')",
     }
     seen = []
-    failures = series.perform(scripted, lambda so_far: seen.append(len(so_far)))
+    failures = queue.perform(scripted, lambda so_far: seen.append(len(so_far)))
     assert {f.run.row: f.reason for f in failures} == {
         "suponly": "train: ended by SIGKILL",
         "ict": "predict: no checkpoint",
@@ -92,7 +92,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(scripted):
     assert seen == [1, 2, 2], "a report after every run"
     cps = scripted[2].workdir
     assert "written" in (cps / "log.txt").read_text()
-    assert set(json.loads((cps / "wall.json").read_text())) == set(series.VERBS)
+    assert set(json.loads((cps / "wall.json").read_text())) == set(queue.VERBS)
     ict = scripted[1].workdir
     assert set(json.loads((ict / "wall.json").read_text())) == {"train", "predict"}
 
@@ -102,15 +102,15 @@ def test_what_is_finished_or_trained_is_not_done_again(scripted, finish):
     finish(done, [(1, 0, 0)])
     finish(trained, [(1, 0, 0)])
     (trained.workdir / "summary.json").unlink()
-    assert series.perform(scripted[:2]) == []
+    assert queue.perform(scripted[:2]) == []
     assert not (done.workdir / "log.txt").exists()
-    assert set(json.loads((trained.workdir / "wall.json").read_text())) == set(series.VERBS[1:])
+    assert set(json.loads((trained.workdir / "wall.json").read_text())) == set(queue.VERBS[1:])
 
 
 def test_a_training_that_was_asked_to_stop_ends_the_series(scripted):
     Script.scripts = {("suponly", "train"): "import sys; sys.exit(75)"}
-    with pytest.raises(series.Stopped, match="suponly, seed 0 was asked"):
-        series.perform(scripted)
+    with pytest.raises(queue.Stopped, match="suponly, seed 0 was asked"):
+        queue.perform(scripted)
     assert not scripted[1].workdir.exists()
 
 
@@ -140,7 +140,7 @@ def test_runs_go_on_side_by_side_each_on_its_own_gpu(scripted, tmp_path, monkeyp
     folder = gather(tmp_path, 3)
     Script.scripts["ict", "predict"] = "import sys; sys.exit('predict: no checkpoint')"
     seen = []
-    failures = series.perform(
+    failures = queue.perform(
         scripted, lambda so_far: seen.append(len(so_far)), places.share(3, option="--jobs")
     )
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
@@ -159,7 +159,7 @@ def test_a_place_serves_one_run_after_the_other(scripted, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     lines = "import os; print('here', os.environ['CUDA_VISIBLE_DEVICES'])"
     Script.scripts = {(run.row, "train"): lines for run in scripted}
-    assert series.perform(scripted, places=places.share(2, option="--jobs")) == []
+    assert queue.perform(scripted, places=places.share(2, option="--jobs")) == []
     used = {run.row: (run.workdir / "log.txt").read_text() for run in scripted}
     assert "here 0" in used["suponly"]
     assert "here 1" in used["ict"]
@@ -185,8 +185,8 @@ def test_stopping_stops_all_runs_and_waits_for_them(scripted, tmp_path, monkeypa
 
     thread = threading.Thread(target=terminate)
     thread.start()
-    with pytest.raises(series.Stopped):
-        series.perform(scripted, places=places.share(2, option="--jobs"))
+    with pytest.raises(queue.Stopped):
+        queue.perform(scripted, places=places.share(2, option="--jobs"))
     thread.join()
     assert all("saved" in log.read_text() for log in logs)
     assert not scripted[2].workdir.exists()
@@ -244,8 +244,8 @@ def test_sigterm_reaches_the_training(scripted):
     thread = threading.Thread(target=terminate)
     thread.start()
     begun = time.monotonic()
-    with pytest.raises(series.Stopped):
-        series.perform(scripted)
+    with pytest.raises(queue.Stopped):
+        queue.perform(scripted)
     thread.join()
     assert time.monotonic() - begun < 30
 
@@ -256,10 +256,10 @@ def test_shards_are_made_once_and_their_failure_is_the_end(scripted, tmp_path):
     script = f"import pathlib; p = pathlib.Path({str(shards)!r}); p.mkdir(parents=True); "
     Script.scripts = {("suponly", "preprocess"): script + "(p / 'index.json').touch()"}
     folder = shards.parent
-    series.prepare(run, folder)
+    queue.prepare(run, folder)
     assert (shards / "index.json").is_file()
     Script.scripts = {("suponly", "preprocess"): "import sys; sys.exit('preprocess: broken')"}
-    series.prepare(run, folder)  # they are there: nothing is called
+    queue.prepare(run, folder)  # they are there: nothing is called
     (folder / "skipped.csv").touch()  # but not all of them
     with pytest.raises(ValueError, match="no run was started: preprocess: broken"):
-        series.prepare(run, folder)
+        queue.prepare(run, folder)

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bhsd_jax import faults
-from bhsd_jax.ct import facts_file, nifti, shards
+from bhsd_jax.ct import nifti
+from bhsd_jax.ct.integrity import facts_file
 from bhsd_jax.datasets.msd import MSD
-from bhsd_jax.verbs import preprocess, shard_jobs
+from bhsd_jax.platform import faults
+from bhsd_jax.shards import jobs as shard_jobs
+from bhsd_jax.shards import store
+from bhsd_jax.verbs import preprocess
 from bhsd_jax.volume import Volume
 from configs import common
 
@@ -185,11 +188,11 @@ def test_the_last_job_knows_what_another_could_not_prepare(data, tmp_path, monke
         with pytest.raises(ValueError, match=r"1 of 9 cases skipped.*h_0: disk gone"):
             preprocess.run(configure(data, shard_index=index, num_shards=2), tmp_path / "run")
     assert "h_0,disk gone" in (tmp_path / "run" / "skipped.csv").read_text()
-    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == CASES - 1
+    assert len(store.Shards(tmp_path / "run" / "shards").entries) == CASES - 1
     monkeypatch.setattr(preprocess, "prepare_case", real)
     preprocess.run(configure(data, shard_index=0, num_shards=2), tmp_path / "run")
     assert not (tmp_path / "run" / "skipped.csv").exists()
-    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == CASES
+    assert len(store.Shards(tmp_path / "run" / "shards").entries) == CASES
 
 
 def test_a_shard_that_lost_all_its_cases_is_gone(data, tmp_path, monkeypatch):
@@ -205,7 +208,7 @@ def test_a_shard_that_lost_all_its_cases_is_gone(data, tmp_path, monkeypatch):
     config = configure(data, spacing_mm=(1.0, 1.0, 1.0), allow_skipped=True)
     preprocess.run(config, tmp_path / "run")
     assert set(stamps(tmp_path / "run")) == names(0, 2, 3, 4)
-    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == CASES - 2
+    assert len(store.Shards(tmp_path / "run" / "shards").entries) == CASES - 2
 
 
 @pytest.mark.parametrize(("extra", "number"), [({}, 8), ({"BHSD_NUM_SHARDS": "64"}, 64)])
@@ -292,7 +295,7 @@ def test_a_refusal_is_remembered_until_the_file_is_another(data, tmp_path, looks
     preprocess.run(configure(data), tmp_path / "run")
     assert taken(looks) == ["h_1"]
     assert not (tmp_path / "run" / "skipped.csv").exists()
-    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == CASES
+    assert len(store.Shards(tmp_path / "run" / "shards").entries) == CASES
 
 
 def test_a_failure_of_the_machine_is_not_remembered(data, tmp_path, monkeypatch):
@@ -308,7 +311,7 @@ def test_a_failure_of_the_machine_is_not_remembered(data, tmp_path, monkeypatch)
         preprocess.run(configure(data), tmp_path / "run")
     monkeypatch.setattr(preprocess, "fingerprint_case", real)
     preprocess.run(configure(data), tmp_path / "run")
-    assert len(shards.Shards(tmp_path / "run" / "shards").entries) == CASES
+    assert len(store.Shards(tmp_path / "run" / "shards").entries) == CASES
 
 
 def test_facts_come_back_as_they_were_and_half_a_file_is_none(data, tmp_path):
@@ -430,7 +433,7 @@ def test_a_damaged_index_or_plan_is_named_and_made_anew(data, tmp_path, name, co
     whole = contents(tmp_path / "run")
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match="damaged") as caught:
-        shards.Shards(folder)
+        store.Shards(folder)
     assert str(caught.value).startswith(f"{folder / name}: damaged (")
     assert "`preprocess`" in str(caught.value)
     preprocess.run(configure(data), tmp_path / "run")

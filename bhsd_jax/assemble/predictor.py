@@ -1,0 +1,241 @@
+"""Networks of a run, and everything between a scan's file and its label map."""
+
+import io
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bhsd_jax.assemble import setup, wiring
+from bhsd_jax.assemble.setup import Config
+from bhsd_jax.ct import geometry, hu, scan, shear
+from bhsd_jax.ct.prepare import prepare_case
+from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
+from bhsd_jax.platform import allocator, files, machine
+from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train import processes
+from bhsd_jax.train.checkpoint import load_networks, load_statistics
+from bhsd_jax.types import Params
+from bhsd_jax.volume import Case, Plan
+
+logger = logging.getLogger(__name__)
+
+_SAY_EVERY_S = 30.0  # how far a long scan is; a sign of life comes more often
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of `volumes.csv`."""
+
+    case: str
+    tilt_deg: float  # gantry; 0 for MR
+    seconds: float | None  # None: the label map was there already
+    ml: Mapping[str, float]  # by foreground class, tilt-corrected
+
+    def flat(self) -> dict[str, Any]:
+        """One value per column."""
+        volumes = {f"{name}_ml": f"{value:.4f}" for name, value in self.ml.items()}
+        seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
+        total = f"{sum(self.ml.values()):.4f}"
+        tilt = f"{self.tilt_deg:.2f}"
+        return {"case": self.case, **volumes, "all_ml": total, "tilt_deg": tilt, "seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Networks, and everything between a file and its label map."""
+
+    window: SlidingWindow
+    networks: Sequence[Params]  # variables, all collections
+    fill: float  # raw image value outside the scan
+    plan: Plan
+    classes: tuple[str, ...]
+    probabilities: bool  # also write them
+
+    def __call__(self, case: Case, target: Path, name: str) -> Row:
+        """Writes `target`, and its probabilities if asked for.
+
+        Raises:
+            ValueError: If the scan is broken, or the network's output is not finite.
+            FileNotFoundError: If there is no such scan.
+            faults.WriteError: If the system says no, such as on a full disk.
+        """
+        begun = time.monotonic()
+        # The function of `preprocess`: what the network sees cannot differ from training.
+        prepared = prepare_case(case, self.plan, source_sha256="not needed")
+        for text in prepared.warnings:
+            logger.info("%s: %s", name, text)
+        image = prepared.image[..., None].astype(np.float32)
+        logits = self.window.logits(
+            self.networks, image, fill=self.fill, progress=Teller(name).tiles
+        )
+        if self.probabilities:
+            chances = geometry.probabilities_from_grid(logits, prepared.grid)
+            _write_npz(_probabilities(target), chances.astype(np.float16))
+        label = geometry.argmax_from_grid(logits, prepared.grid)
+        scan.write(target, label, like=case.image)
+        affine = np.asarray(prepared.grid.native_affine)
+        return self._row(name, label, affine, time.monotonic() - begun)
+
+    def finished(self, case: Case, target: Path, name: str) -> Row | None:
+        """The row of a scan whose files are all there and whole, else None.
+
+        A file that is damaged, or of another scan, is said to be so.
+
+        Raises:
+            ValueError: If the scan is broken.
+            FileNotFoundError: If there is no such scan.
+        """
+        wanted = [target, _probabilities(target)] if self.probabilities else [target]
+        if not all(path.is_file() for path in wanted):
+            return None
+        place = scan.native(case.image)
+        image, _ = scan.read(place)
+        try:
+            label, notes = scan.read_label(target, place, image, num_classes=len(self.classes))
+            if notes:
+                raise ValueError(f"{target}: {notes[0]}")
+            if self.probabilities:
+                _check_npz(wanted[1], (len(self.classes), *label.voxels.shape))
+        except ValueError as error:
+            reason = str(error).replace(str(case.image), name).replace(case.id, name)
+            logger.warning("%s: predicted again, for %s", name, reason)
+            return None
+        seen = image if place == case.image else scan.read(case.image)[0]
+        return self._row(name, label.voxels, seen.affine, None)
+
+    def _row(self, name: str, label: np.ndarray, affine: np.ndarray, seconds: float | None) -> Row:
+        counts = np.bincount(label.ravel(), minlength=len(self.classes))
+        each = hu.voxel_ml(affine, self.plan.modality)
+        tilt = shear.gantry_deg(affine) if self.plan.modality == "ct" else 0.0
+        volumes = zip(self.classes[1:], counts[1:], strict=True)
+        return Row(name, float(tilt), seconds, {c: float(n * each) for c, n in volumes})
+
+
+def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
+    """The checkpoint's step and the variables of the networks to average, by name.
+
+    "ensemble" stands for all twins.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If the objective has no network of a wanted name.
+    """
+    settings: Any = config.predict
+    which = settings.checkpoint
+    which = int(which) if str(which).isdigit() else which
+    step, params, ema = load_networks(workdir / "checkpoints", which)
+    statistics = load_statistics(workdir / "checkpoints", step)
+    objective = wiring.objective(config)
+    found = objective.deployable(params, ema)
+    asked = tuple(settings.networks) or tuple(found)[:1]
+    together = {"ensemble": objective.twins} if objective.twins else {}
+    wanted = [one for name in asked for one in together.get(name, (name,))]
+    unknown = [name for name in wanted if name not in found]
+    if unknown:
+        raise ValueError(
+            f"config.predict.networks: no {', '.join(map(repr, unknown))}; "
+            f"this objective has {', '.join([*found, *together])}"
+        )
+    logger.info("checkpoint of step %d, network %s", step, " + ".join(wanted))
+    return step, {name: {"params": found[name], **statistics} for name in wanted}
+
+
+def share_cores(config: Config, plan: Plan) -> None:
+    """On a CPU, a tile for every core that there is memory for; before anything is computed."""
+    settings: Any = config.infer
+    tile = bytes_per_tile(setup.patch(config, plan))
+    processes.share_cores(settings.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
+    allocator.mind_memory(jax.local_device_count() * tile)
+
+
+def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Predictor:
+    """As the config says, on all devices of this process: each predicts scans of its own.
+
+    Raises:
+        ValueError: If the networks are not the config's model.
+    """
+    settings: Any = config
+    model, normalization = wiring.model(config, plan), wiring.normalization(config, plan)
+    tile = setup.patch(config, plan)
+
+    def forward(variables: Params, raw: jax.Array) -> Any:
+        return model.apply(variables, normalization(raw), train=False)
+
+    sample = jax.ShapeDtypeStruct((1, *tile, normalization.channels), jnp.float32)
+    expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), sample)
+    for variables in networks:
+        _require_fit(variables, expected)
+    several = jax.local_device_count() > 1
+    window = SlidingWindow(
+        forward,
+        tile,
+        step=settings.infer.step,
+        mirror=settings.infer.mirror,
+        mirror_axes=settings.infer.mirror_axes,
+        tiles_per_call=settings.infer.tiles,
+        # Of several processes each predicts scans of its own.
+        mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,
+    )
+    return Predictor(
+        window=window,
+        networks=networks,
+        fill=normalization.pad_value(settings.input.pad),
+        plan=plan,
+        classes=setup.classes(config, plan),
+        probabilities=settings.predict.probabilities,
+    )
+
+
+def _require_fit(variables: Params, expected: Params) -> None:
+    """Refuses variables of another network, naming the first that differs."""
+    found, wanted = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (variables, expected))
+    )
+    odd = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+    if odd:
+        raise ValueError(
+            f"the checkpoint is not of the config's network: {odd[0]} has shape "
+            f"{found.get(odd[0])}, the config asks for {wanted.get(odd[0])}; use "
+            "--config=configs/from_run.py:<run folder>"
+        )
+
+
+class Teller:
+    """Says from time to time how many tiles of a scan are done."""
+
+    def __init__(self, name: str):
+        self.name, self.said = name, time.monotonic()
+
+    def tiles(self, done: int, total: int) -> None:
+        if time.monotonic() - self.said > _SAY_EVERY_S:
+            self.said = time.monotonic()
+            logger.info("%s: tile %d of %d", self.name, done, total)
+
+
+def _probabilities(target: Path) -> Path:
+    return target.with_name(target.name.removesuffix(".nii.gz") + "_probabilities.npz")
+
+
+def _check_npz(path: Path, shape: tuple[int, ...]) -> None:
+    """Refuses a file of probabilities that is damaged, or of another scan."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            found = stored["probabilities"]
+    except Exception as error:  # NumPy parses a damaged header as Python, which raises anything
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    if found.shape != shape or found.dtype != np.float16:
+        raise ValueError(f"{path}: holds {found.dtype}{found.shape}, not float16{shape}")
+
+
+def _write_npz(path: Path, probabilities: np.ndarray) -> None:
+    data = io.BytesIO()
+    np.savez_compressed(data, probabilities=probabilities)
+    files.write_bytes(path, data.getvalue())

@@ -1,0 +1,71 @@
+"""The train step as a compiled program: what it costs, and how fast it can be."""
+
+import logging
+import time
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from bhsd_jax.assemble.recipe import Recipe
+from bhsd_jax.platform import allocator, files
+from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train.log import heartbeat
+from bhsd_jax.train.speed import Speed, Timed, peak_flops
+from bhsd_jax.train.step import TrainStep, make_train_step
+from bhsd_jax.types import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def build_step(
+    recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path
+) -> tuple[TrainStep, float]:
+    """Compiles the step ahead of time; gives it, and its FLOP on a device.
+
+    What it costs is in the log before step 1, and in `cost.json` of the run folder.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(
+        make_train_step(recipe.parts),
+        in_shardings=(shardings, meshes.batch_shardings(mesh, recipe.abstract_batch())),
+        out_shardings=(shardings, meshes.replicated(mesh)),
+        donate_argnums=0,
+    )
+    begun = time.monotonic()
+    with heartbeat("compiling the train step"):
+        compiled = step.lower(state, recipe.abstract_batch()).compile()
+    seconds = time.monotonic() - begun
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    working, devices = getattr(memory, "temp_size_in_bytes", 0), len(mesh.local_devices)
+    kind = mesh.devices.flat[0].device_kind
+    if jax.default_backend() == "cpu":
+        allocator.settle(working, devices)
+    logger.info(
+        "compiled in %.0f s on %d %s; %.3g GFLOP a step, %.2f GB of temporaries",
+        seconds,
+        mesh.size,
+        kind,
+        cost.get("flops", float("nan")) / 1e9,
+        getattr(memory, "temp_size_in_bytes", float("nan")) / 1e9,
+    )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    logger.info("%s parameters to train", f"{parameters:,}")
+    if jax.process_index() == 0:
+        known = {
+            "devices": mesh.size,
+            "device": kind,
+            "parameters": parameters,
+            "flops_per_device": cost.get("flops"),
+            "compile_s": seconds,
+        }
+        files.write_json(workdir / "cost.json", known)  # of one step; read where runs are compared
+    return compiled, cost.get("flops", float("nan"))
+
+
+def speed(recipe: Recipe, mesh: Mesh, batches: Timed, flops: float) -> Speed:
+    """What the log needs to tell how fast the run is."""
+    device = mesh.devices.flat[0]
+    peak = peak_flops(device.device_kind)
+    patches = recipe.labeled + recipe.unlabeled
+    return Speed(batches, patches, flops * mesh.size, peak and peak * mesh.size)

@@ -1,0 +1,278 @@
+"""From a config to the parts of a train step, and every check that comes before compiling it."""
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from bhsd_jax.assemble import setup, wiring
+from bhsd_jax.assemble.setup import Config
+from bhsd_jax.augment.chain import IntensityChain, SpatialChain
+from bhsd_jax.augment.slices import follow, mark
+from bhsd_jax.build import build, find
+from bhsd_jax.datasets.splits import Roles
+from bhsd_jax.input.pipeline import Cut
+from bhsd_jax.input.slices import Slices
+from bhsd_jax.losses import DiceCE
+from bhsd_jax.objectives.common import require_choice
+from bhsd_jax.objectives.weak import SliceLabelTerms
+from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train.optimizer import make_optimizer, make_schedule
+from bhsd_jax.train.step import Parts, init_state
+from bhsd_jax.types import Batch, TrainState
+from bhsd_jax.volume import Plan
+
+logger = logging.getLogger(__name__)
+
+_LEAST_TURNS = 10.0  # time constants 1 / (1 - decay) of a moving average in a training
+_TIMING = ("lr", "schedule", "power", "warmup", "hold")  # of the optimizer spec: the schedule's
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that is static about a training."""
+
+    parts: Parts
+    cut: Cut
+    raw_type: Any  # of the images in the shards: int16 HU, or float32
+    channels: int  # of the network's input
+    labeled: int  # patches per step, all devices together
+    unlabeled: int
+    slices: Slices | None  # of unlabeled patches, if anything uses their slice labels
+
+    def abstract_batch(self) -> Batch:
+        """Shapes and types of a batch as the input delivers it."""
+
+        def rows(count: int, kind: Any, *channel: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count, *self.cut.source, *channel), kind)
+
+        return Batch(
+            image=rows(self.labeled, self.raw_type, 1),
+            label=rows(self.labeled, jnp.int8),
+            unlabeled=rows(self.unlabeled, self.raw_type, 1) if self.unlabeled else None,
+            weak=self._weak() if self.unlabeled and self.slices else None,
+            inside=rows(self.unlabeled, jnp.int8) if self.unlabeled and self.cut.masked else None,
+        )
+
+    def _weak(self) -> jax.ShapeDtypeStruct:
+        assert self.slices is not None
+        return jax.ShapeDtypeStruct(
+            (self.unlabeled, self.cut.source[0], self.slices.columns), jnp.int8
+        )
+
+    def init(self, key: jax.Array) -> TrainState:
+        """State at step 0; to be jitted."""
+        return init_state(self.parts, jnp.zeros((1, *self.cut.patch, self.channels)), key)
+
+
+def make_mesh(config: Config, plan: Plan) -> Mesh:
+    """The devices of a training, as the config arranges them and its batches fill them."""
+    sizes = {axis: config.mesh[axis] for axis in meshes.AXES}
+    batches = (_labeled(config, plan), config.input.unlabeled)
+    return meshes.make_mesh(**sizes, batches=batches, accumulate=max(config.train.accumulate, 1))
+
+
+def make_recipe(config: Config, plan: Plan, mesh: Mesh | None = None) -> Recipe:
+    """Model, objective, optimizer, augmentation and batch as config and plan name them."""
+    objective = wiring.objective(config)
+    require_choice("input.outside", config.input.outside, ("learned", "masked"))
+    require_choice("input.cases", config.input.cases, ("with_replacement", "in_turn"))
+    normalization = wiring.normalization(config, plan)
+    spatial, intensity = make_chains(config, plan, mesh)
+    schedule, optimizer = _optimizer(config, parts=bool(objective.twins))
+    weak, slices = _slice_labels(config, plan)
+    loss = config.loss.to_dict()
+    if loss["batch_dice"] is None:
+        loss["batch_dice"] = plan.network.batch_dice
+    if loss["batch_dice"]:
+        _warn_of_parts(_labeled(config, plan), config.train.accumulate)
+    parts = Parts(
+        model=wiring.model(config, plan),
+        objective=objective,
+        optimizer=optimizer,
+        schedule=schedule,
+        segmentation=DiceCE(**loss),
+        augment=make_augment(normalization, spatial, intensity, head_hu=plan.crop_hu),
+        view=intensity,
+        steps=config.train.steps,
+        weak=weak,
+        accumulate=config.train.accumulate,
+        mesh=mesh,
+    )
+    cut = Cut(
+        patch=spatial.patch,
+        source=spatial.source_patch,
+        fill=normalization.pad_value(config.input.pad),
+        foreground=config.input.foreground,
+        binary=config.split.binary,
+        masked=config.input.outside == "masked",
+    )
+    return Recipe(
+        parts=parts,
+        cut=cut,
+        raw_type=jnp.int16 if plan.modality == "ct" else jnp.float32,
+        channels=normalization.channels,
+        labeled=_labeled(config, plan),
+        unlabeled=config.input.unlabeled,
+        slices=slices,
+    )
+
+
+def make_chains(
+    config: Config, plan: Plan, mesh: Mesh | None = None
+) -> tuple[SpatialChain, IntensityChain]:
+    """The augmentations; on CPUs each device's patches one by one, all at once elsewhere."""
+    devices = jax.device_count() if mesh is None else mesh.size
+    # One by one needs whole patches; devices that share one get them all at once.
+    shared = mesh if mesh is not None and mesh.shape["space"] == 1 < devices else None
+    sequential = jax.default_backend() == "cpu" and (devices == 1 or shared is not None)
+    fill = wiring.normalization(config, plan).fill(config.input.pad)
+
+    def ops(specs: Any) -> tuple[Any, ...]:
+        made = []
+        for spec in specs:
+            accepted = inspect.signature(find("bhsd_jax.augment", spec["name"])).parameters
+            extra = {"fill": fill} if "fill" in accepted else {}
+            made.append(build("bhsd_jax.augment", dict(spec), **extra))
+        return tuple(made)
+
+    return (
+        SpatialChain(ops(config.augment.spatial), setup.patch(config, plan), sequential, shared),
+        IntensityChain(ops(config.augment.intensity), sequential, shared),
+    )
+
+
+def make_augment(
+    normalize: Callable[[Any], Any],
+    spatial: SpatialChain,
+    intensity: IntensityChain,
+    *,
+    head_hu: float | None = None,
+) -> Callable[[Any, Batch], Batch]:
+    """Raw batch to patches: the labeled ones complete, the unlabeled without intensity changes.
+
+    Slice labels find their slices again by the voxels above `head_hu`, -200 if None.
+    """
+    head_hu = -200.0 if head_hu is None else head_hu
+
+    def augment(key: jax.Array, batch: Batch) -> Batch:
+        spatial_key, intensity_key, free_key = jax.random.split(key, 3)
+        image, label = spatial(spatial_key, normalize(batch.image), batch.label)
+        image = intensity(intensity_key, image)
+        if batch.unlabeled is None:
+            return Batch(image, label)
+        weak, inside, plain = batch.weak, batch.inside, normalize(batch.unlabeled)
+        if weak is None:
+            free, _ = spatial(free_key, plain, None)
+        else:
+            marks, whole = mark(batch.unlabeled, head_hu)
+            free, moved = spatial(free_key, plain, marks)
+            assert moved is not None  # marks came in
+            weak = follow(moved, whole, weak, reach=0 if spatial.keeps_slices else 1)
+        if inside is not None:
+            # The same draw; the image, which nothing reads, costs nothing.
+            _, moved = spatial(free_key, plain, inside)
+            assert moved is not None
+            inside = moved > 0
+        return Batch(image, label, free, weak, inside)
+
+    return augment
+
+
+def require_matching(config: Config, recipe: Recipe, roles: Roles, mesh: Mesh) -> None:
+    """Refuses what does not fit, before the first compilation.
+
+    Raises:
+        ValueError: Says which fields, what they are, and what to change.
+    """
+    wants = recipe.parts.objective.uses_unlabeled
+    if not roles.train:
+        raise ValueError("split: no labeled training case is left; look at split and data")
+    if wants and not (recipe.unlabeled and roles.unlabeled):
+        raise ValueError(
+            f"objective {config.objective.name} needs unlabeled patches: input.unlabeled is "
+            f"{recipe.unlabeled} and {len(roles.unlabeled)} scans are unlabeled; raise the first, "
+            "or set split.labeled so that some masks are left out"
+        )
+    if recipe.slices is not None and not wants:
+        raise ValueError(
+            f"weak: objective {config.objective.name} reads no unlabeled patches, which slice "
+            "labels are about; choose another, such as supervised.WeaklySupervised"
+        )
+    if recipe.unlabeled and not wants:
+        raise ValueError(
+            f"objective {config.objective.name} uses no unlabeled patches; set input.unlabeled=0"
+        )
+    for field in ("steps", "log_every", "validate_every", "save_every"):
+        if config.train[field] < 1:
+            raise ValueError(f"train.{field} must be at least 1; got {config.train[field]}")
+    _warn_of_slow_average(recipe.parts.objective.ema_decay, recipe.parts.steps)
+    rows, accumulate = recipe.cut.patch[1], recipe.parts.accumulate
+    meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, rows, accumulate)
+    _require_twins(config, recipe, mesh)
+    # A patch the model cannot take is refused by the model, here.
+    jax.eval_shape(recipe.init, jax.random.key(0))
+
+
+def _require_twins(config: Config, recipe: Recipe, mesh: Mesh) -> None:
+    """Refuses to put networks on devices of their own that are not there."""
+    networks, places = max(len(recipe.parts.objective.twins), 1), mesh.shape["twins"]
+    if places not in (1, networks):
+        raise ValueError(
+            f"mesh.twins is {places}, but objective {config.objective.name} trains {networks} "
+            f"network{'s' if networks > 1 else ''}; set mesh.twins={networks}"
+            f"{' or 1' if networks > 1 else ''}"
+        )
+
+
+def _warn_of_parts(labeled: int, accumulate: int) -> None:
+    """Batch Dice sums over the patches that are in the network together."""
+    if accumulate > 1:
+        logger.warning(
+            "loss.batch_dice counts over the %d patches of a part, not the %d of a step "
+            "(train.accumulate %d): another training than that of the whole batch at once",
+            labeled // accumulate,
+            labeled,
+            accumulate,
+        )
+
+
+def _warn_of_slow_average(decay: float | None, steps: int) -> None:
+    """A moving average must forget long before the training ends, or it deploys its beginnings."""
+    if decay is not None and (1 - decay) * steps < _LEAST_TURNS:
+        logger.warning(
+            "objective.ema_decay %g averages over %.0f steps, of %d in all; choose %.3g or less, "
+            "or train longer",
+            decay,
+            1 / max(1 - decay, 1e-9),
+            steps,
+            max(0.0, 1 - _LEAST_TURNS / steps),
+        )
+
+
+def _labeled(config: Config, plan: Plan) -> int:
+    return config.input.labeled or plan.network.batch
+
+
+def _slice_labels(config: Config, plan: Plan) -> tuple[SliceLabelTerms | None, Slices | None]:
+    """What slice labels add to the objective, and how they are read; None if nothing is on."""
+    spec = config.weak.to_dict()
+    slices = Slices(len(plan.classes) - 1, config.split.binary, spec.pop("margin"))
+    terms = SliceLabelTerms(**spec)
+    if not terms.active:
+        return None, None
+    if plan.modality != "ct":
+        raise ValueError(f"weak: slice labels are for head CT; these scans are {plan.modality}")
+    return terms, slices
+
+
+def _optimizer(config: Config, *, parts: bool) -> tuple[Any, Any]:
+    spec = {k: v for k, v in config.optimizer.items() if v is not None}
+    timing = {k: spec.pop(k) for k in _TIMING if k in spec}
+    schedule = make_schedule(timing.pop("schedule"), steps=config.train.steps, **timing)
+    return schedule, make_optimizer(spec.pop("name"), schedule, parts=parts, **spec)

@@ -1,0 +1,184 @@
+"""Validation in the loop: whole volumes by sliding window, Dice per class on the prepared grid."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from scipy.special import softmax
+
+from bhsd_jax.assemble import setup, wiring
+from bhsd_jax.assemble.recipe import Recipe
+from bhsd_jax.assemble.setup import Config
+from bhsd_jax.infer.sliding import SlidingWindow
+from bhsd_jax.metrics import overlap
+from bhsd_jax.shards.store import Shards
+from bhsd_jax.train.log import Log
+from bhsd_jax.types import Metrics, Params, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Validation:
+    """Scores every network the objective could deploy; the first gives the headline.
+
+    Twins are also scored together, as "ensemble": the mean of their probabilities.
+    """
+
+    window: SlidingWindow
+    deployable: Callable[[Params, Params | None], dict[str, Params]]
+    twins: tuple[str, ...]
+    normalize: Callable[[Any], Any]
+    fill: tuple[float, ...]
+    shards: Shards
+    cases: Sequence[str]
+    classes: tuple[str, ...]
+    binary: bool
+    log: Log
+    asked: Callable[[], bool]  # whether the run is to stop; processes ask equally often
+    newest: tuple[int, float] = field(default=(-1, float("nan")))
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        shards: Shards,
+        cases: Sequence[str],
+        recipe: Recipe,
+        log: Log,
+        mesh: Mesh,
+        asked: Callable[[], bool],
+    ) -> "Validation":
+        """As the config says; each process scores every so manyth case."""
+        model = recipe.parts.model
+
+        def forward(params: Params, image: jax.Array) -> Any:
+            return model.apply({"params": params}, image, train=False)
+
+        window = SlidingWindow(
+            forward,
+            recipe.cut.patch,
+            step=config.infer.step,
+            mirror=False,
+            tiles_per_call=config.infer.tiles,
+            # Of several processes each has a case of its own, which the others cannot wait for.
+            mesh=mesh if mesh.size > 1 and jax.process_count() == 1 else None,
+        )
+        chosen = tuple(cases)[: config.train.validate_cases]
+        return cls(
+            window=window,
+            deployable=recipe.parts.objective.deployable,
+            twins=recipe.parts.objective.twins,
+            normalize=jax.jit(wiring.normalization(config, shards.plan)),
+            fill=wiring.normalization(config, shards.plan).fill(config.input.pad),
+            shards=shards,
+            cases=chosen,
+            classes=setup.classes(config, shards.plan),
+            binary=config.split.binary,
+            log=log,
+            asked=asked,
+        )
+
+    def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Writes Dice by nnU-Net's rule, averaged over cases.
+
+        `val/dice/<class>` and `val/dice/mean` are the first network's; the others' are
+        `val_<network>/dice/...`. Every network's mean is also `val/dice/<network>`. Nothing is
+        written if the run is asked to stop meanwhile.
+        """
+        if not self.cases:
+            return
+        begun = time.monotonic()
+        found = self.deployable(state.params, state.ema)
+        scores = self._scores({name: _local(params) for name, params in found.items()}, step)
+        if scores is None:
+            logger.warning("validation of step %d is left undone: asked to stop", step)
+            return
+        values: dict[str, float] = {}
+        for index, (name, dice) in enumerate(scores.items()):
+            prefix = "val/dice" if index == 0 else f"val_{name}/dice"
+            values |= {f"{prefix}/{c}": v for c, v in zip(self.classes[1:], dice, strict=True)}
+            values[f"{prefix}/mean"] = values[f"val/dice/{name}"] = _mean(dice)
+        self.newest = (step, values["val/dice/mean"])
+        seconds = time.monotonic() - begun
+        self.log.pause(seconds)
+        self.log.write(step, values | {"time/validation_s": seconds})
+        logger.info(
+            "step %d  validation Dice %.4f on %d cases (%s)  %.0f s",
+            step,
+            self.newest[1],
+            len(self.cases),
+            ", ".join(
+                f"{name} {values[f'val/dice/{name}']:.3f}" for name in (*self.classes[1:], *scores)
+            ),
+            seconds,
+        )
+
+    def dice_at(self, step: int) -> float:
+        """Mean Dice if this very step was validated, else NaN."""
+        return self.newest[1] if self.newest[0] == step else float("nan")
+
+    def _scores(self, networks: dict[str, Params], step: int) -> dict[str, list[float]] | None:
+        """Mean Dice per foreground class, by network; NaN for a class in no case.
+
+        None if the run is to stop before the last case.
+        """
+        names = (*networks, "ensemble") if self.twins else tuple(networks)
+        rows = np.full((len(self.cases), len(names), len(self.classes) - 1), np.nan)
+        said = time.monotonic()
+        for first in range(0, len(self.cases), jax.process_count()):
+            if self.asked():
+                return None
+            index = first + jax.process_index()
+            if index < len(rows):
+                rows[index] = self._case(networks, self.cases[index])
+            if time.monotonic() - said > 8:
+                said = time.monotonic()
+                logger.info("step %d  validating: case %d of %d", step, first + 1, len(rows))
+        if jax.process_count() > 1:
+            # As pairs of integers: JAX would round float64 to float32 on the way.
+            parts = multihost_utils.process_allgather(rows.view(np.uint32))
+            rows = np.fmax.reduce(np.asarray(parts).view(np.float64))
+        return {
+            name: [_mean(rows[:, i, k]) for k in range(rows.shape[2])]
+            for i, name in enumerate(names)
+        }
+
+    def _case(self, networks: dict[str, Params], case: str) -> np.ndarray:
+        """Dice [network, foreground class]; the twins' ensemble comes last."""
+        prepared = self.shards.load(case)
+        image = np.asarray(self.normalize(prepared.image[..., None]))
+        assert prepared.label is not None  # validation cases have masks
+        reference = np.minimum(prepared.label, 1) if self.binary else prepared.label
+        predicted, together = [], 0.0
+        for name, params in networks.items():
+            if name not in self.twins:
+                predicted.append(self.window.labels([params], image, fill=self.fill))
+                continue
+            logits = self.window.logits([params], image, fill=self.fill)
+            predicted.append(logits.argmax(0).astype(np.uint8))
+            together = together + softmax(logits, axis=0)
+        if self.twins:
+            predicted.append(np.argmax(together, axis=0).astype(np.uint8))
+        return np.stack(
+            [overlap.dice_per_class(each, reference, len(self.classes)) for each in predicted]
+        )
+
+
+def _mean(values: Any) -> float:
+    """Over what is defined; NaN if nothing is."""
+    found = [value for value in values if np.isfinite(value)]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _local(params: Params) -> Params:
+    """The whole network on this process' own devices, however the training spread it."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(params, tiled=True)
+    return params

@@ -1,0 +1,222 @@
+"""DICOM folders to series, and series to volumes."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from bhsd_jax.ct import hu
+from bhsd_jax.ct.dicom import slice_file
+from bhsd_jax.ct.dicom import stack as dicom_stack
+from bhsd_jax.ct.dicom.slice_file import Plane, Slice
+from bhsd_jax.ct.dicom.stack import Stack
+from bhsd_jax.volume import Series, Volume
+
+_SAME_COSINE = 1e-3
+_SAME_MM = 1e-4
+
+
+@dataclass(frozen=True)
+class Group:
+    """Slices of one series that share orientation, matrix and pixel size; not yet ordered."""
+
+    slices: tuple[Slice, ...]  # by file name
+    notes: tuple[str, ...]  # what was left out of the study
+
+    @property
+    def folder(self) -> Path:
+        """The deepest folder that holds all its files."""
+        return Path(os.path.commonpath([item.file.parent for item in self.slices]))
+
+    @property
+    def first(self) -> Slice:
+        """Any of them, for what all share: patient, study, series."""
+        return self.slices[0]
+
+    def as_series(self, name: str, *, uneven: str, unshear: bool) -> Series:
+        """What a case holds of it."""
+        files = tuple(item.file for item in self.slices)
+        return Series(files, name, uneven, unshear, self.notes)
+
+
+def find(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> list[Group]:
+    """Every CT series below a folder, in the order of its first file; links are not followed.
+
+    Files are known by content, not by name. Localizers, other kinds of images and single images
+    are left out; the notes of their study's first series say so, or of the first of all.
+    """
+    slices, unreadable = [], 0
+    for path in _files(root):
+        if not wanted(path):
+            continue
+        try:
+            slices.append(slice_file.header(path))
+        except ValueError:
+            unreadable += 1
+    left = Counter[tuple[str, str]]()
+    if unreadable:
+        left["", "of a header that cannot be read"] = unreadable
+    groups = []
+    for group in _grouped(slices):
+        flaw = group[0].flaw or ("" if len(group) > 1 else "alone in its series")
+        if flaw in ("", slice_file.MULTI_FRAME):  # the latter is refused when it is read
+            groups.append(Group(tuple(group), ()))
+        else:
+            left[group[0].study, flaw] += len(group)
+    groups.sort(key=lambda group: group.first.file)
+    return _with_notes(groups, left)
+
+
+def read(series: Series) -> tuple[Volume, list[str]]:
+    """The volume of a series in HU, and what was done to get it; as it lies, tilt kept as shear.
+
+    Raises:
+        ValueError: If a file is damaged or compressed beyond what is installed, or no single
+            affine holds the slices. Files are called by their place in the order of their names.
+    """
+    stack = arrange(series)
+    planes = [_plane(item, series) for item in stack.slices]
+    kind = np.result_type(*(plane.voxels.dtype for plane in planes))
+    if (stack.source % 1).any():
+        kind = np.dtype(np.float32)
+    voxels = np.empty(stack.shape, kind)
+    for target, place in zip(voxels, stack.source, strict=True):
+        below, share = int(place), place % 1
+        plane = planes[below].voxels
+        if share:
+            plane = (1 - share) * plane + share * planes[below + 1].voxels
+        target[...] = plane[::-1]  # rows run to the front
+    notes = [*series.notes, *stack.notes, *_said(planes)]
+    return Volume(voxels, stack.affine, series.name), notes
+
+
+def arrange(series: Series) -> Stack:
+    """The series' slices in order, from their headers alone.
+
+    Raises:
+        ValueError: As by `read`, damaged voxels excepted.
+    """
+    return order(_headers(series), series)
+
+
+def order(found: Sequence[Slice | None], series: Series) -> Stack:
+    """As `arrange`, from headers in the order of the files' names; None where one is damaged."""
+    slices, damaged = [], []
+    for place, item in enumerate(found, start=1):
+        if item is None or not item.whole:
+            damaged.append(place)
+        else:
+            _require_slice(item, place, series)
+            slices.append(item)
+    notes = ()
+    if damaged:
+        text = (
+            f"{len(damaged)} of {len(series.files)} files are damaged, the first is file "
+            f"{damaged[0]} in the order of their names"
+        )
+        if series.uneven == "refuse":
+            raise ValueError(
+                f"{series.name}: {text}; fetch them again, or set uneven='resample' to do without"
+            )
+        notes = (f"{text}; left out",)
+    try:
+        stack = dicom_stack.arrange(slices, uneven=series.uneven, same=_same)
+    except ValueError as error:
+        raise ValueError(f"{series.name}: {error}") from error
+    return replace(stack, notes=(*notes, *stack.notes))
+
+
+def _headers(series: Series) -> list[Slice | None]:
+    found: list[Slice | None] = []
+    for path in sorted(series.files):
+        try:
+            found.append(slice_file.header(path))
+        except (ValueError, OSError):
+            found.append(None)
+    return found
+
+
+def _require_slice(item: Slice, place: int, series: Series) -> None:
+    if item.flaw == slice_file.MULTI_FRAME:
+        raise ValueError(
+            f"{series.name}: {slice_file.MULTI_FRAME}: enhanced CT is not read; convert the "
+            "series to NIfTI with dcm2niix"
+        )
+    if item.flaw:
+        raise ValueError(f"{_called(place, series)} is {item.flaw}")
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if not name.startswith(".") and name != "DICOMDIR" and slice_file.is_dicom(path):
+                yield path
+
+
+def _grouped(slices: Sequence[Slice]) -> list[list[Slice]]:
+    """Slices that may be one volume: a series, split where matrix, pixels or orientation differ."""
+    groups: dict[tuple, list[list[Slice]]] = {}
+    for item in slices:
+        alone = item.file if item.flaw == slice_file.MULTI_FRAME else None
+        key = (item.study, item.series, item.flaw, item.shape, alone)
+        for group in groups.setdefault(key, []):
+            if item.flaw or _alike(item, group[0]):
+                group.append(item)
+                break
+        else:
+            groups[key].append([item])
+    return [group for some in groups.values() for group in some]
+
+
+def _alike(one: Slice, other: Slice) -> bool:
+    turned = np.subtract(one.along_row + one.along_column, other.along_row + other.along_column)
+    wider = np.subtract(one.spacing_mm, other.spacing_mm)
+    return bool(np.abs(turned).max() < _SAME_COSINE and np.abs(wider).max() < _SAME_MM)
+
+
+def _with_notes(groups: list[Group], left: Counter[tuple[str, str]]) -> list[Group]:
+    out = list(groups)
+    if not out:
+        return out
+    for (study, flaw), count in sorted(left.items()):
+        place = next((i for i, group in enumerate(out) if group.first.study == study), 0)
+        note = f"left out: {count} image{'s' if count > 1 else ''} {flaw}"
+        out[place] = replace(out[place], notes=(*out[place].notes, note))
+    return out
+
+
+def _same(one: Slice, other: Slice) -> bool:
+    return np.array_equal(slice_file.pixels(one.file).voxels, slice_file.pixels(other.file).voxels)
+
+
+def _plane(item: Slice, series: Series) -> Plane:
+    try:
+        return slice_file.pixels(item.file)
+    except (ValueError, OSError) as error:
+        place = sorted(series.files).index(item.file) + 1
+        said = str(error) if isinstance(error, ValueError) else type(error).__name__
+        # Not chained: the original may quote the path.
+        raise ValueError(f"{_called(place, series)}: {said}") from None
+
+
+def _called(place: int, series: Series) -> str:
+    return f"{series.name}: file {place} of {len(series.files)} in the order of their names"
+
+
+def _said(planes: Sequence[Plane]) -> list[str]:
+    said = []
+    total = len(planes)
+    if count := sum(plane.unwrapped for plane in planes):
+        said.append(f"12-bit overflow undone in {count} of {total} slices")
+    if count := sum(plane.padding for plane in planes):
+        said.append(f"{count} voxels of padding set to {hu.LOWEST_HU:.0f} HU")
+    if any(plane.doubtful for plane in planes):
+        said.append("the padding value is among tissue: not believed")
+    if count := sum(plane.unscaled for plane in planes):
+        said.append(f"no rescale factors in {count} of {total} slices; taken for 1 and 0")
+    return said

@@ -1,0 +1,160 @@
+"""Slices of one DICOM series in order: where they lie, and the one affine that holds them all."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from bhsd_jax.ct.dicom.slice_file import Slice
+from bhsd_jax.volume import Shape
+
+_SAME_MM = 0.01  # two slices this close lie at one position
+_EVEN = 0.02  # of the step: how far a slice may be from its place
+_WHOLE = 0.05  # of the step: gaps this near to a multiple of it are missing slices
+_HOLE = 2.5  # times the steps beside it: too much to fill in
+_ASIDE_MM = 0.1  # how far a slice may lie off the line through the first and the last
+_TILT_DEG = 0.5  # below, the angle is rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A volume to be filled: D runs along the slices' normal, H against the files' rows.
+
+    So rows run to the front of a supine patient, as converters to NIfTI have them.
+    """
+
+    slices: tuple[Slice, ...]  # by position along the normal
+    shape: Shape
+    affine: Float[np.ndarray, "4 4"]  # (d, h, w, 1) -> RAS+ mm; sheared where the gantry was tilted
+    source: Float[np.ndarray, " D"]  # which of `slices` each plane is, or lies between
+    notes: tuple[str, ...]
+
+
+def arrange(slices: Sequence[Slice], *, uneven: str, same: Callable[[Slice, Slice], bool]) -> Stack:
+    """Orders slices by position along their normal; numbers and names in files do not count.
+
+    Copies of a slice (`same`) are dropped. Steps that differ, as where the posterior fossa was
+    scanned thinner or one slice is missing, are refused, or with `uneven` "resample" brought to
+    even ones of about the smaller of the usual steps, from the first slice to the last.
+
+    Raises:
+        ValueError: If no single affine holds the slices; says which and what to do.
+    """
+    if uneven not in ("refuse", "resample"):
+        raise ValueError(f"uneven is refuse or resample; got {uneven!r}")
+    notes: list[str] = []
+    order = sorted(slices, key=_along_normal)
+    kept = _without_copies(order, same, notes)
+    if len(kept) < 2:
+        raise ValueError(f"{len(kept)} slices are no volume: their distance is not known")
+    places = np.asarray([_along_normal(item) for item in kept])
+    steps = np.diff(places)
+    depth = len(kept)
+    if _is_uneven(places):
+        text = _describe(steps)
+        if uneven == "refuse":
+            raise ValueError(
+                f"{text}; fetch what is missing, or set uneven='resample' to interpolate"
+            )
+        _require_no_hole(steps)
+        usual = float(np.percentile(steps, 25, method="lower"))
+        depth = max(2, round((places[-1] - places[0]) / usual) + 1)
+        even = (places[-1] - places[0]) / (depth - 1)
+        notes.append(f"{text}; interpolated to {depth} slices at steps of {even:.3f} mm")
+    targets = np.linspace(places[0], places[-1], depth)
+    source = np.interp(targets, places, np.arange(len(kept)))
+    if depth == len(kept):
+        source = np.arange(depth, dtype=np.float64)
+    affine = _affine(kept, depth, notes)
+    rows, columns = kept[0].shape
+    return Stack(tuple(kept), (depth, rows, columns), affine, source, tuple(notes))
+
+
+def normal(item: Slice) -> Float[np.ndarray, "3"]:
+    """Unit vector across the slice."""
+    across = np.cross(item.along_row, item.along_column)
+    return across / np.linalg.norm(across)
+
+
+def _along_normal(item: Slice) -> float:
+    return float(normal(item) @ np.asarray(item.position))
+
+
+def _without_copies(
+    order: Sequence[Slice], same: Callable[[Slice, Slice], bool], notes: list[str]
+) -> list[Slice]:
+    kept: list[Slice] = []
+    for item in order:
+        if kept and abs(_along_normal(item) - _along_normal(kept[-1])) < _SAME_MM:
+            if not same(item, kept[-1]):
+                raise ValueError(
+                    f"two different slices at one position, {_along_normal(item):.2f} mm along "
+                    "the normal: several acquisitions share the series; keep one of them"
+                )
+            continue
+        kept.append(item)
+    if len(kept) < len(order):
+        notes.append(f"copies of slices left out: {len(order) - len(kept)}")
+    return kept
+
+
+def _is_uneven(places: Float[np.ndarray, " n"]) -> bool:
+    even = np.linspace(places[0], places[-1], len(places))
+    return bool(np.abs(places - even).max() > _EVEN * (even[1] - even[0]))
+
+
+def _describe(steps: Float[np.ndarray, " n"]) -> str:
+    usual = float(np.median(steps))
+    times = steps / usual
+    if (np.abs(times - np.rint(times)) <= _WHOLE).all() and (np.rint(times) >= 1).all():
+        missing = int((np.rint(times) - 1).sum())
+        first = int(np.argmax(times > 1.5))
+        return (
+            f"{missing} {'slice is' if missing == 1 else 'slices are'} missing: "
+            f"{steps[first]:.2f} mm after slice {first + 1} of {len(steps) + 1} by position, "
+            f"{usual:.2f} mm elsewhere"
+        )
+    return (
+        f"slices at uneven steps, {steps.min():.2f} to {steps.max():.2f} mm, mostly {usual:.2f} mm"
+    )
+
+
+def _require_no_hole(steps: Float[np.ndarray, " n"]) -> None:
+    around = np.concatenate([[0.0], steps, [0.0]])
+    beside = np.maximum(around[:-2], around[2:])
+    holes = np.flatnonzero((steps > _HOLE * beside) & (beside > 0))
+    if len(holes):
+        first = int(holes[0])
+        raise ValueError(
+            f"{steps[first]:.2f} mm without a slice after slice {first + 1} of {len(steps) + 1} "
+            f"by position, {beside[first]:.2f} mm beside it: too much to interpolate; fetch the "
+            "missing slices"
+        )
+
+
+def _affine(kept: Sequence[Slice], depth: int, notes: list[str]) -> Float[np.ndarray, "4 4"]:
+    first = kept[0]
+    corners = np.asarray([item.position for item in kept])
+    places = np.asarray([_along_normal(item) for item in kept])
+    share = (places - places[0]) / (places[-1] - places[0])
+    line = corners[0] + share[:, None] * (corners[-1] - corners[0])
+    aside = float(np.linalg.norm(corners - line, axis=1).max())
+    if aside > _ASIDE_MM:
+        raise ValueError(
+            f"slices are shifted sideways by up to {aside:.2f} mm, each in its own way: no single "
+            "affine holds them; resample the series with a tool that knows the scanner"
+        )
+    step = (corners[-1] - corners[0]) / (depth - 1)
+    down = np.asarray(first.along_column) * first.spacing_mm[0]
+    matrix = np.eye(4)
+    matrix[:3, 0] = step
+    matrix[:3, 1] = -down
+    matrix[:3, 2] = np.asarray(first.along_row) * first.spacing_mm[1]
+    matrix[:3, 3] = corners[0] + down * (first.shape[0] - 1)
+    cosine = float(step @ normal(first) / np.linalg.norm(step))
+    tilt = math.degrees(math.acos(min(1.0, abs(cosine))))
+    if tilt > _TILT_DEG:
+        notes.append(f"gantry tilt of {tilt:.1f} degrees, kept as shear in the affine")
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix

@@ -1,0 +1,73 @@
+"""What `preprocess` tells of a data set before it uses it: the integrity table and the defects."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bhsd_jax.ct.integrity import doctor, listing, words
+from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.platform import files
+from bhsd_jax.volume import Dataset, Survey
+
+logger = logging.getLogger(__name__)
+
+
+def survey(dataset: Dataset) -> Survey:
+    """The usable cases, sorted by id, and what a reader that looks for defects has found.
+
+    Raises:
+        FileNotFoundError: If the data set is not where the config says.
+        ValueError: If it has no cases.
+    """
+    look: Any = getattr(dataset, "survey", None)
+    found = look() if look else Survey(tuple(dataset.cases()), ())
+    if not found.cases:
+        raise ValueError(f"{dataset.name}: has no cases; look at config.data")
+    logger.info(
+        "%s: %d cases; license: %s", dataset.name, len(found.cases), dataset.license or "unknown"
+    )
+    return Survey(tuple(sorted(found.cases, key=lambda case: case.id)), found.findings)
+
+
+def conclude(
+    workdir: Path,
+    dataset: Dataset,
+    found: Survey,
+    facts: Sequence[Facts],
+    skipped: Mapping[str, str],
+) -> tuple[list[Facts], dict[str, str]]:
+    """Says and writes what is wrong; gives the facts to go on with, and why others are refused.
+
+    Writes `integrity.csv` (a row per case), `integrity.json` (sums and defects) and, if there are
+    any, `defects.csv` (a row per finding).
+    """
+    copies = doctor.of_copies(facts)
+    left_out = {finding.case for finding in copies if finding.done != "kept"}
+    used = [fact for fact in facts if fact.case not in left_out]
+    findings = [*found.findings, *copies, *doctor.of_refusals(skipped)]
+    findings += doctor.of_facts(used, dataset.modality)
+    defects = doctor.group(findings)
+    totals = listing.summary(used, dataset.classes, defects)
+    _write(workdir, listing.rows(used, dataset.classes), totals, defects)
+    page = words.page(dataset.name, dataset.modality, totals, dataset.classes, defects)
+    logger.info("integrity, also in %s:\n\n%s\n", workdir, page)
+    refused = {f.case: f.text for f in (*found.findings, *copies) if f.done == "refused"}
+    return used, {**refused, **skipped}
+
+
+def _write(
+    workdir: Path,
+    table: Sequence[Mapping[str, Any]],
+    totals: Mapping[str, Any],
+    defects: Sequence[doctor.Group],
+) -> None:
+    """Files of this look; what it has nothing for goes, so that none contradicts another."""
+    files.write_json(workdir / "integrity.json", totals)
+    rows = [asdict(finding) for found in defects for finding in found.findings]
+    for name, lines in (("integrity.csv", table), ("defects.csv", rows)):
+        if lines:
+            listing.write_csv(workdir / name, lines, list(lines[0]))
+        else:
+            (workdir / name).unlink(missing_ok=True)

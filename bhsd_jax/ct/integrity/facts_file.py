@@ -1,0 +1,129 @@
+"""What the first look at a case found, kept on disk until a file of the case changes.
+
+One file per case, so that jobs which share nothing but a file system can look at a data set
+together, and one that is started again goes on where it stopped. A refusal is kept as well.
+"""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.platform import files
+from bhsd_jax.volume import Case
+
+
+def key(case: Case, settings: Mapping[str, Any]) -> str:
+    """Changes when a file of the case was replaced, or anything else its facts depend on.
+
+    Files are told apart by size and time stamp, as `make` and `rsync` do. The code that finds the
+    facts counts too: none of another version is taken for its own.
+    """
+    known = dataclasses.asdict(dataclasses.replace(case, label=None))
+    known |= {"image": repr(case.image), "label": repr(case.label)}
+    files = [(str(path), *_stamp(path)) for path in _files(case)]
+    text = json.dumps([known, files, dict(settings), _code()], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load(folder: Path, case: Case, wanted: str) -> Facts | str | None:
+    """Facts, or why the case was refused; None if nothing is known under the key `wanted`.
+
+    A file that is damaged is removed, which a line says: the case is looked at again.
+    """
+    path = _place(folder, case)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            head = json.loads(str(stored["head"]))
+            if head["key"] != wanted:
+                return None
+            if "refused" in head:
+                return head["refused"]
+            return Facts(**_tuples(head["facts"]), foreground=stored["foreground"])
+    except Exception as error:  # NumPy parses a damaged header as Python, which raises anything
+        files.discard(path, str(error) or type(error).__name__)
+        return None
+
+
+def save(folder: Path, case: Case, wanted: str, found: Facts | str) -> None:
+    """Keeps facts, or the reason of a refusal, under a key; they replace what was there.
+
+    Raises:
+        faults.WriteError: If the system says no, such as on a full disk.
+    """
+    path = _place(folder, case)
+    head: dict[str, Any] = {"key": wanted, "case": case.id}
+    foreground = np.zeros(0, np.float32)
+    if isinstance(found, Facts):
+        facts = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        foreground = facts.pop("foreground")
+        head["facts"] = facts
+    else:
+        head["refused"] = found
+    data = io.BytesIO()
+    np.savez_compressed(data, head=np.array(json.dumps(head)), foreground=foreground)
+    files.write_bytes(path, data.getvalue())
+
+
+def _place(folder: Path, case: Case) -> Path:
+    # Not by id: those come from file names, and a folder of 25,000 files is slow to list.
+    name = hashlib.sha256(case.id.encode()).hexdigest()
+    return folder / name[:2] / f"{name[2:34]}.npz"
+
+
+def _files(case: Case) -> Iterable[Path]:
+    for source in (case.image, case.label):
+        if source is None:
+            continue
+        if not isinstance(source, Path):  # a scan of many files lists them
+            yield from sorted(source.files)
+        elif source.is_dir():
+            yield from sorted(path for path in source.rglob("*") if path.is_file())
+        else:
+            yield source
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        return -1, error.errno or 0
+    return found.st_size, found.st_mtime_ns
+
+
+@functools.cache
+def _code() -> str:
+    """Of all that reads and judges scans, whatever its comments and docstrings say."""
+    total = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        total.update(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode())
+    return total.hexdigest()
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = [part for part in node.body if not _is_text(part)]
+    return tree
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

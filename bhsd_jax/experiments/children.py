@@ -1,0 +1,89 @@
+"""Commands that a series runs, each in its place: their words, and how they are stopped."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from bhsd_jax.experiments.places import Place
+
+
+class Stopped(Exception):  # noqa: N818  (a request, not an error)
+    """The series was asked to end."""
+
+
+class Children:
+    """The processes that run at this moment."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.asked = False
+
+    def call(self, place: Place = Place(), prefix: str = "") -> "Call":  # noqa: B008  (frozen)
+        """What runs commands in that place, one at a time."""
+        self.calls.append(Call(self, place, prefix))
+        return self.calls[-1]
+
+    def stop(self, *_: object) -> None:
+        """Passes the request on; a training saves before it ends."""
+        self.asked = True
+        for call in self.calls:
+            if call.child is not None and call.child.poll() is None:
+                call.child.terminate()
+
+
+class Call:
+    """Runs a command, its words to the log file and to ours; returns exit code and last line."""
+
+    def __init__(self, children: Children, place: Place, prefix: str) -> None:
+        self.children, self.place, self.prefix = children, place, prefix
+        self.child: subprocess.Popen[str] | None = None
+
+    def __call__(self, command: Sequence[str], log: Path) -> tuple[int, str]:
+        if self.children.asked:
+            raise Stopped("asked to stop")
+        last = "no word of why"
+        with (
+            log.open("a") as file,
+            subprocess.Popen(
+                [*self.place.prefix, *command],
+                env=os.environ | self.place.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            ) as self.child,
+        ):
+            if self.children.asked:  # while it was started
+                self.child.terminate()
+            file.write(f"$ {shlex.join(command)}\n")
+            assert self.child.stdout is not None  # it is a pipe
+            for line in self.child.stdout:
+                file.write(line)
+                file.flush()
+                last = line.strip() or last
+                sys.stderr.write(f"  {self.prefix}{line}")
+        code = self.child.returncode
+        if self.children.asked and code:
+            raise Stopped("asked to stop")
+        return code, last
+
+
+@contextmanager
+def running() -> Iterator[Children]:
+    """Hands SIGTERM to the children while it lasts, and leaves none behind."""
+    children = Children()
+    before = signal.signal(signal.SIGTERM, children.stop)
+    try:
+        yield children
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        children.stop()
+        for call in children.calls:
+            if call.child is not None:
+                call.child.wait()

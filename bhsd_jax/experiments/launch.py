@@ -1,0 +1,244 @@
+"""What the programs in `launch/` share: options, shards, running or submitting, the report."""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bhsd_jax.assemble.setup import Config
+from bhsd_jax.experiments import places, queue, slurm, study
+from bhsd_jax.experiments.places import Place
+from bhsd_jax.experiments.queue import Failure, Run, Stopped
+from bhsd_jax.experiments.study import Study
+from bhsd_jax.platform import cluster
+
+logger = logging.getLogger(__name__)
+
+_PLACES = ("root", "processes", "shards", "allow_skipped")  # do not change what a shard holds
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of every series."""
+    parser.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
+    parser.add_argument("--out", type=Path, help="folder of the runs and the report")
+    parser.add_argument(
+        *("--override", "-o"),
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of every run's config; may be given often",
+    )
+    parser.add_argument("--shards", help="folder of shards made before; default: made here, once")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and their state")
+    parser.add_argument("--report-only", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs side by side; default one per GPU of this machine, on CPUs 1",
+    )
+    parser.add_argument(
+        "--slurm",
+        nargs="?",
+        const="",
+        metavar="OPTIONS",
+        help='submit the runs; OPTIONS go to every sbatch, as in --slurm="--partition=gpu"',
+    )
+
+
+def seeds(text: str) -> list[int]:
+    """Whole numbers separated by commas.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--seeds: needs whole numbers like 0,1,2; got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def overrides(fields: Sequence[str]) -> tuple[str, ...]:
+    """`field=value` as flags of a verb.
+
+    Raises:
+        ValueError: If one has no value.
+    """
+    for text in fields:
+        if "=" not in text.strip("="):
+            raise ValueError(f"--override: needs FIELD=VALUE, like train.steps=1000; got {text!r}")
+    return tuple(f"--config.{text.removeprefix('config.')}" for text in fields)
+
+
+def make_run(row: str, seed: int, arguments: Sequence[str], out: Path, shards: str | None) -> Run:
+    """A run with its folder and its shards in their place.
+
+    Raises:
+        ValueError: If the arguments do not resolve.
+    """
+    where = [f"--config.preprocess.shards={shards}"] if shards else []
+    config = queue.resolve([*arguments, *where])
+    if not config.preprocess.shards:
+        where = [f"--config.preprocess.shards={data_folder(config, out) / 'shards'}"]
+    if not config.data.get("root"):
+        where.append(f"--config.data.root={data_folder(config, out) / 'synthetic'}")
+    arguments = (*arguments, *where)
+    return Run(row, seed, out / row / f"seed{seed}", arguments, queue.resolve(arguments))
+
+
+def data_folder(config: Config, out: Path) -> Path:
+    """Where the shards of this config lie; rows that need the same shards share it."""
+    plain = queue.plain(config)
+    used = [
+        {k: v for k, v in plain[part].items() if k not in _PLACES}
+        for part in ("data", "preprocess")
+    ]
+    root = "" if config.data.name.startswith("synthetic.") else config.data.root
+    digest = hashlib.sha256(json.dumps([root, used], sort_keys=True).encode()).hexdigest()
+    return out / f"data-{digest[:8]}"
+
+
+def launch(what: Study, options: argparse.Namespace, again: Sequence[str]) -> int:
+    """Lists, submits or runs the series and writes its report; the exit code.
+
+    Args:
+        what: The series.
+        options: Of `add_options`.
+        again: The command that was given, for the report's own job.
+    """
+    _say()
+    if options.dry_run:
+        return _list(what)
+    if options.slurm is not None and not options.report_only:  # the report's own job has both
+        if options.jobs is not None:
+            raise ValueError("--jobs: Slurm decides how many of its jobs run side by side")
+        return _submit(what, options.slurm, again)
+    failures: list[Failure] = []
+    code = 0
+    if not options.report_only:
+        queue.share_programs(what.out / ".programs")
+        try:
+            where = _places(what.runs, options.jobs)
+            _prepare(what.runs, what.out)
+            failures = queue.perform(what.runs, lambda so_far: _so_far(what, so_far), where)
+        except Stopped as reason:
+            logger.warning("%s; the same command goes on from here", reason)
+            code = cluster.TRY_AGAIN
+    made = study.write(what, failures)
+    missing = made.wanted - sum(len(line.seeds) for line in made.lines)
+    for failure in failures:
+        logger.error("failed: %s: %s (%s)", failure.run.name, failure.reason, failure.run.workdir)
+    logger.info(
+        "%d of %d runs finished: %s", made.wanted - missing, made.wanted, what.out / "report.html"
+    )
+    return code or (1 if failures else 0)
+
+
+def main(program: Callable[[Sequence[str]], int]) -> None:
+    """Runs a program of the command line; what a user can mend is one line, not a traceback."""
+    try:
+        sys.exit(program(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell says it
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+
+
+def enter_home(options: argparse.Namespace, *paths: str) -> list[str]:
+    """Goes to the repository's root, where configs are found, wherever it is called.
+
+    Options of these names are paths; relative ones keep their meaning. Returns their flags as they
+    are to be given at the root.
+    """
+    home, here = Path(__file__).parents[2], Path.cwd()
+    given = [(name, value) for name in paths if (value := getattr(options, name))]
+    if here != home and (home / "configs").is_dir():
+        given = [(name, type(value)(here / value)) for name, value in given]
+        for name, value in given:
+            setattr(options, name, value)
+        os.chdir(home)
+    return [f"--{name}={value}" for name, value in given]
+
+
+def _say() -> None:
+    """Progress to standard error, as the verbs do."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger("bhsd_jax")
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+
+
+def _so_far(what: Study, failures: Sequence[Failure]) -> None:
+    """The report between runs; what is wrong with it must not stop them."""
+    try:
+        study.write(what, failures)
+    except ValueError as error:
+        logger.warning("no report yet: %s", error)
+
+
+def _state(run: Run) -> str:
+    try:
+        if queue.is_finished(run):
+            return "finished"
+    except ValueError as error:
+        return f"refused: {error}"
+    return "begun" if (run.workdir / "checkpoints").is_dir() else "new"
+
+
+def _list(what: Study) -> int:
+    for run in what.runs:
+        command = shlex.join(["bhsd", "train", *run.arguments, f"--workdir={run.workdir}"])
+        sys.stdout.write(f"# {run.name}: {_state(run)}\n{command}\n")
+    return 0
+
+
+def _places(runs: Sequence[Run], jobs: int | None) -> Sequence[Place]:
+    """One per GPU, unless it was said how many, but no more than there are runs."""
+    todo = max(1, sum(_state(run) in ("new", "begun") for run in runs))
+    wanted = max(1, len(places.gpus())) if jobs is None else jobs
+    places.share(wanted, option="--jobs")  # refuses what cannot be
+    count = min(todo, wanted)
+    where = places.share(count, option="--jobs")
+    if count > 1:
+        logger.info("%d runs side by side: %s", count, ", ".join(place.text for place in where))
+    for gpu in places.idle(count):
+        logger.warning("GPU %s is idle: %d runs get as many GPUs each", gpu, count)
+    return where
+
+
+def _prepare(runs: Sequence[Run], out: Path) -> None:
+    """The shards of all runs that are not finished."""
+    for shards, run in _by_shards(runs).items():
+        queue.prepare(run, _shards_workdir(shards, run, out))
+
+
+def _by_shards(runs: Sequence[Run]) -> Mapping[str, Run]:
+    found: dict[str, Run] = {}
+    for run in runs:
+        if _state(run) in ("new", "begun"):
+            found.setdefault(run.config.preprocess.shards, run)
+    return found
+
+
+def _shards_workdir(shards: str, run: Run, out: Path) -> Path:
+    """Where the integrity table goes: beside the shards."""
+    return Path(shards).parent if Path(shards).name == "shards" else data_folder(run.config, out)
+
+
+def _submit(what: Study, options: str, again: Sequence[str]) -> int:
+    todo = [run for run in what.runs if _state(run) in ("new", "begun")]
+    prepare = {}
+    for run in todo:
+        shards = Path(run.config.preprocess.shards)
+        if not (shards / "index.json").is_file():
+            folder = _shards_workdir(str(shards), run, what.out)
+            prepare[run] = _by_shards(todo)[str(shards)].command("preprocess", folder)
+    logger.info("%d of %d runs are to be done", len(todo), len(what.runs))
+    slurm.submit(what.out.name, todo, prepare, [*again, "--report-only"], options, what.out)
+    return 0

@@ -1,0 +1,224 @@
+"""A series of runs: each from training to report in its own folder, resumed where it stopped.
+
+What is finished is not run again; a run that fails is named and the others go on. Every verb is a
+process of its own, so that none takes the series down with it. Where a machine has several GPUs, as
+many runs go on side by side, each on its own.
+"""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from bhsd_jax.assemble import setup
+from bhsd_jax.assemble.setup import Config
+from bhsd_jax.experiments.children import Call, Stopped, running
+from bhsd_jax.experiments.places import Place
+from bhsd_jax.platform import cluster, files
+from bhsd_jax.train import checkpoint_files
+
+logger = logging.getLogger(__name__)
+
+VERBS = ("train", "predict", "evaluate", "report")
+# Fields a run may be resumed with other values of: where things lie and how fast they go, ...
+_FREE = (
+    *("data.root", "data.processes", "preprocess.shards", "preprocess.processes", "mesh", "report"),
+    *("input.threads", "input.buffer", "input.cache_mb", "train.log_every", "train.remat"),
+    *("predict.overwrite", "predict.show_ids"),
+)
+_AFTER = ("infer", "predict", "evaluate")  # ... and what is done with a trained network
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with all that follows it."""
+
+    row: str
+    seed: int
+    workdir: Path
+    arguments: tuple[str, ...]  # of the command line: --config and its overrides
+    config: Config = field(repr=False, compare=False)  # what they resolve to
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.row}, seed {self.seed}"
+
+    def command(self, verb: str, workdir: Path | None = None) -> list[str]:
+        """What a shell would be given."""
+        where = f"--workdir={workdir or self.workdir}"
+        return [sys.executable, "-m", "bhsd_jax.main", verb, *self.arguments, where]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not finish."""
+
+    run: Run
+    reason: str  # one line
+
+
+def resolve(arguments: Sequence[str]) -> Config:
+    """The config that `--config=FILE:WORDS --config.field=value ...` stand for.
+
+    Raises:
+        ValueError: If the file, a word, a field or a value is not accepted.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", *arguments])
+    try:
+        values(["", *arguments])
+        config: Config = values["config"].value
+        config.to_dict()  # a file that cannot be read shows here
+    except flags.Error as error:  # holds the traceback of a config file that refused
+        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        reason = f"{type(error).__name__}: {' '.join(map(str, error.args))}"
+    else:
+        return config
+    raise ValueError(f"{shlex.join(arguments)}: {reason}")
+
+
+def plain(config: Config) -> dict:
+    """The config as `train` writes it into a run folder."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the folder holds the results of this very config, trained to the last step.
+
+    Raises:
+        ValueError: If it holds a training of another config; names the fields.
+    """
+    saved = run.workdir / "config.json"
+    if not saved.is_file():
+        return False
+    changed = list(setup.differences(json.loads(saved.read_text()), plain(run.config)))
+    changed = [text for text in changed if not _under(text, _FREE)]
+    other = [text for text in changed if not _under(text, _AFTER)]
+    if other:
+        raise ValueError(
+            f"{run.workdir} holds a run of another config: {', '.join(other[:4])}"
+            f"{' ...' if len(other) > 4 else ''}; choose another --out, or delete the folder"
+        )
+    summary = run.workdir / "summary.json"
+    if changed or not is_trained(run) or not summary.is_file():
+        return False
+    return summary.stat().st_mtime_ns >= saved.stat().st_mtime_ns
+
+
+def is_trained(run: Run) -> bool:
+    """Whether the last step is on disk."""
+    return checkpoint_files.is_saved(run.workdir / "checkpoints", run.config.train.steps)
+
+
+def perform(
+    runs: Sequence[Run],
+    after: Callable[[Sequence[Failure]], object] = lambda _: None,
+    places: Sequence[Place] = (Place(),),
+) -> list[Failure]:
+    """Runs what is not finished, one after the other in each place, and returns what failed.
+
+    `after` is called with the failures so far whenever a run has ended.
+
+    Raises:
+        Stopped: On SIGTERM, or if a training was asked to stop; all runs have saved.
+    """
+    failures: list[Failure] = []
+    free = list(places)
+    waiting = list(enumerate(runs, start=1))
+    working: dict[Future[str], tuple[Run, Place, str]] = {}
+    with running() as children, ThreadPoolExecutor(len(places)) as pool:
+        try:
+            while waiting or working:
+                while free and waiting:
+                    index, run = waiting.pop(0)
+                    place, what = free.pop(0), f"run {index} of {len(runs)}, {run.name}"
+                    call = children.call(place, f"{run.row} s{run.seed}: " if places[1:] else "")
+                    working[pool.submit(_settle, run, what, place, call)] = run, place, what
+                done, _ = wait(working, return_when=FIRST_COMPLETED)
+                for future in done:
+                    run, place, what = working.pop(future)
+                    free.append(place)
+                    reason = future.result()
+                    if reason:
+                        failures.append(Failure(run, reason))
+                        logger.error("%s failed: %s", what, reason)
+                    after(failures)
+        except BaseException:
+            children.stop()  # the pool waits for them
+            raise
+    return failures
+
+
+def _settle(run: Run, what: str, place: Place, call: Call) -> str:
+    """Runs what is not finished of a run; why it failed, or nothing."""
+    try:
+        finished = is_finished(run)
+    except ValueError as error:
+        return str(error)
+    where = f" on {place.text}" if place.environment or place.prefix else ""
+    logger.info("%s %s%s", what, "is finished" if finished else "begins", "" if finished else where)
+    return "" if finished else _one(run, call)
+
+
+def prepare(run: Run, folder: Path) -> None:
+    """Makes the shards of the run, unless they are complete.
+
+    Raises:
+        ValueError: If that fails; says why.
+        Stopped: On SIGTERM.
+    """
+    shards = Path(run.config.preprocess.shards)
+    refused = (folder / "skipped.csv").is_file() and not run.config.preprocess.allow_skipped
+    if (shards / "index.json").is_file() and not refused:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with running() as children:
+        code, last = children.call()(run.command("preprocess", folder), folder / "log.txt")
+    if code:
+        raise ValueError(f"preprocess failed, no run was started: {last}")
+
+
+def _one(run: Run, call: Call) -> str:
+    """Verb after verb; why it failed, or nothing."""
+    saved = run.workdir / "config.json"
+    same = saved.is_file() and json.loads(saved.read_text()) == plain(run.config)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    for verb in VERBS[1:] if same and is_trained(run) else VERBS:
+        begun = time.monotonic()
+        code, last = call(run.command(verb), run.workdir / "log.txt")
+        _add_time(run.workdir / "wall.json", verb, time.monotonic() - begun)
+        if code == cluster.TRY_AGAIN:
+            raise Stopped(f"{run.name} was asked to stop and has saved")
+        if code:
+            died = f"{verb}: ended by {signal.Signals(-code).name}" if code < 0 else ""
+            return died or (last if last.startswith(f"{verb}: ") else f"{verb}: {last}")
+    return ""
+
+
+def _add_time(path: Path, verb: str, seconds: float) -> None:
+    """Adds up what all attempts at a verb took."""
+    times = json.loads(path.read_text()) if path.is_file() else {}
+    files.write_json(path, times | {verb: round(times.get(verb, 0.0) + seconds, 1)})
+
+
+def share_programs(folder: Path) -> None:
+    """Lets all processes started from here compile a program once, unless the user chose."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute()))
+
+
+def _under(text: str, names: Sequence[str]) -> bool:
+    """Whether a difference `field (old -> new)` lies in one of the named parts."""
+    path = text.partition(" ")[0]
+    return any(path == name or path.startswith(f"{name}.") for name in names)

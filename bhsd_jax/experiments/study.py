@@ -1,0 +1,273 @@
+"""From the folders of many runs to one comparison: figures over seeds, costs, what is missing."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bhsd_jax import __version__
+from bhsd_jax.assemble import setup
+from bhsd_jax.experiments import queue
+from bhsd_jax.experiments.queue import Failure, Run
+from bhsd_jax.metrics import scores, summary
+from bhsd_jax.metrics.seeds import OverSeeds, over_seeds, paired
+from bhsd_jax.platform import files
+from bhsd_jax.report import figures
+from bhsd_jax.report.comparison import Comparison, Line, page
+from bhsd_jax.verbs.evaluate import ANY
+from bhsd_jax.volume import Plan
+
+_SEED = 0  # of the bootstrap: every run meets the same draws of patients
+_Values = dict[str, dict[str, np.ndarray]]  # by convention and class: the mean Dice of every draw
+
+SYNTHETIC = (
+    "All scans are computer-generated. No figure here can be compared with the paper's; those "
+    "stand beside ours to show where they will be on real scans."
+)
+SHORT = (
+    "Smoke size: tiny networks, a few steps. The figures show that every part runs, and nothing "
+    "about any method."
+)
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What is known of a row before it is run."""
+
+    title: str
+    paper: Mapping[str, float] = field(default_factory=dict)
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Rows, and the runs that fill them."""
+
+    title: str
+    out: Path
+    rows: Mapping[str, Heading]
+    runs: Sequence[Run]
+    baseline: str = ""  # a row
+    notes: tuple[str, ...] = ()
+    smoke: bool = False
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One finished run."""
+
+    run: Run
+    summary: Mapping[str, Any]
+    patients: tuple[str, ...]
+    values: _Values
+
+
+def write(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
+    """Writes report.html, report.md and figures.json from the runs that are finished.
+
+    Raises:
+        ValueError: If runs were evaluated on different scans.
+    """
+    made = compare(study, failures)
+    shown = page(made)
+    for name, text in (("report.html", shown.to_html()), ("report.md", shown.to_markdown())):
+        files.write_text(study.out / name, text)
+    lines = {key: asdict(line) for key, line in zip(study.rows, made.lines, strict=True)}
+    plain = json.loads(json.dumps(lines))
+    files.write_json(study.out / "figures.json", summary.without_nan(plain))
+    return made
+
+
+def compare(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
+    """What the report says.
+
+    Raises:
+        ValueError: If runs were evaluated on different scans.
+    """
+    scored = {
+        row: [_score(r) for r in study.runs if r.row == row and _done(r)] for row in study.rows
+    }
+    runs = [one for row in scored.values() for one in row]
+    _require_same_scans(runs)
+    first = runs[0].summary if runs else {}
+    classes = tuple(first.get("classes", ()))
+    key = "mean" if len(classes) > 1 else classes[0] if classes else ANY
+    base = scored.get(study.baseline, [])
+    lines = []
+    for row, heading in study.rows.items():
+        against = _against(scored[row], base, key) if row != study.baseline else None
+        lines.append(_line(study, row, heading, scored[row], against, failures))
+    synthetic = any(run.config.data.name.startswith("synthetic.") for run in study.runs)
+    head = first.get("conventions", {}).get("nnunet", {})
+    return Comparison(
+        title=study.title,
+        subtitle=_subtitle(study),
+        lines=lines,
+        key=key,
+        classes=classes,
+        present={name: head[name]["n_present"] for name in classes},
+        scans=first.get("n_cases", 0),
+        wanted=len(study.runs),
+        resamples=study.runs[0].config.evaluate.bootstrap,
+        baseline=study.rows[study.baseline].title if study.baseline in study.rows else "",
+        comparable=not (synthetic or study.smoke),
+        banners=(*((SYNTHETIC,) if synthetic else ()), *((SHORT,) if study.smoke else ())),
+        notes=study.notes,
+        footer=_footer(runs),
+        facts=_facts(runs),
+    )
+
+
+def _done(run: Run) -> bool:
+    """Finished; a folder of another config is as good as none here."""
+    try:
+        return queue.is_finished(run)
+    except ValueError:
+        return False
+
+
+def _score(run: Run) -> _Scored:
+    remedy = "run the verb `evaluate` again"
+    found = files.read_json(run.workdir / "summary.json", keys=("classes",), remedy=remedy)
+    rows = scores.read_csv(run.workdir / "cases.csv")
+    draws = {"resamples": run.config.evaluate.bootstrap, "seed": _SEED}
+    values = summary.resampled(rows, found["classes"], **draws)
+    if ANY not in found["classes"]:
+        merged = scores.read_csv(run.workdir / "cases_binary.csv")
+        both = summary.resampled(merged, (ANY,), **draws)
+        values = {key: of | {ANY: both[key][ANY]} for key, of in values.items()}
+    return _Scored(run, found, tuple(sorted(row.case for row in rows)), values)
+
+
+def _require_same_scans(runs: Sequence[_Scored]) -> None:
+    for one in runs[1:]:
+        if one.patients != runs[0].patients:
+            raise ValueError(
+                f"{one.run.workdir} and {runs[0].run.workdir} were evaluated on different scans or "
+                "classes; their figures cannot stand in one table"
+            )
+
+
+def _against(ours: Sequence[_Scored], base: Sequence[_Scored], key: str) -> OverSeeds | None:
+    """Paired by seed and patient; over the seeds both have."""
+    by_seed = {one.run.seed: one.values["nnunet"][key] for one in base}
+    pairs = [
+        (one.values["nnunet"][key], by_seed[one.run.seed])
+        for one in ours
+        if one.run.seed in by_seed
+    ]
+    return paired([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
+
+
+def _line(
+    study: Study,
+    row: str,
+    heading: Heading,
+    done: Sequence[_Scored],
+    against: OverSeeds | None,
+    failures: Sequence[Failure],
+) -> Line:
+    first = next(run for run in study.runs if run.row == row)
+    found = {}
+    false = {}
+    if done:
+        conventions = done[0].values
+        found = {
+            key: {name: over_seeds([one.values[key][name] for one in done]) for name in of}
+            for key, of in conventions.items()
+        }
+        heads = [one.summary["conventions"]["nnunet"] for one in done]
+        false = {
+            name: float(np.mean([head[name]["n_false_positive"] for head in heads]))
+            for name in done[0].summary["classes"]
+        }
+    return Line(
+        title=heading.title,
+        paper=heading.paper,
+        spread=heading.spread,
+        found=found,
+        against=against,
+        false=false,
+        seeds=tuple(one.run.seed for one in done),
+        failures=tuple(f"{f.run.name}: {f.reason}" for f in failures if f.run.row == row),
+        cost=_cost([one.run for one in done]),
+        words=_words(first),
+    )
+
+
+def _words(run: Run) -> str:
+    """The run's arguments for a reader, without the places of this machine."""
+    places = ("--config.preprocess.shards=", "--config.data.root=")
+    return shlex.join(word for word in run.arguments if not word.startswith(places))
+
+
+def _cost(runs: Sequence[Run]) -> dict[str, Any]:
+    """What a step and a run take, as far as the runs have written it down."""
+    if not runs:
+        return {}
+    config, folder = runs[0].config, runs[0].workdir
+    found: dict[str, Any] = {"steps": config.train.steps}
+    plan = setup.load_plan(config, folder)
+    found["patch"] = "x".join(map(str, setup.patch(config, plan)))
+    labeled = config.input.labeled or plan.network.batch
+    found["patches"] = f"{labeled} + {config.input.unlabeled}"
+    step = _read(folder / "cost.json")
+    found |= {key: step[key] for key in ("parameters", "device") if key in step}
+    if step.get("flops_per_device"):
+        found["flops"] = step["flops_per_device"] * step["devices"]
+    trained = [_training_s(run.workdir / "metrics.jsonl") for run in runs]
+    walls = [sum(_read(run.workdir / "wall.json").values()) for run in runs]
+    for name, seconds in (("train_s", trained), ("wall_s", walls)):
+        if all(seconds):
+            found[name] = float(np.mean(seconds))
+    return found
+
+
+def _training_s(path: Path) -> float:
+    """Seconds spent in steps, over all processes that wrote the log."""
+    total, before = 0.0, 0
+    for record in figures.read_metrics(path):
+        if "time/step_s" in record:
+            total += record["time/step_s"] * (record["step"] - before)
+            before = record["step"]
+    return total
+
+
+def _subtitle(study: Study) -> str:
+    config = study.runs[0].config
+    seeds = sorted({run.seed for run in study.runs})
+    data = config.data.name.partition(".")[0]
+    return (
+        f"Data set {data}; {len(study.rows)} rows, seeds {', '.join(map(str, seeds))}; preset "
+        f"{config.preset}."
+    )
+
+
+def _facts(runs: Sequence[_Scored]) -> tuple[tuple[str, str], ...]:
+    if not runs:
+        return ()
+    config, plan = runs[0].run.config, Plan.load(runs[0].run.workdir)
+    d, h, w = plan.spacing_mm
+    kept = "all" if config.split.labeled is None else str(config.split.labeled)
+    return (
+        ("data set", f"{plan.dataset} ({plan.modality.upper()})"),
+        ("resampled to", f"{d:.3g} x {h:.3g} x {w:.3g} mm"),
+        ("masks used of the training part", kept),
+        ("validation fold", "none" if config.split.fold < 0 else str(config.split.fold)),
+        ("checkpoint tested", str(config.predict.checkpoint)),
+        ("intervals", f"{config.evaluate.bootstrap} bootstrap resamples of patients"),
+    )
+
+
+def _footer(runs: Sequence[_Scored]) -> str:
+    rights = {Plan.load(one.run.workdir).license or "not stated" for one in runs}
+    data = f" Data license: {', '.join(sorted(rights))}." if rights else ""
+    return f"Written by bhsd_jax {__version__}.{data}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return files.recall_json(path, remove=False) or {}

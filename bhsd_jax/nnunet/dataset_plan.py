@@ -1,0 +1,70 @@
+"""The plan of a data set, from what was measured of its training cases."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.ct.resample import resampled_shape
+from bhsd_jax.nnunet.planner import network_for, spacing_margin, target_spacing, transpose_for
+from bhsd_jax.volume import Millimeters, Plan
+
+
+def make_plan(
+    facts: Sequence[Facts],
+    *,
+    dataset: str,
+    classes: tuple[str, ...],
+    modality: str,
+    license: str,
+    source_sha256: str,
+    planner: str = "default",
+    spacing_mm: Millimeters | None = None,
+    crop_hu: float | None = None,
+) -> Plan:
+    """Decides spacing, axis order, network and normalization from the training cases.
+
+    `spacing_mm` pins the target in canonical axes; None leaves it to nnU-Net's rule.
+
+    Raises:
+        ValueError: If there is no training case with a mask, or all masks are empty.
+    """
+    if not facts:
+        raise ValueError(f"{dataset}: no training case with a mask; nothing to plan from")
+    drawn = np.concatenate([fact.foreground for fact in facts]).astype(np.float64)
+    if not drawn.size:
+        raise ValueError(
+            f"{dataset}: the masks of all {len(facts)} training cases are empty; some mirrors "
+            "ship them so: fetch the data set from its first source"
+        )
+    spacings = np.asarray([fact.spacing_mm for fact in facts])
+    shapes = np.asarray([fact.shape for fact in facts])
+    notes = () if spacing_mm else tuple(spacing_margin(spacings, shapes))
+    target = spacing_mm or target_spacing(spacings, shapes)
+    transpose = transpose_for(np.asarray(target))
+    low, high = np.percentile(drawn, (0.5, 99.5))
+    resampled = [resampled_shape(fact.shape, fact.spacing_mm, target) for fact in facts]
+    median = np.median(resampled, axis=0)
+    depth, height, width = (round(float(median[axis])) for axis in transpose)
+    d, h, w = (float(target[axis]) for axis in transpose)
+    return Plan(
+        dataset=dataset,
+        classes=classes,
+        modality=modality,
+        spacing_mm=(d, h, w),
+        transpose=transpose,
+        crop_hu=crop_hu,
+        foreground=(float(low), float(drawn.mean()), float(drawn.std()), float(high)),
+        median_shape=(depth, height, width),
+        network=network_for(
+            spacings,
+            shapes,
+            planner=planner,
+            spacing_mm=np.asarray(target),
+            transpose=transpose,
+            num_classes=len(classes),
+        ),
+        source_sha256=source_sha256,
+        license=license,
+        notes=notes,
+    )

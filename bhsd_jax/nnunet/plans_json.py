@@ -1,0 +1,233 @@
+"""The configurations in nnU-Net's plans.json: planning them, and reading a network out of one."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bhsd_jax.nnunet.topology import Planner, Pooling, fit, widths
+from bhsd_jax.volume import Network, Shape
+
+# Of foreground intensities, in the order of `Plan.foreground`.
+STATISTICS = ("percentile_00_5", "mean", "std", "percentile_99_5")
+NORMALIZATION = {"ct": "CTNormalization", "mr": "ZScoreNormalization"}
+_SPLINES = {  # key in the file: (is_seg, spline order)
+    "data": (False, 3),
+    "seg": (True, 1),
+    "probabilities": (False, 1),
+}
+_UNETS = {False: "PlainConvUNet", True: "ResidualEncoderUNet"}
+_LAYERS = {  # what all of nnU-Net's plans have in common, but for the number of axes
+    "conv_bias": True,
+    "conv_op": "torch.nn.modules.conv.Conv3d",
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
+_ENCODER = {"PlainConvUNet": "n_conv_per_stage", "ResidualEncoderUNet": "n_blocks_per_stage"}
+
+
+_LOWRES_BELOW = 0.25  # patch / median scan in voxels under which a coarser network is wanted too
+_LOWRES_GROWTH = 1.03  # of the spacing, per attempt
+_LOWRES_SHRINK = 2  # a coarser network must make scans this many times smaller
+
+
+@dataclass(frozen=True)
+class Request:
+    """What all configurations of one plan share."""
+
+    planner: Planner
+    memory_gb: float
+    num_classes: int  # background included
+    cases: int
+    modality: str  # a key of `NORMALIZATION`
+    num_channels: int
+    masked: bool  # z-scores inside the non-zero mask
+
+
+def configurations(
+    spacing_mm: list[float], median_shape: list[float], request: Request
+) -> dict[str, dict[str, Any]]:
+    """Plans 2d, 3d_fullres, and the coarser network before it where the patch sees little.
+
+    Both arguments are along the transposed axes. A median of one slice gives 2d alone.
+
+    Source: nnU-Net v2.8.1, `ExperimentPlanner.plan_experiment`.
+    """
+    voxels = math.prod(median_shape)
+    found = {"2d": _planned("2d", spacing_mm[1:], median_shape[1:], voxels, request)}
+    if median_shape[0] == 1:
+        return found
+    full = _planned("3d_fullres", spacing_mm, median_shape, voxels, request)
+    low = _lowres(full, request)
+    if low is None:
+        return {**found, "3d_fullres": full}
+    return {
+        **found,
+        "3d_lowres": {**low, "next_stage": "3d_cascade_fullres"},
+        # Patches that see little of a scan take the Dice loss over the whole batch.
+        "3d_fullres": {**full, "batch_dice": True},
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+    }
+
+
+def _lowres(full: Mapping[str, Any], request: Request) -> dict[str, Any] | None:
+    """Coarser spacings are tried until the patch covers a quarter of the scan."""
+    median, spacing = full["median_image_size_in_voxels"], list(full["spacing"])
+    plan, voxels = None, math.prod(median)
+    patch = full["patch_size"]
+    while math.prod(patch) / voxels < _LOWRES_BELOW:
+        coarsest = max(spacing)
+        fine = [coarsest / s > 2 for s in spacing]  # these catch up first
+        grown = fine if any(fine) else [True] * 3
+        spacing = [s * _LOWRES_GROWTH if yes else s for s, yes in zip(spacing, grown, strict=True)]
+        shape = [a / b * n for a, b, n in zip(full["spacing"], spacing, median, strict=True)]
+        voxels = math.prod(shape)
+        plan = _planned("3d_lowres", spacing, [round(n) for n in shape], voxels, request)
+        patch = plan["patch_size"]
+    return None if math.prod(median) / voxels < _LOWRES_SHRINK else plan
+
+
+def _planned(
+    name: str,
+    spacing: Sequence[float],
+    median: Sequence[float],
+    scan_voxels: float,
+    request: Request,
+) -> dict[str, Any]:
+    planner = request.planner
+    pooling, batch = fit(
+        spacing,
+        median,
+        scan_voxels * request.cases,
+        planner,
+        num_classes=request.num_classes,
+        memory_gb=request.memory_gb,
+    )
+    # The residual planners share the default one's prepared data, except where it does not fit.
+    owner = planner.plans_name if name == "3d_lowres" else "nnUNetPlans"
+    return {
+        "data_identifier": f"{owner}_{name}",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": batch,
+        "patch_size": list(pooling.patch),
+        "median_image_size_in_voxels": list(median),
+        "spacing": list(spacing),
+        "normalization_schemes": [NORMALIZATION[request.modality]] * request.num_channels,
+        "use_mask_for_norm": [request.masked] * request.num_channels,
+        **_resampling(),
+        "architecture": _architecture(planner, pooling),
+        "batch_dice": name == "2d",
+    }
+
+
+def _resampling() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for what, (is_seg, order) in _SPLINES.items():
+        found[f"resampling_fn_{what}"] = "resample_data_or_seg_to_shape"
+        settings = {"is_seg": is_seg, "order": order, "order_z": 0, "force_separate_z": None}
+        found[f"resampling_fn_{what}_kwargs"] = settings
+    return found
+
+
+def _architecture(planner: Planner, pooling: Pooling) -> dict[str, Any]:
+    stages, axes = len(pooling.strides), len(pooling.patch)
+    unet = _UNETS[planner.residual]
+    arguments = {
+        "n_stages": stages,
+        "features_per_stage": list(widths(stages, axes)),
+        **_LAYERS,
+        "conv_op": f"torch.nn.modules.conv.Conv{axes}d",
+        "kernel_sizes": [list(kernel) for kernel in pooling.kernels],
+        "strides": [list(stride) for stride in pooling.strides],
+        _ENCODER[unet]: list(planner.encoder(stages)),
+        "n_conv_per_stage_decoder": list(planner.decoder(stages)),
+        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{axes}d",
+    }
+    return {
+        "network_class_name": f"dynamic_network_architectures.architectures.unet.{unet}",
+        "arch_kwargs": arguments,
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Settings of a configuration with those it inherits; its own win.
+
+    Raises:
+        ValueError: If it, or what it inherits from, is not there; or it inherits from itself.
+    """
+    configurations = plans.get("configurations", {})
+    chain: list[str] = []
+    while name is not None:
+        if name not in configurations or name in chain:
+            raise ValueError(
+                f"nnU-Net plans: no usable configuration {' -> '.join([*chain, name])}; "
+                f"there are {', '.join(configurations) or 'none'}"
+            )
+        chain.append(name)
+        name = configurations[name].get("inherits_from")
+    return {key: value for link in reversed(chain) for key, value in configurations[link].items()}
+
+
+def network(settings: Mapping[str, Any]) -> Network:
+    """Reads the 3D U-Net of a resolved configuration, as nnU-Net 2.0 to 2.8 spell it.
+
+    Raises:
+        KeyError: If a setting is missing.
+        ValueError: If it is another network than the plain or the residual-encoder U-Net, not 3D,
+            or takes a coarser network's output as input.
+    """
+    unet, found = architecture(settings)
+    previous = settings.get("previous_stage")
+    if unet not in _ENCODER or len(settings["patch_size"]) != 3 or previous:
+        raise ValueError(
+            f"nnU-Net plans: need a 3D {' or '.join(_ENCODER)} that is no second stage; "
+            f"got {unet}, patch {settings['patch_size']}, previous stage {previous}"
+        )
+    return Network(
+        patch=triple(settings["patch_size"]),
+        batch=int(settings["batch_size"]),
+        features=tuple(found["features_per_stage"]),
+        strides=tuple(triple(stride) for stride in found["strides"]),
+        kernels=tuple(triple(kernel) for kernel in found["kernel_sizes"]),
+        convs_encoder=tuple(found[_ENCODER[unet]]),
+        convs_decoder=tuple(found["n_conv_per_stage_decoder"]),
+        batch_dice=bool(settings["batch_dice"]),
+    )
+
+
+def architecture(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Class of the network, without its module, and arguments of its constructor.
+
+    Raises:
+        KeyError: If a setting is missing.
+    """
+    found = settings["architecture"] if "architecture" in settings else _older(settings)
+    return found["network_class_name"].rpartition(".")[2], dict(found["arch_kwargs"])
+
+
+def _older(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in the words of files before 2.4: sizes instead of constructor arguments."""
+    unet = settings["UNet_class_name"]
+    convs = settings["n_conv_per_stage_encoder"]
+    base, widest = settings["UNet_base_num_features"], settings["unet_max_num_features"]
+    arguments = {
+        **_LAYERS,
+        "n_stages": len(convs),
+        "features_per_stage": widths(len(convs), base=base, widest=widest),
+        "kernel_sizes": settings["conv_kernel_sizes"],
+        "strides": settings["pool_op_kernel_sizes"],
+        _ENCODER.get(unet, ""): convs,
+        "n_conv_per_stage_decoder": settings["n_conv_per_stage_decoder"],
+    }
+    return {"network_class_name": unet, "arch_kwargs": arguments}
+
+
+def triple(values: Sequence[float]) -> Shape:
+    """Three whole numbers out of a longer type."""
+    d, h, w = (int(value) for value in values)
+    return d, h, w

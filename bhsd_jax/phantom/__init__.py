@@ -1,0 +1,1 @@
+"""Synthetic head CT: anatomy, bleeds, scanner, and the defects of real data sets."""

@@ -1,0 +1,251 @@
+"""Which bleeds a phantom has and how big they are; painting them into the brain.
+
+Prevalences, co-occurrence and volumes are those of BHSD: 192 scans, class volumes of 39 of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from bhsd_jax.phantom.anatomy import Points
+from bhsd_jax.phantom.lesions import (
+    Epidural,
+    Intraparenchymal,
+    Intraventricular,
+    Lesion,
+    Push,
+    Space,
+    Subarachnoid,
+    Subdural,
+    Triple,
+    ball_radius_mm,
+    direction,
+)
+
+CLASSES = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
+EDH, IPH, IVH, SAH, SDH = range(1, 6)
+
+# Median (mL), standard deviation of the logarithm, largest (mL).
+_VOLUME = {
+    EDH: (4.1, 1.3, 135.0),
+    IPH: (9.4, 1.9, 110.0),
+    IVH: (2.3, 1.8, 60.0),
+    SAH: (2.1, 1.8, 60.0),
+    SDH: (5.6, 1.4, 120.0),
+}
+# Scans of 192 with exactly these classes. Counts of single classes, of every class and of scans
+# with one, two, or more classes are BHSD's own. Alike sets stand together: see `class_set`.
+_CLASS_SETS = (
+    ((EDH,), 11),
+    ((EDH, SAH), 2),
+    ((EDH, IPH, SAH), 4),
+    ((EDH, IPH, IVH, SAH, SDH), 1),
+    ((EDH, SAH, SDH), 3),
+    ((EDH, SDH), 2),
+    ((SDH,), 10),
+    ((SAH, SDH), 4),
+    ((IVH, SAH, SDH), 14),
+    ((IPH, IVH, SAH, SDH), 1),
+    ((IPH, IVH, SDH), 11),
+    ((IPH, SAH, SDH), 24),
+    ((IPH, SAH), 8),
+    ((IPH, IVH, SAH), 37),
+    ((IVH, SAH), 2),
+    ((SAH,), 9),
+    ((IVH,), 8),
+    ((IPH, IVH), 30),
+    ((IPH,), 11),
+)
+# Earlier ones keep contested voxels.
+_PAINT_ORDER = (EDH, SDH, IPH, IVH, SAH)
+
+
+@dataclass(frozen=True)
+class Level:
+    """How hard the bleeds are to see."""
+
+    blood_hu: tuple[float, float]  # fresh clot
+    subarachnoid_hu: tuple[float, float]  # diluted by CSF
+    subdural_age: tuple[float, float, float, float]  # chances: acute, subacute, chronic, layered
+    core: float  # share of a mask that is blood; the rest is a rim drawn too wide, as raters do
+    smallest_ml: float
+    noise: float  # factor
+
+
+LEVELS = {
+    "default": Level((43, 63), (42, 60), (0.66, 0.14, 0.08, 0.12), 0.84, 0.12, 1.0),
+    "large": Level((43, 58), (43, 56), (1, 0, 0, 0), 1.0, 10.0, 0.6),
+    "easy": Level((70, 74), (66, 70), (1, 0, 0, 0), 1.0, 4.0, 0.6),
+}
+
+
+def class_set(share: float) -> tuple[int, ...]:
+    """The set of classes at a share in [0, 1) of all bleeding scans.
+
+    Shares spread evenly give every class its part even in a few scans, as EDH's sets adjoin.
+    """
+    total = sum(count for _, count in _CLASS_SETS)
+    passed = 0
+    for classes, count in _CLASS_SETS:
+        passed += count
+        if share * total < passed:
+            return classes
+    raise ValueError(f"share of bleeding scans: {share} is not in [0, 1)")
+
+
+def draw_lesions(
+    rng: np.random.Generator,
+    classes: tuple[int, ...],
+    volumes_ml: Mapping[int, float],
+    level: Level,
+) -> dict[int, Lesion]:
+    """Draws the bleeds, in the order they are painted.
+
+    All five are drawn whatever `classes` asks for, so that the others stay where they are when one
+    is left out. Given volumes win over drawn ones.
+    """
+    volume = {c: _volume_ml(rng, c, level.smallest_ml) for c in _VOLUME} | dict(volumes_ml)
+    side = {c: int(rng.choice((-1, 1))) for c in _VOLUME}
+    same = rng.random(2)
+    if IPH in classes and same[0] < 0.7:  # blood of one cause lies on one side
+        side[SAH] = side[IPH]
+    if SDH in classes and same[1] < 0.6:
+        side[SAH] = side[SDH]
+    drawn = {
+        EDH: _epidural(rng, volume[EDH], side[EDH], level),
+        SDH: _subdural(rng, volume[SDH], side[SDH], level),
+        IPH: _intraparenchymal(rng, volume[IPH], side[IPH], level),
+        IVH: _intraventricular(rng, volume[IVH], side[IVH], level),
+        SAH: _subarachnoid(rng, volume[SAH], side[SAH], level),
+    }
+    return {c: drawn[c] for c in _PAINT_ORDER if c in classes}
+
+
+def displacement(lesions: Mapping[int, Lesion], points: Points) -> Points:
+    """How far mass effect moved the tissue now at `points`, mm."""
+    shift = tuple(np.zeros_like(p) for p in points)
+    for lesion in lesions.values():
+        push = lesion.push()
+        if push is not None:
+            _add_push(push, points, shift)
+    return shift[0], shift[1], shift[2]
+
+
+def paint(
+    lesions: Mapping[int, Lesion], space: Space, hu: np.ndarray, voxel_ml: float, core: float
+) -> np.ndarray:
+    """Writes blood and edema into `hu` [N] and returns the labels, uint8 [N].
+
+    Only the share `core` of a mask is blood; see `Level`. A bleed that finds no room for its
+    volume fills all the room there is.
+    """
+    label = np.zeros(hu.size, np.uint8)
+    for index, lesion in lesions.items():
+        free = np.flatnonzero(lesion.allowed(space) & (label == 0))
+        order = lesion.order(space.take(free))
+        ranked = lowest(order, lesion.volume_ml / voxel_ml)
+        # A fluid level leaves no doubt, so blood in the ventricles has no rim.
+        filled = 1.0 if index == IVH else core
+        blood = ranked[: max(1, round(filled * ranked.size))]
+        if isinstance(lesion, Intraparenchymal) and blood.size:
+            _add_edema(lesion, space, hu, label, float(order[ranked[-1]]))
+        label[free[ranked]] = index
+        hu[free[blood]] = lesion.hu(space.take(free[blood]))
+    return label
+
+
+def lowest(values: np.ndarray, count: float) -> np.ndarray:
+    """Indices of the `count` lowest values, lowest first; at least one if `count` is above 0."""
+    wanted = min(max(round(count), int(count > 0)), values.size)
+    if wanted == 0:
+        return np.zeros(0, np.int64)
+    found = np.argpartition(values, wanted - 1)[:wanted]
+    return found[np.argsort(values[found], kind="stable")]
+
+
+def _volume_ml(rng: np.random.Generator, index: int, smallest_ml: float) -> float:
+    median, sigma, largest = _VOLUME[index]
+    return float(np.clip(rng.lognormal(np.log(median), sigma), smallest_ml, largest))
+
+
+def _epidural(rng: np.random.Generator, volume_ml: float, side: int, level: Level) -> Epidural:
+    return Epidural(
+        volume_ml=volume_ml,
+        side=side,
+        toward=direction(rng.uniform(-0.75, 0.75), rng.uniform(-0.15, 0.7), side),
+        widen=rng.uniform(0.9, 1.2),
+        suture=rng.uniform(0.5, 1.0),
+        blood_hu=rng.uniform(*level.blood_hu),
+    )
+
+
+def _subdural(rng: np.random.Generator, volume_ml: float, side: int, level: Level) -> Subdural:
+    toward = direction(rng.uniform(-0.5, 0.6), rng.uniform(0, 0.7), side)
+    kind = str(rng.choice(("convexity", "falx", "tentorium"), p=(0.78, 0.13, 0.09)))
+    age = int(rng.choice(4, p=level.subdural_age))
+    blood_hu = (rng.uniform(*level.blood_hu), rng.uniform(38, 48), rng.uniform(20, 30), 40.0)
+    taper_mm = rng.uniform(8, 14)
+    return Subdural(volume_ml, side, toward, kind, taper_mm, blood_hu[age], layered=age == 3)
+
+
+def _intraparenchymal(
+    rng: np.random.Generator, volume_ml: float, side: int, level: Level
+) -> Intraparenchymal:
+    centers: tuple[Triple, ...] = (  # basal ganglia and thalamus, lobes, posterior fossa
+        (side * rng.uniform(16, 30), rng.uniform(-8, 22), rng.uniform(-6, 8)),
+        (side * rng.uniform(24, 46), rng.uniform(-55, 48), rng.uniform(-6, 38)),
+        (side * rng.uniform(0, 26), rng.uniform(-52, -28), rng.uniform(-52, -36)),
+    )
+    axes = rng.uniform(0.75, 1.35, 3)
+    a, b, c = (axes / np.prod(axes) ** (1 / 3)).tolist()
+    return Intraparenchymal(
+        volume_ml=volume_ml,
+        center=centers[int(rng.choice(3, p=(0.45, 0.42, 0.13)))],
+        axes=(a, b, c),
+        blood_hu=rng.uniform(*level.blood_hu),
+        edema_mm=rng.uniform(2, 9),
+        edema_hu=rng.uniform(6, 12),
+    )
+
+
+def _intraventricular(
+    rng: np.random.Generator, volume_ml: float, side: int, level: Level
+) -> Intraventricular:
+    return Intraventricular(
+        volume_ml=volume_ml,
+        side=side,
+        cast=rng.random() < 0.35,
+        uneven_mm=rng.uniform(0, 14),
+        blood_hu=rng.uniform(*level.blood_hu),
+    )
+
+
+def _subarachnoid(
+    rng: np.random.Generator, volume_ml: float, side: int, level: Level
+) -> Subarachnoid:
+    basal = rng.random() < 0.35
+    focus = (side * rng.uniform(28, 52), rng.uniform(-50, 40), rng.uniform(-8, 46))
+    return Subarachnoid(
+        volume_ml=volume_ml,
+        center=(0, 14, -24) if basal else focus,
+        spread=(32, 30, 12) if basal else (24, 28, 16),
+        blood_hu=rng.uniform(*level.subarachnoid_hu),
+    )
+
+
+def _add_push(push: Push, points: Points, shift: tuple[np.ndarray, ...]) -> None:
+    away = [p - c for p, c in zip(points, push.center, strict=True)]
+    distance = np.sqrt(away[0] ** 2 + away[1] ** 2 + away[2] ** 2) + 1
+    size = push.strength * push.radius_mm * np.exp(-distance / push.reach_mm)
+    size *= np.clip(distance / (push.radius_mm + 4), 0, 1) / distance
+    for total, a in zip(shift, away, strict=True):
+        total += size * a
+
+
+def _add_edema(
+    lesion: Intraparenchymal, space: Space, hu: np.ndarray, label: np.ndarray, edge: float
+) -> None:
+    """Darkens the brain around a bleed whose fill order ended at `edge`."""
+    reach = edge + lesion.edema_mm / ball_radius_mm(lesion.volume_ml)
+    hu[(lesion.order(space) < reach) & space.tissue.brain & (label == 0)] -= lesion.edema_hu

@@ -1,0 +1,202 @@
+"""The CT scanner of the phantom: grid with gantry tilt, slice profile, sharpness, noise, padding.
+
+Arrays are [D, H, W] = a BHSD file's (k, j, i): slices run superior, rows anterior, columns left.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+from scipy.special import expit
+
+from bhsd_jax.phantom.anatomy import Points
+
+AIR_HU = -1024
+LARGEST_HU = 3071
+_COVERED_MM = 160.0  # of the head, if the slice thickness is not given
+_FIELD_MM = ((250.0, 220.0, 240.0, 190.0), (0.70, 0.12, 0.12, 0.06))  # and how often
+_PADDING_HU = ((0, -2048, -3024), (0.52, 0.245, 0.235))  # 0: none
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How one head was scanned."""
+
+    size: int  # rows and columns
+    slices: int
+    sub: int  # thin slices averaged into one
+    thick_mm: float
+    field_mm: float  # edge of the square image
+    tilt_deg: float  # of the gantry about x; BHSD's are never positive
+    yaw_deg: float
+    roll_deg: float
+    offset_mm: tuple[float, float, float]  # of the head from the middle
+    pad_hu: int  # outside the circle of reconstruction; 0: no padding
+    noise_hu: float  # standard deviation
+    streak_hu: float  # amplitude near the skull base; 0: none
+    streak_deg: float
+    streak_mm: float  # wavelength
+
+    @property
+    def pixel_mm(self) -> float:
+        """Of rows and columns alike."""
+        return self.field_mm / self.size
+
+    @property
+    def feed_mm(self) -> float:
+        """Table feed between slices: along the patient, so more than the thickness with a tilt."""
+        return float(self.thick_mm / np.cos(np.deg2rad(self.tilt_deg)))
+
+    @property
+    def voxel_ml(self) -> float:
+        """True volume of a voxel; the header's is larger by 1 / cos(tilt)."""
+        return self.pixel_mm**2 * self.thick_mm / 1000
+
+    @property
+    def true_affine(self) -> np.ndarray:
+        """Voxel (d, h, w, 1) -> world in mm, RAS+: slices are displaced along the patient's z."""
+        return self._affine((0.0, 0.0, self.feed_mm))
+
+    @property
+    def stored_affine(self) -> np.ndarray:
+        """As BHSD's headers have it: the table feed drawn along the slice normal, shear lost."""
+        tilt = np.deg2rad(self.tilt_deg)
+        return self._affine((0.0, -self.feed_mm * np.sin(tilt), self.feed_mm * np.cos(tilt)))
+
+    def _affine(self, slice_step: tuple[float, float, float]) -> np.ndarray:
+        tilt = np.deg2rad(self.tilt_deg)
+        affine = np.eye(4)
+        affine[:3, 0] = slice_step
+        affine[:3, 1] = 0, self.pixel_mm * np.cos(tilt), self.pixel_mm * np.sin(tilt)
+        affine[:3, 2] = -self.pixel_mm, 0, 0
+        middle = (np.array((self.slices, self.size, self.size)) - 1) / 2
+        affine[:3, 3] = -affine[:3, :3] @ middle
+        return affine
+
+    def plane(self, index: int) -> Points:
+        """Patient coordinates of thin slice `index` of `slices * sub`, each [H W]."""
+        across = ((np.arange(self.size) - (self.size - 1) / 2) * self.pixel_mm).astype(np.float32)
+        along = (index + 0.5) / self.sub - self.slices / 2
+        tilt, yaw, roll = np.deg2rad((self.tilt_deg, self.yaw_deg, self.roll_deg)).tolist()
+        x = across[None, :]
+        y = across[:, None] * np.float32(np.cos(tilt))
+        z = across[:, None] * np.float32(np.sin(tilt)) + np.float32(along * self.feed_mm)
+        cos, sin = np.float32(np.cos(yaw)), np.float32(np.sin(yaw))
+        x, y = x * cos - y * sin - self.offset_mm[0], x * sin + y * cos - self.offset_mm[1]
+        cos, sin = np.float32(np.cos(roll)), np.float32(np.sin(roll))
+        return x * cos - z * sin, y, x * sin + z * cos - self.offset_mm[2]
+
+
+def draw_scan(
+    rng: np.random.Generator,
+    *,
+    size: int,
+    slices: int,
+    sub: int,
+    thick_mm: float | None,
+    tilt_deg: float | None,
+    pad_hu: int | None,
+    noise: float,
+) -> Scan:
+    """Draws what is None, and all that cannot be asked for; `noise` scales noise and streaks."""
+    thick_mm = _COVERED_MM / slices if thick_mm is None else thick_mm
+    field_mm = float(rng.choice(_FIELD_MM[0], p=_FIELD_MM[1]))
+    tilted = rng.random() < 0.63
+    drawn_tilt = -round(2 * float(np.clip(rng.normal(18, 6), 5, 29))) / 2  # in half degrees
+    drawn_pad = int(rng.choice(_PADDING_HU[0], p=_PADDING_HU[1]))
+    yaw, roll = rng.normal(0, (4, 3)).tolist()
+    x, y, z = rng.normal(0, (4, 8, 6)).tolist()
+    streaks = rng.random() < 0.5
+    return Scan(
+        size=size,
+        slices=slices,
+        sub=sub,
+        thick_mm=thick_mm,
+        field_mm=field_mm,
+        tilt_deg=(drawn_tilt if tilted else 0.0) if tilt_deg is None else tilt_deg,
+        yaw_deg=yaw,
+        roll_deg=roll,
+        offset_mm=(x, y, z + 2),
+        pad_hu=drawn_pad if pad_hu is None else pad_hu,
+        noise_hu=noise * rng.uniform(2.6, 4.8) * float(np.sqrt(5 / thick_mm)),
+        streak_hu=noise * rng.uniform(1.5, 5) * streaks,
+        streak_deg=rng.uniform(0, 180),
+        streak_mm=rng.uniform(14, 30),
+    )
+
+
+def label_voxels(
+    cells: np.ndarray, label: np.ndarray, scan: Scan, rng: np.random.Generator
+) -> np.ndarray:
+    """Labels of the thick slices, uint8 [D H W], from those of thin voxels lying in `cells`.
+
+    Each class gets the voxels it covers most, as many as keep its volume; the smallest class
+    chooses first. A vote of the thin voxels would delete sheets thinner than half a slice.
+    """
+    thick = np.zeros(scan.slices * scan.size * scan.size, np.uint8)
+    present, sizes = np.unique(label[label > 0], return_counts=True)
+    for index in present[np.argsort(sizes, kind="stable")]:
+        where, counts = np.unique(cells[label == index], return_counts=True)
+        total = counts.sum()
+        counts = counts + 0.5 * rng.random(counts.size)  # ties fall at random, not in one corner
+        free = thick[where] == 0
+        where, counts = where[free], counts[free]
+        wanted = max(1, round(total / scan.sub))
+        thick[where[np.argsort(-counts, kind="stable")[:wanted]]] = index
+    return thick.reshape(scan.slices, scan.size, scan.size)
+
+
+def acquire(scan: Scan, hu: np.ndarray, cavity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What the scanner makes of the averaged HU [D H W] float32: int16 [D H W].
+
+    Args:
+        scan: How it is scanned.
+        hu: Slice averages without any defect; changed in place.
+        cavity: Share of every voxel that lies in the cranial cavity.
+        rng: For the noise.
+    """
+    across = (np.arange(scan.size) - (scan.size - 1) / 2) * scan.pixel_mm
+    radius = np.hypot(across[:, None], across[None, :]).astype(np.float32)
+    _add_table(hu, across)
+    sigma = 0.45 / scan.pixel_mm
+    hu = ndimage.gaussian_filter(hu, (0, sigma, sigma), mode="nearest")
+    # The head attenuates most along lines through its middle.
+    hu += _noise(scan, rng) * (0.45 + 0.75 * expit((110 - radius) / 12))
+    if scan.streak_hu:
+        hu += _streaks(scan, across) * cavity
+    out = np.clip(np.rint(hu), AIR_HU, LARGEST_HU).astype(np.int16)
+    if scan.pad_hu:
+        out[:, radius > scan.field_mm / 2] = scan.pad_hu
+    return out
+
+
+def _add_table(hu: np.ndarray, across: np.ndarray) -> None:
+    """The shell of the head holder, and foam under it."""
+    arc = np.hypot(across[None, :], across[:, None] + 20)
+    under = across[:, None] < -60
+    shell = (arc > 112) & (arc < 116) & under
+    hu[:, shell] = np.maximum(hu[:, shell], -80)
+    foam = (arc >= 116) & (arc < 124) & under
+    hu[:, foam] = np.maximum(hu[:, foam], -930)
+
+
+def _noise(scan: Scan, rng: np.random.Generator) -> np.ndarray:
+    noise = rng.standard_normal((scan.slices, scan.size, scan.size), dtype=np.float32)
+    scale = scan.noise_hu
+    if scan.pixel_mm < 1:  # the kernel's band; coarser pixels do not show it
+        fine, coarse = 0.55 / scan.pixel_mm, 1.6 / scan.pixel_mm
+        blurred = ndimage.gaussian_filter(noise, (0, fine, fine), mode="wrap")
+        blurred -= 0.35 * ndimage.gaussian_filter(noise, (0, coarse, coarse), mode="wrap")
+        noise = blurred
+    else:
+        scale = scale / scan.pixel_mm**0.8
+    return noise * np.float32(scale / noise.std())
+
+
+def _streaks(scan: Scan, across: np.ndarray) -> np.ndarray:
+    """Dark and bright bands between the petrous bones."""
+    angle = np.deg2rad(scan.streak_deg)
+    phase = across[None, :] * np.cos(angle) + across[:, None] * np.sin(angle)
+    bands = scan.streak_hu * np.cos(2 * np.pi * phase / scan.streak_mm)
+    height = np.arange(scan.slices) / scan.slices
+    return (bands * np.exp(-(((height - 0.22) / 0.1) ** 2))[:, None, None]).astype(np.float32)

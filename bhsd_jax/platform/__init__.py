@@ -1,0 +1,1 @@
+"""The machine, its file system and its cluster, without JAX."""

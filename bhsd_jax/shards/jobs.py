@@ -1,0 +1,229 @@
+"""Which shards a data set becomes, which of them are written, and the files that say so.
+
+Everything here is a function of the sorted case list, the facts and the plan, so that any number of
+jobs that share only a file system agree on it. Each shard that was written has a record, a small
+file of its own; whoever finds all records merges them into `manifest.json` and `index.json`.
+
+A record holds the SHA-256 of its shard, and a seal, the SHA-256 of itself. What does not agree with
+them was damaged on disk, and is written anew by the job whose shard it is.
+"""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.platform import files
+from bhsd_jax.shards import store
+from bhsd_jax.volume import Case, Plan
+
+logger = logging.getLogger(__name__)
+
+_KEYS = ("key", "bytes", "entries")  # of every record; those of older versions have no more
+_SEALED = (*_KEYS, "sha256")  # what the seal is of
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write: a function of the sorted case list and the plan alone."""
+
+    path: Path
+    record: Path  # the file that says it is written
+    cases: tuple[Case, ...]
+    digests: tuple[str, ...]  # of each case's files
+    plan: Plan
+
+    @property
+    def key(self) -> str:
+        """Changes when a byte of the shard would. Planned network and statistics do not matter."""
+        plan = self.plan.to_json()
+        used = [plan[k] for k in ("version", "classes", "modality", "spacing_mm", "transpose")]
+        used += [plan[k] for k in ("crop_hu", "axes", "normalize_first")] + [store.SCHEMA]
+        known = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
+        return hashlib.sha256(json.dumps([used, known, self.digests]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several jobs does: every `number`-th shard, beginning with shard `index`.
+
+    Raises:
+        ValueError: If there is no such job.
+    """
+
+    index: int = 0
+    number: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.number:
+            raise ValueError(
+                f"config.preprocess.shard_index is 0..{self.number - 1} for num_shards "
+                f"{self.number}; got {self.index}"
+            )
+
+    def jobs(self, jobs: Sequence[Job]) -> list[Job]:
+        """The shards this one writes."""
+        return [job for job in jobs if _position(job.path) % self.number == self.index]
+
+    def order(self, cases: Sequence[Case], size: int) -> list[Case]:
+        """All cases, its own first; the others in an order no other job has.
+
+        What another has looked at by then is only read, so that jobs that are done help those that
+        are not, and one that is started alone waits for nobody.
+        """
+        own = [c for n, c in enumerate(cases) if n // size % self.number == self.index]
+        rest = [c for n, c in enumerate(cases) if n // size % self.number != self.index]
+        return own + random.Random(self.index).sample(rest, len(rest))
+
+
+def divide(
+    folder: Path,
+    records: Path,
+    cases: Sequence[Case],
+    facts: Sequence[Facts],
+    plan: Plan,
+    size: int,
+) -> list[Job]:
+    """Shards by position among all cases, so that one refused case moves no other."""
+    digests = {fact.case: fact.source_sha256 for fact in facts}
+    count = -(-len(cases) // size)
+    jobs = []
+    for index in range(count):
+        part = tuple(c for c in cases[index * size : (index + 1) * size] if c.id in digests)
+        name = f"shard-{index:05d}-of-{count:05d}"
+        path, record = folder / f"{name}.arrayrecord", records / f"{name}.json"
+        jobs.append(Job(path, record, part, tuple(digests[case.id] for case in part), plan))
+    return [job for job in jobs if job.cases]
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """Records by shard, as the last run that was complete merged them.
+
+    One that is damaged is left out, which a line says.
+    """
+    path = folder / "manifest.json"
+    rows = files.recall_json(path) or {}
+    found = {}
+    for name, row in rows.items():
+        try:
+            found[name] = _checked(row)
+        except files.MALFORMED as error:
+            logger.warning("%s: damaged (%s: %s); it is made anew", path, name, error)
+    if len(found) < len(rows):
+        files.write_json(path, found)
+    return found
+
+
+def written(job: Job, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a shard that is there as the job would write it; None if it is not.
+
+    A row of the manifest, `known`, does as well: the records may lie in a run folder that is gone.
+    Of the shard itself only the size is looked at; `verify` reads it.
+    """
+    for found in (files.recall_json(job.record, _checked), known.get(job.path.name)):
+        if found and found["key"] == job.key and _size(job.path) == found["bytes"]:
+            return found
+    return None
+
+
+def remember(job: Job, entries: Sequence[store.Entry], refused: Mapping[str, str]) -> None:
+    """Writes the record of a shard, and why cases are missing from it."""
+    found = {
+        "key": job.key,
+        "bytes": _size(job.path),
+        "sha256": _sha256(job.path),
+        "entries": [asdict(entry) for entry in entries],
+    }
+    files.write_json(job.record, found | {"seal": _seal(found), "refused": dict(refused)})
+
+
+def verify(written: tuple[Job, Mapping[str, Any]]) -> str:
+    """What is wrong with a shard, given its record; "" if it is byte for byte what was written.
+
+    A record of an older version has no SHA-256: then every array is compared with the digest beside
+    it in the shard, and the record is written anew.
+    """
+    job, record = written
+    if "sha256" in record:
+        return (
+            "" if _sha256(job.path) == record["sha256"] else "its SHA-256 is not what was written"
+        )
+    try:
+        entries = store.check_shard(job.path)
+    except ValueError as error:
+        return str(error.__cause__ or error)
+    remember(job, entries, record.get("refused", {}))
+    return ""
+
+
+def finish(folder: Path, jobs: Sequence[Job], plan: Plan) -> tuple[int, dict[str, str]]:
+    """Writes manifest and index if all shards are there.
+
+    Returns:
+        How many are not, and why cases are missing from those that are, whoever wrote them.
+    """
+    known = manifest(folder)
+    found = {job.path.name: written(job, known) for job in jobs}
+    records = {name: dict(record) for name, record in sorted(found.items()) if record}
+    refused = {case: why for r in records.values() for case, why in r.get("refused", {}).items()}
+    if missing := len(found) - len(records):
+        return missing, refused
+    rows = [store.entry_from_json(row) for record in records.values() for row in record["entries"]]
+    whole = {name: r for name, r in records.items() if not r.pop("refused", None)}
+    files.write_json(folder / "plan.json", plan.to_json())
+    files.write_json(folder / "manifest.json", whole)
+    store.write_index(folder, rows)
+    _sweep(folder, {row.shard for row in rows})
+    return 0, refused
+
+
+def _sweep(folder: Path, used: set[str]) -> None:
+    """Removes the shards of an earlier division, and what killed jobs left."""
+    for path in folder.glob("shard-*.arrayrecord"):
+        if path.name not in used:
+            path.unlink(missing_ok=True)
+    files.sweep(folder)
+
+
+def _position(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _sha256(path: Path) -> str | None:
+    """None if there is no file: a shard none of whose cases could be prepared."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    text = json.dumps([record[name] for name in _SEALED])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """The record, if it can be one.
+
+    Raises:
+        ValueError: If it is not what was written.
+        KeyError: If it lacks a part.
+        TypeError: If a part is of another type.
+    """
+    for row in record["entries"]:
+        store.entry_from_json(row)
+    missing = [name for name in _KEYS if name not in record]
+    if missing:
+        raise KeyError(missing[0])
+    if "sha256" in record and _seal(record) != record.get("seal"):
+        raise ValueError("its seal is another")
+    return dict(record)

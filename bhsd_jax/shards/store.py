@@ -1,0 +1,180 @@
+"""Folders of ArrayRecord shards: one record per prepared case, `plan.json`, `index.json`.
+
+`plan.json` says what was done, `index.json` has one `Entry` per case, sorted by id.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+from bhsd_jax.ct.prepare import Prepared
+from bhsd_jax.platform import faults, files
+from bhsd_jax.shards.record import SCHEMA, Reader, damaged, pack, unpack
+from bhsd_jax.volume import Plan, Shape
+
+_REMEDY = "run the verb `preprocess` again, which writes it anew"
+_OPTIONS = "group_size:1,uncompressed"  # one record is one read; blosc2 has compressed it already
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of `index.json`: what can be known of a case without reading its record."""
+
+    id: str
+    patient: str
+    split: str
+    has_label: bool
+    bleeding: bool | None
+    shape: Shape
+    voxels: tuple[int, ...]  # per class, background first; of the prepared label; () without one
+    volume_ml: tuple[float, ...]  # per class, background first; native grid, tilt-corrected
+    shard: str  # file name in the folder
+    record: int  # position in the shard
+
+
+class Shards:
+    """A folder of prepared cases. Safe to share between threads, cheap to send to a process."""
+
+    def __init__(self, folder: str | Path):
+        """Reads plan and index; records stay where they are.
+
+        Raises:
+            FileNotFoundError: If the folder has no plan or index.
+            ValueError: If the index is damaged, or has another schema.
+        """
+        self.folder = Path(folder)
+        self.plan = Plan.load(self.folder)
+        path = self.folder / "index.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not there; run the verb `preprocess` to its end")
+        schema, self.entries = files.read_json(path, _parse_index, remedy=_REMEDY)
+        if schema != SCHEMA:
+            raise ValueError(
+                f"{path}: schema {schema}, this version reads {SCHEMA}; "
+                "remove the folder and run the verb `preprocess` again"
+            )
+        self._by_id = {entry.id: entry for entry in self.entries}
+
+    def open(self, case: str) -> Reader:
+        """Reads the record of one case; its arrays stay compressed.
+
+        Raises:
+            ValueError: If the folder has no such case, or the shard is damaged; names shard and
+                record.
+        """
+        entry = self._by_id.get(case)
+        if entry is None:
+            raise ValueError(f"{self.folder}: no case {case!r} among {len(self.entries)}")
+        place = f"{self.folder / entry.shard}, record {entry.record}"
+        return Reader(_read(self.folder / entry.shard, [entry.record], place)[0], place)
+
+    def load(self, case: str) -> Prepared:
+        """Reads one case in full and compares it with its digests.
+
+        Raises:
+            ValueError: If the folder has no such case, or the shard is damaged; names shard and
+                record.
+        """
+        return unpack(self.open(case))
+
+
+def write_shard(path: str | Path, prepared: Iterable[Prepared]) -> list[Entry]:
+    """Writes cases in the order given, holding one at a time; the file appears when complete.
+
+    The same cases give the same bytes. Without any case no file is written.
+
+    Raises:
+        faults.WriteError: If the system says no, such as on a full disk.
+    """
+    entries: list[Entry] = []
+    with files.replacing(path) as temporary, _as_system_error(temporary):
+        writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
+        try:
+            for case in prepared:
+                header, record = pack(case)
+                writer.write(record)
+                entries.append(_describe(header, shard=Path(path).name, record=len(entries)))
+        finally:
+            writer.close()  # a full disk may show only here
+        if not entries:
+            temporary.unlink()
+    return entries
+
+
+def write_index(folder: str | Path, entries: Iterable[Entry]) -> None:
+    """Writes `index.json`, sorted by id; the last file of a complete folder."""
+    rows = [dataclasses.asdict(e) for e in sorted(entries, key=lambda e: e.id)]
+    files.write_json(Path(folder) / "index.json", {"schema": SCHEMA, "entries": rows})
+
+
+def entry_from_json(row: Mapping[str, Any]) -> Entry:
+    """Undoes `dataclasses.asdict`, also after a trip through a JSON file.
+
+    Raises:
+        KeyError: If a field is missing.
+        TypeError: If there is another, or a value is none that the field can have.
+    """
+    values: dict[str, Any] = dict(row)
+    for name in ("shape", "voxels", "volume_ml"):
+        values[name] = tuple(values[name])
+    return Entry(**values)
+
+
+def check_shard(path: str | Path) -> list[Entry]:
+    """Reads all of a shard and compares it with the digests inside; what it holds.
+
+    Raises:
+        ValueError: If it is damaged; names shard and record.
+    """
+    shard = Path(path)
+    entries = []
+    for record, data in enumerate(_read(shard, None, str(shard))):
+        reader = Reader(data, f"{shard}, record {record}")
+        unpack(reader)
+        entries.append(_describe(reader.header, shard=shard.name, record=record))
+    return entries
+
+
+def _read(shard: Path, records: Sequence[int] | None, place: str) -> list[bytes]:
+    """Those records of a shard, or all."""
+    if not shard.is_file():
+        raise damaged(place, "the file is not there")
+    try:
+        with _as_system_error(shard):
+            # Opened anew each time (0.1 ms): nothing to lock, and no limit on how many shards.
+            reader = array_record_module.ArrayRecordReader(str(shard), "readahead_buffer_size:0")
+            try:
+                return reader.read_all() if records is None else reader.read(list(records))
+            finally:
+                reader.close()
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise damaged(place, str(error)) from error
+
+
+@contextlib.contextmanager
+def _as_system_error(path: Path) -> Iterator[None]:
+    """What the system said no to, which the library says by RuntimeError, is an OSError again."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = faults.in_words_of(error, path)
+        if found is None:
+            raise
+        raise found from error
+
+
+def _parse_index(index: Mapping[str, Any]) -> tuple[int, tuple[Entry, ...]]:
+    if index["schema"] != SCHEMA:
+        return index["schema"], ()  # what its rows are is not known
+    return SCHEMA, tuple(entry_from_json(row) for row in index["entries"])
+
+
+def _describe(header: Mapping[str, Any], *, shard: str, record: int) -> Entry:
+    names = ("patient", "split", "has_label", "bleeding", "shape", "voxels", "volume_ml")
+    row = {name: header[name] for name in names}
+    return entry_from_json(row | {"id": header["case"], "shard": shard, "record": record})

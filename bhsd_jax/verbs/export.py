@@ -1,0 +1,167 @@
+"""The network of a run for other programs: StableHLO, or PyTorch's names in safetensors.
+
+    import jax, numpy as np
+    network = jax.export.deserialize(bytearray(open("out/model.stablehlo", "rb").read()))
+    logits = network.call(image)  # float32 [b D H W C] -> float32 [b D H W K], any b
+
+With the weights apart: `network.call(dict(np.load("out/weights.npz")), image)`.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from bhsd_jax import windows
+from bhsd_jax.assemble import predictor, setup, wiring
+from bhsd_jax.assemble.setup import Config
+from bhsd_jax.models import nnunet_torch, torch_export
+from bhsd_jax.platform import files
+from bhsd_jax.report.page import NOTICE
+from bhsd_jax.torch_weights import weights_file
+from bhsd_jax.types import Params
+from bhsd_jax.verbs import import_weights
+from bhsd_jax.volume import Plan
+
+PLATFORMS = ("cpu", "cuda")
+_NORMALIZATION = ("low", "high", "shift", "scale")
+
+
+def stablehlo(
+    config: Config,
+    workdir: Path,
+    out: Path,
+    *,
+    normalize: bool = True,
+    weights_apart: bool = False,
+    platforms: tuple[str, ...] = PLATFORMS,
+) -> None:
+    """Writes `model.stablehlo`, `model.json`, and `weights.npz` if they are to lie apart.
+
+    One tile of the run's patch, any number at once, float32, full-resolution logits. `normalize`:
+    the function takes raw intensities (CT: HU) and normalizes them itself, unless the plan does it
+    before resampling (MR, and runs imported from nnU-Net).
+
+    Raises:
+        FileNotFoundError: If there is no plan or checkpoint.
+        ValueError: If they do not fit the config, or flatbuffers is not installed.
+    """
+    weights_file.library("flatbuffers", out, extra="export")  # of JAX's file format
+    plan = setup.load_plan(config, workdir)
+    normalize = normalize and not plan.normalized_before
+    step, name, variables = _network(config, workdir)
+    normalization = wiring.normalization(config, plan)
+    model = wiring.model(config, plan).clone(dtype=jnp.float32, remat="none")
+    flat: Any = traverse_util.flatten_dict(variables, sep="/")
+    forward = _forward(model, normalization if normalize else None)
+    (batch,) = jax.export.symbolic_shape("b")
+    channels = 1 if normalize else normalization.channels
+    image = jax.ShapeDtypeStruct((batch, *setup.patch(config, plan), channels), jnp.float32)
+    if weights_apart:
+        shapes = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in flat.items()}
+        function, arguments = forward, (shapes, image)
+    else:
+        function, arguments = lambda image: forward(flat, image), (image,)
+    made = jax.export.export(jax.jit(function), platforms=platforms)(*arguments)
+    data = bytes(made.serialize())
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(out / "model.stablehlo", data)
+    if weights_apart:
+        weights = io.BytesIO()
+        np.savez(weights, **flat)
+        files.write_bytes(out / "weights.npz", weights.getvalue())
+    facts = _facts(config, plan, step, name) | {
+        "input": f"float32 [b D H W {channels}], {'raw, HU' if normalize else 'normalized'}",
+        "output": f"logits float32 [b D H W {model.num_classes}]",
+        "platforms": platforms,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "weights": "weights.npz, the first argument" if weights_apart else "inside",
+        "jax": jax.__version__,
+    }
+    files.write_json(out / "model.json", facts)
+
+
+def safetensors(config: Config, workdir: Path, out: Path) -> None:
+    """Writes the weights under PyTorch's names, and a JSON file beside them.
+
+    For nnU-Net's networks, and for every imported run. The header holds reference and constructor,
+    so that `tools/import_torch.py` needs neither.
+
+    Raises:
+        FileNotFoundError: If there is no plan or checkpoint.
+        ValueError: If the network has no twin in PyTorch, or safetensors is not installed.
+    """
+    library = weights_file.library("safetensors.numpy", out)
+    plan = setup.load_plan(config, workdir)
+    step, name, variables = _network(config, workdir)
+    reference, constructor = _twin(config, workdir, plan)
+    state = torch_export.dump(reference, constructor, variables)
+    facts = _facts(config, plan, step, name)
+    header = {"reference": reference, "constructor": json.dumps(constructor)}
+    header |= {key: facts[key] for key in ("notice", "license", "trained_on")}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(out, library.save(state, metadata=header))
+    twin = {"reference": reference, "constructor": constructor}
+    files.write_json(out.with_suffix(".json"), facts | twin)
+
+
+def _network(config: Config, workdir: Path) -> tuple[int, str, Params]:
+    step, networks = predictor.load(config, workdir)
+    name, variables = next(iter(networks.items()))
+    return step, name, variables
+
+
+def _forward(model: Any, normalization: Any) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
+    def forward(flat: Mapping[str, Any], image: jax.Array) -> jax.Array:
+        variables = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, dict(flat)), sep="/")
+        ready = normalization(image) if normalization else image
+        return model.apply(variables, ready, train=False)[0]
+
+    return forward
+
+
+def _twin(config: Config, workdir: Path, plan: Plan) -> tuple[str, dict[str, Any]]:
+    file = workdir / import_weights.REFERENCE_FILE
+    if file.is_file():
+        found = weights_file.json_of(str(file))
+        return found["reference"], found["constructor"]
+    channels = wiring.normalization(config, plan).channels
+    return nnunet_torch.constructor_of(wiring.model(config, plan), channels)
+
+
+def _facts(config: Config, plan: Plan, step: int, name: str) -> dict[str, Any]:
+    """What one must know to use the network, without this package."""
+    return {
+        "notice": NOTICE,
+        "license": plan.license,
+        "trained_on": plan.dataset,
+        "classes": setup.classes(config, plan),
+        "patch": setup.patch(config, plan),
+        "spacing_mm": plan.spacing_mm,
+        "axes": plan.axes,
+        "transpose": plan.transpose,
+        "modality": plan.modality,
+        "normalization": _normalization(config, plan),
+        "plan": plan.to_json(),
+        "model": {"name": config.model.name, "network": name, "step": step},
+    }
+
+
+def _normalization(config: Config, plan: Plan) -> dict[str, Any]:
+    """From raw intensities to the network's input, in numbers; one entry per channel."""
+    when = "before resampling" if plan.normalized_before else "after resampling"
+    if plan.modality == "mr":
+        return {"formula": "(x - mean of the scan) / its standard deviation", "when": when}
+    normalization = wiring.normalization(config, plan)
+    if plan.normalize_first:
+        normalization = windows.Normalization.from_plan("ct", plan.foreground)
+    numbers = {key: getattr(normalization, key) for key in _NORMALIZATION}
+    return {"formula": "(clip(x, low, high) - shift) / scale", "when": when, **numbers}

@@ -1,0 +1,207 @@
+"""Weights trained with PyTorch to a run folder that `predict` accepts."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble.setup import Config
+from bhsd_jax.models import torch_import
+from bhsd_jax.nnunet import trained
+from bhsd_jax.platform import files
+from bhsd_jax.torch_weights import weights_file
+from bhsd_jax.torch_weights.weights_file import WeightsFile
+from bhsd_jax.train.checkpoint import save_networks
+from bhsd_jax.volume import Millimeters, Network, Plan, Shape
+
+REFERENCE_FILE = "reference.json"  # what the network is in PyTorch; `tools/export.py` reads it
+_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth")
+_FIXED_SIZE = ("img_size", "crop_size")  # constructor arguments that say the patch
+_NOT_IN_A_CONFIG = ("parent", "name", "num_classes", "dtype", "remat")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A network of PyTorch, and what prediction must know of its training."""
+
+    reference: str  # see `models.torch_import`
+    constructor: Mapping[str, Any]
+    plan: Plan
+    mirror_axes: tuple[int, ...] = (0, 1, 2)
+    pad: str = "nnunet"  # see `windows.Normalization.pad_value`
+    windows: Any = "plan"  # see `config.windows`
+
+
+def find(path: Path) -> Path:
+    """The file itself, or the final, best or latest checkpoint in nnU-Net's folder of a fold.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if not path.is_dir():
+        return path
+    found = [path / name for name in _CHECKPOINTS if (path / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{path}: none of {', '.join(_CHECKPOINTS)} in this folder")
+    return found[0]
+
+
+def is_nnunet(weights: WeightsFile) -> bool:
+    """Whether nnU-Net v2's trainer wrote the file."""
+    return "network_weights" in weights.beside and "init_args" in weights.beside
+
+
+def from_nnunet(weights: WeightsFile, path: Path) -> Source:
+    """Network, plan and mirrored axes of a checkpoint of nnU-Net v2.
+
+    What the file does not say is looked for in plans.json and dataset.json beside it, or one folder
+    up.
+
+    Raises:
+        ValueError: If something is missing or not supported.
+    """
+    given = weights.beside["init_args"]
+    plans, dataset = (
+        given.get(key) or _beside(path, file)
+        for key, file in (("plans", "plans.json"), ("dataset_json", "dataset.json"))
+    )
+    configuration = given.get("configuration", "3d_fullres")
+    plan = trained.plan_of(plans, dataset, configuration, digest(path))
+    reference, constructor = trained.network_of(plans, dataset, configuration)
+    axes = weights.beside.get("inference_allowed_mirroring_axes")
+    return Source(reference, constructor, plan, tuple(int(axis) for axis in axes or ()))
+
+
+def require_release(reference: str, constructor: Mapping[str, Any]) -> None:
+    """Asks for what neither weights nor MONAI's arguments say but the results depend on.
+
+    Raises:
+        ValueError: If the order in which a Swin UNETR merges its patches is open.
+    """
+    said = {"downsample", "merging", "img_size"} & set(constructor)  # the last: before MONAI 1.5
+    if reference == "SwinUNETR" and not said:
+        raise ValueError(
+            "SwinUNETR: MONAI 1.5 changed the order in which patches are merged, and the weights "
+            'do not tell which they have; add to --constructor "downsample": "merging" if MONAI '
+            '1.5 or later built the network, "legacy" for those before (all that were published '
+            "until 2025)"
+        )
+
+
+def plan_for(
+    constructor: Mapping[str, Any],
+    *,
+    classes: Sequence[str],
+    spacing_mm: Millimeters,
+    axes: str,
+    foreground: tuple[float, float, float, float] | None,
+    source_sha256: str,
+    patch: Shape | None = None,
+    crop_hu: float | None = None,
+    dataset: str = "imported",
+    license: str = "",
+) -> Plan:
+    """What prediction must know where the file says nothing of it.
+
+    `foreground` is clip from, subtract, divide by, clip to; None: z-scores of every scan.
+
+    Raises:
+        ValueError: If neither `patch` nor the constructor says the size of the input.
+    """
+    fixed = next((constructor[name] for name in _FIXED_SIZE if name in constructor), None)
+    size = patch or fixed
+    if size is None:
+        raise ValueError("the constructor says nothing of the size of its input: give a patch")
+    d, h, w = (size,) * 3 if isinstance(size, int) else (int(n) for n in size)
+    nothing = {"features": (), "strides": (), "kernels": (), "convs_encoder": ()}
+    return Plan(
+        dataset=dataset,
+        classes=tuple(classes),
+        modality="mr" if foreground is None else "ct",
+        spacing_mm=spacing_mm,
+        transpose=(0, 1, 2),
+        crop_hu=crop_hu,
+        foreground=foreground or (0.0, 0.0, 1.0, 0.0),
+        median_shape=(d, h, w),
+        # The network brings its own topology; only the patch is read.
+        network=Network((d, h, w), 1, **nothing, convs_decoder=(), batch_dice=False),
+        source_sha256=source_sha256,
+        license=license,
+        axes=axes,
+    )
+
+
+def write_run(config: Config, source: Source, weights: WeightsFile, out: Path) -> None:
+    """Fills in `config` and writes it with plan, weights and digests as a run of step 0.
+
+    Raises:
+        ValueError: If the weights do not fit the constructor (lists all names that do not), or the
+            network does not fit the plan; or if there is a run in `out`.
+    """
+    if (out / "checkpoints").exists():
+        raise ValueError(f"{out}: there is a run in this folder; choose another")
+    module, variables = torch_import.load(source.reference, source.constructor, weights.state)
+    recipe = torch_import.recipe_of(source.reference, source.constructor)
+    config.name = out.name
+    config.model = _spec(module)
+    config.windows = source.windows
+    config.input.update(patch=source.plan.network.patch, pad=source.pad)
+    if source.mirror_axes:
+        config.infer.update(mirror=True, mirror_axes=source.mirror_axes)
+    else:
+        config.infer.mirror = False
+    _require_fit(config, source, module, channels=recipe.image[-1])
+    plain, plan = json.loads(json.dumps(config.to_dict())), source.plan.to_json()
+    statistics = {name: tree for name, tree in variables.items() if name != "params"}
+    save_networks(
+        out / "checkpoints", variables["params"], config=plain, plan=plan, statistics=statistics
+    )
+    reference = {"reference": source.reference, "constructor": dict(source.constructor)}
+    files.write_json(out / REFERENCE_FILE, reference)
+    files.write_json(out / "plan.json", plan)
+    files.write_json(out / "config.json", plain)  # last: with it the folder is a run
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _beside(path: Path, name: str) -> dict[str, Any]:
+    for folder in (path.parent, path.parent.parent):
+        if (folder / name).is_file():
+            return weights_file.json_of(str(folder / name))
+    raise ValueError(
+        f"{path}: says nothing of {name}, and there is none beside it or one folder up"
+    )
+
+
+def _spec(module: Any) -> dict[str, Any]:
+    """A module as `config.model` names it."""
+    name = f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}"
+    fields = [f.name for f in dataclasses.fields(module) if f.name not in _NOT_IN_A_CONFIG]
+    return {"name": name, **{field: getattr(module, field) for field in fields}}
+
+
+def _require_fit(config: Config, source: Source, module: Any, *, channels: int) -> None:
+    plan, patch = source.plan, source.plan.network.patch
+    given = wiring.normalization(config, plan).channels
+    odd = [n for n, step in zip(patch, module.stride, strict=True) if n % step]
+    wrong = []
+    if len(plan.classes) != module.num_classes:
+        wrong.append(
+            f"it has {module.num_classes} classes, but {len(plan.classes)} names are given"
+        )
+    if given != channels:
+        wrong.append(f"it takes {channels} channels, but the normalization gives {given}")
+    if odd:
+        wrong.append(f"the patch {patch} is no multiple of its stride {module.stride}")
+    if wrong:
+        raise ValueError(f"{source.reference}: {'; '.join(wrong)}")
+    built = wiring.model(config, plan).clone(dtype=module.dtype, remat=module.remat)
+    assert built == module, f"{built} != {module}"
