@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ml_collections
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference
 
 RECIPES = ("published", "nnunet")
 # UNETR and Swin UNETR alike: AdamW, no clipping, 50 of 5000 epochs of warm-up.
@@ -98,7 +98,7 @@ def choose(config: ml_collections.ConfigDict, backbone: str, recipe: str, *, hea
         config.input.patch = chosen.patch
     if recipe == "published" and chosen.optimizer is not None:
         config.optimizer.update(dict(chosen.optimizer))
-        config.optimizer.clip = placeholder(float)
+        config.optimizer.clip = FieldReference(None, field_type=object)
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:

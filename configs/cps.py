@@ -8,7 +8,7 @@ Run:  python -m bhsd_jax.main train --config=configs/cps.py:data=bhsd --workdir=
 
 import ml_collections
 
-from configs import common
+from bhsd_jax.configs import common
 
 PRESETS = {
     "recommended": {"weight": 0.5, "ramp": 0.4, "views": "independent", "confidence": 0.0},

@@ -7,7 +7,7 @@ exactly, little noise), one foreground class.
 
 import ml_collections
 
-from configs import common, cps
+from bhsd_jax.configs import common, cps
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ Run:  python -m bhsd_jax.main train --config=configs/entropy.py:data=bhsd --work
 
 import ml_collections
 
-from configs import common
+from bhsd_jax.configs import common
 
 PRESETS = {
     "recommended": {"weight": 0.005, "ramp": 1.0, "patches": "unlabeled", "voxels": "all"},

@@ -6,10 +6,10 @@
 from pathlib import Path
 
 import ml_collections
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference
 
+from bhsd_jax.configs import common
 from bhsd_jax.platform import files
-from configs import common
 
 
 def get_config(run: str) -> ml_collections.ConfigDict:
@@ -41,9 +41,15 @@ def _fill(saved: dict, defaults: dict) -> dict:
 
 
 def _restore(value):
-    """JSON lists back to tuples; what was left open stays open to an override."""
+    """JSON lists back to tuples; they, and what is None, are open to any override."""
     if isinstance(value, dict):
         return {key: _restore(item) for key, item in value.items()}
     if isinstance(value, list):
-        return tuple(_restore(item) for item in value)
-    return placeholder(object) if value is None else value
+        return FieldReference(_tuple(value), field_type=object)
+    return FieldReference(None, field_type=object) if value is None else value
+
+
+def _tuple(value):
+    if isinstance(value, list):
+        return tuple(map(_tuple, value))
+    return {key: _tuple(item) for key, item in value.items()} if isinstance(value, dict) else value

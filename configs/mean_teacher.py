@@ -9,7 +9,7 @@ Run:  python -m bhsd_jax.main train --config=configs/mean_teacher.py:data=bhsd -
 
 import ml_collections
 
-from configs import common
+from bhsd_jax.configs import common
 
 PRESETS = {
     "recommended": {

@@ -6,7 +6,7 @@ Run:  python -m bhsd_jax.main preprocess --config=configs/supervised.py --workdi
 
 import ml_collections
 
-from configs import common
+from bhsd_jax.configs import common
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -6,9 +6,9 @@ Run:  launch/table1 --root=/data/BHSD
 """
 
 import ml_collections
+from bhsd_jax.configs.tables import PaperTable, Row
 
-from configs import tables
-from configs.tables import PaperTable, Row
+from bhsd_jax.configs import tables
 
 CLASSES = ("EDH", "IPH", "IVH", "SAH", "SDH", "mean")
 

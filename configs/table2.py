@@ -7,9 +7,9 @@ Run:  launch/table2 --root=/data/BHSD --preset=ssl4mis
 """
 
 import ml_collections
+from bhsd_jax.configs.tables import BLEEDING, PaperTable, Row
 
-from configs import tables
-from configs.tables import BLEEDING, PaperTable, Row
+from bhsd_jax.configs import tables
 
 STEPS = 30_000  # SSL4MIS' length, 120 epochs of nnU-Net
 POOL = {"split.bleeding": BLEEDING, "split.nonbleeding": 0}

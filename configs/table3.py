@@ -8,9 +8,9 @@ Run:  launch/table3 --root=/data/BHSD --preset=ssl4mis
 """
 
 import ml_collections
+from bhsd_jax.configs.tables import PaperTable, Row
 
-from configs import table2, tables
-from configs.tables import PaperTable, Row
+from bhsd_jax.configs import table2, tables
 
 NEG = {"weak.neg_sup": 1.0}
 WEAK = NEG | {"weak.gate_pseudo": True}

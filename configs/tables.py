@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from configs import common
+from bhsd_jax.configs import common
 
 # All masks of the training part train and the last checkpoint is tested: nothing is chosen by
 # looking at scans the figures come from.
@@ -59,7 +59,7 @@ def get_config(table: PaperTable, arg: str) -> ml_collections.ConfigDict:
     row = table.rows[name]
     smoke = "smoke" in words
     asked = [word for word in words if word != "smoke"]
-    experiment = importlib.import_module(f"configs.{row.experiment}")
+    experiment = importlib.import_module(f"bhsd_jax.configs.{row.experiment}")
     own = [word for word in row.words if _key(word) not in map(_key, asked)]
     config = experiment.get_config(",".join([*own, *asked]))
     config.name = f"{table.name}-{name}"

@@ -10,7 +10,7 @@ Run:  python -m bhsd_jax.main train --config=configs/w2s.py:data=bhsd --workdir=
 
 import ml_collections
 
-from configs import common
+from bhsd_jax.configs import common
 
 PRESETS = {
     "recommended": {

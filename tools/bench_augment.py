@@ -83,8 +83,8 @@ def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
 
     from bhsd_jax.augment.chain import IntensityChain, SpatialChain
     from bhsd_jax.build import build
+    from bhsd_jax.configs import common
     from bhsd_jax.train import mesh as meshes
-    from configs import common
 
     preset, config = PRESETS[args.preset], common.get_config()
     batch = args.batch or preset.batch

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     """Loads, converts, writes; says what is wrong and exits where it cannot."""
     sys.path.insert(0, str(ROOT))
+    from bhsd_jax.configs import from_run
     from bhsd_jax.verbs import export
-    from configs import from_run
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

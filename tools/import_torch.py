@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     """Reads, converts, writes; says what is wrong and exits 2 where it cannot."""
     sys.path.insert(0, str(ROOT))
+    from bhsd_jax.configs import common
     from bhsd_jax.torch_weights import weights_file
     from bhsd_jax.verbs import import_weights
-    from configs import common
 
     options = parse()
     try:

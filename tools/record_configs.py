@@ -19,7 +19,7 @@ def main() -> None:
     for path in sorted((ROOT / "configs").glob("*.py")):
         if path.stem in ("__init__", "backbones", "common", "from_run", "tables"):
             continue
-        config = importlib.import_module(f"configs.{path.stem}").get_config()
+        config = importlib.import_module(f"bhsd_jax.configs.{path.stem}").get_config()
         text = json.dumps(config.to_dict(), indent=1, sort_keys=True)
         (OUT / f"{path.stem}.json").write_text(text + "\n")
         print(path.stem)

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.build import build
+from bhsd_jax.configs import common
 from bhsd_jax.phantom.case import Options, make_case
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.volume import Shape
 from bhsd_jax.windows import Normalization
-from configs import common
 
 Pair = tuple[np.ndarray, np.ndarray]  # raw intensity and label, both [D H W]
 PHANTOM_HU = (2.0, 56.0, 17.0, 98.0)  # foreground of the synthetic heads, roughly

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bhsd_jax.assemble import setup, wiring
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.ct import geometry, hu, scan, shear
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.platform import allocator, files, machine
+from bhsd_jax.settings import Settings
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
@@ -118,7 +118,7 @@ class Predictor:
         return Row(name, float(tilt), seconds, {c: float(n * each) for c, n in volumes})
 
 
-def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
+def load(config: Settings, workdir: Path) -> tuple[int, dict[str, Params]]:
     """The checkpoint's step and the variables of the networks to average, by name.
 
     "ensemble" stands for all twins.
@@ -127,7 +127,7 @@ def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If the objective has no network of a wanted name.
     """
-    settings: Any = config.predict
+    settings = config.predict
     which = settings.checkpoint
     which = int(which) if str(which).isdigit() else which
     step, params, ema = load_networks(workdir / "checkpoints", which)
@@ -147,15 +147,15 @@ def load(config: Config, workdir: Path) -> tuple[int, dict[str, Params]]:
     return step, {name: {"params": found[name], **statistics} for name in wanted}
 
 
-def share_cores(config: Config, plan: Plan) -> None:
+def share_cores(config: Settings, plan: Plan) -> None:
     """On a CPU, a tile for every core that there is memory for; before anything is computed."""
-    settings: Any = config.infer
+    settings = config.infer
     tile = bytes_per_tile(setup.patch(config, plan))
     processes.share_cores(settings.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
     allocator.mind_memory(jax.local_device_count() * tile)
 
 
-def make_predictor(config: Config, plan: Plan, networks: Sequence[Params]) -> Predictor:
+def make_predictor(config: Settings, plan: Plan, networks: Sequence[Params]) -> Predictor:
     """As the config says, on all devices of this process: each predicts scans of its own.
 
     Raises:

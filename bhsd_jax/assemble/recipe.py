@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bhsd_jax.assemble import setup, wiring
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.augment.slices import follow, mark
 from bhsd_jax.build import build, find
@@ -19,8 +18,8 @@ from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Cut
 from bhsd_jax.input.slices import Slices
 from bhsd_jax.losses import DiceCE
-from bhsd_jax.objectives.common import require_choice
 from bhsd_jax.objectives.weak import SliceLabelTerms
+from bhsd_jax.settings import Settings
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.optimizer import make_optimizer, make_schedule
 from bhsd_jax.train.step import Parts, init_state
@@ -70,23 +69,21 @@ class Recipe:
         return init_state(self.parts, jnp.zeros((1, *self.cut.patch, self.channels)), key)
 
 
-def make_mesh(config: Config, plan: Plan) -> Mesh:
+def make_mesh(config: Settings, plan: Plan) -> Mesh:
     """The devices of a training, as the config arranges them and its batches fill them."""
-    sizes = {axis: config.mesh[axis] for axis in meshes.AXES}
+    sizes = {axis: getattr(config.mesh, axis) for axis in meshes.AXES}
     batches = (_labeled(config, plan), config.input.unlabeled)
     return meshes.make_mesh(**sizes, batches=batches, accumulate=max(config.train.accumulate, 1))
 
 
-def make_recipe(config: Config, plan: Plan, mesh: Mesh | None = None) -> Recipe:
+def make_recipe(config: Settings, plan: Plan, mesh: Mesh | None = None) -> Recipe:
     """Model, objective, optimizer, augmentation and batch as config and plan name them."""
     objective = wiring.objective(config)
-    require_choice("input.outside", config.input.outside, ("learned", "masked"))
-    require_choice("input.cases", config.input.cases, ("with_replacement", "in_turn"))
     normalization = wiring.normalization(config, plan)
     spatial, intensity = make_chains(config, plan, mesh)
     schedule, optimizer = _optimizer(config, parts=bool(objective.twins))
     weak, slices = _slice_labels(config, plan)
-    loss = config.loss.to_dict()
+    loss = dict(vars(config.loss))
     if loss["batch_dice"] is None:
         loss["batch_dice"] = plan.network.batch_dice
     if loss["batch_dice"]:
@@ -124,7 +121,7 @@ def make_recipe(config: Config, plan: Plan, mesh: Mesh | None = None) -> Recipe:
 
 
 def make_chains(
-    config: Config, plan: Plan, mesh: Mesh | None = None
+    config: Settings, plan: Plan, mesh: Mesh | None = None
 ) -> tuple[SpatialChain, IntensityChain]:
     """The augmentations; on CPUs each device's patches one by one, all at once elsewhere."""
     devices = jax.device_count() if mesh is None else mesh.size
@@ -184,7 +181,7 @@ def make_augment(
     return augment
 
 
-def require_matching(config: Config, recipe: Recipe, roles: Roles, mesh: Mesh) -> None:
+def require_matching(config: Settings, recipe: Recipe, roles: Roles, mesh: Mesh) -> None:
     """Refuses what does not fit, before the first compilation.
 
     Raises:
@@ -195,22 +192,19 @@ def require_matching(config: Config, recipe: Recipe, roles: Roles, mesh: Mesh) -
         raise ValueError("split: no labeled training case is left; look at split and data")
     if wants and not (recipe.unlabeled and roles.unlabeled):
         raise ValueError(
-            f"objective {config.objective.name} needs unlabeled patches: input.unlabeled is "
+            f"objective {config.objective['name']} needs unlabeled patches: input.unlabeled is "
             f"{recipe.unlabeled} and {len(roles.unlabeled)} scans are unlabeled; raise the first, "
             "or set split.labeled so that some masks are left out"
         )
     if recipe.slices is not None and not wants:
         raise ValueError(
-            f"weak: objective {config.objective.name} reads no unlabeled patches, which slice "
+            f"weak: objective {config.objective['name']} reads no unlabeled patches, which slice "
             "labels are about; choose another, such as supervised.WeaklySupervised"
         )
     if recipe.unlabeled and not wants:
         raise ValueError(
-            f"objective {config.objective.name} uses no unlabeled patches; set input.unlabeled=0"
+            f"objective {config.objective['name']} uses no unlabeled patches; set input.unlabeled=0"
         )
-    for field in ("steps", "log_every", "validate_every", "save_every"):
-        if config.train[field] < 1:
-            raise ValueError(f"train.{field} must be at least 1; got {config.train[field]}")
     _warn_of_slow_average(recipe.parts.objective.ema_decay, recipe.parts.steps)
     rows, accumulate = recipe.cut.patch[1], recipe.parts.accumulate
     meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, rows, accumulate)
@@ -219,12 +213,12 @@ def require_matching(config: Config, recipe: Recipe, roles: Roles, mesh: Mesh) -
     jax.eval_shape(recipe.init, jax.random.key(0))
 
 
-def _require_twins(config: Config, recipe: Recipe, mesh: Mesh) -> None:
+def _require_twins(config: Settings, recipe: Recipe, mesh: Mesh) -> None:
     """Refuses to put networks on devices of their own that are not there."""
     networks, places = max(len(recipe.parts.objective.twins), 1), mesh.shape["twins"]
     if places not in (1, networks):
         raise ValueError(
-            f"mesh.twins is {places}, but objective {config.objective.name} trains {networks} "
+            f"mesh.twins is {places}, but objective {config.objective['name']} trains {networks} "
             f"network{'s' if networks > 1 else ''}; set mesh.twins={networks}"
             f"{' or 1' if networks > 1 else ''}"
         )
@@ -255,13 +249,13 @@ def _warn_of_slow_average(decay: float | None, steps: int) -> None:
         )
 
 
-def _labeled(config: Config, plan: Plan) -> int:
+def _labeled(config: Settings, plan: Plan) -> int:
     return config.input.labeled or plan.network.batch
 
 
-def _slice_labels(config: Config, plan: Plan) -> tuple[SliceLabelTerms | None, Slices | None]:
+def _slice_labels(config: Settings, plan: Plan) -> tuple[SliceLabelTerms | None, Slices | None]:
     """What slice labels add to the objective, and how they are read; None if nothing is on."""
-    spec = config.weak.to_dict()
+    spec = dict(vars(config.weak))
     slices = Slices(len(plan.classes) - 1, config.split.binary, spec.pop("margin"))
     terms = SliceLabelTerms(**spec)
     if not terms.active:
@@ -271,7 +265,7 @@ def _slice_labels(config: Config, plan: Plan) -> tuple[SliceLabelTerms | None, S
     return terms, slices
 
 
-def _optimizer(config: Config, *, parts: bool) -> tuple[Any, Any]:
+def _optimizer(config: Settings, *, parts: bool) -> tuple[Any, Any]:
     spec = {k: v for k, v in config.optimizer.items() if v is not None}
     timing = {k: spec.pop(k) for k in _TIMING if k in spec}
     schedule = make_schedule(timing.pop("schedule"), steps=config.train.steps, **timing)

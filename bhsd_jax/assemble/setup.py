@@ -10,20 +10,19 @@ from typing import Any
 from bhsd_jax.build import build, find
 from bhsd_jax.datasets import splits
 from bhsd_jax.platform import files
+from bhsd_jax.settings import Settings
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.volume import Dataset, Plan, Shape
 
-Config = Any  # a ConfigDict; what its fields are is in configs/common.py
 
-
-def shards_folder(config: Config, workdir: Path) -> Path:
+def shards_folder(config: Settings, workdir: Path) -> Path:
     """Where the shards and their plan lie."""
     return Path(config.preprocess.shards or workdir / "shards")
 
 
-def dataset(config: Config, workdir: Path) -> Dataset:
+def dataset(config: Settings, workdir: Path) -> Dataset:
     """The data set as downloaded; the synthetic one lies in the run folder by default."""
-    spec = config.data.to_dict()
+    spec = dict(config.data)
     if not spec.get("root"):
         if not spec["name"].startswith("synthetic."):
             raise ValueError(f"config.data.root is empty; say where {spec['name']} lies")
@@ -34,24 +33,24 @@ def dataset(config: Config, workdir: Path) -> Dataset:
     return build("bhsd_jax.datasets", spec)
 
 
-def load_plan(config: Config, workdir: Path) -> Plan:
+def load_plan(config: Settings, workdir: Path) -> Plan:
     """The run's own plan if it has one, else the shards'."""
     own = workdir / "plan.json"
     return Plan.load(own if own.is_file() else shards_folder(config, workdir))
 
 
-def roles(config: Config, workdir: Path) -> tuple[splits.Roles, list[str]]:
+def roles(config: Settings, workdir: Path) -> tuple[splits.Roles, list[str]]:
     """Who trains, validates and tests, and what had to be adjusted for it."""
     entries = Shards(shards_folder(config, workdir)).entries
-    return splits.roles(entries, **{k: v for k, v in config.split.items() if k != "binary"})
+    return splits.roles(entries, **{k: v for k, v in vars(config.split).items() if k != "binary"})
 
 
-def classes(config: Config, plan: Plan) -> tuple[str, ...]:
+def classes(config: Settings, plan: Plan) -> tuple[str, ...]:
     """Names by class index, background first; one foreground class in binary tasks."""
     return (plan.classes[0], "any") if config.split.binary else plan.classes
 
 
-def patch(config: Config, plan: Plan) -> Shape:
+def patch(config: Settings, plan: Plan) -> Shape:
     """What the network is trained on and applied to, D H W."""
     d, h, w = config.input.patch or plan.network.patch
     return d, h, w

@@ -14,9 +14,9 @@ from scipy.special import softmax
 
 from bhsd_jax.assemble import setup, wiring
 from bhsd_jax.assemble.recipe import Recipe
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.metrics import overlap
+from bhsd_jax.settings import Settings
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.train.log import Log
 from bhsd_jax.types import Metrics, Params, TrainState
@@ -47,7 +47,7 @@ class Validation:
     @classmethod
     def of(
         cls,
-        config: Config,
+        config: Settings,
         shards: Shards,
         cases: Sequence[str],
         recipe: Recipe,

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 
 from bhsd_jax import windows
 from bhsd_jax.assemble import setup
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.build import build, find
 from bhsd_jax.nnunet import planner
+from bhsd_jax.settings import Settings
 from bhsd_jax.volume import Network, Plan
 
 _THICK = 3  # ratio of spacings from which a backbone's own preset for thick slices is used
 
 
-def network(config: Config, plan: Plan) -> Network:
+def network(config: Settings, plan: Plan) -> Network:
     """The plan's topology, or one for the patch and features the config pins."""
     wanted = setup.patch(config, plan)
     found = plan.network
@@ -28,13 +28,13 @@ def network(config: Config, plan: Plan) -> Network:
     return found
 
 
-def model(config: Config, plan: Plan) -> Any:
+def model(config: Settings, plan: Plan) -> Any:
     """The backbone, with what the plan knows filled in where the config says nothing.
 
     Raises:
         ValueError: If the config names an unknown class or argument.
     """
-    spec = {k: v for k, v in config.model.to_dict().items() if v is not None}
+    spec = {k: v for k, v in config.model.items() if v is not None}
     made = find("bhsd_jax.models", spec["name"])
     accepted = inspect.signature(made).parameters
     known: dict[str, Any] = {}
@@ -59,12 +59,12 @@ def model(config: Config, plan: Plan) -> Any:
     return build("bhsd_jax.models", spec, num_classes=len(setup.classes(config, plan)), **filled)
 
 
-def objective(config: Config) -> Any:
+def objective(config: Settings) -> Any:
     """What is minimized."""
-    return build("bhsd_jax.objectives", config.objective.to_dict())
+    return build("bhsd_jax.objectives", config.objective)
 
 
-def normalization(config: Config, plan: Plan) -> windows.Normalization:
+def normalization(config: Settings, plan: Plan) -> windows.Normalization:
     """Raw intensity to network channels: the plan's, or CT windows.
 
     Raises:

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.experiments import places, queue, slurm, study
 from bhsd_jax.experiments.places import Place
 from bhsd_jax.experiments.queue import Failure, Run, Stopped
 from bhsd_jax.experiments.study import Study
 from bhsd_jax.platform import cluster
+from bhsd_jax.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +91,14 @@ def make_run(row: str, seed: int, arguments: Sequence[str], out: Path, shards: s
     return Run(row, seed, out / row / f"seed{seed}", arguments, queue.resolve(arguments))
 
 
-def data_folder(config: Config, out: Path) -> Path:
+def data_folder(config: Settings, out: Path) -> Path:
     """Where the shards of this config lie; rows that need the same shards share it."""
     plain = queue.plain(config)
     used = [
         {k: v for k, v in plain[part].items() if k not in _PLACES}
         for part in ("data", "preprocess")
     ]
-    root = "" if config.data.name.startswith("synthetic.") else config.data.root
+    root = "" if config.data["name"].startswith("synthetic.") else config.data["root"]
     digest = hashlib.sha256(json.dumps([root, used], sort_keys=True).encode()).hexdigest()
     return out / f"data-{digest[:8]}"
 

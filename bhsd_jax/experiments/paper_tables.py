@@ -21,7 +21,7 @@ def cli(arguments: Sequence[str]) -> int:
     """
     options = _parser().parse_args(arguments)
     paths = launch.enter_home(options, "root", "out", "shards")
-    table = importlib.import_module(f"configs.{options.table}").TABLE
+    table = importlib.import_module(f"bhsd_jax.configs.{options.table}").TABLE
     _make_out(options)
     again = [sys.executable, "-m", "bhsd_jax.experiments.paper_tables", *arguments, *paths]
     return launch.launch(make_study(table, options), options, again)

@@ -21,10 +21,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from bhsd_jax.assemble import setup
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.experiments.children import Call, Stopped, running
 from bhsd_jax.experiments.places import Place
 from bhsd_jax.platform import cluster, files
+from bhsd_jax.settings import Settings
 from bhsd_jax.train import checkpoint_files
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Run:
     seed: int
     workdir: Path
     arguments: tuple[str, ...]  # of the command line: --config and its overrides
-    config: Config = field(repr=False, compare=False)  # what they resolve to
+    config: Settings = field(repr=False, compare=False)  # what they resolve to
 
     @property
     def name(self) -> str:
@@ -68,7 +68,7 @@ class Failure:
     reason: str  # one line
 
 
-def resolve(arguments: Sequence[str]) -> Config:
+def resolve(arguments: Sequence[str]) -> Settings:
     """The config that `--config=FILE:WORDS --config.field=value ...` stand for.
 
     Raises:
@@ -78,8 +78,7 @@ def resolve(arguments: Sequence[str]) -> Config:
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", *arguments])
     try:
         values(["", *arguments])
-        config: Config = values["config"].value
-        config.to_dict()  # a file that cannot be read shows here
+        config = Settings.of(values["config"].value)  # a file that cannot be read shows here
     except flags.Error as error:  # holds the traceback of a config file that refused
         reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -89,7 +88,7 @@ def resolve(arguments: Sequence[str]) -> Config:
     raise ValueError(f"{shlex.join(arguments)}: {reason}")
 
 
-def plain(config: Config) -> dict:
+def plain(config: Settings) -> dict:
     """The config as `train` writes it into a run folder."""
     return json.loads(json.dumps(config.to_dict()))
 

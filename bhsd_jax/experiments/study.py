@@ -101,7 +101,7 @@ def compare(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
     for row, heading in study.rows.items():
         against = _against(scored[row], base, key) if row != study.baseline else None
         lines.append(_line(study, row, heading, scored[row], against, failures))
-    synthetic = any(run.config.data.name.startswith("synthetic.") for run in study.runs)
+    synthetic = any(run.config.data["name"].startswith("synthetic.") for run in study.runs)
     head = first.get("conventions", {}).get("nnunet", {})
     return Comparison(
         title=study.title,
@@ -240,7 +240,7 @@ def _training_s(path: Path) -> float:
 def _subtitle(study: Study) -> str:
     config = study.runs[0].config
     seeds = sorted({run.seed for run in study.runs})
-    data = config.data.name.partition(".")[0]
+    data = config.data["name"].partition(".")[0]
     return (
         f"Data set {data}; {len(study.rows)} rows, seeds {', '.join(map(str, seeds))}; preset "
         f"{config.preset}."

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax.assemble import setup
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.ct import hu, scan
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.metrics import scores, summary, threshold
 from bhsd_jax.platform import files, machine
 from bhsd_jax.platform.workers import Progress, Workers
+from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier
 from bhsd_jax.verbs import parts
 from bhsd_jax.volume import Case, Image, Label, Plan, Volume
@@ -91,6 +91,7 @@ def run(config: Config, workdir: Path) -> None:
         ValueError: If a file cannot be used, or the baseline is asked for without CT scans.
         faults.WriteError: If the system says no, such as on a full disk.
     """
+    config = Settings.of(config)
     parts.join(config)
     jobs = _jobs(config, workdir)
     files.open_folder(workdir)
@@ -168,7 +169,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _jobs(config: Config, workdir: Path) -> list[Job]:
+def _jobs(config: Settings, workdir: Path) -> list[Job]:
     plan = Plan.load(workdir) if (workdir / "plan.json").is_file() else None
     known = plan or setup.dataset(config, workdir)
     if config.evaluate.baseline and (known.modality != "ct" or config.evaluate.references):
@@ -200,7 +201,7 @@ def _jobs(config: Config, workdir: Path) -> list[Job]:
 
 
 def _expected(
-    config: Config, workdir: Path, folder: Path, predicted: Mapping[str, Path]
+    config: Settings, workdir: Path, folder: Path, predicted: Mapping[str, Path]
 ) -> list[_FOUND]:
     """The cases to score, sorted; every prediction must have a reference somewhere."""
     if config.evaluate.references:
@@ -216,7 +217,7 @@ def _expected(
         labeled = {case.id for case in cases.values() if case.label}
         split = config.evaluate.split or _predicted_split(folder) or config.predict.split
         expected = _of_split(cases, _members(config, workdir, cases, split), split)
-        source = f"data set {config.data.name}, split {split!r} (config.evaluate.split)"
+        source = f"data set {config.data['name']}, split {split!r} (config.evaluate.split)"
     without = [case for case in predicted if case not in labeled]
     if without:
         raise FileNotFoundError(
@@ -228,7 +229,7 @@ def _expected(
 
 
 def _members(
-    config: Config, workdir: Path, cases: Mapping[str, Case], split: str
+    config: Settings, workdir: Path, cases: Mapping[str, Case], split: str
 ) -> tuple[str, ...]:
     marked = tuple(case.id for case in cases.values() if case.split == split)
     if split == "val" and not marked:  # a fold of the training cases
@@ -305,7 +306,7 @@ def _score(jobs: Sequence[Job], processes: int) -> dict[str, Scored]:
 
 
 def _summary(
-    config: Config,
+    config: Settings,
     rows: Sequence[scores.Row],
     merged: Sequence[scores.Row],
     classes: Sequence[str],

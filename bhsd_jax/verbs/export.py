@@ -22,10 +22,10 @@ from flax import traverse_util
 
 from bhsd_jax import windows
 from bhsd_jax.assemble import predictor, setup, wiring
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.models import nnunet_torch, torch_export
 from bhsd_jax.platform import files
 from bhsd_jax.report.page import NOTICE
+from bhsd_jax.settings import Config, Settings
 from bhsd_jax.torch_weights import weights_file
 from bhsd_jax.types import Params
 from bhsd_jax.verbs import import_weights
@@ -54,6 +54,7 @@ def stablehlo(
         FileNotFoundError: If there is no plan or checkpoint.
         ValueError: If they do not fit the config, or flatbuffers is not installed.
     """
+    config = Settings.of(config)
     weights_file.library("flatbuffers", out, extra="export")  # of JAX's file format
     plan = setup.load_plan(config, workdir)
     normalize = normalize and not plan.normalized_before
@@ -99,6 +100,7 @@ def safetensors(config: Config, workdir: Path, out: Path) -> None:
         FileNotFoundError: If there is no plan or checkpoint.
         ValueError: If the network has no twin in PyTorch, or safetensors is not installed.
     """
+    config = Settings.of(config)
     library = weights_file.library("safetensors.numpy", out)
     plan = setup.load_plan(config, workdir)
     step, name, variables = _network(config, workdir)
@@ -113,7 +115,7 @@ def safetensors(config: Config, workdir: Path, out: Path) -> None:
     files.write_json(out.with_suffix(".json"), facts | twin)
 
 
-def _network(config: Config, workdir: Path) -> tuple[int, str, Params]:
+def _network(config: Settings, workdir: Path) -> tuple[int, str, Params]:
     step, networks = predictor.load(config, workdir)
     name, variables = next(iter(networks.items()))
     return step, name, variables
@@ -128,7 +130,7 @@ def _forward(model: Any, normalization: Any) -> Callable[[Mapping[str, Any], jax
     return forward
 
 
-def _twin(config: Config, workdir: Path, plan: Plan) -> tuple[str, dict[str, Any]]:
+def _twin(config: Settings, workdir: Path, plan: Plan) -> tuple[str, dict[str, Any]]:
     file = workdir / import_weights.REFERENCE_FILE
     if file.is_file():
         found = weights_file.json_of(str(file))
@@ -137,7 +139,7 @@ def _twin(config: Config, workdir: Path, plan: Plan) -> tuple[str, dict[str, Any
     return nnunet_torch.constructor_of(wiring.model(config, plan), channels)
 
 
-def _facts(config: Config, plan: Plan, step: int, name: str) -> dict[str, Any]:
+def _facts(config: Settings, plan: Plan, step: int, name: str) -> dict[str, Any]:
     """What one must know to use the network, without this package."""
     return {
         "notice": NOTICE,
@@ -151,11 +153,11 @@ def _facts(config: Config, plan: Plan, step: int, name: str) -> dict[str, Any]:
         "modality": plan.modality,
         "normalization": _normalization(config, plan),
         "plan": plan.to_json(),
-        "model": {"name": config.model.name, "network": name, "step": step},
+        "model": {"name": config.model["name"], "network": name, "step": step},
     }
 
 
-def _normalization(config: Config, plan: Plan) -> dict[str, Any]:
+def _normalization(config: Settings, plan: Plan) -> dict[str, Any]:
     """From raw intensities to the network's input, in numbers; one entry per channel."""
     when = "before resampling" if plan.normalized_before else "after resampling"
     if plan.modality == "mr":

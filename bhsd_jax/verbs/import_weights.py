@@ -4,15 +4,15 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bhsd_jax.assemble import wiring
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.models import torch_import
 from bhsd_jax.nnunet import trained
 from bhsd_jax.platform import files
+from bhsd_jax.settings import Config, Infer, Settings
 from bhsd_jax.torch_weights import weights_file
 from bhsd_jax.torch_weights.weights_file import WeightsFile
 from bhsd_jax.train.checkpoint import save_networks
@@ -136,7 +136,7 @@ def plan_for(
 
 
 def write_run(config: Config, source: Source, weights: WeightsFile, out: Path) -> None:
-    """Fills in `config` and writes it with plan, weights and digests as a run of step 0.
+    """Fills in the config and writes it with plan, weights and digests as a run of step 0.
 
     Raises:
         ValueError: If the weights do not fit the constructor (lists all names that do not), or the
@@ -146,14 +146,15 @@ def write_run(config: Config, source: Source, weights: WeightsFile, out: Path) -
         raise ValueError(f"{out}: there is a run in this folder; choose another")
     module, variables = torch_import.load(source.reference, source.constructor, weights.state)
     recipe = torch_import.recipe_of(source.reference, source.constructor)
-    config.name = out.name
-    config.model = _spec(module)
-    config.windows = source.windows
-    config.input.update(patch=source.plan.network.patch, pad=source.pad)
-    if source.mirror_axes:
-        config.infer.update(mirror=True, mirror_axes=source.mirror_axes)
-    else:
-        config.infer.mirror = False
+    config = Settings.of(config)
+    config = replace(
+        config,
+        name=out.name,
+        model=_spec(module),
+        windows=source.windows,
+        input=replace(config.input, patch=source.plan.network.patch, pad=source.pad),
+        infer=_mirrored(config.infer, source.mirror_axes),
+    )
     _require_fit(config, source, module, channels=recipe.image[-1])
     plain, plan = json.loads(json.dumps(config.to_dict())), source.plan.to_json()
     statistics = {name: tree for name, tree in variables.items() if name != "params"}
@@ -164,6 +165,10 @@ def write_run(config: Config, source: Source, weights: WeightsFile, out: Path) -
     files.write_json(out / REFERENCE_FILE, reference)
     files.write_json(out / "plan.json", plan)
     files.write_json(out / "config.json", plain)  # last: with it the folder is a run
+
+
+def _mirrored(infer: Infer, axes: tuple[int, ...]) -> Infer:
+    return replace(infer, mirror=True, mirror_axes=axes) if axes else replace(infer, mirror=False)
 
 
 def digest(path: Path) -> str:
@@ -188,7 +193,7 @@ def _spec(module: Any) -> dict[str, Any]:
     return {"name": name, **{field: getattr(module, field) for field in fields}}
 
 
-def _require_fit(config: Config, source: Source, module: Any, *, channels: int) -> None:
+def _require_fit(config: Settings, source: Source, module: Any, *, channels: int) -> None:
     plan, patch = source.plan, source.plan.network.patch
     given = wiring.normalization(config, plan).channels
     odd = [n for n, step in zip(patch, module.stride, strict=True) if n % step]

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.platform import cluster, files
+from bhsd_jax.settings import Settings
 from bhsd_jax.train import barrier
 
 _T = TypeVar("_T")
 
 
-def join(config: Config) -> None:
+def join(config: Settings) -> None:
     """Joins the other processes of this run, if there are any; before anything asks for devices.
 
     Raises:
@@ -24,15 +24,15 @@ def join(config: Config) -> None:
     if not alone or config.mesh.detect or cluster.is_likely():
         from bhsd_jax.train import processes  # alone, a verb may need no JAX
 
-        settings: Any = config.mesh
+        settings = config.mesh
         processes.start(
             settings.coordinator, settings.num_processes, settings.process_id, settings.detect
         )
 
 
-def place(config: Config) -> cluster.Place:
+def place(config: Settings) -> cluster.Place:
     """Which process of the run this is, as far as it is known without JAX."""
-    settings: Any = config.mesh
+    settings = config.mesh
     return cluster.find(settings.coordinator, settings.num_processes, settings.process_id)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from bhsd_jax.assemble import predictor, setup
 from bhsd_jax.assemble.predictor import Predictor, Row
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.platform import faults, files
 from bhsd_jax.report.page import NOTICE
+from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.verbs import parts
@@ -49,7 +49,8 @@ def run(config: Config, workdir: Path) -> None:
             full.
         faults.WriteError: If nothing can be written from the start.
     """
-    settings: Any = config.predict
+    config = Settings.of(config)
+    settings = config.predict
     parts.join(config)
     logger.warning("%s", NOTICE)
     cases = find_scans(config, workdir)
@@ -120,7 +121,7 @@ def _conclude(out: Path, found: Found, facts: Mapping[str, Any], scans: int) -> 
     logger.info("%d label maps in %s", len(found.rows), out)
 
 
-def find_scans(config: Config, workdir: Path) -> list[Case]:
+def find_scans(config: Settings, workdir: Path) -> list[Case]:
     """The scans to predict, sorted: a file, a folder's, or a split of the data set.
 
     NIfTI files of a folder itself, and every DICOM CT series anywhere below it. nnU-Net's channel
@@ -130,14 +131,14 @@ def find_scans(config: Config, workdir: Path) -> list[Case]:
         FileNotFoundError: If there is no such file or folder, or no scan in it.
         ValueError: If the split is unknown, empty, or names scans the data set does not have.
     """
-    settings: Any = config.predict
+    settings = config.predict
     if not settings.images:
         return _split_scans(config, workdir, settings.split)
     path = Path(settings.images)
     series: list[Case] = []
     if path.is_dir():
         files = {n: f for n, f in nifti_files(path).items() if not slice_file.is_dicom(f)}
-        series = dicom_cases.scans(path, **settings.dicom)
+        series = dicom_cases.scans(path, **vars(settings.dicom))
     elif path.is_file() and slice_file.is_dicom(path):
         raise ValueError(f"{path}: one DICOM file is one slice; name the folder of the series")
     elif path.is_file():
@@ -166,7 +167,7 @@ def _names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str
     return {case.id: short.get(case.id, case.id) for case in cases}
 
 
-def _split_scans(config: Config, workdir: Path, split: str) -> list[Case]:
+def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
     if split not in ("val", "test"):
         raise ValueError(f"config.predict.split is val or test; got {split!r}")
     roles, _ = setup.roles(config, workdir)
@@ -239,7 +240,7 @@ def _write_tables(out: Path, rows: Sequence[Row]) -> None:
     files.write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
 
 
-def _facts(config: Config, plan: Plan, step: int, networks: tuple[str, ...]) -> dict[str, Any]:
+def _facts(config: Settings, plan: Plan, step: int, networks: tuple[str, ...]) -> dict[str, Any]:
     """What a reader of the label maps has to know."""
     settings: Any = config
     return {

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.assemble import setup
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.ct import scan
 from bhsd_jax.ct.integrity import checkup, facts_file, listing
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, prepare_case
@@ -23,6 +22,7 @@ from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.nnunet.planner import from_nnunet_plans
 from bhsd_jax.platform import files, machine
 from bhsd_jax.platform.workers import Pool, Progress, Workers
+from bhsd_jax.settings import Config, Settings
 from bhsd_jax.shards import jobs as shard_jobs
 from bhsd_jax.shards import store
 from bhsd_jax.shards.jobs import Job, Share
@@ -56,7 +56,8 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
             `preprocess.allow_skipped` is False (all others are written by then).
         faults.WriteError: If the system says no, such as on a full disk; the same command goes on.
     """
-    settings: Any = config.preprocess
+    config = Settings.of(config)
+    settings = config.preprocess
     share = _share(config)
     theirs = _nnunet(settings)
     for folder in (workdir, workdir / "looked"):
@@ -96,9 +97,9 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
         logger.warning("%s", message)
 
 
-def _share(config: Config) -> Share:
+def _share(config: Settings) -> Share:
     """What the config says; else, of several processes of a cluster, each is one of the jobs."""
-    settings: Any = config.preprocess
+    settings = config.preprocess
     place = parts.place(config)
     if settings.num_shards == 1 and place.several:
         return Share(place.index or 0, place.count or 1)

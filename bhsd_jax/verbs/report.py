@@ -10,7 +10,6 @@ import numpy as np
 
 from bhsd_jax import __version__
 from bhsd_jax.assemble import setup
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.ct import geometry, hu, scan
 from bhsd_jax.metrics import scores
 from bhsd_jax.platform import files
@@ -24,6 +23,7 @@ from bhsd_jax.report.tables import (
     metrics_table,
     number,
 )
+from bhsd_jax.settings import Config, Settings
 from bhsd_jax.verbs import parts
 from bhsd_jax.volume import Case, Plan
 
@@ -48,6 +48,7 @@ def run(config: Config, workdir: Path) -> None:
         FileNotFoundError: If the run has not been evaluated.
         ValueError: If a file of the run is damaged; names it.
     """
+    config = Settings.of(config)
     if parts.place(config).index:
         logger.info("the first process writes the report")
         return
@@ -102,12 +103,12 @@ def _headline(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _subtitle(config: Config, workdir: Path, summary: Mapping[str, Any]) -> str:
+def _subtitle(config: Settings, workdir: Path, summary: Mapping[str, Any]) -> str:
     made = workdir / "predictions" / "predictions.json"
     facts = files.read_json(made, remedy=_AGAIN["predict"]) if made.is_file() else {}
     step = f", checkpoint of step {facts['step']}" if "step" in facts else ""
     return (
-        f"Objective {config.objective.name}, backbone {config.model.name}, "
+        f"Objective {config.objective['name']}, backbone {config.model['name']}, "
         f"{config.train.steps} training steps{step}; {summary['n_cases']} scans scored."
     )
 
@@ -132,7 +133,7 @@ def _results(summary: Mapping[str, Any]) -> Section:
 
 
 def _overlays(
-    config: Config,
+    config: Settings,
     workdir: Path,
     plan: Plan,
     rows: Sequence[Mapping[str, str]],
@@ -228,9 +229,10 @@ def _comparison(folders: Sequence[str], summary: Mapping[str, Any], name: str) -
     )
 
 
-def _methods(config: Config, workdir: Path, plan: Plan, summary: Mapping[str, Any]) -> Section:
+def _methods(config: Settings, workdir: Path, plan: Plan, summary: Mapping[str, Any]) -> Section:
     """What a reader needs to repeat it."""
     d, h, w = plan.spacing_mm
+    optimizer = config.optimizer
     facts = [
         ("data set", f"{plan.dataset} ({plan.modality.upper()})"),
         ("resampled to", f"{d:.3g} x {h:.3g} x {w:.3g} mm"),
@@ -241,7 +243,7 @@ def _methods(config: Config, workdir: Path, plan: Plan, summary: Mapping[str, An
         ),
         (
             "optimizer",
-            f"{config.optimizer.name}, {config.optimizer.schedule} from {config.optimizer.lr}",
+            f"{optimizer['name']}, {optimizer['schedule']} from {optimizer['lr']}",
         ),
         ("intervals", f"{summary['bootstrap']} bootstrap resamples of patients"),
         ("seed", str(config.seed)),

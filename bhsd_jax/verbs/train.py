@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 
 from bhsd_jax.assemble import program, setup
 from bhsd_jax.assemble.recipe import Recipe, make_mesh, make_recipe, require_matching
-from bhsd_jax.assemble.setup import Config
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
 from bhsd_jax.platform import allocator, cluster, files
 from bhsd_jax.report import figures
+from bhsd_jax.settings import Config, Settings
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
@@ -47,6 +47,7 @@ def run(config: Config, workdir: Path) -> None:
         ValueError: Where config, plan and data do not fit each other; before anything is compiled.
         FloatingPointError: If the loss is not finite.
     """
+    config = Settings.of(config)
     span = Span.parse(config.train.profile, config.train.steps)
     parts.join(config)
     shards = Shards(setup.shards_folder(config, workdir))
@@ -61,7 +62,7 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def _train(
-    config: Config, workdir: Path, shards: Shards, asked: Preemption, span: Span | None
+    config: Settings, workdir: Path, shards: Shards, asked: Preemption, span: Span | None
 ) -> None:
     mesh = make_mesh(config, shards.plan)
     roles, notes = setup.roles(config, workdir)
@@ -99,7 +100,7 @@ def _train(
 
 
 def _actions(
-    config: Config,
+    config: Settings,
     workdir: Path,
     log: Log,
     validation: Validation,
@@ -142,7 +143,7 @@ def _actions(
 
 
 def _catch_up(
-    config: Config, step: int, state: TrainState, validation: Validation, checkpoints: Checkpoints
+    config: Settings, step: int, state: TrainState, validation: Validation, checkpoints: Checkpoints
 ) -> None:
     """Validates the step that the run goes on from, where it was asked to stop meanwhile."""
     due = step == config.train.steps or step % config.train.validate_every == 0
@@ -166,7 +167,7 @@ def _recorder(checkpoints: Checkpoints, log: Log, resumed_at: int) -> Callable[.
     return record
 
 
-def _open_run(config: Config, shards: Shards, workdir: Path) -> Checkpoints:
+def _open_run(config: Settings, shards: Shards, workdir: Path) -> Checkpoints:
     """The run's checkpoints; says in what the config differs from theirs."""
     plain, plan = json.loads(json.dumps(config.to_dict())), shards.plan.to_json()
     lines = read(workdir / "metrics.jsonl")
@@ -209,7 +210,7 @@ def _start(
 
 
 def _batches(
-    config: Config, shards: Shards, roles: Roles, recipe: Recipe, mesh: Mesh, position: int
+    config: Settings, shards: Shards, roles: Roles, recipe: Recipe, mesh: Mesh, position: int
 ) -> Batches:
     """Labeled and, if any, unlabeled patches; from `position` on."""
 

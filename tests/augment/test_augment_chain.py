@@ -18,8 +18,8 @@ from bhsd_jax.augment.intensity import (
 )
 from bhsd_jax.augment.spatial import Affine, Mirror
 from bhsd_jax.build import build
+from bhsd_jax.configs import common
 from bhsd_jax.train.mesh import batch_sharding, make_mesh
-from configs import common
 
 PATCH = (2, 12, 10)
 

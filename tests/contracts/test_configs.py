@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from bhsd_jax.configs.backbones import BACKBONES, RECIPES
 
 from bhsd_jax.build import find
-from configs.backbones import BACKBONES, RECIPES
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(
@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "configs"
 
 
 def resolved(name, arg=""):
-    config = importlib.import_module(f"configs.{name}").get_config(arg)
+    config = importlib.import_module(f"bhsd_jax.configs.{name}").get_config(arg)
     return json.loads(json.dumps(config.to_dict(), sort_keys=True))
 
 
@@ -76,7 +76,7 @@ def test_unknown_backbones_and_recipes_list_the_known_ones():
 
 
 def test_a_recipe_of_one_config_does_not_reach_the_next():
-    from configs import supervised
+    from bhsd_jax.configs import supervised
 
     first = supervised.get_config("backbone=unetr")
     first.optimizer.update(clip=1.0, lr=3.0)
@@ -102,7 +102,7 @@ def test_words_reach_their_fields():
 
 
 def test_a_finished_run_is_a_config(tmp_path):
-    from configs import cps, from_run
+    from bhsd_jax.configs import cps, from_run
 
     config = cps.get_config("smoke")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -118,7 +118,7 @@ def test_a_finished_run_is_a_config(tmp_path):
 
 
 def test_a_run_of_an_older_version_gets_todays_defaults_for_what_it_lacks(tmp_path):
-    from configs import common, cps, from_run
+    from bhsd_jax.configs import common, cps, from_run
 
     config = cps.get_config("smoke").to_dict()
     config["train"]["steps"] = 77

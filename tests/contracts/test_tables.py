@@ -10,10 +10,13 @@ from bhsd_jax.assemble import wiring
 from bhsd_jax.build import find
 from bhsd_jax.experiments import launch
 from bhsd_jax.experiments.queue import resolve
+from bhsd_jax.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
 
-TABLES = {n: importlib.import_module(f"configs.{n}") for n in ("table1", "table2", "table3")}
+TABLES = {
+    n: importlib.import_module(f"bhsd_jax.configs.{n}") for n in ("table1", "table2", "table3")
+}
 ROWS = [(name, row) for name, module in TABLES.items() for row in module.TABLE.rows]
 IDS = [f"{name}-{row}" for name, row in ROWS]
 
@@ -26,7 +29,7 @@ def plain(name, arg):
 def test_every_row_builds_on_the_real_data_set(name, row):
     config = TABLES[name].get_config(f"{row},data=bhsd,seed=2")
     assert (config.name, config.seed) == (f"{name}-{row}", 2)
-    objective = wiring.objective(config)
+    objective = wiring.objective(Settings.of(config))
     assert objective.uses_unlabeled == bool(config.input.unlabeled)
     accepted = inspect.signature(find("bhsd_jax.models", config.model.name)).parameters
     given = {key for key, value in config.model.items() if value is not None} - {"name"}

@@ -6,6 +6,7 @@ import pytest
 from dicom_files import block, write_series
 
 from bhsd_jax.build import build
+from bhsd_jax.configs import common
 from bhsd_jax.ct import scan
 from bhsd_jax.datasets.ctich import CTICH
 from bhsd_jax.datasets.folder import Folder
@@ -14,7 +15,6 @@ from bhsd_jax.datasets.instance import INSTANCE
 from bhsd_jax.datasets.label_maps import PRESETS, LabelMap
 from bhsd_jax.datasets.mbhseg import MBHSeg
 from bhsd_jax.volume import Masks, Series
-from configs import common
 
 BINARY = (0, *(1,) * 255)
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from bhsd_jax.configs import common, cps, supervised
 from bhsd_jax.datasets import splits
-from configs import common, cps, supervised
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,15 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from bhsd_jax.configs.backbones import BACKBONES
 from jax import lax
 
 from bhsd_jax.assemble import wiring
+from bhsd_jax.configs import supervised
 from bhsd_jax.models import nnunet
 from bhsd_jax.models.blocks import InstanceNorm
 from bhsd_jax.models.conv import Conv, ConvTranspose
 from bhsd_jax.models.cost import cost, equations, multiply_adds
-from configs import supervised
-from configs.backbones import BACKBONES
+from bhsd_jax.settings import Settings
 from tools import model_table
 
 
@@ -95,7 +96,7 @@ def test_the_table_has_the_published_networks_on_head_ct(backbone, figures):
 def test_attention_weights_and_norms_are_float32_inside_a_bfloat16_network(backbone):
     config = supervised.get_config(f"smoke,backbone={backbone}")
     config.precision = "bfloat16"
-    net = wiring.model(config, model_table.head_ct_plan())
+    net = wiring.model(Settings.of(config), model_table.head_ct_plan())
     image = abstract(1, *config.input.patch, 1)
     variables = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, train=False), image)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from bhsd_jax.assemble import wiring
-from configs import supervised
+from bhsd_jax.configs import supervised
+from bhsd_jax.settings import Settings
 from tools import model_table
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -20,7 +21,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 @pytest.mark.parametrize("backbone", ["swin_unetr", "cotr", "nnformer"])
 def test_recomputed_blocks_give_the_same_gradients(backbone):
     config = supervised.get_config(f"smoke,backbone={backbone}")
-    net = wiring.model(config, model_table.head_ct_plan())
+    net = wiring.model(Settings.of(config), model_table.head_ct_plan())
     random = np.random.default_rng(1)
     image = random.normal(size=(1, *config.input.patch, 1)).astype(np.float32)
     shapes = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, train=False), image)

@@ -25,12 +25,12 @@ NAMES = tuple(TERM)
 ROWS = [
     (name, preset)
     for name in NAMES
-    for preset in importlib.import_module(f"configs.{name}").PRESETS
+    for preset in importlib.import_module(f"bhsd_jax.configs.{name}").PRESETS
 ]
 
 
 def objective_of(name, preset="recommended", **changes):
-    config = importlib.import_module(f"configs.{name}").get_config(f"preset={preset}")
+    config = importlib.import_module(f"bhsd_jax.configs.{name}").get_config(f"preset={preset}")
     return build("bhsd_jax.objectives", {**config.objective.to_dict(), **changes})
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bhsd_jax.configs import mean_teacher
 from bhsd_jax.losses import consistency
 from bhsd_jax.objectives.mean_teacher import MeanTeacher, bounded_noise
-from configs import mean_teacher
 
 FULL = MeanTeacher(weight=1.0, ramp=0.0, views="shared")
 

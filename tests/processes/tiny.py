@@ -2,12 +2,12 @@
 
 import importlib
 
-from configs import common
+from bhsd_jax.configs import common
 
 
 def get_config(arg: str = "cps"):
     """The smoke size of an experiment, with four patches of each kind and nothing to augment."""
-    config = importlib.import_module(f"configs.{arg}").get_config("smoke")
+    config = importlib.import_module(f"bhsd_jax.configs.{arg}").get_config("smoke")
     config.input.update(labeled=4, unlabeled=config.input.unlabeled and 4, patch=(4, 16, 16))
     config.augment = {"spatial": (), "intensity": ()}
     config.model.features = (4, 8)

@@ -4,13 +4,14 @@ import math
 
 import pytest
 
+from bhsd_jax.configs import table2
 from bhsd_jax.experiments import paper_tables, queue
 from bhsd_jax.metrics import summary
 from bhsd_jax.metrics.scores import Row, write_csv
 from bhsd_jax.platform import files
+from bhsd_jax.settings import Settings
 from bhsd_jax.train import checkpoint_files
 from bhsd_jax.verbs import evaluate
-from configs import table2
 
 PLAN = {
     "dataset": "made up",
@@ -76,7 +77,7 @@ def finish():
         ]
         write_csv(run.workdir / "cases.csv", rows)
         write_csv(run.workdir / "cases_binary.csv", merged)
-        found = evaluate._summary(run.config, rows, merged, classes)
+        found = evaluate._summary(Settings.of(run.config), rows, merged, classes)
         files.write_json(run.workdir / "summary.json", summary.without_nan(found))
 
     return finished

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 
+from bhsd_jax.configs import common
 from bhsd_jax.ct import prepare
 from bhsd_jax.ct.integrity import checkup
 from bhsd_jax.datasets.bhsd import BHSD
@@ -14,7 +15,6 @@ from bhsd_jax.phantom.defects import DEFECTS, spoil
 from bhsd_jax.phantom.tree import generate
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import preprocess
-from configs import common
 
 # What `spoil` did, what the integrity table calls it, the outcome, words of what it says.
 NAMED = [

@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 
+from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
 from bhsd_jax.platform import faults, files
 from bhsd_jax.verbs import evaluate, report
 from bhsd_jax.verbs.evaluate import Scored
 from bhsd_jax.volume import Volume
-from configs import common
 
 # One patient with two scans in the test part, another in the training part. A voxel is 1 mL.
 FIRST, SECOND = "ID_aaaaaaaa_ID_0000000001", "ID_aaaaaaaa_ID_0000000002"

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from bhsd_jax.assemble import predictor
+from bhsd_jax.configs import from_run
 from bhsd_jax.torch_weights import weights_file
 from bhsd_jax.verbs import import_weights, predict
 from bhsd_jax.volume import Plan
-from configs import from_run
 
 torch = pytest.importorskip("torch", reason="needs the extra torch-import")
 

@@ -14,12 +14,13 @@ import pytest
 import safetensors.numpy
 
 from bhsd_jax.assemble import predictor, wiring
+from bhsd_jax.configs import from_run
 from bhsd_jax.models import torch_export, torch_import
+from bhsd_jax.settings import Settings
 from bhsd_jax.torch_weights import weights_file
 from bhsd_jax.train.checkpoint import save_networks
 from bhsd_jax.verbs import import_weights, predict
 from bhsd_jax.volume import Plan
-from configs import from_run
 
 TOOL = Path(__file__).parents[2] / "tools" / "import_torch.py"
 TILE = (8, 12, 4)
@@ -171,7 +172,7 @@ def test_running_statistics_are_imported(tmp_path, monkeypatch):
     given = ["--reference", "SwinUNETR", "--constructor", json.dumps(BATCH_NORM), *OPTIONS]
     run = tmp_path / "run"
     run_tool(monkeypatch, tmp_path / "w.npz", run, *given, "--patch", "32", "32", "32")
-    _, networks = predictor.load(from_run.get_config(str(run)), run)
+    _, networks = predictor.load(Settings.of(from_run.get_config(str(run))), run)
     (found,) = networks.values()
     assert set(found) == {"params", "batch_stats"}
     jax.tree.map(np.testing.assert_array_equal, found, variables)
@@ -227,7 +228,7 @@ def test_npz_becomes_a_run_once(tmp_path, monkeypatch, plain):
     given = [tmp_path / "w.npz", run, "--reference", "PlainConvUNet"]
     given += ["--constructor", json.dumps(CONSTRUCTOR), *OPTIONS, "--patch", *TILE]
     run_tool(monkeypatch, *given)
-    _, networks = predictor.load(from_run.get_config(str(run)), run)
+    _, networks = predictor.load(Settings.of(from_run.get_config(str(run))), run)
     jax.tree.map(np.testing.assert_array_equal, networks, {"student": variables})
     with pytest.raises(SystemExit, match="there is a run in this folder"):
         run_tool(monkeypatch, *given)

@@ -162,7 +162,7 @@ def test_what_is_queued_or_finished_is_not_submitted_again(cluster, make, finish
     (cluster / "bin" / "squeue").write_text("#!/bin/sh\necho table2-cps-s1\n")
     words = ["table2", "--smoke", "--rows=suponly,cps", "--seeds=1", f"--out={cluster / 'table2'}"]
     made = paper_tables.make_study(
-        paper_tables.importlib.import_module("configs.table2").TABLE, parsed(words)
+        paper_tables.importlib.import_module("bhsd_jax.configs.table2").TABLE, parsed(words)
     )
     finish(made.runs[0], [(1, 0, 0)])
     assert paper_tables.cli([*words, "--slurm"]) == 0

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from bhsd_jax.assemble import wiring
+from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
+from bhsd_jax.settings import Settings
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import preprocess
 from bhsd_jax.volume import Volume
-from configs import common
 
 UPRIGHT = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
 
@@ -52,7 +53,7 @@ def test_shards_and_network_are_those_of_nnunets_plan(data, tmp_path, golden):
     statistics = theirs["foreground_intensity_properties_per_channel"]["0"]
     assert found.plan.foreground[1] == statistics["mean"]
     assert (found.plan.network.patch, found.plan.network.batch) == ((16, 16, 16), 3)
-    model = wiring.model(config, found.plan)
+    model = wiring.model(Settings.of(config), found.plan)
     arguments = settings["architecture"]["arch_kwargs"]
     for ours, name in [
         (model.features, "features_per_stage"),

@@ -22,16 +22,17 @@ from nibabel import orientations
 from pydicom import dcmread
 
 from bhsd_jax.assemble import predictor, setup, wiring
+from bhsd_jax.configs import common
 from bhsd_jax.ct import geometry
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.platform import faults, files
+from bhsd_jax.settings import Settings
 from bhsd_jax.train.checkpoint import save_networks
 from bhsd_jax.verbs import evaluate, predict
 from bhsd_jax.volume import Case, Network, Plan
-from configs import common
 
 ROOT = Path(__file__).parents[2]
 DEAD = 2**22 + 1  # above the largest number of a process
@@ -204,7 +205,7 @@ def configure(images, **changes):
 def weights():
     """Config, and parameters of two random networks."""
     config = configure("")
-    model = wiring.model(config, PLAN)
+    model = wiring.model(Settings.of(config), PLAN)
     image = jax.ShapeDtypeStruct((1, *TILE, 1), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     random = np.random.default_rng(0)
@@ -246,7 +247,7 @@ def rows_of(path):
 def test_the_label_map_is_the_networks(folder, scans, weights):
     predict.run(configure(scans), folder)
     model, params, _ = weights
-    normalize = wiring.normalization(configure(""), PLAN)
+    normalize = wiring.normalization(Settings.of(configure("")), PLAN)
     window = SlidingWindow(
         lambda p, x: model.apply({"params": p}, normalize(x), train=False), TILE, mirror=False
     )
@@ -333,17 +334,17 @@ def test_twins_are_averaged_on_request(folder, scans, weights):
     (folder / "twins" / "plan.json").write_text(json.dumps(PLAN.to_json()))
     config = configure(scans / "ID_2", networks=("a", "b"))
     config.objective = {"name": "cps.CrossPseudoSupervision"}
-    _, networks = predictor.load(config, folder / "twins")
+    _, networks = predictor.load(Settings.of(config), folder / "twins")
     assert list(networks) == ["a", "b"]
     config.predict.networks = ("ensemble",)
-    _, networks = predictor.load(config, folder / "twins")
+    _, networks = predictor.load(Settings.of(config), folder / "twins")
     assert list(networks) == ["a", "b"]
     predict.run(config, folder / "twins")
     facts = json.loads((folder / "twins" / "predictions" / "predictions.json").read_text())
     assert facts["networks"] == ["a", "b"]
     config.predict.networks = ("a", "teacher")
     with pytest.raises(ValueError, match="no 'teacher'; this objective has a, b"):
-        predictor.load(config, folder / "twins")
+        predictor.load(Settings.of(config), folder / "twins")
 
 
 def test_a_checkpoint_of_another_network_is_refused(folder, scans):
@@ -571,7 +572,7 @@ index, port, images, out, folder, references = *map(int, sys.argv[1:3]), *sys.ar
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 from pathlib import Path
 from bhsd_jax.verbs import evaluate, predict
-from configs import common
+from bhsd_jax.configs import common
 config = common.get_config()
 config.infer.update(mirror=False, tiles=4)
 config.predict.update(images=images, out=out, show_ids=False)

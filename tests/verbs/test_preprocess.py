@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti, prepare
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.datasets.msd import MSD
@@ -14,7 +15,6 @@ from bhsd_jax.platform import workers
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import preprocess
 from bhsd_jax.volume import Volume
-from configs import common
 
 CASES = 5
 UPRIGHT = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])  # canonical axes

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from dicom_files import NAME, PATIENT, block, write_series
 
+from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti, scan
 from bhsd_jax.datasets.dicom import DICOM
 from bhsd_jax.datasets.rsna import TYPES
+from bhsd_jax.settings import Settings
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import evaluate, preprocess
 from bhsd_jax.volume import Volume
-from configs import common
 
 SHAPE = (8, 24, 24)
 CASES = 4
@@ -76,7 +77,10 @@ def test_series_and_masks_become_shards_and_no_name_comes_along(tree, tmp_path, 
     assert not leaks(everything(tmp_path / "run"))
     assert not leaks(caplog.text)
     config = configure(tree, uneven="resample")
-    cases = {case.id: case for case in preprocess.setup.dataset(config, tmp_path / "run").cases()}
+    cases = {
+        case.id: case
+        for case in preprocess.setup.dataset(Settings.of(config), tmp_path / "run").cases()
+    }
     assert set(cases) == {entry.id for entry in found.entries}, "the salt stays with the shards"
     for id, case in cases.items():
         made = found.load(id)
@@ -121,7 +125,7 @@ def test_label_maps_on_the_series_are_evaluated(tree, tmp_path):
     (tmp_path / "run" / "plan.json").write_bytes(
         (tmp_path / "run" / "shards" / "plan.json").read_bytes()
     )
-    for case in preprocess.setup.dataset(config, tmp_path / "run").cases():
+    for case in preprocess.setup.dataset(Settings.of(config), tmp_path / "run").cases():
         if case.label:
             mask = nifti.read(case.label)
             affine = mask.affine.copy()

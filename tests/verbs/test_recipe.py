@@ -7,20 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bhsd_jax.assemble import recipe as recipes
 from bhsd_jax.assemble import wiring
-from bhsd_jax.assemble.recipe import make_augment, make_mesh, make_recipe, require_matching
+from bhsd_jax.assemble.recipe import make_augment
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.augment.spatial import Affine, Mirror
+from bhsd_jax.configs import cps, mean_teacher, supervised
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Decoded
 from bhsd_jax.models import cotr, nnformer, unetr
+from bhsd_jax.settings import Settings
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import make_train_step
 from bhsd_jax.types import Batch
 from bhsd_jax.verbs import train
 from bhsd_jax.volume import Network, Plan
-from configs import cps, mean_teacher, supervised
 
 PLAN = Plan(
     dataset="made up",
@@ -44,6 +46,18 @@ PLAN = Plan(
     source_sha256="",
 )
 ROLES = Roles(train=("a",), unlabeled=("b",), val=(), test=())
+
+
+def make_recipe(config, *more):
+    return recipes.make_recipe(Settings.of(config), *more)
+
+
+def require_matching(config, *more):
+    recipes.require_matching(Settings.of(config), *more)
+
+
+def make_mesh(config, plan):
+    return recipes.make_mesh(Settings.of(config), plan)
 
 
 def config_of(experiment, **fields):
@@ -82,13 +96,14 @@ def test_eight_devices_train_to_the_numbers_of_one():
     sharded = jax.jit(
         make_train_step(shared.parts), in_shardings=(whole, rows), out_shardings=whole
     )
+    compiled = sharded.lower(spread, meshes.to_devices(batches[0], mesh)).compile()
     for batch in batches:
-        spread, others = sharded(spread, meshes.to_devices(batch, mesh))
+        spread, others = compiled(spread, meshes.to_devices(batch, mesh))
 
     assert float(others["loss"]) == pytest.approx(float(metrics["loss"]), abs=1e-5)
     for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(spread.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    text = sharded.lower(spread, meshes.to_devices(batches[0], mesh)).compile().as_text()
+    text = compiled.as_text()
     assert "all-reduce" in text
     for other in ("all-gather", "all-to-all", "collective-permute"):
         assert other not in text
@@ -133,7 +148,9 @@ def test_the_mask_of_the_scan_reaches_the_loss_in_the_shape_of_the_network():
     state = jax.eval_shape(recipe.init, jax.random.key(0))
     jax.eval_shape(make_train_step(recipe.parts), state, raw)
     config.input.outside = "ignored"
-    with pytest.raises(ValueError, match=r"input\.outside is one of learned, masked"):
+    with pytest.raises(
+        ValueError, match=r"input\.outside must be learned or masked; got 'ignored'"
+    ):
         make_recipe(config, PLAN)
 
 
@@ -153,7 +170,14 @@ def test_both_streams_take_cases_as_the_config_says(cases):
 
         load = open
 
-    drawn = train._batches(config, Made(), roles, make_recipe(config, PLAN), meshes.make_mesh(), 0)
+    drawn = train._batches(
+        Settings.of(config),
+        Made(),
+        roles,
+        make_recipe(config, PLAN),
+        meshes.make_mesh(),
+        0,
+    )
     once = True
     for _ in range(4):
         batch = next(drawn)
@@ -164,7 +188,7 @@ def test_both_streams_take_cases_as_the_config_says(cases):
         once &= (labeled[ord("a") :][:4] == 2).all() and (unlabeled[ord("e") :][:8] == 1).all()
     assert once == (cases == "in_turn")
     config.input.cases = "shuffled"
-    with pytest.raises(ValueError, match=r"input\.cases is one of with_replacement, in_turn"):
+    with pytest.raises(ValueError, match=r"input\.cases must be with_replacement or in_turn; got"):
         make_recipe(config, PLAN)
 
 
@@ -191,7 +215,7 @@ def test_the_mask_of_the_scan_is_moved_as_its_voxels_are(slices):
 def test_an_average_that_outlives_the_training_is_warned_of(steps, decay, fits, caplog):
     config = config_of(mean_teacher, unlabeled=8)
     config.train.steps, config.objective.ema_decay = steps, decay
-    require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+    require_matching(Settings.of(config), make_recipe(config, PLAN), ROLES, meshes.make_mesh())
     if fits:
         assert f"ema_decay 0.999 averages over 1000 steps, of 400 in all; choose {fits}" in (
             caplog.text
@@ -215,7 +239,7 @@ def test_slice_labels_that_nothing_can_use_are_refused():
     config = config_of(supervised)
     config.weak.neg_sup = 1.0
     with pytest.raises(ValueError, match=r"weak: .*supervised\.WeaklySupervised"):
-        require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+        require_matching(Settings.of(config), make_recipe(config, PLAN), ROLES, meshes.make_mesh())
     with pytest.raises(ValueError, match="head CT"):
         make_recipe(config, dataclasses.replace(PLAN, modality="mr"))
 
@@ -241,7 +265,7 @@ def test_the_plan_decides_what_the_config_leaves_open():
 def test_what_does_not_fit_is_refused_before_compiling(experiment, fields, message):
     config = config_of(experiment, **fields)
     with pytest.raises(ValueError, match=message):
-        require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+        require_matching(Settings.of(config), make_recipe(config, PLAN), ROLES, meshes.make_mesh())
 
 
 def test_the_config_arranges_the_devices_and_few_patches_use_few(caplog):
@@ -261,7 +285,7 @@ def test_devices_for_twins_that_are_not_there_are_refused(experiment, twins):
     config.mesh.twins = twins
     mesh = make_mesh(config, PLAN)
     with pytest.raises(ValueError, match=f"mesh.twins is {twins}, but objective .* trains"):
-        require_matching(config, make_recipe(config, PLAN, mesh), ROLES, mesh)
+        require_matching(Settings.of(config), make_recipe(config, PLAN, mesh), ROLES, mesh)
 
 
 def test_batch_dice_in_parts_is_said(caplog):
@@ -308,4 +332,4 @@ def test_batches_of_the_abstract_shape_are_batches():
 )
 def test_thick_slices_give_other_backbones_their_own_preset(name, field, value):
     config = supervised.get_config(f"backbone={name}")
-    assert getattr(wiring.model(config, PLAN), field) == value
+    assert getattr(wiring.model(Settings.of(config), PLAN), field) == value

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
 from bhsd_jax.ct.integrity import facts_file
 from bhsd_jax.datasets.msd import MSD
@@ -19,7 +20,6 @@ from bhsd_jax.shards import jobs as shard_jobs
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import preprocess
 from bhsd_jax.volume import Volume
-from configs import common
 
 ROOT = Path(__file__).parents[2]
 CASES, JOBS = 9, 4  # 5 shards of 2 cases: job 0 has two of them

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from bhsd_jax.configs import table1, table3
 from bhsd_jax.experiments import study
 from bhsd_jax.experiments.queue import Failure
 from bhsd_jax.platform import files
 from bhsd_jax.report.page import NOTICE
-from configs import table1, table3
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
 FIVE = ("EDH", "IPH", "IVH", "SAH", "SDH")

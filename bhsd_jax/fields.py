@@ -1,0 +1,177 @@
+"""Typed groups of fields: read from dictionaries with every value checked, and told to a reader.
+
+A group is a frozen dataclass. A field is `name: Annotated[type, "what it does", limits] = default`;
+types are the plain ones, `Literal`, tuples and unions of them, `Spec`, or another group.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+Spec = Mapping[str, Any]  # {"name": "module.Class", **arguments}: something found by its name
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    type(None): "None",
+}
+
+
+@dataclass(frozen=True)
+class Between:
+    """The numbers that a field may hold, both ends included."""
+
+    least: float | None = None
+    most: float | None = None
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field for a reader: where it is, what it holds, what it does."""
+
+    path: str  # dotted
+    kind: str  # in words
+    default: Any
+    about: str
+
+
+class _UnfitError(Exception):
+    """A value that a field cannot hold; the text says what it can, where the type does not."""
+
+
+def describe(group: type, path: str = "") -> Iterator[Field]:
+    """All fields of a group, those of groups inside it as well."""
+    for part, kind, notes in _parts(group):
+        where = f"{path}.{part.name}" if path else part.name
+        if dataclasses.is_dataclass(kind):
+            yield from describe(typing.cast(type, kind), where)
+        else:
+            default = None if part.default is dataclasses.MISSING else part.default
+            yield Field(where, in_words(kind), default, next(iter(notes), ""))
+
+
+def read(group: Any, values: Any, path: str) -> Any:
+    """A group from a dictionary.
+
+    Lists become tuples and whole numbers floats where the type says so; text with commas becomes a
+    tuple of words, and one item a tuple of it where any number may be.
+
+    Args:
+        group: A frozen dataclass.
+        values: Its fields by name, nested as its groups are.
+        path: What to call it in errors.
+
+    Raises:
+        ValueError: If a field is missing, is not known, or holds what it cannot; names it.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} is a group of fields; got {values!r}")
+    names = [part.name for part in dataclasses.fields(group)]
+    if unknown := sorted(values.keys() - set(names)):
+        raise ValueError(f"{path} has no field {unknown[0]}; it has {', '.join(names)}")
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(f"{path}.{missing[0]} is missing; start from configs/common.py")
+    found = {}
+    for part, kind, notes in _parts(group):
+        where, value = f"{path}.{part.name}", values[part.name]
+        if dataclasses.is_dataclass(kind):
+            found[part.name] = read(kind, value, where)
+        else:
+            found[part.name] = _read_field(where, kind, notes, value)
+    return group(**found)
+
+
+def in_words(kind: Any) -> str:
+    """A type in words for a user."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if _is_union(origin):
+        return " or ".join(in_words(argument) for argument in arguments)
+    if origin is Literal:
+        return " or ".join("nothing" if choice == "" else str(choice) for choice in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"({in_words(arguments[0])}, ...)"
+        return f"({', '.join(in_words(argument) for argument in arguments)})"
+    return _WORDS.get(kind, "fields with a name")
+
+
+def _parts(group: type) -> Iterator[tuple[dataclasses.Field, Any, tuple[Any, ...]]]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    for part in dataclasses.fields(group):
+        kind, notes = hints[part.name], ()
+        if typing.get_origin(kind) is Annotated:
+            kind, *notes = typing.get_args(kind)
+        yield part, kind, tuple(notes)
+
+
+def _read_field(path: str, kind: Any, notes: tuple[Any, ...], value: Any) -> Any:
+    try:
+        found = _value(kind, value)
+        _require_limits(found, notes[1:])
+    except _UnfitError as error:
+        about = f" ({notes[0]})" if notes else ""
+        wanted = str(error) or in_words(kind)
+        raise ValueError(f"{path} must be {wanted}; got {value!r}{about}") from None
+    return found
+
+
+def _value(kind: Any, value: Any) -> Any:
+    """The value as the type has it."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if _is_union(origin):
+        return _first_fit(arguments, value)
+    if origin is tuple:
+        return _tuple(arguments, value)
+    if origin is Literal:
+        fits = any(type(value) is type(choice) and value == choice for choice in arguments)
+    else:
+        if kind is float and type(value) is int:
+            value = float(value)
+        fits = isinstance(value, origin or kind) and (kind is bool or not isinstance(value, bool))
+    if not fits:
+        raise _UnfitError
+    return value
+
+
+def _first_fit(kinds: tuple[Any, ...], value: Any) -> Any:
+    for kind in kinds:
+        try:
+            return _value(kind, value)
+        except _UnfitError:
+            continue
+    raise _UnfitError
+
+
+def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str) and kinds[0] is str:
+        value = tuple(word.strip() for word in value.strip("()").split(",") if word.strip())
+    any_number = kinds[-1] is Ellipsis
+    if any_number and value is not None and not isinstance(value, list | tuple):
+        value = (value,)
+    if not isinstance(value, list | tuple):
+        raise _UnfitError
+    kinds = (kinds[0],) * len(value) if any_number else kinds
+    if len(kinds) != len(value):
+        raise _UnfitError
+    found = tuple(_value(kind, item) for kind, item in zip(kinds, value, strict=True))
+    if any(typing.get_origin(kind) is Literal for kind in kinds) and len(set(found)) < len(found):
+        raise _UnfitError
+    return found
+
+
+def _require_limits(value: Any, limits: tuple[Any, ...]) -> None:
+    numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if n is not None]
+    for limit in limits:
+        if limit.least is not None and any(number < limit.least for number in numbers):
+            raise _UnfitError(f"{limit.least:g} or more")
+        if limit.most is not None and any(number > limit.most for number in numbers):
+            raise _UnfitError(f"{limit.most:g} or less")
+
+
+def _is_union(origin: Any) -> bool:
+    return origin in (typing.Union, types.UnionType)
