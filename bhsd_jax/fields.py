@@ -135,7 +135,14 @@ def _value(kind: Any, value: Any) -> Any:
         fits = isinstance(value, origin or kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
         raise _UnfitError
-    return value
+    return _tuples(value) if isinstance(value, Mapping) else value
+
+
+def _tuples(value: Any) -> Any:
+    """A specification as it was before it went through a JSON file."""
+    if isinstance(value, Mapping):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _first_fit(kinds: tuple[Any, ...], value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Entry point: `python -m bhsd_jax.main [VERB] --config=configs/FILE.py:WORDS --workdir=FOLDER`."""
+"""Entry point: `bhsd VERB [RUN] [--config=NAME:WORDS]`, the same as `python -m bhsd_jax.main`."""
 
 import importlib
 import logging as standard_logging
@@ -13,31 +13,30 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from bhsd_jax import __version__, command_line
+from bhsd_jax.assemble import trained
+from bhsd_jax.command_line import UsageError
 from bhsd_jax.platform import cluster, faults, files, startup
+from bhsd_jax.settings import Settings
 from bhsd_jax.train import barrier
-
-VERBS = ("preprocess", "train", "predict", "evaluate", "report")  # in the order of the pipeline
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config.name>.")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs one verb; `train` if none is given. What a user can mend is one line, and exit code 1.
-
-    Raises:
-        app.UsageError: If the verb is not known.
-    """
-    verb = argv[1] if len(argv) > 1 else "train"
-    if len(argv) > 2 or verb not in VERBS:
-        raise app.UsageError(f"expected one verb of {', '.join(VERBS)}; got {' '.join(argv[1:])}")
+def main(verb: str) -> None:
+    """Runs one verb. What a user can mend is one line, and exit code 1."""
     _set_up_logging()
-    config = _CONFIG.value
     try:
-        name = config.name  # here it shows if the file could not be read
-    except OSError as error:
-        sys.exit(f"{verb}: --config: {_last(error)}")
-    workdir = Path(_WORKDIR.value or f"runs/{name}")
+        config = Settings.of(_CONFIG.value)  # here it shows if the file could not be read
+        workdir = Path(_WORKDIR.value or f"runs/{config.name}")
+        if verb in ("predict", "evaluate", "report"):
+            config = trained.as_trained(config, workdir)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{verb}: {_last(error)}")
+    if verb == "config":
+        _print("".join(f"{line}\n" for line in command_line.config_lines(config)))
+        return
     standard_logging.getLogger("bhsd_jax").info("%s, run folder %s", verb, workdir)
     try:
         if verb == "train":  # until the training itself heeds it there is nothing to save
@@ -52,6 +51,15 @@ def main(argv: Sequence[str]) -> None:
         reason = _reason(error, workdir)
         logging.debug("%s", error, exc_info=True)
         _end(f"{verb}: {reason}" if reason else traceback.format_exc(), 1)
+
+
+def _print(text: str) -> None:
+    """To standard output; whoever reads it may have read enough."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(words: str, code: int) -> NoReturn:
@@ -77,16 +85,17 @@ def _reason(error: Exception, workdir: Path) -> str | None:
     return str(error)
 
 
-def _parse_flags(argv: list[str]) -> Any:
+def _parse_flags(argv: Sequence[str]) -> Any:
     """As absl does; but a field, a word or a config file that is refused is one line as well."""
     try:
         return flags.FLAGS(argv)
     except AttributeError as error:
-        field = str(error).strip("\"'")
-        reason = f"--config has no field {field}; configs/common.py lists them all"
+        field, _, hint = str(error.args[0]).partition("\n")
+        field = field.strip("\"'")
+        reason = f"no field {field} in this config; bhsd config --config=... lists them. {hint}"
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
-        reason = f"{_last(error)}; --help lists all flags"
-    sys.exit(f"{Path(argv[0]).stem}: {reason}")
+        reason = _last(error)
+    raise UsageError(reason.strip())
 
 
 def _last(error: Exception) -> str:
@@ -107,8 +116,17 @@ def _set_up_logging() -> None:
 
 def cli() -> None:
     """The console script `bhsd`."""
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=_parse_flags)
+    try:
+        command = command_line.parse(sys.argv[1:], __version__)
+        if command.text:
+            _print(command.text)
+            return
+        sys.argv[1:] = command.flags  # where ml_collections looks for overrides
+        _parse_flags(sys.argv)
+    except UsageError as error:
+        sys.stderr.write(f"bhsd: {error}\n")
+        sys.exit(2)
+    app.run(lambda _: main(command.verb), argv=[sys.argv[0]], flags_parser=lambda argv: argv)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,17 @@ WORDS = {
     "task": "",
     "infer": "full",
 }
+ABOUT = {  # the words for a reader
+    "smoke": "every verb takes seconds",
+    "data=synthetic": f"or {', '.join(word for word in DATA if word != 'synthetic')}",
+    "backbone=nnunet": f"or {', '.join(b for b in backbones.BACKBONES if b != 'nnunet')}, or a "
+    "class as <module>.<Class>",
+    "recipe=published": "optimizer and schedule of the backbone's authors; or nnunet: nnU-Net's",
+    "preset=recommended": "arguments of the objective; or ssl4mis: those of its authors",
+    "labels=N": "masks to train with: a count, or a share below 1",
+    "task=1": "the paper's tasks: 1 all classes, 2 binary with bleeding scans, 3 with all scans",
+    "infer=full": "nnU-Net's sliding window; or fast: fewer tiles, no mirrored versions",
+}
 # The paper's three tasks. It took 1500 scans that do not bleed for Task 3; 1418 were released.
 TASKS = {  # the word `task=`; each sets fields of `config.split`
     "": {},

@@ -36,13 +36,14 @@ def prepared(tmp_path_factory, environment):
     return workdir
 
 
-def command(verb, workdir, *extra):
-    return [sys.executable, "-m", "bhsd_jax.main", verb, CONFIG, f"--workdir={workdir}", *extra]
+def command(verb, workdir, *extra, config=(CONFIG,)):
+    words = [verb, *config, f"--workdir={workdir}", *extra]
+    return [sys.executable, "-m", "bhsd_jax.main", *words]
 
 
-def run(verb, workdir, environment, *extra, code=0):
+def run(verb, workdir, environment, *extra, code=0, config=(CONFIG,)):
     done = subprocess.run(
-        command(verb, workdir, *extra),
+        command(verb, workdir, *extra, config=config),
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -63,7 +64,8 @@ def share(prepared):
 
 def test_from_nothing_to_a_report(prepared, environment, tmp_path):
     for verb in ("train", "predict", "evaluate", "report"):
-        run(verb, tmp_path, environment, *share(prepared))
+        words = [CONFIG, *share(prepared)] if verb == "train" else []
+        run(verb, tmp_path, environment, *words, config=())
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     logged = {key for r in records for key in r}
     assert {"train/loss", "val/dice/any", "val_b/dice/any", "val_ensemble/dice/any"} <= logged

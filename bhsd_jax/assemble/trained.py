@@ -1,0 +1,61 @@
+"""The config of a run that was trained, for the verbs that come after. Needs no JAX."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from bhsd_jax.platform import files
+from bhsd_jax.settings import Settings
+
+# Groups that say how a verb works or where things lie, and nothing of what was trained.
+_LATER = ("data", "preprocess", "infer", "predict", "evaluate", "report", "mesh", "precision")
+_FIXED = ("model", "windows", "input.patch", "input.pad", "objective.name", "split.binary")
+_SPLIT = ("split.fold", "split.seed")
+
+
+def as_trained(config: Settings, workdir: Path) -> Settings:
+    """What the run in `workdir` was trained with, and the rest of `config`; `config` if none was.
+
+    Raises:
+        ValueError: If `config` differs from the run's in what cannot differ; names the first field.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        return config
+    saved = files.read_json(path, remedy="run `train` again with the config of that run")
+    given = json.loads(json.dumps(config.to_dict()))
+    for field in (*_FIXED, *_SPLIT):
+        was, now = _get(saved, field), _get(given, field)
+        if was != now:
+            raise ValueError(
+                f"config.{field} is {_told(now)}, but {workdir} was trained with {_told(was)}; "
+                "leave --config out, or give that run's own config and fields"
+            )
+    later = {name: getattr(config, name) for name in _LATER}
+    trained = {name: value for name, value in saved.items() if name in given}
+    return dataclasses.replace(Settings.of(_with_defaults(trained, given)), **later)
+
+
+def _with_defaults(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Fields that an older version did not write are as the config has them."""
+    filled = given | saved
+    for name, value in saved.items():
+        if isinstance(value, dict) and isinstance(given[name], dict) and "name" not in value:
+            known = {key: item for key, item in value.items() if key in given[name]}
+            filled[name] = _with_defaults(known, given[name])
+    return filled
+
+
+def _get(config: Any, path: str) -> Any:
+    """The field, without what is left to the plan: None and nothing are one."""
+    for part in path.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    if isinstance(config, dict):
+        return {key: value for key, value in config.items() if value is not None}
+    return config
+
+
+def _told(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else f"{text[:77]}..."

@@ -1,0 +1,244 @@
+"""The front door: words, flags, help and errors, as the installed program gives them anywhere."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bhsd_jax import command_line, fields
+from bhsd_jax.assemble.trained import as_trained
+from bhsd_jax.command_line import UsageError, parse
+from bhsd_jax.configs import common, cps, supervised
+from bhsd_jax.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+OWN = "from bhsd_jax.configs import cps\ndef get_config(arg=''):\n    return cps.get_config(arg)\n"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with the unpacked wheel."""
+    place = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(place)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = place.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(place / "site")
+    return place / "site"
+
+
+@pytest.fixture
+def bhsd(site, tmp_path):
+    """Runs the wheel's program in a folder that has a package `configs` of its own."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("raise ImportError('not this one')\n")
+    (tmp_path / "mine.py").write_text(OWN)
+    clean = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+
+    def run(*words, code=0, **variables):
+        done = subprocess.run(
+            [sys.executable, "-m", "bhsd_jax.main", *words],
+            cwd=tmp_path,
+            env=clean | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"} | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr[-2000:]
+        return done.stdout if code == 0 else done.stderr
+
+    return run
+
+
+def test_the_wheel_has_one_package_and_its_experiments(site):
+    names = {path.name for path in site.iterdir() if path.suffix != ".dist-info"}
+    assert names == {"bhsd_jax"}
+    experiments = {path.name for path in (ROOT / "configs").glob("*.py")}
+    assert {path.name for path in (site / "bhsd_jax" / "configs").glob("*.py")} == experiments
+    assert not (site / "bhsd_jax" / "configs.py").exists()
+
+
+@pytest.mark.parametrize("config", ["cps:smoke", "configs/cps.py:smoke", "mine.py:smoke"])
+def test_configs_are_found_from_any_folder(bhsd, config):
+    lines = bhsd("config", f"--config={config}", "--train.steps=3").splitlines()
+    assert any(line.startswith("train.steps = 3 ") for line in lines)
+    assert any(line.startswith("data.name = 'synthetic.Synthetic'") for line in lines)
+
+
+def test_scans_are_prepared_from_any_folder(bhsd, tmp_path):
+    words = ("--config=mine.py:smoke", "--data.labeled=3", "--processes=1")
+    bhsd("preprocess", "runs/first", *words)
+    assert (tmp_path / "runs" / "first" / "shards" / "index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "want"),
+    [
+        (["trian", "--config=cps"], 2, "no verb trian, did you mean train?"),
+        (["train", "--config=cpss"], 2, "did you mean cps?"),
+        (["train", "--config=none/cps.py"], 2, "no file none/cps.py"),
+        (["train", "--config=cps:smok"], 2, "'smok' is not known; words are smoke"),
+        (["train", "--config=cps", "--train.step=3"], 2, "did you mean train.steps?"),
+        (["train", "--config=cps", "--config.train.step=3"], 2, "did you mean train.steps?"),
+        (["train", "--config=cps", "--objective.wieght=3"], 2, 'Did you mean "weight"'),
+        (["train", "--config=cps", "--train.steps=many"], 2, "train.steps=many"),
+        (["train", "--config=cps", "--train.steps=0"], 1, "must be 1 or more; got 0"),
+        (["train", "--config=cps", "--input.patch=32"], 1, "config.input.patch must be (a whole"),
+        (["predict", "--config=cps", "--infer.mirror_axes=3,4"], 1, "got (3, 4)"),
+        (["predict", "--config=cps", "--infer.mirror_axes=None"], 1, "got None"),
+        (["predict", "nowhere"], 2, "nowhere holds no config.json"),
+        (["predict", "a", "b", "--config=cps"], 2, "one run folder; got a and b"),
+    ],
+)
+def test_what_is_misspelt_is_one_line_before_jax_is_imported(bhsd, words, code, want):
+    lines = bhsd(*words, code=code, PYTHONPROFILEIMPORTTIME="1").strip().splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if "import time:" in line}
+    (text,) = [line for line in lines if "import time:" not in line]
+    assert want in text
+    assert "ml_collections" in imported or code == 2
+    assert not {"jax", "flax", "numpy"} & imported
+
+
+@pytest.mark.parametrize("verb", command_line.VERBS)
+def test_the_help_of_a_verb_has_its_fields_words_and_examples(bhsd, verb):
+    text = bhsd(verb, "--help")
+    assert text.count(f"  bhsd {verb} ") == 2
+    assert all(f"  {word}" in text for word in common.ABOUT)
+    if verb != "config":
+        for field in fields.describe(Settings):
+            if field.path.startswith(f"{verb}."):
+                assert f"--{field.path.removeprefix(f'{verb}.')}=" in text
+                assert " ".join(field.about.split())[:20] in " ".join(text.split())
+
+
+def test_the_program_tells_of_itself(bhsd):
+    assert bhsd() == bhsd("--help") == bhsd("-h")
+    text = bhsd("--help")
+    assert all(f"  {verb} " in text for verb in command_line.VERBS)
+    assert all(f"  {code:>3}  " in text for code in command_line.EXIT_CODES)
+    assert bhsd("--version").startswith("bhsd_jax ")
+
+
+def test_flags_are_fields_by_path_or_by_the_name_that_a_verb_gives_them():
+    words = ["predict", "r", "--config=cps", "--images=x", "--infer.step", "1", "--data.root=/d"]
+    words += ["--config.predict.split=val", "--model.features=(4,8)", "--probabilities"]
+    file, *flags = parse(words, "").flags
+    assert file == f"--config={ROOT / 'configs' / 'cps.py'}"
+    assert set(flags) == {
+        "--workdir=r",
+        "--config.predict.images=x",
+        "--config.infer.step=1",
+        "--config.data.root=/d",
+        "--config.predict.split=val",
+        "--config.model.features=(4,8)",
+        "--config.predict.probabilities=True",
+    }
+    assert parse(["--config=cps"], "").verb == "train"
+    with pytest.raises(UsageError, match=r"no field --images, did you mean predict\.images"):
+        parse(["train", "--config=cps", "--images=x"], "")
+
+
+def trained(folder, config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return folder
+
+
+def test_a_trained_run_needs_no_config(tmp_path):
+    run = trained(tmp_path / "run", cps.get_config("smoke"))
+    command = parse(["report", str(run)], "")
+    assert command.flags[0].endswith(f"from_run.py:{run}")
+    assert command.flags[1:] == (f"--workdir={run}",)
+
+
+def test_later_verbs_read_the_config_of_the_run(tmp_path):
+    config = cps.get_config("smoke")
+    config.train.steps, config.objective.weight = 7, 0.125
+    run = trained(tmp_path / "run", config)
+    given = cps.get_config("smoke,infer=fast")
+    given.data.root, given.predict.split = "/elsewhere", "val"
+    found = as_trained(Settings.of(given), run)
+    assert found.train.steps == 7
+    assert found.objective["weight"] == 0.125
+    assert found.infer.step == 0.75
+    assert found.data["root"] == "/elsewhere"
+    assert found.predict.split == "val"
+    assert as_trained(Settings.of(given), tmp_path) == Settings.of(given), "nothing was trained"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"input.pad": "nnunet"}, r"input\.pad is \"nnunet\".* trained with \"air\""),
+        ({"input.patch": (8, 32, 16)}, r"input\.patch is \[8, 32, 16\]"),
+        ({"windows": ((40.0, 80.0),)}, r"windows is \[\[40\.0, 80\.0\]\].* \"plan\""),
+        ({"split.fold": 3}, r"split\.fold is 3"),
+        ({"split.binary": False}, r"split\.binary is false"),
+        ({"model.features": (4, 8)}, r"model is .*\[4, 8\]"),
+    ],
+)
+def test_what_a_run_was_trained_with_cannot_differ(tmp_path, changes, field):
+    run = trained(tmp_path / "run", cps.get_config("smoke"))
+    given = cps.get_config("smoke")
+    given.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=field):
+        as_trained(Settings.of(given), run)
+    with pytest.raises(ValueError, match=r"objective\.name"):
+        as_trained(Settings.of(supervised_binary()), run)
+
+
+def supervised_binary():
+    config = supervised.get_config("smoke")
+    config.split.binary = True
+    return config
+
+
+def test_runs_of_an_older_version_lack_fields_and_have_others(tmp_path):
+    config = json.loads(json.dumps(cps.get_config("smoke").to_dict()))
+    del config["train"]["accumulate"], config["mesh"]
+    config["train"]["gone"], config["also_gone"] = 1, {"x": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = Settings.of(cps.get_config("smoke"))
+    assert as_trained(given, tmp_path) == given
+
+
+def test_settings_take_what_files_and_command_lines_say():
+    config = cps.get_config("smoke")
+    config.predict.networks, config.infer.mirror_axes = "ema,model", 2
+    config.input.patch, config.split.labeled = [8, 16, 16], 0.5
+    found = Settings.of(config)
+    assert found.predict.networks == ("ema", "model")
+    assert found.infer.mirror_axes == (2,)
+    assert found.input.patch == (8, 16, 16)
+    assert found.split.labeled == 0.5
+    assert Settings.of(json.loads(json.dumps(found.to_dict()))) == found
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("train.steps", 1.5, "a whole number; got 1.5"),
+        ("infer.mirror", 1, "True or False; got 1"),
+        ("infer.mirror_axes", (0, 0), r"got \(0, 0\)"),
+        ("input.foreground", 1.5, "1 or less; got 1.5"),
+        ("input.patch", (8, 0, 8), "1 or more"),
+        ("windows", ((40, 80, 2),), "plan or"),
+        ("split.labeled", "some", "a number or None; got 'some'"),
+        ("predict.dicom", 3, "a group of fields; got 3"),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused(path, value, message):
+    plain = cps.get_config("smoke").to_dict()
+    *groups, name = path.split(".")
+    part = plain
+    for group in groups:
+        part = part[group]
+    part[name] = value
+    with pytest.raises(ValueError, match=rf"config\.{path} .*{message}"):
+        Settings.of(plain)
