@@ -90,9 +90,10 @@ def _parse_flags(argv: Sequence[str]) -> Any:
     try:
         return flags.FLAGS(argv)
     except AttributeError as error:
-        field, _, hint = str(error.args[0]).partition("\n")
-        field = field.strip("\"'")
-        reason = f"no field {field} in this config; bhsd config --config=... lists them. {hint}"
+        # The text went through `repr` on its way.
+        words = str(error.args[0]).replace("\\n", "\n").replace("\\'", "'")
+        field, _, hint = words.strip("'\"").partition("\n")
+        reason = f"no field {field.strip(chr(39))} in this config, see `bhsd config`. {hint}"
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
         reason = _last(error)
     raise UsageError(reason.strip())

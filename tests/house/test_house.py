@@ -53,14 +53,8 @@ def test_packages_export_nothing():
 def test_the_readme_tree_names_every_room():
     readme = (ROOT / "README.md").read_text()
     rooms = [path for path in (ROOT / "bhsd_jax").iterdir() if (path / "__init__.py").is_file()]
-    files = [
-        path
-        for folder in ("configs", "tools", "launch")
-        for path in (ROOT / folder).iterdir()
-        if path.is_file() and path.name != "__init__.py"
-    ]
     assert not [path.name for path in rooms if f"  {path.name}/ " not in readme]
-    assert not [path.name for path in files if path.name not in readme]
+    assert len(readme.encode()) < 15_000, "for newcomers; the rest has its own place"
 
 
 def test_no_scan_weight_or_path_of_a_machine_is_tracked():
