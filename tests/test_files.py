@@ -119,7 +119,7 @@ def test_what_dead_writers_left_is_swept_and_nothing_else(tmp_path):
 def test_a_killed_writer_leaves_what_the_next_sweep_finds(tmp_path):
     """A real process, killed inside a write."""
     code = (
-        "import os, signal, sys; from bhsd_jax import files\n"
+        "import os, signal, sys; from bhsd_jax.platform import files\n"
         "with files.replacing(sys.argv[1]) as path:\n"
         "    path.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -135,7 +135,7 @@ def test_a_killed_writer_leaves_what_the_next_sweep_finds(tmp_path):
 
 def test_of_many_who_write_first_at_once_all_read_the_same(tmp_path):
     code = (
-        "import sys, time; from bhsd_jax import files\n"
+        "import sys, time; from bhsd_jax.platform import files\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
         "print(files.write_first(sys.argv[1], sys.argv[3]))"
     )

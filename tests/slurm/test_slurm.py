@@ -159,7 +159,7 @@ def test_at_its_time_limit_it_saves_and_goes_on(cluster, shards, tmp_path):
 
 SCRIPTED = """#!/usr/bin/env bash
 [ "$3" = train ] || { echo "$3" >>"$WORK/verbs"; exit 0; }
-cd / && PYTHONPATH=ROOT REAL -c "from bhsd_jax import cluster; p = cluster.find(); \
+cd / && PYTHONPATH=ROOT REAL -c "from bhsd_jax.platform import cluster; p = cluster.find(); \
 print(p.index, p.count, p.coordinator)" >"$WORK/told$SLURM_PROCID" && cd - >/dev/null
 echo "$(cat "$WORK/told$SLURM_PROCID") $SLURM_CPUS_PER_TASK $(pwd) [$BHSD_EXTRAS]" >>"$WORK/tasks"
 """

@@ -11,6 +11,7 @@ import pytest
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
 from bhsd_jax.platform import faults, files
+from bhsd_jax.settings import Settings
 from bhsd_jax.verbs import evaluate, report
 from bhsd_jax.verbs.evaluate import Scored
 from bhsd_jax.volume import Volume
@@ -249,7 +250,7 @@ def test_printed_numbers_say_what_is_not_defined():
 def test_what_a_process_has_scored_survives_a_trip_through_a_file(tree, tmp_path):
     """With nan, inf and the histogram of the baseline."""
     data, run = tree
-    jobs = evaluate._jobs(configure(data, baseline=True), run)
+    jobs = evaluate._jobs(Settings.of(configure(data, baseline=True)), run)
     for scored in evaluate._score(jobs, 1).values():
         files.write_json(tmp_path / "part.json", scored.to_json())
         back = Scored.from_json(files.read_json(tmp_path / "part.json"))

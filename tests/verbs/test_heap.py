@@ -10,8 +10,8 @@ from bhsd_jax.platform import allocator, machine
 
 _FAULTS = """
 import resource, threading, numpy as np
-from bhsd_jax.verbs import heap
-if {keep}: assert heap.keep_memory()
+from bhsd_jax.platform import allocator
+if {keep}: assert allocator.keep_memory()
 def work():
     np.empty(2**26, np.uint8).fill(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -23,28 +23,28 @@ thread = threading.Thread(target=work); thread.start(); thread.join()
 
 _HOLES = """
 import ctypes, resource
-from bhsd_jax.verbs import heap
-assert heap.keep_memory()
+from bhsd_jax.platform import allocator
+assert allocator.keep_memory()
 libc = ctypes.CDLL("libc.so.6")
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 blocks = [libc.malloc(2000 + 40 * (i * i % 997)) for i in range(20_000)]
 for block in blocks: ctypes.memset(ctypes.c_void_p(block), 1, 2000)
 for block in blocks[::2]: libc.free(block)
 libc.malloc(2**20)  # sorts them
-before = sum(count for _, count in heap._holes())
-closed = heap.close_holes()
-print(before, closed, sum(count for _, count in heap._holes()))
+before = sum(count for _, count in allocator._holes())
+closed = allocator.close_holes()
+print(before, closed, sum(count for _, count in allocator._holes()))
 """
 
 
 _PLACES = """
 import ctypes, resource
-from bhsd_jax.verbs import heap
-assert heap.keep_memory()
+from bhsd_jax.platform import allocator
+assert allocator.keep_memory()
 libc = ctypes.CDLL("libc.so.6")
 libc.memalign.restype, libc.memalign.argtypes = ctypes.c_void_p, [ctypes.c_size_t] * 2
 before, size = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, 2**28
-heap.reserve(size, 3)
+allocator.reserve(size, 3)
 places = sorted(libc.memalign(64, size) for _ in range(3))
 touched = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(*(b - a - size for a, b in zip(places, places[1:])), touched * resource.getpagesize())

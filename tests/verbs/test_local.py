@@ -30,7 +30,7 @@ time.sleep(100)
 def group(*scripts):
     """A program that runs the scripts as one group, in a process of its own."""
     lines = (
-        "import sys\nfrom bhsd_jax.verbs import local\n"
+        "import sys\nfrom bhsd_jax.experiments import local\n"
         "local._LAST_WORDS_S, local._KILL_S = 4.0, 1.0\n"
         f"scripts = {scripts!r}\n"
         "commands = [[sys.executable, '-c', script] for script in scripts]\n"

@@ -64,6 +64,10 @@ PLAN = Plan(
 )
 
 
+def find_scans(config, folder):
+    return predict.find_scans(Settings.of(config), folder)
+
+
 def head(seed=0):
     """HU [x y z] in RAS order, 20 x 26 x 7 voxels: air, a head, two bleeds off its center."""
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (20, 26, 7)), indexing="ij")
@@ -363,25 +367,25 @@ def test_scans_of_a_split_come_from_the_data_set(folder, scans, monkeypatch):
     roles = Roles(train=("ID_1",), unlabeled=(), val=("ID_2",), test=("ID_9",))
     monkeypatch.setattr(setup, "dataset", lambda config, workdir: Small())
     monkeypatch.setattr(setup, "roles", lambda config, workdir: (roles, []))
-    (found,) = predict.find_scans(configure("", split="val"), folder)
+    (found,) = find_scans(configure("", split="val"), folder)
     assert (found.id, found.image, found.label) == ("ID_2", scans / "ID_2", None)
     with pytest.raises(ValueError, match="1 of its 1 scans are not in the data set"):
-        predict.find_scans(configure("", split="test"), folder)
+        find_scans(configure("", split="test"), folder)
     with pytest.raises(ValueError, match="val or test; got 'train'"):
-        predict.find_scans(configure("", split="train"), folder)
+        find_scans(configure("", split="train"), folder)
 
 
 def test_scans_come_from_a_file_or_a_folder(tmp_path, scans):
-    (found,) = predict.find_scans(configure(scans / "ID_1.nii.gz"), tmp_path)
+    (found,) = find_scans(configure(scans / "ID_1.nii.gz"), tmp_path)
     assert found.id == "ID_1"
     (scans / "ID_4_0000.nii.gz").write_bytes(b"")
     (scans / "notes.txt").write_text("not a scan")
-    found = predict.find_scans(configure(scans), tmp_path)
+    found = find_scans(configure(scans), tmp_path)
     assert [case.id for case in found] == ["ID_1", "ID_2", "ID_4"], "nnU-Net's suffix is dropped"
     (tmp_path / "empty").mkdir()
     for wrong in ("nowhere", "empty"):
         with pytest.raises(FileNotFoundError, match=wrong):
-            predict.find_scans(configure(tmp_path / wrong), tmp_path)
+            find_scans(configure(tmp_path / wrong), tmp_path)
 
 
 # DICOM series.
@@ -458,7 +462,7 @@ def test_probabilities_of_unsheared_series_are_refused(folder, tmp_path):
 def test_one_slice_is_no_scan(tmp_path):
     paths = as_dicom(tmp_path / "dicom", head())
     with pytest.raises(ValueError, match="one DICOM file is one slice"):
-        predict.find_scans(configure(paths[0]), tmp_path)
+        find_scans(configure(paths[0]), tmp_path)
 
 
 def test_long_scans_say_how_far_they_are(monkeypatch, caplog):
