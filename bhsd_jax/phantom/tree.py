@@ -40,7 +40,6 @@ _FOLDER = {  # of a group's images; a group's place here numbers its random stre
 SLICE_LABELS = "slice_labels.csv"  # written last: where it is, the tree is whole
 _PARAMETERS, _LISTS, _DONE = "synthetic.json", "dataset.json", ".done"
 _GOLDEN = (5**0.5 - 1) / 2  # multiples modulo 1 are spread evenly, however many there are
-_LOG_EVERY_S = 5.0
 _WORTH_PROCESSES = 2e7  # voxels; below, starting processes takes longer than the work
 
 Rows = list[list[int]]  # per slice: any, then one per foreground class; 0 or 1
@@ -227,7 +226,7 @@ def _make_parallel(
     pending: set[Future[Rows]] = set(names)
     try:
         while pending:
-            done, pending = wait(pending, _LOG_EVERY_S, return_when=FIRST_COMPLETED)
+            done, pending = wait(pending, machine.log_every_s(), return_when=FIRST_COMPLETED)
             rows |= {names[future]: future.result() for future in done}
             progress.count(len(done))
     finally:
@@ -237,7 +236,7 @@ def _make_parallel(
 
 
 class _Progress:
-    """Logs cases, cases per second and the time left, at most every few seconds."""
+    """Logs cases, cases per second and the time left, not too often."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
@@ -246,7 +245,7 @@ class _Progress:
     def count(self, made: int) -> None:
         self.done += made
         now = time.monotonic()
-        if now - self.logged >= _LOG_EVERY_S and self.done < self.total:
+        if now - self.logged >= machine.log_every_s() and self.done < self.total:
             self.logged = now
             rate = self.done / (now - self.start)
             left = f"{(self.total - self.done) / rate:.0f} s" if rate else "unknown"

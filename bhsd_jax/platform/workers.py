@@ -14,9 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 import rich.console
 import rich.progress
 
-logger = logging.getLogger(__name__)
+from bhsd_jax.platform import machine
 
-_LOG_EVERY_S = 5.0
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -90,7 +90,7 @@ def _end_with_parent() -> None:
 
 
 class Progress:
-    """A bar on a terminal; else a line every few seconds, however long one job takes."""
+    """A bar on a terminal; else a line a minute, however long one job takes."""
 
     def __init__(self, what: str, total: int):
         self.what, self.total, self.done = what, total, 0
@@ -124,17 +124,16 @@ class Progress:
             self._bar.advance(self._task, cases)
 
     def _beat(self) -> None:
-        while not self._stop.wait(_LOG_EVERY_S):
+        while not self._stop.wait(machine.log_every_s()):
             self._say()
 
     def _say(self) -> None:
         wall_s = time.monotonic() - self.start
         rate = self.done / max(wall_s, 1e-9)
+        left = (
+            f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else ""
+        )
         logger.info(
-            "%s: %d of %d cases, %.1f s, %.2f cases/s",
-            self.what,
-            self.done,
-            self.total,
-            wall_s,
-            rate,
+            "%s: %d of %d cases, %.1f s, %.2f cases/s%s",
+            *(self.what, self.done, self.total, wall_s, rate, left),
         )

@@ -280,6 +280,10 @@ def _choose(folder: Path, which: str | int) -> int:
         reasons = "; ".join(f"step {other}: {text}" for other, text in sorted(damaged.items()))
         raise ValueError(f"{folder}: no checkpoint {which!r} can be used ({reasons})")
     disk.warn(folder, damaged, f"step {step} is used instead")
+    if which == "best" and disk.listing(folder, step).dice is None:
+        logger.warning(
+            "%s: none was validated; step %d, the last, stands for the best", folder, step
+        )
     return step
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from bhsd_jax.platform import files
+from bhsd_jax.platform import files, machine
 from bhsd_jax.train.speed import Speed
 from bhsd_jax.types import Metrics, TrainState
 
@@ -102,13 +102,13 @@ def read(path: Path) -> list[dict]:
 
 
 @contextmanager
-def heartbeat(what: str, every_s: float = 5.0) -> Iterator[None]:
+def heartbeat(what: str) -> Iterator[None]:
     """Says that something long begins, and again and again that it still goes on."""
     done, begun = threading.Event(), time.monotonic()
     logger.info("%s", what)
 
     def beat() -> None:
-        while not done.wait(every_s):
+        while not done.wait(machine.log_every_s()):
             logger.info("%s ... %.0f s", what, time.monotonic() - begun)
 
     thread = threading.Thread(target=beat, daemon=True)

@@ -11,7 +11,7 @@ from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti, prepare
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.datasets.msd import MSD
-from bhsd_jax.platform import workers
+from bhsd_jax.platform import machine, workers
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import preprocess
 from bhsd_jax.volume import Volume
@@ -311,7 +311,7 @@ def test_a_killed_worker_is_explained():
 
 
 def test_progress_is_logged_while_a_job_takes_its_time(monkeypatch, caplog):
-    monkeypatch.setattr(workers, "_LOG_EVERY_S", 0.01)
+    monkeypatch.setattr(machine, "log_every_s", lambda: 0.01)
     with (
         caplog.at_level(logging.INFO, logger=workers.__name__),
         workers.Progress("check", 4) as progress,
@@ -324,5 +324,5 @@ def test_progress_is_logged_while_a_job_takes_its_time(monkeypatch, caplog):
         progress.advance(1)
     assert while_working
     assert while_working[0].startswith("check: 3 of 4 cases")
-    assert while_working[0].endswith("cases/s")
+    assert while_working[0].endswith("s left")
     assert caplog.messages[-1].startswith("check: 4 of 4 cases")
