@@ -163,5 +163,5 @@ def test_a_set_without_defects_says_so():
     assert "lowest intensity, as stored" in page
     assert "gantry tilt" not in page
     assert "In the masks" not in page
-    nothing = page.page("Set", "mr", listing.summary([], CLASSES, []), CLASSES, [])
+    nothing = words.page("Set", "mr", listing.summary([], CLASSES, []), CLASSES, [])
     assert nothing.startswith("Set: 0 scans can be used, 0 are refused")

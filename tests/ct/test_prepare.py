@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from bhsd_jax.ct import geometry, hu, nifti, prepare
+from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.volume import Case, Network, Plan, Volume
 
 CANONICAL = ((0, 0, -1, 10), (0, -1, 0, 20), (1, 0, 0, -5))  # D up, H to the back, W to the left
@@ -321,7 +322,7 @@ def test_the_plan_holds_pooled_statistics_and_the_median_shape_after_resampling(
         [(36, 50, 35), (20, 52, 36), (38, 48, 40)],
         [drawn[:500], drawn[500:], []],
     )
-    plan = prepare.make_plan(facts, **MADE)
+    plan = make_plan(facts, **MADE)
     assert plan.spacing_mm == (1.0, 1.0, 1.0)
     assert plan.median_shape == (38, 50, 36)
     expected = (np.percentile(drawn, 0.5), drawn.mean(), drawn.std(), np.percentile(drawn, 99.5))
@@ -330,7 +331,7 @@ def test_the_plan_holds_pooled_statistics_and_the_median_shape_after_resampling(
 
 def test_a_pinned_spacing_is_given_in_canonical_axes_and_planned_coarsest_first():
     facts = facts_of([(1.0, 1.0, 1.0)] * 2, [(40, 48, 56)] * 2, [[1.0], [2.0]])
-    plan = prepare.make_plan(facts, spacing_mm=(1.0, 2.0, 1.0), **MADE)
+    plan = make_plan(facts, spacing_mm=(1.0, 2.0, 1.0), **MADE)
     assert plan.transpose == (1, 0, 2)
     assert plan.spacing_mm == (2.0, 1.0, 1.0)
     assert plan.median_shape == (24, 40, 56)
@@ -338,9 +339,9 @@ def test_a_pinned_spacing_is_given_in_canonical_axes_and_planned_coarsest_first(
 
 def test_nothing_to_plan_from_is_said():
     with pytest.raises(ValueError, match="no training case"):
-        prepare.make_plan([], **MADE)
+        make_plan([], **MADE)
     with pytest.raises(ValueError, match="all 2 training cases are empty"):
-        prepare.make_plan(facts_of([(1.0,) * 3] * 2, [(8, 8, 8)] * 2, [[], []]), **MADE)
+        make_plan(facts_of([(1.0,) * 3] * 2, [(8, 8, 8)] * 2, [[], []]), **MADE)
 
 
 def test_nnunets_order_clips_and_scales_before_it_resamples(tmp_path):
