@@ -7,6 +7,7 @@ from jaxtyping import Float, Float32, Num, Shaped, UInt8
 from scipy import ndimage, optimize
 
 from bhsd_jax.ct import resample
+from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.volume import Grid, Millimeters, Shape, Volume
 
 # Where an axis runs in the world (x to the right, y anterior, z superior), by its letter.
@@ -66,8 +67,8 @@ def locate(
     rounded.
 
     Raises:
-        ValueError: If a spacing is not positive, `transpose` is no permutation, `axes` are none, or
-            the scan would get more voxels than any has.
+        ValueError: If a spacing is not positive, `transpose` is no permutation, or `axes` are none.
+        Refusal: If the scan would get more voxels than any has.
     """
     if sorted(transpose) != [0, 1, 2] or not all(0 < mm < math.inf for mm in spacing_mm):
         raise ValueError(
@@ -85,9 +86,10 @@ def locate(
     cropped = stop[0] - start[0], stop[1] - start[1], stop[2] - start[2]
     shape = resample.resampled_shape(cropped, old_mm, spacing_mm)
     if math.prod(shape) > _MOST_VOXELS:
-        raise ValueError(
+        raise Refusal(
+            Kind.TOO_LARGE,
             f"{volume.case}: {cropped} voxels of {old_mm} mm would become {shape} of {spacing_mm} "
-            "mm, more than fit; look at the spacing in the scan's header"
+            "mm, more than fit; look at the spacing in the scan's header",
         )
     d, h, w = volume.voxels.shape
     return Grid(

@@ -9,13 +9,14 @@ from jaxtyping import UInt8
 
 from bhsd_jax.ct import hu, masks, nifti, shear
 from bhsd_jax.ct.dicom import series as dicom_series
+from bhsd_jax.defects import Finding, Kind, Refusal, kind_of
 from bhsd_jax.volume import Image, Label, Masks, Series, Volume
 
 _OFF_GRID_MM = 0.1  # how far a mask's voxels may lie from the series'
 
 
-def read(image: Image) -> tuple[Volume, list[str]]:
-    """The scan as the network is to see it, and what was done to it on the way.
+def read(image: Image) -> tuple[Volume, list[Finding]]:
+    """The scan as the network is to see it, and what was found on the way.
 
     Raises:
         ValueError: If it is broken, or lies in no grid; names the file, or the series.
@@ -23,13 +24,14 @@ def read(image: Image) -> tuple[Volume, list[str]]:
     """
     if not isinstance(image, Series):
         return nifti.read(image), []
-    volume, notes = dicom_series.read(image)
+    volume, found = dicom_series.read(image)
     if image.unshear:
         voxels, affine = shear.unshear(volume.voxels, volume.affine, fill=hu.LOWEST_HU)
         if voxels is not volume.voxels:
-            notes.append("unsheared: slices moved over each other, and set upright")
+            text = "unsheared: slices moved over each other, and set upright"
+            found.append(Finding(Kind.UNSHEARED, "kept", text))
         volume = replace(volume, voxels=voxels, affine=affine)
-    return volume, notes
+    return volume, found
 
 
 def native(image: Image) -> Image:
@@ -39,7 +41,7 @@ def native(image: Image) -> Image:
 
 def read_label(
     label: Label, image: Image, volume: Volume, *, num_classes: int | None
-) -> tuple[Volume, list[str]]:
+) -> tuple[Volume, list[Finding]]:
     """The label map of `volume`, which `read` made from `image`.
 
     A NIfTI scan's must have its shape, as by `nifti.read_label`. A DICOM series has no voxel order
@@ -51,13 +53,13 @@ def read_label(
     """
     if not isinstance(label, Masks):
         return _read_label(label, image, volume, num_classes)
-    found, notes = [], []
+    labels, found = [], []
     for path in label.files:
-        one, said = _read_label(path, image, volume, None)
-        found.append(masks.reclass(one.voxels, label.values, num_classes, path.name))
-        notes += [text for text in said if text not in notes]
-    made = masks.combine(found, label.combine)
-    return Volume(made, volume.affine, volume.case), notes
+        one, more = _read_label(path, image, volume, None)
+        labels.append(masks.reclass(one.voxels, label.values, num_classes, path.name))
+        found += [finding for finding in more if finding not in found]
+    made = masks.combine(labels, label.combine)
+    return Volume(made, volume.affine, volume.case), found
 
 
 def write(path: str | Path, label: UInt8[np.ndarray, "D H W"], like: Image) -> None:
@@ -111,7 +113,7 @@ def file_digest(path: Path) -> bytes:
 
 def _read_label(
     path: Path, image: Image, volume: Volume, num_classes: int | None
-) -> tuple[Volume, list[str]]:
+) -> tuple[Volume, list[Finding]]:
     if not isinstance(image, Series):
         return nifti.read_label(path, volume, num_classes=num_classes)
     try:
@@ -120,8 +122,8 @@ def _read_label(
     except (ValueError, FileNotFoundError) as error:
         # Not chained: the original names the file, and with it perhaps the patient.
         text = str(error).replace(str(path), "its mask")
-        raise ValueError(f"{image.name}: {text}") from None
-    notes = []
+        raise Refusal(kind_of(error), f"{image.name}: {text}") from None
+    found = []
     if image.unshear:
         stack = dicom_series.arrange(image)
         shape, affine = stack.shape, stack.affine
@@ -131,7 +133,8 @@ def _read_label(
     if turned is None:
         # Converters write tilted stacks with perpendicular axes: the same voxels, drawn upright.
         turned = _onto(label, shape, _straightened(affine))
-        notes.append("mask of a converter that hides the gantry's tilt; the series' is taken")
+        text = "mask of a converter that hides the gantry's tilt; the series' is taken"
+        found.append(Finding(Kind.MASK_UPRIGHT, "kept", text))
     if turned is None:
         raise ValueError(
             f"{image.name}: its mask has shape {own.voxels.shape} (D, H, W) and does not lie on "
@@ -139,7 +142,7 @@ def _read_label(
         )
     if image.unshear:
         turned = shear.unshear_label(turned, affine)
-    return Volume(turned, volume.affine, volume.case), notes
+    return Volume(turned, volume.affine, volume.case), found
 
 
 def _onto(label: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray | None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from bhsd_jax.ct import geometry, hu, nifti, prepare
+from bhsd_jax.defects import texts
 from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.volume import Case, Network, Plan, Volume
 
@@ -194,7 +195,7 @@ def test_facts_count_the_crop_and_draw_intensities_inside_the_mask_only(head):
     assert facts.intensity == (-3024.0, pytest.approx(float(np.median(voxels))), voxels.max())
     _, repairs = hu.repair(voxels)
     assert repairs
-    assert set(repairs) <= set(facts.warnings)
+    assert set(texts(repairs)) <= set(facts.warnings)
     assert facts.bleeding is True
 
 
@@ -204,6 +205,7 @@ def test_facts_warn_of_empty_masks_masks_outside_the_head_and_windowed_scans(tmp
     empty = store(tmp_path, voxels, label, matrix=affine((5.0, 1.0, 1.0)))
     facts = prepare.fingerprint_case(empty, num_classes=3, modality="ct", crop_hu=-200.0)
     assert "the mask is empty" in facts.warnings
+    assert {finding.case for finding in facts.findings} == {empty.id}
     assert facts.bleeding is False
     assert facts.foreground.size == 0
     label[0, 0, :3] = 1
@@ -306,7 +308,7 @@ def facts_of(spacings, shapes, foreground):
             volume_ml=(1.0, 1.0, 1.0),
             foreground=np.asarray(drawn, np.float32),
             source_sha256="",
-            warnings=(),
+            findings=(),
         )
         for i, (spacing, shape, drawn) in enumerate(zip(spacings, shapes, foreground, strict=True))
     ]
