@@ -20,6 +20,9 @@ from bhsd_jax.platform import files
 Shape = tuple[int, int, int]
 Millimeters = tuple[float, float, float]  # D, H, W
 
+HEMORRHAGE = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
+"""Classes of BHSD by value in its masks, and of all data sets with the same kinds of bleeding."""
+
 
 @dataclass(frozen=True)
 class Volume:

@@ -21,6 +21,7 @@ _WORLD = {
 }
 _SAME_LINE = str.maketrans("LPI", "RAS")
 CANONICAL, AS_IN_FILE = "SPL", "file"
+LEAST_TILT_DEG = 0.5  # of a gantry: less is rounding
 _MARGIN_MM = 5.0  # around the largest component
 _MOST_VOXELS = 2**29  # of a prepared scan: a whole body at half a millimeter has as many
 

@@ -10,7 +10,6 @@ from bhsd_jax.defects import Finding, Kind, Refusal
 
 LOWEST_HU, HIGHEST_HU = -1024.0, 3071.0  # what 12 bits can hold
 _FARTHEST_HU = 100_000.0  # wrapped and extended-range metal stays well within
-_MIN_TILT_DEG = 0.5  # below, headers are only inexact
 _ORTHOGONAL = 1e-3  # largest cosine between two axes that count as perpendicular
 _ALONG_X = math.cos(math.radians(1.0))  # an axis this close to x has not been turned away from it
 
@@ -84,4 +83,5 @@ def voxel_ml(affine: Float[np.ndarray, "4 4"], modality: str) -> float:
     """
     volume_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     tilt = tilt_deg(affine) if modality == "ct" else 0.0
-    return volume_ml * math.cos(math.radians(tilt)) if abs(tilt) > _MIN_TILT_DEG else volume_ml
+    tilted = abs(tilt) > geometry.LEAST_TILT_DEG
+    return volume_ml * math.cos(math.radians(tilt)) if tilted else volume_ml

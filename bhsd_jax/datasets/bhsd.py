@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bhsd_jax.datasets.bhsd_files import Scans, find, official_split, slice_labels
 from bhsd_jax.defects import Finding, Kind, Refusal
-from bhsd_jax.volume import Case, Survey
+from bhsd_jax.volume import HEMORRHAGE, Case, Survey
 
 _IMAGES = ("images", "imagesTr")
 _MASKS = ("ground truths", "ground_truths", "labelsTr", "masks")
@@ -36,9 +36,7 @@ class BHSD:
     allow_missing: bool = False  # accept copies that lack some of the listed cases
     allow_empty: bool = False  # accept masks without bleeding, of which BHSD itself has none
     name: str = field(default="BHSD", init=False)
-    classes: tuple[str, ...] = field(
-        default=("background", "EDH", "IPH", "IVH", "SAH", "SDH"), init=False
-    )
+    classes: tuple[str, ...] = field(default=HEMORRHAGE, init=False)
     modality: str = field(default="ct", init=False)
     license: str = field(
         default="CC BY-NC-ND 4.0 (non-commercial, no derivatives; no redistribution)", init=False

@@ -1,7 +1,5 @@
 """Slice labels for BHSD's scans, which ship none, from the RSNA challenge they were taken from."""
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.datasets import rsna
 from bhsd_jax.datasets.bhsd import BHSD
-from bhsd_jax.platform import files
+from bhsd_jax.platform import tables
 from bhsd_jax.volume import Case
 
 FILE = "slice_labels.csv"  # in BHSD's folder, where `datasets/bhsd.py` reads it
@@ -59,16 +57,13 @@ def match(
 
 def write(path: Path, rows: Mapping[str, Sequence[rsna.Row]], classes: Sequence[str]) -> None:
     """Writes the table whole or not at all; slices of which nothing is known are left out."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["case", "slice", "any", *classes])
+    table = []
     for case in sorted(rows):
         for index, row in enumerate(rows[case]):
-            if row == rsna.UNKNOWN:
-                continue
-            union = rsna.any_bleeding([row])
-            table.writerow([case, index, "" if union is None else int(union), *row])
-    files.write_text(path, text.getvalue())
+            if row != rsna.UNKNOWN:
+                union = rsna.any_bleeding([row])
+                table.append((case, index, "" if union is None else int(union), *row))
+    tables.write_csv(path, ("case", "slice", "any", *classes), table, line_end="\n")
 
 
 def _rows(

@@ -12,7 +12,7 @@ from bhsd_jax.ct import nifti
 from bhsd_jax.platform import faults, files
 from bhsd_jax.verbs import evaluate, report
 from bhsd_jax.verbs.evaluate import Scored
-from bhsd_jax.volume import Volume
+from bhsd_jax.volume import HEMORRHAGE, Volume
 from configs import common
 
 # One patient with two scans in the test part, another in the training part. A voxel is 1 mL.
@@ -112,7 +112,7 @@ def test_the_summary_holds_every_convention(tree):
     evaluate.run(configure(data), run)
     found = summary(run)
     assert (found["convention"], found["n_cases"], found["nsd_mm"]) == ("nnunet", 2, 1.0)
-    assert found["classes"] == ["EDH", "IPH", "IVH", "SAH", "SDH"]
+    assert found["classes"] == list(HEMORRHAGE[1:])
     dice = {key: value["SAH"]["dice"] for key, value in found["conventions"].items()}
     assert dice == pytest.approx(
         {"nnunet": 0.5, "present": 1.0, "pooled": 0.8, "both-empty=1": 0.5}
@@ -276,8 +276,7 @@ def test_what_a_process_has_scored_survives_a_trip_through_a_file(tree, tmp_path
 def test_a_damaged_file_is_named_where_it_is_read(tree, plan, name, damage, verb):
     data, run = tree
     config = configure(data)
-    names = ["background", "EDH", "IPH", "IVH", "SAH", "SDH"]
-    files.write_json(run / "plan.json", plan | {"classes": names})
+    files.write_json(run / "plan.json", plan | {"classes": HEMORRHAGE})
     evaluate.run(config, run)
     files.write_json(run / "predictions" / "predictions.json", {"step": 1, "split": "test"})
     path = run / name

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bhsd_jax.ct.dicom.slice_file import Slice
+from bhsd_jax.ct.geometry import LEAST_TILT_DEG
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.volume import Shape
 
@@ -16,7 +17,6 @@ _EVEN = 0.02  # of the step: how far a slice may be from its place
 _WHOLE = 0.05  # of the step: gaps this near to a multiple of it are missing slices
 _HOLE = 2.5  # times the steps beside it: too much to fill in
 _ASIDE_MM = 0.1  # how far a slice may lie off the line through the first and the last
-_TILT_DEG = 0.5  # below, the angle is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ def _affine(kept: Sequence[Slice], depth: int, found: list[Finding]) -> Float[np
     matrix[:3, 3] = corners[0] + down * (first.shape[0] - 1)
     cosine = float(step @ normal(first) / np.linalg.norm(step))
     tilt = math.degrees(math.acos(min(1.0, abs(cosine))))
-    if tilt > _TILT_DEG:
+    if tilt > LEAST_TILT_DEG:
         text = f"gantry tilt of {tilt:.1f} degrees, kept as shear in the affine"
         found.append(Finding(Kind.TILTED, "kept", text))
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from bhsd_jax.ct.geometry import LEAST_TILT_DEG
 from bhsd_jax.ct.integrity.doctor import Group
 from bhsd_jax.ct.prepare import Facts
 
-TILTED_DEG = 0.5  # below, the angle is rounding
 _ORDER = ("train", "val", "test", "unlabeled")
 _MEASURES = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
 
@@ -23,7 +23,8 @@ def summary(
 ) -> dict[str, Any]:
     """Counts, volumes, geometry and defects, per split where that matters."""
     splits = sorted({fact.split for fact in facts}, key=_ORDER.index)
-    tilted = [abs(fact.tilt_deg) for fact in facts if abs(fact.tilt_deg) > TILTED_DEG]
+    tilts = [abs(fact.tilt_deg) for fact in facts]
+    tilted = [angle for angle in tilts if angle > LEAST_TILT_DEG]
     refused = {case for found in defects if found.done == "refused" for case in found.cases}
     return {
         "cases": len(facts),
