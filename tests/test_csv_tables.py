@@ -13,7 +13,7 @@ def test_records_become_lines_and_no_records_no_file(tmp_path, end):
     tables.write_records(path, records, line_end=end)
     assert path.read_bytes().decode() == end.join(["case,said", 'a,"of ""b"", ä"', "c,", ""])
     with path.open(newline="") as file:
-        assert list(csv.DictReader(file))[0] == records[0]
+        assert next(csv.DictReader(file)) == records[0]
     tables.write_records(path, [])
     tables.write_records(path, [])
     assert not path.exists()

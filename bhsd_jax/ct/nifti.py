@@ -80,7 +80,7 @@ def read_label(
             )
         label = _as_classes(voxels, 256 if num_classes is None else num_classes)
         try:
-            apart_mm = _distance_mm(nifti_header.affine(header), image.affine, voxels.shape)
+            apart_mm = geometry.distance_mm(nifti_header.affine(header), image.affine, voxels.shape)
         except (ValueError, HeaderDataError) as error:
             text = f"label geometry is unusable ({error}); the image's is taken"
             found.append(Finding(Kind.MASK_GEOMETRY, "repaired", text))
@@ -253,12 +253,6 @@ def _as_classes(voxels: np.ndarray, num_classes: int) -> UInt8[np.ndarray, "_ _ 
         text = f"label values must be integers in 0..{top}; got {shown}{more}"
         raise Refusal(Kind.MASK_VALUES, text)
     return voxels.astype(np.uint8)
-
-
-def _distance_mm(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    corners = np.stack([*np.meshgrid(*[(0, n - 1) for n in shape]), np.ones((2, 2, 2))])
-    moved = (one - other)[:3] @ corners.reshape(4, -1)
-    return float(np.linalg.norm(moved, axis=0).max())
 
 
 def _apart(apart_mm: float, label: np.ndarray, image: np.ndarray) -> Finding:

@@ -85,7 +85,8 @@ def fingerprint_case(
     drawn = np.zeros(0, np.float32)
     if label is not None:
         counts = tuple(np.bincount(label.ravel(), minlength=num_classes).tolist())
-        inside = _cropped(volume.voxels, grid)[_cropped(label, grid) > 0]
+        cropped = geometry.native_box(label, grid)
+        inside = geometry.native_box(volume.voxels, grid)[cropped > 0]
         if inside.size < sum(counts[1:]):
             text = f"{sum(counts[1:]) - inside.size} labeled voxels lie outside the cropped scan"
             found.append(Finding(Kind.MASK_OUTSIDE, "kept", text))
@@ -192,15 +193,8 @@ def _read(
     return volume, label, found
 
 
-def _cropped(voxels: np.ndarray, grid: Grid) -> np.ndarray:
-    turned = voxels.transpose(grid.order)
-    turned = np.flip(turned, tuple(axis for axis in range(3) if grid.flip[axis]))
-    box = zip(grid.crop_start, grid.crop_stop, strict=True)
-    return turned[tuple(slice(start, stop) for start, stop in box)]
-
-
 def _standardized(voxels: np.ndarray, grid: Grid) -> np.ndarray:
-    inside = _cropped(voxels, grid).astype(np.float64)
+    inside = geometry.native_box(voxels, grid).astype(np.float64)
     mean, std = inside.mean(), max(float(inside.std()), 1e-8)
     return ((voxels - mean) / std).astype(np.float32)
 

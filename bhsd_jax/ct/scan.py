@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from bhsd_jax.ct import hu, masks, nifti, shear
+from bhsd_jax.ct import geometry, hu, masks, nifti, shear
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.defects import Finding, Kind, Refusal, kind_of
 from bhsd_jax.volume import Image, Label, Masks, Series, Volume
@@ -149,23 +149,18 @@ def _onto(label: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarr
     """The label in the voxel order of another grid of the same voxels; None if they are others."""
     moved = np.linalg.inv(affine) @ label.affine
     turn = np.rint(moved[:3, :3])
-    order = np.abs(turn).argmax(axis=1)  # the mask's axis behind each of ours
-    if sorted(order.tolist()) != [0, 1, 2] or np.abs(turn).sum() != 3:
+    a, b, c = np.abs(turn).argmax(axis=1).tolist()  # the mask's axis behind each of ours
+    if sorted((a, b, c)) != [0, 1, 2] or np.abs(turn).sum() != 3:
         return None
-    turned = label.voxels.transpose(order)
-    back = [axis for axis in range(3) if turn[axis, order[axis]] < 0]
-    turned = np.flip(turned, tuple(back))
+    flip = bool(turn[0, a] < 0), bool(turn[1, b] < 0), bool(turn[2, c] < 0)
+    turned = geometry.turn(label.voxels, (a, b, c), flip)
     if turned.shape != shape:
         return None
     exact = np.zeros((4, 4))
     exact[3, 3] = 1
     exact[:3, :3] = turn
-    exact[back, 3] = np.asarray(shape)[back] - 1
-    corners = np.stack(
-        [*np.meshgrid(*[(0, n - 1) for n in label.voxels.shape]), np.ones((2, 2, 2))]
-    )
-    apart = (label.affine - affine @ exact)[:3] @ corners.reshape(4, -1)
-    if np.linalg.norm(apart, axis=0).max() > _OFF_GRID_MM:
+    exact[:3, 3] = np.where(flip, np.asarray(shape) - 1, 0)
+    if geometry.distance_mm(label.affine, affine @ exact, label.voxels.shape) > _OFF_GRID_MM:
         return None
     return np.ascontiguousarray(turned)
 

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bhsd_jax.datasets.bhsd_files import Scans, find, official_split, slice_labels
+from bhsd_jax.datasets.bhsd_files import Scans, find, official_split, patient, slice_labels
 from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.volume import HEMORRHAGE, Case, Survey
 
 _IMAGES = ("images", "imagesTr")
 _MASKS = ("ground truths", "ground_truths", "labelsTr", "masks")
 _BLEEDING = {"anybleed": True, "nobleed": False}
-_PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
 _COUNT = re.compile(r"_(\d+)$")  # of scans, in a folder's name
 
 
@@ -117,7 +116,7 @@ class BHSD:
         missing = "kept" if self.allow_missing else "refused"
         for id in sorted({*images, *masks, *split} - known):
             if id in images and id in masks and id in split:
-                case = Case(id, _patient(id), images[id], masks[id], split[id], bleeding)
+                case = Case(id, patient(id), images[id], masks[id], split[id], bleeding)
                 cases.append(case)
             elif id not in images:
                 text = (
@@ -179,7 +178,7 @@ def _unlabeled(root: Path, labeled: set[str]) -> tuple[list[Case], list[Finding]
             findings += more
             count += len(images)
             for id, image in images.items():
-                case = Case(id, _patient(id), image, None, "unlabeled", bleeding)
+                case = Case(id, patient(id), image, None, "unlabeled", bleeding)
                 if id in labeled:
                     text = f"{image}: has a mask elsewhere; this copy is left out"
                     findings.append(Finding(Kind.COPY_LABELED, "repaired", text, id))
@@ -237,8 +236,3 @@ def _patients(cases: list[Case]) -> tuple[list[Case], list[Finding]]:
             text = f"second scan of {case.patient}, after {first[case.patient]}; in the same fold"
             findings.append(Finding(Kind.PATIENT_TWICE, "repaired", text, case.id))
     return kept, findings
-
-
-def _patient(id: str) -> str:
-    match = _PATIENT.match(id)
-    return match.group() if match else id

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bhsd_jax.defects import Finding, Kind
 
+_PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
 _SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _MAGIC = (b"\x1f\x8b", b"\x5c\x01", b"\x00\x00")  # gzip; 348, the first field of NIfTI, either way
 _SPLITS = {"training": "train", "test": "test"}
@@ -26,6 +27,12 @@ Scans = dict[str, Path]
 def base_name(name: str) -> str:
     """The last part of a path without .nii or .nii.gz."""
     return _SUFFIX.sub("", Path(name).name)
+
+
+def patient(name: str) -> str:
+    """Whose scan a base name is of; a name of another form is a patient of its own."""
+    match = _PATIENT.match(name)
+    return match.group() if match else name
 
 
 def find(folder: Path) -> tuple[Scans, list[Finding]]:

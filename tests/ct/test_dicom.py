@@ -8,6 +8,7 @@ import pytest
 from dicom_files import NAME, PATIENT, block, store, write_series
 from pydicom import dcmread
 from pydicom.uid import JPEGLSLossless, RLELossless
+from turned import stored
 
 from bhsd_jax.ct import hu, nifti, scan, shear
 from bhsd_jax.ct.dicom import series as dicom_series
@@ -345,20 +346,14 @@ def test_messages_name_no_patient_and_no_path(tmp_path):
     assert not [text for text in said if NAME in text or PATIENT in text or str(tmp_path) in text]
 
 
-def stored_as(mask, affine, order, flips):
-    """The same voxels with axes in another order and direction."""
-    moved = np.flip(mask.transpose(order), flips)
-    matrix = np.zeros((4, 4))
-    matrix[3, 3] = 1
-    for new, old in enumerate(order):
-        matrix[old, new] = -1 if new in flips else 1
-        matrix[old, 3] = mask.shape[old] - 1 if new in flips else 0
-    return Volume(np.ascontiguousarray(moved), affine @ matrix, "")
-
-
 @pytest.mark.parametrize("tilt", [0.0, TILT])
 @pytest.mark.parametrize(
-    ("order", "flips"), [((0, 1, 2), ()), ((0, 1, 2), (1,)), ((2, 0, 1), (0, 2))]
+    ("order", "flips"),
+    [
+        ((0, 1, 2), (False, False, False)),
+        ((0, 1, 2), (False, True, False)),
+        ((2, 0, 1), (True, False, True)),
+    ],
 )
 def test_a_mask_is_turned_to_the_series_by_its_affine(tmp_path, tilt, order, flips):
     head = block()
@@ -366,7 +361,7 @@ def test_a_mask_is_turned_to_the_series_by_its_affine(tmp_path, tilt, order, fli
     series = series_of(tmp_path / "dicom")
     volume, _ = scan.read(series)
     want = (volume.voxels > 40).astype(np.uint8)
-    nifti.write_volume(tmp_path / "m.nii.gz", stored_as(want, volume.affine, order, flips))
+    nifti.write_volume(tmp_path / "m.nii.gz", stored(want, volume.affine, order, flips))
     label, notes = scan.read_label(tmp_path / "m.nii.gz", series, volume, num_classes=2)
     np.testing.assert_array_equal(label.voxels, want)
     assert not notes

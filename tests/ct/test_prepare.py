@@ -3,6 +3,7 @@ import hashlib
 
 import numpy as np
 import pytest
+from turned import stored
 
 from bhsd_jax.ct import geometry, hu, nifti, prepare
 from bhsd_jax.defects import texts
@@ -113,12 +114,12 @@ def test_the_file_order_of_axes_does_not_matter(tmp_path, head):
     other = tmp_path / "other"
     other.mkdir()
     image, label = nifti.read(head.image), nifti.read(head.label)
-    matrix = image.affine @ np.array(
-        [[0, -1, 0, image.voxels.shape[0] - 1], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]]
-    )  # new (w, d reversed, h)
-    turned = [np.flip(v.voxels.transpose(2, 0, 1), 1).copy() for v in (image, label)]
+    new = [
+        stored(v.voxels, v.affine, order=(2, 0, 1), flips=(False, True, False))
+        for v in (image, label)
+    ]
     again = prepare.prepare_case(
-        store(other, turned[0], turned[1].astype(np.uint8), matrix=matrix), plan
+        store(other, new[0].voxels, new[1].voxels.astype(np.uint8), matrix=new[0].affine), plan
     )
     np.testing.assert_array_equal(again.image, first.image)
     np.testing.assert_array_equal(again.label, first.label)
