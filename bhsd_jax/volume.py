@@ -14,10 +14,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from bhsd_jax.defects import Finding
 from bhsd_jax.platform import files
 
 Shape = tuple[int, int, int]
 Millimeters = tuple[float, float, float]  # D, H, W
+
+HEMORRHAGE = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
+"""Classes of BHSD by value in its masks, and of all data sets with the same kinds of bleeding."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Series:
     name: str  # stands for it in messages
     uneven: str = "refuse"  # slices at uneven steps; or "resample"
     unshear: bool = False  # undo the gantry's tilt for the network
-    notes: tuple[str, ...] = ()  # what had to be said when it was found
+    findings: tuple[Finding, ...] = ()  # what had to be said when it was found
 
 
 @dataclass(frozen=True)
@@ -126,16 +130,6 @@ class Case:
     bleeding: bool | None = None  # volume-level label; None: not known
     slice_labels: tuple[tuple[int, ...], ...] | None = None
     """A row per slice in the file's k order, a column per foreground class: 1, 0, -1 (unknown)."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing about a scan, or about a whole data set, that is not as it should be."""
-
-    defect: str  # what it is, in the same words for every scan that has it
-    done: str  # "repaired", "refused" (not used; the verb then ends non-zero), "kept" as it is
-    case: str  # "": the data set as a whole
-    text: str  # what was found where, what was done about it or is to be done
 
 
 @dataclass(frozen=True)
@@ -228,6 +222,18 @@ class Dataset(Protocol):
     def cases(self) -> Iterator[Case]:
         """All cases, sorted by id; unique ids; patients disjoint across splits."""
         ...
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
+    """The smallest box that holds all that is true or not 0, of any rank; None if nothing is."""
+    box = []
+    for axis in range(mask.ndim):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        hit = np.flatnonzero(mask.any(axis=others))
+        if not hit.size:
+            return None
+        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
+    return tuple(box)
 
 
 def _tuples(value: Any) -> Any:

@@ -203,9 +203,9 @@ def make_plans(options: argparse.Namespace) -> None:
 
 def make_phantoms(root: Path, count: int) -> Path:
     """Head CTs of 32 x 512 x 512 voxels with masks, stored as BHSD stores them."""
-    from bhsd_jax.phantom.bleeds import CLASSES
     from bhsd_jax.phantom.case import Options, make_case
     from bhsd_jax.phantom.files import write_image, write_label
+    from bhsd_jax.volume import HEMORRHAGE
 
     for index in range(count):
         voxels, label, truth = make_case(index, Options(size=512, slices=32))
@@ -213,7 +213,7 @@ def make_phantoms(root: Path, count: int) -> Path:
             (root / folder).mkdir(parents=True, exist_ok=True)
         write_image(root / "imagesTr" / f"head_{index}.nii.gz", voxels, truth.scan, scaled=True)
         write_label(root / "labelsTr" / f"head_{index}.nii.gz", label, truth.scan)
-    labels = {str(value): name for value, name in enumerate(CLASSES)}
+    labels = {str(value): name for value, name in enumerate(HEMORRHAGE)}
     about = {"name": "generated heads", "modality": {"0": "CT"}, "labels": labels}
     (root / "dataset.json").write_text(json.dumps(about))
     return root

@@ -7,7 +7,8 @@ from jaxtyping import Float, Float32, Num, Shaped, UInt8
 from scipy import ndimage, optimize
 
 from bhsd_jax.ct import resample
-from bhsd_jax.volume import Grid, Millimeters, Shape, Volume
+from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.volume import Grid, Millimeters, Shape, Volume, bounding_box
 
 # Where an axis runs in the world (x to the right, y anterior, z superior), by its letter.
 _WORLD = {
@@ -20,6 +21,7 @@ _WORLD = {
 }
 _SAME_LINE = str.maketrans("LPI", "RAS")
 CANONICAL, AS_IN_FILE = "SPL", "file"
+LEAST_TILT_DEG = 0.5  # of a gantry: less is rounding
 _MARGIN_MM = 5.0  # around the largest component
 _MOST_VOXELS = 2**29  # of a prepared scan: a whole body at half a millimeter has as many
 
@@ -49,6 +51,24 @@ def canonical(
     return (d, h, w), flip
 
 
+def turn(
+    voxels: Shaped[np.ndarray, "_ _ _"],
+    order: tuple[int, int, int],
+    flip: tuple[bool, bool, bool],
+) -> Shaped[np.ndarray, "_ _ _"]:
+    """A view with axes in another order, as `canonical` gives it, and those of `flip` reversed."""
+    return np.flip(voxels.transpose(order), tuple(axis for axis in range(3) if flip[axis]))
+
+
+def distance_mm(
+    one: Float[np.ndarray, "4 4"], other: Float[np.ndarray, "4 4"], shape: tuple[int, ...]
+) -> float:
+    """How far apart two affines put a voxel of an array of that shape, at most."""
+    corners = np.stack([*np.meshgrid(*[(0, n - 1) for n in shape]), np.ones((2, 2, 2))])
+    moved = (one - other)[:3] @ corners.reshape(4, -1)
+    return float(np.linalg.norm(moved, axis=0).max())
+
+
 def locate(
     volume: Volume,
     *,
@@ -66,8 +86,8 @@ def locate(
     rounded.
 
     Raises:
-        ValueError: If a spacing is not positive, `transpose` is no permutation, `axes` are none, or
-            the scan would get more voxels than any has.
+        ValueError: If a spacing is not positive, `transpose` is no permutation, or `axes` are none.
+        Refusal: If the scan would get more voxels than any has.
     """
     if sorted(transpose) != [0, 1, 2] or not all(0 < mm < math.inf for mm in spacing_mm):
         raise ValueError(
@@ -78,16 +98,17 @@ def locate(
     a, b, c = transpose
     order = native_order[a], native_order[b], native_order[c]
     flip = native_flip[a], native_flip[b], native_flip[c]
-    turned = _turn(volume.voxels, order, flip)
+    turned = turn(volume.voxels, order, flip)
     native_mm = volume.spacing_mm
     old_mm = native_mm[order[0]], native_mm[order[1]], native_mm[order[2]]
     start, stop = _crop_box(turned, old_mm, crop_hu)
     cropped = stop[0] - start[0], stop[1] - start[1], stop[2] - start[2]
     shape = resample.resampled_shape(cropped, old_mm, spacing_mm)
     if math.prod(shape) > _MOST_VOXELS:
-        raise ValueError(
+        raise Refusal(
+            Kind.TOO_LARGE,
             f"{volume.case}: {cropped} voxels of {old_mm} mm would become {shape} of {spacing_mm} "
-            "mm, more than fit; look at the spacing in the scan's header"
+            "mm, more than fit; look at the spacing in the scan's header",
         )
     d, h, w = volume.voxels.shape
     return Grid(
@@ -102,6 +123,12 @@ def locate(
     )
 
 
+def native_box(native: Shaped[np.ndarray, "_ _ _"], grid: Grid) -> Shaped[np.ndarray, "_ _ _"]:
+    """The crop of an array of the native shape, in prepared order; a view, to read or to write."""
+    box = tuple(map(slice, grid.crop_start, grid.crop_stop))
+    return turn(native, grid.order, grid.flip)[box]
+
+
 def to_grid(voxels: Num[np.ndarray, "_ _ _"], grid: Grid, kind: str) -> Num[np.ndarray, "_ _ _"]:
     """Brings an array of the scan's native shape to the grid: turned, cropped, resampled.
 
@@ -112,7 +139,7 @@ def to_grid(voxels: Num[np.ndarray, "_ _ _"], grid: Grid, kind: str) -> Num[np.n
         ValueError: If the shape is not the grid's native one, or `kind` is another word.
     """
     _check_shape(voxels.shape, grid.native_shape, "native")
-    cropped = _native_box(voxels, grid)
+    cropped = native_box(voxels, grid)
     axis = resample.separate_axis(grid.native_spacing_mm, grid.spacing_mm)
     if kind == "image":
         return np.ascontiguousarray(resample.resample_image(cropped, grid.shape, axis))
@@ -131,7 +158,7 @@ def label_from_grid(label: UInt8[np.ndarray, "_ _ _"], grid: Grid) -> UInt8[np.n
     _check_shape(label.shape, grid.shape, "prepared")
     native = np.zeros(grid.native_shape, np.uint8)
     nearest = map(resample.nearest_index, grid.shape, grid.cropped_shape)
-    _native_box(native, grid)[...] = label[np.ix_(*nearest)]
+    native_box(native, grid)[...] = label[np.ix_(*nearest)]
     return native
 
 
@@ -159,7 +186,7 @@ def argmax_from_grid(
         np.copyto(winner, index, where=score > best)
         best = np.maximum(best, score)  # not in place: it may be the caller's array
     native = np.zeros(grid.native_shape, np.uint8)
-    _native_box(native, grid)[...] = winner
+    native_box(native, grid)[...] = winner
     return native
 
 
@@ -179,7 +206,7 @@ def probabilities_from_grid(
     axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
     native = np.zeros((len(logits), *grid.native_shape), np.float32)
     native[0] = 1
-    inside = [_native_box(one, grid) for one in native]
+    inside = [native_box(one, grid) for one in native]
     for one, box in zip(logits, inside, strict=True):
         box[...] = resample.resample_linear(one, grid.cropped_shape, axis)
     highest = np.max(inside, axis=0)
@@ -192,19 +219,6 @@ def probabilities_from_grid(
     return native
 
 
-def _turn(
-    voxels: np.ndarray, order: tuple[int, int, int], flip: tuple[bool, bool, bool]
-) -> np.ndarray:
-    """A view of `voxels` with axes in prepared order and direction."""
-    return np.flip(voxels.transpose(order), tuple(axis for axis in range(3) if flip[axis]))
-
-
-def _native_box(native: np.ndarray, grid: Grid) -> np.ndarray:
-    """A view: writing to it writes into `native`, at the place the crop was taken from."""
-    box = tuple(map(slice, grid.crop_start, grid.crop_stop))
-    return _turn(native, grid.order, grid.flip)[box]
-
-
 def _crop_box(
     voxels: Shaped[np.ndarray, "_ _ _"], spacing_mm: Millimeters, crop_hu: float | None
 ) -> tuple[Shape, Shape]:
@@ -212,14 +226,11 @@ def _crop_box(
         inside, margin_mm = voxels != 0, 0.0
     else:
         inside, margin_mm = _largest_component(voxels > crop_hu), _MARGIN_MM
-    bounds = []
-    for axis, size in enumerate(voxels.shape):
-        others = tuple(other for other in range(3) if other != axis)
-        hit = np.flatnonzero(inside.any(axis=others))
-        pad = math.ceil(margin_mm / spacing_mm[axis])
-        first, last = (int(hit[0]), int(hit[-1])) if len(hit) else (0, size - 1)
-        bounds.append((max(first - pad, 0), min(last + 1 + pad, size)))
-    (d, d_stop), (h, h_stop), (w, w_stop) = bounds
+    box = bounding_box(inside) or tuple(slice(0, size) for size in voxels.shape)
+    pads = [math.ceil(margin_mm / spacing) for spacing in spacing_mm]
+    d, h, w = (max(part.start - pad, 0) for part, pad in zip(box, pads, strict=True))
+    stops = (part.stop + pad for part, pad in zip(box, pads, strict=True))
+    d_stop, h_stop, w_stop = map(min, stops, voxels.shape)
     return (d, h, w), (d_stop, h_stop, w_stop)
 
 

@@ -6,28 +6,29 @@ import numpy as np
 from jaxtyping import Float, Float32, Num
 
 from bhsd_jax.ct import geometry
+from bhsd_jax.defects import Finding, Kind, Refusal
 
 LOWEST_HU, HIGHEST_HU = -1024.0, 3071.0  # what 12 bits can hold
 _FARTHEST_HU = 100_000.0  # wrapped and extended-range metal stays well within
-_MIN_TILT_DEG = 0.5  # below, headers are only inexact
 _ORTHOGONAL = 1e-3  # largest cosine between two axes that count as perpendicular
 _ALONG_X = math.cos(math.radians(1.0))  # an axis this close to x has not been turned away from it
 
 
-def repair(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W"], list[str]]:
+def repair(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W"], list[Finding]]:
     """Undoes the wraps known from real head CT and clips to what 12 bits can hold.
 
     In this order: a scan stored as unsigned 12 bits (nothing negative, median above 1000), where
     all below 0 HU came out near +3000; metal wrapped around in 16 bits (below -20000); padding
-    (-2048, -3024) and extended-range metal, clipped. The strings say what was done, with counts.
-    The input is not changed.
+    (-2048, -3024) and extended-range metal, clipped. The findings say what was done, with counts;
+    of padding and metal in the same words. The input is not changed.
 
     Raises:
-        ValueError: If values lie where no defect known puts HU.
+        Refusal: If values lie where no defect known puts HU.
     """
     low_hu, high_hu = float(voxels.min()), float(voxels.max())
     if max(-low_hu, high_hu) > _FARTHEST_HU:
-        raise ValueError(f"no HU: values {low_hu:g} to {high_hu:g}; look at the scale factors")
+        text = f"no HU: values {low_hu:g} to {high_hu:g}; look at the scale factors"
+        raise Refusal(Kind.NO_HU, text)
     repaired = voxels.astype(np.float32)
     done = []
     if low_hu >= 0 and float(np.median(repaired)) > 1000:
@@ -37,18 +38,22 @@ def repair(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W
         repaired += 1000
         np.mod(repaired, 4096, out=repaired)
         repaired -= 1000
-        done.append("12-bit overflow undone: values wrapped back into -1000..3095 HU")
+        text = "12-bit overflow undone: values wrapped back into -1000..3095 HU"
+        done.append(Finding(Kind.OVERFLOW, "repaired", text))
     wrapped = repaired < -20000
     if count := int(np.count_nonzero(wrapped)):
         repaired[wrapped] += 65536
-        done.append(f"16-bit wrap undone in {count} voxels")
+        done.append(Finding(Kind.WRAP, "repaired", f"16-bit wrap undone in {count} voxels"))
     low = int(np.count_nonzero(repaired < LOWEST_HU))
     high = int(np.count_nonzero(repaired > HIGHEST_HU))
     if low or high:
         np.clip(repaired, LOWEST_HU, HIGHEST_HU, out=repaired)
-        done.append(
-            f"clipped to {LOWEST_HU:.0f}..{HIGHEST_HU:.0f} HU: {low} voxels below, {high} above"
-        )
+        text = f"clipped to {LOWEST_HU:.0f}..{HIGHEST_HU:.0f} HU: {low} voxels below, {high} above"
+        done += [
+            Finding(kind, "repaired", text)
+            for kind, count in ((Kind.PADDING, low), (Kind.METAL, high))
+            if count
+        ]
     return repaired, done
 
 
@@ -78,4 +83,5 @@ def voxel_ml(affine: Float[np.ndarray, "4 4"], modality: str) -> float:
     """
     volume_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     tilt = tilt_deg(affine) if modality == "ct" else 0.0
-    return volume_ml * math.cos(math.radians(tilt)) if abs(tilt) > _MIN_TILT_DEG else volume_ml
+    tilted = abs(tilt) > geometry.LEAST_TILT_DEG
+    return volume_ml * math.cos(math.radians(tilt)) if tilted else volume_ml

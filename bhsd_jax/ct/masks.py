@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 
+from bhsd_jax.defects import Kind, Refusal
+
 WAYS = ("first", "majority", "union", "intersection")
 
 
@@ -14,14 +16,15 @@ def reclass(
     """Puts `values[v]` for v; () changes nothing.
 
     Raises:
-        ValueError: If the label holds a value that has no class.
+        Refusal: If the label holds a value that has no class.
     """
     known = values or range(256 if num_classes is None else num_classes)
     if int(label.max()) >= len(known):
         odd = [value for value in np.unique(label).tolist() if value >= len(known)]
-        raise ValueError(
+        raise Refusal(
+            Kind.MASK_VALUES,
             f"{name}: label values {', '.join(map(str, odd[:10]))} have no class; the label map "
-            f"knows 0..{len(known) - 1}"
+            f"knows 0..{len(known) - 1}",
         )
     return np.asarray(known, np.uint8)[label]
 

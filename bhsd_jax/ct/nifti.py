@@ -15,6 +15,7 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.spatialimages import HeaderDataError
 
 from bhsd_jax.ct import geometry, nifti_header
+from bhsd_jax.defects import Finding, Kind, Refusal, said_of
 from bhsd_jax.platform import files
 from bhsd_jax.volume import Volume
 
@@ -44,7 +45,7 @@ def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Volume:
     against `max_bytes` and the size of the file, and a gzip stream is read to its checksum.
 
     Raises:
-        ValueError: If the file is not NIfTI, damaged, too large, not 3D, not numbers, not finite,
+        Refusal: If the file is not NIfTI, damaged, too large, not 3D, not numbers, not finite,
             or lies nowhere in space; names the file.
         FileNotFoundError: If there is no such file.
     """
@@ -57,42 +58,44 @@ def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Volume:
 
 def read_label(
     path: str | Path, image: Volume, *, num_classes: int | None
-) -> tuple[Volume, list[str]]:
+) -> tuple[Volume, list[Finding]]:
     """Reads the label map of `image` as uint8, on the geometry and under the name of `image`.
 
     Shapes must agree; affines need not, since masks in circulation have lost theirs: that only
-    adds a warning to the list. `num_classes` None allows 0..255.
+    adds a finding to the list. `num_classes` None allows 0..255.
 
     Raises:
-        ValueError: If the file is refused as by `read`, its shape differs, or a value is not an
+        Refusal: If the file is refused as by `read`, its shape differs, or a value is not an
             integer in 0..num_classes-1; lists the values.
         FileNotFoundError: If there is no such file.
     """
     path = Path(path)
-    warnings = []
+    found = []
     with _naming(path):
         header, voxels = _load(path, MAX_BYTES)
         if voxels.shape != image.voxels.shape:
-            raise ValueError(
-                f"label has shape {voxels.shape} (D, H, W), but its image {image.voxels.shape}"
+            raise Refusal(
+                Kind.MASK_SHAPE,
+                f"label has shape {voxels.shape} (D, H, W), but its image {image.voxels.shape}",
             )
         label = _as_classes(voxels, 256 if num_classes is None else num_classes)
         try:
-            apart_mm = _distance_mm(nifti_header.affine(header), image.affine, voxels.shape)
+            apart_mm = geometry.distance_mm(nifti_header.affine(header), image.affine, voxels.shape)
         except (ValueError, HeaderDataError) as error:
-            warnings.append(f"label geometry is unusable ({error}); the image's is taken")
+            text = f"label geometry is unusable ({error}); the image's is taken"
+            found.append(Finding(Kind.MASK_GEOMETRY, "repaired", text))
         else:
             if apart_mm > _SAME_PLACE_MM:
-                warnings.append(_apart(apart_mm, nifti_header.affine(header), image.affine))
-    return Volume(voxels=label, affine=image.affine, case=image.case), warnings
+                found.append(_apart(apart_mm, nifti_header.affine(header), image.affine))
+    return Volume(voxels=label, affine=image.affine, case=image.case), found
 
 
-def remarks(image: object, label: object) -> list[str]:
-    """Oddities of the headers of a scan and its mask that reading has coped with, in words.
+def remarks(image: object, label: object) -> list[Finding]:
+    """Oddities of the headers of a scan and its mask that reading has coped with.
 
     Nothing of what is no NIfTI file.
     """
-    said = []
+    found = []
     for path in (image, label):
         if not isinstance(path, Path):
             continue
@@ -101,8 +104,8 @@ def remarks(image: object, label: object) -> list[str]:
                 header = nifti_header.parse(stream)
         except (ValueError, FileNotFoundError):
             continue
-        said += nifti_header.remarks(header, is_label=path is label)
-    return said
+        found += nifti_header.remarks(header, is_label=path is label)
+    return found
 
 
 def write(path: str | Path, voxels: Num[np.ndarray, "D H W"], like: str | Path) -> None:
@@ -143,17 +146,18 @@ def write_volume(path: str | Path, volume: Volume) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turns what readers throw at broken files into a ValueError that names the file."""
+    """Turns what readers throw at broken files into a refusal that names the file."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file():
-        raise ValueError(f"{path}: is not a file; a NIfTI scan is one file")
+        raise Refusal(Kind.UNREADABLE, f"{path}: is not a file; a NIfTI scan is one file")
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip stream ({error}); fetch it again") from error
+        text = f"{path}: damaged gzip stream ({error}); fetch it again"
+        raise Refusal(Kind.FILE_GZIP, text) from error
     except (ValueError, HeaderDataError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise said_of(path, error) from error
 
 
 @contextlib.contextmanager
@@ -162,7 +166,7 @@ def _stream(path: Path) -> Iterator[tuple[BufferedIOBase, int]]:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
-            raise ValueError("the file is empty")
+            raise Refusal(Kind.FILE_EMPTY, "the file is empty")
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         if not packed:
@@ -179,11 +183,11 @@ def _load(path: Path, max_bytes: int) -> tuple[Nifti1Header, np.ndarray]:
         offset = nifti_header.offset(header)
         wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if offset + wanted > max_bytes:
-            raise ValueError(
-                f"header claims {wanted} bytes of voxels {shape}; the limit is {max_bytes}"
-            )
+            text = f"header claims {wanted} bytes of voxels {shape}; the limit is {max_bytes}"
+            raise Refusal(Kind.FILE_CLAIMS, text)
         if offset + wanted > room:
-            raise ValueError(f"truncated: header claims {wanted} bytes of voxels {shape}")
+            text = f"truncated: header claims {wanted} bytes of voxels {shape}"
+            raise Refusal(Kind.FILE_TRUNCATED, text)
         _skip(stream, offset - int(header["sizeof_hdr"]))
         raw = np.empty(wanted, np.uint8)
         _fill(stream, raw.data)
@@ -195,7 +199,7 @@ def _skip(stream: BufferedIOBase, count: int) -> None:
     while count > 0:
         got = len(stream.read(min(count, _CHUNK)))
         if not got:
-            raise ValueError("truncated before the first voxel")
+            raise Refusal(Kind.FILE_TRUNCATED, "truncated before the first voxel")
         count -= got
 
 
@@ -204,7 +208,8 @@ def _fill(stream: BufferedIOBase, target: memoryview) -> None:
     while done < len(target):
         got = stream.readinto(target[done : done + _CHUNK])
         if not got:
-            raise ValueError(f"truncated: {done} of {len(target)} bytes of voxels")
+            text = f"truncated: {done} of {len(target)} bytes of voxels"
+            raise Refusal(Kind.FILE_TRUNCATED, text)
         done += got
 
 
@@ -214,13 +219,12 @@ def _finish(stream: BufferedIOBase) -> None:
     while got := len(stream.read(_CHUNK)):
         extra += got
         if extra > _SLACK:
-            raise ValueError(f"goes on for more than {_SLACK} bytes after the last voxel")
+            text = f"goes on for more than {_SLACK} bytes after the last voxel"
+            raise Refusal(Kind.FILE_LONGER, text)
 
 
 def _scaled(voxels: np.ndarray, header: Nifti1Header) -> np.ndarray:
-    slope, inter = header.get_slope_inter()
-    if slope is None or inter is None:
-        slope, inter = 1.0, 0.0
+    slope, inter = nifti_header.scale(header)
     if voxels.dtype.kind in "iu" and (slope, inter) == (1.0, 0.0):
         return voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
     scaled = np.empty(voxels.shape, np.float32)
@@ -230,7 +234,8 @@ def _scaled(voxels: np.ndarray, header: Nifti1Header) -> np.ndarray:
             out[...] = plane.astype(np.float64) * slope + inter
             broken += out.size - int(np.count_nonzero(np.isfinite(out)))
     if broken:
-        raise ValueError(f"{broken} of {voxels.size} voxels are not finite numbers")
+        text = f"{broken} of {voxels.size} voxels are not finite numbers"
+        raise Refusal(Kind.NOT_FINITE, text)
     return scaled
 
 
@@ -245,23 +250,20 @@ def _as_classes(voxels: np.ndarray, num_classes: int) -> UInt8[np.ndarray, "_ _ 
         values = np.unique(voxels[bad])
         shown = ", ".join(f"{value:g}" for value in values[:10].tolist())
         more = f" and {len(values) - 10} more" if len(values) > 10 else ""
-        raise ValueError(f"label values must be integers in 0..{top}; got {shown}{more}")
+        text = f"label values must be integers in 0..{top}; got {shown}{more}"
+        raise Refusal(Kind.MASK_VALUES, text)
     return voxels.astype(np.uint8)
 
 
-def _distance_mm(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    corners = np.stack([*np.meshgrid(*[(0, n - 1) for n in shape]), np.ones((2, 2, 2))])
-    moved = (one - other)[:3] @ corners.reshape(4, -1)
-    return float(np.linalg.norm(moved, axis=0).max())
-
-
-def _apart(apart_mm: float, label: np.ndarray, image: np.ndarray) -> str:
+def _apart(apart_mm: float, label: np.ndarray, image: np.ndarray) -> Finding:
     if geometry.canonical(label) == geometry.canonical(image):
-        return f"label affine is up to {apart_mm:.3g} mm off the image's, which is taken"
-    return (
+        text = f"label affine is up to {apart_mm:.3g} mm off the image's, which is taken"
+        return Finding(Kind.MASK_MOVED, "repaired", text)
+    text = (
         "label affine has axes that run the other way than the image's; its voxels are taken as "
         "they lie: look whether the mask is mirrored"
     )
+    return Finding(Kind.MASK_MIRRORED, "kept", text)
 
 
 def _save(

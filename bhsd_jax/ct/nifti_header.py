@@ -6,7 +6,9 @@ import numpy as np
 from jaxtyping import Float64
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
 
+from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.volume import Shape
 
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # xyzt_units: meter, micrometer; all else is taken for mm
@@ -17,21 +19,22 @@ def parse(stream: BufferedIOBase) -> Nifti1Header:
     """Reads a NIfTI-1 or -2 header of either byte order from the start of a file.
 
     Raises:
-        ValueError: If it is another format, of two files, or cut off.
+        Refusal: If it is another format, of two files, or cut off.
     """
     first = stream.read(4)
     sizes = {"<": int.from_bytes(first, "little"), ">": int.from_bytes(first, "big")}
     endianness = next((key for key, size in sizes.items() if size in _KINDS), None)
     if endianness is None:
-        raise ValueError("not a NIfTI file: the first number is no header size")
+        raise Refusal(Kind.NO_NIFTI, "not a NIfTI file: the first number is no header size")
     size = sizes[endianness]
     kind, magic, _ = _KINDS[size]
     block = first + stream.read(size - 4)
     if len(block) < size:
-        raise ValueError(f"truncated header: {len(block)} of {size} bytes")
+        raise Refusal(Kind.FILE_TRUNCATED, f"truncated header: {len(block)} of {size} bytes")
     header = kind(block, endianness=endianness, check=False)
     if bytes(header["magic"])[:3] != magic:
-        raise ValueError("not a single-file NIfTI: Analyze or .hdr/.img; convert it to .nii.gz")
+        text = "not a single-file NIfTI: Analyze or .hdr/.img; convert it to .nii.gz"
+        raise Refusal(Kind.NO_NIFTI, text)
     return header
 
 
@@ -44,15 +47,15 @@ def shape(header: Nifti1Header) -> Shape:
     """D, H, W; further axes of size 1 are dropped.
 
     Raises:
-        ValueError: If the scan is not 3D, or a size is not positive.
+        Refusal: If the scan is not 3D, or a size is not positive.
     """
     rank, *sizes = (int(n) for n in header["dim"])
     if rank in range(1, 8):
         sizes = sizes[:rank]
     if not 3 <= rank <= 7 or any(n != 1 for n in sizes[3:]):
-        raise ValueError(f"not a 3D scan: dim is {rank}, sizes {tuple(sizes)}")
+        raise Refusal(Kind.AXES, f"not a 3D scan: dim is {rank}, sizes {tuple(sizes)}")
     if min(sizes) < 1:
-        raise ValueError(f"sizes must be positive; got {tuple(sizes)}")
+        raise Refusal(Kind.AXES, f"sizes must be positive; got {tuple(sizes)}")
     w, h, d = sizes[:3]
     return d, h, w
 
@@ -61,16 +64,15 @@ def voxel_type(header: Nifti1Header) -> np.dtype:
     """Type and byte order of the voxels.
 
     Raises:
-        ValueError: If voxels are colors, complex, or of an unknown type.
+        Refusal: If voxels are colors, complex, or of an unknown type.
     """
     try:
         dtype = header.get_data_dtype()
     except KeyError:
         dtype = np.dtype("V0")
     if dtype.kind not in "iuf":
-        raise ValueError(
-            f"voxels must be integers or real numbers; datatype is {int(header['datatype'])}"
-        )
+        text = f"voxels must be integers or real numbers; datatype is {int(header['datatype'])}"
+        raise Refusal(Kind.NO_NUMBERS, text)
     return dtype
 
 
@@ -78,14 +80,15 @@ def offset(header: Nifti1Header) -> int:
     """Bytes before the first voxel.
 
     Raises:
-        ValueError: If voxels would begin inside the header or nowhere.
+        Refusal: If voxels would begin inside the header or nowhere.
     """
     first = first_offset(header)
     start = float(header["vox_offset"])
     if start == 0:  # written by tools that trust the default
         return first
     if not first <= start < np.inf or start != int(start):
-        raise ValueError(f"vox_offset must be an integer of at least {first}; got {start:g}")
+        text = f"vox_offset must be an integer of at least {first}; got {start:g}"
+        raise Refusal(Kind.FILE_START, text)
     return int(start)
 
 
@@ -93,11 +96,12 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     """From (d, h, w, 1) to RAS+ mm: the sform if there is one, else the qform, as nibabel has it.
 
     Raises:
-        ValueError: If it is singular or not finite, or the voxel size is.
+        Refusal: If it is singular or not finite, or the voxel size is.
     """
     spacing = np.asarray(header["pixdim"][1:4], np.float64)
     if not np.isfinite(spacing).all() or spacing.min() <= 0:
-        raise ValueError(f"spacing must be positive and finite; pixdim is {spacing.tolist()}")
+        text = f"spacing must be positive and finite; pixdim is {spacing.tolist()}"
+        raise Refusal(Kind.SPACING, text)
     header = header.copy()
     if header["pixdim"][0] not in (-1, 1):
         header["pixdim"][0] = 1  # the standard's reading of 0
@@ -105,24 +109,43 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     matrix[:3] *= _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
     lengths = np.linalg.norm(matrix[:3, :3], axis=0)
     if not np.isfinite(matrix).all() or lengths.min() <= 0:
-        raise ValueError(f"affine is not finite or has a zero axis: {matrix[:3].tolist()}")
+        text = f"affine is not finite or has a zero axis: {matrix[:3].tolist()}"
+        raise Refusal(Kind.AFFINE, text)
     if abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-6:
-        raise ValueError(f"affine is singular: {matrix[:3].tolist()}")
+        raise Refusal(Kind.AFFINE, f"affine is singular: {matrix[:3].tolist()}")
     return matrix[:, [2, 1, 0, 3]]
 
 
-def remarks(header: Nifti1Header, *, is_label: bool) -> list[str]:
+def scale(header: Nifti1Header) -> tuple[float, float]:
+    """Slope and intercept of the voxels; 1 and 0 where the header has none that can be used.
+
+    Raises:
+        Refusal: If there is a slope, but its intercept is not finite.
+    """
+    try:
+        slope, intercept = header.get_slope_inter()
+    except HeaderDataError as error:
+        raise Refusal(Kind.SCALE_IMPOSSIBLE, str(error)) from error
+    return (1.0, 0.0) if slope is None or intercept is None else (slope, intercept)
+
+
+def remarks(header: Nifti1Header, *, is_label: bool) -> list[Finding]:
     """What is odd about a header, though it can be read."""
-    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    said = []
     if is_label:
         dtype = header.get_data_dtype()
-        return [f"mask stored as {dtype.name}, not uint8"] if dtype.itemsize > 1 else []
+        text = f"mask stored as {dtype.name}, not uint8"
+        return [Finding(Kind.MASK_TYPE, "repaired", text)] if dtype.itemsize > 1 else []
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    found = []
     if not np.isfinite(slope):
-        said.append(f"scale factor {slope:g} ignored")
-    elif slope != 0 and (slope, inter) != (1.0, 0.0):
-        said.append(f"scale factors applied: {slope:.6g} x + {inter:.6g}")
-    if int(header["sform_code"]) <= 0:
-        qform = int(header["qform_code"]) > 0
-        said.append("position from the qform, no sform" if qform else "no position in the header")
-    return said
+        found.append(Finding(Kind.SCALE_IGNORED, "kept", f"scale factor {slope:g} ignored"))
+    elif slope != 0 and (slope, intercept) != (1.0, 0.0):
+        text = f"scale factors applied: {slope:.6g} x + {intercept:.6g}"
+        found.append(Finding(Kind.SCALED, "repaired", text))
+    if int(header["sform_code"]) > 0:
+        return found
+    if int(header["qform_code"]) > 0:
+        found.append(Finding(Kind.QFORM_ONLY, "repaired", "position from the qform, no sform"))
+    else:
+        found.append(Finding(Kind.NO_POSITION, "kept", "no position in the header"))
+    return found

@@ -7,6 +7,7 @@ import numpy as np
 
 from bhsd_jax.ct import geometry, hu, nifti, scan, shear, slice_labels
 from bhsd_jax.ct.foreground import SEED, foreground_positions
+from bhsd_jax.defects import Finding, Kind, Refusal, said_of, texts
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Shape, Volume
 
 _AIR_HU = -500.0  # a head CT without anything below has been windowed or is no CT
@@ -28,10 +29,15 @@ class Facts:
     volume_ml: tuple[float, ...]  # the same, tilt-corrected
     foreground: np.ndarray  # float32 [n]: drawn intensities inside the mask; n = 0 if it is empty
     source_sha256: str
-    warnings: tuple[str, ...]  # repairs and oddities
+    findings: tuple[Finding, ...]  # repairs and oddities
     field_mm: Millimeters = (0.0, 0.0, 0.0)  # extent of the whole scan, canonical axes
     voxels_sha256: str = ""  # of the intensities as read: equal for copies under other names
     order: Shape = (0, 1, 2)  # native axis behind each canonical one
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the findings say."""
+        return texts(self.findings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,26 +75,28 @@ def fingerprint_case(
     Source: nnU-Net v2, `DatasetFingerprintExtractor` (crop, then sample).
     """
     raw, found = scan.read(case.image)
-    volume, label, warnings = _read(case, raw, num_classes=num_classes, repair=modality == "ct")
-    warnings = [*found, *warnings]
+    volume, label, more = _read(case, raw, num_classes=num_classes, repair=modality == "ct")
+    found += more
     # The target spacing does not matter here: only the crop and the native spacing are used.
     grid = geometry.locate(volume, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
     slice_labels.align(case, grid, num_classes)
-    warnings += nifti.remarks(case.image, case.label)
+    found += nifti.remarks(case.image, case.label)
     counts: tuple[int, ...] = ()
     drawn = np.zeros(0, np.float32)
     if label is not None:
         counts = tuple(np.bincount(label.ravel(), minlength=num_classes).tolist())
-        inside = _cropped(volume.voxels, grid)[_cropped(label, grid) > 0]
+        cropped = geometry.native_box(label, grid)
+        inside = geometry.native_box(volume.voxels, grid)[cropped > 0]
         if inside.size < sum(counts[1:]):
-            lost = sum(counts[1:]) - inside.size
-            warnings.append(f"{lost} labeled voxels lie outside the cropped scan")
+            text = f"{sum(counts[1:]) - inside.size} labeled voxels lie outside the cropped scan"
+            found.append(Finding(Kind.MASK_OUTSIDE, "kept", text))
         if inside.size:
             drawn = np.random.default_rng(SEED).choice(inside, samples).astype(np.float32)
         else:
-            warnings.append("the mask is empty")
+            found.append(Finding(Kind.MASK_EMPTY, "kept", "the mask is empty"))
     if modality == "ct" and float(volume.voxels.min()) > _AIR_HU:
-        warnings.append(f"no air: nothing below {_AIR_HU:g} HU; windowed, or not a CT")
+        text = f"no air: nothing below {_AIR_HU:g} HU; windowed, or not a CT"
+        found.append(Finding(Kind.NO_AIR, "kept", text))
     voxel_ml = hu.voxel_ml(volume.affine, modality)
     return Facts(
         case=case.id,
@@ -103,7 +111,7 @@ def fingerprint_case(
         volume_ml=tuple(count * voxel_ml for count in counts),
         foreground=drawn,
         source_sha256=source_digest(case),
-        warnings=tuple(warnings),
+        findings=tuple(replace(finding, case=case.id) for finding in found),
         field_mm=grid.native_extent_mm,
         voxels_sha256=hashlib.sha256(np.ascontiguousarray(raw.voxels).data).hexdigest(),
         order=grid.order,
@@ -123,9 +131,7 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     """
     classes = len(plan.classes)
     raw, found = scan.read(case.image)
-    volume, label, warnings = _read(
-        case, raw, num_classes=classes, repair=not plan.normalized_before
-    )
+    volume, label, more = _read(case, raw, num_classes=classes, repair=not plan.normalized_before)
     grid = geometry.locate(
         volume,
         spacing_mm=plan.spacing_mm,
@@ -157,7 +163,7 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         foreground=foreground_positions(prepared_label, classes),
         volume_ml=volume_ml,
         source_sha256=source_sha256 or source_digest(case),
-        warnings=(*found, *warnings),
+        warnings=tuple(texts([*found, *more])),
     )
 
 
@@ -171,32 +177,24 @@ def source_digest(case: Case) -> str:
 
 def _read(
     case: Case, raw: Volume, *, num_classes: int, repair: bool
-) -> tuple[Volume, np.ndarray | None, list[str]]:
-    label, warnings = None, []
+) -> tuple[Volume, np.ndarray | None, list[Finding]]:
+    label, found = None, []
     if case.label is not None:
         mask, found = scan.read_label(case.label, case.image, raw, num_classes=num_classes)
         label = mask.voxels
-        warnings.extend(found)
     volume = raw
     if repair:
         try:
             voxels, repairs = hu.repair(raw.voxels)
-        except ValueError as error:
-            raise ValueError(f"{scan.called(case.image)}: {error}") from error
+        except Refusal as error:
+            raise said_of(scan.called(case.image), error) from error
         volume = replace(raw, voxels=voxels)
-        warnings.extend(repairs)
-    return volume, label, warnings
-
-
-def _cropped(voxels: np.ndarray, grid: Grid) -> np.ndarray:
-    turned = voxels.transpose(grid.order)
-    turned = np.flip(turned, tuple(axis for axis in range(3) if grid.flip[axis]))
-    box = zip(grid.crop_start, grid.crop_stop, strict=True)
-    return turned[tuple(slice(start, stop) for start, stop in box)]
+        found = [*found, *repairs]
+    return volume, label, found
 
 
 def _standardized(voxels: np.ndarray, grid: Grid) -> np.ndarray:
-    inside = _cropped(voxels, grid).astype(np.float64)
+    inside = geometry.native_box(voxels, grid).astype(np.float64)
     mean, std = inside.mean(), max(float(inside.std()), 1e-8)
     return ((voxels - mean) / std).astype(np.float32)
 
@@ -211,11 +209,14 @@ def _bleeding(case: Case, label: np.ndarray | None) -> bool | None:
     """What is known of the scan, which its mask must not contradict."""
     if label is None or case.bleeding in (None, bool(label.any())):
         return case.bleeding if label is None else bool(label.any())
-    said = "mask is empty, but" if case.bleeding else "mask outlines bleeding, but"
-    known = "bleed" if case.bleeding else "not bleed"
-    raise ValueError(
+    if case.bleeding:
+        kind, said, known = Kind.MASK_EMPTY_BLEEDS, "mask is empty, but", "bleed"
+    else:
+        kind, said, known = Kind.MASK_OF_NO_BLEED, "mask outlines bleeding, but", "not bleed"
+    raise Refusal(
+        kind,
         f"{case.label}: the {said} the scan is known to {known}; some mirrors ship other masks "
-        "than the data set's first source: fetch it there"
+        "than the data set's first source: fetch it there",
     )
 
 

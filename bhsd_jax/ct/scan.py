@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from bhsd_jax.ct import hu, masks, nifti, shear
+from bhsd_jax.ct import geometry, hu, masks, nifti, shear
 from bhsd_jax.ct.dicom import series as dicom_series
+from bhsd_jax.defects import Finding, Kind, Refusal, kind_of
 from bhsd_jax.volume import Image, Label, Masks, Series, Volume
 
 _OFF_GRID_MM = 0.1  # how far a mask's voxels may lie from the series'
 
 
-def read(image: Image) -> tuple[Volume, list[str]]:
-    """The scan as the network is to see it, and what was done to it on the way.
+def read(image: Image) -> tuple[Volume, list[Finding]]:
+    """The scan as the network is to see it, and what was found on the way.
 
     Raises:
         ValueError: If it is broken, or lies in no grid; names the file, or the series.
@@ -23,13 +24,14 @@ def read(image: Image) -> tuple[Volume, list[str]]:
     """
     if not isinstance(image, Series):
         return nifti.read(image), []
-    volume, notes = dicom_series.read(image)
+    volume, found = dicom_series.read(image)
     if image.unshear:
         voxels, affine = shear.unshear(volume.voxels, volume.affine, fill=hu.LOWEST_HU)
         if voxels is not volume.voxels:
-            notes.append("unsheared: slices moved over each other, and set upright")
+            text = "unsheared: slices moved over each other, and set upright"
+            found.append(Finding(Kind.UNSHEARED, "kept", text))
         volume = replace(volume, voxels=voxels, affine=affine)
-    return volume, notes
+    return volume, found
 
 
 def native(image: Image) -> Image:
@@ -39,7 +41,7 @@ def native(image: Image) -> Image:
 
 def read_label(
     label: Label, image: Image, volume: Volume, *, num_classes: int | None
-) -> tuple[Volume, list[str]]:
+) -> tuple[Volume, list[Finding]]:
     """The label map of `volume`, which `read` made from `image`.
 
     A NIfTI scan's must have its shape, as by `nifti.read_label`. A DICOM series has no voxel order
@@ -51,13 +53,13 @@ def read_label(
     """
     if not isinstance(label, Masks):
         return _read_label(label, image, volume, num_classes)
-    found, notes = [], []
+    labels, found = [], []
     for path in label.files:
-        one, said = _read_label(path, image, volume, None)
-        found.append(masks.reclass(one.voxels, label.values, num_classes, path.name))
-        notes += [text for text in said if text not in notes]
-    made = masks.combine(found, label.combine)
-    return Volume(made, volume.affine, volume.case), notes
+        one, more = _read_label(path, image, volume, None)
+        labels.append(masks.reclass(one.voxels, label.values, num_classes, path.name))
+        found += [finding for finding in more if finding not in found]
+    made = masks.combine(labels, label.combine)
+    return Volume(made, volume.affine, volume.case), found
 
 
 def write(path: str | Path, label: UInt8[np.ndarray, "D H W"], like: Image) -> None:
@@ -111,7 +113,7 @@ def file_digest(path: Path) -> bytes:
 
 def _read_label(
     path: Path, image: Image, volume: Volume, num_classes: int | None
-) -> tuple[Volume, list[str]]:
+) -> tuple[Volume, list[Finding]]:
     if not isinstance(image, Series):
         return nifti.read_label(path, volume, num_classes=num_classes)
     try:
@@ -120,8 +122,8 @@ def _read_label(
     except (ValueError, FileNotFoundError) as error:
         # Not chained: the original names the file, and with it perhaps the patient.
         text = str(error).replace(str(path), "its mask")
-        raise ValueError(f"{image.name}: {text}") from None
-    notes = []
+        raise Refusal(kind_of(error), f"{image.name}: {text}") from None
+    found = []
     if image.unshear:
         stack = dicom_series.arrange(image)
         shape, affine = stack.shape, stack.affine
@@ -131,7 +133,8 @@ def _read_label(
     if turned is None:
         # Converters write tilted stacks with perpendicular axes: the same voxels, drawn upright.
         turned = _onto(label, shape, _straightened(affine))
-        notes.append("mask of a converter that hides the gantry's tilt; the series' is taken")
+        text = "mask of a converter that hides the gantry's tilt; the series' is taken"
+        found.append(Finding(Kind.MASK_UPRIGHT, "kept", text))
     if turned is None:
         raise ValueError(
             f"{image.name}: its mask has shape {own.voxels.shape} (D, H, W) and does not lie on "
@@ -139,30 +142,25 @@ def _read_label(
         )
     if image.unshear:
         turned = shear.unshear_label(turned, affine)
-    return Volume(turned, volume.affine, volume.case), notes
+    return Volume(turned, volume.affine, volume.case), found
 
 
 def _onto(label: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray | None:
     """The label in the voxel order of another grid of the same voxels; None if they are others."""
     moved = np.linalg.inv(affine) @ label.affine
     turn = np.rint(moved[:3, :3])
-    order = np.abs(turn).argmax(axis=1)  # the mask's axis behind each of ours
-    if sorted(order.tolist()) != [0, 1, 2] or np.abs(turn).sum() != 3:
+    a, b, c = np.abs(turn).argmax(axis=1).tolist()  # the mask's axis behind each of ours
+    if sorted((a, b, c)) != [0, 1, 2] or np.abs(turn).sum() != 3:
         return None
-    turned = label.voxels.transpose(order)
-    back = [axis for axis in range(3) if turn[axis, order[axis]] < 0]
-    turned = np.flip(turned, tuple(back))
+    flip = bool(turn[0, a] < 0), bool(turn[1, b] < 0), bool(turn[2, c] < 0)
+    turned = geometry.turn(label.voxels, (a, b, c), flip)
     if turned.shape != shape:
         return None
     exact = np.zeros((4, 4))
     exact[3, 3] = 1
     exact[:3, :3] = turn
-    exact[back, 3] = np.asarray(shape)[back] - 1
-    corners = np.stack(
-        [*np.meshgrid(*[(0, n - 1) for n in label.voxels.shape]), np.ones((2, 2, 2))]
-    )
-    apart = (label.affine - affine @ exact)[:3] @ corners.reshape(4, -1)
-    if np.linalg.norm(apart, axis=0).max() > _OFF_GRID_MM:
+    exact[:3, 3] = np.where(flip, np.asarray(shape) - 1, 0)
+    if geometry.distance_mm(label.affine, affine @ exact, label.voxels.shape) > _OFF_GRID_MM:
         return None
     return np.ascontiguousarray(turned)
 

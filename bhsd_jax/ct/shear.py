@@ -9,8 +9,6 @@ from scipy import ndimage
 from bhsd_jax.ct import geometry, hu
 from bhsd_jax.volume import Shape
 
-_LEAST_DEG = 0.5  # below, the angle is rounding
-
 
 def angle_deg(affine: Float[np.ndarray, "4 4"]) -> float:
     """Angle between the step from slice to slice (axis D) and the slices' normal."""
@@ -25,7 +23,7 @@ def gantry_deg(affine: Float[np.ndarray, "4 4"]) -> float:
     Signed as `hu.tilt_deg` is: positive if the anterior direction of the slices points up.
     """
     angle = angle_deg(affine)
-    if angle < _LEAST_DEG:
+    if angle < geometry.LEAST_TILT_DEG:
         return hu.tilt_deg(affine)
     order, flip = geometry.canonical(affine)
     posterior = affine[2, order[1]] * (-1 if flip[1] else 1)
@@ -42,7 +40,7 @@ def unshear(
     is forgotten, so that no reader takes the new volume for one whose header hides a shear.
     Below half a degree nothing is done.
     """
-    if angle_deg(affine) < _LEAST_DEG:
+    if angle_deg(affine) < geometry.LEAST_TILT_DEG:
         return voxels, affine
     moves, grown = _moves(affine, (voxels.shape[0], voxels.shape[1], voxels.shape[2]))
     out = np.full(grown, fill, np.float32)
@@ -57,7 +55,7 @@ def unshear_label(
     label: UInt8[np.ndarray, "D H W"], affine: Float[np.ndarray, "4 4"]
 ) -> UInt8[np.ndarray, "D _ _"]:
     """The label map of an image that went through `unshear`; moved by whole voxels."""
-    if angle_deg(affine) < _LEAST_DEG:
+    if angle_deg(affine) < geometry.LEAST_TILT_DEG:
         return label
     moves, grown = _moves(affine, (label.shape[0], label.shape[1], label.shape[2]))
     out = np.zeros(grown, np.uint8)
@@ -70,7 +68,7 @@ def shear_label(
     label: UInt8[np.ndarray, "D _ _"], affine: Float[np.ndarray, "4 4"], shape: Shape
 ) -> UInt8[np.ndarray, "D H W"]:
     """Undoes `unshear_label`: back onto the sheared grid of that affine and shape."""
-    if angle_deg(affine) < _LEAST_DEG:
+    if angle_deg(affine) < geometry.LEAST_TILT_DEG:
         return label
     moves, _ = _moves(affine, shape)
     out = np.zeros(shape, np.uint8)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from bhsd_jax.ct.resample import nearest_index, separate_axis
+from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.volume import Case, Grid
 
 
@@ -33,15 +34,16 @@ def align(case: Case, grid: Grid, num_classes: int) -> tuple[tuple[int, ...], ..
     else nothing is known. None where the prepared slices do not run along the file's.
 
     Raises:
-        ValueError: If there are more rows than slices, or a row is not one value per class.
+        Refusal: If there are more rows than slices, or a row is not one value per class.
     """
     if case.slice_labels is None or grid.order[0] != 0:
         return None
     rows, depth = list(case.slice_labels), grid.native_shape[0]
     if len(rows) > depth or any(len(row) != num_classes - 1 for row in rows):
-        raise ValueError(
+        raise Refusal(
+            Kind.SLICE_LABELS,
             f"{case.id}: slice labels do not fit: {len(rows)} rows for {depth} slices, "
-            f"{len(rows[0])} columns for {num_classes - 1} foreground classes"
+            f"{len(rows[0])} columns for {num_classes - 1} foreground classes",
         )
     rows += [(-1,) * (num_classes - 1)] * (depth - len(rows))
     if grid.flip[0]:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bhsd_jax.datasets.bhsd_files import Scans, find, official_split, slice_labels
-from bhsd_jax.volume import Case, Finding, Survey
+from bhsd_jax.datasets.bhsd_files import Scans, find, official_split, patient, slice_labels
+from bhsd_jax.defects import Finding, Kind, Refusal
+from bhsd_jax.volume import HEMORRHAGE, Case, Survey
 
 _IMAGES = ("images", "imagesTr")
 _MASKS = ("ground truths", "ground_truths", "labelsTr", "masks")
 _BLEEDING = {"anybleed": True, "nobleed": False}
-_PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
 _COUNT = re.compile(r"_(\d+)$")  # of scans, in a folder's name
 
 
@@ -35,9 +35,7 @@ class BHSD:
     allow_missing: bool = False  # accept copies that lack some of the listed cases
     allow_empty: bool = False  # accept masks without bleeding, of which BHSD itself has none
     name: str = field(default="BHSD", init=False)
-    classes: tuple[str, ...] = field(
-        default=("background", "EDH", "IPH", "IVH", "SAH", "SDH"), init=False
-    )
+    classes: tuple[str, ...] = field(default=HEMORRHAGE, init=False)
     modality: str = field(default="ct", init=False)
     license: str = field(
         default="CC BY-NC-ND 4.0 (non-commercial, no derivatives; no redistribution)", init=False
@@ -78,7 +76,7 @@ class BHSD:
         rows = slice_labels(table, self.classes[1:])
         if unknown := sorted(set(rows) - {case.id for case in found}):
             text = f"{table}: rows of {len(unknown)} scans that are not used, such as {unknown[0]}"
-            findings.append(Finding("slice labels without a scan", "kept", "", text))
+            findings.append(Finding(Kind.SLICE_LABELS_ALONE, "kept", text))
         found = [replace(case, slice_labels=rows.get(case.id)) for case in found]
         return Survey(tuple(sorted(found, key=lambda case: case.id)), tuple(findings))
 
@@ -98,7 +96,7 @@ class BHSD:
         findings += [*more, *most, *_folder_name(folder.parent, len(images))]
         if " " in masks_folder.name:
             text = f"{masks_folder}: found all the same; many tools break a path at its space"
-            findings.append(Finding("space in a folder's name", "repaired", "", text))
+            findings.append(Finding(Kind.FOLDER_SPACE, "repaired", text))
         known = {finding.case for finding in findings if finding.done == "refused"}
         cases, incomplete = self._pair(folder, masks_folder, images, masks, split, known)
         return cases, findings + incomplete
@@ -118,23 +116,23 @@ class BHSD:
         missing = "kept" if self.allow_missing else "refused"
         for id in sorted({*images, *masks, *split} - known):
             if id in images and id in masks and id in split:
-                case = Case(id, _patient(id), images[id], masks[id], split[id], bleeding)
+                case = Case(id, patient(id), images[id], masks[id], split[id], bleeding)
                 cases.append(case)
             elif id not in images:
                 text = (
                     f"{folder}: no image for {id}, listed or outlined; fetch it, or set "
                     "--config.data.allow_missing=True"
                 )
-                findings.append(Finding("image that is not there", missing, id, text))
+                findings.append(Finding(Kind.IMAGE_MISSING, missing, text, id))
             elif id not in masks:
                 text = (
                     f"{masks_folder}: no mask for {id}; copy it there, or move the image to an "
                     "unlabel_* folder"
                 )
-                findings.append(Finding("mask that is not there", "refused", id, text))
+                findings.append(Finding(Kind.MASK_MISSING, "refused", text, id))
             else:
                 text = f"{folder}: {id} is not in dataset.json; add it to 'training' or 'test'"
-                findings.append(Finding("in no official list", "refused", id, text))
+                findings.append(Finding(Kind.LIST_NONE, "refused", text, id))
         return cases, findings
 
 
@@ -142,12 +140,12 @@ def scans(folder: Path) -> dict[str, Path]:
     """NIfTI files of a folder by base name, with or without a suffix; sorted.
 
     Raises:
-        ValueError: If one cannot be used, such as two files of one base name.
+        Refusal: If one cannot be used, such as two files of one base name.
     """
     found, findings = find(folder)
     for finding in findings:
         if finding.done == "refused":
-            raise ValueError(finding.text)
+            raise Refusal(finding.kind, finding.text)
     return found
 
 
@@ -180,18 +178,18 @@ def _unlabeled(root: Path, labeled: set[str]) -> tuple[list[Case], list[Finding]
             findings += more
             count += len(images)
             for id, image in images.items():
-                case = Case(id, _patient(id), image, None, "unlabeled", bleeding)
+                case = Case(id, patient(id), image, None, "unlabeled", bleeding)
                 if id in labeled:
                     text = f"{image}: has a mask elsewhere; this copy is left out"
-                    findings.append(Finding("labeled scan in the pool", "repaired", id, text))
+                    findings.append(Finding(Kind.COPY_LABELED, "repaired", text, id))
                 elif cases.setdefault(id, case).bleeding is not bleeding:
                     text = f"{image}: lies in anybleed and in nobleed; delete the wrong one"
-                    findings.append(Finding("scan that bleeds and does not", "refused", id, text))
+                    findings.append(Finding(Kind.BLEEDS_AND_NOT, "refused", text, id))
                     torn.add(id)
                 elif cases[id] is not case:
                     taken = Path(str(cases[id].image)).parent
                     text = f"{image}: lies in two folders, {taken} is taken"
-                    findings.append(Finding("one scan in two folders", "repaired", id, text))
+                    findings.append(Finding(Kind.COPY_IN_FOLDERS, "repaired", text, id))
         findings += _folder_name(base, count)
     return [case for id, case in cases.items() if id not in torn], findings
 
@@ -205,7 +203,7 @@ def _unused(root: Path, cases: list[Case]) -> list[Finding]:
     for folder in sorted(root.iterdir()):
         if folder.is_dir() and folder not in used and (count := len(list(folder.glob("*.nii*")))):
             text = f"{folder}: {count} scans without masks or a place in the lists; not used"
-            findings.append(Finding("folder that is not used", "kept", "", text))
+            findings.append(Finding(Kind.FOLDER_UNUSED, "kept", text))
     return findings
 
 
@@ -215,7 +213,7 @@ def _folder_name(folder: Path, count: int) -> list[Finding]:
     if not said or int(said.group(1)) == count:
         return []
     text = f"{folder}: holds {count} scans; what is there counts"
-    return [Finding("folder that holds another number than its name says", "kept", "", text)]
+    return [Finding(Kind.FOLDER_COUNT, "kept", text)]
 
 
 def _patients(cases: list[Case]) -> tuple[list[Case], list[Finding]]:
@@ -225,20 +223,16 @@ def _patients(cases: list[Case]) -> tuple[list[Case], list[Finding]]:
     first: dict[str, str] = {}
     for case in sorted(cases, key=lambda case: case.id):
         if case.split != "test" and case.patient in tested:
-            pool = case.split == "unlabeled"
-            defect = "unlabeled scan of a test patient" if pool else "training scan of a tested one"
-            text = f"{case.image}: its patient, {case.patient}, is tested on; " + (
-                "left out of the pool" if pool else "left out: take it off one of the lists"
-            )
-            findings.append(Finding(defect, "repaired" if pool else "refused", case.id, text))
+            text = f"{case.image}: its patient, {case.patient}, is tested on; left out"
+            if case.split == "unlabeled":
+                text += " of the pool"
+                findings.append(Finding(Kind.PATIENT_TESTED_POOL, "repaired", text, case.id))
+            else:
+                text += ": take it off one of the lists"
+                findings.append(Finding(Kind.PATIENT_TESTED, "refused", text, case.id))
             continue
         kept.append(case)
         if case.label is not None and first.setdefault(case.patient, case.id) != case.id:
             text = f"second scan of {case.patient}, after {first[case.patient]}; in the same fold"
-            findings.append(Finding("patient scanned twice", "repaired", case.id, text))
+            findings.append(Finding(Kind.PATIENT_TWICE, "repaired", text, case.id))
     return kept, findings
-
-
-def _patient(id: str) -> str:
-    match = _PATIENT.match(id)
-    return match.group() if match else id

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bhsd_jax.volume import Finding
+from bhsd_jax.defects import Finding, Kind
 
+_PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
 _SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _MAGIC = (b"\x1f\x8b", b"\x5c\x01", b"\x00\x00")  # gzip; 348, the first field of NIfTI, either way
 _SPLITS = {"training": "train", "test": "test"}
@@ -26,6 +27,12 @@ Scans = dict[str, Path]
 def base_name(name: str) -> str:
     """The last part of a path without .nii or .nii.gz."""
     return _SUFFIX.sub("", Path(name).name)
+
+
+def patient(name: str) -> str:
+    """Whose scan a base name is of; a name of another form is a patient of its own."""
+    match = _PATIENT.match(name)
+    return match.group() if match else name
 
 
 def find(folder: Path) -> tuple[Scans, list[Finding]]:
@@ -56,7 +63,7 @@ def official_split(path: Path) -> tuple[dict[str, str], list[Finding]]:
     for named, value in _named(path, lists):
         if Path(named).is_absolute() or ".." in Path(named).parts:
             text = f"{path}: {named!r} leads out of the data set; only its base name is used"
-            findings.append(Finding("path that leads out of the data set", "repaired", "", text))
+            findings.append(Finding(Kind.LIST_OUTSIDE, "repaired", text))
         elif not (path.parent / named).exists():
             dead.append(named)
         id = base_name(named)
@@ -64,10 +71,10 @@ def official_split(path: Path) -> tuple[dict[str, str], list[Finding]]:
             twice.add(id)
     if dead:
         text = f"{path}: {len(dead)} paths such as {dead[0]} do not exist; matched by base name"
-        findings.append(Finding("dead paths in dataset.json", "repaired", "", text))
+        findings.append(Finding(Kind.LIST_DEAD_PATHS, "repaired", text))
     for id in sorted(twice):
         text = f"{path}: {id} is in 'training' and in 'test'; {_KEEP_ONE}"
-        findings.append(Finding("in both official lists", "refused", id, text))
+        findings.append(Finding(Kind.LIST_BOTH, "refused", text, id))
         del split[id]
     return split, findings
 
@@ -114,39 +121,39 @@ def _examine(path: Path, name: str) -> tuple[bool, Finding | None]:
     """Whether a folder's entry is a scan to be read, and what is wrong with it."""
     if path.name.startswith("._"):
         text = f"{path}: made by macOS when it packs an archive; ignored"
-        return False, Finding("leftover of macOS", "repaired", "", text)
+        return False, Finding(Kind.MACOS, "repaired", text)
     if path.name.startswith("."):
         return False, None
     if unusable := _unusable(path):
-        defect, text = unusable
-        return False, Finding(defect, "refused", _printable(name), f"{_printable(path)}: {text}")
+        kind, text = unusable
+        return False, Finding(kind, "refused", f"{_printable(path)}: {text}", _printable(name))
     if _SUFFIX.search(path.name):
         return True, None
     if path.is_dir() or path.suffix or not _looks_like_nifti(path):
         return False, None  # notes, tables, archives
     text = f"{path}: known for a scan by its first bytes"
-    return True, Finding("file without .nii.gz", "repaired", name, text)
+    return True, Finding(Kind.NO_SUFFIX, "repaired", text, name)
 
 
 def _twice(first: Path, second: Path, name: str) -> Finding:
     pair = f"{first.parent}: {first.name} and {second.name} are one case"
     if filecmp.cmp(first, second, shallow=False):
         text = f"{pair} and equal; the first is taken"
-        return Finding("one scan in two files", "repaired", name, text)
-    return Finding("two scans of one name", "refused", name, f"{pair} but differ; {_KEEP_ONE}")
+        return Finding(Kind.FILE_TWICE, "repaired", text, name)
+    return Finding(Kind.NAME_TWICE, "refused", f"{pair} but differ; {_KEEP_ONE}", name)
 
 
-def _unusable(path: Path) -> tuple[str, str] | None:
-    """Defect and advice for an entry that carries a scan's name but is none to be read."""
+def _unusable(path: Path) -> tuple[Kind, str] | None:
+    """Kind and advice for an entry that carries a scan's name but is none to be read."""
     if not path.name.isprintable():
-        return "unsafe file name", "its name holds control characters; rename it"
+        return Kind.NAME_UNSAFE, "its name holds control characters; rename it"
     if path.is_symlink() and not path.exists():
-        return "link that leads nowhere", "a link in a circle or to a file that is gone; fetch it"
+        return Kind.LINK, "a link in a circle or to a file that is gone; fetch it"
     if not _SUFFIX.search(path.name) or path.is_file():
         return None
     if path.is_dir():
-        return "folder with the name of a scan", "expected a file; move what is in it up"
-    return "not a regular file", "a pipe, socket or device; replace it by the scan"
+        return Kind.FOLDER_AS_SCAN, "expected a file; move what is in it up"
+    return Kind.NOT_REGULAR, "a pipe, socket or device; replace it by the scan"
 
 
 def _looks_like_nifti(path: Path) -> bool:

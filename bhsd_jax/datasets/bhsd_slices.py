@@ -1,7 +1,5 @@
 """Slice labels for BHSD's scans, which ship none, from the RSNA challenge they were taken from."""
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.datasets import rsna
 from bhsd_jax.datasets.bhsd import BHSD
-from bhsd_jax.platform import files
+from bhsd_jax.platform import tables
 from bhsd_jax.volume import Case
 
 FILE = "slice_labels.csv"  # in BHSD's folder, where `datasets/bhsd.py` reads it
@@ -59,16 +57,13 @@ def match(
 
 def write(path: Path, rows: Mapping[str, Sequence[rsna.Row]], classes: Sequence[str]) -> None:
     """Writes the table whole or not at all; slices of which nothing is known are left out."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["case", "slice", "any", *classes])
+    table = []
     for case in sorted(rows):
         for index, row in enumerate(rows[case]):
-            if row == rsna.UNKNOWN:
-                continue
-            union = rsna.any_bleeding([row])
-            table.writerow([case, index, "" if union is None else int(union), *row])
-    files.write_text(path, text.getvalue())
+            if row != rsna.UNKNOWN:
+                union = rsna.any_bleeding([row])
+                table.append((case, index, "" if union is None else int(union), *row))
+    tables.write_csv(path, ("case", "slice", "any", *classes), table, line_end="\n")
 
 
 def _rows(
@@ -81,18 +76,19 @@ def _rows(
     order, flip = geometry.canonical(scan.affine)
     if order != (0, 1, 2):
         raise ValueError("its axes are not in the order of BHSD's files")
+    # A series' rows run to the back and its columns to the left, as canonical ones do.
+    planes = geometry.turn(scan.voxels, order, flip)
     reasons = []
     for group in groups:
         series = group.as_series(case.id, uneven="resample", unshear=False)
         slices = dicom_series.order(group.slices, series).slices  # up along the normal
-        if len(slices) != len(scan.voxels):
-            reasons.append(f"{len(scan.voxels)} slices, but its series has {len(slices)}")
+        if len(slices) != len(planes):
+            reasons.append(f"{len(planes)} slices, but its series has {len(slices)}")
             continue
-        upward = -1 if flip[0] else 1
         worst = 1.0
         if compare:
-            pairs = zip(scan.voxels[::upward], slices, strict=True)
-            worst = min(_correlation(plane, flip, item.file) for plane, item in pairs)
+            pairs = zip(planes, slices, strict=True)
+            worst = min(_correlation(plane, item.file) for plane, item in pairs)
         if worst < _LEAST:
             reasons.append(f"a slice correlates with its original by {worst:.3f} only")
             continue
@@ -100,20 +96,16 @@ def _rows(
         if all(row == rsna.UNKNOWN for row in rows):
             reasons.append("the table does not have its slices")
             continue
-        return tuple(rows[::upward])
+        return tuple(reversed(rows) if flip[0] else rows)
     raise ValueError("; ".join(reasons))
 
 
-def _correlation(plane: np.ndarray, flip: tuple[bool, bool, bool], original: Path) -> float:
+def _correlation(plane: np.ndarray, original: Path) -> float:
     """Of soft tissue and bone, both being clipped to -100..300 HU; 1 where both are flat."""
-    # A file's rows run to the back and its columns to the left, as canonical ones do.
-    turned = np.flip(plane, tuple(axis for axis in (0, 1) if flip[axis + 1]))
     voxels = slice_file.pixels(original).voxels
-    if turned.shape != voxels.shape:
+    if plane.shape != voxels.shape:
         return -1.0
-    one, other = (
-        np.clip(array, -100, 300).astype(np.float64).ravel() for array in (turned, voxels)
-    )
+    one, other = (np.clip(array, -100, 300).astype(np.float64).ravel() for array in (plane, voxels))
     if not one.std() or not other.std():
         return float(one.std() == other.std())
     return float(np.corrcoef(one, other)[0, 1])

@@ -9,7 +9,7 @@ from pathlib import Path
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.datasets.bhsd import scans as nifti_files
-from bhsd_jax.volume import Case
+from bhsd_jax.volume import HEMORRHAGE, Case
 
 _MASKS = "masks"
 
@@ -27,7 +27,7 @@ class DICOM:
 
     root: str | Path
     masks: str | Path | None = None  # their folder; None or "": `root`/masks if there is one
-    classes: tuple[str, ...] = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
+    classes: tuple[str, ...] = HEMORRHAGE
     uneven: str = "refuse"  # slices at uneven steps; or "resample"
     unshear: bool = False
     show_ids: bool = False

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bhsd_jax.volume import Label, Masks
+from bhsd_jax.volume import HEMORRHAGE, Label, Masks
 
 PRESETS = {  # names by value in the file; values with one name are one class
-    "bhsd": ("background", "EDH", "IPH", "IVH", "SAH", "SDH"),
+    "bhsd": HEMORRHAGE,
     "binary": ("background", *("any",) * 255),  # INSTANCE2022, CT-ICH, HemSeg: 1 or 255
     "blast-ct": ("background", "IPH", "extra-axial", "edema", "IVH"),
     "bhsd-to-blast-ct": ("background", "extra-axial", "IPH", "IVH", "extra-axial", "extra-axial"),

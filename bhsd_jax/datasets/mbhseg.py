@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bhsd_jax.ct.masks import WAYS
+from bhsd_jax.datasets.bhsd_files import patient
 from bhsd_jax.datasets.label_maps import LabelMap
 from bhsd_jax.volume import Case, Label, Masks
 
 _RATER = re.compile(r"label_annot_(\d+)\.nii(\.gz)?$")
 _CONSENSUS = ("label_consensus_staple.nii.gz", "label_consensus_staple.nii")
 _IMAGE = ("image.nii.gz", "image.nii")
-_PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
 _MAP = LabelMap.of("bhsd")
 
 
@@ -62,8 +62,7 @@ class MBHSeg:
                 raise ValueError(f"{root}: {id} lies in two folders; keep one copy")
             label = self._label(image.parent)
             split = _split(root, image.parent) if label is not None else "unlabeled"
-            match = _PATIENT.match(id)
-            found[id] = Case(id, match.group() if match else id, image, label, split)
+            found[id] = Case(id, patient(id), image, label, split)
         yield from (found[id] for id in sorted(found))
 
     def _label(self, folder: Path) -> Label | None:

@@ -10,7 +10,7 @@ from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.datasets.bhsd import BHSD
-from bhsd_jax.volume import Case, Series
+from bhsd_jax.volume import HEMORRHAGE, Case, Series
 
 TYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 Row = tuple[int, ...]  # per type 1, 0 or -1 (not known)
@@ -35,9 +35,7 @@ class RSNA:
     unshear: bool = False
     bhsd: str | Path = ""
     name: str = field(default="RSNA2019", init=False)
-    classes: tuple[str, ...] = field(
-        default=("background", "EDH", "IPH", "IVH", "SAH", "SDH"), init=False
-    )
+    classes: tuple[str, ...] = field(default=HEMORRHAGE, init=False)
     modality: str = field(default="ct", init=False)
     license: str = field(default="RSNA 2019 terms (non-commercial research, education)", init=False)
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bhsd_jax.datasets.bhsd import BHSD
-from bhsd_jax.phantom.bleeds import CLASSES
 from bhsd_jax.phantom.tree import SLICE_LABELS, generate
-from bhsd_jax.volume import Case
+from bhsd_jax.volume import HEMORRHAGE, Case
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,11 @@ class Synthetic:
     nonbleeding: int = 12
     size: int = 128  # rows and columns
     slices: int = 24  # over 160 mm
-    difficulty: str = "default"  # or "large", "easy": see `phantom_bleeds.LEVELS`
+    difficulty: str = "default"  # or "large", "easy": see `LEVELS` in `phantom/bleeds.py`
     seed: int = 0
     processes: int = 0  # that make it; 0: one per core if that is worth it
     name: str = field(default="synthetic", init=False)
-    classes: tuple[str, ...] = field(default=CLASSES, init=False)
+    classes: tuple[str, ...] = field(default=HEMORRHAGE, init=False)
     modality: str = field(default="ct", init=False)
     license: str = field(default="CC0-1.0 (generated, shows nobody)", init=False)
 

@@ -7,6 +7,8 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Bool, Int
 
+from bhsd_jax.volume import bounding_box
+
 Mask = Bool[np.ndarray, "_ _ _"]  # shapes are compared below, with a message
 
 SMALL_ML = 1.0
@@ -109,9 +111,8 @@ def rate(above: float, below: float) -> float:
 def _components(mask: Mask) -> tuple[Int[np.ndarray, "_ _ _"], Int[np.ndarray, " N"]]:
     """Component number per voxel, from 1, and voxels per component."""
     numbers = np.zeros(mask.shape, np.int32)
-    along = [np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    if not along[0].size:
+    box = bounding_box(mask)
+    if box is None:
         return numbers, np.zeros(0, np.int64)
-    box = tuple(slice(at[0], at[-1] + 1) for at in along)
     numbers[box] = scipy.ndimage.label(mask[box], _TOUCHING)[0]  # pyright: ignore[reportIndexIssue]
     return numbers, np.bincount(numbers[box].ravel())[1:]

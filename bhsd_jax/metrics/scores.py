@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from bhsd_jax.metrics import lesion, overlap, surface
-from bhsd_jax.platform import files
+from bhsd_jax.platform import tables
 from bhsd_jax.volume import Millimeters
 
 Label = UInt8[np.ndarray, "_ _ _"]  # shapes are compared in `overlap`
@@ -117,10 +117,8 @@ def _row(
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
     """Writes one line per row; floats with all their digits, `nan` and `inf` as such."""
     names = [field.name for field in dataclasses.fields(Row)]
-    with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([_RENAMED.get(name, name) for name in names])
-        writer.writerows([getattr(row, name) for name in names] for row in rows)
+    columns = [_RENAMED.get(name, name) for name in names]
+    tables.write_csv(path, columns, ([getattr(row, name) for name in names] for row in rows))
 
 
 def read_csv(path: Path) -> list[Row]:

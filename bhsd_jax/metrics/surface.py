@@ -19,7 +19,7 @@ import scipy.spatial
 from jaxtyping import Bool, Int
 
 from bhsd_jax.metrics import surface_area
-from bhsd_jax.volume import Millimeters
+from bhsd_jax.volume import Millimeters, bounding_box
 
 Mask = Bool[np.ndarray, "_ _ _"]  # shapes are compared below, with a message
 
@@ -176,9 +176,7 @@ def _cropped(reference: Mask, predicted: Mask, spacing_mm: Millimeters) -> tuple
         )
     if not all(math.isfinite(s) and s > 0 for s in spacing_mm):
         raise ValueError(f"surface: spacing {spacing_mm} mm (D, H, W); must be positive")
-    either = reference | predicted
-    along = [np.flatnonzero(either.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    box = tuple(slice(at[0], at[-1] + 1) if at.size else slice(0, 0) for at in along)
+    box = bounding_box(reference | predicted) or (slice(0, 0),) * 3
     return np.pad(reference[box], 1), np.pad(predicted[box], 1)
 
 

@@ -22,9 +22,9 @@ from bhsd_jax.phantom.lesions import (
     ball_radius_mm,
     direction,
 )
+from bhsd_jax.volume import HEMORRHAGE
 
-CLASSES = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
-EDH, IPH, IVH, SAH, SDH = range(1, 6)
+EDH, IPH, IVH, SAH, SDH = range(1, len(HEMORRHAGE))
 
 # Median (mL), standard deviation of the logarithm, largest (mL).
 _VOLUME = {

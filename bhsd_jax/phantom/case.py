@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bhsd_jax.phantom.anatomy import Head, Points, depths, draw_head, outside_hu
-from bhsd_jax.phantom.bleeds import CLASSES, LEVELS, class_set, displacement, draw_lesions, paint
+from bhsd_jax.phantom.bleeds import LEVELS, class_set, displacement, draw_lesions, paint
 from bhsd_jax.phantom.brain import brain_hu, tissues
 from bhsd_jax.phantom.flaws import add_metal, redraw
 from bhsd_jax.phantom.lesions import Space
 from bhsd_jax.phantom.scanner import Scan, acquire, draw_scan, label_voxels
+from bhsd_jax.volume import HEMORRHAGE
 
 VERSION = 1
 # Independent random streams of one case: a bleed more leaves head, scanner and noise as they are.
@@ -46,7 +47,7 @@ class Options:
                 f"Options: difficulty {self.difficulty!r} is not known; use {', '.join(LEVELS)}"
             )
         named = {*(self.classes or ()), *self.volumes_ml}
-        if not named <= set(range(1, len(CLASSES))):
+        if not named <= set(range(1, len(HEMORRHAGE))):
             raise ValueError(f"Options: bleeds are classes 1 to 5; got {sorted(named)}")
 
 

@@ -1,9 +1,7 @@
 """Phantoms on disk, with file names and headers as BHSD has them."""
 
-import csv
 import gzip
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from bhsd_jax.platform import files
+from bhsd_jax.platform import files, tables
 
 _GOLDEN_32 = 0x9E3779B1  # odd, so multiplying by it permutes the 32-bit numbers
 
@@ -84,12 +82,8 @@ def official_lists(train: list[str], test: list[str], version: int) -> dict:
 
 def write_slices(path: Path, classes: Sequence[str], rows: Mapping[str, list[list[int]]]) -> None:
     """Writes `slice_labels.csv`: per scan and slice, whether anything bleeds, then each class."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["case", "slice", "any", *classes])
-    for case in sorted(rows):
-        table.writerows([case, k, *values] for k, values in enumerate(rows[case]))
-    files.write_text(path, text.getvalue())
+    table = ((case, k, *values) for case in sorted(rows) for k, values in enumerate(rows[case]))
+    tables.write_csv(path, ("case", "slice", "any", *classes), table, line_end="\n")
 
 
 def write_json(path: Path, data: object) -> None:

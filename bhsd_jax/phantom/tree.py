@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bhsd_jax.phantom.bleeds import CLASSES, class_set
+from bhsd_jax.phantom.bleeds import class_set
 from bhsd_jax.phantom.case import VERSION, Options, make_case
 from bhsd_jax.phantom.files import (
     case_id,
@@ -27,6 +27,7 @@ from bhsd_jax.phantom.files import (
     write_slices,
 )
 from bhsd_jax.platform import machine
+from bhsd_jax.volume import HEMORRHAGE
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def generate(
         return
     listed = {g: sorted(job.id for job in jobs if job.group == g) for g in ("train", "test")}
     write_json(root / _LISTS, official_lists(listed["train"], listed["test"], VERSION))
-    write_slices(root / SLICE_LABELS, CLASSES[1:], {job.id: rows[job.id] for job in jobs})
+    write_slices(root / SLICE_LABELS, HEMORRHAGE[1:], {job.id: rows[job.id] for job in jobs})
     shutil.rmtree(root / _DONE, ignore_errors=True)
 
 
@@ -285,7 +286,7 @@ def _make(root: Path, job: _Job) -> Rows:
     if label_path is not None:
         write_label(label_path, label, affine)
     present = np.stack(
-        [(label == c).any((1, 2)) for c in range(1, len(CLASSES))], 1
+        [(label == c).any((1, 2)) for c in range(1, len(HEMORRHAGE))], 1
     )  # [D, classes]
     rows = np.concatenate([present.any(1, keepdims=True), present], 1).astype(int).tolist()
     write_json(root / _DONE / f"{job.id}.json", rows)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax.platform import files
+from bhsd_jax.volume import bounding_box
 
 logger = logging.getLogger(__name__)
 
@@ -184,11 +185,8 @@ def _crop(case: Overlay) -> tuple[slice, slice]:
     """Rows and columns of the head: what is brighter than the window's black, and all masks."""
     shown = (case.image > case.window[0]).mean(0) > 0.1
     shown |= (case.reference | case.predicted).any(0)
-    box = []
-    for axis, size in ((1, shown.shape[0]), (0, shown.shape[1])):
-        found = np.flatnonzero(shown.any(axis))
-        box.append(slice(found[0], found[-1] + 1) if len(found) else slice(0, size))
-    return box[0], box[1]
+    rows, columns = bounding_box(shown) or (slice(0, shown.shape[0]), slice(0, shown.shape[1]))
+    return rows, columns
 
 
 def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -123,7 +123,7 @@ def score_case(job: Job) -> Scored:
     place = scan.native(job.image or scan.files(job.reference)[0])
     image, _ = scan.read(place)
     classes = len(job.classes)
-    reference, warnings = scan.read_label(job.reference, place, image, num_classes=classes)
+    reference, found = scan.read_label(job.reference, place, image, num_classes=classes)
     predicted, more = scan.read_label(job.predicted, place, image, num_classes=classes)
     about = scores.Scan(
         job.case, job.patient, image.spacing_mm, hu.voxel_ml(image.affine, job.modality)
@@ -139,7 +139,7 @@ def score_case(job: Job) -> Scored:
         rows,
         merged,
         _histogram(image, both[0] > 0) if job.baseline else None,
-        [f"{job.case}: {text}" for text in (*warnings, *more)],
+        [f"{job.case}: {finding}" for finding in (*found, *more)],
     )
 
 

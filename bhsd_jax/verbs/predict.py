@@ -1,7 +1,5 @@
 """`predict`: a run and scans of any geometry to label maps on the scans' own voxels."""
 
-import csv
-import io
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +13,7 @@ from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.platform import faults, files
+from bhsd_jax.platform.tables import write_records
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier, processes
@@ -101,7 +100,7 @@ def _conclude(out: Path, found: Found, facts: Mapping[str, Any], scans: int) -> 
     skipped = [{"case": name, "reason": reason} for name, reason in found.skipped.items()]
     unwritten = ""
     try:
-        write_csv(out / "skipped.csv", skipped)
+        write_records(out / "skipped.csv", skipped, line_end="\n")
         _write_tables(out, found.rows)
         files.write_json(out / "predictions.json", facts)
     except faults.WriteError as error:
@@ -235,7 +234,7 @@ def _predict_all(
 
 
 def _write_tables(out: Path, rows: Sequence[Row]) -> None:
-    write_csv(out / "volumes.csv", [row.flat() for row in rows])
+    write_records(out / "volumes.csv", [row.flat() for row in rows], line_end="\n")
     listed = [vars(row) | {"ml": dict(row.ml)} for row in rows]
     files.write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
 
@@ -255,15 +254,3 @@ def _facts(config: Settings, plan: Plan, step: int, networks: tuple[str, ...]) -
         "trained_on": plan.dataset,
         "license": plan.license,
     }
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Whole or not at all; no rows, no file."""
-    if not rows:
-        path.unlink(missing_ok=True)
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    files.write_text(path, text.getvalue())

@@ -15,12 +15,13 @@ from typing import Any
 
 from bhsd_jax.assemble import setup
 from bhsd_jax.ct import scan
-from bhsd_jax.ct.integrity import checkup, facts_file, listing
+from bhsd_jax.ct.integrity import checkup, facts_file
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, prepare_case
+from bhsd_jax.defects import Finding, in_line, refused
 from bhsd_jax.nnunet import adoption
 from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.nnunet.planner import from_nnunet_plans
-from bhsd_jax.platform import files, machine
+from bhsd_jax.platform import files, machine, tables
 from bhsd_jax.platform.workers import Pool, Progress, Workers
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.shards import jobs as shard_jobs
@@ -73,9 +74,9 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
     memory = None if settings.verify_only and share.number == 1 else workdir / "looked"
     with workers or Workers(settings.processes or _processes(cases)) as workers:
         order = share.order(cases, settings.cases_per_shard)
-        facts, skipped = _look(order, dataset, _crop_hu(dataset, settings), workers, memory)
+        facts, unread = _look(order, dataset, _crop_hu(dataset, settings), workers, memory)
         facts.sort(key=lambda fact: fact.case)
-        facts, skipped = checkup.conclude(workdir, dataset, found, facts, skipped)
+        facts, skipped = checkup.conclude(workdir, dataset, found, facts, unread)
         _write_ledger(ledger, skipped)
         if facts and not settings.verify_only:
             plan = _plan(dataset, facts, settings, skipped, theirs)
@@ -166,7 +167,7 @@ def _look(
     crop_hu: float | None,
     workers: Pool,
     memory: Path | None = None,
-) -> tuple[list[Facts], dict[str, str]]:
+) -> tuple[list[Facts], dict[str, Finding]]:
     """First pass: facts in the order of the cases, and why the others were refused."""
     look = functools.partial(
         _fingerprint,
@@ -176,19 +177,19 @@ def _look(
         crop_hu=crop_hu,
     )
     found: dict[str, Facts] = {}
-    skipped: dict[str, str] = {}
+    skipped: dict[str, Finding] = {}
     with Progress("check", len(cases)) as progress:
         for case, result in workers.each(look, cases):
             if isinstance(result, Facts):
                 found[case.id] = result
             else:
                 skipped[case.id] = result
-                logger.warning("skipped %s: %s", case.id, result)
+                logger.warning("skipped %s: %s", case.id, result.text)
             progress.advance(1)
     return [found[case.id] for case in cases if case.id in found], skipped
 
 
-def _fingerprint(case: Case, *, memory: Path | None, **settings: Any) -> Facts | str:
+def _fingerprint(case: Case, *, memory: Path | None, **settings: Any) -> Facts | Finding:
     """Facts, or why there are none; from the folder `memory` if no file has changed since."""
     key = facts_file.key(case, settings)  # before reading: a file may change meanwhile
     if memory and (known := facts_file.load(memory, case, key)):
@@ -196,9 +197,9 @@ def _fingerprint(case: Case, *, memory: Path | None, **settings: Any) -> Facts |
     try:
         found = fingerprint_case(case, **settings)
     except ValueError as error:
-        found = _reason(error)
+        found = refused(error, case.id)
     except _BROKEN as error:
-        return _reason(error)  # not the file's fault, perhaps: asked again each time
+        return refused(error, case.id)  # not the file's fault, perhaps: asked again each time
     if memory:
         facts_file.save(memory, case, key, found)
     return found
@@ -249,7 +250,7 @@ def _whole(job: Job, known: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _write(job: Job) -> None:
     """Writes one shard and its record, unless they are there."""
-    refused: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     if _whole(job, {}):
         return
 
@@ -258,18 +259,14 @@ def _write(job: Job) -> None:
             try:
                 made = prepare_case(case, job.plan, source_sha256=digest)
             except _BROKEN as error:
-                refused[case.id] = _reason(error)
+                left_out[case.id] = in_line(error)
             else:
                 yield made
 
     entries = store.write_shard(job.path, prepared())
     if not entries:
         job.path.unlink(missing_ok=True)  # an older shard, none of whose cases are left
-    shard_jobs.remember(job, entries, refused)
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    shard_jobs.remember(job, entries, left_out)
 
 
 def _source_sha256(facts: Sequence[Facts]) -> str:
@@ -279,8 +276,4 @@ def _source_sha256(facts: Sequence[Facts]) -> str:
 
 def _write_ledger(path: Path, skipped: Mapping[str, str]) -> None:
     """Why cases were refused; no file if none was."""
-    if skipped:
-        table = [{"case": case, "reason": skipped[case]} for case in sorted(skipped)]
-        listing.write_csv(path, table, ("case", "reason"))
-    else:
-        path.unlink(missing_ok=True)
+    tables.write_records(path, [{"case": c, "reason": skipped[c]} for c in sorted(skipped)])

@@ -178,9 +178,8 @@ def _overlay(case: Case, folder: Path, plan: Plan, index: int, binary: bool) -> 
         label, _ = scan.read_label(path, place, volume, num_classes=None)
         masks.append(label.voxels > 0 if binary else label.voxels == index)
     order, flip = geometry.canonical(volume.affine)
-    turned = tuple(slice(None, None, -1 if back else 1) for back in flip)
     voxels = hu.repair(volume.voxels)[0] if plan.modality == "ct" else volume.voxels
-    image, reference, predicted = (a.transpose(order)[turned] for a in (voxels, *masks))
+    image, reference, predicted = (geometry.turn(a, order, flip) for a in (voxels, *masks))
     spacing = tuple(volume.spacing_mm[axis] for axis in order)
     low, high = np.percentile(image, (2, 99.5))
     window = _BRAIN if plan.modality == "ct" else (float(low), float(high))

@@ -29,7 +29,7 @@ def facts(shape=(34, 512, 512), spacing=(5.0, 0.5, 0.5), order=(0, 1, 2)):
         volume_ml=(1.0, 1.0),
         foreground=np.zeros(1, np.float32),
         source_sha256="",
-        warnings=(),
+        findings=(),
         order=order,
     )
 

@@ -8,10 +8,12 @@ import pytest
 from dicom_files import NAME, PATIENT, block, store, write_series
 from pydicom import dcmread
 from pydicom.uid import JPEGLSLossless, RLELossless
+from turned import stored
 
 from bhsd_jax.ct import hu, nifti, scan, shear
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom import slice_file
+from bhsd_jax.defects import Kind, kind_of, texts
 from bhsd_jax.volume import Masks, Series, Volume
 
 TILT = 18.5
@@ -24,6 +26,11 @@ def series_of(root, *, uneven="refuse", unshear=False):
 
 def read(root, **options):
     return scan.read(series_of(root, **options))
+
+
+def kinds(findings):
+    assert {finding.case for finding in findings} <= {""}
+    return [finding.kind for finding in findings]
 
 
 def in_file(volume):
@@ -54,7 +61,8 @@ def test_every_voxel_has_its_value_and_its_place_in_the_world(tmp_path, tilt):
             found = volume.affine @ (k, h - 1 - row, column, 1)
             np.testing.assert_allclose(found[:3], world(paths[k], row, column), atol=1e-6)
     assert volume.spacing_mm == pytest.approx((5 / math.cos(math.radians(tilt)), 2, 1.5), abs=1e-6)
-    assert [note for note in notes if "tilt" in note] == (
+    assert kinds(notes) == ([Kind.TILTED] if tilt else [])
+    assert [note for note in texts(notes) if "tilt" in note] == (
         [f"gantry tilt of {abs(tilt)} degrees, kept as shear in the affine"] if tilt else []
     )
 
@@ -82,7 +90,8 @@ def test_unshearing_straightens_a_rod_across_the_slices_and_leads_back(tmp_path)
     write_series(tmp_path, rod, tilt_deg=TILT)
     plain, _ = read(tmp_path)
     volume, notes = read(tmp_path, unshear=True)
-    assert any("unsheared" in note for note in notes)
+    assert any("unsheared" in note for note in texts(notes))
+    assert kinds(notes) == [Kind.TILTED, Kind.UNSHEARED]
     assert volume.voxels.shape == (9, 24 + math.ceil(8 * per_slice), 10)
     assert volume.spacing_mm == pytest.approx((5, 2, 1.5), abs=1e-6)
     assert hu.voxel_ml(volume.affine, "ct") == pytest.approx(hu.voxel_ml(plain.affine, "ct"))
@@ -124,7 +133,8 @@ def test_uneven_steps_are_refused_or_interpolated(tmp_path):
     ):
         read(tmp_path)
     volume, notes = read(tmp_path, uneven="resample")
-    assert any("interpolated to 7 slices at steps of 3.833 mm" in note for note in notes)
+    assert any("interpolated to 7 slices at steps of 3.833 mm" in note for note in texts(notes))
+    assert kinds(notes) == [Kind.SLICES_UNEVEN]
     want = 10 * np.linspace(0, 23, 7)
     np.testing.assert_allclose(volume.voxels[:, 3, 3], want, atol=1e-3)
     assert volume.spacing_mm[0] == pytest.approx(23 / 6)
@@ -139,7 +149,8 @@ def test_a_missing_slice_is_named_and_filled_only_on_request(tmp_path):
     paths[3].unlink()
     with pytest.raises(ValueError, match=r"1 slice is missing: 10\.00 mm after slice 3 of 6"):
         read(tmp_path)
-    volume, _ = read(tmp_path, uneven="resample")
+    volume, notes = read(tmp_path, uneven="resample")
+    assert kinds(notes) == [Kind.SLICES_MISSING]
     assert volume.voxels.shape == head.shape
     np.testing.assert_allclose(in_file(volume)[3], (head[2] + head[4]) / 2)
     np.testing.assert_array_equal(in_file(volume)[5], head[5])
@@ -154,7 +165,8 @@ def test_copies_of_a_slice_are_dropped_and_others_at_its_place_refused(tmp_path)
     (tmp_path / "copy").write_bytes(paths[2].read_bytes())
     volume, notes = read(tmp_path)
     np.testing.assert_array_equal(in_file(volume), head)
-    assert "copies of slices left out: 1" in notes
+    assert "copies of slices left out: 1" in texts(notes)
+    assert kinds(notes) == [Kind.SLICES_TWICE]
     data = dcmread(tmp_path / "copy")
     store(data, head[1] + 1024, signed=False, intercept=-1024)
     data.save_as(tmp_path / "copy")
@@ -181,7 +193,8 @@ def test_twelve_bit_overflow_is_undone(tmp_path):
     write_series(tmp_path, head, change=wrap)
     volume, notes = read(tmp_path)
     np.testing.assert_array_equal(in_file(volume), head)
-    assert "12-bit overflow undone in 6 of 6 slices" in notes
+    assert "12-bit overflow undone in 6 of 6 slices" in texts(notes)
+    assert kinds(notes) == [Kind.OVERFLOW]
 
 
 @pytest.mark.parametrize("value", [-2000, 63536])
@@ -198,7 +211,8 @@ def test_padding_becomes_air_however_its_value_is_written(tmp_path, value):
     volume, notes = read(tmp_path)
     assert (in_file(volume)[:, 0] == -1024).all()
     np.testing.assert_array_equal(in_file(volume)[:, 1:], head[:, 1:])
-    assert f"{6 * head.shape[2]} voxels of padding set to -1024 HU" in notes
+    assert f"{6 * head.shape[2]} voxels of padding set to -1024 HU" in texts(notes)
+    assert kinds(notes) == [Kind.PADDING_VALUE]
 
 
 def test_a_padding_value_among_tissue_is_not_believed(tmp_path):
@@ -211,7 +225,8 @@ def test_a_padding_value_among_tissue_is_not_believed(tmp_path):
     write_series(tmp_path, head, change=pad)
     volume, notes = read(tmp_path)
     np.testing.assert_array_equal(in_file(volume), head)
-    assert any("not believed" in note for note in notes)
+    assert any("not believed" in note for note in texts(notes))
+    assert kinds(notes) == [Kind.PADDING_IN_TISSUE]
 
 
 def test_each_slice_has_its_own_rescale_factors(tmp_path):
@@ -231,7 +246,9 @@ def test_missing_rescale_factors_are_said(tmp_path):
         del data.RescaleSlope
 
     write_series(tmp_path, block(), change=strip)
-    assert any("no rescale factors in 6 of 6" in note for note in read(tmp_path)[1])
+    _, notes = read(tmp_path)
+    assert any("no rescale factors in 6 of 6" in note for note in texts(notes))
+    assert kinds(notes) == [Kind.UNSCALED]
 
 
 def test_series_of_a_study_come_apart_and_what_is_no_slice_is_said(tmp_path):
@@ -257,11 +274,14 @@ def test_series_of_a_study_come_apart_and_what_is_no_slice_is_said(tmp_path):
     assert sorted((g.first.series, len(g.slices)) for g in groups) == [
         *(("1.1", 6), ("1.2", 9), ("1.2", 9)),
     ]
-    assert sorted(note for group in groups for note in group.notes) == [
+    assert sorted(note for group in groups for note in texts(group.findings)) == [
         "left out: 1 image alone in its series",
         "left out: 1 image of another kind than CT",
         "left out: 2 images a localizer",
     ]
+    assert {kind for group in groups for kind in kinds(group.findings)} == {
+        *(Kind.LEFT_OUT_ALONE, Kind.LEFT_OUT_MODALITY, Kind.LEFT_OUT_LOCALIZER),
+    }
     for group in groups:
         volume, _ = scan.read(group.as_series("case", uneven="refuse", unshear=False))
         assert volume.voxels.shape[0] == len(group.slices)
@@ -307,7 +327,8 @@ def test_a_truncated_file_is_refused_or_left_out(tmp_path):
         read(tmp_path)
     volume, notes = read(tmp_path, uneven="resample")
     assert volume.voxels.shape == head.shape
-    assert any("left out" in note for note in notes)
+    assert any("left out" in note for note in texts(notes))
+    assert kinds(notes) == [Kind.FILES_DAMAGED, Kind.SLICES_MISSING]
 
 
 def test_messages_name_no_patient_and_no_path(tmp_path):
@@ -325,20 +346,14 @@ def test_messages_name_no_patient_and_no_path(tmp_path):
     assert not [text for text in said if NAME in text or PATIENT in text or str(tmp_path) in text]
 
 
-def stored_as(mask, affine, order, flips):
-    """The same voxels with axes in another order and direction."""
-    moved = np.flip(mask.transpose(order), flips)
-    matrix = np.zeros((4, 4))
-    matrix[3, 3] = 1
-    for new, old in enumerate(order):
-        matrix[old, new] = -1 if new in flips else 1
-        matrix[old, 3] = mask.shape[old] - 1 if new in flips else 0
-    return Volume(np.ascontiguousarray(moved), affine @ matrix, "")
-
-
 @pytest.mark.parametrize("tilt", [0.0, TILT])
 @pytest.mark.parametrize(
-    ("order", "flips"), [((0, 1, 2), ()), ((0, 1, 2), (1,)), ((2, 0, 1), (0, 2))]
+    ("order", "flips"),
+    [
+        ((0, 1, 2), (False, False, False)),
+        ((0, 1, 2), (False, True, False)),
+        ((2, 0, 1), (True, False, True)),
+    ],
 )
 def test_a_mask_is_turned_to_the_series_by_its_affine(tmp_path, tilt, order, flips):
     head = block()
@@ -346,7 +361,7 @@ def test_a_mask_is_turned_to_the_series_by_its_affine(tmp_path, tilt, order, fli
     series = series_of(tmp_path / "dicom")
     volume, _ = scan.read(series)
     want = (volume.voxels > 40).astype(np.uint8)
-    nifti.write_volume(tmp_path / "m.nii.gz", stored_as(want, volume.affine, order, flips))
+    nifti.write_volume(tmp_path / "m.nii.gz", stored(want, volume.affine, order, flips))
     label, notes = scan.read_label(tmp_path / "m.nii.gz", series, volume, num_classes=2)
     np.testing.assert_array_equal(label.voxels, want)
     assert not notes
@@ -365,11 +380,30 @@ def test_a_mask_of_a_converter_that_hides_the_tilt_is_known_and_others_are_refus
     nifti.write_volume(tmp_path / "m.nii.gz", Volume(want, upright, ""))
     label, notes = scan.read_label(tmp_path / "m.nii.gz", series, volume, num_classes=2)
     np.testing.assert_array_equal(label.voxels, want)
-    assert any("hides the gantry's tilt" in note for note in notes)
+    assert any("hides the gantry's tilt" in note for note in texts(notes))
+    assert kinds(notes) == [Kind.MASK_UPRIGHT]
     upright[:3, 3] += 3
     nifti.write_volume(tmp_path / "off.nii.gz", Volume(want, upright, ""))
     with pytest.raises(ValueError, match=r"case: its mask has shape .* does not lie on the voxels"):
         scan.read_label(tmp_path / "off.nii.gz", series, volume, num_classes=2)
+
+
+def test_a_refused_mask_of_a_series_keeps_its_kind(tmp_path):
+    write_series(tmp_path / "dicom", block())
+    series = series_of(tmp_path / "dicom")
+    volume, _ = scan.read(series)
+    path = tmp_path / "m.nii.gz"
+    nifti.write_volume(path, Volume(np.full((6, 8, 8), 9, np.uint8), volume.affine, ""))
+    said = {}
+    for case in (Kind.MASK_VALUES, Kind.FILE_EMPTY, Kind.FILE_MISSING):
+        if case is Kind.FILE_EMPTY:
+            path.write_bytes(b"")
+        if case is Kind.FILE_MISSING:
+            path.unlink()
+        with pytest.raises(ValueError, match="case: its mask: ") as caught:
+            scan.read_label(path, series, volume, num_classes=2)
+        said[case] = kind_of(caught.value)
+    assert said == {kind: kind for kind in said}
 
 
 def test_a_digest_follows_files_and_options(tmp_path):

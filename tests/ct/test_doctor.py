@@ -1,14 +1,16 @@
+import pickle
+
 import numpy as np
 import pytest
 
 from bhsd_jax.ct.integrity import doctor, listing, words
 from bhsd_jax.ct.prepare import Facts
-from bhsd_jax.volume import Finding
+from bhsd_jax.defects import Finding, Kind, Refusal, refused
 
 CLASSES = ("background", "EDH", "IPH")
 
 
-def facts(case, split="train", warnings=(), voxels=(), ml=(), digest="", field=(160, 230, 230)):
+def facts(case, split="train", findings=(), voxels=(), ml=(), digest="", field=(160, 230, 230)):
     return Facts(
         case=case,
         patient=case,
@@ -22,7 +24,7 @@ def facts(case, split="train", warnings=(), voxels=(), ml=(), digest="", field=(
         volume_ml=ml,
         foreground=np.zeros(0, np.float32),
         source_sha256="",
-        warnings=tuple(warnings),
+        findings=tuple(findings),
         field_mm=tuple(map(float, field)),
         voxels_sha256=digest,
     )
@@ -32,26 +34,25 @@ def told(found):
     return [(f.case, f.done) for f in found]
 
 
-def test_words_of_repairs_become_defects_and_unknown_words_stay_as_they_are():
+def test_findings_of_the_readers_stay_as_they_are_and_a_text_of_two_kinds_is_said_once():
+    text = "clipped to -1024..3071 HU: 9 voxels below, 7 above"
     scan = facts(
         "a",
-        warnings=(
-            "clipped to -1024..3071 HU: 0 voxels below, 7 above",
-            "clipped to -1024..3071 HU: 9 voxels below, 0 above",
-            "label affine is up to 3 mm off the image's, which is taken",
-            "label affine has axes that run the other way than the image's; look",
-            "3 slices of 12 are odd",
+        findings=(
+            Finding(Kind.PADDING, "repaired", text, "a"),
+            Finding(Kind.METAL, "repaired", text, "a"),
+            Finding(Kind.MASK_MIRRORED, "kept", "label affine has axes", "a"),
         ),
     )
     found = doctor.of_facts([scan], "ct")
-    assert [(f.defect, f.done) for f in found] == [
+    assert found == list(scan.findings)
+    assert [(row["defect"], row["done"]) for row in listing.defect_rows(doctor.group(found))] == [
+        ("mask that may be mirrored", "kept"),
         ("metal beyond 3071 HU", "repaired"),
         ("padding below -1024 HU", "repaired"),
-        ("mask that lies elsewhere than its image", "repaired"),
-        ("mask that may be mirrored", "kept"),
-        ("# slices of # are odd", "kept"),
     ]
-    assert [f.text for f in found] == list(scan.warnings)
+    (row,) = listing.rows([scan], ("background",))
+    assert row["warnings"] == f"{text}; label affine has axes"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,8 @@ def test_words_of_repairs_become_defects_and_unknown_words_stay_as_they_are():
 )
 def test_heads_of_impossible_size_are_doubted_in_ct_alone(field, words):
     found = doctor.of_facts([facts("a", field=field)], "ct")
-    assert [f.defect for f in found] == ["doubtful size"] * len(words)
+    assert [f.kind for f in found] == ["doubtful size"] * len(words)
+    assert {f.case for f in found} <= {"a"}
     assert all(word in f.text for word, f in zip(words, found, strict=True))
     assert doctor.of_facts([facts("a", field=field)], "mr") == []
 
@@ -96,27 +98,45 @@ def test_copies_of_a_test_scan_leave_the_pool_and_are_refused_in_training():
 
 
 def test_errors_of_one_kind_are_one_defect():
-    reasons = {
-        "b": "/x/b.nii.gz: truncated header: 3 of 348 bytes",
-        "a": "/x/a.nii.gz: truncated: 5 of 9 bytes",
-        "c": "disk gone",
+    errors = {
+        "a": Refusal(Kind.FILE_TRUNCATED, "/x/a.nii.gz: truncated: 5 of 9 bytes"),
+        "b": Refusal(Kind.FILE_TRUNCATED, "/x/b.nii.gz: truncated header: 3 of 348 bytes"),
+        "c": OSError("disk\ngone"),
+        "d": FileNotFoundError("/x/d.nii.gz: no such file"),
+        "e": ValueError("/truncated/e: of no kind that is known"),
     }
-    found = doctor.of_refusals(reasons)
-    assert [(f.case, f.defect) for f in found] == [
-        ("a", "truncated file"),
-        ("b", "truncated file"),
-        ("c", "unreadable file"),
+    found = [refused(error, case) for case, error in errors.items()]
+    assert [(f.case, f.kind, f.done) for f in found] == [
+        ("a", "truncated file", "refused"),
+        ("b", "truncated file", "refused"),
+        ("c", "unreadable file", "refused"),
+        ("d", "file that is not there", "refused"),
+        ("e", "unreadable file", "refused"),
     ]
+    assert found[2].text == "disk gone"
     grouped = doctor.group(found)
-    assert [(g.defect, g.cases) for g in grouped] == [
+    assert [(g.kind, g.cases) for g in grouped] == [
         ("truncated file", ("a", "b")),
-        ("unreadable file", ("c",)),
+        ("unreadable file", ("c", "e")),
+        ("file that is not there", ("d",)),
     ]
+
+
+def test_a_refusal_keeps_its_kind_on_its_way_from_another_process():
+    there = Refusal(Kind.SPACING, "spacing must be positive")
+    back = pickle.loads(pickle.dumps(there))
+    assert (back.kind, str(back)) == (there.kind, str(there))
+    assert isinstance(back, ValueError)
+
+
+def test_kinds_have_words_of_their_own():
+    assert len(set(Kind.__members__)) == len({kind.value for kind in Kind})
 
 
 def test_groups_begin_with_what_needs_the_reader():
-    kinds = [("x", "repaired"), ("y", "kept"), ("z", "refused"), ("y", "kept")]
-    found = [Finding(defect, done, f"c{i}", "") for i, (defect, done) in enumerate(kinds)]
+    done = ["repaired", "kept", "refused", "kept"]
+    kinds = [Kind.METAL, Kind.NO_AIR, Kind.AFFINE, Kind.NO_AIR]
+    found = [Finding(kinds[i], done[i], "", f"c{i}") for i in range(4)]
     assert [(g.done, len(g.cases)) for g in doctor.group(found)] == [
         ("refused", 1),
         ("kept", 2),
@@ -131,8 +151,8 @@ def test_the_page_counts_per_split_and_names_a_few_of_many():
         facts("c", "test", voxels=(9, 0, 1), ml=(9.0, 0.0, 1.25)),
         facts("d", "unlabeled"),
     ]
-    findings = [Finding("odd", "kept", f"s{i}", f"text {i}") for i in range(9)]
-    findings += [Finding("broken", "refused", f"r{i}", f"/x/r{i}: bad") for i in range(8)]
+    findings = [Finding(Kind.NO_AIR, "kept", f"text {i}", f"s{i}") for i in range(9)]
+    findings += [Finding(Kind.AXES, "refused", f"/x/r{i}: bad", f"r{i}") for i in range(8)]
     defects = doctor.group(findings)
     totals = listing.summary(scans, CLASSES, defects)
     page = words.page("Set", "ct", totals, CLASSES, defects).splitlines()
@@ -146,13 +166,13 @@ def test_the_page_counts_per_split_and_names_a_few_of_many():
     assert counts["IPH"] == ["1", "6.5", "6.50", "1", "1.2", "1.25"]
     assert counts["slice field of view, mm"] == ["160.0"] * 5
     assert counts["lowest HU, as stored"] == ["-1024"] * 5
-    at = page.index("  broken (8 scans)")
+    at = page.index("  not three axes (8 scans)")
     assert page[at - 1] == "refused: left out, to be repaired by you"
     assert page[at + 1 : at + 8] == [
         *(f"    /x/r{i}: bad" for i in range(6)),
         "    and 2 more, in defects.csv",
     ]
-    at = page.index("  odd (9 scans)")
+    at = page.index("  no air: windowed, or no CT (9 scans)")
     assert page[at + 1 : at + 3] == ["    s0, s1, s2, s3 and 5 more", "    such as: text 0"]
 
 
@@ -163,5 +183,5 @@ def test_a_set_without_defects_says_so():
     assert "lowest intensity, as stored" in page
     assert "gantry tilt" not in page
     assert "In the masks" not in page
-    nothing = page.page("Set", "mr", listing.summary([], CLASSES, []), CLASSES, [])
+    nothing = words.page("Set", "mr", listing.summary([], CLASSES, []), CLASSES, [])
     assert nothing.startswith("Set: 0 scans can be used, 0 are refused")

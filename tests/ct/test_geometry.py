@@ -2,6 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
+from turned import stored
 
 from bhsd_jax.ct import geometry, resample
 from bhsd_jax.volume import Grid, Volume
@@ -12,20 +13,6 @@ ORIENTATIONS = [
     for signs in itertools.product((False, True), repeat=3)
 ]
 CANONICAL = np.array([[0, 0, -2, 40], [0, -3, 0, 50], [5, 0, 0, -60], [0, 0, 0, 1.0]])
-
-
-def turned(voxels, affine, order, flips):
-    """The same head, its array stored in another order and direction of axes."""
-    voxels = np.flip(voxels.transpose(order), tuple(np.flatnonzero(flips)))
-    moved = np.eye(4)
-    for new, (old, flip) in enumerate(zip(order, flips, strict=True)):
-        moved[:3, new] = affine[:3, old] * (-1 if flip else 1)
-    start = [
-        voxels.shape[list(order).index(old)] - 1 if flips[list(order).index(old)] else 0
-        for old in range(3)
-    ]
-    moved[:3, 3] = affine[:3, :3] @ start + affine[:3, 3]
-    return Volume(np.ascontiguousarray(voxels), moved, "head")
 
 
 def oblique(seed):
@@ -47,7 +34,7 @@ def test_the_same_head_stored_in_48_ways_is_prepared_alike():
     voxels[..., -2:] = 0
     expected = None
     for order, flips in ORIENTATIONS:
-        volume = turned(voxels, CANONICAL, order, flips)
+        volume = stored(voxels, CANONICAL, order, flips)
         grid = geometry.locate(volume, spacing_mm=(5.0, 2.0, 2.5))
         image = geometry.to_grid(volume.voxels, grid, "image")
         expected = image if expected is None else expected
@@ -58,7 +45,7 @@ def test_the_same_head_stored_in_48_ways_is_prepared_alike():
 
 def test_labels_survive_the_round_trip_in_every_orientation():
     for order, flips in ORIENTATIONS:
-        volume = turned(head(), CANONICAL, order, flips)
+        volume = stored(head(), CANONICAL, order, flips)
         moved = np.asarray(volume.spacing_mm)[list(geometry.canonical(volume.affine)[0])]
         grid = geometry.locate(volume, spacing_mm=tuple(moved.tolist()))
         back = geometry.label_from_grid(geometry.to_grid(volume.voxels, grid, "label"), grid)
@@ -87,7 +74,7 @@ def test_axes_are_assigned_together_when_two_want_the_same():
 
 def test_prepared_axes_run_up_back_and_left():
     for order, flips in ORIENTATIONS:
-        volume = turned(head(), CANONICAL, order, flips)
+        volume = stored(head(), CANONICAL, order, flips)
         grid = geometry.locate(volume, spacing_mm=(5.0, 3.0, 2.0))
         steps = np.asarray(volume.affine)[:3, list(grid.order)] * np.where(grid.flip, -1, 1)
         np.testing.assert_allclose(steps, [[0, 0, -2], [0, -3, 0], [5, 0, 0]])
@@ -178,7 +165,7 @@ def test_arg_max_over_all_classes_comes_back_exactly(seed):
 def test_arg_max_agrees_with_stacking_all_classes(spacing):
     voxels = head((6, 9, 10)).astype(np.float32)
     voxels[0] = 0
-    volume = turned(voxels, CANONICAL, (2, 0, 1), (True, False, True))
+    volume = stored(voxels, CANONICAL, (2, 0, 1), (True, False, True))
     grid = geometry.locate(volume, spacing_mm=spacing)
     logits = np.random.default_rng(1).normal(size=(5, *grid.shape)).astype(np.float32)
     whole = geometry.probabilities_from_grid(logits, grid)

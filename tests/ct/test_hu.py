@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from bhsd_jax.ct import hu
+from bhsd_jax.defects import Kind, Refusal, texts
 
 
 def rotation(axis, degrees):
@@ -36,8 +37,8 @@ def test_each_known_defect_is_undone_and_named():
     scan[0, 0, 0] = 3096
     repaired, done = hu.repair(scan)
     np.testing.assert_array_equal(repaired, np.tile(truth, (2, 1, 1)))
-    assert len(done) == 1
-    assert "12-bit" in done[0]
+    assert [finding.kind for finding in done] == [Kind.OVERFLOW]
+    assert "12-bit" in done[0].text
 
 
 def test_air_behind_scale_factors_comes_back_as_air():
@@ -56,16 +57,19 @@ def test_wraps_are_undone_before_clipping():
     before = scan.copy()
     repaired, done = hu.repair(scan)
     np.testing.assert_array_equal(repaired.ravel(), [3071, -1024, -1024, 3071, 50, 60])
-    assert [line.split()[0] for line in done] == ["16-bit", "clipped"]
-    assert "2 voxels below, 2 above" in done[1]
+    assert [line.split()[0] for line in texts(done)] == ["16-bit", "clipped"]
+    assert "2 voxels below, 2 above" in texts(done)[1]
+    assert [finding.kind for finding in done] == [Kind.WRAP, Kind.PADDING, Kind.METAL]
+    assert {finding.done for finding in done} == {"repaired"}
     np.testing.assert_array_equal(scan, before)
 
 
 @pytest.mark.parametrize("far", [-1.1e5, 1.1e5])
 def test_values_that_no_defect_explains_are_no_hu(far):
     scan = np.array([-1000, 0, 40, far], np.float32).reshape(1, 2, 2)
-    with pytest.raises(ValueError, match=r"no HU: values .*look at the scale factors"):
+    with pytest.raises(Refusal, match=r"no HU: values .*look at the scale factors") as caught:
         hu.repair(scan)
+    assert caught.value.kind is Kind.NO_HU
 
 
 def test_bright_scans_with_air_are_no_overflow():

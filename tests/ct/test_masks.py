@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from bhsd_jax.ct import masks, nifti, scan
+from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.volume import Masks, Volume
 
 # One column per voxel: what four raters say, and what comes of it.
@@ -39,8 +40,9 @@ def test_an_unknown_way_lists_the_known_ones():
 def test_values_without_a_class_are_refused():
     label = np.array([[[0, 1, 4]]], np.uint8)
     assert masks.reclass(label, (0, 2, 1, 1, 3), None, "m").ravel().tolist() == [0, 2, 3]
-    with pytest.raises(ValueError, match=r"m: label values 4 have no class.*0\.\.2"):
+    with pytest.raises(Refusal, match=r"m: label values 4 have no class.*0\.\.2") as caught:
         masks.reclass(label, (0, 1, 2), None, "m")
+    assert caught.value.kind is Kind.MASK_VALUES
     with pytest.raises(ValueError, match="label values 4"):
         masks.reclass(label, (), 3, "m")
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bhsd_jax.ct import nifti
+from bhsd_jax.defects import Kind, texts
 from bhsd_jax.volume import Volume
 
 AFFINE = np.array([[-0.5, 0, 0, 90], [0, 0.48, -1.3, -70], [0, 0.13, 4.8, 12], [0, 0, 0, 1.0]])
@@ -192,8 +193,8 @@ def test_a_label_takes_the_geometry_of_its_image(tmp_path, stored):
     other, warnings = nifti.read_label(path, image, num_classes=6)
     np.testing.assert_array_equal(other.affine, image.affine)
     np.testing.assert_array_equal(other.voxels, label.T)
-    assert len(warnings) == 1
-    assert "3 mm" in warnings[0]
+    assert [finding.kind for finding in warnings] == [Kind.MASK_MOVED]
+    assert "3 mm" in warnings[0].text
 
 
 def test_a_label_without_usable_geometry_only_warns(tmp_path, stored):
@@ -201,7 +202,8 @@ def test_a_label_without_usable_geometry_only_warns(tmp_path, stored):
     path = save(tmp_path / "l.nii", np.ones((3, 4, 5), np.uint8), srow_x=[np.nan] * 4)
     label, warnings = nifti.read_label(path, image, num_classes=None)
     assert label.voxels.all()
-    assert "unusable" in warnings[0]
+    assert [finding.kind for finding in warnings] == [Kind.MASK_GEOMETRY]
+    assert "unusable" in warnings[0].text
 
 
 def test_wrong_labels_are_refused_with_their_values(tmp_path, stored):
@@ -277,8 +279,8 @@ def test_a_mask_whose_axes_run_the_other_way_is_doubted_and_taken_as_it_lies(tmp
     path = save(tmp_path / "l.nii", (stored > 0).astype(np.uint8), mirrored)
     label, warnings = nifti.read_label(path, image, num_classes=2)
     np.testing.assert_array_equal(label.voxels, (stored > 0).T)
-    assert len(warnings) == 1
-    assert "other way" in warnings[0]
+    assert [finding.kind for finding in warnings] == [Kind.MASK_MIRRORED]
+    assert "other way" in warnings[0].text
 
 
 def test_odd_headers_are_remarked_on(tmp_path, stored):
@@ -287,13 +289,17 @@ def test_odd_headers_are_remarked_on(tmp_path, stored):
     assert nifti.remarks(plain, mask) == []
     odd = save(tmp_path / "odd.nii", stored, slope=0.5, inter=-3, sform_code=0, qform_code=1)
     wide = save(tmp_path / "wide.nii", stored.astype(np.uint16))
-    assert nifti.remarks(odd, wide) == [
+    found = nifti.remarks(odd, wide)
+    assert [finding.kind for finding in found] == [Kind.SCALED, Kind.QFORM_ONLY, Kind.MASK_TYPE]
+    assert texts(found) == [
         "scale factors applied: 0.5 x + -3",
         "position from the qform, no sform",
         "mask stored as uint16, not uint8",
     ]
     lost = save(tmp_path / "lost.nii", stored, slope=np.nan, sform_code=0, qform_code=0)
-    assert nifti.remarks(lost, None) == ["scale factor nan ignored", "no position in the header"]
+    found = nifti.remarks(lost, None)
+    assert [finding.kind for finding in found] == [Kind.SCALE_IGNORED, Kind.NO_POSITION]
+    assert texts(found) == ["scale factor nan ignored", "no position in the header"]
     (tmp_path / "text.nii").write_text("no scan")
     assert nifti.remarks(tmp_path / "text.nii", tmp_path / "none.nii") == []
     assert nifti.remarks(object(), object()) == []  # scans that are no file

@@ -3,8 +3,11 @@ import hashlib
 
 import numpy as np
 import pytest
+from turned import stored
 
 from bhsd_jax.ct import geometry, hu, nifti, prepare
+from bhsd_jax.defects import texts
+from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.volume import Case, Network, Plan, Volume
 
 CANONICAL = ((0, 0, -1, 10), (0, -1, 0, 20), (1, 0, 0, -5))  # D up, H to the back, W to the left
@@ -111,12 +114,12 @@ def test_the_file_order_of_axes_does_not_matter(tmp_path, head):
     other = tmp_path / "other"
     other.mkdir()
     image, label = nifti.read(head.image), nifti.read(head.label)
-    matrix = image.affine @ np.array(
-        [[0, -1, 0, image.voxels.shape[0] - 1], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]]
-    )  # new (w, d reversed, h)
-    turned = [np.flip(v.voxels.transpose(2, 0, 1), 1).copy() for v in (image, label)]
+    new = [
+        stored(v.voxels, v.affine, order=(2, 0, 1), flips=(False, True, False))
+        for v in (image, label)
+    ]
     again = prepare.prepare_case(
-        store(other, turned[0], turned[1].astype(np.uint8), matrix=matrix), plan
+        store(other, new[0].voxels, new[1].voxels.astype(np.uint8), matrix=new[0].affine), plan
     )
     np.testing.assert_array_equal(again.image, first.image)
     np.testing.assert_array_equal(again.label, first.label)
@@ -193,7 +196,7 @@ def test_facts_count_the_crop_and_draw_intensities_inside_the_mask_only(head):
     assert facts.intensity == (-3024.0, pytest.approx(float(np.median(voxels))), voxels.max())
     _, repairs = hu.repair(voxels)
     assert repairs
-    assert set(repairs) <= set(facts.warnings)
+    assert set(texts(repairs)) <= set(facts.warnings)
     assert facts.bleeding is True
 
 
@@ -203,6 +206,7 @@ def test_facts_warn_of_empty_masks_masks_outside_the_head_and_windowed_scans(tmp
     empty = store(tmp_path, voxels, label, matrix=affine((5.0, 1.0, 1.0)))
     facts = prepare.fingerprint_case(empty, num_classes=3, modality="ct", crop_hu=-200.0)
     assert "the mask is empty" in facts.warnings
+    assert {finding.case for finding in facts.findings} == {empty.id}
     assert facts.bleeding is False
     assert facts.foreground.size == 0
     label[0, 0, :3] = 1
@@ -305,7 +309,7 @@ def facts_of(spacings, shapes, foreground):
             volume_ml=(1.0, 1.0, 1.0),
             foreground=np.asarray(drawn, np.float32),
             source_sha256="",
-            warnings=(),
+            findings=(),
         )
         for i, (spacing, shape, drawn) in enumerate(zip(spacings, shapes, foreground, strict=True))
     ]
@@ -321,7 +325,7 @@ def test_the_plan_holds_pooled_statistics_and_the_median_shape_after_resampling(
         [(36, 50, 35), (20, 52, 36), (38, 48, 40)],
         [drawn[:500], drawn[500:], []],
     )
-    plan = prepare.make_plan(facts, **MADE)
+    plan = make_plan(facts, **MADE)
     assert plan.spacing_mm == (1.0, 1.0, 1.0)
     assert plan.median_shape == (38, 50, 36)
     expected = (np.percentile(drawn, 0.5), drawn.mean(), drawn.std(), np.percentile(drawn, 99.5))
@@ -330,7 +334,7 @@ def test_the_plan_holds_pooled_statistics_and_the_median_shape_after_resampling(
 
 def test_a_pinned_spacing_is_given_in_canonical_axes_and_planned_coarsest_first():
     facts = facts_of([(1.0, 1.0, 1.0)] * 2, [(40, 48, 56)] * 2, [[1.0], [2.0]])
-    plan = prepare.make_plan(facts, spacing_mm=(1.0, 2.0, 1.0), **MADE)
+    plan = make_plan(facts, spacing_mm=(1.0, 2.0, 1.0), **MADE)
     assert plan.transpose == (1, 0, 2)
     assert plan.spacing_mm == (2.0, 1.0, 1.0)
     assert plan.median_shape == (24, 40, 56)
@@ -338,9 +342,9 @@ def test_a_pinned_spacing_is_given_in_canonical_axes_and_planned_coarsest_first(
 
 def test_nothing_to_plan_from_is_said():
     with pytest.raises(ValueError, match="no training case"):
-        prepare.make_plan([], **MADE)
+        make_plan([], **MADE)
     with pytest.raises(ValueError, match="all 2 training cases are empty"):
-        prepare.make_plan(facts_of([(1.0,) * 3] * 2, [(8, 8, 8)] * 2, [[], []]), **MADE)
+        make_plan(facts_of([(1.0,) * 3] * 2, [(8, 8, 8)] * 2, [[], []]), **MADE)
 
 
 def test_nnunets_order_clips_and_scales_before_it_resamples(tmp_path):

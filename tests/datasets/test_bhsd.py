@@ -45,10 +45,10 @@ def expected(studies):
 
 
 def findings(tree, **arguments):
-    """Case, defect and outcome of all that is neither the layout of every copy nor small change."""
+    """Case, kind and outcome of all that is neither the layout of every copy nor small change."""
     usual = ("dead paths", "space in", "folder that holds")
     found = BHSD(tree, **arguments).survey().findings
-    return [(f.case, f.defect, f.done) for f in found if not f.defect.startswith(usual)]
+    return [(f.case, f.kind, f.done) for f in found if not f.kind.startswith(usual)]
 
 
 def text_of(tree, case, **arguments):
@@ -147,7 +147,7 @@ def test_a_tree_without_masks_without_lists_or_without_anything_says_what_to_do(
 
 
 def test_what_every_copy_has_is_said_and_handled(tree):
-    found = {(f.defect, f.done): f.text for f in BHSD(tree).survey().findings}
+    found = {(f.kind, f.done): f.text for f in BHSD(tree).survey().findings}
     assert set(found) == {
         ("dead paths in dataset.json", "repaired"),
         ("space in a folder's name", "repaired"),

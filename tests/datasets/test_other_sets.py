@@ -14,7 +14,7 @@ from bhsd_jax.datasets.hemseg import HemSeg
 from bhsd_jax.datasets.instance import INSTANCE
 from bhsd_jax.datasets.label_maps import PRESETS, LabelMap
 from bhsd_jax.datasets.mbhseg import MBHSeg
-from bhsd_jax.volume import Masks, Series
+from bhsd_jax.volume import HEMORRHAGE, Masks, Series
 
 BINARY = (0, *(1,) * 255)
 
@@ -33,7 +33,7 @@ def test_every_data_word_builds_its_data_set(word):
 @pytest.mark.parametrize(
     ("name", "classes", "values"),
     [
-        ("bhsd", ("background", "EDH", "IPH", "IVH", "SAH", "SDH"), (0, 1, 2, 3, 4, 5)),
+        ("bhsd", HEMORRHAGE, (0, 1, 2, 3, 4, 5)),
         ("binary", ("background", "any"), BINARY),
         ("blast-ct", ("background", "IPH", "extra-axial", "edema", "IVH"), (0, 1, 2, 3, 4)),
         ("bhsd-to-blast-ct", ("background", "extra-axial", "IPH", "IVH"), (0, 1, 2, 3, 1, 1)),

@@ -65,8 +65,8 @@ def test_a_damaged_slice_is_left_out_and_its_neighbors_keep_their_labels(root):
     path = root / "stage_2_train" / f"{SLICES[2]}.dcm"
     path.write_bytes(path.read_bytes()[:-50])
     (case,) = RSNA(root).cases()
-    volume, notes = scan.read(case.image)
-    assert any("damaged" in note for note in notes)
+    volume, found = scan.read(case.image)
+    assert any("damaged" in finding.text for finding in found)
     assert len(volume.voxels) == len(case.slice_labels) == 6
     assert case.slice_labels[3:] == ROWS[3:]
     assert case.slice_labels[:2] == ROWS[:2]

@@ -10,11 +10,11 @@ import pytest
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.datasets.synthetic import Synthetic
 from bhsd_jax.phantom import tree as phantom_tree
-from bhsd_jax.phantom.bleeds import CLASSES
 from bhsd_jax.phantom.case import Options, make_case
 from bhsd_jax.phantom.defects import spoil
 from bhsd_jax.phantom.files import case_id, write_image
 from bhsd_jax.phantom.tree import generate
+from bhsd_jax.volume import HEMORRHAGE
 
 SMALL = {"size": 48, "slices": 10}
 TREE = {"train": 3, "test": 2, "bleeding": 2, "nonbleeding": 1, "size": 32, "slices": 6}
@@ -94,14 +94,14 @@ def test_the_header_shows_the_tilt(tmp_path):
 def test_slice_labels_say_which_classes_a_slice_shows(tree):
     with (tree / "slice_labels.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["case", "slice", "any", *CLASSES[1:]]
+    assert list(rows[0]) == ["case", "slice", "any", *HEMORRHAGE[1:]]
     assert len(rows) == 8 * 6
     for path in (tree / "label_192/ground truths").iterdir():
         label = np.asarray(nib.load(path).dataobj)
         own = [r for r in rows if r["case"] == path.name.removesuffix(".nii.gz")]
         for row in own:
             shown = label[:, :, int(row["slice"])]
-            assert [int(row[c]) for c in CLASSES[1:]] == [
+            assert [int(row[c]) for c in HEMORRHAGE[1:]] == [
                 int((shown == i).any()) for i in range(1, 6)
             ]
             assert int(row["any"]) == int(shown.any())

@@ -162,3 +162,34 @@ ENTRIES = {  # what is wrong with an entry of a folder or of the lists, not with
     "new\\nline": "its name holds control characters",
     "passwd": "no image for passwd",
 }
+
+KINDS = {  # of what the first pass refuses, as the integrity page calls them
+    "no NIfTI file": (
+        *("dicom", "empty_gzip", "mask_text", "packed_text", "pair", "text", "wrong_magic"),
+    ),
+    "not three axes": (
+        *("four_axes", "mask_four_axes", "negative_size", "nine_axes", "two_axes", "zero_size"),
+    ),
+    "damaged gzip stream": ("cut_gzip", "flipped_bit", "flipped_voxel", "mask_cut", "two_bytes"),
+    "truncated file": (
+        *("cut_header", "cut_plain", "cut_voxels", "start_beyond", "two_gigabytes"),
+    ),
+    "voxels that are no numbers": ("colors", "complex", "mask_colors", "unknown_type"),
+    "header that claims too much": ("eight_gigabytes", "mask_terabytes", "terabytes"),
+    "impossible affine": ("flat_affine", "nan_affine", "zero_affine"),
+    "impossible spacing": ("nan_spacing", "negative_spacing", "zero_spacing"),
+    "label values out of range": ("mask_value_half", "mask_value_minus", "mask_value_seven"),
+    "empty file": ("empty", "mask_empty_file"),
+    "impossible start of the voxels": ("start_before", "start_nowhere"),
+    "link that leads nowhere": ("circle", "nowhere"),
+    "voxels that are not finite": ("huge_slope", "nan_voxel"),
+    "bytes after the last voxel": ("bomb",),
+    "empty mask of a scan that bleeds": ("mask_all_zero",),
+    "folder with the name of a scan": ("folder",),
+    "image that is not there": ("passwd",),
+    "impossible scale factors": ("nan_intercept",),
+    "mask of another shape than its image": ("mask_shape",),
+    "not a regular file": ("pipe",),
+    "unsafe file name": ("new\\nline",),
+    "values that are no HU": ("large_slope",),
+}

@@ -14,7 +14,7 @@ from bhsd_jax.platform import faults, files
 from bhsd_jax.settings import Settings
 from bhsd_jax.verbs import evaluate, report
 from bhsd_jax.verbs.evaluate import Scored
-from bhsd_jax.volume import Volume
+from bhsd_jax.volume import HEMORRHAGE, Volume
 
 # One patient with two scans in the test part, another in the training part. A voxel is 1 mL.
 FIRST, SECOND = "ID_aaaaaaaa_ID_0000000001", "ID_aaaaaaaa_ID_0000000002"
@@ -113,7 +113,7 @@ def test_the_summary_holds_every_convention(tree):
     evaluate.run(configure(data), run)
     found = summary(run)
     assert (found["convention"], found["n_cases"], found["nsd_mm"]) == ("nnunet", 2, 1.0)
-    assert found["classes"] == ["EDH", "IPH", "IVH", "SAH", "SDH"]
+    assert found["classes"] == list(HEMORRHAGE[1:])
     dice = {key: value["SAH"]["dice"] for key, value in found["conventions"].items()}
     assert dice == pytest.approx(
         {"nnunet": 0.5, "present": 1.0, "pooled": 0.8, "both-empty=1": 0.5}
@@ -277,8 +277,7 @@ def test_what_a_process_has_scored_survives_a_trip_through_a_file(tree, tmp_path
 def test_a_damaged_file_is_named_where_it_is_read(tree, plan, name, damage, verb):
     data, run = tree
     config = configure(data)
-    names = ["background", "EDH", "IPH", "IVH", "SAH", "SDH"]
-    files.write_json(run / "plan.json", plan | {"classes": names})
+    files.write_json(run / "plan.json", plan | {"classes": HEMORRHAGE})
     evaluate.run(config, run)
     files.write_json(run / "predictions" / "predictions.json", {"step": 1, "split": "test"})
     path = run / name

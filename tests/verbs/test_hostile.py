@@ -51,6 +51,15 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+def test_every_refusal_has_its_kind(run):
+    folder, *_ = run
+    found = {}
+    for row in rows(folder / "defects.csv"):
+        if row["done"] == "refused":
+            found.setdefault(row["defect"], set()).add(row["case"])
+    assert found == {kind: set(names) for kind, names in hostile.KINDS.items()}
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_hostile_file_is_refused_in_one_line_that_names_it(run, name):
     folder, *_ = run

@@ -15,6 +15,7 @@ from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
 from bhsd_jax.ct.integrity import facts_file
 from bhsd_jax.datasets.msd import MSD
+from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.platform import faults
 from bhsd_jax.shards import jobs as shard_jobs
 from bhsd_jax.shards import store
@@ -311,6 +312,29 @@ def test_a_failure_of_the_machine_is_not_remembered(data, tmp_path, monkeypatch)
         preprocess.run(configure(data), tmp_path / "run")
     monkeypatch.setattr(preprocess, "fingerprint_case", real)
     preprocess.run(configure(data), tmp_path / "run")
+    assert len(store.Shards(tmp_path / "run" / "shards").entries) == CASES
+
+
+def test_a_refusal_is_remembered_until_the_code_is_another(data, tmp_path, monkeypatch):
+    real = preprocess.fingerprint_case
+
+    def strict(case, **settings):
+        if case.id == "h_2":
+            raise Refusal(Kind.AXES, f"{case.image}: not a 3D scan")
+        return real(case, **settings)
+
+    def run():
+        preprocess.run(configure(data), tmp_path / "run")
+
+    monkeypatch.setattr(preprocess, "fingerprint_case", strict)
+    with pytest.raises(ValueError, match="not a 3D scan"):
+        run()
+    monkeypatch.setattr(preprocess, "fingerprint_case", real)  # as if the fix were elsewhere
+    with pytest.raises(ValueError, match="not a 3D scan"):
+        run()
+    assert "not three axes,refused,h_2," in (tmp_path / "run" / "defects.csv").read_text()
+    monkeypatch.setattr(facts_file, "_code", lambda: "with the fix")
+    run()
     assert len(store.Shards(tmp_path / "run" / "shards").entries) == CASES
 
 

@@ -10,9 +10,10 @@ from bhsd_jax.experiments import study
 from bhsd_jax.experiments.queue import Failure
 from bhsd_jax.platform import files
 from bhsd_jax.report.page import NOTICE
+from bhsd_jax.volume import HEMORRHAGE
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
-FIVE = ("EDH", "IPH", "IVH", "SAH", "SDH")
+FIVE = HEMORRHAGE[1:]
 
 
 def section(text, title):

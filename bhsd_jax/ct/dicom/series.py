@@ -11,12 +11,23 @@ import numpy as np
 from bhsd_jax.ct import hu
 from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.ct.dicom import stack as dicom_stack
-from bhsd_jax.ct.dicom.slice_file import Plane, Slice
+from bhsd_jax.ct.dicom.slice_file import Flaw, Plane, Slice
 from bhsd_jax.ct.dicom.stack import Stack
+from bhsd_jax.defects import Finding, Kind, said_of
 from bhsd_jax.volume import Series, Volume
 
 _SAME_COSINE = 1e-3
 _SAME_MM = 1e-4
+_LEFT_OUT = {
+    Flaw.MODALITY: Kind.LEFT_OUT_MODALITY,
+    Flaw.LOCALIZER: Kind.LEFT_OUT_LOCALIZER,
+    Flaw.COLOR: Kind.LEFT_OUT_COLOR,
+    Flaw.POSITION: Kind.LEFT_OUT_POSITION,
+    Flaw.ORIENTATION: Kind.LEFT_OUT_ORIENTATION,
+    Flaw.EMPTY: Kind.LEFT_OUT_EMPTY,
+    Flaw.ALONE: Kind.LEFT_OUT_ALONE,
+    Flaw.HEADER: Kind.LEFT_OUT_HEADER,
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class Group:
     """Slices of one series that share orientation, matrix and pixel size; not yet ordered."""
 
     slices: tuple[Slice, ...]  # by file name
-    notes: tuple[str, ...]  # what was left out of the study
+    findings: tuple[Finding, ...]  # what was left out of the study
 
     @property
     def folder(self) -> Path:
@@ -39,14 +50,14 @@ class Group:
     def as_series(self, name: str, *, uneven: str, unshear: bool) -> Series:
         """What a case holds of it."""
         files = tuple(item.file for item in self.slices)
-        return Series(files, name, uneven, unshear, self.notes)
+        return Series(files, name, uneven, unshear, self.findings)
 
 
 def find(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> list[Group]:
     """Every CT series below a folder, in the order of its first file; links are not followed.
 
     Files are known by content, not by name. Localizers, other kinds of images and single images
-    are left out; the notes of their study's first series say so, or of the first of all.
+    are left out; the findings of their study's first series say so, or of the first of all.
     """
     slices, unreadable = [], 0
     for path in _files(root):
@@ -56,22 +67,22 @@ def find(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> l
             slices.append(slice_file.header(path))
         except ValueError:
             unreadable += 1
-    left = Counter[tuple[str, str]]()
+    left = Counter[tuple[str, Flaw]]()
     if unreadable:
-        left["", "of a header that cannot be read"] = unreadable
+        left["", Flaw.HEADER] = unreadable
     groups = []
     for group in _grouped(slices):
-        flaw = group[0].flaw or ("" if len(group) > 1 else "alone in its series")
-        if flaw in ("", slice_file.MULTI_FRAME):  # the latter is refused when it is read
+        flaw = group[0].flaw or (None if len(group) > 1 else Flaw.ALONE)
+        if flaw in (None, Flaw.MULTI_FRAME):  # the latter is refused when it is read
             groups.append(Group(tuple(group), ()))
         else:
             left[group[0].study, flaw] += len(group)
     groups.sort(key=lambda group: group.first.file)
-    return _with_notes(groups, left)
+    return _with_findings(groups, left)
 
 
-def read(series: Series) -> tuple[Volume, list[str]]:
-    """The volume of a series in HU, and what was done to get it; as it lies, tilt kept as shear.
+def read(series: Series) -> tuple[Volume, list[Finding]]:
+    """The volume of a series in HU, and what was found; as it lies, tilt kept as shear.
 
     Raises:
         ValueError: If a file is damaged or compressed beyond what is installed, or no single
@@ -89,8 +100,8 @@ def read(series: Series) -> tuple[Volume, list[str]]:
         if share:
             plane = (1 - share) * plane + share * planes[below + 1].voxels
         target[...] = plane[::-1]  # rows run to the front
-    notes = [*series.notes, *stack.notes, *_said(planes)]
-    return Volume(voxels, stack.affine, series.name), notes
+    found = [*series.findings, *stack.findings, *_of_planes(planes)]
+    return Volume(voxels, stack.affine, series.name), found
 
 
 def arrange(series: Series) -> Stack:
@@ -102,16 +113,16 @@ def arrange(series: Series) -> Stack:
     return order(_headers(series), series)
 
 
-def order(found: Sequence[Slice | None], series: Series) -> Stack:
+def order(headers: Sequence[Slice | None], series: Series) -> Stack:
     """As `arrange`, from headers in the order of the files' names; None where one is damaged."""
     slices, damaged = [], []
-    for place, item in enumerate(found, start=1):
+    for place, item in enumerate(headers, start=1):
         if item is None or not item.whole:
             damaged.append(place)
         else:
             _require_slice(item, place, series)
             slices.append(item)
-    notes = ()
+    found = ()
     if damaged:
         text = (
             f"{len(damaged)} of {len(series.files)} files are damaged, the first is file "
@@ -121,12 +132,12 @@ def order(found: Sequence[Slice | None], series: Series) -> Stack:
             raise ValueError(
                 f"{series.name}: {text}; fetch them again, or set uneven='resample' to do without"
             )
-        notes = (f"{text}; left out",)
+        found = (Finding(Kind.FILES_DAMAGED, "kept", f"{text}; left out"),)
     try:
         stack = dicom_stack.arrange(slices, uneven=series.uneven, same=_same)
     except ValueError as error:
-        raise ValueError(f"{series.name}: {error}") from error
-    return replace(stack, notes=(*notes, *stack.notes))
+        raise said_of(series.name, error) from error
+    return replace(stack, findings=(*found, *stack.findings))
 
 
 def _headers(series: Series) -> list[Slice | None]:
@@ -140,9 +151,9 @@ def _headers(series: Series) -> list[Slice | None]:
 
 
 def _require_slice(item: Slice, place: int, series: Series) -> None:
-    if item.flaw == slice_file.MULTI_FRAME:
+    if item.flaw is Flaw.MULTI_FRAME:
         raise ValueError(
-            f"{series.name}: {slice_file.MULTI_FRAME}: enhanced CT is not read; convert the "
+            f"{series.name}: {item.flaw}: enhanced CT is not read; convert the "
             "series to NIfTI with dcm2niix"
         )
     if item.flaw:
@@ -162,7 +173,7 @@ def _grouped(slices: Sequence[Slice]) -> list[list[Slice]]:
     """Slices that may be one volume: a series, split where matrix, pixels or orientation differ."""
     groups: dict[tuple, list[list[Slice]]] = {}
     for item in slices:
-        alone = item.file if item.flaw == slice_file.MULTI_FRAME else None
+        alone = item.file if item.flaw is Flaw.MULTI_FRAME else None
         key = (item.study, item.series, item.flaw, item.shape, alone)
         for group in groups.setdefault(key, []):
             if item.flaw or _alike(item, group[0]):
@@ -179,14 +190,15 @@ def _alike(one: Slice, other: Slice) -> bool:
     return bool(np.abs(turned).max() < _SAME_COSINE and np.abs(wider).max() < _SAME_MM)
 
 
-def _with_notes(groups: list[Group], left: Counter[tuple[str, str]]) -> list[Group]:
+def _with_findings(groups: list[Group], left: Counter[tuple[str, Flaw]]) -> list[Group]:
     out = list(groups)
     if not out:
         return out
     for (study, flaw), count in sorted(left.items()):
         place = next((i for i, group in enumerate(out) if group.first.study == study), 0)
-        note = f"left out: {count} image{'s' if count > 1 else ''} {flaw}"
-        out[place] = replace(out[place], notes=(*out[place].notes, note))
+        text = f"left out: {count} image{'s' if count > 1 else ''} {flaw}"
+        finding = Finding(_LEFT_OUT[flaw], "kept", text)
+        out[place] = replace(out[place], findings=(*out[place].findings, finding))
     return out
 
 
@@ -208,15 +220,19 @@ def _called(place: int, series: Series) -> str:
     return f"{series.name}: file {place} of {len(series.files)} in the order of their names"
 
 
-def _said(planes: Sequence[Plane]) -> list[str]:
-    said = []
+def _of_planes(planes: Sequence[Plane]) -> list[Finding]:
+    found = []
     total = len(planes)
     if count := sum(plane.unwrapped for plane in planes):
-        said.append(f"12-bit overflow undone in {count} of {total} slices")
+        text = f"12-bit overflow undone in {count} of {total} slices"
+        found.append(Finding(Kind.OVERFLOW, "repaired", text))
     if count := sum(plane.padding for plane in planes):
-        said.append(f"{count} voxels of padding set to {hu.LOWEST_HU:.0f} HU")
+        text = f"{count} voxels of padding set to {hu.LOWEST_HU:.0f} HU"
+        found.append(Finding(Kind.PADDING_VALUE, "kept", text))
     if any(plane.doubtful for plane in planes):
-        said.append("the padding value is among tissue: not believed")
+        text = "the padding value is among tissue: not believed"
+        found.append(Finding(Kind.PADDING_IN_TISSUE, "kept", text))
     if count := sum(plane.unscaled for plane in planes):
-        said.append(f"no rescale factors in {count} of {total} slices; taken for 1 and 0")
-    return said
+        text = f"no rescale factors in {count} of {total} slices; taken for 1 and 0"
+        found.append(Finding(Kind.UNSCALED, "kept", text))
+    return found

@@ -4,6 +4,7 @@ Messages never quote a header or a path: both may name the patient.
 """
 
 import contextlib
+import enum
 import logging
 import math
 import sys
@@ -17,8 +18,8 @@ import numpy as np
 from jaxtyping import Num
 
 from bhsd_jax.ct import hu
+from bhsd_jax.defects import Kind, Refusal
 
-MULTI_FRAME = "a multi-frame image"
 _TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"),
     *("Modality", "ImageType", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
@@ -30,6 +31,20 @@ _TISSUE_HU = (-200.0, 200.0)
 _BROKEN = (Exception,)  # pydicom throws what the file makes it throw: KeyError, struct.error, ...
 
 
+class Flaw(enum.StrEnum):
+    """Why an image is no slice of a CT volume, as what follows "is"."""
+
+    MODALITY = "of another kind than CT"
+    LOCALIZER = "a localizer"
+    MULTI_FRAME = "a multi-frame image"
+    COLOR = "in color"
+    POSITION = "without a usable position"
+    ORIENTATION = "without a usable orientation"
+    EMPTY = "without voxels"
+    ALONE = "alone in its series"
+    HEADER = "of a header that cannot be read"
+
+
 @dataclass(frozen=True, slots=True)  # there can be a million of them
 class Slice:
     """What the header of one file says; world coordinates as in DICOM: x left, y posterior."""
@@ -39,7 +54,7 @@ class Slice:
     study: str = field(repr=False)
     series: str = field(repr=False)
     instance: str = field(repr=False)
-    flaw: str  # why it is no slice of a CT volume; empty if it is
+    flaw: Flaw | None  # why it is no slice of a CT volume; None if it is
     shape: tuple[int, int] = (0, 0)  # rows, columns
     spacing_mm: tuple[float, float] = (0.0, 0.0)  # between rows, between columns
     along_row: tuple[float, ...] = ()  # direction in which the column index grows
@@ -105,16 +120,12 @@ def pixels(path: Path) -> Plane:
             _require_decoder(data.file_meta.TransferSyntaxUID)
             stored = np.asarray(data.pixel_array)
             if stored.ndim != 2:
-                raise _RefusedError(f"{MULTI_FRAME}, not a slice")
+                raise Refusal(Kind.UNREADABLE, f"{Flaw.MULTI_FRAME}, not a slice")
             return _plane(data, stored.astype(np.int32))
-    except _RefusedError as error:
-        raise ValueError(str(error)) from None
+    except Refusal:  # the message is ours, and safe to show
+        raise
     except _BROKEN as error:
         raise ValueError(f"its voxels cannot be read ({type(error).__name__}): damaged") from None
-
-
-class _RefusedError(ValueError):
-    """A message of ours, safe to show."""
 
 
 def _pydicom() -> Any:
@@ -156,10 +167,10 @@ def _slice(path: Path, data: Any) -> Slice:
     rows, columns = (float(value) for value in data.PixelSpacing)
     position = tuple(float(value) for value in data.ImagePositionPatient)
     if not all(map(math.isfinite, (*orientation, rows, columns, *position))):
-        return replace(known, flaw="without a usable position")
+        return replace(known, flaw=Flaw.POSITION)
     across = np.asarray(orientation).reshape(2, 3)
     if min(rows, columns) <= 0 or np.abs(across @ across.T - np.eye(2)).max() > _UNIT:
-        return replace(known, flaw="without a usable orientation")
+        return replace(known, flaw=Flaw.ORIENTATION)
     return replace(
         known,
         shape=(int(data.Rows), int(data.Columns)),
@@ -179,25 +190,25 @@ def _is_whole(data: Any, left: int) -> bool:
     return left >= start + voxels * int(data.get("BitsAllocated") or 16) // 8
 
 
-def _flaw(data: Any) -> str:
+def _flaw(data: Any) -> Flaw | None:
     kinds = [str(word).upper() for word in (data.get("ImageType") or ())]
     modality = str(data.get("Modality") or "CT")
     counts = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
     if modality != "CT":
-        return "of another kind than CT"
+        return Flaw.MODALITY
     if "LOCALIZER" in kinds:
-        return "a localizer"
+        return Flaw.LOCALIZER
     if int(data.get("NumberOfFrames") or 1) > 1 or str(data.get("SOPClassUID", "")).startswith(
         _ENHANCED
     ):
-        return MULTI_FRAME
+        return Flaw.MULTI_FRAME
     if int(data.get("SamplesPerPixel") or 1) != 1:
-        return "in color"
+        return Flaw.COLOR
     if any(len(data.get(tag) or ()) != count for tag, count in counts.items()):
-        return "without a usable position"
+        return Flaw.POSITION
     if int(data.get("Rows") or 0) < 1 or int(data.get("Columns") or 0) < 1:
-        return "without voxels"
-    return ""
+        return Flaw.EMPTY
+    return None
 
 
 def _require_decoder(syntax: Any) -> None:
@@ -210,9 +221,10 @@ def _require_decoder(syntax: Any) -> None:
     except NotImplementedError:
         ready = False
     if not ready:
-        raise _RefusedError(
+        raise Refusal(
+            Kind.UNREADABLE,
             f"compressed as {syntax.name}, and no decoder for it is installed; decompress the "
-            "files (gdcmconv --raw), or install pylibjpeg with its plug-ins"
+            "files (gdcmconv --raw), or install pylibjpeg with its plug-ins",
         )
 
 

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bhsd_jax.ct.dicom.slice_file import Slice
+from bhsd_jax.ct.geometry import LEAST_TILT_DEG
+from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.volume import Shape
 
 _SAME_MM = 0.01  # two slices this close lie at one position
@@ -15,7 +17,6 @@ _EVEN = 0.02  # of the step: how far a slice may be from its place
 _WHOLE = 0.05  # of the step: gaps this near to a multiple of it are missing slices
 _HOLE = 2.5  # times the steps beside it: too much to fill in
 _ASIDE_MM = 0.1  # how far a slice may lie off the line through the first and the last
-_TILT_DEG = 0.5  # below, the angle is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class Stack:
     shape: Shape
     affine: Float[np.ndarray, "4 4"]  # (d, h, w, 1) -> RAS+ mm; sheared where the gantry was tilted
     source: Float[np.ndarray, " D"]  # which of `slices` each plane is, or lies between
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def arrange(slices: Sequence[Slice], *, uneven: str, same: Callable[[Slice, Slice], bool]) -> Stack:
@@ -44,16 +45,16 @@ def arrange(slices: Sequence[Slice], *, uneven: str, same: Callable[[Slice, Slic
     """
     if uneven not in ("refuse", "resample"):
         raise ValueError(f"uneven is refuse or resample; got {uneven!r}")
-    notes: list[str] = []
+    found: list[Finding] = []
     order = sorted(slices, key=_along_normal)
-    kept = _without_copies(order, same, notes)
+    kept = _without_copies(order, same, found)
     if len(kept) < 2:
         raise ValueError(f"{len(kept)} slices are no volume: their distance is not known")
     places = np.asarray([_along_normal(item) for item in kept])
     steps = np.diff(places)
     depth = len(kept)
     if _is_uneven(places):
-        text = _describe(steps)
+        kind, text = _describe(steps)
         if uneven == "refuse":
             raise ValueError(
                 f"{text}; fetch what is missing, or set uneven='resample' to interpolate"
@@ -62,14 +63,15 @@ def arrange(slices: Sequence[Slice], *, uneven: str, same: Callable[[Slice, Slic
         usual = float(np.percentile(steps, 25, method="lower"))
         depth = max(2, round((places[-1] - places[0]) / usual) + 1)
         even = (places[-1] - places[0]) / (depth - 1)
-        notes.append(f"{text}; interpolated to {depth} slices at steps of {even:.3f} mm")
+        text = f"{text}; interpolated to {depth} slices at steps of {even:.3f} mm"
+        found.append(Finding(kind, "kept", text))
     targets = np.linspace(places[0], places[-1], depth)
     source = np.interp(targets, places, np.arange(len(kept)))
     if depth == len(kept):
         source = np.arange(depth, dtype=np.float64)
-    affine = _affine(kept, depth, notes)
+    affine = _affine(kept, depth, found)
     rows, columns = kept[0].shape
-    return Stack(tuple(kept), (depth, rows, columns), affine, source, tuple(notes))
+    return Stack(tuple(kept), (depth, rows, columns), affine, source, tuple(found))
 
 
 def normal(item: Slice) -> Float[np.ndarray, "3"]:
@@ -83,7 +85,7 @@ def _along_normal(item: Slice) -> float:
 
 
 def _without_copies(
-    order: Sequence[Slice], same: Callable[[Slice, Slice], bool], notes: list[str]
+    order: Sequence[Slice], same: Callable[[Slice, Slice], bool], found: list[Finding]
 ) -> list[Slice]:
     kept: list[Slice] = []
     for item in order:
@@ -96,7 +98,8 @@ def _without_copies(
             continue
         kept.append(item)
     if len(kept) < len(order):
-        notes.append(f"copies of slices left out: {len(order) - len(kept)}")
+        text = f"copies of slices left out: {len(order) - len(kept)}"
+        found.append(Finding(Kind.SLICES_TWICE, "kept", text))
     return kept
 
 
@@ -105,18 +108,18 @@ def _is_uneven(places: Float[np.ndarray, " n"]) -> bool:
     return bool(np.abs(places - even).max() > _EVEN * (even[1] - even[0]))
 
 
-def _describe(steps: Float[np.ndarray, " n"]) -> str:
+def _describe(steps: Float[np.ndarray, " n"]) -> tuple[Kind, str]:
     usual = float(np.median(steps))
     times = steps / usual
     if (np.abs(times - np.rint(times)) <= _WHOLE).all() and (np.rint(times) >= 1).all():
         missing = int((np.rint(times) - 1).sum())
         first = int(np.argmax(times > 1.5))
-        return (
+        return Kind.SLICES_MISSING, (
             f"{missing} {'slice is' if missing == 1 else 'slices are'} missing: "
             f"{steps[first]:.2f} mm after slice {first + 1} of {len(steps) + 1} by position, "
             f"{usual:.2f} mm elsewhere"
         )
-    return (
+    return Kind.SLICES_UNEVEN, (
         f"slices at uneven steps, {steps.min():.2f} to {steps.max():.2f} mm, mostly {usual:.2f} mm"
     )
 
@@ -134,7 +137,7 @@ def _require_no_hole(steps: Float[np.ndarray, " n"]) -> None:
         )
 
 
-def _affine(kept: Sequence[Slice], depth: int, notes: list[str]) -> Float[np.ndarray, "4 4"]:
+def _affine(kept: Sequence[Slice], depth: int, found: list[Finding]) -> Float[np.ndarray, "4 4"]:
     first = kept[0]
     corners = np.asarray([item.position for item in kept])
     places = np.asarray([_along_normal(item) for item in kept])
@@ -155,6 +158,7 @@ def _affine(kept: Sequence[Slice], depth: int, notes: list[str]) -> Float[np.nda
     matrix[:3, 3] = corners[0] + down * (first.shape[0] - 1)
     cosine = float(step @ normal(first) / np.linalg.norm(step))
     tilt = math.degrees(math.acos(min(1.0, abs(cosine))))
-    if tilt > _TILT_DEG:
-        notes.append(f"gantry tilt of {tilt:.1f} degrees, kept as shear in the affine")
+    if tilt > LEAST_TILT_DEG:
+        text = f"gantry tilt of {tilt:.1f} degrees, kept as shear in the affine"
+        found.append(Finding(Kind.TILTED, "kept", text))
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix

@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bhsd_jax.ct.integrity import doctor, listing, words
 from bhsd_jax.ct.prepare import Facts
-from bhsd_jax.platform import files
+from bhsd_jax.defects import Finding
+from bhsd_jax.platform import files, tables
 from bhsd_jax.volume import Dataset, Survey
 
 logger = logging.getLogger(__name__)
@@ -36,9 +36,11 @@ def conclude(
     dataset: Dataset,
     found: Survey,
     facts: Sequence[Facts],
-    skipped: Mapping[str, str],
+    skipped: Mapping[str, Finding],
 ) -> tuple[list[Facts], dict[str, str]]:
     """Says and writes what is wrong; gives the facts to go on with, and why others are refused.
+
+    `skipped` has by case why it was refused when it was read.
 
     Writes `integrity.csv` (a row per case), `integrity.json` (sums and defects) and, if there are
     any, `defects.csv` (a row per finding).
@@ -46,15 +48,15 @@ def conclude(
     copies = doctor.of_copies(facts)
     left_out = {finding.case for finding in copies if finding.done != "kept"}
     used = [fact for fact in facts if fact.case not in left_out]
-    findings = [*found.findings, *copies, *doctor.of_refusals(skipped)]
+    findings = [*found.findings, *copies, *(skipped[case] for case in sorted(skipped))]
     findings += doctor.of_facts(used, dataset.modality)
     defects = doctor.group(findings)
     totals = listing.summary(used, dataset.classes, defects)
     _write(workdir, listing.rows(used, dataset.classes), totals, defects)
     page = words.page(dataset.name, dataset.modality, totals, dataset.classes, defects)
     logger.info("integrity, also in %s:\n\n%s\n", workdir, page)
-    refused = {f.case: f.text for f in (*found.findings, *copies) if f.done == "refused"}
-    return used, {**refused, **skipped}
+    unread = [f for f in (*found.findings, *copies) if f.done == "refused"]
+    return used, {f.case: f.text for f in (*unread, *skipped.values())}
 
 
 def _write(
@@ -65,9 +67,5 @@ def _write(
 ) -> None:
     """Files of this look; what it has nothing for goes, so that none contradicts another."""
     files.write_json(workdir / "integrity.json", totals)
-    rows = [asdict(finding) for found in defects for finding in found.findings]
-    for name, lines in (("integrity.csv", table), ("defects.csv", rows)):
-        if lines:
-            listing.write_csv(workdir / name, lines, list(lines[0]))
-        else:
-            (workdir / name).unlink(missing_ok=True)
+    tables.write_records(workdir / "integrity.csv", table)
+    tables.write_records(workdir / "defects.csv", listing.defect_rows(defects))

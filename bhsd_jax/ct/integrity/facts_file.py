@@ -1,40 +1,51 @@
 """What the first look at a case found, kept on disk until a file of the case changes.
 
 One file per case, so that jobs which share nothing but a file system can look at a data set
-together, and one that is started again goes on where it stopped. A refusal is kept as well.
+together, and one that is started again goes on where it stopped. A refusal is kept as well, until
+a file of the case, the code, or a library that decodes files is another.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform import files
 from bhsd_jax.volume import Case
+
+_DECODERS = (  # of NIfTI; of DICOM, and what may be installed beside it for compressed voxels
+    *("nibabel", "pydicom", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg"),
+    *("pylibjpeg-rle", "pyjpegls", "python-gdcm", "pillow"),
+)
 
 
 def key(case: Case, settings: Mapping[str, Any]) -> str:
     """Changes when a file of the case was replaced, or anything else its facts depend on.
 
     Files are told apart by size and time stamp, as `make` and `rsync` do. The code that finds the
-    facts counts too: none of another version is taken for its own.
+    facts counts too, and so do the libraries that decode files: none of another version is taken
+    for its own. Of a data set's code only the case counts that it has made.
     """
     known = dataclasses.asdict(dataclasses.replace(case, label=None))
     known |= {"image": repr(case.image), "label": repr(case.label)}
     files = [(str(path), *_stamp(path)) for path in _files(case)]
-    text = json.dumps([known, files, dict(settings), _code()], sort_keys=True, default=str)
+    made_by = [_code(), _decoders()]
+    text = json.dumps([known, files, dict(settings), made_by], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load(folder: Path, case: Case, wanted: str) -> Facts | str | None:
+def load(folder: Path, case: Case, wanted: str) -> Facts | Finding | None:
     """Facts, or why the case was refused; None if nothing is known under the key `wanted`.
 
     A file that is damaged is removed, which a line says: the case is looked at again.
@@ -50,14 +61,16 @@ def load(folder: Path, case: Case, wanted: str) -> Facts | str | None:
             if head["key"] != wanted:
                 return None
             if "refused" in head:
-                return head["refused"]
-            return Facts(**_tuples(head["facts"]), foreground=stored["foreground"])
+                return _finding(head["refused"])
+            facts = _tuples(head["facts"])
+            facts["findings"] = tuple(map(_finding, facts["findings"]))
+            return Facts(**facts, foreground=stored["foreground"])
     except Exception as error:  # NumPy parses a damaged header as Python, which raises anything
         files.discard(path, str(error) or type(error).__name__)
         return None
 
 
-def save(folder: Path, case: Case, wanted: str, found: Facts | str) -> None:
+def save(folder: Path, case: Case, wanted: str, found: Facts | Finding) -> None:
     """Keeps facts, or the reason of a refusal, under a key; they replace what was there.
 
     Raises:
@@ -69,9 +82,10 @@ def save(folder: Path, case: Case, wanted: str, found: Facts | str) -> None:
     if isinstance(found, Facts):
         facts = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         foreground = facts.pop("foreground")
+        facts["findings"] = [dataclasses.astuple(finding) for finding in found.findings]
         head["facts"] = facts
     else:
-        head["refused"] = found
+        head["refused"] = dataclasses.astuple(found)
     data = io.BytesIO()
     np.savez_compressed(data, head=np.array(json.dumps(head)), foreground=foreground)
     files.write_bytes(path, data.getvalue())
@@ -103,13 +117,34 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
+def sources() -> list[Path]:
+    """The code that reads and judges scans: this room, and the words it shares with others."""
+    room = Path(__file__).parents[1]
+    return sorted([*room.rglob("*.py"), *(room.parent / f"{n}.py" for n in ("defects", "volume"))])
+
+
 @functools.cache
 def _code() -> str:
-    """Of all that reads and judges scans, whatever its comments and docstrings say."""
+    """A digest of that code, whatever its comments and docstrings say."""
     total = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    for path in sources():
         total.update(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode())
     return total.hexdigest()
+
+
+@functools.cache
+def _decoders() -> dict[str, str]:
+    """Versions of what is installed: with another decoder, a scan that was refused may be read."""
+    found = {}
+    for name in _DECODERS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _finding(stored: Sequence[Any]) -> Finding:
+    kind, *rest = stored
+    return Finding(Kind(kind), *rest)
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

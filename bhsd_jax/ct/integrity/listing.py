@@ -1,17 +1,14 @@
 """The integrity table: what lies in a data set, case by case and in sum."""
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from bhsd_jax.ct.geometry import LEAST_TILT_DEG
 from bhsd_jax.ct.integrity.doctor import Group
 from bhsd_jax.ct.prepare import Facts
-from bhsd_jax.platform import files
 
-TILTED_DEG = 0.5  # below, the angle is rounding
 _ORDER = ("train", "val", "test", "unlabeled")
 _MEASURES = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
 
@@ -26,7 +23,8 @@ def summary(
 ) -> dict[str, Any]:
     """Counts, volumes, geometry and defects, per split where that matters."""
     splits = sorted({fact.split for fact in facts}, key=_ORDER.index)
-    tilted = [abs(fact.tilt_deg) for fact in facts if abs(fact.tilt_deg) > TILTED_DEG]
+    tilts = [abs(fact.tilt_deg) for fact in facts]
+    tilted = [angle for angle in tilts if angle > LEAST_TILT_DEG]
     refused = {case for found in defects if found.done == "refused" for case in found.cases}
     return {
         "cases": len(facts),
@@ -42,12 +40,13 @@ def summary(
     }
 
 
-def write_csv(path: str | Path, table: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Writes a table whole or not at all."""
-    with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(table)
+def defect_rows(defects: Sequence[Group]) -> list[dict[str, Any]]:
+    """One flat row per finding."""
+    return [
+        {"defect": finding.kind, "done": finding.done, "case": finding.case, "text": finding.text}
+        for found in defects
+        for finding in found.findings
+    ]
 
 
 def _row(fact: Facts, classes: Sequence[str]) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def _split(facts: Sequence[Facts], classes: Sequence[str]) -> dict[str, Any]:
 
 def _defect(found: Group) -> dict[str, Any]:
     return {
-        "defect": found.defect,
+        "defect": found.kind,
         "done": found.done,
         "cases": list(found.cases),
         "findings": [finding.text for finding in found.findings],

@@ -90,7 +90,7 @@ def _defects(defects: Sequence[Group]) -> list[str]:
         if groups:
             lines.append(f"{done}: {meaning}")
         for found in groups:
-            lines.append(f"  {found.defect} ({_count(found)})")
+            lines.append(f"  {found.kind} ({_count(found)})")
             lines += [f"    {line}" for line in _detail(found)]
     return lines
 

@@ -1,0 +1,170 @@
+"""What can be wrong with a scan or with a data set: kinds, findings and refusals.
+
+Whoever notices a defect says its kind there and then, in a `Finding` or a `Refusal`; nobody has to
+recognize it later by the words of a message.
+"""
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["repaired", "kept", "refused"]
+"""What was done: undone, nothing, or the scan is not used (the verb then ends non-zero)."""
+
+
+class Kind(enum.StrEnum):
+    """Kinds of defects, in the words of the integrity page; # stands for a number."""
+
+    # Of the intensities of a scan.
+    OVERFLOW = "12-bit overflow"
+    WRAP = "16-bit wrap of metal"
+    PADDING = "padding below -1024 HU"
+    METAL = "metal beyond 3071 HU"
+    NO_AIR = "no air: windowed, or no CT"
+    NO_HU = "values that are no HU"
+    NO_NUMBERS = "voxels that are no numbers"
+    NOT_FINITE = "voxels that are not finite"
+    SCALED = "HU behind scale factors"
+    SCALE_IGNORED = "scale factor that makes no sense"
+    SCALE_IMPOSSIBLE = "impossible scale factors"
+
+    # Of its place in space.
+    FIELD_OF_VIEW = "doubtful size"
+    QFORM_ONLY = "position in the qform only"
+    NO_POSITION = "no position in the header"
+    AXES = "not three axes"
+    SPACING = "impossible spacing"
+    AFFINE = "impossible affine"
+    TOO_LARGE = "spacing that makes a scan too large"
+
+    # Of a mask.
+    MASK_EMPTY = "empty mask"
+    MASK_EMPTY_BLEEDS = "empty mask of a scan that bleeds"
+    MASK_OF_NO_BLEED = "mask of a scan that does not bleed"
+    MASK_SHAPE = "mask of another shape than its image"
+    MASK_VALUES = "label values out of range"
+    MASK_TYPE = "mask not stored in 8 bits"
+    MASK_MOVED = "mask that lies elsewhere than its image"
+    MASK_MIRRORED = "mask that may be mirrored"
+    MASK_GEOMETRY = "mask without usable geometry"
+    MASK_OUTSIDE = "mask beyond the head"
+    MASK_UPRIGHT = "mask of a converter that hides the gantry's tilt; the series' is taken"
+    SLICE_LABELS = "slice labels that do not fit"
+
+    # Of a file.
+    FILE_MISSING = "file that is not there"
+    FILE_EMPTY = "empty file"
+    FILE_TRUNCATED = "truncated file"
+    FILE_GZIP = "damaged gzip stream"
+    FILE_CLAIMS = "header that claims too much"
+    FILE_START = "impossible start of the voxels"
+    FILE_LONGER = "bytes after the last voxel"
+    NO_NIFTI = "no NIfTI file"
+    UNREADABLE = "unreadable file"
+
+    # Of a DICOM series.
+    TILTED = "gantry tilt of # degrees, kept as shear in the affine"
+    UNSHEARED = "unsheared: slices moved over each other, and set upright"
+    PADDING_VALUE = "# voxels of padding set to # HU"
+    PADDING_IN_TISSUE = "the padding value is among tissue: not believed"
+    UNSCALED = "no rescale factors in # of # slices; taken for # and #"
+    FILES_DAMAGED = (
+        "# of # files are damaged, the first is file # in the order of their names; left out"
+    )
+    SLICES_TWICE = "copies of slices left out: #"
+    SLICES_MISSING = (
+        "# slices are missing: # mm after slice # of # by position, # mm elsewhere; "
+        "interpolated to # slices at steps of # mm"
+    )
+    SLICES_UNEVEN = (
+        "slices at uneven steps, # to # mm, mostly # mm; interpolated to # slices at steps of # mm"
+    )
+    LEFT_OUT_HEADER = "left out: # images of a header that cannot be read"
+    LEFT_OUT_MODALITY = "left out: # images of another kind than CT"
+    LEFT_OUT_LOCALIZER = "left out: # images a localizer"
+    LEFT_OUT_COLOR = "left out: # images in color"
+    LEFT_OUT_POSITION = "left out: # images without a usable position"
+    LEFT_OUT_ORIENTATION = "left out: # images without a usable orientation"
+    LEFT_OUT_EMPTY = "left out: # images without voxels"
+    LEFT_OUT_ALONE = "left out: # images alone in its series"
+
+    # Of the folders and lists of a data set.
+    MACOS = "leftover of macOS"
+    NO_SUFFIX = "file without .nii.gz"
+    NAME_UNSAFE = "unsafe file name"
+    NAME_TWICE = "two scans of one name"
+    FILE_TWICE = "one scan in two files"
+    LINK = "link that leads nowhere"
+    NOT_REGULAR = "not a regular file"
+    FOLDER_AS_SCAN = "folder with the name of a scan"
+    FOLDER_SPACE = "space in a folder's name"
+    FOLDER_UNUSED = "folder that is not used"
+    FOLDER_COUNT = "folder that holds another number than its name says"
+    LIST_DEAD_PATHS = "dead paths in dataset.json"
+    LIST_OUTSIDE = "path that leads out of the data set"
+    LIST_BOTH = "in both official lists"
+    LIST_NONE = "in no official list"
+    IMAGE_MISSING = "image that is not there"
+    MASK_MISSING = "mask that is not there"
+    SLICE_LABELS_ALONE = "slice labels without a scan"
+
+    # Of scans that have to do with each other.
+    COPY = "one scan under two names"
+    COPY_IN_FOLDERS = "one scan in two folders"
+    COPY_LABELED = "labeled scan in the pool"
+    BLEEDS_AND_NOT = "scan that bleeds and does not"
+    PATIENT_TWICE = "patient scanned twice"
+    PATIENT_TESTED_POOL = "unlabeled scan of a test patient"
+    PATIENT_TESTED = "training scan of a tested one"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing about a scan, or about a whole data set, that is not as it should be."""
+
+    kind: Kind
+    done: Outcome
+    text: str  # what was found where, what was done about it or is to be done
+    case: str = ""  # "": the data set as a whole; or the scan that is being read
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Refusal(ValueError):  # noqa: N818 - it says no to a file; nothing has gone wrong
+    """A scan or a file that cannot be used, and the kind of its defect."""
+
+    def __init__(self, kind: Kind, text: str):
+        super().__init__(text)
+        self.kind = kind
+
+    def __reduce__(self):  # an exception is copied by its arguments, which lack the kind
+        return type(self), (self.kind, str(self))
+
+
+def texts(findings: Iterable[Finding]) -> list[str]:
+    """What findings say; once, where several kinds were found in one step."""
+    return list(dict.fromkeys(finding.text for finding in findings))
+
+
+def kind_of(error: BaseException) -> Kind:
+    """The kind of a refusal; of an error that carries none, the file could not be read."""
+    if isinstance(error, Refusal):
+        return error.kind
+    return Kind.FILE_MISSING if isinstance(error, FileNotFoundError) else Kind.UNREADABLE
+
+
+def said_of(place: object, error: BaseException) -> Refusal:
+    """The same refusal, with the place it is of before its text."""
+    return Refusal(kind_of(error), f"{place}: {error}")
+
+
+def in_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def refused(error: BaseException, case: str) -> Finding:
+    """What is written down of a case that was refused."""
+    return Finding(kind_of(error), "refused", in_line(error), case)
