@@ -6,6 +6,8 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from bhsd_jax.platform.errors import UserError
+
 
 def names(package: str) -> tuple[str, ...]:
     """Modules directly below `package`, sorted."""
@@ -21,7 +23,7 @@ def find(package: str, name: str) -> Any:
     """
     module_name, _, attribute = name.partition(".")
     if module_name not in names(package):
-        raise ValueError(
+        raise UserError(
             f"{package}: no {name!r}; write '<module>.<Name>', modules are "
             f"{', '.join(names(package))}"
         )
@@ -33,7 +35,7 @@ def find(package: str, name: str) -> Any:
             for key, value in vars(module).items()
             if inspect.isclass(value) and value.__module__ == module.__name__ and key[0] != "_"
         ]
-        raise ValueError(
+        raise UserError(
             f"{package}.{module_name}: no {attribute!r}; it has {', '.join(choices) or 'no class'}"
         )
     return found
@@ -51,7 +53,7 @@ def build(package: str, spec: Mapping[str, Any], **extra: Any) -> Any:
     accepted = inspect.signature(made).parameters
     unknown = sorted(set(kwargs) - set(accepted))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        raise ValueError(
+        raise UserError(
             f"{package}.{name}: unknown {', '.join(unknown)}; it takes {', '.join(accepted)}"
         )
     return made(**kwargs)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from bhsd_jax.platform.errors import UserError
+
 Outcome = Literal["repaired", "kept", "refused"]
 """What was done: undone, nothing, or the scan is not used (the verb then ends non-zero)."""
 
@@ -132,7 +134,7 @@ class Finding:
         return self.text
 
 
-class Refusal(ValueError):  # noqa: N818 - it says no to a file; nothing has gone wrong
+class Refusal(UserError):  # noqa: N818 - it says no to a file; nothing has gone wrong
     """A scan or a file that cannot be used, and the kind of its defect."""
 
     def __init__(self, kind: Kind, text: str):

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from bhsd_jax.platform.errors import UserError
+
 Spec = Mapping[str, Any]  # {"name": "module.Class", **arguments}: something found by its name
 
 _WORDS = {
@@ -70,12 +72,12 @@ def read(group: Any, values: Any, path: str) -> Any:
         ValueError: If a field is missing, is not known, or holds what it cannot; names it.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{path} is a group of fields; got {values!r}")
+        raise UserError(f"{path} is a group of fields; got {values!r}")
     names = [part.name for part in dataclasses.fields(group)]
     if unknown := sorted(values.keys() - set(names)):
-        raise ValueError(f"{path} has no field {unknown[0]}; it has {', '.join(names)}")
+        raise UserError(f"{path} has no field {unknown[0]}; it has {', '.join(names)}")
     if missing := [name for name in names if name not in values]:
-        raise ValueError(f"{path}.{missing[0]} is missing; start from configs/common.py")
+        raise UserError(f"{path}.{missing[0]} is missing; start from configs/common.py")
     found = {}
     for part, kind, notes in _parts(group):
         where, value = f"{path}.{part.name}", values[part.name]
@@ -116,7 +118,7 @@ def _read_field(path: str, kind: Any, notes: tuple[Any, ...], value: Any) -> Any
     except _UnfitError as error:
         about = f" ({notes[0]})" if notes else ""
         wanted = str(error) or in_words(kind)
-        raise ValueError(f"{path} must be {wanted}; got {value!r}{about}") from None
+        raise UserError(f"{path} must be {wanted}; got {value!r}{about}") from None
     return found
 
 

@@ -17,9 +17,14 @@ from bhsd_jax import __version__, command_line
 from bhsd_jax.assemble import trained
 from bhsd_jax.command_line import UsageError
 from bhsd_jax.platform import cluster, faults, files, startup
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.train import barrier
 
+_DEFECT = (
+    "This is a defect of bhsd_jax and not of your data. Please report it, with all lines above, "
+    "the command, config.json of the run, and what `bhsd --version` and `pip list` say."
+)
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config.name>.")
 
@@ -50,7 +55,7 @@ def main(verb: str) -> None:
     except Exception as error:
         reason = _reason(error, workdir)
         logging.debug("%s", error, exc_info=True)
-        _end(f"{verb}: {reason}" if reason else traceback.format_exc(), 1)
+        _end(f"{verb}: {reason}" if reason else f"{traceback.format_exc()}{_DEFECT}", 1)
 
 
 def _print(text: str) -> None:
@@ -76,7 +81,7 @@ def _end(words: str, code: int) -> NoReturn:
 
 def _reason(error: Exception, workdir: Path) -> str | None:
     """One line of what went wrong; None where only a traceback tells."""
-    if not isinstance(error, ValueError | OSError | FloatingPointError):
+    if not isinstance(error, UserError | OSError | FloatingPointError):
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return faults.explain(error, workdir)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from bhsd_jax.platform.errors import UserError
+
 PADS = ("air", "nnunet")
 
 
@@ -26,11 +28,11 @@ class Normalization:
     def __post_init__(self) -> None:
         lengths = {len(field) for field in (self.low, self.high, self.shift, self.scale)}
         if len(lengths) != 1 or not self.low:
-            raise ValueError(
+            raise UserError(
                 f"Normalization: needs one entry per channel in every field; got {self}"
             )
         if min(self.scale) <= 0 or any(a >= b for a, b in zip(self.low, self.high, strict=True)):
-            raise ValueError(f"Normalization: needs scale > 0 and low < high; got {self}")
+            raise UserError(f"Normalization: needs scale > 0 and low < high; got {self}")
 
     def __call__(self, image: Num[Array, "*B D H W 1"]) -> Float[Array, "*B D H W C"]:
         """Float32 channels of a raw image; any leading axes."""
@@ -56,7 +58,7 @@ class Normalization:
             ValueError: If `kind` is neither.
         """
         if kind not in PADS:
-            raise ValueError(f"windows: no pad {kind!r}; choose from {', '.join(PADS)}")
+            raise UserError(f"windows: no pad {kind!r}; choose from {', '.join(PADS)}")
         if kind == "nnunet":
             return self.shift[0]
         return min(self.low) if math.isfinite(min(self.low)) else 0.0
@@ -85,7 +87,7 @@ class Normalization:
         if modality == "mr":
             return cls((-math.inf,), (math.inf,), (0.0,), (1.0,))
         if modality != "ct":
-            raise ValueError(f"windows: no modality {modality!r}; choose 'ct' or 'mr'")
+            raise UserError(f"windows: no modality {modality!r}; choose 'ct' or 'mr'")
         low, mean, deviation, high = (float(value) for value in foreground)
         return cls((low,), (high,), (mean,), (max(deviation, 1e-8),))
 
@@ -101,7 +103,7 @@ class Normalization:
         """
         pairs = [tuple(float(value) for value in window) for window in windows]
         if not pairs or any(len(pair) != 2 or pair[1] <= 0 for pair in pairs):
-            raise ValueError(
+            raise UserError(
                 f"windows: expected ((level_hu, width_hu), ...) with widths above 0; got {pairs}"
             )
         return cls(

@@ -18,6 +18,8 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import FieldReference
 
+from bhsd_jax.platform.errors import UserError
+
 RECIPES = ("published", "nnunet")
 # UNETR and Swin UNETR alike: AdamW, no clipping, 50 of 5000 epochs of warm-up.
 _ADAMW = {
@@ -82,12 +84,12 @@ def choose(config: ml_collections.ConfigDict, backbone: str, recipe: str, *, hea
         ValueError: If the short name or the recipe is not known; lists the choices.
     """
     if recipe not in RECIPES:
-        raise ValueError(f"recipe={recipe} is not known; choose from {', '.join(RECIPES)}")
+        raise UserError(f"recipe={recipe} is not known; choose from {', '.join(RECIPES)}")
     config.model.name = backbone
     if "." in backbone:
         return
     if backbone not in BACKBONES:
-        raise ValueError(
+        raise UserError(
             f"backbone={backbone} is not known; choose from {', '.join(BACKBONES)}, or name a "
             "class as <module>.<Class>"
         )

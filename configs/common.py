@@ -11,6 +11,7 @@ from ml_collections.config_dict import FieldReference
 
 from bhsd_jax import settings
 from bhsd_jax.configs import backbones
+from bhsd_jax.platform.errors import UserError
 
 HEMORRHAGE = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
 BHSD_SPACING_MM = (5.0, 0.48828125, 0.48828125)  # of its scans, D H W
@@ -137,7 +138,7 @@ def semisupervised(arg: str, name: str, objective: str, presets: dict) -> ml_col
     """
     config = get_config(arg)
     if config.preset not in presets:
-        raise ValueError(f"{name}: preset is one of {', '.join(presets)}; got {config.preset!r}")
+        raise UserError(f"{name}: preset is one of {', '.join(presets)}; got {config.preset!r}")
     config.name = name
     config.objective = {"name": objective, **presets[config.preset]}
     config.split.binary = config.task != "1"
@@ -161,12 +162,12 @@ def parse_arg(arg: str) -> dict:
         word, equals, value = part.partition("=")
         if word not in WORDS or bool(equals) == isinstance(WORDS[word], bool):
             known = ", ".join(k if isinstance(v, bool) else f"{k}=..." for k, v in WORDS.items())
-            raise ValueError(f"config argument {part!r} is not known; words are {known}")
+            raise UserError(f"config argument {part!r} is not known; words are {known}")
         words[word] = value if equals else True
     if words["data"] not in DATA:
-        raise ValueError(f"data={words['data']} is not known; choose from {', '.join(DATA)}")
+        raise UserError(f"data={words['data']} is not known; choose from {', '.join(DATA)}")
     if words["task"] not in TASKS:
-        raise ValueError(f"task={words['task']} is not known; choose from 1, 2, 3")
+        raise UserError(f"task={words['task']} is not known; choose from 1, 2, 3")
     inference(words["infer"])
     return words
 
@@ -178,7 +179,7 @@ def inference(speed: str) -> dict:
         ValueError: If it is not known; lists the choices.
     """
     if speed not in INFER:
-        raise ValueError(f"infer={speed} is not known; choose from {', '.join(INFER)}")
+        raise UserError(f"infer={speed} is not known; choose from {', '.join(INFER)}")
     return dict(INFER[speed])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 
 from bhsd_jax.configs import common
+from bhsd_jax.platform.errors import UserError
 
 # All masks of the training part train and the last checkpoint is tested: nothing is chosen by
 # looking at scans the figures come from.
@@ -84,16 +85,16 @@ def _read(table: PaperTable, arg: str) -> tuple[str, int, list[str]]:
             words.append(part)
         else:
             known = ", ".join(k if v is False else f"{k}=..." for k, v in common.WORDS.items())
-            raise ValueError(
+            raise UserError(
                 f"{table.name}: {part!r} is not known; rows are {', '.join(table.rows)}; words are "
                 f"seed=0, {known}"
             )
     if len(rows) > 1:
-        raise ValueError(f"{table.name}: one row at a time; got {' and '.join(rows)}")
+        raise UserError(f"{table.name}: one row at a time; got {' and '.join(rows)}")
     name = rows[0] if rows else table.default
     for part in words if rows else []:
         if _key(part) in map(_key, table.rows[name].words):
-            raise ValueError(
+            raise UserError(
                 f"{table.name}: row {name} is about {', '.join(table.rows[name].words)}; {part} "
                 "would make it another row"
             )

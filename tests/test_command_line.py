@@ -143,7 +143,7 @@ def test_flags_are_fields_by_path_or_by_the_name_that_a_verb_gives_them():
 
 
 def trained(folder, config):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     return folder
 
@@ -242,3 +242,31 @@ def test_a_value_that_means_nothing_is_refused(path, value, message):
     part[name] = value
     with pytest.raises(ValueError, match=rf"config\.{path} .*{message}"):
         Settings.of(plain)
+
+
+def ended(error, tmp_path):
+    """How the program ends where a verb raises this."""
+    run = trained(tmp_path / "run", cps.get_config("smoke"))
+    code = f"""
+import sys
+from bhsd_jax import main
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.verbs import report
+def run(*_): raise {error}
+report.run = run
+sys.argv = ["bhsd", "report", {str(run)!r}]
+main.cli()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    return done.stderr
+
+
+def test_what_a_user_can_mend_is_one_line_and_a_defect_of_ours_is_not(tmp_path):
+    assert ended("UserError('mend this')", tmp_path).splitlines()[1:] == ["report: mend this"]
+    text = ended("ValueError('shapes differ')", tmp_path / "b")
+    assert "Traceback" in text
+    assert "ValueError: shapes differ" in text
+    assert text.strip().splitlines()[-1].startswith("This is a defect of bhsd_jax")

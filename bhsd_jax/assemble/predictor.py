@@ -17,6 +17,7 @@ from bhsd_jax.ct import geometry, hu, scan, shear
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.platform import allocator, files, machine
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
@@ -100,10 +101,10 @@ class Predictor:
         try:
             label, notes = scan.read_label(target, place, image, num_classes=len(self.classes))
             if notes:
-                raise ValueError(f"{target}: {notes[0]}")
+                raise UserError(f"{target}: {notes[0]}")
             if self.probabilities:
                 _check_npz(wanted[1], (len(self.classes), *label.voxels.shape))
-        except ValueError as error:
+        except UserError as error:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
             return None
@@ -139,7 +140,7 @@ def load(config: Settings, workdir: Path) -> tuple[int, dict[str, Params]]:
     wanted = [one for name in asked for one in together.get(name, (name,))]
     unknown = [name for name in wanted if name not in found]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"config.predict.networks: no {', '.join(map(repr, unknown))}; "
             f"this objective has {', '.join([*found, *together])}"
         )
@@ -201,7 +202,7 @@ def _require_fit(variables: Params, expected: Params) -> None:
     )
     odd = [name for name in found | wanted if found.get(name) != wanted.get(name)]
     if odd:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint is not of the config's network: {odd[0]} has shape "
             f"{found.get(odd[0])}, the config asks for {wanted.get(odd[0])}; use "
             "--config=configs/from_run.py:<run folder>"
@@ -230,9 +231,9 @@ def _check_npz(path: Path, shape: tuple[int, ...]) -> None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             found = stored["probabilities"]
     except Exception as error:  # NumPy parses a damaged header as Python, which raises anything
-        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
     if found.shape != shape or found.dtype != np.float16:
-        raise ValueError(f"{path}: holds {found.dtype}{found.shape}, not float16{shape}")
+        raise UserError(f"{path}: holds {found.dtype}{found.shape}, not float16{shape}")
 
 
 def _write_npz(path: Path, probabilities: np.ndarray) -> None:

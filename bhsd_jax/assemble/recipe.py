@@ -19,6 +19,7 @@ from bhsd_jax.input.pipeline import Cut
 from bhsd_jax.input.slices import Slices
 from bhsd_jax.losses import DiceCE
 from bhsd_jax.objectives.weak import SliceLabelTerms
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.optimizer import make_optimizer, make_schedule
@@ -189,20 +190,20 @@ def require_matching(config: Settings, recipe: Recipe, roles: Roles, mesh: Mesh)
     """
     wants = recipe.parts.objective.uses_unlabeled
     if not roles.train:
-        raise ValueError("split: no labeled training case is left; look at split and data")
+        raise UserError("split: no labeled training case is left; look at split and data")
     if wants and not (recipe.unlabeled and roles.unlabeled):
-        raise ValueError(
+        raise UserError(
             f"objective {config.objective['name']} needs unlabeled patches: input.unlabeled is "
             f"{recipe.unlabeled} and {len(roles.unlabeled)} scans are unlabeled; raise the first, "
             "or set split.labeled so that some masks are left out"
         )
     if recipe.slices is not None and not wants:
-        raise ValueError(
+        raise UserError(
             f"weak: objective {config.objective['name']} reads no unlabeled patches, which slice "
             "labels are about; choose another, such as supervised.WeaklySupervised"
         )
     if recipe.unlabeled and not wants:
-        raise ValueError(
+        raise UserError(
             f"objective {config.objective['name']} uses no unlabeled patches; set input.unlabeled=0"
         )
     _warn_of_slow_average(recipe.parts.objective.ema_decay, recipe.parts.steps)
@@ -217,7 +218,7 @@ def _require_twins(config: Settings, recipe: Recipe, mesh: Mesh) -> None:
     """Refuses to put networks on devices of their own that are not there."""
     networks, places = max(len(recipe.parts.objective.twins), 1), mesh.shape["twins"]
     if places not in (1, networks):
-        raise ValueError(
+        raise UserError(
             f"mesh.twins is {places}, but objective {config.objective['name']} trains {networks} "
             f"network{'s' if networks > 1 else ''}; set mesh.twins={networks}"
             f"{' or 1' if networks > 1 else ''}"
@@ -261,7 +262,7 @@ def _slice_labels(config: Settings, plan: Plan) -> tuple[SliceLabelTerms | None,
     if not terms.active:
         return None, None
     if plan.modality != "ct":
-        raise ValueError(f"weak: slice labels are for head CT; these scans are {plan.modality}")
+        raise UserError(f"weak: slice labels are for head CT; these scans are {plan.modality}")
     return terms, slices
 
 

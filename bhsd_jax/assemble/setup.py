@@ -10,6 +10,7 @@ from typing import Any
 from bhsd_jax.build import build, find
 from bhsd_jax.datasets import splits
 from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.volume import Dataset, Plan, Shape
@@ -25,7 +26,7 @@ def dataset(config: Settings, workdir: Path) -> Dataset:
     spec = dict(config.data)
     if not spec.get("root"):
         if not spec["name"].startswith("synthetic."):
-            raise ValueError(f"config.data.root is empty; say where {spec['name']} lies")
+            raise UserError(f"config.data.root is empty; say where {spec['name']} lies")
         spec["root"] = str(workdir / "synthetic")
     made = find("bhsd_jax.datasets", spec["name"])
     if "salt" in inspect.signature(made).parameters and not spec.get("salt"):
@@ -82,7 +83,7 @@ def _salt(folder: Path) -> str:
     drawn = secrets.token_hex(16)
     salt = path.read_text(errors="replace") if path.is_file() else files.write_first(path, drawn)
     if len(salt) != len(drawn):
-        raise ValueError(
+        raise UserError(
             f"{path}: damaged ({len(salt)} characters, not {len(drawn)}); restore it from a copy, "
             "or remove it: then all scans it has given names to are called otherwise"
         )

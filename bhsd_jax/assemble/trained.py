@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 
 # Groups that say how a verb works or where things lie, and nothing of what was trained.
@@ -28,7 +29,7 @@ def as_trained(config: Settings, workdir: Path) -> Settings:
     for field in (*_FIXED, *_SPLIT):
         was, now = _get(saved, field), _get(given, field)
         if was != now:
-            raise ValueError(
+            raise UserError(
                 f"config.{field} is {_told(now)}, but {workdir} was trained with {_told(was)}; "
                 "leave --config out, or give that run's own config and fields"
             )

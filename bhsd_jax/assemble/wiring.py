@@ -11,6 +11,7 @@ from bhsd_jax import windows
 from bhsd_jax.assemble import setup
 from bhsd_jax.build import build, find
 from bhsd_jax.nnunet import planner
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.volume import Network, Plan
 
@@ -74,9 +75,7 @@ def normalization(config: Settings, plan: Plan) -> windows.Normalization:
         modality = "mr" if plan.normalize_first else plan.modality
         return windows.Normalization.from_plan(modality, plan.foreground)
     if plan.normalize_first:
-        raise ValueError(
-            "config.windows: this plan normalizes first, nothing is left in HU; 'plan'"
-        )
+        raise UserError("config.windows: this plan normalizes first, nothing is left in HU; 'plan'")
     return windows.Normalization.from_windows(config.windows)
 
 
@@ -90,5 +89,5 @@ def compute_type(precision: str) -> Any:
     if precision == "auto":
         return types["float32" if jax.default_backend() == "cpu" else "bfloat16"]
     if precision not in types:
-        raise ValueError(f"config.precision is auto, float32 or bfloat16; got {precision!r}")
+        raise UserError(f"config.precision is auto, float32 or bfloat16; got {precision!r}")
     return types[precision]

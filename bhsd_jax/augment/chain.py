@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bhsd_jax.augment.spatial import Affine, center_crop, is_in_plane
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import IntensityAugment, SpatialAugment
 from bhsd_jax.volume import Shape
 
@@ -54,7 +55,7 @@ class SpatialChain:
     def __post_init__(self) -> None:
         late = [type(op).__name__ for op in self.ops[1:] if isinstance(op, Cutter)]
         if late:
-            raise ValueError(
+            raise UserError(
                 f"SpatialChain: {', '.join(late)} must come first, for it cuts the patch"
             )
 
@@ -87,7 +88,7 @@ class SpatialChain:
             ValueError: If the incoming patches are smaller than the outgoing ones.
         """
         if any(have < want for have, want in zip(image.shape[1:4], self.patch, strict=True)):
-            raise ValueError(
+            raise UserError(
                 f"SpatialChain: patches of {image.shape[1:4]} are smaller than {self.patch}; "
                 f"cut {self.source_patch} from the scan"
             )

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bhsd_jax.augment.spatial import check, is_in_plane
+from bhsd_jax.platform.errors import UserError
 
 Patch = Float[Array, "D H W C"]
 _EPS = 1e-7  # keeps constant patches finite
@@ -61,7 +62,7 @@ class GaussianBlur:
     def __post_init__(self) -> None:
         check(self, ("p",), ("sigma",))
         if self.sigma[0] == 0:
-            raise ValueError(f"GaussianBlur: sigma must be above 0; got {self.sigma}")
+            raise UserError(f"GaussianBlur: sigma must be above 0; got {self.sigma}")
 
     def __call__(self, key: PRNGKeyArray, image: Patch) -> Patch:
         when_key, sigma_key, channel_key = jax.random.split(key, 3)
@@ -129,7 +130,7 @@ class LowResolution:
     def __post_init__(self) -> None:
         check(self, ("p",), ("zoom",))
         if self.zoom[1] > 1:
-            raise ValueError(f"LowResolution: zoom must not exceed 1; got {self.zoom}")
+            raise UserError(f"LowResolution: zoom must not exceed 1; got {self.zoom}")
 
     def __call__(self, key: PRNGKeyArray, image: Patch) -> Patch:
         when_key, zoom_key, channel_key = jax.random.split(key, 3)

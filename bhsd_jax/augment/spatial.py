@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Shape
 
 Tap = tuple[Array, Array]  # weight and row of one of the voxels a sample point lies between
@@ -32,13 +33,13 @@ def check(op: object, shares: tuple[str, ...] = (), ranges: tuple[str, ...] = ()
     """
     for name in shares:
         if not 0 <= getattr(op, name) <= 1:
-            raise ValueError(
+            raise UserError(
                 f"{type(op).__name__}: {name} must be in [0, 1]; got {getattr(op, name)}"
             )
     for name in ranges:
         low, high = getattr(op, name)
         if not 0 <= low <= high:
-            raise ValueError(
+            raise UserError(
                 f"{type(op).__name__}: {name} must be (low, high), not negative; got {low, high}"
             )
 
@@ -82,7 +83,7 @@ class Affine:
     def __post_init__(self) -> None:
         check(self, ("rotation_p", "scale_p"), ("scale",))
         if self.scale[0] == 0 or self.dummy_2d not in ("auto", True, False):
-            raise ValueError(
+            raise UserError(
                 "Affine: scale must be above 0 and dummy_2d 'auto', True or False; "
                 f"got {self.scale} and {self.dummy_2d!r}"
             )
@@ -159,7 +160,7 @@ class Mirror:
     def __post_init__(self) -> None:
         check(self, ("p",))
         if not set(self.axes) <= {0, 1, 2}:
-            raise ValueError(f"Mirror: axes must be among 0, 1, 2 (D, H, W); got {self.axes}")
+            raise UserError(f"Mirror: axes must be among 0, 1, 2 (D, H, W); got {self.axes}")
 
     def __call__(
         self, key: PRNGKeyArray, image: Float[Array, "D H W C"], label: Int[Array, "D H W"]

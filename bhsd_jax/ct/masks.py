@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.platform.errors import UserError
 
 WAYS = ("first", "majority", "union", "intersection")
 
@@ -40,7 +41,7 @@ def combine(labels: Sequence[UInt8[np.ndarray, "D H W"]], way: str) -> UInt8[np.
         ValueError: If the way is another word.
     """
     if way not in WAYS:
-        raise ValueError(f"masks are combined by {', '.join(WAYS)}; got {way!r}")
+        raise UserError(f"masks are combined by {', '.join(WAYS)}; got {way!r}")
     first = labels[0]
     if way == "first" or len(labels) == 1:
         return first

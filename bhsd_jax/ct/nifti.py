@@ -17,6 +17,7 @@ from nibabel.spatialimages import HeaderDataError
 from bhsd_jax.ct import geometry, nifti_header
 from bhsd_jax.defects import Finding, Kind, Refusal, said_of
 from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Volume
 
 MAX_BYTES = 4 * 2**30
@@ -102,7 +103,7 @@ def remarks(image: object, label: object) -> list[Finding]:
         try:
             with _naming(path), _stream(path) as (stream, _):
                 header = nifti_header.parse(stream)
-        except (ValueError, FileNotFoundError):
+        except (UserError, FileNotFoundError):
             continue
         found += nifti_header.remarks(header, is_label=path is label)
     return found
@@ -124,7 +125,7 @@ def write(path: str | Path, voxels: Num[np.ndarray, "D H W"], like: str | Path) 
         source = nifti_header.parse(stream)
         shape = nifti_header.shape(source)
     if voxels.shape != shape:
-        raise ValueError(f"{path}: voxels have shape {voxels.shape}, but {like} has {shape}")
+        raise UserError(f"{path}: voxels have shape {voxels.shape}, but {like} has {shape}")
     header = type(source)(endianness="<")
     geometry: dict[str, Any] = {field: source[field] for field in _GEOMETRY}
     _save(Path(path), header, geometry, voxels)
@@ -275,7 +276,7 @@ def _save(
         header.set_data_dtype(voxels.dtype)
         header.set_data_shape(voxels.shape[::-1])
     except HeaderDataError as error:
-        raise ValueError(f"{path}: NIfTI cannot hold {voxels.dtype}{voxels.shape}") from error
+        raise UserError(f"{path}: NIfTI cannot hold {voxels.dtype}{voxels.shape}") from error
     for field, value in geometry.items():
         header[field] = value
     offset = nifti_header.first_offset(header)

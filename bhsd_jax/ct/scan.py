@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from bhsd_jax.ct import geometry, hu, masks, nifti, shear
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.defects import Finding, Kind, Refusal, kind_of
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Image, Label, Masks, Series, Volume
 
 _OFF_GRID_MM = 0.1  # how far a mask's voxels may lie from the series'
@@ -78,7 +79,7 @@ def write(path: str | Path, label: UInt8[np.ndarray, "D H W"], like: Image) -> N
     if like.unshear:
         label = shear.shear_label(label, stack.affine, stack.shape)
     if label.shape != stack.shape:
-        raise ValueError(f"{like.name}: label has shape {label.shape}, the series {stack.shape}")
+        raise UserError(f"{like.name}: label has shape {label.shape}, the series {stack.shape}")
     nifti.write_volume(path, Volume(label, stack.affine, like.name))
 
 
@@ -119,7 +120,7 @@ def _read_label(
     try:
         own = nifti.read(path)
         label, _ = nifti.read_label(path, own, num_classes=num_classes)
-    except (ValueError, FileNotFoundError) as error:
+    except (UserError, FileNotFoundError) as error:
         # Not chained: the original names the file, and with it perhaps the patient.
         text = str(error).replace(str(path), "its mask")
         raise Refusal(kind_of(error), f"{image.name}: {text}") from None
@@ -136,7 +137,7 @@ def _read_label(
         text = "mask of a converter that hides the gantry's tilt; the series' is taken"
         found.append(Finding(Kind.MASK_UPRIGHT, "kept", text))
     if turned is None:
-        raise ValueError(
+        raise UserError(
             f"{image.name}: its mask has shape {own.voxels.shape} (D, H, W) and does not lie on "
             f"the voxels of the series, {shape}; draw it on the series itself, or on a conversion"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bhsd_jax.datasets.bhsd_files import Scans, find, official_split, patient, slice_labels
 from bhsd_jax.defects import Finding, Kind, Refusal
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case, Survey
 
 _IMAGES = ("images", "imagesTr")
@@ -66,7 +67,7 @@ class BHSD:
         findings += [*more, *overlaps, *_unused(root, found)]
         refused = [finding.text for finding in findings if finding.done == "refused"]
         if refused and not found:
-            raise ValueError(f"{root}: no scan can be used, {len(refused)} refused: {refused[0]}")
+            raise UserError(f"{root}: no scan can be used, {len(refused)} refused: {refused[0]}")
         if not found:
             raise FileNotFoundError(
                 f"{root}: no scans; expected label_192/images and label_192/ground truths, "

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bhsd_jax.defects import Finding, Kind
+from bhsd_jax.platform.errors import UserError
 
 _PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
 _SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
@@ -92,7 +93,7 @@ def slice_labels(path: Path, classes: tuple[str, ...]) -> dict[str, tuple]:
         reader = csv.DictReader(file)
         lacking = {"case", "slice"} - set(reader.fieldnames or ())
         if lacking:
-            raise ValueError(
+            raise UserError(
                 f"{path}: no column {', '.join(sorted(lacking))}; expected "
                 f"case, slice, any, {', '.join(classes)}"
             )
@@ -105,7 +106,7 @@ def slice_labels(path: Path, classes: tuple[str, ...]) -> dict[str, tuple]:
             except (TypeError, ValueError):
                 index, values = -1, ()
             if not set(values) <= {-1, 0, 1} or not 0 <= index < _MOST_SLICES:
-                raise ValueError(
+                raise UserError(
                     f"{path}, line {reader.line_num}: expected 0, 1 or -1 per class and a slice "
                     f"below {_MOST_SLICES}; got {row}"
                 )
@@ -175,7 +176,7 @@ def _named(path: Path, lists: dict) -> Iterator[tuple[str, str]]:
         for item in lists.get(key, []):
             named = item.get("image") if isinstance(item, dict) else item
             if not isinstance(named, str):
-                raise ValueError(f"{path}: in {key!r}: expected a file name; got {item!r}")
+                raise UserError(f"{path}: in {key!r}: expected a file name; got {item!r}")
             yield named, value
 
 
@@ -183,9 +184,9 @@ def _read_lists(path: Path) -> dict:
     try:
         lists = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); fetch it again") from error
+        raise UserError(f"{path}: not JSON ({error}); fetch it again") from error
     if not isinstance(lists, dict) or not all(isinstance(lists.get(k, []), list) for k in _SPLITS):
-        raise ValueError(f"{path}: expected {{'training': [file names], 'test': [file names]}}")
+        raise UserError(f"{path}: expected {{'training': [file names], 'test': [file names]}}")
     _check_labels(path, lists.get("labels"))
     return lists
 
@@ -198,7 +199,7 @@ def _check_labels(path: Path, labels: object) -> None:
     by_name |= {str(k).lower(): str(v) for k, v in labels.items()}  # nnU-Net v2: name to number
     wrong = {kind: by_name[kind] for kind, n in _KINDS.items() if by_name.get(kind, n) != n}
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{path}: numbers the classes {wrong}; BHSD has {_KINDS}: "
             "renumber the masks, or correct the file if they are BHSD's own"
         )

@@ -14,6 +14,7 @@ from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.datasets import rsna
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.platform import tables
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
 FILE = "slice_labels.csv"  # in BHSD's folder, where `datasets/bhsd.py` reads it
@@ -49,7 +50,7 @@ def match(
     for done, case in enumerate(cases, start=1):
         try:
             found.rows[case.id] = _rows(case, by_name.get(case.id, []), labels, compare)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             found.refused[case.id] = str(error)
         progress(done, len(cases))
     return found
@@ -70,12 +71,12 @@ def _rows(
     case: Case, groups: Sequence[Group], labels: Mapping[str, rsna.Row], compare: bool
 ) -> tuple[rsna.Row, ...]:
     if not groups:
-        raise ValueError("its study is not among the slices")
+        raise UserError("its study is not among the slices")
     assert isinstance(case.image, Path)  # of BHSD
     scan = nifti.read(case.image)
     order, flip = geometry.canonical(scan.affine)
     if order != (0, 1, 2):
-        raise ValueError("its axes are not in the order of BHSD's files")
+        raise UserError("its axes are not in the order of BHSD's files")
     # A series' rows run to the back and its columns to the left, as canonical ones do.
     planes = geometry.turn(scan.voxels, order, flip)
     reasons = []
@@ -97,7 +98,7 @@ def _rows(
             reasons.append("the table does not have its slices")
             continue
         return tuple(reversed(rows) if flip[0] else rows)
-    raise ValueError("; ".join(reasons))
+    raise UserError("; ".join(reasons))
 
 
 def _correlation(plane: np.ndarray, original: Path) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bhsd_jax.datasets.label_maps import LabelMap
 from bhsd_jax.datasets.pairs import pairs
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
 _TABLE = "hemorrhage_diagnosis_raw_ct.csv"
@@ -33,7 +34,7 @@ class CTICH:
 
     def __post_init__(self):
         if self.masks not in _MAPS:
-            raise ValueError(f"CTICH: masks is {' or '.join(_MAPS)}; got {self.masks!r}")
+            raise UserError(f"CTICH: masks is {' or '.join(_MAPS)}; got {self.masks!r}")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -69,15 +70,15 @@ def _rows(path: Path, typed: bool) -> dict[str, tuple[tuple[int, ...], ...]]:
         reader = csv.DictReader(file)
         lacking = {"PatientNumber", "SliceNumber", *_COLUMNS} - set(reader.fieldnames or ())
         if lacking:
-            raise ValueError(f"{path}: no column {', '.join(sorted(lacking))}")
+            raise UserError(f"{path}: no column {', '.join(sorted(lacking))}")
         for row in reader:
             try:
                 values = tuple(int(row[name]) for name in _COLUMNS)
                 case, index = f"{int(row['PatientNumber']):03d}", int(row["SliceNumber"]) - 1
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: expected numbers") from error
+                raise UserError(f"{path}, line {reader.line_num}: expected numbers") from error
             if not set(values) <= {0, 1} or index < 0:
-                raise ValueError(f"{path}, line {reader.line_num}: expected 0 or 1; got {values}")
+                raise UserError(f"{path}, line {reader.line_num}: expected 0 or 1; got {values}")
             found.setdefault(case, {})[index] = values if typed else (max(values),)
     unknown = (-1,) * (len(_COLUMNS) if typed else 1)
     return {

@@ -9,6 +9,7 @@ from pathlib import Path
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.datasets.bhsd import scans as nifti_files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case
 
 _MASKS = "masks"
@@ -86,14 +87,14 @@ class DICOM:
                 beside = nifti_files(group.folder).values()
                 paths += [path for path in beside if ".nii" in path.name]
             if len(paths) > 1:
-                raise ValueError(
+                raise UserError(
                     f"series {len(found) + 1} of {len(groups)} in the order of paths has "
                     f"{len(paths)} masks; keep one"
                 )
             found.append(paths[0] if paths else None)
         lonely = len(set(apart) - used)
         if lonely:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {lonely} of {len(apart)} masks belong to no series; name each for its "
                 "SeriesInstanceUID or for the folder of its series"
             )

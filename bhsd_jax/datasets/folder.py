@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bhsd_jax.datasets.label_maps import LabelMap
 from bhsd_jax.datasets.pairs import pairs
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
 
@@ -29,7 +30,7 @@ class Folder:
 
     def __post_init__(self):
         if self.modality not in ("ct", "mr") or self.split not in ("train", "val", "test"):
-            raise ValueError(
+            raise UserError(
                 "Folder: modality is ct or mr, split is train, val or test; got "
                 f"{self.modality!r} and {self.split!r}"
             )

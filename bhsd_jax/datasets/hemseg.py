@@ -11,6 +11,7 @@ from typing import Any
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.datasets.label_maps import LabelMap
 from bhsd_jax.datasets.pairs import first_folder
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case, Image, Series
 
 _IMAGES = ("images", "image", "data")
@@ -97,7 +98,7 @@ class HemSeg:
 def _study(name: str, path: Path) -> str:
     match = _STUDY.search(name)
     if match is None:
-        raise ValueError(f"{path}: its name does not end with a study, ten hexadecimal digits")
+        raise UserError(f"{path}: its name does not end with a study, ten hexadecimal digits")
     return match.group()
 
 
@@ -110,7 +111,7 @@ def _studies(root: Path) -> dict[str, Any]:
                 study = str(row.get("scan_") or row["scan"]).removeprefix("ID_")
                 slices = [str(name).removeprefix("ID_") for name in row["slice_list"]]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{path}, line {number}: expected patient, scan_ and slice_list"
                 ) from error
             found[study] = {"patient": row.get("patient", study), "slice_list": slices}
@@ -125,7 +126,7 @@ def _splits(root: Path) -> dict[str, str]:
                 for row in csv.DictReader(file):
                     study = _study(Path(row["filename"]).name.split(".")[0], root / name)
                     if found.setdefault(study, split) != split:
-                        raise ValueError(f"{root / name}: {study} is in another list as well")
+                        raise UserError(f"{root / name}: {study} is in another list as well")
     return found
 
 
@@ -135,7 +136,7 @@ def _require_apart(root: Path, cases: list[Case]) -> None:
         if case.split == "unlabeled":
             continue
         if seen.setdefault(case.patient, case.split) != case.split:
-            raise ValueError(
+            raise UserError(
                 f"{root}: scans of one patient, {case.patient}, are in {seen[case.patient]!r} and "
                 f"{case.split!r}; move one of them in the lists"
             )

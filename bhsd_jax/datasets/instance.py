@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bhsd_jax.datasets.label_maps import LabelMap
 from bhsd_jax.datasets.pairs import first_folder, pairs
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
 _TRAIN = ("train_2", "train", "training")
@@ -48,13 +49,13 @@ class INSTANCE:
         found = _folder(train, "train")
         bare = [case.id for case in found if case.label is None]
         if bare:
-            raise ValueError(f"{train}: no mask for {', '.join(bare[:3])}; copy it to label/")
+            raise UserError(f"{train}: no mask for {', '.join(bare[:3])}; copy it to label/")
         test = first_folder(root, _TEST)
         if test is not None:
             more = _folder(test, "test")
             double = sorted({case.id for case in found} & {case.id for case in more})
             if double:
-                raise ValueError(f"{root}: {', '.join(double[:3])} in {train.name} and {test.name}")
+                raise UserError(f"{root}: {', '.join(double[:3])} in {train.name} and {test.name}")
             found += more
         yield from sorted(found, key=lambda case: case.id)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Label, Masks
 
 PRESETS = {  # names by value in the file; values with one name are one class
@@ -30,14 +31,14 @@ class LabelMap:
         """
         if isinstance(names, str):
             if names not in PRESETS:
-                raise ValueError(
+                raise UserError(
                     f"label map {names!r} is not known; choose from {', '.join(PRESETS)}, or list "
                     "the classes by value, background first"
                 )
             names = PRESETS[names]
         classes = tuple(dict.fromkeys(names))
         if len(classes) < 2 or names[0] in names[1:] or "" in names or len(names) > 256:
-            raise ValueError(
+            raise UserError(
                 f"label map: want the background and 1 to 255 further names; got {tuple(names)}"
             )
         return cls(classes, tuple(classes.index(name) for name in names))

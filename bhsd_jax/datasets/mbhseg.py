@@ -8,6 +8,7 @@ from pathlib import Path
 from bhsd_jax.ct.masks import WAYS
 from bhsd_jax.datasets.bhsd_files import patient
 from bhsd_jax.datasets.label_maps import LabelMap
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case, Label, Masks
 
 _RATER = re.compile(r"label_annot_(\d+)\.nii(\.gz)?$")
@@ -38,7 +39,7 @@ class MBHSeg:
 
     def __post_init__(self):
         if self.rater not in (*WAYS, "staple") and not self.rater.isdigit():
-            raise ValueError(
+            raise UserError(
                 f"MBHSeg: rater is {', '.join(WAYS)}, staple or a number; got {self.rater!r}"
             )
 
@@ -59,7 +60,7 @@ class MBHSeg:
         for image in images:
             id = image.parent.name
             if id in found:
-                raise ValueError(f"{root}: {id} lies in two folders; keep one copy")
+                raise UserError(f"{root}: {id} lies in two folders; keep one copy")
             label = self._label(image.parent)
             split = _split(root, image.parent) if label is not None else "unlabeled"
             found[id] = Case(id, patient(id), image, label, split)
@@ -78,7 +79,7 @@ class MBHSeg:
         else:
             chosen = raters.get(int(self.rater))
         if chosen is None and not self.allow_missing:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: not outlined by rater {self.rater}, but by "
                 f"{', '.join(map(str, sorted(raters)))}; combine them with rater='majority', or "
                 "set allow_missing=True in config.data"

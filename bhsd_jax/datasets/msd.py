@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
 
@@ -27,7 +28,7 @@ class MSD:
 
     def __post_init__(self):
         if self.modality not in ("auto", "ct", "mr"):
-            raise ValueError(f"MSD: modality is auto, ct or mr; got {self.modality!r}")
+            raise UserError(f"MSD: modality is auto, ct or mr; got {self.modality!r}")
         if self.modality == "auto":
             channel = self._channel.upper()
             object.__setattr__(self, "modality", "ct" if "CT" in channel else "mr")
@@ -55,9 +56,9 @@ class MSD:
         try:
             by_value = {int(value): str(name) for name, value in labels.items()}
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{self._json}: labels must be single values; got {labels}") from error
+            raise UserError(f"{self._json}: labels must be single values; got {labels}") from error
         if "ignore" in labels or sorted(by_value) != list(range(len(labels))) or not labels:
-            raise ValueError(
+            raise UserError(
                 f"{self._json}: label values must be 0 (background), 1, 2, ... without gaps and "
                 f"without an ignore label; got {labels}"
             )
@@ -107,7 +108,7 @@ class MSD:
     def _channel(self) -> str:
         channels = self._facts.get("channel_names") or self._facts.get("modality") or {}
         if len(channels) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{self._json}: one channel is supported, got {channels or 'none'}; split the "
                 "channels into data sets of their own"
             )
@@ -139,7 +140,7 @@ class MSD:
         if image and self._is_v2:
             wrong = [p.name for p in files if not p.name.endswith(f"_0000{self._ending}")]
             if wrong:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {_some(wrong)}: expected <case>_0000{self._ending}, the one channel"
                 )
         found = {self._id(path.name, image=image): path for path in files}
@@ -153,7 +154,7 @@ class MSD:
     def _check(self, train: dict, test: dict) -> None:
         """Refuses what a silent choice would hide."""
         if self._ending not in (".nii.gz", ".nii"):
-            raise ValueError(f"{self._json}: file_ending {self._ending!r}; only NIfTI is read")
+            raise UserError(f"{self._json}: file_ending {self._ending!r}; only NIfTI is read")
         if not any(image for image, _ in train.values()):
             raise FileNotFoundError(
                 f"{self._folder('imagesTr')}: no images that end in {self._ending}"
@@ -161,19 +162,19 @@ class MSD:
         lonely = [f"{id} (no image)" for id, (image, _) in {**train, **test}.items() if not image]
         lonely += [f"{id} (no mask)" for id, (_, label) in train.items() if not label]
         if lonely:
-            raise ValueError(
+            raise UserError(
                 f"{self.root}: {_some(lonely)}; put the missing file there, or name the case in "
                 "`ignore` of config.data"
             )
         absent = sorted(self._listed - set(train))
         if absent:
-            raise ValueError(
+            raise UserError(
                 f"{self._json}: lists {_some(absent)}, not in imagesTr; fetch it, or take it off "
                 "the list"
             )
         double = sorted(set(train) & set(test))
         if double:
-            raise ValueError(f"{self.root}: {_some(double)} in imagesTr and imagesTs; keep one")
+            raise UserError(f"{self.root}: {_some(double)} in imagesTr and imagesTs; keep one")
 
 
 def _some(names: list[str]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bhsd_jax.datasets.bhsd import scans
+from bhsd_jax.platform.errors import UserError
 
 
 def first_folder(root: Path, names: Sequence[str]) -> Path | None:
@@ -25,7 +26,7 @@ def pairs(images: Path, masks: Path | None) -> dict[str, tuple[Path, Path | None
     lonely = sorted(set(outlined) - set(found))
     if lonely:
         more = f" and {len(lonely) - 3} more" if len(lonely) > 3 else ""
-        raise ValueError(
+        raise UserError(
             f"{masks}: no image for {', '.join(lonely[:3])}{more}; image and mask have one name"
         )
     return {name: (path, outlined.get(name)) for name, path in found.items()}

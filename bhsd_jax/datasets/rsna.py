@@ -10,6 +10,7 @@ from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.datasets.bhsd import BHSD
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case, Series
 
 TYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
@@ -85,20 +86,20 @@ def read_table(path: Path) -> dict[str, Row]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         if next(reader, None) != ["ID", "Label"]:
-            raise ValueError(f"{path}: the first line must be ID,Label")
+            raise UserError(f"{path}: the first line must be ID,Label")
         for line in reader:
             name, _, kind = (line[0] if line else "").rpartition("_")
             if len(line) != 2 or not name or kind not in places or line[1] not in ("0", "1"):
-                raise ValueError(f"{path}, line {reader.line_num}: expected ID_<slice>_<type>,0|1")
+                raise UserError(f"{path}, line {reader.line_num}: expected ID_<slice>_<type>,0|1")
             shift, value = 2 * places[kind], 2 + int(line[1])
             before = codes.get(name, 0) >> shift & 3
             if before not in (0, value):
-                raise ValueError(f"{path}, line {reader.line_num}: contradicts an earlier line")
+                raise UserError(f"{path}, line {reader.line_num}: contradicts an earlier line")
             codes[name] = codes.get(name, 0) | value << shift
     rows = {code: _row(code) for code in set(codes.values())}
     odd = next((name for name, code in codes.items() if rows[code] is None), None)
     if odd is not None:
-        raise ValueError(f"{path}: {odd}: 'any' is not the union of the types")
+        raise UserError(f"{path}: {odd}: 'any' is not the union of the types")
     return {name: row for name, code in codes.items() if (row := rows[code]) is not None}
 
 

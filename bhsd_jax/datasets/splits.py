@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from bhsd_jax.platform.errors import UserError
+
 FOLDS = 5
 _SPLITS = ("train", "val", "test", "unlabeled")
 
@@ -59,7 +61,7 @@ def kfold(
     """
     names = _distinct(ids)
     if not 2 <= folds <= len(names):
-        raise ValueError(
+        raise UserError(
             f"kfold: {folds} folds of {len(names)} labeled cases; needs 2 folds or more and at "
             "least one case per fold (config.split.fold = -1 trains without a validation part)"
         )
@@ -103,11 +105,11 @@ def labeled_subset(
     elif isinstance(amount, float) and 0 < amount <= 1:
         count = max(1, round(amount * len(names)))
     else:
-        raise ValueError(
+        raise UserError(
             f"labeled_subset: amount is a count, a fraction in (0, 1], or None; got {amount!r}"
         )
     if not 0 < count <= len(names):
-        raise ValueError(f"labeled_subset: {amount} of {len(names)} cases cannot be drawn")
+        raise UserError(f"labeled_subset: {amount} of {len(names)} cases cannot be drawn")
     return _draw(names, count, (seed,))
 
 
@@ -216,7 +218,7 @@ def _distinct(ids: Iterable[str]) -> tuple[str, ...]:
     names = sorted(ids)
     twice = sorted({a for a, b in itertools.pairwise(names) if a == b})
     if twice:
-        raise ValueError(f"splits: ids must be distinct; twice or more: {', '.join(twice[:5])}")
+        raise UserError(f"splits: ids must be distinct; twice or more: {', '.join(twice[:5])}")
     return tuple(names)
 
 
@@ -224,9 +226,9 @@ def _check(rows: Sequence[Row], fold: int, counts: Mapping[str, int | None]) -> 
     _distinct(row.id for row in rows)
     unknown = sorted({row.split for row in rows} - set(_SPLITS))
     if unknown:
-        raise ValueError(f"roles: split is one of {', '.join(_SPLITS)}; got {', '.join(unknown)}")
+        raise UserError(f"roles: split is one of {', '.join(_SPLITS)}; got {', '.join(unknown)}")
     if fold not in range(-1, FOLDS):
-        raise ValueError(f"roles: fold is -1 (none) to {FOLDS - 1}; got {fold}")
+        raise UserError(f"roles: fold is -1 (none) to {FOLDS - 1}; got {fold}")
     for name, count in counts.items():
         if count is not None and count < 0:
-            raise ValueError(f"roles: {name} is a count or None; got {count}")
+            raise UserError(f"roles: {name} is a count or None; got {count}")

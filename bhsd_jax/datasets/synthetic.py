@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.phantom.tree import SLICE_LABELS, generate
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case
 
 
@@ -61,5 +62,5 @@ class Synthetic:
 
 def _named(root: str | Path) -> Path:
     if not str(root):
-        raise ValueError("synthetic: root is empty; set config.data.root to a folder to fill")
+        raise UserError("synthetic: root is empty; set config.data.root to a folder to fill")
     return Path(root)

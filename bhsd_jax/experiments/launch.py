@@ -15,6 +15,7 @@ from bhsd_jax.experiments.places import Place
 from bhsd_jax.experiments.queue import Failure, Run, Stopped
 from bhsd_jax.experiments.study import Study
 from bhsd_jax.platform import cluster
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def seeds(text: str) -> list[int]:
     """
     parts = text.split(",")
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--seeds: needs whole numbers like 0,1,2; got {text!r}")
+        raise UserError(f"--seeds: needs whole numbers like 0,1,2; got {text!r}")
     return sorted({int(part) for part in parts})
 
 
@@ -71,7 +72,7 @@ def overrides(fields: Sequence[str]) -> tuple[str, ...]:
     """
     for text in fields:
         if "=" not in text.strip("="):
-            raise ValueError(f"--override: needs FIELD=VALUE, like train.steps=1000; got {text!r}")
+            raise UserError(f"--override: needs FIELD=VALUE, like train.steps=1000; got {text!r}")
     return tuple(f"--config.{text.removeprefix('config.')}" for text in fields)
 
 
@@ -116,7 +117,7 @@ def launch(what: Study, options: argparse.Namespace, again: Sequence[str]) -> in
         return _list(what)
     if options.slurm is not None and not options.report_only:  # the report's own job has both
         if options.jobs is not None:
-            raise ValueError("--jobs: Slurm decides how many of its jobs run side by side")
+            raise UserError("--jobs: Slurm decides how many of its jobs run side by side")
         return _submit(what, options.slurm, again)
     failures: list[Failure] = []
     code = 0
@@ -145,7 +146,7 @@ def main(program: Callable[[Sequence[str]], int]) -> None:
         sys.exit(program(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell says it
-    except (ValueError, FileNotFoundError) as error:
+    except (UserError, FileNotFoundError) as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
 
 
@@ -178,7 +179,7 @@ def _so_far(what: Study, failures: Sequence[Failure]) -> None:
     """The report between runs; what is wrong with it must not stop them."""
     try:
         study.write(what, failures)
-    except ValueError as error:
+    except UserError as error:
         logger.warning("no report yet: %s", error)
 
 
@@ -186,7 +187,7 @@ def _state(run: Run) -> str:
     try:
         if queue.is_finished(run):
             return "finished"
-    except ValueError as error:
+    except UserError as error:
         return f"refused: {error}"
     return "begun" if (run.workdir / "checkpoints").is_dir() else "new"
 

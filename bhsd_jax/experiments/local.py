@@ -16,6 +16,7 @@ from typing import IO
 
 from bhsd_jax.experiments import places
 from bhsd_jax.platform import cluster
+from bhsd_jax.platform.errors import UserError
 
 _USAGE = "launch/local.sh N VERB --config=configs/FILE.py:WORDS --workdir=FOLDER"
 _LAST_WORDS_S = 60.0  # for the others, once one has ended with an error or was asked to stop twice
@@ -30,7 +31,7 @@ def cli(arguments: Sequence[str]) -> int:
         ValueError: If N is no number, or there are fewer GPUs.
     """
     if len(arguments) < 2 or not arguments[0].isdecimal() or arguments[1].startswith("-"):
-        raise ValueError(f"local: {_USAGE}; got {' '.join(arguments)!r}")
+        raise UserError(f"local: {_USAGE}; got {' '.join(arguments)!r}")
     count = int(arguments[0])
     shared = places.share(count, option="local: N")
     for gpu in places.idle(count):

@@ -9,6 +9,7 @@ from typing import Any
 
 from bhsd_jax.experiments import launch
 from bhsd_jax.experiments.study import Heading, Study
+from bhsd_jax.platform.errors import UserError
 
 NAMES = ("table1", "table2", "table3")
 
@@ -36,7 +37,7 @@ def make_study(table: Any, options: argparse.Namespace) -> Study:
     chosen = options.rows.split(",") if options.rows else list(table.rows)
     unknown = [row for row in chosen if row not in table.rows]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"--rows: no {', '.join(unknown)}; {table.name} has {', '.join(table.rows)}"
         )
     runs = [

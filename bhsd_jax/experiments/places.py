@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bhsd_jax.platform import machine
+from bhsd_jax.platform.errors import UserError
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -51,12 +52,12 @@ def share(count: int, *, option: str) -> list[Place]:
         ValueError: If there are fewer GPUs.
     """
     if count < 1:
-        raise ValueError(f"{option}: needs at least 1; got {count}")
+        raise UserError(f"{option}: needs at least 1; got {count}")
     devices = gpus()
     if count == 1:
         return [Place()]
     if devices and count > len(devices):
-        raise ValueError(
+        raise UserError(
             f"{option}: {count} processes do not fit {len(devices)} GPUs ({', '.join(devices)}); "
             f"choose at most {len(devices)}, or set JAX_PLATFORMS=cpu and {_VISIBLE}= to use none"
         )

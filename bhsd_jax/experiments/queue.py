@@ -24,6 +24,7 @@ from bhsd_jax.assemble import setup
 from bhsd_jax.experiments.children import Call, Stopped, running
 from bhsd_jax.experiments.places import Place
 from bhsd_jax.platform import cluster, files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.train import checkpoint_files
 
@@ -85,7 +86,7 @@ def resolve(arguments: Sequence[str]) -> Settings:
         reason = f"{type(error).__name__}: {' '.join(map(str, error.args))}"
     else:
         return config
-    raise ValueError(f"{shlex.join(arguments)}: {reason}")
+    raise UserError(f"{shlex.join(arguments)}: {reason}")
 
 
 def plain(config: Settings) -> dict:
@@ -106,7 +107,7 @@ def is_finished(run: Run) -> bool:
     changed = [text for text in changed if not _under(text, _FREE)]
     other = [text for text in changed if not _under(text, _AFTER)]
     if other:
-        raise ValueError(
+        raise UserError(
             f"{run.workdir} holds a run of another config: {', '.join(other[:4])}"
             f"{' ...' if len(other) > 4 else ''}; choose another --out, or delete the folder"
         )
@@ -164,7 +165,7 @@ def _settle(run: Run, what: str, place: Place, call: Call) -> str:
     """Runs what is not finished of a run; why it failed, or nothing."""
     try:
         finished = is_finished(run)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     where = f" on {place.text}" if place.environment or place.prefix else ""
     logger.info("%s %s%s", what, "is finished" if finished else "begins", "" if finished else where)
@@ -186,7 +187,7 @@ def prepare(run: Run, folder: Path) -> None:
     with running() as children:
         code, last = children.call()(run.command("preprocess", folder), folder / "log.txt")
     if code:
-        raise ValueError(f"preprocess failed, no run was started: {last}")
+        raise UserError(f"preprocess failed, no run was started: {last}")
 
 
 def _one(run: Run, call: Call) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bhsd_jax.experiments.queue import VERBS, Run
+from bhsd_jax.platform.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def submit(
         ValueError: If Slurm is not there or refuses; says its words.
     """
     if shutil.which("sbatch") is None:
-        raise ValueError("--slurm: no `sbatch` on the PATH; run on a login node, or without it")
+        raise UserError("--slurm: no `sbatch` on the PATH; run on a login node, or without it")
     given = shlex.split(options)
     queued = set(_call("squeue", "--me", "--noheader", "--format=%j").split())
     shards: dict[tuple[str, ...], str] = {}
@@ -100,5 +101,5 @@ def _call(*command: str, after: str = "") -> str:
     environment |= {"BHSD_AFTER": after} if after else {}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"{shlex.join(command)}: {done.stderr.strip() or done.returncode}")
+        raise UserError(f"{shlex.join(command)}: {done.stderr.strip() or done.returncode}")
     return done.stdout

@@ -16,6 +16,7 @@ from bhsd_jax.experiments.queue import Failure, Run
 from bhsd_jax.metrics import scores, summary
 from bhsd_jax.metrics.seeds import OverSeeds, over_seeds, paired
 from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures
 from bhsd_jax.report.comparison import Comparison, Line, page
 from bhsd_jax.verbs.evaluate import ANY
@@ -126,7 +127,7 @@ def _done(run: Run) -> bool:
     """Finished; a folder of another config is as good as none here."""
     try:
         return queue.is_finished(run)
-    except ValueError:
+    except UserError:
         return False
 
 
@@ -146,7 +147,7 @@ def _score(run: Run) -> _Scored:
 def _require_same_scans(runs: Sequence[_Scored]) -> None:
     for one in runs[1:]:
         if one.patients != runs[0].patients:
-            raise ValueError(
+            raise UserError(
                 f"{one.run.workdir} and {runs[0].run.workdir} were evaluated on different scans or "
                 "classes; their figures cannot stand in one table"
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bhsd_jax.experiments import launch
 from bhsd_jax.experiments.study import Heading, Study
+from bhsd_jax.platform.errors import UserError
 
 Settings = Mapping[str, tuple[str, ...]]  # name of a row: its fields, `field=value`
 
@@ -33,7 +34,7 @@ def make_study(options: argparse.Namespace) -> Study:
         ValueError: If there is no setting, one has no value, or two have the same name.
     """
     if options.list and options.fields:
-        raise ValueError("sweep: give fields or --list, not both")
+        raise UserError("sweep: give fields or --list, not both")
     settings = read_list(Path(options.list)) if options.list else grid(options.fields)
     if options.out is None:
         options.out = Path("runs") / f"sweep-{Path(options.config.partition(':')[0]).stem}"
@@ -65,10 +66,10 @@ def grid(fields: Sequence[str]) -> Settings:
     for text in fields:
         name, equals, values = text.partition("=")
         if not (name and equals and values):
-            raise ValueError(f"sweep: needs FIELD=A,B,C, like train.steps=100,200; got {text!r}")
+            raise UserError(f"sweep: needs FIELD=A,B,C, like train.steps=100,200; got {text!r}")
         axes.append([f"{name}={value}" for value in _split(values)])
     if not axes:
-        raise ValueError("sweep: nothing to vary; give FIELD=A,B,C or --list=FILE")
+        raise UserError("sweep: nothing to vary; give FIELD=A,B,C or --list=FILE")
     return _named([(None, fields) for fields in itertools.product(*axes)])
 
 
@@ -87,7 +88,7 @@ def read_list(path: Path) -> Settings:
             name = None if "=" in words[0] else words[0]
             found.append((name, tuple(words[name is not None :])))
     if not found:
-        raise ValueError(f"{path}: no setting in it; a line is NAME FIELD=VALUE ...")
+        raise UserError(f"{path}: no setting in it; a line is NAME FIELD=VALUE ...")
     return _named(found)
 
 
@@ -96,7 +97,7 @@ def _named(settings: Sequence[tuple[str | None, tuple[str, ...]]]) -> Settings:
     for given, fields in settings:
         name = given or _short(fields)
         if name in found:
-            raise ValueError(f"sweep: two settings are called {name}; name them in a --list")
+            raise UserError(f"sweep: two settings are called {name}; name them in a --list")
         found[name] = fields
     return found
 

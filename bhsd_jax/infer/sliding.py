@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from bhsd_jax.infer import tiles
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits, Params
 from bhsd_jax.volume import Shape
 
@@ -53,7 +54,7 @@ class SlidingWindow:
             known = ", ".join(tiles.LAWS)
             raise ValueError(f"sliding window: no law {self.law!r}; choose from {known}")
         if self.tiles_per_call is not None and self.tiles_per_call < 1:
-            raise ValueError(f"infer.tiles must be at least 1; got {self.tiles_per_call}")
+            raise UserError(f"infer.tiles must be at least 1; got {self.tiles_per_call}")
         tiles.LAWS[self.law].starts(self.tile, self.tile, self.step)
 
     def count(self, size: Sequence[int]) -> int:
@@ -143,7 +144,7 @@ class SlidingWindow:
         assert sums is not None, "every volume has a tile"
         found, broken = _divide(*sums)
         if int(broken):
-            raise ValueError(
+            raise UserError(
                 f"sliding window: {int(broken)} logits are NaN or infinite; choose another "
                 "checkpoint, or set config.precision to float32"
             )

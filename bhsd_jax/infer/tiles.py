@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from scipy import ndimage
 
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Shape
 
 Starts = tuple[tuple[int, ...], ...]  # per axis, ascending
@@ -133,4 +134,4 @@ def _regular(size: int, tile: int, interval: int) -> tuple[int, ...]:
 
 def _require_step(step: float) -> None:
     if not 0 < step <= 1:
-        raise ValueError(f"infer.step is a share of the tile and lies in (0, 1]; got {step}")
+        raise UserError(f"infer.step is a share of the tile and lies in (0, 1]; got {step}")

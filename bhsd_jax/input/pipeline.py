@@ -15,6 +15,7 @@ import numpy as np
 
 from bhsd_jax.input import sampling
 from bhsd_jax.input.slices import Slices
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Batch
 from bhsd_jax.volume import Shape
 
@@ -101,7 +102,7 @@ class Stream:
         element = {"image": image[..., None]}
         if self.labeled:
             if label is None:
-                raise ValueError(f"{self.cases}: a labeled case has no mask in the shards")
+                raise UserError(f"{self.cases}: a labeled case has no mask in the shards")
             label = label.astype(np.int8)
             if self.cut.binary:
                 label = (label > 0).astype(np.int8)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Shape
 
 
@@ -21,7 +22,7 @@ class Slices:
 
     def __post_init__(self) -> None:
         if self.margin < 0:
-            raise ValueError(f"weak.margin is a number of slices; got {self.margin}")
+            raise UserError(f"weak.margin is a number of slices; got {self.margin}")
 
     @property
     def columns(self) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 
 from bhsd_jax.metrics import lesion, overlap, surface
 from bhsd_jax.platform import tables
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Millimeters
 
 Label = UInt8[np.ndarray, "_ _ _"]  # shapes are compared in `overlap`
@@ -132,18 +133,18 @@ def read_csv(path: Path) -> list[Row]:
         try:
             lines, columns = list(reader), reader.fieldnames or ()
         except csv.Error as error:
-            raise ValueError(f"{path}: damaged ({error}); run the verb `evaluate` again") from error
+            raise UserError(f"{path}: damaged ({error}); run the verb `evaluate` again") from error
     fields = [(f.name, _RENAMED.get(f.name, f.name), f.type) for f in dataclasses.fields(Row)]
     missing = [column for _, column, _ in fields if column not in columns]
     if missing:
-        raise ValueError(f"{path}: has no column {', '.join(missing)}; write it with `evaluate`")
+        raise UserError(f"{path}: has no column {', '.join(missing)}; write it with `evaluate`")
     kinds = {str: str, int: int, float: float}
     rows = []
     for number, line in enumerate(lines, start=2):
         try:
             rows.append(Row(**{name: kinds[kind](line[column]) for name, column, kind in fields}))  # pyright: ignore
         except (ValueError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: damaged (line {number}: {error}); run the verb `evaluate` again"
             ) from error
     return rows

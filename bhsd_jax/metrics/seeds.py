@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from bhsd_jax.platform.errors import UserError
+
 _LEVEL = (2.5, 97.5)  # percentiles: a 95 % interval
 _Draws = Float[np.ndarray, " draws"]  # the sample's own value, then those of its resamples
 
@@ -33,7 +35,7 @@ def over_seeds(runs: Sequence[_Draws]) -> OverSeeds:
         ValueError: If the runs have different numbers of resamples.
     """
     if len({run.shape for run in runs}) > 1:
-        raise ValueError(
+        raise UserError(
             f"over_seeds: runs have {sorted({len(run) - 1 for run in runs})} resamples; "
             "evaluate all of them alike"
         )

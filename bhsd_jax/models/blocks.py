@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bhsd_jax.models.conv import Conv, Triple
+from bhsd_jax.platform.errors import UserError
 
 
 class InstanceNorm(nn.Module):
@@ -131,7 +132,7 @@ def rematerialized(stage: Any, remat: str) -> Any:
         ValueError: If `remat` is neither "none" nor "blocks".
     """
     if remat not in ("none", "blocks"):
-        raise ValueError(f"remat is {remat!r}; choose 'none' or 'blocks'")
+        raise UserError(f"remat is {remat!r}; choose 'none' or 'blocks'")
     return nn.remat(stage) if remat == "blocks" else stage
 
 
@@ -144,7 +145,7 @@ def require_patch(model: str, patch: tuple[int, ...], stride: tuple[int, ...]) -
     if all(n > 0 and n % s == 0 for n, s in zip(patch, stride, strict=True)):
         return
     nearest = tuple(max(1, (2 * n + s) // (2 * s)) * s for n, s in zip(patch, stride, strict=True))
-    raise ValueError(
+    raise UserError(
         f"{model}: patch {tuple(patch)} must be a multiple of {tuple(stride)} (D, H, W);"
         f" nearest is {nearest}"
     )

@@ -30,6 +30,7 @@ from bhsd_jax.models.cotr_layers import (
     upsample,
 )
 from bhsd_jax.models.torch_import import Recipe, Weight
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits
 
 # For 5 mm slices (patch 20 x 320 x 256): the depth is halved twice only, as nnU-Net plans it.
@@ -140,10 +141,10 @@ def _require_fields(net: CoTr) -> None:
     }
     for field, good in choices.items():
         if getattr(net, field) not in good:
-            raise ValueError(f"CoTr: {field} is {getattr(net, field)!r}; choose from {good}")
+            raise UserError(f"CoTr: {field} is {getattr(net, field)!r}; choose from {good}")
     for field, count in {"features": 3, "blocks": 3, "strides": 4}.items():
         if len(getattr(net, field)) != count:
-            raise ValueError(f"CoTr: {field} needs {count} entries; got {getattr(net, field)}")
+            raise UserError(f"CoTr: {field} needs {count} entries; got {getattr(net, field)}")
 
 
 def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
@@ -159,7 +160,7 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
         if constructor.get(name, "IN" if table is _NORMS else "ReLU") not in table:
             wrong.append(f"{name}={constructor[name]!r} (supported: {', '.join(table)})")
     if wrong:
-        raise ValueError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
+        raise UserError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
     fields: dict[str, Any] = {}
     for name, field in _FIELDS.items():
         if name in constructor:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from bhsd_jax.models.blocks import rematerialized
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.cotr_layers import torch_bias
+from bhsd_jax.platform.errors import UserError
 
 _ORDERS = {  # which entry of a reference point or offset moves along D, H, and W
     "reference": (2, 1, 0),
@@ -61,7 +62,7 @@ class DeformableEncoder(nn.Module):
         shapes = tuple((d, h, w) for _, d, h, w, _ in (m.shape for m in maps))
         heads, axes, dtype = self.options.heads, self.options.axes, self.options.dtype
         if channels % heads or axes not in _ORDERS:
-            raise ValueError(
+            raise UserError(
                 f"CoTr: {channels} channels must divide into heads ({heads}), and axes"
                 f" ({axes!r}) be one of {', '.join(_ORDERS)}"
             )
@@ -232,7 +233,7 @@ def sine_code(shape: Triple, channels: int) -> Float[Array, "N C"]:
     """
     part = channels // 3
     if part % 2 or channels % 3 % 2:
-        raise ValueError(
+        raise UserError(
             f"CoTr: {channels} channels give {part + channels % 3}, {part}, {part} for D, H, W;"
             " each must be even"
         )

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from bhsd_jax.models.blocks import InstanceNorm
 from bhsd_jax.models.conv import Triple, conv3d
+from bhsd_jax.platform.errors import UserError
 
 fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch takes the first axis of its (in, out, kernel) weight for the fan-out.
@@ -184,4 +185,4 @@ def _norm(kind: str, train: bool, dtype: DTypeLike) -> nn.Module:
         return BatchNorm(train, dtype, name="norm")
     if kind == "group":
         return nn.GroupNorm(16, epsilon=1e-5, dtype=dtype, use_fast_variance=False, name="norm")
-    raise ValueError(f"CoTr: norm is {kind!r}; choose 'instance', 'batch', or 'group'")
+    raise UserError(f"CoTr: norm is {kind!r}; choose 'instance', 'batch', or 'group'")

@@ -29,6 +29,7 @@ from bhsd_jax.models.nnformer_blocks import (
     layer_norm,
 )
 from bhsd_jax.models.torch_import import Recipe
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits
 
 SYNAPSE: dict[str, Any] = {}  # the defaults; patch 64 x 128 x 128
@@ -176,10 +177,10 @@ def _require_fields(net: NNFormer) -> None:
     lengths = {"depths": 4, "heads": 4, "attn_windows": 4, "merge_strides": 3, "embed_strides": 2}
     for field, count in lengths.items():
         if len(getattr(net, field)) != count:
-            raise ValueError(f"NNFormer: {field} needs {count} entries; got {getattr(net, field)}")
+            raise UserError(f"NNFormer: {field} needs {count} entries; got {getattr(net, field)}")
     channels = [net.embed * 2**i for i in (0, 1, 2, 3, 0, 1, 2)]
     if len(heads) != 7 or net.embed % 2 or any(c % h for c, h in zip(channels, heads, strict=True)):
-        raise ValueError(
+        raise UserError(
             f"NNFormer: heads {net.heads}, heads_decoder {net.heads_decoder} must be 4 and 3 (or"
             f" none), and divide embed {net.embed} times 1, 2, 4, 8; embed must be even"
         )
@@ -197,7 +198,7 @@ def _require_depth(net: NNFormer, patch: tuple[int, ...]) -> None:
     plane = (
         max(1, (2 * n + s) // (2 * s)) * s for n, s in zip(patch[1:], net.stride[1:], strict=True)
     )
-    raise ValueError(
+    raise UserError(
         f"NNFormer: D of patch {tuple(patch)} must be an odd multiple of {unit} above it"
         f" (odd_depth), H and W of {height} and {width}; nearest is {(odd, *plane)}"
     )
@@ -211,7 +212,7 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
     """
     variant = reference.partition("/")[2]
     if variant not in _VARIANTS:
-        raise ValueError(f"{reference}: name the variant, as nnFormer/<{'|'.join(_VARIANTS)}>")
+        raise UserError(f"{reference}: name the variant, as nnFormer/<{'|'.join(_VARIANTS)}>")
     known = (*_REQUIRED, *_FIELDS, "input_channels", "patch_size", "down_stride")
     wrong = [f"{name} is not known" for name in constructor if name not in known]
     wrong += [f"{name} is missing" for name in _REQUIRED if name not in constructor]
@@ -232,7 +233,7 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
         if _tuples(constructor.get(name, size)) != size:
             wrong.append(f"{name}={constructor[name]} (supported: {size})")
     if wrong:
-        raise ValueError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
+        raise UserError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
     image = (1, *constructor["crop_size"], constructor.get("input_channels", 1))
     weights = nnformer_torch.weights(module)
     return Recipe(module, image, weights, unused=nnformer_torch.is_unused)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from bhsd_jax.models.attention import at_once, from_windows, regions_of, to_windows
 from bhsd_jax.models.conv import Triple, conv3d, conv_transpose
+from bhsd_jax.platform.errors import UserError
 
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
 # PyTorch takes the second axis of its (in, out, kernel) weight for the fan-in.
@@ -203,7 +204,7 @@ def position_rows(window: Triple, reference: bool) -> Int[np.ndarray, "voxels vo
     place = d_h_w[0] * per_slice + d_h_w[1] * per_row + d_h_w[2]
     last, rows = 2 * place[-1], math.prod(2 * n - 1 for n in window)
     if last >= rows:
-        raise ValueError(
+        raise UserError(
             f"NNFormer: window {window} needs row {last} of a table of {rows} by the reference's"
             " index; choose another one, or reference_index=False"
         )

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from bhsd_jax.models.blocks import ConvUnit, rematerialized, require_patch
 from bhsd_jax.models.conv import Conv, ConvTranspose, Triple
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits
 
 # What nnU-Net plans for BHSD (5 mm slices, patch 20 x 320 x 256): in plane first, then in depth.
@@ -212,7 +213,7 @@ def kernels_of(net: Any) -> tuple[Triple, ...]:
     """Per stage."""
     kernels = _per_stage(net, "kernels", _KERNELS)
     if not all(k % 2 for kernel in kernels for k in kernel):
-        raise ValueError(f"{type(net).__name__}: kernels must be odd; got {kernels}")
+        raise UserError(f"{type(net).__name__}: kernels must be odd; got {kernels}")
     return kernels
 
 
@@ -239,7 +240,7 @@ def counts(net: Any, field: str, stages: int, default: tuple = ()) -> tuple:
         return (given,) * stages
     given = tuple(given) or default
     if len(given) != stages:
-        raise ValueError(
+        raise UserError(
             f"{type(net).__name__}: {field} needs {stages} entries for the {len(net.features)}"
             f" stages of features {net.features}; got {len(given)}: {given}"
         )

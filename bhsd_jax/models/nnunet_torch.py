@@ -11,6 +11,7 @@ from bhsd_jax.models import nnunet, torch_import
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.nnunet import PlainConvUNet, ResidualEncoderUNet
 from bhsd_jax.models.torch_import import Recipe, Weight
+from bhsd_jax.platform.errors import UserError
 
 _ALIASES = (  # the same tensor under a second name; a conv unit lists its parts once more
     (r"^decoder\.encoder\.", "encoder."),
@@ -82,7 +83,7 @@ def constructor_of(module: Any, channels: int) -> tuple[str, dict[str, Any]]:
     """
     reference = type(module).__name__
     if reference not in REFERENCES:
-        raise ValueError(f"{reference}: only {' and '.join(REFERENCES)} have a twin in nnU-Net")
+        raise UserError(f"{reference}: only {' and '.join(REFERENCES)} have a twin in nnU-Net")
     stages = len(module.features)
     arguments = {
         "input_channels": channels,
@@ -219,7 +220,7 @@ def _require_supported(reference: str, arguments: Mapping[str, Any]) -> None:
     wrong += [f"{name} is not known" for name in arguments if name not in known]
     wrong += [f"{name} is missing" for name in _REQUIRED[reference] if name not in arguments]
     if wrong:
-        raise ValueError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
+        raise UserError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
 
 
 def _name(layer: Any) -> str | None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from bhsd_jax.models.attention import attend, from_windows, regions_of, to_windows
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.unetr_blocks import ConvBlock, LayerNorm, Linear, Mlp, heads_of, trunc_normal
+from bhsd_jax.platform.errors import UserError
 
 # Which voxel of each 2 x 2 x 2 block (D, H, W) gives which block of channels to a merging layer.
 _CORNERS = {
@@ -149,7 +150,7 @@ def position_index(window: Triple, clamped: tuple[int, ...], clamped_bias: str) 
         ValueError: If `clamped_bias` is neither "corner" nor "geometry".
     """
     if clamped_bias not in ("corner", "geometry"):
-        raise ValueError(f"clamped_bias is {clamped_bias!r}; choose 'corner' or 'geometry'")
+        raise UserError(f"clamped_bias is {clamped_bias!r}; choose 'corner' or 'geometry'")
     grid = window if clamped_bias == "corner" else clamped
     coordinates = np.stack(np.unravel_index(np.arange(np.prod(grid)), grid), axis=-1)
     coordinates = coordinates[: np.prod(clamped)]
@@ -188,10 +189,10 @@ def merging_order(merging: str, strides: Triple) -> list[Triple]:
         ValueError: If the order is not known or strides are not its own.
     """
     if merging not in _CORNERS:
-        raise ValueError(f"merging is {merging!r}; choose from {', '.join(_CORNERS)}")
+        raise UserError(f"merging is {merging!r}; choose from {', '.join(_CORNERS)}")
     allowed = {(2, 2, 2)} if merging == "legacy" else set(itertools.product((1, 2), repeat=3))
     if tuple(strides) not in allowed:
-        raise ValueError(
+        raise UserError(
             f"merging {merging!r} cannot have strides {tuple(strides)};"
             f" it takes {'2' if merging == 'legacy' else '1 or 2'} along every axis"
         )

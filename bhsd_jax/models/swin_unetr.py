@@ -28,6 +28,7 @@ from bhsd_jax.models.unetr_blocks import (
     UpBlock,
     total_stride,
 )
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits
 
 # For 5 mm slices: in plane first, depth is halved twice only, as in the PI-CAI baseline. The window
@@ -134,12 +135,12 @@ class SwinUNETR(nn.Module):
     def _require_fitting(self, size: tuple[int, ...]) -> None:
         stages = [len(self.depths), len(self.heads), len(self.merge_strides)]
         if stages != [4, 4, 4]:
-            raise ValueError(
+            raise UserError(
                 f"SwinUNETR: depths, heads and merge_strides need 4 entries each; got {stages}"
             )
         widths = [self.feature_size * 2**i for i in range(4)]
         if any(width % heads for width, heads in zip(widths, self.heads, strict=True)):
-            raise ValueError(f"SwinUNETR: heads {self.heads} must divide the channels {widths}")
+            raise UserError(f"SwinUNETR: heads {self.heads} must divide the channels {widths}")
         for strides in self.merge_strides:
             merging_order(self.merging, strides)
         require_patch("SwinUNETR", size, self.stride)

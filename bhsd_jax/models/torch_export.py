@@ -8,6 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from bhsd_jax.models import nnunet_torch, torch_import, unetr, unetr_torch
+from bhsd_jax.platform.errors import UserError
 
 Layout = Callable[[np.ndarray], np.ndarray]
 
@@ -38,7 +39,7 @@ def dump(
     odd = [name for name in flat | shapes if name not in flat or name not in shapes]
     odd += [n for n, shape in shapes.items() if n not in odd and np.shape(flat[n]) != shape]
     if odd:
-        raise ValueError(f"{reference}: variables do not fit its constructor: {', '.join(odd)}")
+        raise UserError(f"{reference}: variables do not fit its constructor: {', '.join(odd)}")
     state = {
         name: np.ascontiguousarray(_back(weight.layout)(np.asarray(flat[weight.path], np.float32)))
         for name, weight in recipe.weights.items()

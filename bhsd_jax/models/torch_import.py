@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from bhsd_jax.platform.errors import UserError
+
 REFERENCES = {  # name of the reference (before any "/") -> file in models/
     "PlainConvUNet": "nnunet_torch",
     "ResidualEncoderUNet": "nnunet_torch",
@@ -92,7 +94,7 @@ def load(
         flat[tuple(weight.path.split("/"))] = np.ascontiguousarray(value, dtype=np.float32)
     if problems:
         listed = "\n  ".join(problems)
-        raise ValueError(f"{reference}: these weights do not fit its constructor:\n  {listed}")
+        raise UserError(f"{reference}: these weights do not fit its constructor:\n  {listed}")
     return recipe.module, traverse_util.unflatten_dict(flat)
 
 
@@ -104,7 +106,7 @@ def recipe_of(reference: str, constructor: Mapping[str, Any]) -> Recipe:
     """
     module = REFERENCES.get(reference.partition("/")[0])
     if module is None:
-        raise ValueError(
+        raise UserError(
             f"no importer for reference {reference!r}; there is one for {', '.join(REFERENCES)}"
         )
     return importlib.import_module(f"bhsd_jax.models.{module}").from_torch(reference, constructor)

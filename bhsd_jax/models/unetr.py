@@ -30,6 +30,7 @@ from bhsd_jax.models.unetr_blocks import (
     trunc_normal,
     up_sample,
 )
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits
 
 # For 5 mm slices: tokens of 4 x 16 x 16 voxels, so that a patch of 20 slices keeps five planes of
@@ -140,11 +141,11 @@ class UNETR(nn.Module):
         )
         wrong = [rule for fits, rule in checks if not fits]
         if wrong:
-            raise ValueError(f"UNETR: {'; '.join(wrong)}; got {self}")
+            raise UserError(f"UNETR: {'; '.join(wrong)}; got {self}")
         require_patch("UNETR", size, self.stride)
         if self.patch is not None and tuple(self.patch) != tuple(size):
             require_patch("UNETR", self.patch, self.stride)
-            raise ValueError(
+            raise UserError(
                 f"UNETR: its positions are those of patch {tuple(self.patch)} (D, H, W); got an"
                 f" image of {tuple(size)}, the nearest accepted is {tuple(self.patch)}"
             )

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from bhsd_jax.models.attention import attend
 from bhsd_jax.models.blocks import InstanceNorm
 from bhsd_jax.models.conv import Conv, ConvTranspose, Triple
+from bhsd_jax.platform.errors import UserError
 
 NormSpec = str | tuple[str, Any]  # kind, or (kind, PyTorch's keyword arguments)
 NORMS = {  # kind: PyTorch's defaults
@@ -201,12 +202,12 @@ def norm_options(norm: NormSpec) -> tuple[str, dict[str, Any]]:
     kind, given = (norm, {}) if isinstance(norm, str) else norm
     kind = {"syncbatch": "batch"}.get(kind.lower(), kind.lower())
     if kind not in NORMS:
-        raise ValueError(f"norm {kind!r} is not known; choose from {', '.join(map(repr, NORMS))}")
+        raise UserError(f"norm {kind!r} is not known; choose from {', '.join(map(repr, NORMS))}")
     if not isinstance(given, Mapping) or not given.keys() <= NORMS[kind].keys():
-        raise ValueError(f"norm {kind!r} takes {', '.join(NORMS[kind])}; got {given!r}")
+        raise UserError(f"norm {kind!r} takes {', '.join(NORMS[kind])}; got {given!r}")
     options = NORMS[kind] | dict(given)
     if None in options.values():
-        raise ValueError(f"norm {kind!r} needs {', '.join(NORMS[kind])}; got {given!r}")
+        raise UserError(f"norm {kind!r} needs {', '.join(NORMS[kind])}; got {given!r}")
     return kind, options
 
 

@@ -10,6 +10,7 @@ from bhsd_jax.models import torch_import
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.torch_import import Weight
 from bhsd_jax.models.unetr_blocks import NormSpec, norm_options
+from bhsd_jax.platform.errors import UserError
 
 # Weights without influence: norms and layers of a cross-attention that is never run (written since
 # MONAI 1.4), the number of batches seen, and an index that follows from the window.
@@ -51,7 +52,7 @@ def arguments(
     except ValueError as error:
         wrong.append(f"norm_name: {error}")
     if wrong:
-        raise ValueError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
+        raise UserError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
     return whole
 
 

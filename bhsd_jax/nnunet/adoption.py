@@ -12,6 +12,7 @@ from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.nnunet import plans_json
 from bhsd_jax.nnunet.planner import from_nnunet_plans
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Plan, Shape
 
 _RESAMPLING = "resample_data_or_seg_to_shape"
@@ -30,9 +31,9 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error})") from error
+        raise UserError(f"{path}: is no JSON ({error})") from error
     if not isinstance(found, dict) or "configurations" not in found:
-        raise ValueError(f"{path}: has no `configurations`; is this a plans.json of nnU-Net v2?")
+        raise UserError(f"{path}: has no `configurations`; is this a plans.json of nnU-Net v2?")
     return found
 
 
@@ -77,12 +78,12 @@ def _check_normalization(settings: Mapping[str, Any], modality: str) -> None:
     wanted = [plans_json.NORMALIZATION[modality]]
     schemes = list(settings.get("normalization_schemes", wanted))
     if schemes != wanted:
-        raise ValueError(
+        raise UserError(
             f"nnU-Net plans: normalization {schemes}, but scans of this data set (one channel, "
             f"{modality}) get {wanted}; look at config.data.modality"
         )
     if modality == "mr" and any(settings.get("use_mask_for_norm", ())):
-        raise ValueError(
+        raise UserError(
             "nnU-Net plans: z-scores inside the non-zero mask (use_mask_for_norm) are not "
             "supported; make the plan anew from scans that are not masked"
         )
@@ -91,7 +92,7 @@ def _check_normalization(settings: Mapping[str, Any], modality: str) -> None:
 def _order(facts: Sequence[Facts]) -> Shape:
     orders = sorted({fact.order for fact in facts})
     if len(orders) != 1:
-        raise ValueError(
+        raise UserError(
             f"nnU-Net plans: its axes are those of the files, but these lie along {orders} "
             "(file axes that run superior, posterior, left); store all scans alike"
         )

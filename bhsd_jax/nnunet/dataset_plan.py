@@ -7,6 +7,7 @@ import numpy as np
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.nnunet.planner import network_for, spacing_margin, target_spacing, transpose_for
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Millimeters, Plan
 
 
@@ -30,10 +31,10 @@ def make_plan(
         ValueError: If there is no training case with a mask, or all masks are empty.
     """
     if not facts:
-        raise ValueError(f"{dataset}: no training case with a mask; nothing to plan from")
+        raise UserError(f"{dataset}: no training case with a mask; nothing to plan from")
     drawn = np.concatenate([fact.foreground for fact in facts]).astype(np.float64)
     if not drawn.size:
-        raise ValueError(
+        raise UserError(
             f"{dataset}: the masks of all {len(facts)} training cases are empty; some mirrors "
             "ship them so: fetch the data set from its first source"
         )

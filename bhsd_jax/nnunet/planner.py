@@ -15,6 +15,7 @@ import numpy as np
 from bhsd_jax.nnunet import plans_json
 from bhsd_jax.nnunet.plans_json import Request, triple
 from bhsd_jax.nnunet.topology import planner_named, pool, widths
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Millimeters, Network, Shape
 
 Numbers = Sequence[Any] | np.ndarray  # three numbers, or rows of three
@@ -108,7 +109,7 @@ def make_plans(
     spacing, shape = _fingerprint(spacings, shapes_after_crop)
     chosen = planner_named(planner)
     if modality not in plans_json.NORMALIZATION:
-        raise ValueError(f"make_plans: modality is ct or mr; got {modality!r}")
+        raise UserError(f"make_plans: modality is ct or mr; got {modality!r}")
     target = _target(spacing, shape) if spacing_mm is None else _three(spacing_mm, "spacing_mm")
     forward = list(transpose_for(target) if transpose is None else transpose)
     request = Request(
@@ -161,7 +162,7 @@ def network_for(
         transpose=transpose,
     )
     if "3d_fullres" not in plans["configurations"]:
-        raise ValueError("network_for: the median scan is a single slice; 3D networks need more")
+        raise UserError("network_for: the median scan is a single slice; 3D networks need more")
     return from_nnunet_plans(plans)[0]
 
 
@@ -185,7 +186,7 @@ def topology(
     spacing, size = _three(spacing_mm, "spacing_mm"), _three(patch, "patch")
     pooling = pool(spacing, size, max_stages)
     if pooling.patch != size:
-        raise ValueError(
+        raise UserError(
             f"topology: patch {tuple(round(n) for n in size)} does not divide by the total stride "
             f"{pooling.total_stride} that {spacing} mm asks for; the nearest patch that does is "
             f"{_nearest_patch(spacing, size, max_stages)}"
@@ -221,7 +222,7 @@ def from_nnunet_plans(
         d, h, w = (float(s) for s in settings["spacing"])
         first, second, third = (int(axis) for axis in plans["transpose_forward"])
     except KeyError as error:
-        raise ValueError(
+        raise UserError(
             f"nnU-Net plans: configuration {configuration!r} says nothing of {error}; "
             "is this a plans.json of nnU-Net v2?"
         ) from error
@@ -246,7 +247,7 @@ def _median_shape(spacings: np.ndarray, shapes: np.ndarray, target: Millimeters)
     # np.rint and Python's round, which nnU-Net uses, both round halves to even.
     median = np.median(np.rint(spacings / np.array(target) * shapes), axis=0)
     if median.min() < 1:
-        raise ValueError(f"planner: at {target} mm the median scan has {median.tolist()} voxels")
+        raise UserError(f"planner: at {target} mm the median scan has {median.tolist()} voxels")
     return median
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bhsd_jax.nnunet.topology import Planner, Pooling, fit, widths
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Network, Shape
 
 # Of foreground intensities, in the order of `Plan.foreground`.
@@ -164,7 +165,7 @@ def resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     chain: list[str] = []
     while name is not None:
         if name not in configurations or name in chain:
-            raise ValueError(
+            raise UserError(
                 f"nnU-Net plans: no usable configuration {' -> '.join([*chain, name])}; "
                 f"there are {', '.join(configurations) or 'none'}"
             )
@@ -184,7 +185,7 @@ def network(settings: Mapping[str, Any]) -> Network:
     unet, found = architecture(settings)
     previous = settings.get("previous_stage")
     if unet not in _ENCODER or len(settings["patch_size"]) != 3 or previous:
-        raise ValueError(
+        raise UserError(
             f"nnU-Net plans: need a 3D {' or '.join(_ENCODER)} that is no second stage; "
             f"got {unet}, patch {settings['patch_size']}, previous stage {previous}"
         )

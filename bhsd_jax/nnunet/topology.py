@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bhsd_jax.platform.errors import UserError
+
 _SHORTEST_EDGE = 4  # voxels an axis keeps at the bottleneck
 _MIN_BATCH = 2
 _REFERENCE_BATCH = {3: 2, 2: 12}  # by number of axes: the batch a planner's budget stands for
@@ -56,7 +58,7 @@ def planner_named(name: str) -> Planner:
         ValueError: If there is none of that name; lists the names.
     """
     if name not in PLANNERS:
-        raise ValueError(f"planner is one of {', '.join(PLANNERS)}; got {name!r}")
+        raise UserError(f"planner is one of {', '.join(PLANNERS)}; got {name!r}")
     return PLANNERS[name]
 
 
@@ -197,5 +199,5 @@ def _shorter(
     step = pool(spacing_mm, edges).total_stride[axis]
     edges[axis] = pooling.patch[axis] - step
     if edges[axis] < 1:
-        raise ValueError(f"planner: not even a patch of {pooling.patch} voxels fits the memory")
+        raise UserError(f"planner: not even a patch of {pooling.patch} voxels fits the memory")
     return pool(spacing_mm, edges)

@@ -9,6 +9,7 @@ from typing import Any
 
 from bhsd_jax.nnunet import plans_json
 from bhsd_jax.nnunet.planner import from_nnunet_plans
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Plan
 
 _AXES = {  # by reader: what its arrays' axes are
@@ -35,7 +36,7 @@ def plan_of(
     modality = _MODALITIES[settings["normalization_schemes"][0]]
     measured = plans.get("foreground_intensity_properties_per_channel") or {}
     if modality == "ct" and "0" not in measured:
-        raise ValueError("nnU-Net plans: CTNormalization, but no foreground intensities of it")
+        raise UserError("nnU-Net plans: CTNormalization, but no foreground intensities of it")
     first = measured.get("0", {})
     low, mean, std, high = (float(first.get(name, 0)) for name in plans_json.STATISTICS)
     return Plan(
@@ -83,11 +84,11 @@ def classes_of(dataset: Mapping[str, Any]) -> tuple[str, ...]:
     try:
         index = {int(value): str(name) for name, value in labels.items()}
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"nnU-Net dataset.json: a label is one number, regions are not known; got {labels}"
         ) from error
     if not index or sorted(index) != list(range(len(labels))):
-        raise ValueError(
+        raise UserError(
             f"nnU-Net dataset.json: labels must be numbered 0, 1, 2, ...; got {labels or 'none'}"
         )
     return tuple(index[i] for i in range(len(index)))
@@ -120,4 +121,4 @@ def _require_supported(
         if used != "resample_data_or_seg_to_shape" or found != (order, 0, None):
             wrong.append(f"resampling of {what} by {used} {how}")
     if wrong:
-        raise ValueError(f"nnU-Net plans: not supported: {'; '.join(wrong)}")
+        raise UserError(f"nnU-Net plans: not supported: {'; '.join(wrong)}")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
 from bhsd_jax import losses
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Learner, Logits, Params
 
 
@@ -114,7 +115,7 @@ def interleave(labeled: Array, unlabeled: Array) -> Array:
         ValueError: If the batches differ in length.
     """
     if len(labeled) != len(unlabeled):
-        raise ValueError(f"need as many labeled as unlabeled: {len(labeled)} != {len(unlabeled)}")
+        raise UserError(f"need as many labeled as unlabeled: {len(labeled)} != {len(unlabeled)}")
     return jnp.stack([labeled, unlabeled], axis=1).reshape(-1, *labeled.shape[1:])
 
 
@@ -131,7 +132,7 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         ValueError: Names the field and the choices.
     """
     if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(choices)}; got {value!r}")
+        raise UserError(f"{name} is one of {', '.join(choices)}; got {value!r}")
 
 
 def require_average(objective: str, decay: float | None, t0: int) -> None:
@@ -141,9 +142,9 @@ def require_average(objective: str, decay: float | None, t0: int) -> None:
         ValueError: Names the objective and the field.
     """
     if decay is None or not 0 <= decay <= 1:
-        raise ValueError(f"{objective}: ema_decay makes its teacher and lies in 0..1; got {decay}")
+        raise UserError(f"{objective}: ema_decay makes its teacher and lies in 0..1; got {decay}")
     if t0 < 0:
-        raise ValueError(f"{objective}: ema_t0 counts updates, 0 or more; got {t0}")
+        raise UserError(f"{objective}: ema_t0 counts updates, 0 or more; got {t0}")
 
 
 def require_fraction(name: str, value: float) -> None:
@@ -153,4 +154,4 @@ def require_fraction(name: str, value: float) -> None:
         ValueError: Names the field.
     """
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} is a share of the training and lies in 0..1; got {value}")
+        raise UserError(f"{name} is a share of the training and lies in 0..1; got {value}")

@@ -16,6 +16,7 @@ from bhsd_jax.objectives.common import (
     require_choice,
     require_fraction,
 )
+from bhsd_jax.platform.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class InterpolationConsistency(SingleModel):
         require_choice("ict: mix", self.mix, ("prob", "logit"))
         require_choice("ict: tested", self.tested, ("teacher", "student"))
         if self.beta <= 0:
-            raise ValueError(f"ict: beta is the a of Beta(a, a), above 0; got {self.beta}")
+            raise UserError(f"ict: beta is the a of Beta(a, a), above 0; got {self.beta}")
 
     def loss(self, learner, batch, key):
         view_key, share_key, student_key, teacher_key = jax.random.split(key, 4)

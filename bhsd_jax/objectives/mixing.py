@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from scipy import special
 
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Shape
 
 
@@ -32,7 +33,7 @@ def pairs(rows: Array) -> Array:
         ValueError: If there is an odd number of rows.
     """
     if len(rows) % 2:
-        raise ValueError(
+        raise UserError(
             f"patches are mixed in pairs: input.unlabeled must be even; got {len(rows)}"
         )
     return rows.reshape(len(rows) // 2, 2, *rows.shape[1:])

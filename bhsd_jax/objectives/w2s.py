@@ -17,6 +17,7 @@ from bhsd_jax.objectives.common import (
     require_choice,
     require_fraction,
 )
+from bhsd_jax.platform.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class WeakToStrong(SingleModel):
     def _copy_paste(self, learner, batch, strong, answer, key):
         box_key, inward_key, outward_key, plain_key = jax.random.split(key, 4)
         if len(batch.image) != len(strong):
-            raise ValueError(
+            raise UserError(
                 "w2s: copy-paste needs as many unlabeled as labeled patches; "
                 f"got {len(strong)} and {len(batch.image)}"
             )

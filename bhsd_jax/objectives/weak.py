@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from bhsd_jax.objectives.common import require_choice, require_fraction
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Learner, Metrics
 
 _NEVER = -1e9  # logit of a class that cannot be: its softmax is exactly 0
@@ -47,10 +48,10 @@ class SliceLabelTerms:
         require_fraction("weak.start", self.start)
         for name in ("neg_sup", "mil", "size"):
             if getattr(self, name) < 0:
-                raise ValueError(f"weak.{name} is a weight, 0 or above; got {getattr(self, name)}")
+                raise UserError(f"weak.{name} is a weight, 0 or above; got {getattr(self, name)}")
         for name in ("sharpness", "lesion_voxels"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"weak.{name} must be above 0; got {getattr(self, name)}")
+                raise UserError(f"weak.{name} must be above 0; got {getattr(self, name)}")
 
     @property
     def active(self) -> bool:

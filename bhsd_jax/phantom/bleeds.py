@@ -22,6 +22,7 @@ from bhsd_jax.phantom.lesions import (
     ball_radius_mm,
     direction,
 )
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE
 
 EDH, IPH, IVH, SAH, SDH = range(1, len(HEMORRHAGE))
@@ -91,7 +92,7 @@ def class_set(share: float) -> tuple[int, ...]:
         passed += count
         if share * total < passed:
             return classes
-    raise ValueError(f"share of bleeding scans: {share} is not in [0, 1)")
+    raise UserError(f"share of bleeding scans: {share} is not in [0, 1)")
 
 
 def draw_lesions(

@@ -14,6 +14,7 @@ from bhsd_jax.phantom.brain import brain_hu, tissues
 from bhsd_jax.phantom.flaws import add_metal, redraw
 from bhsd_jax.phantom.lesions import Space
 from bhsd_jax.phantom.scanner import Scan, acquire, draw_scan, label_voxels
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE
 
 VERSION = 1
@@ -39,16 +40,16 @@ class Options:
 
     def __post_init__(self) -> None:
         if min(self.size, self.slices, self.sub) < 1:
-            raise ValueError(
+            raise UserError(
                 f"Options: size {self.size}, slices {self.slices} and sub {self.sub} must be > 0"
             )
         if self.difficulty not in LEVELS:
-            raise ValueError(
+            raise UserError(
                 f"Options: difficulty {self.difficulty!r} is not known; use {', '.join(LEVELS)}"
             )
         named = {*(self.classes or ()), *self.volumes_ml}
         if not named <= set(range(1, len(HEMORRHAGE))):
-            raise ValueError(f"Options: bleeds are classes 1 to 5; got {sorted(named)}")
+            raise UserError(f"Options: bleeds are classes 1 to 5; got {sorted(named)}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from bhsd_jax.phantom.files import write, write_image, write_json
+from bhsd_jax.platform.errors import UserError
 
 DEFECTS = "defects.json"  # what was done to which scan; where it is, the tree is spoiled already
 _IMAGES, _MASKS = "label_192/images", "label_192/ground truths"
@@ -49,7 +50,7 @@ def spoil(root: str | Path) -> dict[str, str]:
     pool = sorted(p.name.removesuffix(".nii.gz") for p in (tree.root / _BLEEDING).iterdir())
     wanted = (len(_OF_TRAINING) + 1, 2, 3)  # one stays as it is
     if any(len(ids) < n for ids, n in zip((train, test, pool), wanted, strict=True)):
-        raise ValueError(
+        raise UserError(
             f"{root}: needs {wanted[0]} training scans, {wanted[1]} for testing and {wanted[2]} "
             "that bleed without a mask, to give each a defect"
         )

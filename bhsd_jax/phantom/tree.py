@@ -27,6 +27,7 @@ from bhsd_jax.phantom.files import (
     write_slices,
 )
 from bhsd_jax.platform import machine
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE
 
 _log = logging.getLogger(__name__)
@@ -66,11 +67,11 @@ class _Parameters:
     def __post_init__(self) -> None:
         for name in _FOLDER:
             if getattr(self, name) < 0:
-                raise ValueError(
+                raise UserError(
                     f"synthetic: {name} must not be negative; got {getattr(self, name)}"
                 )
         if not 0 <= self.metal <= 1:
-            raise ValueError(f"synthetic: metal is a share of the scans; got {self.metal}")
+            raise UserError(f"synthetic: metal is a share of the scans; got {self.metal}")
         Options(size=self.size, slices=self.slices, difficulty=self.difficulty)
 
 
@@ -173,13 +174,13 @@ def _claim(root: Path, parameters: _Parameters) -> None:
                 for f in fields(parameters)
                 if written.get(f.name) != getattr(parameters, f.name)
             ]
-            raise ValueError(
+            raise UserError(
                 f"{root}: made with other arguments ({', '.join(differ)}); "
                 "delete the folder, or choose another"
             )
         return
     if root.is_dir() and any(root.iterdir()):
-        raise ValueError(f"{root}: holds files that were not generated; choose an empty folder")
+        raise UserError(f"{root}: holds files that were not generated; choose an empty folder")
     write_json(path, asdict(parameters))
 
 

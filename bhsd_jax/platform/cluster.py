@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from bhsd_jax.platform.errors import UserError
+
 TRY_AGAIN = 75  # exit code of a training that was asked to stop and has saved (EX_TEMPFAIL)
 _FLAGS = ("coordinator", "num_processes", "process_id")
 _JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -41,7 +43,7 @@ class Place:
         """
         index, processes = (0, 1) if self.own_gpus else self.local
         if visible % processes:
-            raise ValueError(
+            raise UserError(
                 f"{self.source}: {visible} GPUs over {processes} processes of one machine; start "
                 "one process a machine, or as many as divide the GPUs"
             )
@@ -87,7 +89,7 @@ def find(
         source=f"{told.source} on {base.source}" if base.source else told.source,
     )
     if found.count is not None and not 0 <= (found.index or 0) < found.count:
-        raise ValueError(
+        raise UserError(
             f"{found.source}: process {found.index} of {found.count}; they count from 0"
         )
     return found
@@ -179,7 +181,7 @@ def _launcher(environment: Mapping[str, str], one_machine: bool) -> str:
 
 def _number(name: str, text: str) -> int | None:
     if text and not text.strip().isdecimal():
-        raise ValueError(f"{name}: needs a whole number, 0 or more; got {text!r}")
+        raise UserError(f"{name}: needs a whole number, 0 or more; got {text!r}")
     return int(text) if text else None
 
 
@@ -191,7 +193,7 @@ def _require_agreement(told: Place, batch: Place) -> None:
         ours, theirs = getattr(told, what), getattr(batch, what)
         if ours is not None and ours != theirs:
             word = "processes" if what == "count" else "as this process"
-            raise ValueError(
+            raise UserError(
                 f"{told.source} say {ours} {word}, {batch.source} says {theirs}; leave the former "
                 "out, or start without the latter"
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.platform import faults
+from bhsd_jax.platform.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ def read_json(
             raise KeyError(missing[0])
         return parse(value)
     except MALFORMED as error:
-        raise ValueError(f"{path}: damaged ({_reason(error, data)}); {remedy}") from error
+        raise UserError(f"{path}: damaged ({_reason(error, data)}); {remedy}") from error
 
 
 def recall_json(

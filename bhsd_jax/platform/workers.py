@@ -15,6 +15,7 @@ import rich.console
 import rich.progress
 
 from bhsd_jax.platform import machine
+from bhsd_jax.platform.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Workers:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
-            raise ValueError(
+            raise UserError(
                 "a worker process was killed, most likely for memory; the same command goes on "
                 "from here, with a smaller --config.preprocess.processes if need be"
             ) from error

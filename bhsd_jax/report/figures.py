@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import bounding_box
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], lis
 
 def _pyplot() -> Any:
     if not available():
-        raise ValueError("pictures need matplotlib: install the extra, bhsd-jax[report]")
+        raise UserError("pictures need matplotlib: install the extra, bhsd-jax[report]")
     import matplotlib
 
     matplotlib.use("Agg")

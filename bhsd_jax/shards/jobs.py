@@ -19,6 +19,7 @@ from typing import Any
 
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.shards import store
 from bhsd_jax.volume import Case, Plan
 
@@ -61,7 +62,7 @@ class Share:
 
     def __post_init__(self):
         if not 0 <= self.index < self.number:
-            raise ValueError(
+            raise UserError(
                 f"config.preprocess.shard_index is 0..{self.number - 1} for num_shards "
                 f"{self.number}; got {self.index}"
             )
@@ -225,5 +226,5 @@ def _checked(record: Any) -> dict[str, Any]:
     if missing:
         raise KeyError(missing[0])
     if "sha256" in record and _seal(record) != record.get("seal"):
-        raise ValueError("its seal is another")
+        raise UserError("its seal is another")
     return dict(record)

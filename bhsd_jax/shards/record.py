@@ -14,6 +14,7 @@ import blosc2
 import numpy as np
 
 from bhsd_jax.ct.prepare import Prepared
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Grid, Shape
 
 SCHEMA = 1  # of records and index; raised whenever an old reader would misread them
@@ -150,9 +151,9 @@ def _split(record: bytes, place: str) -> tuple[dict[str, Any], dict[str, bytes]]
     return header, frames
 
 
-def damaged(place: str, reason: str) -> ValueError:
+def damaged(place: str, reason: str) -> UserError:
     """The error for a record that is not what was written."""
-    return ValueError(
+    return UserError(
         f"{place}: damaged ({reason}); run the verb `preprocess` again, which finds damaged shards "
         "and writes only those anew"
     )

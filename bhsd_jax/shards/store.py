@@ -14,6 +14,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 
 from bhsd_jax.ct.prepare import Prepared
 from bhsd_jax.platform import faults, files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.shards.record import SCHEMA, Reader, damaged, pack, unpack
 from bhsd_jax.volume import Plan, Shape
 
@@ -54,7 +55,7 @@ class Shards:
             raise FileNotFoundError(f"{path}: not there; run the verb `preprocess` to its end")
         schema, self.entries = files.read_json(path, _parse_index, remedy=_REMEDY)
         if schema != SCHEMA:
-            raise ValueError(
+            raise UserError(
                 f"{path}: schema {schema}, this version reads {SCHEMA}; "
                 "remove the folder and run the verb `preprocess` again"
             )
@@ -69,7 +70,7 @@ class Shards:
         """
         entry = self._by_id.get(case)
         if entry is None:
-            raise ValueError(f"{self.folder}: no case {case!r} among {len(self.entries)}")
+            raise UserError(f"{self.folder}: no case {case!r} among {len(self.entries)}")
         place = f"{self.folder / entry.shard}, record {entry.record}"
         return Reader(_read(self.folder / entry.shard, [entry.record], place)[0], place)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from bhsd_jax.platform.errors import UserError
+
 # Where training scripts keep the network's weights among other things, the surest name first.
 _NESTS = ("network_weights", "state_dict", "model_state_dict", "model", "net", "network", "params")
 _SCALARS = (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)
@@ -55,7 +57,7 @@ def library(name: str, path: Path, extra: str = "torch-import") -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ValueError(
+        raise UserError(
             f"{path}: needs {package}; install it with: pip install 'bhsd-jax[{extra}]'"
         ) from error
 
@@ -67,7 +69,7 @@ def _safetensors(path: Path) -> WeightsFile:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return WeightsFile(state, file.metadata() or {})
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a sound safetensors file ({error})") from error
+        raise UserError(f"{path}: not a sound safetensors file ({error})") from error
 
 
 def _npz(path: Path) -> WeightsFile:
@@ -75,7 +77,7 @@ def _npz(path: Path) -> WeightsFile:
         with np.load(path, allow_pickle=False) as file:
             return WeightsFile({name: file[name] for name in file.files}, {})
     except (ValueError, OSError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path}: not an npz file of plain arrays ({error})") from error
+        raise UserError(f"{path}: not an npz file of plain arrays ({error})") from error
 
 
 def _torch(path: Path) -> Any:
@@ -86,12 +88,12 @@ def _torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()
         blocked = next((line.strip() for line in reason if "GLOBAL" in line), reason[0])
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be read without running code from it ({blocked}); at its origin, "
             "save the weights alone: torch.save(network.state_dict(), ...)"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a sound PyTorch file ({error})") from error
+        raise UserError(f"{path}: not a sound PyTorch file ({error})") from error
 
 
 def _numpy_scalars() -> list[Any]:
@@ -108,7 +110,7 @@ def _state(content: Any, path: Path) -> dict[str, np.ndarray]:
         keys = list(found) if isinstance(found, Mapping) else []
         nest = next((name for name in _NESTS if name in keys), None)
         if nest is None:
-            raise ValueError(
+            raise UserError(
                 f"{path}: no weights under {', '.join(_NESTS)}; it holds "
                 f"{', '.join(map(str, keys[:12])) or type(found).__name__}"
             )
@@ -136,7 +138,7 @@ def json_of(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{text}: neither a JSON object nor a file of one ({error})") from error
+        raise UserError(f"{text}: neither a JSON object nor a file of one ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{text}: must be a JSON object, got a {type(found).__name__}")
+        raise UserError(f"{text}: must be a JSON object, got a {type(found).__name__}")
     return found

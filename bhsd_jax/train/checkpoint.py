@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import checkpoint_arrays as arrays
 from bhsd_jax.train import checkpoint_files as disk
 from bhsd_jax.train.agreement import agree
@@ -166,7 +167,7 @@ class Checkpoints:
             gone = [other for other in self.recorded if other not in there]
             if gone:
                 reasons.append(f"step {gone[-1]}: its folder is gone")
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: this run has saved checkpoints, and none can be used "
                 f"({'; '.join(reasons)}); bring one of them back, choose another --workdir, or "
                 f"move {self.folder.name}/ and metrics.jsonl away to begin anew"
@@ -185,7 +186,7 @@ class Checkpoints:
         stored = disk.read(self.folder, step, "config").get("objective", {}).get("name")
         ours = self.extra["config"].get("objective", {}).get("name")
         if stored != ours:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder / str(step)}: it was trained with objective {stored}, this config "
                 f"has {ours}; use another --workdir or the config the run began with"
             )
@@ -278,7 +279,7 @@ def _choose(folder: Path, which: str | int) -> int:
     damaged |= unread
     if step is None:
         reasons = "; ".join(f"step {other}: {text}" for other, text in sorted(damaged.items()))
-        raise ValueError(f"{folder}: no checkpoint {which!r} can be used ({reasons})")
+        raise UserError(f"{folder}: no checkpoint {which!r} can be used ({reasons})")
     disk.warn(folder, damaged, f"step {step} is used instead")
     if which == "best" and disk.listing(folder, step).dice is None:
         logger.warning(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Params, TrainState
 
 
@@ -44,7 +45,7 @@ def restore(path: Path, abstract: TrainState) -> TrainState:
         try:
             return handler.restore(state, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: it is whole, but cannot be read: {cause(error)}") from error
+            raise UserError(f"{path}: it is whole, but cannot be read: {cause(error)}") from error
 
 
 def read(path: Path, names: Sequence[str]) -> dict[str, Params]:
@@ -81,7 +82,7 @@ def _require_fit(stored: Params, abstract: TrainState, path: Path) -> None:
             for name in odd[:3]
         ]
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit this config's network or optimizer: {'; '.join(told)}{more}; "
             "use another --workdir or the config the run began with"
         )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _SEAL = "# SHA-256 of all below this line: "
 _UNFINISHED = re.compile(r"(0|[1-9]\d*)\.unfinished")
 
 
-class Damaged(ValueError):  # noqa: N818  (a state of the disk that callers get around)
+class Damaged(UserError):  # noqa: N818  (a state of the disk that callers get around)
     """A step is not what was saved."""
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Batch, Params
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def make_mesh(
     group = _group(model, space, twins)
     text = f"mesh: data {data} x model {model} x space {space} x twins {twins}"
     if len(devices) % group or (data != -1 and len(devices) != data * group):
-        raise ValueError(
+        raise UserError(
             f"{text} is not the {len(devices)} devices there are; set mesh.data to -1 and the "
             "others to sizes that multiply to a divisor of it"
         )
@@ -74,7 +75,7 @@ def _group(model: int, space: int, twins: int) -> int:
     """Devices that work on the same patches."""
     for name, size in (("model", model), ("space", space), ("twins", twins)):
         if size < 1:
-            raise ValueError(f"mesh.{name} counts devices, 1 or more; got {size}")
+            raise UserError(f"mesh.{name} counts devices, 1 or more; got {size}")
     return math.prod((model, space, twins))
 
 
@@ -86,14 +87,14 @@ def _fill(
     owned = [list(o) for _, o in itertools.groupby(ordered, operator.attrgetter("process_index"))]
     each = min(map(len, owned))
     if max(each, group) % min(each, group):
-        raise ValueError(
+        raise UserError(
             f"mesh: model x space x twins is {group}, which neither divides nor multiplies the "
             f"{each} devices of a process"
         )
     readers = len(owned) * min(each, group) // group  # processes, or teams of them, that read
     for count in batches:
         if count % readers:
-            raise ValueError(
+            raise UserError(
                 f"{_sum(batches)} patches a step (input.labeled, input.unlabeled) do not spread "
                 f"over {len(owned)} processes; choose multiples of {readers}, or start fewer"
             )
@@ -223,15 +224,15 @@ def require_divisible(
         ValueError: Names the field and the nearest accepted number.
     """
     if accumulate < 1:
-        raise ValueError(f"train.accumulate counts parts of a batch, 1 or more; got {accumulate}")
+        raise UserError(f"train.accumulate counts parts of a batch, 1 or more; got {accumulate}")
     share = mesh.shape["data"] * accumulate
     parts = f" in {accumulate} parts (train.accumulate)" if accumulate > 1 else ""
     for field, count in (("input.labeled", labeled), ("input.unlabeled", unlabeled)):
         if count % share:
-            raise ValueError(
+            raise UserError(
                 f"{field} is {count} patches a step over {mesh.shape['data']} devices{parts}; "
                 f"choose a multiple of {share}, such as {max(1, round(count / share)) * share}"
             )
     if rows % bands(mesh):
         names = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in rows_over(mesh))
-        raise ValueError(f"{names} does not divide the {rows} rows of a patch")
+        raise UserError(f"{names} does not divide the {rows} rows of a patch")

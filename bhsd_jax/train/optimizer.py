@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Params
 
 
@@ -24,7 +25,7 @@ def make_schedule(
     """
     warmup = round(warmup * steps if warmup < 1 else warmup)
     if not 0 <= warmup < steps:
-        raise ValueError(f"optimizer.warmup is {warmup} of {steps} steps; make it shorter")
+        raise UserError(f"optimizer.warmup is {warmup} of {steps} steps; make it shorter")
     length = steps - warmup
 
     def cosine(t):
@@ -37,7 +38,7 @@ def make_schedule(
         "constant": lambda t: jnp.ones_like(t),
     }
     if schedule not in shapes:
-        raise ValueError(f"optimizer.schedule is one of {', '.join(shapes)}; got {schedule!r}")
+        raise UserError(f"optimizer.schedule is one of {', '.join(shapes)}; got {schedule!r}")
     shape = shapes[schedule]
 
     def rate(step):
@@ -82,7 +83,7 @@ def make_optimizer(
         "adamw": (optax.scale_by_adam(b1=momentum, b2=beta2), decay),
     }
     if name not in rules:
-        raise ValueError(f"optimizer.name is one of {', '.join(rules)}; got {name!r}")
+        raise UserError(f"optimizer.name is one of {', '.join(rules)}; got {name!r}")
     clipping = () if clip is None else (clip_each(clip, parts),)
     return optax.chain(*clipping, *rules[name], optax.scale_by_learning_rate(schedule))
 

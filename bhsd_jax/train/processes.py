@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from bhsd_jax.platform import cluster, machine
 from bhsd_jax.platform.cluster import Place
+from bhsd_jax.platform.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def start(
     if place.count == 1:
         return
     if place.complete and not place.coordinator.rpartition(":")[2].isdecimal():
-        raise ValueError(f"{place.source}: coordinator is host:port; got {place.coordinator!r}")
+        raise UserError(f"{place.source}: coordinator is host:port; got {place.coordinator!r}")
     if _initialize(place, detect):
         logger.info("process %d of %d", jax.process_index(), jax.process_count())
 
@@ -77,12 +78,12 @@ def _initialize(place: Place, detect: str) -> bool:
                 shutdown_timeout_seconds=2 * _SILENT_S,
             )
     except ImportError as error:
-        raise ValueError(f"mesh.detect {detect!r}: {error}; install it") from error
+        raise UserError(f"mesh.detect {detect!r}: {error}; install it") from error
     except ValueError as error:
         if place == Place() and not detect and _NOBODY in str(error):
             return False
         if any(words in str(error) for words in _UNCLEAR):
-            raise ValueError(
+            raise UserError(
                 f"{place.source or f'mesh.detect {detect!r}'}: not all is known of the processes "
                 f"of this run; say {cluster.missing(place)}"
             ) from error
@@ -173,7 +174,7 @@ def together() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise ValueError(
+        raise UserError(
             f"process {jax.process_index()} of {jax.process_count()}: "
             f"{str(error).splitlines()[0]}; most likely another process has ended, look at its "
             "words. The last checkpoint is untouched: start the same command again to go on"

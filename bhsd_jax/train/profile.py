@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from bhsd_jax.platform.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +34,7 @@ class Span:
         found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
         if not 1 <= first <= last <= steps:
-            raise ValueError(
+            raise UserError(
                 f"train.profile: steps to trace, like 10:15, within 1..{steps}; got {text!r}"
             )
         return cls(first, last)

@@ -15,6 +15,7 @@ from bhsd_jax.ct import hu, scan
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.metrics import scores, summary, threshold
 from bhsd_jax.platform import files, machine
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Progress, Workers
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier
@@ -173,7 +174,7 @@ def _jobs(config: Settings, workdir: Path) -> list[Job]:
     plan = Plan.load(workdir) if (workdir / "plan.json").is_file() else None
     known = plan or setup.dataset(config, workdir)
     if config.evaluate.baseline and (known.modality != "ct" or config.evaluate.references):
-        raise ValueError(
+        raise UserError(
             "config.evaluate.baseline: a threshold in HU needs the CT scans of the data set; "
             f"modality is {known.modality!r}, references {config.evaluate.references!r}"
         )
@@ -275,7 +276,7 @@ def _score_together(workdir: Path, jobs: Sequence[Job], processes: int) -> list[
     mine: dict[str, Scored] = {}
     try:
         mine = _score(parts.own(jobs), processes)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         if barrier.place() == (0, 1):
             raise
         part["error"] = str(error)
@@ -287,7 +288,7 @@ def _score_together(workdir: Path, jobs: Sequence[Job], processes: int) -> list[
         return None
     for one in together:
         if one["error"]:
-            raise ValueError(one["error"])
+            raise UserError(one["error"])
     found = {case: Scored.from_json(row) for one in together for case, row in one["scored"].items()}
     return [found[job.case] for job in jobs]
 

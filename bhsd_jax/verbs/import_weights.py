@@ -12,6 +12,7 @@ from bhsd_jax.assemble import wiring
 from bhsd_jax.models import torch_import
 from bhsd_jax.nnunet import trained
 from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Config, Infer, Settings
 from bhsd_jax.torch_weights import weights_file
 from bhsd_jax.torch_weights.weights_file import WeightsFile
@@ -84,7 +85,7 @@ def require_release(reference: str, constructor: Mapping[str, Any]) -> None:
     """
     said = {"downsample", "merging", "img_size"} & set(constructor)  # the last: before MONAI 1.5
     if reference == "SwinUNETR" and not said:
-        raise ValueError(
+        raise UserError(
             "SwinUNETR: MONAI 1.5 changed the order in which patches are merged, and the weights "
             'do not tell which they have; add to --constructor "downsample": "merging" if MONAI '
             '1.5 or later built the network, "legacy" for those before (all that were published '
@@ -115,7 +116,7 @@ def plan_for(
     fixed = next((constructor[name] for name in _FIXED_SIZE if name in constructor), None)
     size = patch or fixed
     if size is None:
-        raise ValueError("the constructor says nothing of the size of its input: give a patch")
+        raise UserError("the constructor says nothing of the size of its input: give a patch")
     d, h, w = (size,) * 3 if isinstance(size, int) else (int(n) for n in size)
     nothing = {"features": (), "strides": (), "kernels": (), "convs_encoder": ()}
     return Plan(
@@ -143,7 +144,7 @@ def write_run(config: Config, source: Source, weights: WeightsFile, out: Path) -
             network does not fit the plan; or if there is a run in `out`.
     """
     if (out / "checkpoints").exists():
-        raise ValueError(f"{out}: there is a run in this folder; choose another")
+        raise UserError(f"{out}: there is a run in this folder; choose another")
     module, variables = torch_import.load(source.reference, source.constructor, weights.state)
     recipe = torch_import.recipe_of(source.reference, source.constructor)
     config = Settings.of(config)
@@ -181,9 +182,7 @@ def _beside(path: Path, name: str) -> dict[str, Any]:
     for folder in (path.parent, path.parent.parent):
         if (folder / name).is_file():
             return weights_file.json_of(str(folder / name))
-    raise ValueError(
-        f"{path}: says nothing of {name}, and there is none beside it or one folder up"
-    )
+    raise UserError(f"{path}: says nothing of {name}, and there is none beside it or one folder up")
 
 
 def _spec(module: Any) -> dict[str, Any]:
@@ -207,6 +206,6 @@ def _require_fit(config: Settings, source: Source, module: Any, *, channels: int
     if odd:
         wrong.append(f"the patch {patch} is no multiple of its stride {module.stride}")
     if wrong:
-        raise ValueError(f"{source.reference}: {'; '.join(wrong)}")
+        raise UserError(f"{source.reference}: {'; '.join(wrong)}")
     built = wiring.model(config, plan).clone(dtype=module.dtype, remat=module.remat)
     assert built == module, f"{built} != {module}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bhsd_jax.platform import cluster, files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.train import barrier
 
@@ -84,6 +85,6 @@ def _read(meeting: Path, index: int) -> dict[str, Any]:
     try:
         return files.read_json(meeting / f"{index}.json", remedy="run the same command again")
     except FileNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{meeting}: process {index} could not leave its part; look at what it said"
         ) from error

@@ -13,6 +13,7 @@ from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.platform import faults, files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.tables import write_records
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config, Settings
@@ -23,7 +24,7 @@ from bhsd_jax.volume import Case, Plan, Series
 
 logger = logging.getLogger(__name__)
 
-_BROKEN = (ValueError, OSError, EOFError, MemoryError)  # of one scan: recorded, others go on
+_BROKEN = (UserError, OSError, EOFError, MemoryError)  # of one scan: recorded, others go on
 
 
 @dataclass
@@ -56,7 +57,7 @@ def run(config: Config, workdir: Path) -> None:
     if settings.probabilities and any(
         isinstance(c.image, Series) and c.image.unshear for c in cases
     ):
-        raise ValueError(
+        raise UserError(
             "config.predict.probabilities: those of unsheared series would not lie on the series' "
             "own voxels; set unshear=False, or leave them out"
         )
@@ -107,13 +108,13 @@ def _conclude(out: Path, found: Found, facts: Mapping[str, Any], scans: int) -> 
         unwritten = faults.explain(error) or str(error)
     if found.fault or unwritten:
         tables = "their tables are not complete" if unwritten else "the tables tell of them"
-        raise ValueError(
+        raise UserError(
             f"{found.fault or unwritten}. {len(found.rows)} of {scans} label maps are in {out}, "
             f"{tables}; with --config.predict.overwrite=False the same command goes on from there"
         )
     if found.skipped:
         name, reason = next(iter(found.skipped.items()))
-        raise ValueError(
+        raise UserError(
             f"{len(found.skipped)} of {scans} scans skipped, see {out / 'skipped.csv'}; "
             f"{name}: {reason}"
         )
@@ -139,7 +140,7 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
         files = {n: f for n, f in nifti_files(path).items() if not slice_file.is_dicom(f)}
         series = dicom_cases.scans(path, **vars(settings.dicom))
     elif path.is_file() and slice_file.is_dicom(path):
-        raise ValueError(f"{path}: one DICOM file is one slice; name the folder of the series")
+        raise UserError(f"{path}: one DICOM file is one slice; name the folder of the series")
     elif path.is_file():
         files = {path.name.removesuffix(".gz").removesuffix(".nii"): path}
     else:
@@ -152,7 +153,7 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
     chosen = short if len(short) == len(files) else files
     found = [Case(name, name, file, None, "test") for name, file in sorted(chosen.items())]
     if {case.id for case in found} & {case.id for case in series}:
-        raise ValueError(
+        raise UserError(
             f"{path}: a NIfTI file and a DICOM folder have one name; rename or move one of them"
         )
     return found + series
@@ -168,13 +169,13 @@ def _names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str
 
 def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
     if split not in ("val", "test"):
-        raise ValueError(f"config.predict.split is val or test; got {split!r}")
+        raise UserError(f"config.predict.split is val or test; got {split!r}")
     roles, _ = setup.roles(config, workdir)
     known = {case.id: case for case in setup.dataset(config, workdir).cases()}
     wanted = getattr(roles, split)
     missing = [case for case in wanted if case not in known]
     if missing or not wanted:
-        raise ValueError(
+        raise UserError(
             f"split {split}: {len(missing)} of its {len(wanted)} scans are not in the data set; "
             "set config.predict.split, or name files with config.predict.images"
         )

@@ -22,6 +22,7 @@ from bhsd_jax.nnunet import adoption
 from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.nnunet.planner import from_nnunet_plans
 from bhsd_jax.platform import files, machine, tables
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Pool, Progress, Workers
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.shards import jobs as shard_jobs
@@ -33,7 +34,7 @@ from bhsd_jax.volume import Case, Dataset, Plan
 logger = logging.getLogger(__name__)
 
 _BYTES_PER_PROCESS = 2**25  # a process takes seconds to start, and reads this much in that time
-_BROKEN = (ValueError, OSError, EOFError, MemoryError)  # of one case: recorded, others go on
+_BROKEN = (UserError, OSError, EOFError, MemoryError)  # of one case: recorded, others go on
 
 
 def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
@@ -92,7 +93,7 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
             f"see {ledger}; {case}: {skipped[case]}"
         )
         if not settings.allow_skipped:
-            raise ValueError(
+            raise UserError(
                 f"{message}; repair them, or set --config.preprocess.allow_skipped=True"
             )
         logger.warning("%s", message)
@@ -139,7 +140,7 @@ def _plan(
     training = [fact for fact in facts if fact.voxels and fact.split in ("train", "val")]
     if skipped and not training:
         case = min(skipped)
-        raise ValueError(
+        raise UserError(
             f"{dataset.name}: no training case with a mask is left of {len(skipped)} refused; "
             f"{case}: {skipped[case]}"
         )
@@ -196,7 +197,7 @@ def _fingerprint(case: Case, *, memory: Path | None, **settings: Any) -> Facts |
         return known
     try:
         found = fingerprint_case(case, **settings)
-    except ValueError as error:
+    except UserError as error:
         found = refused(error, case.id)
     except _BROKEN as error:
         return refused(error, case.id)  # not the file's fault, perhaps: asked again each time

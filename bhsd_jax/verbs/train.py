@@ -20,6 +20,7 @@ from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
 from bhsd_jax.platform import allocator, cluster, files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.shards.store import Shards
@@ -256,7 +257,7 @@ def _alone(workdir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"{workdir}: another process trains in this folder; wait for it or choose "
                 "another --workdir"
             ) from error

@@ -14,6 +14,7 @@ from bhsd_jax.ct.dicom import stack as dicom_stack
 from bhsd_jax.ct.dicom.slice_file import Flaw, Plane, Slice
 from bhsd_jax.ct.dicom.stack import Stack
 from bhsd_jax.defects import Finding, Kind, said_of
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Series, Volume
 
 _SAME_COSINE = 1e-3
@@ -65,7 +66,7 @@ def find(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> l
             continue
         try:
             slices.append(slice_file.header(path))
-        except ValueError:
+        except UserError:
             unreadable += 1
     left = Counter[tuple[str, Flaw]]()
     if unreadable:
@@ -129,13 +130,13 @@ def order(headers: Sequence[Slice | None], series: Series) -> Stack:
             f"{damaged[0]} in the order of their names"
         )
         if series.uneven == "refuse":
-            raise ValueError(
+            raise UserError(
                 f"{series.name}: {text}; fetch them again, or set uneven='resample' to do without"
             )
         found = (Finding(Kind.FILES_DAMAGED, "kept", f"{text}; left out"),)
     try:
         stack = dicom_stack.arrange(slices, uneven=series.uneven, same=_same)
-    except ValueError as error:
+    except UserError as error:
         raise said_of(series.name, error) from error
     return replace(stack, findings=(*found, *stack.findings))
 
@@ -145,19 +146,19 @@ def _headers(series: Series) -> list[Slice | None]:
     for path in sorted(series.files):
         try:
             found.append(slice_file.header(path))
-        except (ValueError, OSError):
+        except (UserError, OSError):
             found.append(None)
     return found
 
 
 def _require_slice(item: Slice, place: int, series: Series) -> None:
     if item.flaw is Flaw.MULTI_FRAME:
-        raise ValueError(
+        raise UserError(
             f"{series.name}: {item.flaw}: enhanced CT is not read; convert the "
             "series to NIfTI with dcm2niix"
         )
     if item.flaw:
-        raise ValueError(f"{_called(place, series)} is {item.flaw}")
+        raise UserError(f"{_called(place, series)} is {item.flaw}")
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -209,11 +210,11 @@ def _same(one: Slice, other: Slice) -> bool:
 def _plane(item: Slice, series: Series) -> Plane:
     try:
         return slice_file.pixels(item.file)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         place = sorted(series.files).index(item.file) + 1
-        said = str(error) if isinstance(error, ValueError) else type(error).__name__
+        said = str(error) if isinstance(error, UserError) else type(error).__name__
         # Not chained: the original may quote the path.
-        raise ValueError(f"{_called(place, series)}: {said}") from None
+        raise UserError(f"{_called(place, series)}: {said}") from None
 
 
 def _called(place: int, series: Series) -> str:

@@ -19,6 +19,7 @@ from jaxtyping import Num
 
 from bhsd_jax.ct import hu
 from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.platform.errors import UserError
 
 _TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"),
@@ -98,7 +99,7 @@ def header(path: Path) -> Slice:
             return replace(_slice(path, data), whole=_is_whole(data, left))
     except _BROKEN as error:
         # Not chained: pydicom's messages quote the header.
-        raise ValueError(f"its DICOM header cannot be read ({type(error).__name__})") from None
+        raise UserError(f"its DICOM header cannot be read ({type(error).__name__})") from None
 
 
 def pixels(path: Path) -> Plane:
@@ -125,7 +126,7 @@ def pixels(path: Path) -> Plane:
     except Refusal:  # the message is ours, and safe to show
         raise
     except _BROKEN as error:
-        raise ValueError(f"its voxels cannot be read ({type(error).__name__}): damaged") from None
+        raise UserError(f"its voxels cannot be read ({type(error).__name__}): damaged") from None
 
 
 def _pydicom() -> Any:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.ct.geometry import LEAST_TILT_DEG
 from bhsd_jax.defects import Finding, Kind
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Shape
 
 _SAME_MM = 0.01  # two slices this close lie at one position
@@ -44,19 +45,19 @@ def arrange(slices: Sequence[Slice], *, uneven: str, same: Callable[[Slice, Slic
         ValueError: If no single affine holds the slices; says which and what to do.
     """
     if uneven not in ("refuse", "resample"):
-        raise ValueError(f"uneven is refuse or resample; got {uneven!r}")
+        raise UserError(f"uneven is refuse or resample; got {uneven!r}")
     found: list[Finding] = []
     order = sorted(slices, key=_along_normal)
     kept = _without_copies(order, same, found)
     if len(kept) < 2:
-        raise ValueError(f"{len(kept)} slices are no volume: their distance is not known")
+        raise UserError(f"{len(kept)} slices are no volume: their distance is not known")
     places = np.asarray([_along_normal(item) for item in kept])
     steps = np.diff(places)
     depth = len(kept)
     if _is_uneven(places):
         kind, text = _describe(steps)
         if uneven == "refuse":
-            raise ValueError(
+            raise UserError(
                 f"{text}; fetch what is missing, or set uneven='resample' to interpolate"
             )
         _require_no_hole(steps)
@@ -91,7 +92,7 @@ def _without_copies(
     for item in order:
         if kept and abs(_along_normal(item) - _along_normal(kept[-1])) < _SAME_MM:
             if not same(item, kept[-1]):
-                raise ValueError(
+                raise UserError(
                     f"two different slices at one position, {_along_normal(item):.2f} mm along "
                     "the normal: several acquisitions share the series; keep one of them"
                 )
@@ -130,7 +131,7 @@ def _require_no_hole(steps: Float[np.ndarray, " n"]) -> None:
     holes = np.flatnonzero((steps > _HOLE * beside) & (beside > 0))
     if len(holes):
         first = int(holes[0])
-        raise ValueError(
+        raise UserError(
             f"{steps[first]:.2f} mm without a slice after slice {first + 1} of {len(steps) + 1} "
             f"by position, {beside[first]:.2f} mm beside it: too much to interpolate; fetch the "
             "missing slices"
@@ -145,7 +146,7 @@ def _affine(kept: Sequence[Slice], depth: int, found: list[Finding]) -> Float[np
     line = corners[0] + share[:, None] * (corners[-1] - corners[0])
     aside = float(np.linalg.norm(corners - line, axis=1).max())
     if aside > _ASIDE_MM:
-        raise ValueError(
+        raise UserError(
             f"slices are shifted sideways by up to {aside:.2f} mm, each in its own way: no single "
             "affine holds them; resample the series with a tool that knows the scanner"
         )

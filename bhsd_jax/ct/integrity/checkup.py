@@ -9,6 +9,7 @@ from bhsd_jax.ct.integrity import doctor, listing, words
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.defects import Finding
 from bhsd_jax.platform import files, tables
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Dataset, Survey
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def survey(dataset: Dataset) -> Survey:
     look: Any = getattr(dataset, "survey", None)
     found = look() if look else Survey(tuple(dataset.cases()), ())
     if not found.cases:
-        raise ValueError(f"{dataset.name}: has no cases; look at config.data")
+        raise UserError(f"{dataset.name}: has no cases; look at config.data")
     logger.info(
         "%s: %d cases; license: %s", dataset.name, len(found.cases), dataset.license or "unknown"
     )
