@@ -9,9 +9,9 @@ from jax import lax
 
 from bhsd_jax.assemble import wiring
 from bhsd_jax.models import nnunet
-from bhsd_jax.models.blocks import InstanceNorm
 from bhsd_jax.models.conv import Conv, ConvTranspose
 from bhsd_jax.models.cost import cost, equations, multiply_adds
+from bhsd_jax.models.norms import InstanceNorm
 from configs import supervised
 from configs.backbones import BACKBONES
 from tools import model_table
