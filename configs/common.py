@@ -9,6 +9,8 @@ from ml_collections.config_dict import FieldReference, placeholder
 
 from configs import backbones
 
+# D, H, W of head CT in thick slices: what nnU-Net's rule gives for BHSD's own training cases.
+HEAD_CT_SPACING_MM = (5.0, 0.48828125, 0.48828125)
 HEMORRHAGE = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
 DATA = {  # the word `data=`
     "synthetic": {"name": "synthetic.Synthetic", "root": "", "difficulty": "default"},
@@ -108,7 +110,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "power": 0.9,
         "warmup": 0.0,  # steps; below 1: share of the training
     }
-    backbones.choose(config, words["backbone"], words["recipe"], head_ct=words["data"] == "bhsd")
+    # A patch of so many voxels goes with the spacing it was planned for, whatever data set has it.
+    head_ct = config.preprocess.spacing_mm == HEAD_CT_SPACING_MM
+    backbones.choose(config, words["backbone"], words["recipe"], head_ct=head_ct)
     config.train = _train()
     config.mesh = _mesh()
     config.infer = _infer(words["infer"])
@@ -181,7 +185,7 @@ def _preprocess(data: str) -> dict:
         "shards": "",  # folder of shards and plan.json; "": <workdir>/shards
         # Target spacing D, H, W in mm. None: nnU-Net's rule. BHSD and what holds its scans is
         # pinned, because that rule flips between 5.0 and 2.7 mm on subsets of it.
-        "spacing_mm": (5.0, 0.48828125, 0.48828125)
+        "spacing_mm": HEAD_CT_SPACING_MM
         if data in ("bhsd", "rsna", "mbhseg")
         else placeholder(tuple),
         "planner": "default",  # "default", "resenc_m", "resenc_l", "resenc_xl"
