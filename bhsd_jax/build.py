@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from bhsd_jax.platform.errors import UserError
@@ -50,10 +50,17 @@ def build(package: str, spec: Mapping[str, Any], **extra: Any) -> Any:
     kwargs = dict(spec) | extra
     name = kwargs.pop("name")
     made = find(package, name)
-    accepted = inspect.signature(made).parameters
-    unknown = sorted(set(kwargs) - set(accepted))
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        raise UserError(
-            f"{package}.{name}: unknown {', '.join(unknown)}; it takes {', '.join(accepted)}"
-        )
+    require_arguments(f"{package}.{name}", made, kwargs)
     return made(**kwargs)
+
+
+def require_arguments(name: str, made: Callable[..., Any], arguments: Collection[str]) -> None:
+    """Refuses arguments that a class or function called `name` does not take.
+
+    Raises:
+        ValueError: Lists those that are unknown and all that it takes.
+    """
+    accepted = inspect.signature(made).parameters
+    unknown = sorted(set(arguments) - set(accepted))
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        raise UserError(f"{name}: unknown {', '.join(unknown)}; it takes {', '.join(accepted)}")

@@ -10,7 +10,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
+
+from bhsd_jax.volume import Millimeters, Network, Shape
 
 Params = Any
 Metrics = dict[str, Scalar]
@@ -122,13 +125,64 @@ class Objective(Protocol):
 
 
 @runtime_checkable
-class Model(Protocol):
-    """A linen module. Collections other than `params` are not allowed in training."""
+class Backbone(Protocol):
+    """All that is asked of a network in `models/`: a linen module, found by the name of its class.
 
-    num_classes: int
+    Its fields are plain values that a config can hold, each with a default but `num_classes`; two
+    networks with equal fields are equal and have the same parameters. Parameters are float32.
+    Collections other than `params` are not allowed in training. A transposed convolution is
+    Flax's own layer, or its class has `transposed: ClassVar[bool] = True`.
+
+    A network of one's own must have `num_classes` and `__call__`. Without `for_plan` it is given
+    the patch, and nothing else of a plan, if its constructor has an argument `patch`; with or
+    without it, `dtype` and `remat` if it has arguments of these names.
+    """
+
+    num_classes: int  # K, background included
+    dtype: DTypeLike  # of the computation
+    remat: str  # "none", or "blocks": recompute activations in the backward pass; same numbers
+
+    @property
+    def stride(self) -> Shape:
+        """D, H, W; the size of an image must be a multiple of it, axis by axis."""
+        ...
+
+    @classmethod
+    def for_plan(
+        cls, network: Network, patch: Shape, spacing_mm: Millimeters, /, **fields: Any
+    ) -> "Backbone":
+        """The network for patches [D H W] of that spacing, with what it takes from a plan.
+
+        `network` is the plan's topology, for the plan's patch, which may be another. `fields` are
+        those that a config gives, `num_classes` among them; they take precedence.
+
+        Raises:
+            ValueError: If plan and fields do not go together.
+        """
+        ...
 
     def __call__(self, image: Float[Array, "B D H W C"], *, train: bool) -> Logits:
-        """Float32 logits; a tuple, full resolution first, one entry if there is one head."""
+        """Float32 logits; a tuple, full resolution first, one entry if there is one head.
+
+        With `train` it may draw dropout, from the key "dropout".
+
+        Raises:
+            ValueError: If the size of the image does not fit; names the nearest that does.
+        """
+        ...
+
+    # The methods of linen modules that the program calls.
+
+    def init(self, rngs: PRNGKeyArray, image: Array, *, train: bool) -> Any:
+        """Variables by collection, for images like this one [B D H W C]."""
+        ...
+
+    def apply(self, variables: Any, image: Array, *, train: bool, rngs: Any = None) -> Any:
+        """`__call__` with these variables: logits [B D H W K], as many as there are heads."""
+        ...
+
+    def clone(self, **fields: Any) -> "Backbone":
+        """The same network but for these fields, such as `dtype` and `remat`."""
         ...
 
 

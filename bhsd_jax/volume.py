@@ -149,9 +149,10 @@ class Network:
     features: tuple[int, ...]  # channels per stage
     strides: tuple[Shape, ...]  # per stage; stage 0 is (1, 1, 1)
     kernels: tuple[Shape, ...]  # per stage
-    convs_encoder: tuple[int, ...]  # per stage
+    convs_encoder: tuple[int, ...]  # per stage; residual blocks if `residual`
     convs_decoder: tuple[int, ...]  # per stage but the last
     batch_dice: bool
+    residual: bool = False  # made for a residual encoder; plans of older versions never say so
 
 
 @dataclass(frozen=True)

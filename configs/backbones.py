@@ -30,7 +30,7 @@ _ADAMW = {
     "schedule": "warmup_cosine",
     "warmup": 0.01,
 }
-# Every network's preset for thick slices accepts the patch nnU-Net plans for BHSD.
+# What nnU-Net plans for BHSD at its spacing; every network's preset for thick slices accepts it.
 _PATCH = (20, 320, 256)
 
 
@@ -40,7 +40,7 @@ class Backbone:
 
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)  # of the class
-    patch: tuple[int, int, int] | None = _PATCH  # on head CT; None: the plan's
+    patch: tuple[int, int, int] | None = _PATCH  # at BHSD's spacing; None: the plan's
     optimizer: Mapping[str, Any] | None = None  # as published; None: nnU-Net's
 
 
@@ -78,7 +78,9 @@ _SMOKE = {  # thin networks that still have every part, by class
 
 
 def choose(config: ml_collections.ConfigDict, backbone: str, recipe: str, *, head_ct: bool) -> None:
-    """Sets the model, and for a short name the patch (on head CT) and the recipe.
+    """Sets the model, and for a short name the patch (of `head_ct` scans) and the recipe.
+
+    `head_ct` says that preprocessing is pinned to BHSD's spacing, for which the patch is planned.
 
     Raises:
         ValueError: If the short name or the recipe is not known; lists the choices.

@@ -13,8 +13,9 @@ from bhsd_jax import settings
 from bhsd_jax.configs import backbones
 from bhsd_jax.platform.errors import UserError
 
+# D, H, W of head CT in thick slices: what nnU-Net's rule gives for BHSD's own training cases.
+HEAD_CT_SPACING_MM = (5.0, 0.48828125, 0.48828125)
 HEMORRHAGE = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
-BHSD_SPACING_MM = (5.0, 0.48828125, 0.48828125)  # of its scans, D H W
 DATA = {  # the word `data=`
     "synthetic": {"name": "synthetic.Synthetic", "root": "", "difficulty": "default"},
     "bhsd": {"name": "bhsd.BHSD", "root": "data/BHSD"},
@@ -114,7 +115,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "power": 0.9,
         "warmup": 0.0,  # steps; below 1: share of the training
     }
-    backbones.choose(config, words["backbone"], words["recipe"], head_ct=words["data"] == "bhsd")
+    # A patch of so many voxels goes with the spacing it was planned for, whatever data set has it.
+    head_ct = config.preprocess.spacing_mm == HEAD_CT_SPACING_MM
+    backbones.choose(config, words["backbone"], words["recipe"], head_ct=head_ct)
     config.train = _group(settings.Train)
     config.mesh = _group(settings.Mesh)
     config.infer = _group(settings.Infer)
@@ -204,7 +207,7 @@ def _group(group: type) -> dict:
 def _preprocess(data: str) -> dict:
     group = _group(settings.Preprocess)
     if data in ("bhsd", "rsna", "mbhseg"):
-        group["spacing_mm"] = FieldReference(BHSD_SPACING_MM, field_type=object)
+        group["spacing_mm"] = FieldReference(HEAD_CT_SPACING_MM, field_type=object)
     group["crop_hu"] = FieldReference(None if data == "msd" else -200.0, field_type=object)
     return group
 

@@ -257,9 +257,7 @@ report.run = run
 sys.argv = ["bhsd", "report", {str(run)!r}]
 main.cli()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     return done.stderr
 

@@ -30,7 +30,7 @@ def main() -> None:
     if args.worker:
         bench_step.load()
         import bhsd_jax.infer.sliding
-        import bhsd_jax.models.torch_import  # noqa: F401
+        import bhsd_jax.torch_weights.importing  # noqa: F401
 
         bench_pair.serve(functools.partial(setup, args), bench_step.device_peak)
         return
@@ -103,7 +103,7 @@ def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     import jax
 
     from bhsd_jax.infer.sliding import SlidingWindow
-    from bhsd_jax.models import torch_import
+    from bhsd_jax.torch_weights import importing
     from bhsd_jax.train.mesh import make_mesh
 
     preset = PRESETS[args.preset]
@@ -114,7 +114,7 @@ def setup(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     else:
         with np.load(Path(args.folder) / "weights.npz") as file:
             state = dict(file)
-        module, variables = torch_import.load("PlainConvUNet", constructor(preset), state)
+        module, variables = importing.load("PlainConvUNet", constructor(preset), state)
     module = module.clone(deep_supervision=False, dtype=args.dtype)
 
     def forward(params, image):

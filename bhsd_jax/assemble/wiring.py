@@ -1,7 +1,6 @@
 """From a config and a plan to the network and what stands around it."""
 
 import inspect
-import sys
 from typing import Any
 
 import jax
@@ -9,55 +8,37 @@ import jax.numpy as jnp
 
 from bhsd_jax import windows
 from bhsd_jax.assemble import setup
-from bhsd_jax.build import build, find
-from bhsd_jax.nnunet import planner
+from bhsd_jax.build import build, find, require_arguments
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
-from bhsd_jax.volume import Network, Plan
+from bhsd_jax.volume import Plan
 
-_THICK = 3  # ratio of spacings from which a backbone's own preset for thick slices is used
-
-
-def network(config: Settings, plan: Plan) -> Network:
-    """The plan's topology, or one for the patch and features the config pins."""
-    wanted = setup.patch(config, plan)
-    found = plan.network
-    if wanted != found.patch:
-        found = planner.topology(
-            plan.spacing_mm, wanted, batch=found.batch, batch_dice=found.batch_dice
-        )
-    return found
+_MODELS = "bhsd_jax.models"
 
 
 def model(config: Settings, plan: Plan) -> Any:
-    """The backbone, with what the plan knows filled in where the config says nothing.
+    """The network (`types.Backbone`), with what it takes from the plan where the config is silent.
+
+    A class without `for_plan` is given the patch, if it has an argument of that name.
 
     Raises:
-        ValueError: If the config names an unknown class or argument.
+        ValueError: If the config names an unknown class or argument, or class and plan do not go
+            together.
     """
     spec = {k: v for k, v in config.model.items() if v is not None}
-    made = find("bhsd_jax.models", spec["name"])
+    name, patch = spec.pop("name"), setup.patch(config, plan)
+    made = find(_MODELS, name)
+    for_plan = getattr(made, "for_plan", None)
+    offered = {"dtype": compute_type(config.precision), "remat": config.train.remat}
+    if for_plan is None:
+        offered["patch"] = patch
     accepted = inspect.signature(made).parameters
-    known: dict[str, Any] = {}
-    if "kernels" in accepted:  # nnU-Net's family takes its shape from the plan
-        topology = network(config, plan)
-        stages = len(spec.get("features", topology.features))
-        known = {
-            "features": topology.features,
-            "strides": topology.strides[:stages],
-            "kernels": topology.kernels[:stages],
-            "convs_encoder": topology.convs_encoder[:stages],
-            "convs_decoder": topology.convs_decoder[: stages - 1],
-        }
-    elif max(plan.spacing_mm) > _THICK * min(plan.spacing_mm):
-        known = dict(getattr(sys.modules[made.__module__], "HEAD_CT", {}))
-    known |= {
-        "patch": setup.patch(config, plan),
-        "dtype": compute_type(config.precision),
-        "remat": config.train.remat,
-    }
-    filled = {k: v for k, v in known.items() if k in accepted and k not in spec}
-    return build("bhsd_jax.models", spec, num_classes=len(setup.classes(config, plan)), **filled)
+    fields = {k: v for k, v in offered.items() if k in accepted} | spec
+    fields["num_classes"] = len(setup.classes(config, plan))
+    require_arguments(f"{_MODELS}.{name}", made, fields)
+    if for_plan is None:
+        return made(**fields)
+    return for_plan(plan.network, patch, plan.spacing_mm, **fields)
 
 
 def objective(config: Settings) -> Any:

@@ -8,7 +8,7 @@ convolution. The choice falls when a program is lowered, so one jaxpr serves all
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -19,16 +19,11 @@ from jaxtyping import Array, Float
 
 from bhsd_jax.models import conv_cpu
 from bhsd_jax.models.conv_cpu import Padding, Triple
+from bhsd_jax.models.initializers import he_normal, he_normal_transpose
 
 _AXES_3D = ("NDHWC", "DHWIO", "NDHWC")
 _ONE: Triple = (1, 1, 1)
 _NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
-_HE = 2 / 1.0001  # gain of a leaky ReLU with slope 0.01
-he_normal = nn.initializers.variance_scaling(_HE, "fan_in", "normal")
-# PyTorch takes the second axis of its (in, out, kernel) weight for the fan-in.
-he_normal_transpose = nn.initializers.variance_scaling(
-    _HE, "fan_in", "normal", in_axis=-1, out_axis=-2
-)
 
 
 def conv3d(
@@ -88,6 +83,7 @@ class Conv(nn.Module):
 class ConvTranspose(nn.Module):
     """Up-sampling by a transposed convolution whose kernel is its stride."""
 
+    transposed: ClassVar[bool] = True  # see `types.Backbone`
     features: int
     stride: Triple = (2, 2, 2)
     use_bias: bool = True

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from bhsd_jax.models.blocks import rematerialized
 from bhsd_jax.models.conv import Triple
-from bhsd_jax.models.cotr_layers import torch_bias
+from bhsd_jax.models.initializers import torch_bias
+from bhsd_jax.models.norms import LayerNorm
 from bhsd_jax.platform.errors import UserError
 
 _ORDERS = {  # which entry of a reference point or offset moves along D, H, and W
@@ -91,9 +92,7 @@ class _Layer(nn.Module):
     ) -> Float[Array, "B N C"]:
         options = self.options
         drop = functools.partial(nn.Dropout, options.dropout, deterministic=not options.train)
-        norm = functools.partial(
-            nn.LayerNorm, epsilon=1e-5, use_fast_variance=False, dtype=options.dtype
-        )
+        norm = functools.partial(LayerNorm, dtype=options.dtype)
         attended = DeformableAttention(options, self.shapes, name="attention")(
             tokens + position, tokens
         )

@@ -4,25 +4,17 @@ Source: Xie et al. 2021, arXiv:2103.03024; CoTr 521b4cc.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from bhsd_jax.models.blocks import InstanceNorm
 from bhsd_jax.models.conv import Triple, conv3d
+from bhsd_jax.models.initializers import fan_out_normal, torch_bias
+from bhsd_jax.models.norms import BatchNorm, InstanceNorm
 from bhsd_jax.platform.errors import UserError
-
-fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-# PyTorch takes the first axis of its (in, out, kernel) weight for the fan-out.
-fan_out_normal_transpose = nn.initializers.variance_scaling(
-    2.0, "fan_out", "normal", in_axis=-1, out_axis=-2
-)
 
 
 class Unit(nn.Module):
@@ -99,39 +91,6 @@ class Head(nn.Module):
         return out + bias.astype(self.dtype)
 
 
-class BatchNorm(nn.Module):
-    """Normalizes by statistics of the batch in training, by running ones otherwise.
-
-    The batch is the whole one, all devices together. As in PyTorch, and unlike in `nn.BatchNorm`,
-    the running variance takes in the unbiased one (divided by n - 1).
-
-    Source: Ioffe and Szegedy 2015, arXiv:1502.03167; PyTorch `BatchNorm3d`, momentum 0.1.
-    """
-
-    train: bool
-    dtype: DTypeLike = jnp.float32  # of the result
-
-    @nn.compact
-    def __call__(self, image: Float[Array, "B D H W C"]) -> Float[Array, "B D H W C"]:
-        channels = (image.shape[-1],)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
-        running_var = self.variable("batch_stats", "var", jnp.ones, channels)
-        scale = self.param("scale", nn.initializers.ones, channels)
-        bias = self.param("bias", nn.initializers.zeros, channels)
-        wide = image.astype(jnp.float32)
-        mean, var = running_mean.value, running_var.value
-        if self.train:
-            mean = wide.mean((0, 1, 2, 3))
-            var = jnp.square(wide - mean).mean((0, 1, 2, 3))
-            if not self.is_initializing():
-                count = wide.size // wide.shape[-1]
-                unbiased = var * (count / max(1, count - 1))
-                running_mean.value += 0.1 * (mean - running_mean.value)
-                running_var.value += 0.1 * (unbiased - running_var.value)
-        normal = (wide - mean) * lax.rsqrt(var + 1e-5)
-        return (normal * scale + bias).astype(self.dtype)
-
-
 def standardized(kernel: Float[Array, "kd kh kw C F"]) -> Float[Array, "kd kh kw C F"]:
     """Each filter with mean 0 and (unbiased) variance 1.
 
@@ -164,16 +123,6 @@ def upsample(image: Float[Array, "B D H W C"], factors: Triple) -> Float[Array, 
     return image
 
 
-def torch_bias(fan_in: int) -> Callable[..., Any]:
-    """PyTorch's default for biases: uniform, the narrower the more inputs a unit has."""
-
-    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
 def _part(image: Array, axis: int, start: int, stop: int) -> Array:
     return lax.slice_in_dim(image, start, stop, axis=axis)
 
@@ -182,7 +131,7 @@ def _norm(kind: str, train: bool, dtype: DTypeLike) -> nn.Module:
     if kind == "instance":
         return InstanceNorm(dtype=dtype, name="norm")
     if kind == "batch":
-        return BatchNorm(train, dtype, name="norm")
+        return BatchNorm(1e-5, True, dtype, 0.1, train, name="norm")
     if kind == "group":
         return nn.GroupNorm(16, epsilon=1e-5, dtype=dtype, use_fast_variance=False, name="norm")
     raise UserError(f"CoTr: norm is {kind!r}; choose 'instance', 'batch', or 'group'")

@@ -5,8 +5,6 @@ Source: Zhou et al. 2021, arXiv:2109.03201; nnFormer d48aaeb, whose three copies
 """
 
 import functools
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +14,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from bhsd_jax.models import nnformer_torch
-from bhsd_jax.models.blocks import rematerialized, require_patch
+from bhsd_jax.models.blocks import (
+    has_thick_slices,
+    rematerialized,
+    require_patch,
+    total_stride,
+)
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.nnformer_blocks import (
     Block,
@@ -26,11 +28,11 @@ from bhsd_jax.models.nnformer_blocks import (
     Options,
     Project,
     fit_window,
-    layer_norm,
 )
-from bhsd_jax.models.torch_import import Recipe
+from bhsd_jax.models.norms import LayerNorm
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits
+from bhsd_jax.volume import Millimeters, Network
 
 SYNAPSE: dict[str, Any] = {}  # the defaults; patch 64 x 128 x 128
 ACDC: dict[str, Any] = {  # patch 14 x 160 x 160
@@ -58,10 +60,6 @@ HEAD_CT: dict[str, Any] = ACDC | {
     "odd_depth": False,
     "deep_supervision": True,
 }
-_VARIANTS = {"synapse": SYNAPSE, "acdc": ACDC, "tumor": TUMOR}
-_REQUIRED = ("crop_size", "num_classes")
-_FIELDS = {"embedding_dim": "embed", "depths": "depths", "num_heads": "heads"}
-_FIELDS |= {"window_size": "attn_windows", "deep_supervision": "deep_supervision"}
 
 
 class NNFormer(nn.Module):
@@ -93,29 +91,36 @@ class NNFormer(nn.Module):
     dtype: DTypeLike = jnp.float32  # of the computation; parameters and logits are float32
     remat: str = "none"  # "blocks": recompute each block in the backward pass
 
+    @classmethod
+    def for_plan(
+        cls, network: Network, patch: Triple, spacing_mm: Millimeters, /, **fields: Any
+    ) -> "NNFormer":
+        """`HEAD_CT` for thick slices, else the defaults; `fields` take precedence."""
+        del network, patch  # nnU-Net's topology; any patch that `stride` accepts goes
+        preset = HEAD_CT if has_thick_slices(spacing_mm) else {}
+        return cls(**{**preset, **fields})
+
     @property
     def stride(self) -> Triple:
         """Total stride; the patch must be a multiple of it, unless `odd_depth`."""
-        steps = zip(*self.embed_strides, *self.merge_strides, strict=True)
-        d, h, w = (math.prod(s) for s in steps)
-        return d, h, w
+        return total_stride((*self.embed_strides, *self.merge_strides))
 
     @nn.compact
     def __call__(self, image: Float[Array, "B D H W C"], *, train: bool) -> Logits:
         _require_fields(self)
         _require_depth(self, image.shape[1:4])
-        norm = functools.partial(layer_norm, self.dtype)
+        norm = functools.partial(LayerNorm, dtype=self.dtype)
         first, second = self.embed_strides
         x = Project(self.embed // 2, first, False, self.dtype, name="embed_0")(image)
         x = Project(self.embed, second, True, self.dtype, name="embed_1")(x)
-        x = norm("embed_norm")(x)
+        x = norm(name="embed_norm")(x)
         options = Options(self.mask_shifted, self.reference_index, train, self.dtype)
         rates, maps = _rates(self.drop_path, self.depths), []
         for i in range(4):
             block = self._block(options, i, x.shape[1:4], self.heads[i])
             for b, rate in enumerate(rates[i]):
                 x = block(b % 2 == 1, rate, f"encoder_{i}_{b}")(x)
-            maps.append(norm(f"norm_{i}")(x))
+            maps.append(norm(name=f"norm_{i}")(x))
             if i < 3:
                 x = self._merge(x, i)
         return self._decode(options, maps)
@@ -134,7 +139,7 @@ class NNFormer(nn.Module):
         kd, kh, kw = (1 if s == 1 else 3 for s in strides)
         depth = 0 if self.odd_depth and i == 2 else kd // 2
         # An activation before the norm: no other Swin has it.
-        x = layer_norm(self.dtype, f"merge_norm_{i}")(jax.nn.gelu(x, approximate=False))
+        x = LayerNorm(dtype=self.dtype, name=f"merge_norm_{i}")(jax.nn.gelu(x, approximate=False))
         features, padding = 2 * x.shape[-1], (depth, kh // 2, kw // 2)
         conv = Conv(features, (kd, kh, kw), strides, padding, self.dtype, name=f"merge_{i}")
         return conv(x)
@@ -143,11 +148,11 @@ class NNFormer(nn.Module):
         # The deepest stage comes first, and has the lowest rates.
         rates = _rates(self.drop_path, self.depths[2::-1])[::-1]
         heads = self.heads_decoder or self.heads[:3]
-        patch = _product(*self.embed_strides)
+        patch = total_stride(self.embed_strides)
         x, logits = maps[3], []
         for i in reversed(range(3)):
             skip = maps[i]
-            x = layer_norm(self.dtype, f"up_norm_{i}")(x)
+            x = LayerNorm(dtype=self.dtype, name=f"up_norm_{i}")(x)
             extra = self.odd_depth and i == 2
             up = Expand(skip.shape[-1], self.merge_strides[i], self.dtype, extra, name=f"up_{i}")
             x = up(x)
@@ -167,11 +172,6 @@ def _rates(last: float, depths: tuple[int, ...]) -> list[list[float]]:
     return [part.tolist() for part in np.split(rates, np.cumsum(depths)[:-1])]
 
 
-def _product(*strides: Triple) -> Triple:
-    d, h, w = (math.prod(s) for s in zip(*strides, strict=True))
-    return d, h, w
-
-
 def _require_fields(net: NNFormer) -> None:
     heads = (*net.heads, *(net.heads_decoder or net.heads[:3]))
     lengths = {"depths": 4, "heads": 4, "attn_windows": 4, "merge_strides": 3, "embed_strides": 2}
@@ -189,7 +189,7 @@ def _require_fields(net: NNFormer) -> None:
 def _require_depth(net: NNFormer, patch: tuple[int, ...]) -> None:
     if not net.odd_depth:
         return require_patch("NNFormer", patch, net.stride)
-    unit = _product(*net.embed_strides, *net.merge_strides[:2])[0]
+    unit = total_stride((*net.embed_strides, *net.merge_strides[:2]))[0]
     height, width = net.stride[1:]
     depth = patch[0] // unit
     if patch[0] % unit == 0 and depth % 2 and depth > 1:
@@ -202,51 +202,3 @@ def _require_depth(net: NNFormer, patch: tuple[int, ...]) -> None:
         f"NNFormer: D of patch {tuple(patch)} must be an odd multiple of {unit} above it"
         f" (odd_depth), H and W of {height} and {width}; nearest is {(odd, *plane)}"
     )
-
-
-def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
-    """Twin of a variant's `nnFormer`; `reference` is "nnFormer/synapse", "/acdc", or "/tumor".
-
-    Raises:
-        ValueError: Lists every argument that has no counterpart here.
-    """
-    variant = reference.partition("/")[2]
-    if variant not in _VARIANTS:
-        raise UserError(f"{reference}: name the variant, as nnFormer/<{'|'.join(_VARIANTS)}>")
-    known = (*_REQUIRED, *_FIELDS, "input_channels", "patch_size", "down_stride")
-    wrong = [f"{name} is not known" for name in constructor if name not in known]
-    wrong += [f"{name} is missing" for name in _REQUIRED if name not in constructor]
-    given = {_FIELDS[k]: _tuples(v) for k, v in constructor.items() if k in _FIELDS}
-    if variant == "tumor" and "heads" in given:
-        given["heads_decoder"] = given["heads"][1:]
-    fields = _VARIANTS[variant] | given
-    if "patch_size" in constructor:
-        fields["embed_strides"] = _embed_strides(variant, _tuples(constructor["patch_size"]))
-    module = NNFormer(constructor.get("num_classes", 1), **fields)
-    sizes = {  # where the reference repeats what its own layers fix
-        "patch_size": _product(*module.embed_strides),
-        "down_stride": tuple(
-            _product(*module.embed_strides, *module.merge_strides[:i]) for i in range(4)
-        ),
-    }
-    for name, size in sizes.items():
-        if _tuples(constructor.get(name, size)) != size:
-            wrong.append(f"{name}={constructor[name]} (supported: {size})")
-    if wrong:
-        raise UserError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
-    image = (1, *constructor["crop_size"], constructor.get("input_channels", 1))
-    weights = nnformer_torch.weights(module)
-    return Recipe(module, image, weights, unused=nnformer_torch.is_unused)
-
-
-def _embed_strides(variant: str, patch: Triple) -> tuple[Triple, Triple]:
-    """The reference splits the stride between two convolutions, each variant in its own way."""
-    d, h, w = patch
-    if variant == "acdc":
-        return (d, h // 2, w // 2), (d, h // 2, w // 2)
-    half = (d // 2, h // 2, w // 2)
-    return (d, *half[1:]) if variant == "synapse" else half, half
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value

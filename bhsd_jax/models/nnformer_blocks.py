@@ -5,9 +5,8 @@ Source: Zhou et al. 2021, arXiv:2109.03201; nnFormer d48aaeb.
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -18,13 +17,14 @@ from jaxtyping import Array, Float, Int
 
 from bhsd_jax.models.attention import at_once, from_windows, regions_of, to_windows
 from bhsd_jax.models.conv import Triple, conv3d, conv_transpose
-from bhsd_jax.platform.errors import UserError
-
-_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
-# PyTorch takes the second axis of its (in, out, kernel) weight for the fan-in.
-_uniform_transpose = nn.initializers.variance_scaling(
-    1 / 3, "fan_in", "uniform", in_axis=-1, out_axis=-2
+from bhsd_jax.models.initializers import (
+    torch_bias,
+    torch_uniform,
+    torch_uniform_transpose,
+    trunc_normal,
 )
+from bhsd_jax.models.norms import LayerNorm
+from bhsd_jax.platform.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Block(nn.Module):
             broadcast_dims=(1, 2, 3, 4),
             deterministic=not options.train,
         )
-        norm = layer_norm(options.dtype, "norm1")
+        norm = LayerNorm(dtype=options.dtype, name="norm1")
         if skip is None:
             parts = {"qkv": norm(x)}
         else:
@@ -70,7 +70,7 @@ class Block(nn.Module):
             x = x + skip
         x = x + drop()(self._attend(parts))
         hidden = dense(4 * channels, channels, options.dtype, "fc1")(
-            layer_norm(options.dtype, "norm2")(x)
+            LayerNorm(dtype=options.dtype, name="norm2")(x)
         )
         hidden = jax.nn.gelu(hidden, approximate=False)
         return x + drop()(dense(channels, 4 * channels, options.dtype, "fc2")(hidden))
@@ -105,7 +105,7 @@ class Block(nn.Module):
 
     def _position_bias(self) -> Float[Array, "heads voxels voxels"]:
         rows = math.prod(2 * n - 1 for n in self.window)
-        table = self.param("table", nn.initializers.normal(0.02), (rows, self.heads))
+        table = self.param("table", trunc_normal, (rows, self.heads))
         return table[position_rows(self.window, self.options.reference_index)].transpose(2, 0, 1)
 
 
@@ -121,8 +121,8 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, image: Float[Array, "B D H W C"]) -> Float[Array, "B d h w F"]:
         shape = (*self.kernel, image.shape[-1], self.features)
-        kernel = self.param("kernel", _uniform, shape).astype(self.dtype)
-        bias = self.param("bias", _bias(math.prod(shape[:-1])), (self.features,))
+        kernel = self.param("kernel", torch_uniform, shape).astype(self.dtype)
+        bias = self.param("bias", torch_bias(math.prod(shape[:-1])), (self.features,))
         d, h, w = ((p, p) for p in self.padding)
         out = conv3d(image.astype(self.dtype), kernel, self.strides, (d, h, w))
         return out + bias.astype(self.dtype)
@@ -134,6 +134,7 @@ class Expand(nn.Module):
     `extra_slice` adds one at the end of D that no input reaches: it is the bias alone.
     """
 
+    transposed: ClassVar[bool] = True  # see `types.Backbone`
     features: int
     stride: Triple
     dtype: DTypeLike
@@ -142,9 +143,9 @@ class Expand(nn.Module):
     @nn.compact
     def __call__(self, image: Float[Array, "B D H W C"]) -> Float[Array, "B d h w F"]:
         shape = (*self.stride, image.shape[-1], self.features)
-        kernel = self.param("kernel", _uniform_transpose, shape).astype(self.dtype)
+        kernel = self.param("kernel", torch_uniform_transpose, shape).astype(self.dtype)
         fan_in = math.prod(self.stride) * self.features
-        bias = self.param("bias", _bias(fan_in), (self.features,))
+        bias = self.param("bias", torch_bias(fan_in), (self.features,))
         out = conv_transpose(image.astype(self.dtype), kernel)
         out = jnp.pad(out, ((0, 0), (0, int(self.extra_slice)), (0, 0), (0, 0), (0, 0)))
         return out + bias.astype(self.dtype)
@@ -164,11 +165,11 @@ class Project(nn.Module):
             Conv, self.features, (3, 3, 3), padding=(1, 1, 1), dtype=self.dtype
         )
         x = conv(strides=self.strides, name="conv1")(image)
-        x = layer_norm(self.dtype, "norm1")(jax.nn.gelu(x, approximate=False))
+        x = LayerNorm(dtype=self.dtype, name="norm1")(jax.nn.gelu(x, approximate=False))
         x = conv(strides=(1, 1, 1), name="conv2")(x)
         if self.last:
             return x
-        return layer_norm(self.dtype, "norm2")(jax.nn.gelu(x, approximate=False))
+        return LayerNorm(dtype=self.dtype, name="norm2")(jax.nn.gelu(x, approximate=False))
 
 
 def fit_window(window: int | Triple, grid: tuple[int, ...]) -> tuple[Triple, Triple]:
@@ -211,19 +212,8 @@ def position_rows(window: Triple, reference: bool) -> Int[np.ndarray, "voxels vo
     return place[:, None] - place + place[-1]
 
 
-def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    """Over channels, with PyTorch's epsilon, in two passes."""
-    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
-
-
 def dense(features: int, fan_in: int, dtype: DTypeLike, name: str) -> nn.Dense:
     """Linear layer, initialized as PyTorch does."""
-    return nn.Dense(features, dtype=dtype, kernel_init=_uniform, bias_init=_bias(fan_in), name=name)
-
-
-def _bias(fan_in: int) -> Callable[..., Any]:
-    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    return nn.Dense(
+        features, dtype=dtype, kernel_init=torch_uniform, bias_init=torch_bias(fan_in), name=name
+    )

@@ -5,7 +5,7 @@ Source: Isensee et al. 2021, doi:10.1038/s41592-020-01008-z, and 2024, arXiv:240
 """
 
 import functools
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from bhsd_jax.models.blocks import ConvUnit, rematerialized, require_patch
+from bhsd_jax.models.blocks import ConvUnit, rematerialized, require_patch, total_stride
 from bhsd_jax.models.conv import Conv, ConvTranspose, Triple
+from bhsd_jax.nnunet import planner
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits
+from bhsd_jax.volume import Millimeters, Network
 
 # What nnU-Net plans for BHSD (5 mm slices, patch 20 x 320 x 256): in plane first, then in depth.
 _STRIDES = ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
@@ -50,10 +52,30 @@ class PlainConvUNet(nn.Module):
     dtype: DTypeLike = jnp.float32  # of the computation; parameters and logits are float32
     remat: str = "none"  # "blocks": recompute each stage in the backward pass
 
+    @classmethod
+    def for_plan(
+        cls, network: Network, patch: Triple, spacing_mm: Millimeters, /, **fields: Any
+    ) -> "PlainConvUNet":
+        """The plan's topology, for another patch that of nnU-Net's rule; `fields` take precedence.
+
+        Raises:
+            ValueError: If the plan counts residual blocks and `fields` no convolutions; or the
+                patch does not fit.
+        """
+        topology, shared = _planned(network, patch, spacing_mm, fields)
+        if topology.residual and "convs_encoder" not in fields:
+            raise UserError(
+                f"PlainConvUNet: the plan is for a residual encoder, {topology.convs_encoder}"
+                " blocks per stage, not convolutions; train nnunet.ResidualEncoderUNet"
+                " (backbone=nnunet_resenc), or preprocess with preprocess.planner=default"
+            )
+        convs = topology.convs_encoder[: len(shared["strides"])]
+        return cls(**{**shared, "convs_encoder": convs, **fields})
+
     @property
     def stride(self) -> Triple:
         """The patch must be a multiple of it, axis by axis."""
-        return _total(strides_of(self))
+        return total_stride(strides_of(self))
 
     @nn.compact
     def __call__(self, image: Float[Array, "B D H W C"], *, train: bool) -> Logits:
@@ -97,10 +119,26 @@ class ResidualEncoderUNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
 
+    @classmethod
+    def for_plan(
+        cls, network: Network, patch: Triple, spacing_mm: Millimeters, /, **fields: Any
+    ) -> "ResidualEncoderUNet":
+        """As `PlainConvUNet`, with the counts of blocks of a plan for a residual encoder.
+
+        A plan for the plain network counts convolutions; then the blocks are the published ones.
+
+        Raises:
+            ValueError: If the patch does not fit.
+        """
+        topology, shared = _planned(network, patch, spacing_mm, fields)
+        if topology.residual:
+            shared["blocks_encoder"] = topology.convs_encoder[: len(shared["strides"])]
+        return cls(**{**shared, **fields})
+
     @property
     def stride(self) -> Triple:
         """The patch must be a multiple of it, axis by axis."""
-        return _total(strides_of(self))
+        return total_stride(strides_of(self))
 
     @nn.compact
     def __call__(self, image: Float[Array, "B D H W C"], *, train: bool) -> Logits:
@@ -175,6 +213,20 @@ class ResidualStage(nn.Module):
         return nn.leaky_relu(out + x, self.unit.keywords["slope"])
 
 
+def _planned(
+    network: Network, patch: Triple, spacing_mm: Millimeters, fields: Mapping[str, Any]
+) -> tuple[Network, dict[str, Any]]:
+    """Topology for the patch, and what both networks take of it: as many stages as `features`."""
+    topology = planner.for_patch(network, patch, spacing_mm)
+    stages = len(fields.get("features", topology.features))
+    return topology, {
+        "features": topology.features,
+        "strides": topology.strides[:stages],
+        "kernels": topology.kernels[:stages],
+        "convs_decoder": topology.convs_decoder[: stages - 1],
+    }
+
+
 def _decode(net: Any, skips: list[Array]) -> Logits:
     """From the lowest stage up: up-sample, join (up-sampled first, then skip), convolve, head."""
     stage = rematerialized(ConvStage, net.remat)
@@ -215,11 +267,6 @@ def kernels_of(net: Any) -> tuple[Triple, ...]:
     if not all(k % 2 for kernel in kernels for k in kernel):
         raise UserError(f"{type(net).__name__}: kernels must be odd; got {kernels}")
     return kernels
-
-
-def _total(strides: tuple[Triple, ...]) -> Triple:
-    d, h, w = (math.prod(s) for s in zip(*strides, strict=True))
-    return d, h, w
 
 
 def _per_stage(net: Any, field: str, default: tuple) -> tuple:

@@ -15,7 +15,9 @@ from jaxtyping import Array, Float
 
 from bhsd_jax.models.attention import attend, from_windows, regions_of, to_windows
 from bhsd_jax.models.conv import Triple
-from bhsd_jax.models.unetr_blocks import ConvBlock, LayerNorm, Linear, Mlp, heads_of, trunc_normal
+from bhsd_jax.models.initializers import trunc_normal
+from bhsd_jax.models.norms import LayerNorm
+from bhsd_jax.models.unetr_blocks import ConvBlock, Linear, Mlp, heads_of
 from bhsd_jax.platform.errors import UserError
 
 # Which voxel of each 2 x 2 x 2 block (D, H, W) gives which block of channels to a merging layer.

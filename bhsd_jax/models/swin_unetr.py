@@ -5,7 +5,6 @@ MONAI 1.6.1 `SwinUNETR`, whose outputs and gradients these reproduce with its ow
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,26 +13,23 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from bhsd_jax.models import torch_import, unetr_torch
-from bhsd_jax.models.blocks import rematerialized, require_patch
-from bhsd_jax.models.conv import Triple
-from bhsd_jax.models.swin_blocks import PatchMerging, SwinBlock, SwinStage, merging_order
-from bhsd_jax.models.torch_import import Recipe, Weight
-from bhsd_jax.models.unetr_blocks import (
-    ConvBlock,
-    LayerNorm,
-    Linear,
-    NormSpec,
-    PatchEmbed,
-    UpBlock,
+from bhsd_jax.models.blocks import (
+    has_thick_slices,
+    rematerialized,
+    require_patch,
     total_stride,
 )
+from bhsd_jax.models.conv import Triple
+from bhsd_jax.models.norms import LayerNorm, NormSpec
+from bhsd_jax.models.swin_blocks import PatchMerging, SwinBlock, SwinStage, merging_order
+from bhsd_jax.models.unetr_blocks import ConvBlock, Linear, PatchEmbed, UpBlock
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits
+from bhsd_jax.volume import Millimeters, Network
 
 # For 5 mm slices: in plane first, depth is halved twice only, as in the PI-CAI baseline. The window
 # divides the 20 x 160 x 128 ... 5 x 20 x 16 tokens of a 20 x 320 x 256 patch, so nothing is padded.
-HEAD_CT = {
+HEAD_CT: dict[str, Any] = {
     "patch_embed": (1, 2, 2),
     "merge_strides": ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2)),
     "attn_window": (5, 10, 8),
@@ -70,6 +66,15 @@ class SwinUNETR(nn.Module):
     path_dropout: float = 0.0  # of whole branches, growing to this in the last block
     dtype: DTypeLike = jnp.float32  # of the computation; parameters and logits are float32
     remat: str = "none"  # "blocks": recompute each stage and block in the backward pass
+
+    @classmethod
+    def for_plan(
+        cls, network: Network, patch: Triple, spacing_mm: Millimeters, /, **fields: Any
+    ) -> "SwinUNETR":
+        """`HEAD_CT` for thick slices, else the defaults; `fields` take precedence."""
+        del network, patch  # nnU-Net's topology; any multiple of `stride` goes
+        preset = HEAD_CT if has_thick_slices(spacing_mm) else {}
+        return cls(**{**preset, **fields})
 
     @property
     def stride(self) -> Triple:
@@ -144,108 +149,3 @@ class SwinUNETR(nn.Module):
         for strides in self.merge_strides:
             merging_order(self.merging, strides)
         require_patch("SwinUNETR", size, self.stride)
-
-
-_ARGUMENTS = {  # of the reference, with its defaults
-    "patch_size": 2,
-    "depths": (2, 2, 2, 2),
-    "num_heads": (3, 6, 12, 24),
-    "window_size": 7,
-    "qkv_bias": True,
-    "mlp_ratio": 4.0,
-    "feature_size": 24,
-    "norm_name": "instance",
-    "drop_rate": 0.0,
-    "attn_drop_rate": 0.0,
-    "dropout_path_rate": 0.0,
-    "normalize": True,
-    "norm_layer": "LayerNorm",
-    "patch_norm": False,
-    "use_checkpoint": False,  # changes memory, not numbers
-    "spatial_dims": 3,
-    "downsample": "legacy",  # not MONAI's: see `from_torch`
-    "use_v2": False,
-    "img_size": None,  # before MONAI 1.5; checked, never used
-}
-_MERGING = {"merging": "fixed", "mergingv2": "v2"} | {n: n for n in ("fixed", "legacy", "v2")}
-
-
-def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
-    """Twin of MONAI's `SwinUNETR`.
-
-    `downsample` says which release built it: "merging" since MONAI 1.5, "legacy" before, with the
-    same name and other results. Where it is not given it is "legacy", the order that all weights
-    published until 2025 need, unlike MONAI's own default. `"SwinUNETR/legacy"` and an argument
-    `merging` say it too.
-
-    Raises:
-        ValueError: Lists every argument that has no counterpart here.
-    """
-    given = dict(constructor)
-    merging = given.pop("merging", None) or reference.partition("/")[2]
-    if merging:
-        given["downsample"] = merging
-    arguments = unetr_torch.arguments(
-        reference,
-        given,
-        required=("in_channels", "out_channels"),
-        defaults=_ARGUMENTS,
-        supported={
-            "spatial_dims": (3,),
-            "patch_size": (2,),
-            "downsample": tuple(_MERGING),
-            "norm_layer": ("LayerNorm",),
-        },
-    )
-    module = SwinUNETR(
-        num_classes=arguments["out_channels"],
-        feature_size=int(arguments["feature_size"]),
-        depths=tuple(arguments["depths"]),
-        heads=tuple(arguments["num_heads"]),
-        attn_window=unetr_torch.triple(arguments["window_size"]),
-        merging=_MERGING[arguments["downsample"]],
-        convolve_stages=arguments["use_v2"],
-        mlp_ratio=float(arguments["mlp_ratio"]),
-        qkv_bias=arguments["qkv_bias"],
-        patch_norm=arguments["patch_norm"],
-        normalize=arguments["normalize"],
-        norm=unetr_torch.norm_spec(arguments["norm_name"]),
-        dropout=arguments["drop_rate"],
-        attention_dropout=arguments["attn_drop_rate"],
-        path_dropout=arguments["dropout_path_rate"],
-    )
-    channels = arguments["in_channels"]
-    weights = _encoder_weights(module) | _decoder_weights(module, channels)
-    return Recipe(module, (1, *module.stride, channels), weights, unused=unetr_torch.is_unused)
-
-
-def _encoder_weights(module: SwinUNETR) -> dict[str, Weight]:
-    layer, norm = unetr_torch.layer, unetr_torch.scale_and_bias
-    weights = layer("swinViT.patch_embed.proj", "patch_embed", layout=torch_import.conv)
-    if module.patch_norm:
-        weights |= norm("swinViT.patch_embed.norm", "patch_norm")
-    for i, depth in enumerate(module.depths):
-        stage = f"swinViT.layers{i + 1}.0"
-        for j in range(depth):
-            name, block = f"{stage}.blocks.{j}", f"stage_{i}/block_{j}"
-            weights |= unetr_torch.transformer_block(
-                name, block, "/attention", out="proj", bias=module.qkv_bias
-            )
-            table = Weight(f"params/{block}/attention/position_bias")
-            weights[f"{name}.attn.relative_position_bias_table"] = table
-        weights |= layer(f"{stage}.downsample.reduction", f"merging_{i}/reduction", False)
-        weights |= norm(f"{stage}.downsample.norm", f"merging_{i}/norm")
-        if module.convolve_stages:
-            name = f"swinViT.layers{i + 1}c.0.layer"
-            weights |= unetr_torch.conv_block("instance", name, f"stage_{i}/conv")
-    return weights
-
-
-def _decoder_weights(module: SwinUNETR, channels: int) -> dict[str, Weight]:
-    block = functools.partial(unetr_torch.conv_block, module.norm)
-    weights = block("encoder1.layer", "encoder1", projected=channels != module.feature_size)
-    for name in ("encoder2", "encoder3", "encoder4", "encoder10"):
-        weights |= block(f"{name}.layer", name)
-    for i in range(1, 6):
-        weights |= unetr_torch.up_block(module.norm, f"decoder{i}", f"decoder{i}")
-    return weights | unetr_torch.head()

@@ -4,38 +4,37 @@ Source: Hatamizadeh et al. 2022, arXiv:2103.10504; MONAI 1.6.1 `UNETR`, whose ou
 these reproduce with its own weights.
 """
 
-import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from bhsd_jax.models import torch_import, unetr_torch
-from bhsd_jax.models.blocks import rematerialized, require_patch
+from bhsd_jax.models.blocks import (
+    has_thick_slices,
+    rematerialized,
+    require_patch,
+    total_stride,
+)
 from bhsd_jax.models.conv import Triple
-from bhsd_jax.models.torch_import import Recipe, Weight
+from bhsd_jax.models.initializers import trunc_normal
+from bhsd_jax.models.norms import LayerNorm, NormSpec
 from bhsd_jax.models.unetr_blocks import (
     ConvBlock,
-    LayerNorm,
     Linear,
-    NormSpec,
     PatchEmbed,
     TransformerBlock,
     UpBlock,
-    total_stride,
-    trunc_normal,
     up_sample,
 )
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits
+from bhsd_jax.volume import Millimeters, Network
 
 # For 5 mm slices: tokens of 4 x 16 x 16 voxels, so that a patch of 20 slices keeps five planes of
 # tokens (5 x 20 x 16 = 1600 in all) and attention still has a depth to look along.
-HEAD_CT = {
+HEAD_CT: dict[str, Any] = {
     "patch": (20, 320, 256),
     "up_strides": ((2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 2, 2)),
 }
@@ -69,6 +68,15 @@ class UNETR(nn.Module):
     dropout: float = 0.0  # after positions, attention weights, attention, and in the MLP
     dtype: DTypeLike = jnp.float32  # of the computation; parameters and logits are float32
     remat: str = "none"  # "blocks": recompute each block in the backward pass
+
+    @classmethod
+    def for_plan(
+        cls, network: Network, patch: Triple, spacing_mm: Millimeters, /, **fields: Any
+    ) -> "UNETR":
+        """The plan's patch and, for thick slices, `HEAD_CT`; `fields` take precedence."""
+        del network  # nnU-Net's topology
+        preset = HEAD_CT if has_thick_slices(spacing_mm) else {}
+        return cls(**{**preset, "patch": patch, **fields})
 
     @property
     def stride(self) -> Triple:
@@ -180,98 +188,3 @@ class Climb(nn.Module):
                 )
                 x = block(x)
         return x
-
-
-_ARGUMENTS = {  # of the reference: its default, or where it must be given, nothing
-    "feature_size": 16,
-    "hidden_size": 768,
-    "mlp_dim": 3072,
-    "num_heads": 12,
-    "proj_type": "conv",
-    "norm_name": "instance",
-    "conv_block": True,
-    "res_block": True,
-    "dropout_rate": 0.0,
-    "spatial_dims": 3,
-    "qkv_bias": False,
-    "save_attn": False,
-}
-
-
-def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
-    """Twin of MONAI's `UNETR`; `pos_embed` is the old word for `proj_type`.
-
-    Raises:
-        ValueError: Lists every argument that has no counterpart here.
-    """
-    given = dict(constructor)
-    if "pos_embed" in given:
-        given["proj_type"] = given.pop("pos_embed")
-    required = ("in_channels", "out_channels", "img_size")
-    arguments = unetr_torch.arguments(
-        reference,
-        given,
-        required=required,
-        defaults=_ARGUMENTS,
-        supported={"spatial_dims": (3,), "proj_type": ("conv", "perceptron")},
-    )
-    patch = unetr_torch.triple(arguments["img_size"])
-    module = UNETR(
-        num_classes=arguments["out_channels"],
-        patch=patch,
-        feature_size=arguments["feature_size"],
-        hidden_size=arguments["hidden_size"],
-        mlp_dim=arguments["mlp_dim"],
-        heads=arguments["num_heads"],
-        embedding=arguments["proj_type"],
-        norm=unetr_torch.norm_spec(arguments["norm_name"]),
-        conv_block=arguments["conv_block"],
-        res_block=arguments["res_block"],
-        qkv_bias=arguments["qkv_bias"],
-        dropout=arguments["dropout_rate"],
-    )
-    channels = arguments["in_channels"]
-    weights = _transformer_weights(module, channels) | _decoder_weights(module, channels)
-    return Recipe(module, (1, *patch, channels), weights, unused=unetr_torch.is_unused)
-
-
-def _transformer_weights(module: UNETR, channels: int) -> dict[str, Weight]:
-    source, target = "vit.patch_embedding", "patch_embedding"
-    weights = {f"{source}.position_embeddings": Weight("params/positions")}
-    if module.embedding == "conv":
-        layout = torch_import.conv
-        weights |= unetr_torch.layer(f"{source}.patch_embeddings", target, layout=layout)
-    else:  # a linear layer over blocks of voxels, in the order [D H W C]
-        shape = (*module.stride, channels, module.hidden_size)
-        layout = functools.partial(block_kernel, shape=shape)
-        weights |= unetr_torch.layer(f"{source}.patch_embeddings.1", target, layout=layout)
-    for i in range(module.layers):
-        weights |= unetr_torch.transformer_block(
-            f"vit.blocks.{i}", f"block_{i}", "", out="out_proj", bias=module.qkv_bias
-        )
-    return weights | unetr_torch.scale_and_bias("vit.norm", "norm")
-
-
-def block_kernel(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """(out, d * h * w * in) -> [d h w in out], a `shape` with a stride of its first three."""
-    return weight.T.reshape(shape)
-
-
-def _decoder_weights(module: UNETR, channels: int) -> dict[str, Weight]:
-    block = functools.partial(unetr_torch.conv_block, module.norm)
-    projected = module.res_block and channels != module.feature_size
-    weights = block("encoder1.layer", "encoder1", projected=projected)
-    for encoder in (2, 3, 4):
-        name = f"encoder{encoder}"
-        weights |= unetr_torch.up(f"{name}.transp_conv_init", f"{name}/up_0")
-        for i in range(1, 5 - encoder):
-            step = f"{name}.blocks.{i - 1}"
-            if module.conv_block:
-                weights |= unetr_torch.up(f"{step}.0", f"{name}/up_{i}")
-                weights |= block(f"{step}.1", f"{name}/block_{i}")
-            else:
-                weights |= unetr_torch.up(step, f"{name}/up_{i}")
-    for decoder in (2, 3, 4, 5):
-        name = f"decoder{decoder}"
-        weights |= unetr_torch.up_block(module.norm, name, name, residual=module.res_block)
-    return weights | unetr_torch.head()

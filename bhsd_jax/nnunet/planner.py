@@ -6,6 +6,7 @@ axes. A target spacing passed in is along those axes too; everything in a finish
 spacing included, is along the transposed axes (coarsest first).
 """
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -201,6 +202,29 @@ def topology(
         convs_encoder=chosen.encoder(stages),
         convs_decoder=chosen.decoder(stages),
         batch_dice=batch_dice,
+        residual=chosen.residual,
+    )
+
+
+def for_patch(network: Network, patch: Shape, spacing_mm: Millimeters) -> Network:
+    """The network as planned, or for another patch the topology of the default planner.
+
+    Then a residual encoder keeps its counts; further stages have those of the last.
+
+    Raises:
+        ValueError: As `topology`.
+    """
+    if tuple(patch) == network.patch:
+        return network
+    changed = topology(spacing_mm, patch, batch=network.batch, batch_dice=network.batch_dice)
+    if not network.residual:
+        return changed
+    stages = len(changed.features)
+    return dataclasses.replace(
+        changed,
+        convs_encoder=_continued(network.convs_encoder, stages),
+        convs_decoder=_continued(network.convs_decoder, stages - 1),
+        residual=True,
     )
 
 
@@ -227,6 +251,10 @@ def from_nnunet_plans(
             "is this a plans.json of nnU-Net v2?"
         ) from error
     return network, (d, h, w), (first, second, third)
+
+
+def _continued(counts: tuple[int, ...], stages: int) -> tuple[int, ...]:
+    return tuple(counts[min(stage, len(counts) - 1)] for stage in range(stages))
 
 
 def _target(spacings: np.ndarray, shapes: np.ndarray) -> Millimeters:

@@ -198,6 +198,7 @@ def network(settings: Mapping[str, Any]) -> Network:
         convs_encoder=tuple(found[_ENCODER[unet]]),
         convs_decoder=tuple(found["n_conv_per_stage_decoder"]),
         batch_dice=bool(settings["batch_dice"]),
+        residual=unet == _UNETS[True],
     )
 
 

@@ -104,12 +104,13 @@ class CrossPseudoSupervision:
 
 
 def _transposed(model: nn.Module, image: jax.Array) -> frozenset[tuple[str, ...]]:
-    """Paths of the transposed convolutions, by their class: models name them as they like."""
+    """Paths of the transposed convolutions: Flax's own, and those whose class says so."""
     found = set()
 
     def note(call, args, kwargs, context):
-        if any(word in type(context.module).__name__ for word in ("Transpose", "Expand")):
-            found.add(context.module.path)
+        layer = context.module
+        if isinstance(layer, nn.ConvTranspose) or getattr(type(layer), "transposed", False) is True:
+            found.add(layer.path)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):

@@ -22,11 +22,10 @@ from flax import traverse_util
 
 from bhsd_jax import windows
 from bhsd_jax.assemble import predictor, setup, wiring
-from bhsd_jax.models import nnunet_torch, torch_export
 from bhsd_jax.platform import files
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config, Settings
-from bhsd_jax.torch_weights import weights_file
+from bhsd_jax.torch_weights import exporting, nnunet, weights_file
 from bhsd_jax.types import Params
 from bhsd_jax.verbs import import_weights
 from bhsd_jax.volume import Plan
@@ -105,7 +104,7 @@ def safetensors(config: Config, workdir: Path, out: Path) -> None:
     plan = setup.load_plan(config, workdir)
     step, name, variables = _network(config, workdir)
     reference, constructor = _twin(config, workdir, plan)
-    state = torch_export.dump(reference, constructor, variables)
+    state = exporting.dump(reference, constructor, variables)
     facts = _facts(config, plan, step, name)
     header = {"reference": reference, "constructor": json.dumps(constructor)}
     header |= {key: facts[key] for key in ("notice", "license", "trained_on")}
@@ -136,7 +135,7 @@ def _twin(config: Settings, workdir: Path, plan: Plan) -> tuple[str, dict[str, A
         found = weights_file.json_of(str(file))
         return found["reference"], found["constructor"]
     channels = wiring.normalization(config, plan).channels
-    return nnunet_torch.constructor_of(wiring.model(config, plan), channels)
+    return nnunet.constructor_of(wiring.model(config, plan), channels)
 
 
 def _facts(config: Settings, plan: Plan, step: int, name: str) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.assemble import wiring
-from bhsd_jax.models import torch_import
 from bhsd_jax.nnunet import trained
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Config, Infer, Settings
-from bhsd_jax.torch_weights import weights_file
+from bhsd_jax.torch_weights import importing, weights_file
+from bhsd_jax.torch_weights.recipe import recipe_of
 from bhsd_jax.torch_weights.weights_file import WeightsFile
 from bhsd_jax.train.checkpoint import save_networks
 from bhsd_jax.volume import Millimeters, Network, Plan, Shape
@@ -29,7 +29,7 @@ _NOT_IN_A_CONFIG = ("parent", "name", "num_classes", "dtype", "remat")
 class Source:
     """A network of PyTorch, and what prediction must know of its training."""
 
-    reference: str  # see `models.torch_import`
+    reference: str  # see `torch_weights.recipe`
     constructor: Mapping[str, Any]
     plan: Plan
     mirror_axes: tuple[int, ...] = (0, 1, 2)
@@ -118,7 +118,6 @@ def plan_for(
     if size is None:
         raise UserError("the constructor says nothing of the size of its input: give a patch")
     d, h, w = (size,) * 3 if isinstance(size, int) else (int(n) for n in size)
-    nothing = {"features": (), "strides": (), "kernels": (), "convs_encoder": ()}
     return Plan(
         dataset=dataset,
         classes=tuple(classes),
@@ -129,7 +128,16 @@ def plan_for(
         foreground=foreground or (0.0, 0.0, 1.0, 0.0),
         median_shape=(d, h, w),
         # The network brings its own topology; only the patch is read.
-        network=Network((d, h, w), 1, **nothing, convs_decoder=(), batch_dice=False),
+        network=Network(
+            patch=(d, h, w),
+            batch=1,
+            features=(),
+            strides=(),
+            kernels=(),
+            convs_encoder=(),
+            convs_decoder=(),
+            batch_dice=False,
+        ),
         source_sha256=source_sha256,
         license=license,
         axes=axes,
@@ -145,8 +153,8 @@ def write_run(config: Config, source: Source, weights: WeightsFile, out: Path) -
     """
     if (out / "checkpoints").exists():
         raise UserError(f"{out}: there is a run in this folder; choose another")
-    module, variables = torch_import.load(source.reference, source.constructor, weights.state)
-    recipe = torch_import.recipe_of(source.reference, source.constructor)
+    module, variables = importing.load(source.reference, source.constructor, weights.state)
+    recipe = recipe_of(source.reference, source.constructor)
     config = Settings.of(config)
     config = replace(
         config,

@@ -60,12 +60,19 @@ def test_every_experiment_takes_every_backbone_and_recipe(name, recipe, backbone
         assert (want.items() <= config["optimizer"].items()) == own
 
 
-def test_head_ct_pins_the_patch_unless_nnunet_plans_it():
-    patches = {b: resolved("cps", f"data=bhsd,backbone={b}")["input"]["patch"] for b in BACKBONES}
+@pytest.mark.parametrize("data", ["bhsd", "rsna", "mbhseg"])
+def test_head_ct_pins_the_patch_unless_nnunet_plans_it(data):
+    words = f"data={data},backbone="
+    patches = {b: resolved("cps", words + b)["input"]["patch"] for b in BACKBONES}
     planned = {"nnunet", "nnunet_resenc"}
     assert {b for b, patch in patches.items() if patch is None} == planned
     assert all(patch == [20, 320, 256] for b, patch in patches.items() if b not in planned)
-    assert resolved("cps", "data=msd,backbone=unetr")["input"]["patch"] is None
+
+
+@pytest.mark.parametrize("data", ["msd", "instance", "dicom", "synthetic"])
+def test_where_the_spacing_is_planned_so_is_the_patch(data):
+    assert resolved("cps", f"data={data},backbone=unetr")["preprocess"]["spacing_mm"] is None
+    assert resolved("cps", f"data={data},backbone=unetr")["input"]["patch"] is None
 
 
 def test_unknown_backbones_and_recipes_list_the_known_ones():

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bhsd_jax.configs.backbones import BACKBONES
 
 from bhsd_jax.build import build, names
 from bhsd_jax.losses import DiceCE
-from bhsd_jax.types import Batch, Learner, Objective
+from bhsd_jax.nnunet import planner
+from bhsd_jax.types import Backbone, Batch, Learner, Logits, Objective
 
 
 def public(package):
@@ -31,14 +33,16 @@ def select(package, keep):
     return pytest.mark.parametrize(("name", "cls"), chosen, ids=[name for name, _ in chosen])
 
 
-models = select(
-    "bhsd_jax.models",
-    lambda cls: (
+def is_backbone(cls):
+    """A linen module for some number of classes whose call gives logits."""
+    return (
         issubclass(cls, nn.Module)
         and "num_classes" in cls.__annotations__
-        and hasattr(cls, "stride")
-    ),
-)
+        and inspect.signature(cls.__call__).return_annotation == Logits
+    )
+
+
+models = select("bhsd_jax.models", is_backbone)
 objectives = select(
     "bhsd_jax.objectives", lambda cls: hasattr(cls, "loss") and dataclasses.is_dataclass(cls)
 )
@@ -74,6 +78,57 @@ def batch_for(cls):
     return Batch(
         jax.random.normal(keys[0], (*shape, 1)), jax.random.randint(keys[1], shape, 0, 2), free
     )
+
+
+def test_every_backbone_of_the_benchmark_is_found():
+    found = {name for name, cls in public("bhsd_jax.models") if is_backbone(cls)}
+    assert {backbone.name for backbone in BACKBONES.values()} <= found
+
+
+def arguments_of(function):
+    return [(p.name, p.kind) for p in inspect.signature(function).parameters.values()]
+
+
+@models
+def test_a_backbone_has_all_that_the_program_asks_for(name, cls):
+    model = cls(num_classes=3)
+    assert isinstance(model, Backbone)
+    assert arguments_of(cls.for_plan) == arguments_of(Backbone.for_plan)
+    assert arguments_of(cls.__call__) == arguments_of(Backbone.__call__)
+    assert len(model.stride) == 3
+    assert all(isinstance(step, int) and step > 0 for step in model.stride)
+    assert model.clone(dtype=jnp.bfloat16, remat="blocks").remat == "blocks"
+    open_fields = [
+        field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING
+    ]
+    assert open_fields == ["num_classes"], "all else has a default"
+
+
+@models
+@pytest.mark.parametrize(
+    ("spacing_mm", "patch"), [((5.0, 0.5, 0.5), (20, 64, 64)), ((1.0, 1.0, 1.0), (64, 64, 64))]
+)
+def test_a_backbone_made_for_a_plan_takes_its_patches(name, cls, spacing_mm, patch, key):
+    network = planner.topology(spacing_mm, patch)
+    model = cls.for_plan(network, patch, spacing_mm, num_classes=3)
+    image = jax.ShapeDtypeStruct((1, *patch, 1), jnp.float32)
+    logits, _ = jax.eval_shape(lambda x: model.init_with_output(key, x, train=True), image)
+    assert logits[0].shape == (1, *patch, 3)
+
+
+@models
+def test_fields_of_the_config_come_before_the_plans(name, cls):
+    network = planner.topology((5.0, 0.5, 0.5), (20, 64, 64))
+    own = cls(num_classes=3)
+    given = {
+        field.name: getattr(own, field.name)
+        for field in dataclasses.fields(cls)
+        if field.name not in ("parent", "name")
+    }
+    if "patch" in given:
+        given["patch"] = own.stride
+    made = cls.for_plan(network, (20, 64, 64), (5.0, 0.5, 0.5), **given)
+    assert made == cls(**given)
 
 
 @models

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from bhsd_jax.models import nnunet_torch
 from bhsd_jax.nnunet import trained
 from bhsd_jax.nnunet.planner import from_nnunet_plans
+from bhsd_jax.torch_weights import nnunet
 
 FULL = "3d_fullres"
 DATASET = {
@@ -55,7 +55,7 @@ def test_the_network_has_the_arguments_of_its_class(plans):
     reference, constructor = trained.network_of(plans, DATASET, FULL)
     assert reference == "PlainConvUNet"
     assert (constructor["input_channels"], constructor["num_classes"]) == (1, 3)
-    module = nnunet_torch.from_torch(reference, constructor).module
+    module = nnunet.from_torch(reference, constructor).module
     assert module.features == (32, 64, 128, 256, 320, 320, 320)
     assert module.deep_supervision, "all heads are imported"
 
@@ -74,7 +74,7 @@ def test_files_before_2_4_give_the_same_network(plans):
         "n_conv_per_stage_decoder": given["n_conv_per_stage_decoder"],
     }
     reference, found = trained.network_of(plans, DATASET, FULL)
-    old, new = (nnunet_torch.from_torch(reference, c).module for c in (found, want))
+    old, new = (nnunet.from_torch(reference, c).module for c in (found, want))
     assert old == new
 
 

@@ -54,17 +54,17 @@ def test_plans_are_those_of_nnunet(golden, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "which"),
+    ("name", "kind"),
     [
         ("BHSDtrain96_nnUNetPlans", "default"),
         ("BHSDtrain96_nnUNetResEncUNetMPlans", "resenc_m"),
     ],
 )
-def test_head_ct_plans_file_is_nnunets_to_the_last_key(golden, name, which):
+def test_head_ct_plans_file_is_nnunets_to_the_last_key(golden, name, kind):
     theirs = load(golden, f"full_{name}")
     ours = planner.make_plans(
         *head_ct(),
-        planner=which,
+        planner=kind,
         num_classes=6,
         dataset=theirs["dataset_name"],
         foreground=theirs["foreground_intensity_properties_per_channel"],
@@ -87,7 +87,7 @@ def test_small_mr_plans_file_is_nnunets_to_the_last_key(golden):
 
 
 @pytest.mark.parametrize(
-    ("which", "memory_gb", "patch", "batch"),
+    ("kind", "memory_gb", "patch", "batch"),
     [
         ("default", None, (20, 320, 256), 2),
         ("default", 11, (24, 320, 320), 2),
@@ -100,8 +100,8 @@ def test_small_mr_plans_file_is_nnunets_to_the_last_key(golden):
         ("resenc_xl", None, (32, 512, 448), 2),
     ],
 )
-def test_a_larger_gpu_gets_a_larger_patch(which, memory_gb, patch, batch):
-    plans = planner.make_plans(*head_ct(), planner=which, num_classes=6, memory_gb=memory_gb)
+def test_a_larger_gpu_gets_a_larger_patch(kind, memory_gb, patch, batch):
+    plans = planner.make_plans(*head_ct(), planner=kind, num_classes=6, memory_gb=memory_gb)
     settings = plans["configurations"]["3d_fullres"]
     assert tuple(settings["patch_size"]) == patch
     assert settings["batch_size"] == batch

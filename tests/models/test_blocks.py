@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bhsd_jax.models.blocks import InstanceNorm, require_patch, standardize
+from bhsd_jax.models.blocks import require_patch
+from bhsd_jax.models.norms import InstanceNorm, standardize
 
 
 def _formula(image, epsilon):

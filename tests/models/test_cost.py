@@ -11,9 +11,9 @@ from jax import lax
 from bhsd_jax.assemble import wiring
 from bhsd_jax.configs import supervised
 from bhsd_jax.models import nnunet
-from bhsd_jax.models.blocks import InstanceNorm
 from bhsd_jax.models.conv import Conv, ConvTranspose
 from bhsd_jax.models.cost import cost, equations, multiply_adds
+from bhsd_jax.models.norms import InstanceNorm
 from bhsd_jax.settings import Settings
 from tools import model_table
 

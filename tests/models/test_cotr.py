@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bhsd_jax.models import cotr, torch_import
 from bhsd_jax.models.cotr import HEAD_CT, CoTr
 from bhsd_jax.models.cotr_attention import DeformableAttention, Options, weighted_rows
-from bhsd_jax.models.cotr_layers import BatchNorm, Unit, standardized, upsample
+from bhsd_jax.models.cotr_layers import Unit, standardized, upsample
+from bhsd_jax.models.norms import BatchNorm
+from bhsd_jax.torch_weights import cotr, importing
 
 SMALL = {"num_classes": 2, "features": (4, 6, 12), "blocks": (1, 1, 1), "heads": 2, "layers": 1}
 SMALL |= {"points": 2, "ffn": 8}
@@ -38,7 +39,7 @@ def _shapes(net, patch, channels=1):
 
 def test_outputs_are_those_of_the_reference(golden):
     about, arrays, state = _read(golden)
-    module, variables = torch_import.load("CoTr", about["constructor_args"], state)
+    module, variables = importing.load("CoTr", about["constructor_args"], state)
     image = np.moveaxis(arrays["input"], 1, -1)
     outputs = jax.jit(functools.partial(module.apply, train=False))(variables, image)
     assert len(outputs) == 4
@@ -52,7 +53,7 @@ def test_outputs_are_those_of_the_reference(golden):
 @pytest.mark.slow
 def test_gradients_are_those_of_the_reference(golden):
     about, arrays, state = _read(golden)
-    module, variables = torch_import.load("CoTr", about["constructor_args"], state)
+    module, variables = importing.load("CoTr", about["constructor_args"], state)
 
     def loss(params, stats, image):
         outputs = module.apply({"params": params, "batch_stats": stats}, image, train=False)
@@ -176,7 +177,7 @@ def test_batch_norm_uses_the_batch_in_training_and_remembers_a_tenth_of_it():
 
     @functools.partial(jax.jit, static_argnums=0)
     def apply(train):
-        norm = BatchNorm(train)
+        norm = BatchNorm(1e-5, True, jnp.float32, 0.1, train)
         return norm.apply(variables, jnp.asarray(image), mutable=["batch_stats"])
 
     out, updated = apply(True)
@@ -239,7 +240,7 @@ def test_without_deep_supervision_the_other_heads_of_a_file_are_left_out(golden)
     about, _, state = _read(golden)
     arguments = about["constructor_args"] | {"deep_supervision": False}
     bare = {name.removeprefix("U_ResTran3D."): value for name, value in state.items()}
-    module, variables = torch_import.load("CoTr", arguments, bare)
+    module, variables = importing.load("CoTr", arguments, bare)
     assert {name for name in variables["params"] if name.startswith("head")} == {"head"}
     assert len(_shapes(module, PATCH)[0]) == 1
 
@@ -251,7 +252,7 @@ def test_everything_wrong_with_the_weights_is_in_one_message(golden):
     state["U_ResTran3D.cls_conv.bias"] = np.zeros(3)
     del state["U_ResTran3D.backbone.norm1.running_var"]
     with pytest.raises(ValueError, match="do not fit") as error:
-        torch_import.load("CoTr", about["constructor_args"], state)
+        importing.load("CoTr", about["constructor_args"], state)
     listed = [" ".join(line.split()[:2]) for line in str(error.value).splitlines()[1:]]
     assert sorted(listed) == [
         "cls_conv.bias: axes",
@@ -264,4 +265,4 @@ def test_arguments_without_a_counterpart_are_listed():
     arguments = {"num_classes": 2, "norm_cfg": "LN", "surprise": 1}
     match = r"surprise is not known; activation_cfg is missing; norm_cfg='LN' \(supported: IN, BN"
     with pytest.raises(ValueError, match=match):
-        torch_import.load("CoTr", arguments, {})
+        importing.load("CoTr", arguments, {})

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bhsd_jax.models import nnformer, torch_import
 from bhsd_jax.models.nnformer import ACDC, HEAD_CT, SYNAPSE, TUMOR, NNFormer
 from bhsd_jax.models.nnformer_blocks import Block, Expand, Options, fit_window, position_rows
+from bhsd_jax.torch_weights import importing, nnformer
 
 SMALL = {"num_classes": 2, "embed": 4, "depths": (1, 1, 1, 1), "heads": (1, 2, 2, 2)}
 SMALL |= {"attn_windows": (2, 2, 2, 2)}
@@ -36,7 +36,7 @@ def _shapes(net, patch, channels=1):
 
 def test_outputs_are_those_of_the_reference(golden):
     about, arrays, state = _read(golden)
-    module, variables = torch_import.load("nnFormer/acdc", about["constructor_args"], state)
+    module, variables = importing.load("nnFormer/acdc", about["constructor_args"], state)
     image = np.moveaxis(arrays["input"], 1, -1)
     (output,) = jax.jit(functools.partial(module.apply, train=False))(variables, image)
     ours, theirs = np.moveaxis(output, -1, 1)[..., ::2, ::2], arrays["output/0"]
@@ -48,7 +48,7 @@ def test_outputs_are_those_of_the_reference(golden):
 def test_gradients_are_those_of_the_reference(golden):
     about, arrays, state = _read(golden)
     arguments = ("nnFormer/acdc", about["constructor_args"])
-    module, variables = torch_import.load(*arguments, state)
+    module, variables = importing.load(*arguments, state)
 
     def loss(variables, image):
         outputs = module.apply(variables, image, train=False)
@@ -233,7 +233,7 @@ def test_everything_wrong_with_the_weights_is_in_one_message(golden):
     state["final.1.up.bias"] = np.zeros(3)  # of deep supervision, which is off
     del state["decoder.layers.2.blocks.0.attn.kv.bias"]
     with pytest.raises(ValueError, match="do not fit") as error:
-        torch_import.load("nnFormer/acdc", about["constructor_args"], state)
+        importing.load("nnFormer/acdc", about["constructor_args"], state)
     listed = [" ".join(line.split()[:2]) for line in str(error.value).splitlines()[1:]]
     assert sorted(listed) == [
         "final.0.up.bias: axes",
@@ -246,9 +246,9 @@ def test_arguments_without_a_counterpart_are_listed():
     arguments = {"num_classes": 2, "patch_size": [4, 4, 4], "surprise": 1}
     match = r"surprise is not known; crop_size is missing; patch_size=\[4, 4, 4\] \(supported: "
     with pytest.raises(ValueError, match=match + r"\(4, 4, 4\)|\(8, "):
-        torch_import.load("nnFormer/synapse", arguments, {})
+        importing.load("nnFormer/synapse", arguments, {})
     with pytest.raises(ValueError, match=r"name the variant, as nnFormer/<synapse\|acdc\|tumor>"):
-        torch_import.load("nnFormer", arguments, {})
+        importing.load("nnFormer", arguments, {})
 
 
 def test_the_variant_decides_what_its_constructor_leaves_open():

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bhsd_jax.models import torch_import
 from bhsd_jax.models.attention import from_windows, to_windows
 from bhsd_jax.models.swin_blocks import (
     SwinBlock,
@@ -17,7 +16,9 @@ from bhsd_jax.models.swin_blocks import (
     merging_order,
     position_index,
 )
-from bhsd_jax.models.swin_unetr import HEAD_CT, SwinUNETR, from_torch
+from bhsd_jax.models.swin_unetr import HEAD_CT, SwinUNETR
+from bhsd_jax.torch_weights import importing
+from bhsd_jax.torch_weights.swin_unetr import from_torch
 
 # Most of the time of these tests would be the compiler's optimizations.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -44,7 +45,7 @@ def _relative(ours, theirs):
 
 def test_swin_unetr_outputs_and_gradients_are_those_of_the_reference(golden):
     about, arrays, state = _read(golden)
-    module, variables = torch_import.load(about["backbone"], about["constructor_args"], state)
+    module, variables = importing.load(about["backbone"], about["constructor_args"], state)
 
     @jit
     def run(variables, image):
@@ -137,12 +138,12 @@ def test_swin_unetr_lists_everything_wrong_with_its_weights(golden):
     about, _, state = _read(golden)
     block = "swinViT.layers1.0.blocks.0"
     state[f"{block}.attn.relative_position_index"] = np.zeros((60, 60), np.int64)
-    torch_import.load("SwinUNETR", about["constructor_args"], state)
+    importing.load("SwinUNETR", about["constructor_args"], state)
     state[f"{block}.norm1.bias"] = np.ones(3, np.float32)
     state["surprise"] = np.ones(3, np.float32)
     del state["decoder1.transp_conv.conv.weight"]
     with pytest.raises(ValueError, match="do not fit") as error:
-        torch_import.load("SwinUNETR", about["constructor_args"], state)
+        importing.load("SwinUNETR", about["constructor_args"], state)
     lines = sorted(line.strip().split(":")[0] for line in str(error.value).splitlines()[1:])
     assert lines == [
         "missing decoder1.transp_conv.conv.weight",

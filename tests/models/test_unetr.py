@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bhsd_jax.models import torch_import
-from bhsd_jax.models.unetr import HEAD_CT, UNETR, from_torch
-from bhsd_jax.models.unetr_blocks import BatchNorm, GroupNorm, TransformerBlock, make_norm
+from bhsd_jax.models.norms import BatchNorm, GroupNorm, make_norm
+from bhsd_jax.models.unetr import HEAD_CT, UNETR
+from bhsd_jax.models.unetr_blocks import TransformerBlock
+from bhsd_jax.torch_weights import importing
+from bhsd_jax.torch_weights.unetr import from_torch
 
 # Most of the time of these tests would be the compiler's optimizations.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -37,7 +39,7 @@ def _relative(ours, theirs):
 
 def test_unetr_outputs_and_recomputed_gradients_are_those_of_the_reference(golden):
     about, arrays, state = _read(golden)
-    module, variables = torch_import.load(about["backbone"], about["constructor_args"], state)
+    module, variables = importing.load(about["backbone"], about["constructor_args"], state)
     recomputed = module.clone(remat="blocks")
 
     @jit
@@ -109,13 +111,13 @@ def test_unetr_lists_everything_wrong_with_its_weights(golden):
     about, _, state = _read(golden)
     dead = "vit.blocks.3.norm_cross_attn.weight", "encoder1.layer.norm1.num_batches_tracked"
     state |= dict.fromkeys(dead, np.ones(3))
-    torch_import.load("UNETR", about["constructor_args"], state)
+    importing.load("UNETR", about["constructor_args"], state)
     state["vit.norm.weight"] = np.ones(3, np.float32)
     state["out.conv.conv.weight"] = np.ones(3, np.float32)
     state["surprise"] = np.ones(3, np.float32)
     del state["encoder3.transp_conv_init.conv.weight"]
     with pytest.raises(ValueError, match="do not fit") as error:
-        torch_import.load("UNETR", about["constructor_args"], state)
+        importing.load("UNETR", about["constructor_args"], state)
     lines = "\n".join(sorted(line.strip() for line in str(error.value).splitlines()[1:]))
     assert [line.split(":")[0] for line in lines.splitlines()] == [
         "missing encoder3.transp_conv_init.conv.weight",

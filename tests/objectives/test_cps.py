@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,7 +137,9 @@ def test_kaiming_and_xavier_draw_the_published_spread(net, key):
     ("name", "words"),
     [
         ("nnunet.PlainConvUNet", ("up_",)),
+        ("nnunet.ResidualEncoderUNet", ("up_",)),
         ("unetr.UNETR", ("up",)),
+        ("swin_unetr.SwinUNETR", ("up",)),
         ("cotr.CoTr", ("up_",)),
         ("nnformer.NNFormer", ("up_", "head_")),
     ],
@@ -152,6 +156,23 @@ def test_transposed_convolutions_are_known_in_every_backbone(name, words):
     want = {path for path in kernels if path[-1].startswith(words)}
     assert want
     assert _transposed(model, image) == want
+
+
+def test_transposed_convolutions_of_ones_own_are_known_by_type_or_mark():
+    class Mine(nn.Module):
+        transposed: ClassVar[bool] = True
+
+        @nn.compact
+        def __call__(self, image):
+            return image * self.param("kernel", nn.initializers.ones, (1, 1, 1, 1, 1))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, image, *, train):
+            x = nn.ConvTranspose(1, (2, 2, 2), name="theirs")(Mine(name="mine")(image))
+            return (nn.Conv(1, (3, 3, 3), name="plain")(x),)
+
+    assert _transposed(Net(), jnp.zeros((1, 2, 2, 2, 1))) == {("mine",), ("theirs",)}
 
 
 def test_redrawing_leaves_transposed_convolutions_alone(key):

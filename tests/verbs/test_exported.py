@@ -13,8 +13,8 @@ import pytest
 
 from bhsd_jax.assemble import predictor, wiring
 from bhsd_jax.configs import common, from_run
-from bhsd_jax.models import torch_import
 from bhsd_jax.settings import Settings
+from bhsd_jax.torch_weights import importing
 from bhsd_jax.train.checkpoint import save_networks
 from bhsd_jax.verbs import export
 from bhsd_jax.volume import Network, Plan
@@ -151,7 +151,7 @@ def test_safetensors_come_back_as_the_same_run(run, tmp_path, monkeypatch):
     for name in ("classes", "foreground", "spacing_mm", "axes", "crop_hu", "modality"):
         assert getattr(plan, name) == getattr(PLAN, name)
     twin = json.loads(file.with_suffix(".json").read_text())
-    module, _ = torch_import.load(
+    module, _ = importing.load(
         twin["reference"], twin["constructor"], torch_names(tmp_path / "w.safetensors")
     )
     assert module == wiring.model(Settings.of(common.get_config()), PLAN)

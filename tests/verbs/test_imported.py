@@ -15,9 +15,9 @@ import safetensors.numpy
 
 from bhsd_jax.assemble import predictor, wiring
 from bhsd_jax.configs import from_run
-from bhsd_jax.models import torch_export, torch_import
 from bhsd_jax.settings import Settings
-from bhsd_jax.torch_weights import weights_file
+from bhsd_jax.torch_weights import exporting, weights_file
+from bhsd_jax.torch_weights.recipe import recipe_of, shapes_of
 from bhsd_jax.train.checkpoint import save_networks
 from bhsd_jax.verbs import import_weights, predict
 from bhsd_jax.volume import Plan
@@ -62,17 +62,17 @@ def _one_device(monkeypatch):
 
 def weights(reference, constructor):
     """Random variables as a state dict; variances are positive."""
-    recipe = torch_import.recipe_of(reference, constructor)
+    recipe = recipe_of(reference, constructor)
     random = np.random.default_rng(4)
     tree = {}
-    for path, shape in torch_import.shapes_of(recipe).items():
+    for path, shape in shapes_of(recipe).items():
         *parents, last = path.split("/")
         node = tree
         for name in parents:
             node = node.setdefault(name, {})
         value = random.normal(0, 0.5, shape).astype(np.float32)
         node[last] = np.abs(value) + 0.5 if last == "var" else value
-    return recipe.module, tree, torch_export.dump(reference, constructor, tree)
+    return recipe.module, tree, exporting.dump(reference, constructor, tree)
 
 
 @pytest.fixture(scope="module")

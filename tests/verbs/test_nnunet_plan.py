@@ -8,10 +8,13 @@ import pytest
 from bhsd_jax.assemble import wiring
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
+from bhsd_jax.models.nnunet import blocks_of
+from bhsd_jax.nnunet import trained
 from bhsd_jax.settings import Settings
 from bhsd_jax.shards import store
+from bhsd_jax.torch_weights.recipe import recipe_of
 from bhsd_jax.verbs import preprocess
-from bhsd_jax.volume import Volume
+from bhsd_jax.volume import Plan, Volume
 
 UPRIGHT = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
 
@@ -63,6 +66,70 @@ def test_shards_and_network_are_those_of_nnunets_plan(data, tmp_path, golden):
         (model.convs_decoder, "n_conv_per_stage_decoder"),
     ]:
         assert json.loads(json.dumps(ours)) == arguments[name]
+
+
+DATASET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "IPH": 1}}
+RESIDUAL = "full_BHSDtrain96_nnUNetResEncUNetMPlans"
+
+
+def residual_plans(golden, blocks):
+    """A plans.json for the residual encoder with other counts of blocks than the planners'."""
+    plans = json.loads((golden / "plans" / f"{RESIDUAL}.json").read_text())
+    settings = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    settings["n_blocks_per_stage"] = list(blocks)
+    return plans
+
+
+def test_blocks_of_a_residual_plan_reach_the_network(golden, monkeypatch):
+    blocks = (2, 1, 1, 2, 2, 1, 3)
+    plans = residual_plans(golden, blocks)
+    plan = trained.plan_of(plans, DATASET, "3d_fullres", "")
+    assert plan.network.residual
+    config = common.get_config()
+    config.precision = "float32"
+    config.model.name = "nnunet.ResidualEncoderUNet"
+    model = wiring.model(config, plan)
+    assert model.blocks_encoder == blocks
+    recipe = recipe_of(*trained.network_of(plans, DATASET, "3d_fullres"))
+    assert model == recipe.module
+
+    config.input.patch = (20, 128, 128)  # two stages fewer
+    smaller = wiring.model(config, plan)
+    assert smaller.blocks_encoder == blocks[: len(smaller.features)]
+    assert len(smaller.features) < len(blocks)
+    assert smaller.convs_decoder == (1,) * (len(smaller.features) - 1)
+
+    config.model.blocks_encoder = (1,) * len(smaller.features)
+    assert wiring.model(config, plan).blocks_encoder == config.model.blocks_encoder
+
+
+def test_a_plan_of_blocks_is_refused_by_the_plain_network(golden):
+    plan = trained.plan_of(residual_plans(golden, (1, 3, 4, 6, 6, 6, 6)), DATASET, "3d_fullres", "")
+    config = common.get_config()
+    with pytest.raises(ValueError, match=r"residual encoder, \(1, 3, 4, .*backbone=nnunet_resenc"):
+        wiring.model(config, plan)
+    config.model.convs_encoder = (2,) * 7
+    assert wiring.model(config, plan).convs_encoder == (2,) * 7
+
+
+def test_a_plan_that_does_not_say_of_what_it_counts_builds_the_networks_it_always_did(golden):
+    written = trained.plan_of(residual_plans(golden, (2,) * 7), DATASET, "3d_fullres", "").to_json()
+    del written["network"]["residual"]
+    plan = Plan.from_json(written)
+    config = common.get_config()
+    assert wiring.model(config, plan).convs_encoder == (2,) * 7
+    config.model.name = "nnunet.ResidualEncoderUNet"
+    published = (1, 3, 4, 6, 6, 6, 6)
+    assert blocks_of(wiring.model(config, plan)) == published
+
+
+def test_a_plan_for_the_plain_network_gives_a_residual_one_the_published_blocks(golden):
+    plans = json.loads((golden / "plans" / "full_BHSDtrain96_nnUNetPlans.json").read_text())
+    plan = trained.plan_of(plans, DATASET, "3d_fullres", "")
+    config = common.get_config("backbone=nnunet_resenc")
+    model = wiring.model(config, plan)
+    assert blocks_of(model) == (1, 3, 4, 6, 6, 6, 6)
+    assert model.convs_decoder == 1
 
 
 def test_a_configuration_that_is_not_there_is_refused(data, tmp_path, golden):

@@ -1,24 +1,30 @@
-"""How `dynamic_network_architectures` names the weights of nnU-Net's networks (release 0.4.4)."""
+"""How nnU-Net names the weights of its two networks.
+
+Source: `dynamic_network_architectures` 0.4.4.
+"""
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from bhsd_jax.models import nnunet, torch_import
+from bhsd_jax.models import nnunet
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.nnunet import PlainConvUNet, ResidualEncoderUNet
-from bhsd_jax.models.torch_import import Recipe, Weight
 from bhsd_jax.platform.errors import UserError
+from bhsd_jax.torch_weights import layout
+from bhsd_jax.torch_weights.layout import Weight
+from bhsd_jax.torch_weights.recipe import Recipe
 
+UNet = PlainConvUNet | ResidualEncoderUNet
+REFERENCES = ("PlainConvUNet", "ResidualEncoderUNet")
 _ALIASES = (  # the same tensor under a second name; a conv unit lists its parts once more
     (r"^decoder\.encoder\.", "encoder."),
     (r"\.all_modules\.0\.", ".conv."),
     (r"\.all_modules\.1\.", ".norm."),
 )
-REFERENCES = ("PlainConvUNet", "ResidualEncoderUNet")
 _SHARED = ("input_channels", "n_stages", "features_per_stage", "kernel_sizes", "strides")
 _SHARED += ("num_classes", "n_conv_per_stage_decoder")
 _REQUIRED = {
@@ -72,7 +78,14 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
         weights = _plain_encoder(module)
     weights |= _decoder(module)
     image = (1, *module.stride, arguments["input_channels"])
-    return Recipe(module, image, weights, _canonical, functools.partial(_is_unused, module))
+    return Recipe(
+        module,
+        image,
+        weights,
+        _canonical,
+        unused=functools.partial(_is_unused, module),
+        completed=functools.partial(_completed, module),
+    )
 
 
 def constructor_of(module: Any, channels: int) -> tuple[str, dict[str, Any]]:
@@ -113,7 +126,7 @@ def constructor_of(module: Any, channels: int) -> tuple[str, dict[str, Any]]:
     return reference, arguments
 
 
-def completed(module: Any, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _completed(module: UNet, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """With every name PyTorch's own has: second names, and heads that are never computed, as 0."""
     whole = dict(state)
     for s in range(1, len(module.features) - 1):
@@ -152,39 +165,25 @@ def _residual_encoder(module: ResidualEncoderUNet) -> dict[str, Weight]:
     return weights
 
 
-def _decoder(module: PlainConvUNet | ResidualEncoderUNet) -> dict[str, Weight]:
+def _decoder(module: UNet) -> dict[str, Weight]:
     weights = {}
     stages = len(module.features) - 1
     for s, convs in enumerate(_each(module.convs_decoder, stages)):
         u = stages - 1 - s
-        weights |= _layer(
-            f"decoder.transpconvs.{u}", f"up_{s}", module.conv_bias, torch_import.conv_transpose
+        weights |= layout.layer(
+            f"decoder.transpconvs.{u}", f"up_{s}", layout.CONV_TRANSPOSE, bias=module.conv_bias
         )
         for i in range(convs):
             weights |= _unit(module, f"decoder.stages.{u}.convs.{i}", f"decoder_{s}/conv_{i}")
         if s == 0 or module.deep_supervision:
-            weights |= _layer(f"decoder.seg_layers.{u}", f"head_{s}", True)
+            weights |= layout.layer(f"decoder.seg_layers.{u}", f"head_{s}", layout.CONV)
     return weights
 
 
-def _unit(
-    module: PlainConvUNet | ResidualEncoderUNet, source: str, target: str, bias: bool | None = None
-) -> dict[str, Weight]:
+def _unit(module: UNet, source: str, target: str, bias: bool | None = None) -> dict[str, Weight]:
     bias = module.conv_bias if bias is None else bias
-    weights = _layer(f"{source}.conv", f"{target}/conv", bias)
-    if module.affine:
-        weights[f"{source}.norm.weight"] = Weight(f"params/{target}/norm/scale")
-        weights[f"{source}.norm.bias"] = Weight(f"params/{target}/norm/bias")
-    return weights
-
-
-def _layer(
-    source: str, target: str, bias: bool, layout: Callable[..., Any] = torch_import.conv
-) -> dict[str, Weight]:
-    weights = {f"{source}.weight": Weight(f"params/{target}/kernel", layout)}
-    if bias:
-        weights[f"{source}.bias"] = Weight(f"params/{target}/bias")
-    return weights
+    weights = layout.layer(f"{source}.conv", f"{target}/conv", layout.CONV, bias=bias)
+    return weights | (layout.norm(f"{source}.norm", f"{target}/norm") if module.affine else {})
 
 
 def _canonical(name: str) -> str:
@@ -193,7 +192,7 @@ def _canonical(name: str) -> str:
     return name
 
 
-def _is_unused(module: PlainConvUNet | ResidualEncoderUNet, name: str) -> bool:
+def _is_unused(module: UNet, name: str) -> bool:
     """Heads of lower stages exist in every file, but count only under deep supervision."""
     lower = len(module.features) - 2
     match = re.fullmatch(r"decoder\.seg_layers\.(\d+)\.(weight|bias)", name)

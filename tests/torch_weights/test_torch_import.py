@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bhsd_jax.models import nnunet_torch, torch_import
+from bhsd_jax.torch_weights import importing, nnunet
 
 CASES = ("nnunet_plain_2", "nnunet_resenc_2")
 
@@ -38,7 +38,7 @@ def _relative(ours, theirs):
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_are_those_of_the_reference(case, golden):
     about, arrays, state = _read(golden, case)
-    module, variables = torch_import.load(about["backbone"], about["constructor_args"], state)
+    module, variables = importing.load(about["backbone"], about["constructor_args"], state)
     image = np.moveaxis(arrays["input"], 1, -1)
     outputs, (weight_grads, image_grad) = _outputs_and_gradients(module, variables, image)
     assert len(outputs) == 1
@@ -47,7 +47,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(case, golden):
     assert abs(ours - arrays["output/0"]).max() < 2e-4 * abs(arrays["output/0"]).max()
     grad = np.moveaxis(image_grad, -1, 1)[..., ::2, ::2]
     assert _relative(grad, arrays["grad_input"]) < 1e-3
-    recipe = nnunet_torch.from_torch(about["backbone"], about["constructor_args"])
+    recipe = nnunet.from_torch(about["backbone"], about["constructor_args"])
     for name, weight in recipe.weights.items():
         leaf = functools.reduce(lambda tree, key: tree[key], weight.path.split("/"), weight_grads)
         # A bias before a norm has no gradient but rounding: 1e-6 is far below every other norm.
@@ -59,7 +59,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(case, golden):
 def test_heads_of_lower_stages_are_loaded_under_deep_supervision(golden):
     about, _, state = _read(golden, "nnunet_plain_2")
     arguments = about["constructor_args"] | {"deep_supervision": True}
-    _, variables = torch_import.load("PlainConvUNet", arguments, state)
+    _, variables = importing.load("PlainConvUNet", arguments, state)
     lowest = variables["params"]["head_3"]["kernel"][0, 0, 0]
     np.testing.assert_array_equal(lowest, state["decoder.seg_layers.0.weight"][:, :, 0, 0, 0].T)
 
@@ -73,12 +73,12 @@ def test_aliases_and_wrappers_are_accepted_when_they_agree(golden):
     }
     wrapped = {f"module._orig_mod.{name}": value for name, value in aliased.items()}
     arguments = (about["backbone"], about["constructor_args"])
-    _, plain = torch_import.load(*arguments, state)
-    _, same = torch_import.load(*arguments, wrapped)
+    _, plain = importing.load(*arguments, state)
+    _, same = importing.load(*arguments, wrapped)
     jax.tree.map(np.testing.assert_array_equal, plain, same)
     broken = aliased | {"decoder.encoder.stem.convs.0.conv.weight": stem + 1}
     with pytest.raises(ValueError, match=r"decoder\.encoder\.stem.* differs"):
-        torch_import.load(*arguments, broken)
+        importing.load(*arguments, broken)
 
 
 def test_everything_wrong_with_the_weights_is_in_one_message(golden):
@@ -88,7 +88,7 @@ def test_everything_wrong_with_the_weights_is_in_one_message(golden):
     state["decoder.surprise"] = np.zeros(1, np.float32)
     del state["decoder.seg_layers.2.bias"]
     with pytest.raises(ValueError, match="do not fit") as error:
-        torch_import.load(about["backbone"], about["constructor_args"], state)
+        importing.load(about["backbone"], about["constructor_args"], state)
     listed = [" ".join(line.split()[:2]) for line in str(error.value).splitlines()[1:]]
     assert sorted(listed) == [
         "decoder.transpconvs.0.weight: axes",
@@ -103,12 +103,12 @@ def test_arguments_without_a_counterpart_are_listed(golden):
     arguments = about["constructor_args"] | {"norm_op": "BatchNorm3d", "nonlin_first": True, "x": 1}
     del arguments["strides"]
     with pytest.raises(ValueError, match=r"norm_op='BatchNorm3d'.*nonlin_first.*x is.*strides is"):
-        torch_import.load("PlainConvUNet", arguments, {})
+        importing.load("PlainConvUNet", arguments, {})
 
 
 def test_an_unknown_reference_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'VNet'.*PlainConvUNet, ResidualEncoderUNet"):
-        torch_import.load("VNet", {}, {})
+        importing.load("VNet", {}, {})
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_an_unknown_reference_is_refused_with_the_known_ones():
 )
 def test_arguments_become_fields(changes, field, value, golden):
     about, _, _ = _read(golden, "nnunet_plain_2")
-    recipe = nnunet_torch.from_torch("PlainConvUNet", about["constructor_args"] | changes)
+    recipe = nnunet.from_torch("PlainConvUNet", about["constructor_args"] | changes)
     assert getattr(recipe.module, field) == value
 
 
@@ -138,7 +138,7 @@ def test_a_bottleneck_encoder_and_its_stem_are_mapped_completely(golden):
         "stem_channels": 7,
         "norm_op_kwargs": {"affine": False},
     }
-    recipe = nnunet_torch.from_torch("ResidualEncoderUNet", arguments)
+    recipe = nnunet.from_torch("ResidualEncoderUNet", arguments)
     image = jax.ShapeDtypeStruct(recipe.image, jnp.float32)
     tree = jax.eval_shape(lambda x: recipe.module.init(jax.random.key(0), x, train=False), image)
     paths = {

@@ -1,16 +1,17 @@
-"""How MONAI names and lays out the weights of the parts UNETR and Swin UNETR share."""
+"""How MONAI names and lays out the weights of the parts UNETR and Swin UNETR share.
+
+Source: MONAI 1.6.1, `networks/blocks` (unetr_block, dynunet_block, mlp, patchembedding).
+"""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from bhsd_jax.models import torch_import
 from bhsd_jax.models.conv import Triple
-from bhsd_jax.models.torch_import import Weight
-from bhsd_jax.models.unetr_blocks import NormSpec, norm_options
+from bhsd_jax.models.norms import NormSpec, norm_options
 from bhsd_jax.platform.errors import UserError
+from bhsd_jax.torch_weights import layout
+from bhsd_jax.torch_weights.layout import Weight
 
 # Weights without influence: norms and layers of a cross-attention that is never run (written since
 # MONAI 1.4), the number of batches seen, and an index that follows from the window.
@@ -67,40 +68,9 @@ def triple(value: Any) -> Triple:
     return d, h, w
 
 
-def layer(
-    source: str,
-    target: str,
-    bias: bool = True,
-    layout: Callable[[np.ndarray], np.ndarray] = torch_import.linear,
-) -> dict[str, Weight]:
-    """A linear or convolution layer."""
-    weights = {f"{source}.weight": Weight(f"params/{target}/kernel", layout)}
-    if bias:
-        weights[f"{source}.bias"] = Weight(f"params/{target}/bias")
-    return weights
-
-
-def scale_and_bias(source: str, target: str) -> dict[str, Weight]:
-    """The learned part of a norm."""
-    return {
-        f"{source}.weight": Weight(f"params/{target}/scale"),
-        f"{source}.bias": Weight(f"params/{target}/bias"),
-    }
-
-
-def norm(spec: NormSpec, source: str, target: str) -> dict[str, Weight]:
-    """A norm of the convolutional part; most kinds have no weights by default."""
-    kind, options = norm_options(spec)
-    weights = scale_and_bias(source, target) if options.get("affine") else {}
-    if kind == "batch":
-        weights[f"{source}.running_mean"] = Weight(f"batch_stats/{target}/mean")
-        weights[f"{source}.running_var"] = Weight(f"batch_stats/{target}/var")
-    return weights
-
-
 def up(source: str, target: str) -> dict[str, Weight]:
     """A transposed convolution."""
-    return layer(f"{source}.conv", target, False, torch_import.conv_transpose)
+    return layout.layer(f"{source}.conv", target, layout.CONV_TRANSPOSE, bias=False)
 
 
 def conv_block(
@@ -110,8 +80,8 @@ def conv_block(
     weights = {}
     for i in (1, 2, 3) if projected else (1, 2):
         name = f"{source}.conv{i}.conv"
-        weights |= layer(name, f"{target}/conv{i}", False, torch_import.conv)
-        weights |= norm(spec, f"{source}.norm{i}", f"{target}/norm{i}")
+        weights |= layout.layer(name, f"{target}/conv{i}", layout.CONV, bias=False)
+        weights |= _norm(spec, f"{source}.norm{i}", f"{target}/norm{i}")
     return weights
 
 
@@ -125,13 +95,8 @@ def up_block(
 
 
 def head(target: str = "head") -> dict[str, Weight]:
-    """The last convolution, one voxel wide: a linear layer here."""
-    return layer("out.conv.conv", target, True, pointwise)
-
-
-def pointwise(weight: np.ndarray) -> np.ndarray:
-    """(out, in, 1, 1, 1) -> [in out]."""
-    return weight.squeeze((2, 3, 4)).T
+    """The last convolution, one voxel wide."""
+    return layout.layer("out.conv.conv", target, layout.POINTWISE)
 
 
 def transformer_block(
@@ -142,9 +107,17 @@ def transformer_block(
     `attention` is the path of its layers below `target`, `out` the reference's word for the
     second of them.
     """
-    weights = layer(f"{source}.attn.qkv", f"{target}{attention}/qkv", bias)
-    weights |= layer(f"{source}.attn.{out}", f"{target}{attention}/out")
+    linear = layout.LINEAR
+    weights = layout.layer(f"{source}.attn.qkv", f"{target}{attention}/qkv", linear, bias=bias)
+    weights |= layout.layer(f"{source}.attn.{out}", f"{target}{attention}/out", linear)
     for i in (1, 2):
-        weights |= scale_and_bias(f"{source}.norm{i}", f"{target}/norm{i}")
-        weights |= layer(f"{source}.mlp.linear{i}", f"{target}/mlp/linear{i}")
+        weights |= layout.norm(f"{source}.norm{i}", f"{target}/norm{i}")
+        weights |= layout.layer(f"{source}.mlp.linear{i}", f"{target}/mlp/linear{i}", linear)
     return weights
+
+
+def _norm(spec: NormSpec, source: str, target: str) -> dict[str, Weight]:
+    """A norm of the convolutional part; most kinds have no weights by default."""
+    kind, options = norm_options(spec)
+    weights = layout.norm(source, target) if options.get("affine") else {}
+    return weights | (layout.running_statistics(source, target) if kind == "batch" else {})

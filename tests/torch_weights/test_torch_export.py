@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from bhsd_jax.models import nnunet_torch, torch_export, torch_import
+from bhsd_jax.torch_weights import exporting, importing, nnunet
+from bhsd_jax.torch_weights.recipe import recipe_of, shapes_of
 
 CASES = (
     *("nnunet_plain_2", "nnunet_resenc_2", "unetr_2", "swin_unetr_v2"),
@@ -39,19 +40,19 @@ def _same(a, b):
 @pytest.mark.parametrize("case", CASES)
 def test_export_undoes_import(case, golden):
     reference, constructor, state = _read(golden, case)
-    _, variables = torch_import.load(reference, constructor, state)
-    found = torch_export.dump(reference, constructor, variables)
-    recipe = torch_import.recipe_of(reference, constructor)
+    _, variables = importing.load(reference, constructor, state)
+    found = exporting.dump(reference, constructor, variables)
+    recipe = recipe_of(reference, constructor)
     canonical = {recipe.canonical(name): value for name, value in state.items()}
     for name in recipe.weights:
         np.testing.assert_array_equal(found[name], canonical[name], err_msg=name)
-    _, again = torch_import.load(reference, constructor, found)
+    _, again = importing.load(reference, constructor, found)
     _same(again, variables)
 
 
 def _drawn(recipe):
     random = np.random.default_rng(0)
-    shapes = torch_import.shapes_of(recipe)
+    shapes = shapes_of(recipe)
     flat = {name: random.normal(size=s).astype(np.float32) for name, s in shapes.items()}
     tree = {}
     for path, value in flat.items():
@@ -74,10 +75,10 @@ def _drawn(recipe):
 def test_running_statistics_and_other_layouts_come_back_too(case, changes, golden):
     reference, constructor, _ = _read(golden, case)
     constructor = {k: v for k, v in constructor.items() if k != "pos_embed"} | changes
-    variables = _drawn(torch_import.recipe_of(reference, constructor))
+    variables = _drawn(recipe_of(reference, constructor))
     assert ("batch_stats" in variables) == (case != "nnunet_resenc_2")
-    state = torch_export.dump(reference, constructor, variables)
-    _, again = torch_import.load(reference, constructor, state)
+    state = exporting.dump(reference, constructor, variables)
+    _, again = importing.load(reference, constructor, state)
     _same(again, variables)
 
 
@@ -87,19 +88,19 @@ def test_running_statistics_and_other_layouts_come_back_too(case, changes, golde
 )
 def test_a_module_tells_the_constructor_it_was_made_of(case, changes, golden):
     reference, constructor, _ = _read(golden, case)
-    recipe = nnunet_torch.from_torch(reference, constructor | changes)
-    found = nnunet_torch.constructor_of(recipe.module, recipe.image[-1])
-    again = nnunet_torch.from_torch(*found)
+    recipe = nnunet.from_torch(reference, constructor | changes)
+    found = nnunet.constructor_of(recipe.module, recipe.image[-1])
+    again = nnunet.from_torch(*found)
     assert again.module == recipe.module
     assert again.weights.keys() == recipe.weights.keys()
     with pytest.raises(ValueError, match="PlainConvUNet and ResidualEncoderUNet"):
-        nnunet_torch.constructor_of(torch_import.recipe_of(*_read(golden, "unetr_2")[:2]).module, 1)
+        nnunet.constructor_of(recipe_of(*_read(golden, "unetr_2")[:2]).module, 1)
 
 
 def test_nnunets_state_has_second_names_and_every_head(golden):
     reference, constructor, state = _read(golden, "nnunet_resenc_2")
-    _, variables = torch_import.load(reference, constructor, state)
-    found = torch_export.dump(reference, constructor, variables)
+    _, variables = importing.load(reference, constructor, state)
+    found = exporting.dump(reference, constructor, variables)
     heads = {name for name in found if re.fullmatch(r"decoder\.seg_layers\.\d\.weight", name)}
     assert len(heads) == constructor["n_stages"] - 1
     stem = "encoder.stem.convs.0"
@@ -110,8 +111,8 @@ def test_nnunets_state_has_second_names_and_every_head(golden):
 
 def test_variables_of_another_network_are_listed(golden):
     reference, constructor, state = _read(golden, "nnunet_plain_2")
-    _, variables = torch_import.load(reference, constructor, state)
+    _, variables = importing.load(reference, constructor, state)
     del variables["params"]["head_0"]["bias"]
     variables["params"]["head_0"]["kernel"] = np.zeros(3)
     with pytest.raises(ValueError, match=r"params/head_0/bias, params/head_0/kernel"):
-        torch_export.dump(reference, constructor, variables)
+        exporting.dump(reference, constructor, variables)

@@ -1,69 +1,18 @@
-"""PyTorch weights to linen variables. NumPy in, NumPy out; PyTorch itself is not needed.
+"""PyTorch weights to linen variables. NumPy in, NumPy out; PyTorch itself is not needed."""
 
-A backbone's file says how its reference names and orders weights: a function
-`from_torch(reference, constructor) -> Recipe`. To add one, write that function and its row here.
-"""
-
-import functools
-import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from bhsd_jax.platform.errors import UserError
+from bhsd_jax.torch_weights.layout import Weight
+from bhsd_jax.torch_weights.recipe import Recipe, recipe_of, shapes_of
 
-REFERENCES = {  # name of the reference (before any "/") -> file in models/
-    "PlainConvUNet": "nnunet_torch",
-    "ResidualEncoderUNet": "nnunet_torch",
-    "UNETR": "unetr",
-    "SwinUNETR": "swin_unetr",
-    "CoTr": "cotr",
-    "nnFormer": "nnformer",
-}
 # Of DistributedDataParallel, of torch.compile, and what training scripts call their network.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Where one PyTorch tensor goes, and how its axes are reordered on the way."""
-
-    path: str  # "params/encoder_0/conv_0/conv/kernel"
-    layout: Callable[[np.ndarray], np.ndarray] = np.asarray
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a backbone's file knows of its reference."""
-
-    module: nn.Module
-    image: tuple[int, ...]  # [B D H W C] of the smallest input; gives the shapes of the variables
-    weights: Mapping[str, Weight]  # by PyTorch name
-    canonical: Callable[[str], str] = (
-        str  # another name of a shared tensor -> the name in `weights`
-    )
-    unused: Callable[[str], bool] = lambda name: False  # buffers, and weights without influence
-
-
-def conv(weight: np.ndarray) -> np.ndarray:
-    """(out, in, D, H, W) -> [D H W in out]."""
-    return weight.transpose(2, 3, 4, 1, 0)
-
-
-def conv_transpose(weight: np.ndarray) -> np.ndarray:
-    """(in, out, D, H, W) -> [D H W in out]; not mirrored, see `models.conv.conv_transpose`."""
-    return weight.transpose(2, 3, 4, 0, 1)
-
-
-def linear(weight: np.ndarray) -> np.ndarray:
-    """(out, in) -> [in out]."""
-    return weight.T
 
 
 def load(
@@ -98,29 +47,6 @@ def load(
     return recipe.module, traverse_util.unflatten_dict(flat)
 
 
-def recipe_of(reference: str, constructor: Mapping[str, Any]) -> Recipe:
-    """The linen twin of a PyTorch network, and where its weights go.
-
-    Raises:
-        ValueError: If the reference or an argument of its constructor is not supported.
-    """
-    module = REFERENCES.get(reference.partition("/")[0])
-    if module is None:
-        raise UserError(
-            f"no importer for reference {reference!r}; there is one for {', '.join(REFERENCES)}"
-        )
-    return importlib.import_module(f"bhsd_jax.models.{module}").from_torch(reference, constructor)
-
-
-def shapes_of(recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """Of every variable, by path."""
-    image = jax.ShapeDtypeStruct(recipe.image, jnp.float32)
-    init = functools.partial(recipe.module.init, train=False)
-    tree = jax.eval_shape(init, jax.random.key(0), image)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf.shape for p, leaf in leaves}
-
-
 def _unwrapped(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Without the prefixes of wrappers around the whole network, however nested."""
     unwrapped = dict(state)
@@ -150,6 +76,6 @@ def _collect(
 
 def _laid_out(weight: Weight, tensor: np.ndarray) -> np.ndarray:
     try:
-        return weight.layout(tensor)
+        return weight.layout.to_linen(tensor)
     except ValueError:  # another number of axes; reported as a wrong shape
         return tensor

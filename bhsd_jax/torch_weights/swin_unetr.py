@@ -1,0 +1,119 @@
+"""How MONAI names Swin UNETR's weights, and which of its releases built the network.
+
+Source: MONAI 1.6.1 `SwinUNETR`.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from bhsd_jax.models.swin_unetr import SwinUNETR
+from bhsd_jax.torch_weights import layout, monai
+from bhsd_jax.torch_weights.layout import Weight
+from bhsd_jax.torch_weights.recipe import Recipe
+
+REFERENCES = ("SwinUNETR",)
+_ARGUMENTS = {  # of the reference, with its defaults
+    "patch_size": 2,
+    "depths": (2, 2, 2, 2),
+    "num_heads": (3, 6, 12, 24),
+    "window_size": 7,
+    "qkv_bias": True,
+    "mlp_ratio": 4.0,
+    "feature_size": 24,
+    "norm_name": "instance",
+    "drop_rate": 0.0,
+    "attn_drop_rate": 0.0,
+    "dropout_path_rate": 0.0,
+    "normalize": True,
+    "norm_layer": "LayerNorm",
+    "patch_norm": False,
+    "use_checkpoint": False,  # changes memory, not numbers
+    "spatial_dims": 3,
+    "downsample": "legacy",  # not MONAI's: see `from_torch`
+    "use_v2": False,
+    "img_size": None,  # before MONAI 1.5; checked, never used
+}
+_MERGING = {"merging": "fixed", "mergingv2": "v2"} | {n: n for n in ("fixed", "legacy", "v2")}
+
+
+def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
+    """Twin of MONAI's `SwinUNETR`.
+
+    `downsample` says which release built it: "merging" since MONAI 1.5, "legacy" before, with the
+    same name and other results. Where it is not given it is "legacy", the order that all weights
+    published until 2025 need, unlike MONAI's own default. `"SwinUNETR/legacy"` and an argument
+    `merging` say it too.
+
+    Raises:
+        ValueError: Lists every argument that has no counterpart here.
+    """
+    given = dict(constructor)
+    merging = given.pop("merging", None) or reference.partition("/")[2]
+    if merging:
+        given["downsample"] = merging
+    arguments = monai.arguments(
+        reference,
+        given,
+        required=("in_channels", "out_channels"),
+        defaults=_ARGUMENTS,
+        supported={
+            "spatial_dims": (3,),
+            "patch_size": (2,),
+            "downsample": tuple(_MERGING),
+            "norm_layer": ("LayerNorm",),
+        },
+    )
+    module = SwinUNETR(
+        num_classes=arguments["out_channels"],
+        feature_size=int(arguments["feature_size"]),
+        depths=tuple(arguments["depths"]),
+        heads=tuple(arguments["num_heads"]),
+        attn_window=monai.triple(arguments["window_size"]),
+        merging=_MERGING[arguments["downsample"]],
+        convolve_stages=arguments["use_v2"],
+        mlp_ratio=float(arguments["mlp_ratio"]),
+        qkv_bias=arguments["qkv_bias"],
+        patch_norm=arguments["patch_norm"],
+        normalize=arguments["normalize"],
+        norm=monai.norm_spec(arguments["norm_name"]),
+        dropout=arguments["drop_rate"],
+        attention_dropout=arguments["attn_drop_rate"],
+        path_dropout=arguments["dropout_path_rate"],
+    )
+    channels = arguments["in_channels"]
+    weights = _encoder(module) | _decoder(module, channels)
+    return Recipe(module, (1, *module.stride, channels), weights, unused=monai.is_unused)
+
+
+def _encoder(module: SwinUNETR) -> dict[str, Weight]:
+    layer, norm = layout.layer, layout.norm
+    weights = layer("swinViT.patch_embed.proj", "patch_embed", layout.CONV)
+    if module.patch_norm:
+        weights |= norm("swinViT.patch_embed.norm", "patch_norm")
+    for i, depth in enumerate(module.depths):
+        stage = f"swinViT.layers{i + 1}.0"
+        for j in range(depth):
+            name, block = f"{stage}.blocks.{j}", f"stage_{i}/block_{j}"
+            weights |= monai.transformer_block(
+                name, block, "/attention", out="proj", bias=module.qkv_bias
+            )
+            table = Weight(f"params/{block}/attention/position_bias")
+            weights[f"{name}.attn.relative_position_bias_table"] = table
+        down, merging = f"{stage}.downsample", f"merging_{i}"
+        weights |= layer(f"{down}.reduction", f"{merging}/reduction", layout.LINEAR, bias=False)
+        weights |= norm(f"{down}.norm", f"{merging}/norm")
+        if module.convolve_stages:
+            name = f"swinViT.layers{i + 1}c.0.layer"
+            weights |= monai.conv_block("instance", name, f"stage_{i}/conv")
+    return weights
+
+
+def _decoder(module: SwinUNETR, channels: int) -> dict[str, Weight]:
+    block = functools.partial(monai.conv_block, module.norm)
+    weights = block("encoder1.layer", "encoder1", projected=channels != module.feature_size)
+    for name in ("encoder2", "encoder3", "encoder4", "encoder10"):
+        weights |= block(f"{name}.layer", name)
+    for i in range(1, 6):
+        weights |= monai.up_block(module.norm, f"decoder{i}", f"decoder{i}")
+    return weights | monai.head()

@@ -1,0 +1,101 @@
+"""A network of one's own needs a file in `models/` and a call, nothing else."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import bhsd_jax.models
+from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble.recipe import make_recipe
+from bhsd_jax.configs import cps, supervised
+from bhsd_jax.models.cost import cost
+from bhsd_jax.train.step import make_train_step
+from tools import model_table
+
+PLAN = dataclasses.replace(model_table.head_ct_plan(), foreground=(15.0, 54.0, 20.0, 92.0))
+FILE = """
+import flax.linen as nn
+import jax.numpy as jnp
+
+
+class Bare(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        return (nn.Dense(self.num_classes)(image),)
+
+
+class Told(Bare):
+    patch: tuple = ()
+    dtype: type = jnp.float32
+    remat: str = "none"
+    kernels: tuple = ()
+
+
+class Planned(Bare):
+    depth: int = 1
+    width: float = 0.0
+    patch: tuple = ()
+
+    @classmethod
+    def for_plan(cls, network, patch, spacing_mm, /, **fields):
+        return cls(**{"depth": len(network.features), "width": spacing_mm[2], **fields})
+
+
+def small(num_classes):
+    return Bare(num_classes)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(FILE)
+    monkeypatch.setattr(bhsd_jax.models, "__path__", [*bhsd_jax.models.__path__, str(tmp_path)])
+    yield
+    sys.modules.pop("bhsd_jax.models.own", None)
+
+
+def built(name, experiment=supervised, **fields):
+    config = experiment.get_config(f"backbone=own.{name}")
+    config.model.update(fields)
+    config.precision, config.train.remat = "bfloat16", "blocks"
+    return config, wiring.model(config, PLAN)
+
+
+@pytest.mark.parametrize("experiment", [supervised, cps])
+@pytest.mark.parametrize("name", ["Bare", "Told", "Planned", "small"])
+def test_it_is_trained(name, experiment):
+    config, model = built(name, experiment)
+    classes = 2 if config.split.binary else len(PLAN.classes)
+    assert model.num_classes == classes
+    recipe = make_recipe(config, PLAN)
+    state = jax.eval_shape(recipe.init, jax.random.key(0))
+    _, metrics = jax.eval_shape(make_train_step(recipe.parts), state, recipe.abstract_batch())
+    assert metrics["loss"].shape == ()
+    assert cost(model, (1, *PLAN.network.patch, 1)).heads == 1
+
+
+def test_without_for_plan_it_is_given_what_it_has_a_name_for():
+    _, model = built("Told")
+    assert (model.patch, model.dtype, model.remat) == (PLAN.network.patch, jnp.bfloat16, "blocks")
+    assert model.kernels == (), "a topology is for those that ask for it"
+    _, model = built("Told", patch=(4, 4, 4), remat="none")
+    assert (model.patch, model.remat) == ((4, 4, 4), "none"), "the config comes first"
+
+
+def test_with_for_plan_it_takes_what_it_wants_and_nothing_else():
+    _, model = built("Planned")
+    assert (model.depth, model.width) == (len(PLAN.network.features), PLAN.spacing_mm[2])
+    assert model.patch == ()
+    _, model = built("Planned", depth=5, patch=(4, 4, 4))
+    assert (model.depth, model.patch) == (5, (4, 4, 4)), "the config comes first"
+
+
+@pytest.mark.parametrize("name", ["Bare", "Planned", "small"])
+def test_an_argument_it_does_not_have_is_refused(name):
+    with pytest.raises(ValueError, match=rf"models.own.{name}: unknown wide; it takes .*num_clas"):
+        built(name, wide=3)
