@@ -12,6 +12,7 @@ from bhsd_jax.ct import nifti, prepare
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.datasets.msd import MSD
 from bhsd_jax.platform import machine, workers
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import preprocess
 from bhsd_jax.volume import Volume
@@ -230,6 +231,17 @@ def test_a_case_that_breaks_in_the_second_pass_is_tried_again(data, tmp_path, mo
     after = stamps(tmp_path / "run" / "shards")
     assert {name for name in after if after[name] != written[name]} == {shard(0)}
     assert len(store.Shards(tmp_path / "run" / "shards").entries) == CASES
+
+
+def test_a_defect_of_ours_is_not_taken_for_a_broken_case(data, tmp_path, monkeypatch):
+    def wrong(*arguments, **options):
+        raise ValueError("shapes differ")
+
+    monkeypatch.setattr(prepare, "foreground_positions", wrong)
+    with pytest.raises(ValueError, match=r"^shapes differ$") as error:
+        preprocess.run(configure(data, processes=1), tmp_path / "run")
+    assert not isinstance(error.value, UserError)
+    assert not (tmp_path / "run" / "skipped.csv").exists()
 
 
 def test_verify_only_writes_the_integrity_table_and_no_shards(data, tmp_path):
