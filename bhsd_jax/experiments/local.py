@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import IO
 
@@ -36,23 +35,13 @@ def cli(arguments: Sequence[str]) -> int:
     shared = places.share(count, option="local: N")
     for gpu in places.idle(count):
         sys.stderr.write(f"local: GPU {gpu} is idle, for {count} processes get as many each\n")
-    command = [sys.executable, "-m", "bhsd_jax.main", *map(_found, arguments[1:])]
+    command = [sys.executable, "-m", "bhsd_jax.main", *arguments[1:]]
     meeting = _meeting(count)
     group = Group(
         [[*place.prefix, *command] for place in shared],
         [{**place.environment, **_who(meeting, i, count)} for i, place in enumerate(shared)],
     )
     return group.run()
-
-
-def _found(argument: str) -> str:
-    """`--config=configs/...` of the repository, from whatever folder; other paths stay as given."""
-    name, _, value = argument.partition("=")
-    file = value.partition(":")[0]
-    home = Path(__file__).parents[2]
-    if name != "--config" or Path(file).exists() or not (home / file).is_file():
-        return argument
-    return f"{name}={home / value}"
 
 
 class Group:

@@ -141,14 +141,6 @@ def test_each_process_knows_its_number_and_its_devices(monkeypatch, tmp_path):
     assert made["environments"] == [{}], "one process needs to meet nobody"
 
 
-def test_a_config_is_found_from_elsewhere_and_other_paths_stay(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert local._found("--config=configs/cps.py:smoke") == f"--config={ROOT}/configs/cps.py:smoke"
-    (tmp_path / "own.py").touch()
-    for word in ("--config=own.py:smoke", "--workdir=runs/x", "--config.data.root=configs/cps.py"):
-        assert local._found(word) == word
-
-
 def test_wrong_words_are_one_line():
     for words in ([], ["2"], ["two", "train"], ["2", "--config=x"]):
         with pytest.raises(ValueError, match=r"launch/local.sh N VERB --config="):
