@@ -80,7 +80,7 @@ def residual_plans(golden, blocks):
     return plans
 
 
-def test_blocks_of_a_residual_plan_reach_the_network(golden, monkeypatch):
+def test_blocks_of_a_residual_plan_reach_the_network(golden):
     blocks = (2, 1, 1, 2, 2, 1, 3)
     plans = residual_plans(golden, blocks)
     plan = trained.plan_of(plans, DATASET, "3d_fullres", "")
