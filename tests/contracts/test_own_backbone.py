@@ -12,6 +12,7 @@ from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.recipe import make_recipe
 from bhsd_jax.configs import cps, supervised
 from bhsd_jax.models.cost import cost
+from bhsd_jax.settings import Settings
 from bhsd_jax.train.step import make_train_step
 from tools import model_table
 
@@ -63,6 +64,7 @@ def built(name, experiment=supervised, **fields):
     config = experiment.get_config(f"backbone=own.{name}")
     config.model.update(fields)
     config.precision, config.train.remat = "bfloat16", "blocks"
+    config = Settings.of(config)
     return config, wiring.model(config, PLAN)
 
 

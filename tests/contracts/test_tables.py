@@ -44,7 +44,7 @@ def test_rows_of_a_table_share_their_shards_and_their_length(name):
     rows = TABLES[name].TABLE.rows
     for words in ("data=bhsd", "data=synthetic,smoke"):
         configs = [TABLES[name].get_config(f"{row},{words}") for row in rows]
-        assert len({launch.data_folder(c, launch.Path("out")) for c in configs}) == 1
+        assert len({launch.data_folder(Settings.of(c), launch.Path("out")) for c in configs}) == 1
         assert len({c.train.steps for c in configs}) == 1
         assert len({c.input.labeled for c in configs}) == 1
 

@@ -50,7 +50,7 @@ def test_a_list_has_a_setting_per_line(tmp_path):
 
 def test_a_sweep_sets_fields_and_seeds_and_shares_what_it_can(tmp_path):
     made = swept(tmp_path, "objective.weight=0.2,1.0", "--seeds=3,5", "-o", "train.steps=2")
-    settings = [(r.config.objective.weight, r.config.seed, r.config.train.steps) for r in made.runs]
+    settings = [(r.config.objective["weight"], r.config.seed, r.config.train.steps) for r in made.runs]
     assert settings == [(0.2, 3, 2), (1.0, 3, 2), (0.2, 5, 2), (1.0, 5, 2)]
     assert len({run.config.preprocess.shards for run in made.runs}) == 1
     assert len({run.workdir for run in made.runs}) == 4
@@ -241,7 +241,7 @@ def test_shards_that_cannot_be_made_are_one_line(tmp_path):
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("tables: preprocess failed, no run was started: preprocess: ")
+    assert last.startswith("paper_tables: preprocess failed, no run was started: preprocess: ")
     assert "none" in last
     assert "Traceback" not in done.stderr
 
@@ -281,11 +281,11 @@ def test_a_machine_with_several_gpus_gets_as_many_runs_at_once(tmp_path, monkeyp
 
 def test_paths_are_those_of_the_folder_it_is_called_in(tmp_path):
     for words in (
-        ["tables", "table2", "--root=BHSD", "--shards=made/shards", "--out=out"],
+        ["paper_tables", "table2", "--root=BHSD", "--shards=made/shards", "--out=out"],
         ["sweep", "--config=configs/cps.py:data=bhsd", "train.steps=1,2", "--shards=made/shards"],
     ):
         done = subprocess.run(
-            [sys.executable, "-m", f"bhsd_jax.verbs.{words[0]}", *words[1:], "--dry-run"],
+            [sys.executable, "-m", f"bhsd_jax.experiments.{words[0]}", *words[1:], "--dry-run"],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             check=True,

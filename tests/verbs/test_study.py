@@ -85,14 +85,13 @@ def test_real_data_is_held_against_the_paper(binary):
     made, runs = binary
     for run in runs.values():
         if (run.workdir / "summary.json").is_file():
-            with run.config.unlocked():
-                run.config.data.name = "bhsd.BHSD"
+            run.config.data["name"] = "bhsd.BHSD"
             config = json.loads((run.workdir / "config.json").read_text())
             config["data"]["name"] = "bhsd.BHSD"
             files.write_json(run.workdir / "config.json", config)
             (run.workdir / "summary.json").touch()
         else:
-            run.config.data.name = "bhsd.BHSD"
+            run.config.data["name"] = "bhsd.BHSD"
     real = study.Study(made.title, made.out, made.rows, made.runs, made.baseline, made.notes)
     study.write(real)
     text = (made.out / "report.md").read_text()
