@@ -50,7 +50,9 @@ def test_a_list_has_a_setting_per_line(tmp_path):
 
 def test_a_sweep_sets_fields_and_seeds_and_shares_what_it_can(tmp_path):
     made = swept(tmp_path, "objective.weight=0.2,1.0", "--seeds=3,5", "-o", "train.steps=2")
-    settings = [(r.config.objective["weight"], r.config.seed, r.config.train.steps) for r in made.runs]
+    settings = [
+        (r.config.objective["weight"], r.config.seed, r.config.train.steps) for r in made.runs
+    ]
     assert settings == [(0.2, 3, 2), (1.0, 3, 2), (0.2, 5, 2), (1.0, 5, 2)]
     assert len({run.config.preprocess.shards for run in made.runs}) == 1
     assert len({run.workdir for run in made.runs}) == 4
