@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
+
+# Names of channels to which nnU-Net gives neither z-scores nor the statistics of CT.
+_OTHERWISE = ("nonorm", "rescale_to_0_1", "rgb_to_0_1")
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,14 @@ class MSD:
     """
 
     root: str | Path
-    modality: str = "auto"  # "ct", "mr", or "auto": "ct" if the channel's name says so
+    modality: str = "auto"  # "ct", "mr" (any z-scores), or "auto": by the channel's name
     ignore: tuple[str, ...] = ()  # case ids to leave out, such as images that lost their mask
 
     def __post_init__(self):
         if self.modality not in ("auto", "ct", "mr"):
             raise UserError(f"MSD: modality is auto, ct or mr; got {self.modality!r}")
         if self.modality == "auto":
-            channel = self._channel.upper()
-            object.__setattr__(self, "modality", "ct" if "CT" in channel else "mr")
+            object.__setattr__(self, "modality", self._named_modality())
 
     @property
     def name(self) -> str:
@@ -71,7 +74,7 @@ class MSD:
             FileNotFoundError: If `dataset.json` or `imagesTr` is not there.
             ValueError: If an image has no mask or a mask no image, or there are several channels.
         """
-        train = self._pairs("imagesTr", "labelsTr")
+        train = self._training()
         test = self._pairs("imagesTs", "labelsTs") if self._folder("imagesTs").is_dir() else {}
         self._check(train, test)
         listed = self._listed
@@ -82,6 +85,64 @@ class MSD:
             if image is not None and (split == "test" or not listed or id in listed)
         ]
         yield from sorted(found, key=lambda case: case.id)
+
+    def _training(self) -> dict[str, tuple[Path | None, Path | None]]:
+        """Image and mask by case, where `dataset.json` says they lie; else by folder and name.
+
+        Source: nnU-Net v2.8.1, `get_filenames_of_train_images_and_targets` (key "dataset"); the
+        Decathlon's list "training", as MONAI's `load_decathlon_datalist` takes it.
+        """
+        if "dataset" in self._facts:
+            return self._described(self._facts["dataset"])
+        pairs = self._pairs("imagesTr", "labelsTr")
+        for item in self._facts.get("training", []):
+            if isinstance(item, dict) and item.get("label"):
+                id = self._id(Path(item["image"]).name, image=True)
+                if id in pairs:
+                    pairs[id] = (pairs[id][0], self._at(item["label"]))
+        return pairs
+
+    def _described(self, listed: Any) -> dict[str, tuple[Path | None, Path | None]]:
+        """The cases of nnU-Net's key "dataset": `{case: {"images": [...], "label": ...}}`."""
+        pairs: dict[str, tuple[Path | None, Path | None]] = {}
+        for id, item in listed.items():
+            if id in self.ignore:
+                continue
+            if len(item["images"]) != 1 or "/" in id:
+                raise UserError(
+                    f"{self._json}: case {id!r} of `dataset` has {len(item['images'])} images; one "
+                    "channel is supported, and a name without slashes"
+                )
+            pairs[id] = (self._at(item["images"][0]), self._at(item["label"]))
+        return pairs
+
+    def _at(self, name: str) -> Path:
+        """A path of `dataset.json`: relative to it, with variables of the environment.
+
+        Raises:
+            ValueError: If there is no such file.
+        """
+        path = Path(self.root) / os.path.expandvars(name)
+        if not path.is_file():
+            raise UserError(f"{self._json}: lists {name}, which is not there; fetch it")
+        return path
+
+    def _named_modality(self) -> str:
+        """What the channel's name means to nnU-Net: CT, or z-scores of every scan.
+
+        Raises:
+            ValueError: If the name asks for a normalization that is not supported.
+
+        Source: nnU-Net v2.8.1, `get_normalization_scheme` and its map of channel names.
+        """
+        name = self._channel
+        if name.casefold() in _OTHERWISE:
+            raise UserError(
+                f"{self._json}: channel {name!r} asks for a normalization that is not supported "
+                f"(nor are others of {', '.join(_OTHERWISE)}); rename it for z-scores, or set "
+                "data.modality"
+            )
+        return "ct" if name.casefold() == "ct" else "mr"
 
     @property
     def _json(self) -> Path:

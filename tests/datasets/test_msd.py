@@ -77,6 +77,31 @@ def test_the_modality_follows_the_channel_name_unless_given(nnunet):
         MSD(nnunet, modality="pet")
 
 
+@pytest.mark.parametrize(
+    ("name", "modality"),
+    [
+        ("CT", "ct"),
+        ("ct", "ct"),
+        ("reconstructed T2", "mr"),
+        ("SPECT", "mr"),
+        ("CTA", "mr"),
+        ("zscore", "mr"),
+    ],
+)
+def test_a_channel_is_ct_by_its_whole_name(nnunet, name, modality):
+    """As nnU-Net v2.8.1 maps names to normalizations: whole, in either case."""
+    describe(nnunet, V2 | {"channel_names": {"0": name}})
+    assert MSD(nnunet).modality == modality
+
+
+@pytest.mark.parametrize("name", ["noNorm", "rescale_to_0_1", "rgb_to_0_1"])
+def test_a_normalization_that_is_not_supported_is_named(nnunet, name):
+    describe(nnunet, V2 | {"channel_names": {"0": name}})
+    with pytest.raises(ValueError, match=f"channel '{name}' asks for a normalization"):
+        MSD(nnunet)
+    assert MSD(nnunet, modality="mr").modality == "mr", "unless the user says what it is"
+
+
 def test_masks_of_test_images_are_used_where_there_are_any(decathlon, touch):
     touch(decathlon / "labelsTs" / "h_7.nii.gz")
     assert ("h_7", "h_7", "test", True) in summary(MSD(decathlon))
@@ -86,6 +111,39 @@ def test_only_listed_training_cases_are_taken(decathlon, touch):
     for folder in ("imagesTr", "labelsTr"):
         touch(decathlon / folder / "h_99.nii.gz")
     assert "h_99" not in [case.id for case in MSD(decathlon).cases()]
+
+
+def test_masks_lie_where_the_list_says(decathlon, touch):
+    listed = []
+    for id in ("h_2", "h_10"):
+        touch(decathlon / "masks of a second rater" / f"{id}.nii.gz")
+        label = f"./masks of a second rater/{id}.nii.gz"
+        listed.append({"image": f"./imagesTr/{id}.nii.gz", "label": label})
+    describe(decathlon, V1 | {"training": listed})
+    masks = {case.id: case.label for case in MSD(decathlon).cases() if case.split == "train"}
+    folder = decathlon / "masks of a second rater"
+    assert masks == {id: folder / f"{id}.nii.gz" for id in ("h_2", "h_10")}
+    (folder / "h_2.nii.gz").unlink()
+    with pytest.raises(
+        ValueError, match=r"lists \./masks of a second rater/h_2.nii.gz, which is not"
+    ):
+        list(MSD(decathlon).cases())
+
+
+def test_cases_that_nnunets_list_leaves_out_are_left_out(nnunet, touch, monkeypatch):
+    elsewhere = nnunet.parent / "elsewhere"
+    touch(elsewhere / "c.nii.gz")
+    monkeypatch.setenv("MASKS", str(elsewhere))
+    listed = {"b_2": {"images": ["imagesTr/b_2_0000.nii.gz"], "label": "$MASKS/c.nii.gz"}}
+    describe(nnunet, V2 | {"dataset": listed})
+    (case,) = MSD(nnunet).cases()
+    assert (case.id, case.label) == ("b_2", elsewhere / "c.nii.gz")
+    assert case.image == nnunet / "imagesTr" / "b_2_0000.nii.gz"
+    listed["a_0001"] = {"images": ["a.nii.gz", "b.nii.gz"], "label": "c.nii.gz"}
+    describe(nnunet, V2 | {"dataset": listed})
+    with pytest.raises(ValueError, match="'a_0001' of `dataset` has 2 images"):
+        list(MSD(nnunet).cases())
+    assert [case.id for case in MSD(nnunet, ignore=("a_0001",)).cases()] == ["b_2"]
 
 
 @pytest.mark.parametrize(("folder", "lack"), [("imagesTr", "mask"), ("labelsTr", "image")])
