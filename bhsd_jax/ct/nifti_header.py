@@ -99,7 +99,9 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
         Refusal: If it is singular or not finite, or the voxel size is.
     """
     spacing = np.asarray(header["pixdim"][1:4], np.float64)
-    if not np.isfinite(spacing).all() or spacing.min() <= 0:
+    # A sform says all by itself; ITK's writers leave negative spacings beside it, others zeros.
+    needed = int(header["sform_code"]) <= 0
+    if not np.isfinite(spacing).all() or (needed and spacing.min() <= 0):
         text = f"spacing must be positive and finite; pixdim is {spacing.tolist()}"
         raise Refusal(Kind.SPACING, text)
     header = header.copy()

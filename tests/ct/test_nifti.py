@@ -81,6 +81,16 @@ def test_big_endian_and_nifti_2_are_read(tmp_path, stored):
         assert volume.voxels.dtype.isnative
 
 
+@pytest.mark.parametrize("spacing", [(1, 1, 0), (1, -4, 1), (0, 0, 0)])
+def test_a_sform_needs_no_spacing_beside_it(tmp_path, stored, spacing):
+    """As nibabel 5.3 and ITK read it: method 3 of the standard uses the sform alone."""
+    volume = nifti.read(save(tmp_path / "a.nii", stored, pixdim=[1, *spacing, 1, 1, 1, 1]))
+    np.testing.assert_array_equal(volume.voxels, stored.T)
+    np.testing.assert_array_equal(
+        volume.affine, nifti.read(save(tmp_path / "b.nii", stored)).affine
+    )
+
+
 def test_meters_become_millimeters(tmp_path, stored):
     in_mm = nifti.read(save(tmp_path / "a.nii", stored))
     in_m = nifti.read(save(tmp_path / "b.nii", stored, np.diag([1e-3] * 3 + [1]) @ AFFINE))
@@ -102,9 +112,9 @@ def test_meters_become_millimeters(tmp_path, stored):
         ({"datatype": 128}, "datatype is 128"),
         ({"datatype": 32}, "datatype is 32"),
         ({"datatype": 7777}, "datatype is 7777"),
-        ({"pixdim": [1, 0, 1, 1, 1, 1, 1, 1]}, "spacing"),
+        ({"pixdim": [1, 0, 1, 1, 1, 1, 1, 1], "sform_code": 0}, "spacing"),
         ({"pixdim": [1, 1, np.nan, 1, 1, 1, 1, 1]}, "spacing"),
-        ({"pixdim": [1, 1, 1, -2, 1, 1, 1, 1]}, "spacing"),
+        ({"pixdim": [1, 1, 1, -2, 1, 1, 1, 1], "sform_code": 0}, "spacing"),
         ({"srow_y": [np.nan] * 4}, "not finite"),
         ({"srow_y": [0, 0, np.inf, 0]}, "not finite"),
         ({"srow_x": [0] * 4, "srow_y": [0] * 4, "srow_z": [0] * 4}, "zero axis"),

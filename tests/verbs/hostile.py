@@ -78,8 +78,14 @@ IMAGES = {  # case: the bytes of its file, what is said
     "colors": (nifti(RGB), "datatype is 128"),
     "complex": (nifti(HU.astype(np.complex64)), "datatype is 32"),
     "unknown_type": (nifti(HU, datatype=7777), "datatype is 7777"),
-    "zero_spacing": (nifti(HU, pixdim=[1, 10, 0, 20, 1, 1, 1, 1]), "spacing must be positive"),
-    "negative_spacing": (nifti(HU, pixdim=[1, 10, -9, 20, 1, 1, 1, 1]), "spacing must be positive"),
+    "zero_spacing": (
+        nifti(HU, pixdim=[1, 10, 0, 20, 1, 1, 1, 1], sform_code=0),
+        "spacing must be positive",
+    ),
+    "negative_spacing": (
+        nifti(HU, pixdim=[1, 10, -9, 20, 1, 1, 1, 1], sform_code=0),
+        "spacing must be positive",
+    ),
     "nan_spacing": (nifti(HU, pixdim=[1, np.nan, 9, 9, 1, 1, 1, 1]), "spacing must be positive"),
     "nan_affine": (nifti(HU, srow_y=[np.nan] * 4), "affine is not finite"),
     "zero_affine": (
