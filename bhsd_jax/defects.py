@@ -87,6 +87,7 @@ class Kind(enum.StrEnum):
     LEFT_OUT_LOCALIZER = "left out: # images a localizer"
     LEFT_OUT_COLOR = "left out: # images in color"
     LEFT_OUT_POSITION = "left out: # images without a usable position"
+    LEFT_OUT_SPACING = "left out: # images without a pixel spacing"
     LEFT_OUT_ORIENTATION = "left out: # images without a usable orientation"
     LEFT_OUT_EMPTY = "left out: # images without voxels"
     LEFT_OUT_ALONE = "left out: # images alone in its series"

@@ -16,7 +16,7 @@ from bhsd_jax.platform import faults, files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.tables import write_records
 from bhsd_jax.report.page import NOTICE
-from bhsd_jax.settings import Config, Settings
+from bhsd_jax.settings import Config, DicomSeries, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.verbs import parts
@@ -138,7 +138,7 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
     series: list[Case] = []
     if path.is_dir():
         files = {n: f for n, f in nifti_files(path).items() if not slice_file.is_dicom(f)}
-        series = dicom_cases.scans(path, **vars(settings.dicom))
+        series = _series(path, files, settings.dicom)
     elif path.is_file() and slice_file.is_dicom(path):
         raise UserError(f"{path}: one DICOM file is one slice; name the folder of the series")
     elif path.is_file():
@@ -157,6 +157,17 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
             f"{path}: a NIfTI file and a DICOM folder have one name; rename or move one of them"
         )
     return found + series
+
+
+def _series(path: Path, beside: Mapping[str, Path], how: DicomSeries) -> list[Case]:
+    """DICOM series of a folder; beside NIfTI files, images of no series are but a warning."""
+    try:
+        return dicom_cases.scans(path, **vars(how))
+    except UserError as error:
+        if not beside:
+            raise
+        logger.warning("%s", error)
+        return []
 
 
 def _names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:

@@ -416,3 +416,67 @@ def test_a_digest_follows_files_and_options(tmp_path):
     assert len(digests) == 4
     mask = Path(paths[0])
     assert scan.digest(Masks((mask,))) != scan.digest(Masks((mask,), values=(0, 1)))
+
+
+@pytest.mark.parametrize("bare", [range(6), (4, 5)], ids=["all", "the last two"])
+def test_files_without_preamble_are_slices_like_others(tmp_path, bare):
+    """As dcm2niix 1.0.20241211 and SimpleITK 2.5 read them."""
+    hu = block()
+    paths = write_series(tmp_path / "a", hu)
+    (whole,) = dicom_series.find(tmp_path / "a")
+    want, _ = dicom_series.read(whole.as_series("a", uneven="refuse", unshear=False))
+    for index in bare:
+        data = paths[index].read_bytes()
+        length = int.from_bytes(data[140:144], "little")  # of the file meta group
+        paths[index].write_bytes(data[144 + length :])
+        assert slice_file.is_dicom(paths[index])
+    (group,) = dicom_series.find(tmp_path / "a")
+    volume, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
+    np.testing.assert_array_equal(volume.voxels, want.voxels)
+    np.testing.assert_array_equal(volume.affine, want.affine)
+    assert not found
+
+
+@pytest.mark.parametrize("start", [b"", b"\x08\x00", b"\x08\x00\x05\x00 not one" + b"x" * 200])
+def test_other_files_are_no_slices(tmp_path, start):
+    (tmp_path / "a").write_bytes(start)
+    assert not slice_file.is_dicom(tmp_path / "a")
+
+
+@pytest.mark.parametrize("delta", [5e-5, 2e-4, 1e-3])
+def test_a_pixel_size_that_is_rounded_slice_by_slice_is_one_series(tmp_path, delta):
+    """As dcm2niix, SimpleITK and dicom2nifti read it: one volume."""
+
+    def rounded(index, data):
+        data.PixelSpacing = [0.488 + delta * (index % 2)] * 2
+
+    write_series(tmp_path, block(), change=rounded)
+    (group,) = dicom_series.find(tmp_path)
+    volume, _ = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
+    assert volume.voxels.shape == block().shape
+    assert volume.spacing_mm[0] == pytest.approx(5)
+
+
+def test_another_pixel_size_is_another_series(tmp_path):
+    write_series(tmp_path, block(), spacing_mm=(5.0, 0.5, 0.5))
+    write_series(tmp_path / "zoomed", block(), spacing_mm=(5.0, 0.45, 0.45))
+    assert len(dicom_series.find(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("tag", "value", "reason"),
+    [
+        ("ImagePositionPatient", None, "6 images without a usable position"),
+        ("PixelSpacing", None, "6 images without a pixel spacing"),
+        ("Modality", "MR", "6 images of another kind than CT"),
+    ],
+)
+def test_where_no_image_is_of_a_volume_the_reason_is_given(tmp_path, tag, value, reason):
+    write_series(tmp_path, block(), change=lambda index, data: setattr(data, tag, value))
+    with pytest.raises(ValueError, match=f"no CT volume in its DICOM files; left out: {reason}"):
+        dicom_series.find(tmp_path)
+
+
+def test_a_folder_without_dicom_has_no_series_and_no_reason(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    assert dicom_series.find(tmp_path) == []

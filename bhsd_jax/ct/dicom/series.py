@@ -18,12 +18,13 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Series, Volume
 
 _SAME_COSINE = 1e-3
-_SAME_MM = 1e-4
+_SAME_SPACING = 5e-3  # of each other: rounding, or a reconstruction slice by slice
 _LEFT_OUT = {
     Flaw.MODALITY: Kind.LEFT_OUT_MODALITY,
     Flaw.LOCALIZER: Kind.LEFT_OUT_LOCALIZER,
     Flaw.COLOR: Kind.LEFT_OUT_COLOR,
     Flaw.POSITION: Kind.LEFT_OUT_POSITION,
+    Flaw.SPACING: Kind.LEFT_OUT_SPACING,
     Flaw.ORIENTATION: Kind.LEFT_OUT_ORIENTATION,
     Flaw.EMPTY: Kind.LEFT_OUT_EMPTY,
     Flaw.ALONE: Kind.LEFT_OUT_ALONE,
@@ -59,6 +60,9 @@ def find(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> l
 
     Files are known by content, not by name. Localizers, other kinds of images and single images
     are left out; the findings of their study's first series say so, or of the first of all.
+
+    Raises:
+        ValueError: If there are DICOM images, but all of them are left out; says why.
     """
     slices, unreadable = [], 0
     for path in _files(root):
@@ -78,6 +82,8 @@ def find(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> l
             groups.append(Group(tuple(group), ()))
         else:
             left[group[0].study, flaw] += len(group)
+    if left and not groups:
+        raise UserError(f"{root}: no CT volume in its DICOM files; {_told(left)}")
     groups.sort(key=lambda group: group.first.file)
     return _with_findings(groups, left)
 
@@ -187,8 +193,18 @@ def _grouped(slices: Sequence[Slice]) -> list[list[Slice]]:
 
 def _alike(one: Slice, other: Slice) -> bool:
     turned = np.subtract(one.along_row + one.along_column, other.along_row + other.along_column)
-    wider = np.subtract(one.spacing_mm, other.spacing_mm)
-    return bool(np.abs(turned).max() < _SAME_COSINE and np.abs(wider).max() < _SAME_MM)
+    wider = np.divide(one.spacing_mm, other.spacing_mm) - 1
+    return bool(np.abs(turned).max() < _SAME_COSINE and np.abs(wider).max() < _SAME_SPACING)
+
+
+def _told(left: Counter[tuple[str, Flaw]]) -> str:
+    """How many images were left out, by reason."""
+    total = Counter[Flaw]()
+    for (_, flaw), count in left.items():
+        total[flaw] += count
+    return "left out: " + "; ".join(
+        f"{count} image{'s' if count > 1 else ''} {flaw}" for flaw, count in sorted(total.items())
+    )
 
 
 def _with_findings(groups: list[Group], left: Counter[tuple[str, Flaw]]) -> list[Group]:

@@ -40,6 +40,7 @@ class Flaw(enum.StrEnum):
     MULTI_FRAME = "a multi-frame image"
     COLOR = "in color"
     POSITION = "without a usable position"
+    SPACING = "without a pixel spacing"
     ORIENTATION = "without a usable orientation"
     EMPTY = "without voxels"
     ALONE = "alone in its series"
@@ -76,12 +77,26 @@ class Plane:
 
 
 def is_dicom(path: Path) -> bool:
-    """True if the file says so after its preamble."""
+    """True if the file says so after its preamble, or begins with a data set at once."""
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            start = file.read(132)
     except OSError:
         return False
+    return start[128:] == b"DICM" or _is_bare(start)
+
+
+def _is_bare(start: bytes) -> bool:
+    """Whether a data set begins here, without preamble and file meta group.
+
+    Some treatment planning systems and old archives export so; dcm2niix 1.0 and GDCM 3 read it.
+    The first element is one of the group that identifies an image, in either way to write it.
+    """
+    group, element = (int.from_bytes(start[at : at + 2], "little") for at in (0, 2))
+    if len(start) < 132 or group != 0x0008 or element > 0x0018:
+        return False
+    explicit = start[4:6].isalpha() and start[4:6].isupper()
+    return explicit or int.from_bytes(start[4:8], "little") <= 64  # UIDs, dates and times are short
 
 
 def header(path: Path) -> Slice:
@@ -91,10 +106,9 @@ def header(path: Path) -> Slice:
         ValueError: If it cannot be read.
         ModuleNotFoundError: If pydicom is not installed.
     """
-    read = _pydicom().dcmread
     try:
         with _quiet(), path.open("rb") as file:
-            data = read(file, stop_before_pixels=True, specific_tags=list(_TAGS))
+            data = _read(file, stop_before_pixels=True, specific_tags=list(_TAGS))
             left = path.stat().st_size - file.tell()
             return replace(_slice(path, data), whole=_is_whole(data, left))
     except _BROKEN as error:
@@ -114,10 +128,9 @@ def pixels(path: Path) -> Plane:
 
     Source: the RSNA 2019 hemorrhage data, in which a part of the scans is stored so.
     """
-    read = _pydicom().dcmread
     try:
         with _quiet():
-            data = read(path)
+            data = _read(path)
             _require_decoder(data.file_meta.TransferSyntaxUID)
             stored = np.asarray(data.pixel_array)
             if stored.ndim != 2:
@@ -127,6 +140,19 @@ def pixels(path: Path) -> Plane:
         raise
     except _BROKEN as error:
         raise UserError(f"its voxels cannot be read ({type(error).__name__}): damaged") from None
+
+
+def _read(file: Any, **options: Any) -> Any:
+    """A data set; one without file meta group gets the transfer syntax it is written in."""
+    data = _pydicom().dcmread(file, force=True, **options)
+    if "TransferSyntaxUID" not in data.file_meta:
+        from pydicom import uid
+
+        implicit, _ = data.original_encoding
+        data.file_meta.TransferSyntaxUID = (
+            uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
+        )
+    return data
 
 
 def _pydicom() -> Any:
@@ -194,7 +220,7 @@ def _is_whole(data: Any, left: int) -> bool:
 def _flaw(data: Any) -> Flaw | None:
     kinds = [str(word).upper() for word in (data.get("ImageType") or ())]
     modality = str(data.get("Modality") or "CT")
-    counts = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+    counts = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6}
     if modality != "CT":
         return Flaw.MODALITY
     if "LOCALIZER" in kinds:
@@ -207,6 +233,8 @@ def _flaw(data: Any) -> Flaw | None:
         return Flaw.COLOR
     if any(len(data.get(tag) or ()) != count for tag, count in counts.items()):
         return Flaw.POSITION
+    if len(data.get("PixelSpacing") or ()) != 2:
+        return Flaw.SPACING
     if int(data.get("Rows") or 0) < 1 or int(data.get("Columns") or 0) < 1:
         return Flaw.EMPTY
     return None
