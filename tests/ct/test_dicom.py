@@ -480,3 +480,55 @@ def test_where_no_image_is_of_a_volume_the_reason_is_given(tmp_path, tag, value,
 def test_a_folder_without_dicom_has_no_series_and_no_reason(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
     assert dicom_series.find(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", [0.625, 1.25, 5 / 3, 4.8])
+def test_positions_rounded_to_a_tenth_are_even(tmp_path, step):
+    """As dcm2niix, SimpleITK and dicom2nifti read them."""
+
+    def rounded(index, data):
+        data.ImagePositionPatient = [-20.3, -31.5, round(10 + index * step, 1)]
+
+    write_series(tmp_path, block((24, 12, 10)), change=rounded)
+    (group,) = dicom_series.find(tmp_path)
+    volume, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
+    assert volume.voxels.shape[0] == 24
+    assert volume.spacing_mm[0] == pytest.approx(step, abs=0.1 / 23)
+    assert not found
+
+
+def test_a_missing_slice_is_missed_however_positions_were_rounded(tmp_path):
+    places = [round(0.625 * k, 1) for k in range(24) if k != 9]
+    write_series(tmp_path, block((23, 12, 10)), places=places)
+    (group,) = dicom_series.find(tmp_path)
+    with pytest.raises(ValueError, match=r"uneven|missing"):
+        dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
+
+
+@pytest.mark.parametrize("off", [2.5, 0.0])
+def test_two_passes_over_the_same_stretch_are_two_volumes(tmp_path, off):
+    first, second = block(), block(seed=1)
+    for number, voxels in ((1, first), (2, second)):
+
+        def numbered(index, data, number=number):
+            data.AcquisitionNumber = number
+
+        places = np.arange(len(voxels)) * 5.0 + off * (number - 1)
+        write_series(tmp_path / str(number), voxels, places=places, change=numbered)
+    groups = dicom_series.find(tmp_path)
+    assert len(groups) == 2
+    for group, voxels in zip(groups, (first, second), strict=True):
+        volume, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
+        np.testing.assert_array_equal(volume.voxels, voxels[:, ::-1])
+        assert Kind.ACQUISITIONS in [finding.kind for finding in found]
+
+
+def test_acquisitions_one_after_another_are_one_volume(tmp_path):
+    def numbered(index, data):
+        data.AcquisitionNumber = 1 + index // 2  # step and shoot
+
+    write_series(tmp_path, block(), change=numbered)
+    (group,) = dicom_series.find(tmp_path)
+    volume, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
+    assert volume.voxels.shape == block().shape
+    assert not found

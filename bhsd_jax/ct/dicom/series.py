@@ -1,8 +1,9 @@
 """DICOM folders to series, and series to volumes."""
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def find(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> l
     for group in _grouped(slices):
         flaw = group[0].flaw or (None if len(group) > 1 else Flaw.ALONE)
         if flaw in (None, Flaw.MULTI_FRAME):  # the latter is refused when it is read
-            groups.append(Group(tuple(group), ()))
+            groups += _passes(group)
         else:
             left[group[0].study, flaw] += len(group)
     if left and not groups:
@@ -189,6 +190,29 @@ def _grouped(slices: Sequence[Slice]) -> list[list[Slice]]:
         else:
             groups[key].append([item])
     return [group for some in groups.values() for group in some]
+
+
+def _passes(slices: Sequence[Slice]) -> list[Group]:
+    """One group; or one per acquisition, where several went over the same stretch.
+
+    A second pass, after contrast or because the patient moved, may lie half a step off and would
+    be stacked in between. Acquisitions one after another, as in step and shoot, stay together.
+    """
+    passes: dict[str, list[Slice]] = {}
+    for item in slices:
+        passes.setdefault(item.acquisition, []).append(item)
+    if "" in passes or min(map(len, passes.values())) < 2 or not _overlap(passes.values()):
+        return [Group(tuple(slices), ())]
+    text = f"{len(passes)} acquisitions of one series over the same stretch: a volume each"
+    found = (Finding(Kind.ACQUISITIONS, "kept", text),)
+    return [Group(tuple(part), found) for part in passes.values()]
+
+
+def _overlap(passes: Iterable[Sequence[Slice]]) -> bool:
+    """Whether one begins before another ends."""
+    along = [[dicom_stack.along_normal(item) for item in part] for part in passes]
+    ranges = sorted((min(places), max(places)) for places in along)
+    return any(after[0] < before[1] for before, after in itertools.pairwise(ranges))
 
 
 def _alike(one: Slice, other: Slice) -> bool:

@@ -25,6 +25,7 @@ _TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"),
     *("Modality", "ImageType", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
+    "AcquisitionNumber",
 )
 _ENHANCED = "1.2.840.10008.5.1.4.1.1.2."  # enhanced and legacy converted CT; plain CT ends before
 _UNIT = 1e-3  # how far direction cosines may be from unit length and perpendicular
@@ -62,6 +63,7 @@ class Slice:
     along_row: tuple[float, ...] = ()  # direction in which the column index grows
     along_column: tuple[float, ...] = ()  # direction in which the row index grows
     position: tuple[float, ...] = ()  # center of the first voxel, mm
+    acquisition: str = ""  # number of the pass; "" if the file does not say
     whole: bool = True  # the file is long enough for its voxels; not known of compressed ones
 
 
@@ -186,6 +188,7 @@ def _slice(path: Path, data: Any) -> Slice:
         study=sys.intern(str(data.get("StudyInstanceUID") or "")),
         series=sys.intern(str(data.get("SeriesInstanceUID") or "")),
         instance=str(data.get("SOPInstanceUID") or ""),
+        acquisition=sys.intern(str(data.get("AcquisitionNumber") or "")),
         flaw=_flaw(data),
     )
     if known.flaw:

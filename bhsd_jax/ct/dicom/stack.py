@@ -15,6 +15,8 @@ from bhsd_jax.volume import Shape
 
 _SAME_MM = 0.01  # two slices this close lie at one position
 _EVEN = 0.02  # of the step: how far a slice may be from its place
+_ROUNDED_MM = 0.1  # positions that were rounded to this, as some archives do, may be so far off
+_ROUNDED = 0.2  # of the step: but not further
 _WHOLE = 0.05  # of the step: gaps this near to a multiple of it are missing slices
 _HOLE = 2.5  # times the steps beside it: too much to fill in
 _ASIDE_MM = 0.1  # how far a slice may lie off the line through the first and the last
@@ -47,14 +49,14 @@ def arrange(slices: Sequence[Slice], *, uneven: str, same: Callable[[Slice, Slic
     if uneven not in ("refuse", "resample"):
         raise UserError(f"uneven is refuse or resample; got {uneven!r}")
     found: list[Finding] = []
-    order = sorted(slices, key=_along_normal)
+    order = sorted(slices, key=along_normal)
     kept = _without_copies(order, same, found)
     if len(kept) < 2:
         raise UserError(f"{len(kept)} slices are no volume: their distance is not known")
-    places = np.asarray([_along_normal(item) for item in kept])
+    places = np.asarray([along_normal(item) for item in kept])
     steps = np.diff(places)
     depth = len(kept)
-    if _is_uneven(places):
+    if _is_uneven(places, _rounded_mm(kept)):
         kind, text = _describe(steps)
         if uneven == "refuse":
             raise UserError(
@@ -81,7 +83,8 @@ def normal(item: Slice) -> Float[np.ndarray, "3"]:
     return across / np.linalg.norm(across)
 
 
-def _along_normal(item: Slice) -> float:
+def along_normal(item: Slice) -> float:
+    """Place of the slice along its normal, mm."""
     return float(normal(item) @ np.asarray(item.position))
 
 
@@ -90,10 +93,10 @@ def _without_copies(
 ) -> list[Slice]:
     kept: list[Slice] = []
     for item in order:
-        if kept and abs(_along_normal(item) - _along_normal(kept[-1])) < _SAME_MM:
+        if kept and abs(along_normal(item) - along_normal(kept[-1])) < _SAME_MM:
             if not same(item, kept[-1]):
                 raise UserError(
-                    f"two different slices at one position, {_along_normal(item):.2f} mm along "
+                    f"two different slices at one position, {along_normal(item):.2f} mm along "
                     "the normal: several acquisitions share the series; keep one of them"
                 )
             continue
@@ -104,9 +107,17 @@ def _without_copies(
     return kept
 
 
-def _is_uneven(places: Float[np.ndarray, " n"]) -> bool:
+def _is_uneven(places: Float[np.ndarray, " n"], rounded_mm: float) -> bool:
     even = np.linspace(places[0], places[-1], len(places))
-    return bool(np.abs(places - even).max() > _EVEN * (even[1] - even[0]))
+    step = even[1] - even[0]
+    allowed = max(_EVEN * step, min(rounded_mm, _ROUNDED * step))
+    return bool(np.abs(places - even).max() > allowed + 1e-6)
+
+
+def _rounded_mm(slices: Sequence[Slice]) -> float:
+    """To what positions were rounded: all of them are multiples of it; 0 if they are not."""
+    tenths = np.asarray([item.position for item in slices]) / _ROUNDED_MM
+    return _ROUNDED_MM if np.abs(tenths - np.rint(tenths)).max() < 1e-4 else 0.0
 
 
 def _describe(steps: Float[np.ndarray, " n"]) -> tuple[Kind, str]:
@@ -141,7 +152,7 @@ def _require_no_hole(steps: Float[np.ndarray, " n"]) -> None:
 def _affine(kept: Sequence[Slice], depth: int, found: list[Finding]) -> Float[np.ndarray, "4 4"]:
     first = kept[0]
     corners = np.asarray([item.position for item in kept])
-    places = np.asarray([_along_normal(item) for item in kept])
+    places = np.asarray([along_normal(item) for item in kept])
     share = (places - places[0]) / (places[-1] - places[0])
     line = corners[0] + share[:, None] * (corners[-1] - corners[0])
     aside = float(np.linalg.norm(corners - line, axis=1).max())
