@@ -1,4 +1,4 @@
-"""The demonstration of `tools/demo`: CPS on a small synthetic set, three to six minutes on two cores.
+"""The demonstration of `tools/demo`: CPS on a small synthetic set, minutes on two cores.
 
 Easier than the paper's task in three ways, all said in the report: heads of 96 x 96 x 16 voxels
 instead of 512 x 512 x 32, the generator's level "large" (acute blood, 10 mL or more, outlined
