@@ -8,6 +8,7 @@ name (`bhsd predict runs/cps --images=scans`).
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,7 +105,8 @@ def parse(words: Sequence[str], version: str) -> Command:
     verb, *folders = names or ["train"]
     if verb not in VERBS:
         raise UsageError(f"no verb {verb}{_near(verb, VERBS)}; there are {', '.join(VERBS)}")
-    folders += [given[name] for name in ("workdir",) if name in given]
+    if "workdir" in given:
+        folders.append(given["workdir"])
     if len(folders) > 1:
         raise UsageError(f"{verb} takes one run folder; got {' and '.join(folders)}")
     if folders:
@@ -149,7 +151,7 @@ def help_on(verb: str) -> str:
 
 def config_lines(config: Settings) -> Iterator[str]:
     """A resolved config, a field a line: what `bhsd config` prints."""
-    about = {field.path: field.about for field in fields.describe(Settings)}
+    about = {field.path: field.about for field in _described()}
     for path, value in _leaves(dataclasses.asdict(config)):
         line = f"{path} = {value!r}"
         yield f"{line:<44}  # {about[path]}" if about.get(path) else line
@@ -181,7 +183,7 @@ def _full_name(name: str, verb: str) -> str:
     """
     if name in _OWN_FLAGS:
         return name
-    paths = [field.path for field in fields.describe(Settings)]
+    paths = [field.path for field in _described()]
     field = name.removeprefix("config.")
     if name == field and f"{verb}.{field}" in paths:
         return f"config.{verb}.{field}"
@@ -260,12 +262,16 @@ def _verb_help(verb: str) -> Iterator[str]:
         yield from _entry(word, about)
     yield ""
     yield "Fields with their defaults; an experiment may change them (bhsd config shows it):"
-    known = list(fields.describe(Settings))
-    for field in (field for group in groups for field in known if _is_in(field, group)):
+    for field in (field for group in groups for field in _described() if _is_in(field, group)):
         name = field.path.removeprefix(f"{verb}.")
         free = field.path in _FREE
         default = "" if free or field.path in ("seed",) else f"={_short(field.default)}"
         yield from _entry(f"--{name}{'.*' if free else default}", f"{field.about} [{field.kind}]")
+
+
+@functools.cache
+def _described() -> tuple[fields.Field, ...]:
+    return tuple(fields.describe(Settings))
 
 
 def _is_in(field: fields.Field, group: str) -> bool:

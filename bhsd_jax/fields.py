@@ -88,6 +88,28 @@ def read(group: Any, values: Any, path: str) -> Any:
     return group(**found)
 
 
+def complete(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Dictionaries that another version wrote: what it lacked is as the defaults have it.
+
+    Fields that are no more are left out. A part with a name says all about itself.
+    """
+    filled = dict(defaults)
+    for name, value in saved.items():
+        known = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(known, Mapping) and "name" not in value:
+            filled[name] = complete(value, known)
+        elif name in defaults:
+            filled[name] = value
+    return filled
+
+
+def tuples(value: Any) -> Any:
+    """Lists back to tuples, as they were before they went through a JSON file."""
+    if isinstance(value, Mapping):
+        return {name: tuples(item) for name, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
+
+
 def in_words(kind: Any) -> str:
     """A type in words for a user."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -137,14 +159,7 @@ def _value(kind: Any, value: Any) -> Any:
         fits = isinstance(value, origin or kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
         raise _UnfitError
-    return _tuples(value) if isinstance(value, Mapping) else value
-
-
-def _tuples(value: Any) -> Any:
-    """A specification as it was before it went through a JSON file."""
-    if isinstance(value, Mapping):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+    return tuples(value) if isinstance(value, Mapping) else value
 
 
 def _first_fit(kinds: tuple[Any, ...], value: Any) -> Any:

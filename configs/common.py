@@ -190,7 +190,7 @@ def _group(group: type) -> dict:
     """The defaults of a group, so that the command line may set what is open to more than one type.
 
     A ConfigDict lets a field keep its type; tuples, and what may be None, may be given as any
-    literal and are checked by `settings.read`.
+    literal and are checked by `Settings.of`.
     """
     values = {}
     for part in dataclasses.fields(group):

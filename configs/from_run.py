@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_collections
 from ml_collections.config_dict import FieldReference
 
+from bhsd_jax import fields
 from bhsd_jax.configs import common
 from bhsd_jax.platform import files
 
@@ -24,20 +25,11 @@ def get_config(run: str) -> ml_collections.ConfigDict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no config; give the folder of a run that was trained")
     saved = files.read_json(path, remedy="run `train` again with the config of that run")
-    filled = _fill(saved, common.get_config().to_dict())
+    filled = fields.complete(saved, common.get_config().to_dict())
     config = ml_collections.ConfigDict(_restore(filled))
     if speed:
         config.infer.update(common.inference(speed))
     return config
-
-
-def _fill(saved: dict, defaults: dict) -> dict:
-    """What was saved, and what it lacks. A part with a name says all about itself."""
-    filled = defaults | saved
-    for key, value in saved.items():
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict) and "name" not in value:
-            filled[key] = _fill(value, defaults[key])
-    return filled
 
 
 def _restore(value):
@@ -45,11 +37,5 @@ def _restore(value):
     if isinstance(value, dict):
         return {key: _restore(item) for key, item in value.items()}
     if isinstance(value, list):
-        return FieldReference(_tuple(value), field_type=object)
+        return FieldReference(fields.tuples(value), field_type=object)
     return FieldReference(None, field_type=object) if value is None else value
-
-
-def _tuple(value):
-    if isinstance(value, list):
-        return tuple(map(_tuple, value))
-    return {key: _tuple(item) for key, item in value.items()} if isinstance(value, dict) else value

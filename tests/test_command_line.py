@@ -13,7 +13,7 @@ import pytest
 from bhsd_jax import command_line, fields
 from bhsd_jax.assemble.trained import as_trained
 from bhsd_jax.command_line import UsageError, parse
-from bhsd_jax.configs import common, cps, supervised
+from bhsd_jax.configs import common, cps, from_run, supervised
 from bhsd_jax.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +204,7 @@ def test_runs_of_an_older_version_lack_fields_and_have_others(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     given = Settings.of(cps.get_config("smoke"))
     assert as_trained(given, tmp_path) == given
+    assert Settings.of(from_run.get_config(str(tmp_path))) == given, "named by its folder alone"
 
 
 def test_settings_take_what_files_and_command_lines_say():

@@ -162,7 +162,6 @@ def make_predictor(config: Settings, plan: Plan, networks: Sequence[Params]) -> 
     Raises:
         ValueError: If the networks are not the config's model.
     """
-    settings: Any = config
     model, normalization = wiring.model(config, plan), wiring.normalization(config, plan)
     tile = setup.patch(config, plan)
 
@@ -177,20 +176,20 @@ def make_predictor(config: Settings, plan: Plan, networks: Sequence[Params]) -> 
     window = SlidingWindow(
         forward,
         tile,
-        step=settings.infer.step,
-        mirror=settings.infer.mirror,
-        mirror_axes=settings.infer.mirror_axes,
-        tiles_per_call=settings.infer.tiles,
+        step=config.infer.step,
+        mirror=config.infer.mirror,
+        mirror_axes=config.infer.mirror_axes,
+        tiles_per_call=config.infer.tiles,
         # Of several processes each predicts scans of its own.
         mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,
     )
     return Predictor(
         window=window,
         networks=networks,
-        fill=normalization.pad_value(settings.input.pad),
+        fill=normalization.pad_value(config.input.pad),
         plan=plan,
         classes=setup.classes(config, plan),
-        probabilities=settings.predict.probabilities,
+        probabilities=config.predict.probabilities,
     )
 
 

@@ -5,14 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax import fields
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 
 # Groups that say how a verb works or where things lie, and nothing of what was trained.
 _LATER = ("data", "preprocess", "infer", "predict", "evaluate", "report", "mesh", "precision")
-_FIXED = ("model", "windows", "input.patch", "input.pad", "objective.name", "split.binary")
-_SPLIT = ("split.fold", "split.seed")
+_FIXED = (
+    *("model", "windows", "input.patch", "input.pad", "objective.name"),
+    *("split.binary", "split.fold", "split.seed"),
+)
 
 
 def as_trained(config: Settings, workdir: Path) -> Settings:
@@ -26,7 +29,7 @@ def as_trained(config: Settings, workdir: Path) -> Settings:
         return config
     saved = files.read_json(path, remedy="run `train` again with the config of that run")
     given = json.loads(json.dumps(config.to_dict()))
-    for field in (*_FIXED, *_SPLIT):
+    for field in _FIXED:
         was, now = _get(saved, field), _get(given, field)
         if was != now:
             raise UserError(
@@ -34,18 +37,7 @@ def as_trained(config: Settings, workdir: Path) -> Settings:
                 "leave --config out, or give that run's own config and fields"
             )
     later = {name: getattr(config, name) for name in _LATER}
-    trained = {name: value for name, value in saved.items() if name in given}
-    return dataclasses.replace(Settings.of(_with_defaults(trained, given)), **later)
-
-
-def _with_defaults(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Fields that an older version did not write are as the config has them."""
-    filled = given | saved
-    for name, value in saved.items():
-        if isinstance(value, dict) and isinstance(given[name], dict) and "name" not in value:
-            known = {key: item for key, item in value.items() if key in given[name]}
-            filled[name] = _with_defaults(known, given[name])
-    return filled
+    return dataclasses.replace(Settings.of(fields.complete(saved, given)), **later)
 
 
 def _get(config: Any, path: str) -> Any:

@@ -253,16 +253,15 @@ def _write_tables(out: Path, rows: Sequence[Row]) -> None:
 
 def _facts(config: Settings, plan: Plan, step: int, networks: tuple[str, ...]) -> dict[str, Any]:
     """What a reader of the label maps has to know."""
-    settings: Any = config
     return {
         "notice": NOTICE,
         "step": step,
         "networks": networks,
         "classes": setup.classes(config, plan),
-        "split": None if settings.predict.images else settings.predict.split,
-        "mirror": settings.infer.mirror_axes if settings.infer.mirror else (),
+        "split": None if config.predict.images else config.predict.split,
+        "mirror": config.infer.mirror_axes if config.infer.mirror else (),
         "tile": setup.patch(config, plan),
-        "tile_step": settings.infer.step,
+        "tile_step": config.infer.step,
         "trained_on": plan.dataset,
         "license": plan.license,
     }

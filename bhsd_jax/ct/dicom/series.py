@@ -226,9 +226,11 @@ def _told(left: Counter[tuple[str, Flaw]]) -> str:
     total = Counter[Flaw]()
     for (_, flaw), count in left.items():
         total[flaw] += count
-    return "left out: " + "; ".join(
-        f"{count} image{'s' if count > 1 else ''} {flaw}" for flaw, count in sorted(total.items())
-    )
+    return "left out: " + "; ".join(_images(count, flaw) for flaw, count in sorted(total.items()))
+
+
+def _images(count: int, flaw: Flaw) -> str:
+    return f"{count} image{'s' if count > 1 else ''} {flaw}"
 
 
 def _with_findings(groups: list[Group], left: Counter[tuple[str, Flaw]]) -> list[Group]:
@@ -237,8 +239,7 @@ def _with_findings(groups: list[Group], left: Counter[tuple[str, Flaw]]) -> list
         return out
     for (study, flaw), count in sorted(left.items()):
         place = next((i for i, group in enumerate(out) if group.first.study == study), 0)
-        text = f"left out: {count} image{'s' if count > 1 else ''} {flaw}"
-        finding = Finding(_LEFT_OUT[flaw], "kept", text)
+        finding = Finding(_LEFT_OUT[flaw], "kept", f"left out: {_images(count, flaw)}")
         out[place] = replace(out[place], findings=(*out[place].findings, finding))
     return out
 

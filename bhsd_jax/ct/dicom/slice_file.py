@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Num
@@ -131,8 +131,8 @@ def pixels(path: Path) -> Plane:
     Source: the RSNA 2019 hemorrhage data, in which a part of the scans is stored so.
     """
     try:
-        with _quiet():
-            data = _read(path)
+        with _quiet(), path.open("rb") as file:
+            data = _read(file)
             _require_decoder(data.file_meta.TransferSyntaxUID)
             stored = np.asarray(data.pixel_array)
             if stored.ndim != 2:
@@ -144,10 +144,12 @@ def pixels(path: Path) -> Plane:
         raise UserError(f"its voxels cannot be read ({type(error).__name__}): damaged") from None
 
 
-def _read(file: Any, **options: Any) -> Any:
+def _read(file: BinaryIO, **options: Any) -> Any:
     """A data set; one without file meta group gets the transfer syntax it is written in."""
-    data = _pydicom().dcmread(file, force=True, **options)
-    if "TransferSyntaxUID" not in data.file_meta:
+    bare = _is_bare(file.read(132))
+    file.seek(0)
+    data = _pydicom().dcmread(file, force=bare, **options)
+    if bare:
         from pydicom import uid
 
         implicit, _ = data.original_encoding
