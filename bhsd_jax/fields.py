@@ -110,6 +110,15 @@ def tuples(value: Any) -> Any:
     return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Names of the fields in which two configs differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} ({old} -> {new})"
+
+
 def in_words(kind: Any) -> str:
     """A type in words for a user."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from bhsd_jax.platform.errors import UserError
@@ -36,6 +35,8 @@ class Normalization:
 
     def __call__(self, image: Num[Array, "*B D H W 1"]) -> Float[Array, "*B D H W C"]:
         """Float32 channels of a raw image; any leading axes."""
+        import jax.numpy as jnp  # here, because verbs that only name the channels need no JAX
+
         low, high, shift, scale = (
             jnp.asarray(field, jnp.float32)
             for field in (self.low, self.high, self.shift, self.scale)

@@ -50,15 +50,15 @@ def row(backbone: str, patch: tuple[int, int, int]) -> str:
         ValueError: If the backbone is not known or does not take the patch.
     """
     from bhsd_jax.assemble import wiring
+    from bhsd_jax.assemble.run import Run
     from bhsd_jax.configs import supervised
     from bhsd_jax.models.cost import cost
-    from bhsd_jax.settings import Settings
 
     config = supervised.get_config(f"data=bhsd,backbone={backbone}")
     config.input.patch, config.precision = patch, "float32"
     found, planned = [], head_ct_plan()
     for config.train.remat in ("none", "blocks"):
-        found.append(cost(wiring.model(Settings.of(config), planned), (1, *patch, 1)))
+        found.append(cost(wiring.model(Run.of(config, Path(), planned)), (1, *patch, 1)))
     plain, recomputed = found
     size = " x ".join(map(str, patch))
     kept = " | ".join(f"{one.activation_bytes / 1e9:.1f}" for one in (plain, recomputed))

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bhsd_jax.assemble import setup, wiring
+from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry, hu, scan, shear
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.platform import allocator, files, machine
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.settings import Settings
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
@@ -119,7 +119,7 @@ class Predictor:
         return Row(name, float(tilt), seconds, {c: float(n * each) for c, n in volumes})
 
 
-def load(config: Settings, workdir: Path) -> tuple[int, dict[str, Params]]:
+def load(run: Run) -> tuple[int, dict[str, Params]]:
     """The checkpoint's step and the variables of the networks to average, by name.
 
     "ensemble" stands for all twins.
@@ -128,12 +128,12 @@ def load(config: Settings, workdir: Path) -> tuple[int, dict[str, Params]]:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If the objective has no network of a wanted name.
     """
-    settings = config.predict
+    settings = run.config.predict
     which = settings.checkpoint
     which = int(which) if str(which).isdigit() else which
-    step, params, ema = load_networks(workdir / "checkpoints", which)
-    statistics = load_statistics(workdir / "checkpoints", step)
-    objective = wiring.objective(config)
+    step, params, ema = load_networks(run.folder / "checkpoints", which)
+    statistics = load_statistics(run.folder / "checkpoints", step)
+    objective = wiring.objective(run.config)
     found = objective.deployable(params, ema)
     asked = tuple(settings.networks) or tuple(found)[:1]
     together = {"ensemble": objective.twins} if objective.twins else {}
@@ -148,34 +148,32 @@ def load(config: Settings, workdir: Path) -> tuple[int, dict[str, Params]]:
     return step, {name: {"params": found[name], **statistics} for name in wanted}
 
 
-def share_cores(config: Settings, plan: Plan) -> None:
+def share_cores(run: Run) -> None:
     """On a CPU, a tile for every core that there is memory for; before anything is computed."""
-    settings = config.infer
-    tile = bytes_per_tile(setup.patch(config, plan))
-    processes.share_cores(settings.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
+    tile = bytes_per_tile(run.patch)
+    processes.share_cores(run.config.infer.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
     allocator.mind_memory(jax.local_device_count() * tile)
 
 
-def make_predictor(config: Settings, plan: Plan, networks: Sequence[Params]) -> Predictor:
+def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
     """As the config says, on all devices of this process: each predicts scans of its own.
 
     Raises:
         ValueError: If the networks are not the config's model.
     """
-    model, normalization = wiring.model(config, plan), wiring.normalization(config, plan)
-    tile = setup.patch(config, plan)
+    config, model, normalization = run.config, wiring.model(run), run.normalization
 
     def forward(variables: Params, raw: jax.Array) -> Any:
         return model.apply(variables, normalization(raw), train=False)
 
-    sample = jax.ShapeDtypeStruct((1, *tile, normalization.channels), jnp.float32)
+    sample = jax.ShapeDtypeStruct((1, *run.patch, normalization.channels), jnp.float32)
     expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), sample)
     for variables in networks:
         _require_fit(variables, expected)
     several = jax.local_device_count() > 1
     window = SlidingWindow(
         forward,
-        tile,
+        run.patch,
         step=config.infer.step,
         mirror=config.infer.mirror,
         mirror_axes=config.infer.mirror_axes,
@@ -187,8 +185,8 @@ def make_predictor(config: Settings, plan: Plan, networks: Sequence[Params]) -> 
         window=window,
         networks=networks,
         fill=normalization.pad_value(config.input.pad),
-        plan=plan,
-        classes=setup.classes(config, plan),
+        plan=run.plan,
+        classes=run.classes,
         probabilities=config.predict.probabilities,
     )
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from bhsd_jax.assemble import setup, wiring
+from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.augment.slices import follow, mark
 from bhsd_jax.build import build, find
@@ -25,7 +26,6 @@ from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.optimizer import make_optimizer, make_schedule
 from bhsd_jax.train.step import Parts, init_state
 from bhsd_jax.types import Batch, TrainState
-from bhsd_jax.volume import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -70,32 +70,32 @@ class Recipe:
         return init_state(self.parts, jnp.zeros((1, *self.cut.patch, self.channels)), key)
 
 
-def make_mesh(config: Settings, plan: Plan) -> Mesh:
+def make_mesh(run: Run) -> Mesh:
     """The devices of a training, as the config arranges them and its batches fill them."""
-    sizes = {axis: getattr(config.mesh, axis) for axis in meshes.AXES}
-    batches = (_labeled(config, plan), config.input.unlabeled)
-    return meshes.make_mesh(**sizes, batches=batches, accumulate=max(config.train.accumulate, 1))
+    sizes = {axis: getattr(run.config.mesh, axis) for axis in meshes.AXES}
+    accumulate = max(run.config.train.accumulate, 1)
+    return meshes.make_mesh(**sizes, batches=(run.labeled, run.unlabeled), accumulate=accumulate)
 
 
-def make_recipe(config: Settings, plan: Plan, mesh: Mesh | None = None) -> Recipe:
+def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
     """Model, objective, optimizer, augmentation and batch as config and plan name them."""
+    config, plan = run.config, run.plan
     objective = wiring.objective(config)
-    normalization = wiring.normalization(config, plan)
-    spatial, intensity = make_chains(config, plan, mesh)
+    spatial, intensity = make_chains(run, mesh)
     schedule, optimizer = _optimizer(config, parts=bool(objective.twins))
-    weak, slices = _slice_labels(config, plan)
+    weak, slices = _slice_labels(run)
     loss = dict(vars(config.loss))
     if loss["batch_dice"] is None:
         loss["batch_dice"] = plan.network.batch_dice
     if loss["batch_dice"]:
-        _warn_of_parts(_labeled(config, plan), config.train.accumulate)
+        _warn_of_parts(run.labeled, config.train.accumulate)
     parts = Parts(
-        model=wiring.model(config, plan),
+        model=wiring.model(run),
         objective=objective,
         optimizer=optimizer,
         schedule=schedule,
         segmentation=DiceCE(**loss),
-        augment=make_augment(normalization, spatial, intensity, head_hu=plan.crop_hu),
+        augment=make_augment(run.normalization, spatial, intensity, head_hu=plan.crop_hu),
         view=intensity,
         steps=config.train.steps,
         weak=weak,
@@ -105,7 +105,7 @@ def make_recipe(config: Settings, plan: Plan, mesh: Mesh | None = None) -> Recip
     cut = Cut(
         patch=spatial.patch,
         source=spatial.source_patch,
-        fill=normalization.pad_value(config.input.pad),
+        fill=run.normalization.pad_value(config.input.pad),
         foreground=config.input.foreground,
         binary=config.split.binary,
         masked=config.input.outside == "masked",
@@ -114,22 +114,20 @@ def make_recipe(config: Settings, plan: Plan, mesh: Mesh | None = None) -> Recip
         parts=parts,
         cut=cut,
         raw_type=jnp.int16 if plan.modality == "ct" else jnp.float32,
-        channels=normalization.channels,
-        labeled=_labeled(config, plan),
-        unlabeled=config.input.unlabeled,
+        channels=run.normalization.channels,
+        labeled=run.labeled,
+        unlabeled=run.unlabeled,
         slices=slices,
     )
 
 
-def make_chains(
-    config: Settings, plan: Plan, mesh: Mesh | None = None
-) -> tuple[SpatialChain, IntensityChain]:
+def make_chains(run: Run, mesh: Mesh | None = None) -> tuple[SpatialChain, IntensityChain]:
     """The augmentations; on CPUs each device's patches one by one, all at once elsewhere."""
     devices = jax.device_count() if mesh is None else mesh.size
     # One by one needs whole patches; devices that share one get them all at once.
     shared = mesh if mesh is not None and mesh.shape["space"] == 1 < devices else None
     sequential = jax.default_backend() == "cpu" and (devices == 1 or shared is not None)
-    fill = wiring.normalization(config, plan).fill(config.input.pad)
+    fill = run.normalization.fill(run.config.input.pad)
 
     def ops(specs: Any) -> tuple[Any, ...]:
         made = []
@@ -140,8 +138,8 @@ def make_chains(
         return tuple(made)
 
     return (
-        SpatialChain(ops(config.augment.spatial), setup.patch(config, plan), sequential, shared),
-        IntensityChain(ops(config.augment.intensity), sequential, shared),
+        SpatialChain(ops(run.config.augment.spatial), run.patch, sequential, shared),
+        IntensityChain(ops(run.config.augment.intensity), sequential, shared),
     )
 
 
@@ -182,12 +180,13 @@ def make_augment(
     return augment
 
 
-def require_matching(config: Settings, recipe: Recipe, roles: Roles, mesh: Mesh) -> None:
+def require_matching(run: Run, recipe: Recipe, roles: Roles, mesh: Mesh) -> None:
     """Refuses what does not fit, before the first compilation.
 
     Raises:
         ValueError: Says which fields, what they are, and what to change.
     """
+    config = run.config
     wants = recipe.parts.objective.uses_unlabeled
     if not roles.train:
         raise UserError("split: no labeled training case is left; look at split and data")
@@ -250,12 +249,9 @@ def _warn_of_slow_average(decay: float | None, steps: int) -> None:
         )
 
 
-def _labeled(config: Settings, plan: Plan) -> int:
-    return config.input.labeled or plan.network.batch
-
-
-def _slice_labels(config: Settings, plan: Plan) -> tuple[SliceLabelTerms | None, Slices | None]:
+def _slice_labels(run: Run) -> tuple[SliceLabelTerms | None, Slices | None]:
     """What slice labels add to the objective, and how they are read; None if nothing is on."""
+    config, plan = run.config, run.plan
     spec = dict(vars(config.weak))
     slices = Slices(len(plan.classes) - 1, config.split.binary, spec.pop("margin"))
     terms = SliceLabelTerms(**spec)

@@ -12,11 +12,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from scipy.special import softmax
 
-from bhsd_jax.assemble import setup, wiring
 from bhsd_jax.assemble.recipe import Recipe
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.metrics import overlap
-from bhsd_jax.settings import Settings
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.train.log import Log
 from bhsd_jax.types import Metrics, Params, TrainState
@@ -47,8 +46,7 @@ class Validation:
     @classmethod
     def of(
         cls,
-        config: Settings,
-        shards: Shards,
+        run: Run,
         cases: Sequence[str],
         recipe: Recipe,
         log: Log,
@@ -56,7 +54,7 @@ class Validation:
         asked: Callable[[], bool],
     ) -> "Validation":
         """As the config says; each process scores every so manyth case."""
-        model = recipe.parts.model
+        config, model = run.config, recipe.parts.model
 
         def forward(params: Params, image: jax.Array) -> Any:
             return model.apply({"params": params}, image, train=False)
@@ -70,16 +68,15 @@ class Validation:
             # Of several processes each has a case of its own, which the others cannot wait for.
             mesh=mesh if mesh.size > 1 and jax.process_count() == 1 else None,
         )
-        chosen = tuple(cases)[: config.train.validate_cases]
         return cls(
             window=window,
             deployable=recipe.parts.objective.deployable,
             twins=recipe.parts.objective.twins,
-            normalize=jax.jit(wiring.normalization(config, shards.plan)),
-            fill=wiring.normalization(config, shards.plan).fill(config.input.pad),
-            shards=shards,
-            cases=chosen,
-            classes=setup.classes(config, shards.plan),
+            normalize=jax.jit(run.normalization),
+            fill=run.normalization.fill(config.input.pad),
+            shards=run.shards,
+            cases=tuple(cases)[: config.train.validate_cases],
+            classes=run.classes,
             binary=config.split.binary,
             log=log,
             asked=asked,

@@ -1,4 +1,4 @@
-"""From a config and a plan to the network and what stands around it."""
+"""From a run to its network and its objective."""
 
 import inspect
 from typing import Any
@@ -6,17 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bhsd_jax import windows
-from bhsd_jax.assemble import setup
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.build import build, find, require_arguments
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
-from bhsd_jax.volume import Plan
 
 _MODELS = "bhsd_jax.models"
 
 
-def model(config: Settings, plan: Plan) -> Any:
+def model(run: Run) -> Any:
     """The network (`types.Backbone`), with what it takes from the plan where the config is silent.
 
     A class without `for_plan` is given the patch, if it has an argument of that name.
@@ -25,39 +23,26 @@ def model(config: Settings, plan: Plan) -> Any:
         ValueError: If the config names an unknown class or argument, or class and plan do not go
             together.
     """
+    config, plan = run.config, run.plan
     spec = {k: v for k, v in config.model.items() if v is not None}
-    name, patch = spec.pop("name"), setup.patch(config, plan)
+    name = spec.pop("name")
     made = find(_MODELS, name)
     for_plan = getattr(made, "for_plan", None)
     offered = {"dtype": compute_type(config.precision), "remat": config.train.remat}
     if for_plan is None:
-        offered["patch"] = patch
+        offered["patch"] = run.patch
     accepted = inspect.signature(made).parameters
     fields = {k: v for k, v in offered.items() if k in accepted} | spec
-    fields["num_classes"] = len(setup.classes(config, plan))
+    fields["num_classes"] = len(run.classes)
     require_arguments(f"{_MODELS}.{name}", made, fields)
     if for_plan is None:
         return made(**fields)
-    return for_plan(plan.network, patch, plan.spacing_mm, **fields)
+    return for_plan(plan.network, run.patch, plan.spacing_mm, **fields)
 
 
 def objective(config: Settings) -> Any:
     """What is minimized."""
     return build("bhsd_jax.objectives", config.objective)
-
-
-def normalization(config: Settings, plan: Plan) -> windows.Normalization:
-    """Raw intensity to network channels: the plan's, or CT windows.
-
-    Raises:
-        ValueError: If windows are wanted of scans that the plan normalizes beforehand.
-    """
-    if config.windows == "plan":
-        modality = "mr" if plan.normalize_first else plan.modality
-        return windows.Normalization.from_plan(modality, plan.foreground)
-    if plan.normalize_first:
-        raise UserError("config.windows: this plan normalizes first, nothing is left in HU; 'plan'")
-    return windows.Normalization.from_windows(config.windows)
 
 
 def compute_type(precision: str) -> Any:

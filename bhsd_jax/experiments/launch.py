@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bhsd_jax.experiments import places, queue, slurm, study
 from bhsd_jax.experiments.places import Place
-from bhsd_jax.experiments.queue import Failure, Run, Stopped
+from bhsd_jax.experiments.queue import Failure, Stopped, Trial
 from bhsd_jax.experiments.study import Study
 from bhsd_jax.platform import cluster
 from bhsd_jax.platform.errors import UserError
@@ -76,7 +76,7 @@ def overrides(fields: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"--config.{text.removeprefix('config.')}" for text in fields)
 
 
-def make_run(row: str, seed: int, arguments: Sequence[str], out: Path, shards: str | None) -> Run:
+def make_run(row: str, seed: int, arguments: Sequence[str], out: Path, shards: str | None) -> Trial:
     """A run with its folder and its shards in their place.
 
     Raises:
@@ -89,7 +89,7 @@ def make_run(row: str, seed: int, arguments: Sequence[str], out: Path, shards: s
     if not config.data.get("root"):
         where.append(f"--config.data.root={data_folder(config, out) / 'synthetic'}")
     arguments = (*arguments, *where)
-    return Run(row, seed, out / row / f"seed{seed}", arguments, queue.resolve(arguments))
+    return Trial(row, seed, out / row / f"seed{seed}", arguments, queue.resolve(arguments))
 
 
 def data_folder(config: Settings, out: Path) -> Path:
@@ -183,7 +183,7 @@ def _so_far(what: Study, failures: Sequence[Failure]) -> None:
         logger.warning("no report yet: %s", error)
 
 
-def _state(run: Run) -> str:
+def _state(run: Trial) -> str:
     try:
         if queue.is_finished(run):
             return "finished"
@@ -199,7 +199,7 @@ def _list(what: Study) -> int:
     return 0
 
 
-def _places(runs: Sequence[Run], jobs: int | None) -> Sequence[Place]:
+def _places(runs: Sequence[Trial], jobs: int | None) -> Sequence[Place]:
     """One per GPU, unless it was said how many, but no more than there are runs."""
     todo = max(1, sum(_state(run) in ("new", "begun") for run in runs))
     wanted = max(1, len(places.gpus())) if jobs is None else jobs
@@ -213,21 +213,21 @@ def _places(runs: Sequence[Run], jobs: int | None) -> Sequence[Place]:
     return where
 
 
-def _prepare(runs: Sequence[Run], out: Path) -> None:
+def _prepare(runs: Sequence[Trial], out: Path) -> None:
     """The shards of all runs that are not finished."""
     for shards, run in _by_shards(runs).items():
         queue.prepare(run, _shards_workdir(shards, run, out))
 
 
-def _by_shards(runs: Sequence[Run]) -> Mapping[str, Run]:
-    found: dict[str, Run] = {}
+def _by_shards(runs: Sequence[Trial]) -> Mapping[str, Trial]:
+    found: dict[str, Trial] = {}
     for run in runs:
         if _state(run) in ("new", "begun"):
             found.setdefault(run.config.preprocess.shards, run)
     return found
 
 
-def _shards_workdir(shards: str, run: Run, out: Path) -> Path:
+def _shards_workdir(shards: str, run: Trial, out: Path) -> Path:
     """Where the integrity table goes: beside the shards."""
     return Path(shards).parent if Path(shards).name == "shards" else data_folder(run.config, out)
 

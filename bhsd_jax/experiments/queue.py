@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from bhsd_jax.assemble import setup
+from bhsd_jax import fields
 from bhsd_jax.experiments.children import Call, Stopped, running
 from bhsd_jax.experiments.places import Place
 from bhsd_jax.platform import cluster, files
@@ -41,7 +41,7 @@ _AFTER = ("infer", "predict", "evaluate")  # ... and what is done with a trained
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     """One training with all that follows it."""
 
     row: str
@@ -65,7 +65,7 @@ class Run:
 class Failure:
     """A run that did not finish."""
 
-    run: Run
+    run: Trial
     reason: str  # one line
 
 
@@ -94,7 +94,7 @@ def plain(config: Settings) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def is_finished(run: Run) -> bool:
+def is_finished(run: Trial) -> bool:
     """Whether the folder holds the results of this very config, trained to the last step.
 
     Raises:
@@ -103,7 +103,7 @@ def is_finished(run: Run) -> bool:
     saved = run.workdir / "config.json"
     if not saved.is_file():
         return False
-    changed = list(setup.differences(json.loads(saved.read_text()), plain(run.config)))
+    changed = list(fields.differences(json.loads(saved.read_text()), plain(run.config)))
     changed = [text for text in changed if not _under(text, _FREE)]
     other = [text for text in changed if not _under(text, _AFTER)]
     if other:
@@ -117,13 +117,13 @@ def is_finished(run: Run) -> bool:
     return summary.stat().st_mtime_ns >= saved.stat().st_mtime_ns
 
 
-def is_trained(run: Run) -> bool:
+def is_trained(run: Trial) -> bool:
     """Whether the last step is on disk."""
     return checkpoint_files.is_saved(run.workdir / "checkpoints", run.config.train.steps)
 
 
 def perform(
-    runs: Sequence[Run],
+    runs: Sequence[Trial],
     after: Callable[[Sequence[Failure]], object] = lambda _: None,
     places: Sequence[Place] = (Place(),),
 ) -> list[Failure]:
@@ -137,7 +137,7 @@ def perform(
     failures: list[Failure] = []
     free = list(places)
     waiting = list(enumerate(runs, start=1))
-    working: dict[Future[str], tuple[Run, Place, str]] = {}
+    working: dict[Future[str], tuple[Trial, Place, str]] = {}
     with running() as children, ThreadPoolExecutor(len(places)) as pool:
         try:
             while waiting or working:
@@ -161,7 +161,7 @@ def perform(
     return failures
 
 
-def _settle(run: Run, what: str, place: Place, call: Call) -> str:
+def _settle(run: Trial, what: str, place: Place, call: Call) -> str:
     """Runs what is not finished of a run; why it failed, or nothing."""
     try:
         finished = is_finished(run)
@@ -172,7 +172,7 @@ def _settle(run: Run, what: str, place: Place, call: Call) -> str:
     return "" if finished else _one(run, call)
 
 
-def prepare(run: Run, folder: Path) -> None:
+def prepare(run: Trial, folder: Path) -> None:
     """Makes the shards of the run, unless they are complete.
 
     Raises:
@@ -190,7 +190,7 @@ def prepare(run: Run, folder: Path) -> None:
         raise UserError(f"preprocess failed, no run was started: {last}")
 
 
-def _one(run: Run, call: Call) -> str:
+def _one(run: Trial, call: Call) -> str:
     """Verb after verb; why it failed, or nothing."""
     saved = run.workdir / "config.json"
     same = saved.is_file() and json.loads(saved.read_text()) == plain(run.config)

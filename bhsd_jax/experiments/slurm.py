@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bhsd_jax.experiments.queue import VERBS, Run
+from bhsd_jax.experiments.queue import VERBS, Trial
 from bhsd_jax.platform.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -19,8 +19,8 @@ _SINGLE = ("--nodes=1", "--ntasks=1", "--ntasks-per-node=1")
 
 def submit(
     name: str,
-    runs: Sequence[Run],
-    prepare: Mapping[Run, Sequence[str]],
+    runs: Sequence[Trial],
+    prepare: Mapping[Trial, Sequence[str]],
     report: Sequence[str],
     options: str,
     out: Path,

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax import __version__
-from bhsd_jax.assemble import setup
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.experiments import queue
-from bhsd_jax.experiments.queue import Failure, Run
+from bhsd_jax.experiments.queue import Failure, Trial
 from bhsd_jax.metrics import scores, summary
 from bhsd_jax.metrics.seeds import OverSeeds, over_seeds, paired
 from bhsd_jax.platform import files
@@ -51,7 +51,7 @@ class Study:
     title: str
     out: Path
     rows: Mapping[str, Heading]
-    runs: Sequence[Run]
+    runs: Sequence[Trial]
     baseline: str = ""  # a row
     notes: tuple[str, ...] = ()
     smoke: bool = False
@@ -61,7 +61,7 @@ class Study:
 class _Scored:
     """One finished run."""
 
-    run: Run
+    run: Trial
     summary: Mapping[str, Any]
     patients: tuple[str, ...]
     values: _Values
@@ -123,7 +123,7 @@ def compare(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
     )
 
 
-def _done(run: Run) -> bool:
+def _done(run: Trial) -> bool:
     """Finished; a folder of another config is as good as none here."""
     try:
         return queue.is_finished(run)
@@ -131,7 +131,7 @@ def _done(run: Run) -> bool:
         return False
 
 
-def _score(run: Run) -> _Scored:
+def _score(run: Trial) -> _Scored:
     remedy = "run the verb `evaluate` again"
     found = files.read_json(run.workdir / "summary.json", keys=("classes",), remedy=remedy)
     rows = scores.read_csv(run.workdir / "cases.csv")
@@ -200,22 +200,21 @@ def _line(
     )
 
 
-def _words(run: Run) -> str:
+def _words(run: Trial) -> str:
     """The run's arguments for a reader, without the places of this machine."""
     places = ("--config.preprocess.shards=", "--config.data.root=")
     return shlex.join(word for word in run.arguments if not word.startswith(places))
 
 
-def _cost(runs: Sequence[Run]) -> dict[str, Any]:
+def _cost(runs: Sequence[Trial]) -> dict[str, Any]:
     """What a step and a run take, as far as the runs have written it down."""
     if not runs:
         return {}
     config, folder = runs[0].config, runs[0].workdir
     found: dict[str, Any] = {"steps": config.train.steps}
-    plan = setup.load_plan(config, folder)
-    found["patch"] = "x".join(map(str, setup.patch(config, plan)))
-    labeled = config.input.labeled or plan.network.batch
-    found["patches"] = f"{labeled} + {config.input.unlabeled}"
+    run = Run.of(config, folder)
+    found["patch"] = "x".join(map(str, run.patch))
+    found["patches"] = f"{run.labeled} + {run.unlabeled}"
     step = _read(folder / "cost.json")
     found |= {key: step[key] for key in ("parameters", "device") if key in step}
     if step.get("flops_per_device"):

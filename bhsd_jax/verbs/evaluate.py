@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax.assemble import setup
+from bhsd_jax.assemble import data
 from bhsd_jax.ct import hu, scan
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.metrics import scores, summary, threshold
@@ -172,7 +172,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
 
 def _jobs(config: Settings, workdir: Path) -> list[Job]:
     plan = Plan.load(workdir) if (workdir / "plan.json").is_file() else None
-    known = plan or setup.dataset(config, workdir)
+    known = plan or data.data_set(config, workdir)
     if config.evaluate.baseline and (known.modality != "ct" or config.evaluate.references):
         raise UserError(
             "config.evaluate.baseline: a threshold in HU needs the CT scans of the data set; "
@@ -214,7 +214,7 @@ def _expected(
         expected: list[_FOUND] = [(case, case, path, None) for case, path in masks.items()]
         labeled, source = set(masks), str(root)
     else:
-        cases = {case.id: case for case in setup.dataset(config, workdir).cases()}
+        cases = {case.id: case for case in data.data_set(config, workdir).cases()}
         labeled = {case.id for case in cases.values() if case.label}
         split = config.evaluate.split or _predicted_split(folder) or config.predict.split
         expected = _of_split(cases, _members(config, workdir, cases, split), split)
@@ -234,7 +234,7 @@ def _members(
 ) -> tuple[str, ...]:
     marked = tuple(case.id for case in cases.values() if case.split == split)
     if split == "val" and not marked:  # a fold of the training cases
-        return setup.roles(config, workdir)[0].val
+        return data.roles(config, workdir)[0].val
     return marked
 
 

@@ -21,14 +21,14 @@ import numpy as np
 from flax import traverse_util
 
 from bhsd_jax import windows
-from bhsd_jax.assemble import predictor, setup, wiring
+from bhsd_jax.assemble import predictor, wiring
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.platform import files
 from bhsd_jax.report.page import NOTICE
-from bhsd_jax.settings import Config, Settings
+from bhsd_jax.settings import Config
 from bhsd_jax.torch_weights import exporting, nnunet, weights_file
 from bhsd_jax.types import Params
 from bhsd_jax.verbs import import_weights
-from bhsd_jax.volume import Plan
 
 PLATFORMS = ("cpu", "cuda")
 _NORMALIZATION = ("low", "high", "shift", "scale")
@@ -53,18 +53,16 @@ def stablehlo(
         FileNotFoundError: If there is no plan or checkpoint.
         ValueError: If they do not fit the config, or flatbuffers is not installed.
     """
-    config = Settings.of(config)
     weights_file.library("flatbuffers", out, extra="export")  # of JAX's file format
-    plan = setup.load_plan(config, workdir)
-    normalize = normalize and not plan.normalized_before
-    step, name, variables = _network(config, workdir)
-    normalization = wiring.normalization(config, plan)
-    model = wiring.model(config, plan).clone(dtype=jnp.float32, remat="none")
+    run = Run.of(config, workdir)
+    normalize = normalize and not run.plan.normalized_before
+    step, name, variables = _network(run)
+    model = wiring.model(run).clone(dtype=jnp.float32, remat="none")
     flat: Any = traverse_util.flatten_dict(variables, sep="/")
-    forward = _forward(model, normalization if normalize else None)
+    forward = _forward(model, run.normalization if normalize else None)
     (batch,) = jax.export.symbolic_shape("b")
-    channels = 1 if normalize else normalization.channels
-    image = jax.ShapeDtypeStruct((batch, *setup.patch(config, plan), channels), jnp.float32)
+    channels = 1 if normalize else run.normalization.channels
+    image = jax.ShapeDtypeStruct((batch, *run.patch, channels), jnp.float32)
     if weights_apart:
         shapes = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in flat.items()}
         function, arguments = forward, (shapes, image)
@@ -78,7 +76,7 @@ def stablehlo(
         weights = io.BytesIO()
         np.savez(weights, **flat)
         files.write_bytes(out / "weights.npz", weights.getvalue())
-    facts = _facts(config, plan, step, name) | {
+    facts = _facts(run, step, name) | {
         "input": f"float32 [b D H W {channels}], {'raw, HU' if normalize else 'normalized'}",
         "output": f"logits float32 [b D H W {model.num_classes}]",
         "platforms": platforms,
@@ -99,13 +97,12 @@ def safetensors(config: Config, workdir: Path, out: Path) -> None:
         FileNotFoundError: If there is no plan or checkpoint.
         ValueError: If the network has no twin in PyTorch, or safetensors is not installed.
     """
-    config = Settings.of(config)
     library = weights_file.library("safetensors.numpy", out)
-    plan = setup.load_plan(config, workdir)
-    step, name, variables = _network(config, workdir)
-    reference, constructor = _twin(config, workdir, plan)
+    run = Run.of(config, workdir)
+    step, name, variables = _network(run)
+    reference, constructor = _twin(run)
     state = exporting.dump(reference, constructor, variables)
-    facts = _facts(config, plan, step, name)
+    facts = _facts(run, step, name)
     header = {"reference": reference, "constructor": json.dumps(constructor)}
     header |= {key: facts[key] for key in ("notice", "license", "trained_on")}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +111,8 @@ def safetensors(config: Config, workdir: Path, out: Path) -> None:
     files.write_json(out.with_suffix(".json"), facts | twin)
 
 
-def _network(config: Settings, workdir: Path) -> tuple[int, str, Params]:
-    step, networks = predictor.load(config, workdir)
+def _network(run: Run) -> tuple[int, str, Params]:
+    step, networks = predictor.load(run)
     name, variables = next(iter(networks.items()))
     return step, name, variables
 
@@ -129,39 +126,40 @@ def _forward(model: Any, normalization: Any) -> Callable[[Mapping[str, Any], jax
     return forward
 
 
-def _twin(config: Settings, workdir: Path, plan: Plan) -> tuple[str, dict[str, Any]]:
-    file = workdir / import_weights.REFERENCE_FILE
+def _twin(run: Run) -> tuple[str, dict[str, Any]]:
+    file = run.folder / import_weights.REFERENCE_FILE
     if file.is_file():
         found = weights_file.json_of(str(file))
         return found["reference"], found["constructor"]
-    channels = wiring.normalization(config, plan).channels
-    return nnunet.constructor_of(wiring.model(config, plan), channels)
+    return nnunet.constructor_of(wiring.model(run), run.normalization.channels)
 
 
-def _facts(config: Settings, plan: Plan, step: int, name: str) -> dict[str, Any]:
+def _facts(run: Run, step: int, name: str) -> dict[str, Any]:
     """What one must know to use the network, without this package."""
+    plan = run.plan
     return {
         "notice": NOTICE,
         "license": plan.license,
         "trained_on": plan.dataset,
-        "classes": setup.classes(config, plan),
-        "patch": setup.patch(config, plan),
+        "classes": run.classes,
+        "patch": run.patch,
         "spacing_mm": plan.spacing_mm,
         "axes": plan.axes,
         "transpose": plan.transpose,
         "modality": plan.modality,
-        "normalization": _normalization(config, plan),
+        "normalization": _normalization(run),
         "plan": plan.to_json(),
-        "model": {"name": config.model["name"], "network": name, "step": step},
+        "model": {"name": run.config.model["name"], "network": name, "step": step},
     }
 
 
-def _normalization(config: Settings, plan: Plan) -> dict[str, Any]:
+def _normalization(run: Run) -> dict[str, Any]:
     """From raw intensities to the network's input, in numbers; one entry per channel."""
+    plan = run.plan
     when = "before resampling" if plan.normalized_before else "after resampling"
     if plan.modality == "mr":
         return {"formula": "(x - mean of the scan) / its standard deviation", "when": when}
-    normalization = wiring.normalization(config, plan)
+    normalization = run.normalization
     if plan.normalize_first:
         normalization = windows.Normalization.from_plan("ct", plan.foreground)
     numbers = {key: getattr(normalization, key) for key in _NORMALIZATION}

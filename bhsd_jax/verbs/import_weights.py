@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.nnunet import trained
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
@@ -164,7 +165,7 @@ def write_run(config: Config, source: Source, weights: WeightsFile, out: Path) -
         input=replace(config.input, patch=source.plan.network.patch, pad=source.pad),
         infer=_mirrored(config.infer, source.mirror_axes),
     )
-    _require_fit(config, source, module, channels=recipe.image[-1])
+    _require_fit(Run.of(config, out, source.plan), source, module, channels=recipe.image[-1])
     plain, plan = json.loads(json.dumps(config.to_dict())), source.plan.to_json()
     statistics = {name: tree for name, tree in variables.items() if name != "params"}
     save_networks(
@@ -200,9 +201,9 @@ def _spec(module: Any) -> dict[str, Any]:
     return {"name": name, **{field: getattr(module, field) for field in fields}}
 
 
-def _require_fit(config: Settings, source: Source, module: Any, *, channels: int) -> None:
+def _require_fit(run: Run, source: Source, module: Any, *, channels: int) -> None:
     plan, patch = source.plan, source.plan.network.patch
-    given = wiring.normalization(config, plan).channels
+    given = run.normalization.channels
     odd = [n for n, step in zip(patch, module.stride, strict=True) if n % step]
     wrong = []
     if len(plan.classes) != module.num_classes:
@@ -215,5 +216,5 @@ def _require_fit(config: Settings, source: Source, module: Any, *, channels: int
         wrong.append(f"the patch {patch} is no multiple of its stride {module.stride}")
     if wrong:
         raise UserError(f"{source.reference}: {'; '.join(wrong)}")
-    built = wiring.model(config, plan).clone(dtype=module.dtype, remat=module.remat)
+    built = wiring.model(run).clone(dtype=module.dtype, remat=module.remat)
     assert built == module, f"{built} != {module}"

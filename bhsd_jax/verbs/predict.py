@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import predictor, setup
+from bhsd_jax.assemble import data, predictor
 from bhsd_jax.assemble.predictor import Predictor, Row
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
@@ -20,7 +21,7 @@ from bhsd_jax.settings import Config, DicomSeries, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.verbs import parts
-from bhsd_jax.volume import Case, Plan, Series
+from bhsd_jax.volume import Case, Series
 
 logger = logging.getLogger(__name__)
 
@@ -61,20 +62,20 @@ def run(config: Config, workdir: Path) -> None:
             "config.predict.probabilities: those of unsheared series would not lie on the series' "
             "own voxels; set unshear=False, or leave them out"
         )
-    plan = setup.load_plan(config, workdir)
+    run = Run.of(config, workdir)
     out = Path(settings.out or workdir / "predictions")
     files.open_folder(out)
     files.sweep(out)
-    predictor.share_cores(config, plan)
+    predictor.share_cores(run)
     processes.say_devices()
-    step, networks = predictor.load(config, workdir)
-    predict = predictor.make_predictor(config, plan, list(networks.values()))
+    step, networks = predictor.load(run)
+    predict = predictor.make_predictor(run, list(networks.values()))
     names = _names(cases, workdir, settings)
     mine = parts.own(cases)
-    _log_estimate(predict, len(mine), plan)
+    _log_estimate(predict, len(mine))
     found = _gather(out, _predict_all(predict, mine, names, out, settings.overwrite), names)
     if found is not None:
-        facts = _facts(config, plan, step, tuple(networks))
+        facts = _facts(run, step, tuple(networks))
         _conclude(out, found, facts, len(cases))
 
 
@@ -174,15 +175,15 @@ def _names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str
     """What outputs are called; by default DICOM's own names are hidden, NIfTI's are not."""
     hide = settings.show_ids is False, settings.show_ids is not True and bool(settings.images)
     hidden = {c.id for c in cases if hide[isinstance(c.image, Series)]}
-    short = setup.short_names(sorted(hidden), workdir, show_ids=False) if hidden else {}
+    short = data.short_names(sorted(hidden), workdir, show_ids=False) if hidden else {}
     return {case.id: short.get(case.id, case.id) for case in cases}
 
 
 def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
     if split not in ("val", "test"):
         raise UserError(f"config.predict.split is val or test; got {split!r}")
-    roles, _ = setup.roles(config, workdir)
-    known = {case.id: case for case in setup.dataset(config, workdir).cases()}
+    roles, _ = data.roles(config, workdir)
+    known = {case.id: case for case in data.data_set(config, workdir).cases()}
     wanted = getattr(roles, split)
     missing = [case for case in wanted if case not in known]
     if missing or not wanted:
@@ -193,9 +194,9 @@ def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
     return [Case(case, case, known[case].image, None, split) for case in wanted]
 
 
-def _log_estimate(predict: Predictor, scans: int, plan: Plan) -> None:
+def _log_estimate(predict: Predictor, scans: int) -> None:
     """So that nobody waits for days unknowing: on a CPU a large tile takes most of a minute."""
-    tiles = predict.window.count(plan.median_shape) * len(predict.networks)
+    tiles = predict.window.count(predict.plan.median_shape) * len(predict.networks)
     share = 2 ** len(predict.window.mirror_axes)
     hint = f"; infer.mirror=False needs one in {share}" if predict.window.mirror else ""
     logger.info("%d scans, about %d tiles each, %d in all%s", scans, tiles, scans * tiles, hint)
@@ -251,17 +252,18 @@ def _write_tables(out: Path, rows: Sequence[Row]) -> None:
     files.write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
 
 
-def _facts(config: Settings, plan: Plan, step: int, networks: tuple[str, ...]) -> dict[str, Any]:
+def _facts(run: Run, step: int, networks: tuple[str, ...]) -> dict[str, Any]:
     """What a reader of the label maps has to know."""
+    config = run.config
     return {
         "notice": NOTICE,
         "step": step,
         "networks": networks,
-        "classes": setup.classes(config, plan),
+        "classes": run.classes,
         "split": None if config.predict.images else config.predict.split,
         "mirror": config.infer.mirror_axes if config.infer.mirror else (),
-        "tile": setup.patch(config, plan),
+        "tile": run.patch,
         "tile_step": config.infer.step,
-        "trained_on": plan.dataset,
-        "license": plan.license,
+        "trained_on": run.plan.dataset,
+        "license": run.plan.license,
     }

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import setup
+from bhsd_jax.assemble import data
 from bhsd_jax.ct import scan
 from bhsd_jax.ct.integrity import checkup, facts_file
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, prepare_case
@@ -65,7 +65,7 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
     for folder in (workdir, workdir / "looked"):
         files.sweep(folder)
     files.open_folder(workdir)
-    dataset: Any = setup.dataset(config, workdir)
+    dataset: Any = data.data_set(config, workdir)
     if hasattr(dataset, "prepare"):
         dataset.prepare()
     found = checkup.survey(dataset)
@@ -81,7 +81,7 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
         _write_ledger(ledger, skipped)
         if facts and not settings.verify_only:
             plan = _plan(dataset, facts, settings, skipped, theirs)
-            folder, records = setup.shards_folder(config, workdir), workdir / "written"
+            folder, records = data.shards_folder(config, workdir), workdir / "written"
             size = settings.cases_per_shard
             jobs = shard_jobs.divide(folder, records, cases, facts, plan, size)
             skipped |= _write_all(folder, jobs, plan, share, workers)

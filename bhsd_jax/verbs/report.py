@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax import __version__
-from bhsd_jax.assemble import setup
+from bhsd_jax.assemble import data
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry, hu, scan
 from bhsd_jax.metrics import scores
 from bhsd_jax.platform import files
@@ -25,7 +26,7 @@ from bhsd_jax.report.tables import (
 )
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.verbs import parts
-from bhsd_jax.volume import Case, Plan
+from bhsd_jax.volume import Case
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +55,19 @@ def run(config: Config, workdir: Path) -> None:
         return
     summary = _read_json(workdir / "summary.json", "evaluate")
     rows = _read_rows(workdir / "cases.csv")
-    plan = setup.load_plan(config, workdir)
+    run = Run.of(config, workdir)
+    plan = run.plan
     ids = sorted({row["case"] for row in rows})
-    names = setup.short_names(ids, workdir, config.report.show_ids)
+    names = data.short_names(ids, workdir, config.report.show_ids)
     sections = [
         Section("Before you read on", (config.report.note,)) if config.report.note else None,
         _results(summary),
-        _overlays(config, workdir, plan, rows, names) if config.report.overlays else None,
+        _overlays(run, rows, names) if config.report.overlays else None,
         _agreement(rows),
         _training(workdir),
         _comparison(config.report.compare, summary, config.name),
         Section("Every scan", (cases_table(rows, names),)),
-        _methods(config, workdir, plan, summary),
+        _methods(run, summary),
     ]
     page = Page(
         title=config.report.title or f"{plan.dataset}: {config.name}",
@@ -133,24 +135,19 @@ def _results(summary: Mapping[str, Any]) -> Section:
 
 
 def _overlays(
-    config: Settings,
-    workdir: Path,
-    plan: Plan,
-    rows: Sequence[Mapping[str, str]],
-    names: Mapping[str, str],
+    run: Run, rows: Sequence[Mapping[str, str]], names: Mapping[str, str]
 ) -> Section | None:
     """The best, the median and the worst scan of every class."""
     if not figures.available():
         return None
-    cases = {case.id: case for case in setup.dataset(config, workdir).cases()}
-    folder = Path(config.evaluate.predictions or workdir / "predictions")
+    cases = {case.id: case for case in run.data_set.cases()}
+    folder = Path(run.config.evaluate.predictions or run.folder / "predictions")
     parts: list[Any] = [
         f"[{figures.REFERENCE}] reference   [{figures.PREDICTION}] prediction. The first picture "
         "of a row is the slice without contours. Slices are shown as in a reading room: the "
         "patient's right is on the left, and slice 1 is the lowest."
     ]
-    classes = setup.classes(config, plan)
-    for index, name in enumerate(classes[1:], start=1):
+    for index, name in enumerate(run.classes[1:], start=1):
         scored = [r for r in rows if r["class"] == name and float(r["voxels_ref"])]
         scored.sort(key=lambda row: float(row["dice"]))
         picks = {"worst": 0, "median": len(scored) // 2, "best": len(scored) - 1}
@@ -158,7 +155,7 @@ def _overlays(
         for word, row in reversed(shown.values()):
             if cases[row["case"]].label is None:
                 continue
-            overlay = _overlay(cases[row["case"]], folder, plan, index, config.split.binary)
+            overlay = _overlay(cases[row["case"]], folder, run, index)
             caption = (
                 f"{name}, {word} of {len(scored)}: scan {names[row['case']]}, "
                 f"Dice {number(float(row['dice']))}, reference "
@@ -169,20 +166,20 @@ def _overlays(
     return Section("What it looks like", tuple(parts))
 
 
-def _overlay(case: Case, folder: Path, plan: Plan, index: int, binary: bool) -> figures.Overlay:
+def _overlay(case: Case, folder: Path, run: Run, index: int) -> figures.Overlay:
     place = scan.native(case.image)
     volume, _ = scan.read(place)
     assert case.label is not None  # the caller has looked
     masks = []
     for path in (case.label, folder / f"{case.id}.nii.gz"):
         label, _ = scan.read_label(path, place, volume, num_classes=None)
-        masks.append(label.voxels > 0 if binary else label.voxels == index)
+        masks.append(label.voxels > 0 if run.config.split.binary else label.voxels == index)
     order, flip = geometry.canonical(volume.affine)
-    voxels = hu.repair(volume.voxels)[0] if plan.modality == "ct" else volume.voxels
+    voxels = hu.repair(volume.voxels)[0] if run.plan.modality == "ct" else volume.voxels
     image, reference, predicted = (geometry.turn(a, order, flip) for a in (voxels, *masks))
     spacing = tuple(volume.spacing_mm[axis] for axis in order)
     low, high = np.percentile(image, (2, 99.5))
-    window = _BRAIN if plan.modality == "ct" else (float(low), float(high))
+    window = _BRAIN if run.plan.modality == "ct" else (float(low), float(high))
     return figures.Overlay(image, reference, predicted, spacing, window)  # pyright: ignore[reportArgumentType]
 
 
@@ -228,17 +225,18 @@ def _comparison(folders: Sequence[str], summary: Mapping[str, Any], name: str) -
     )
 
 
-def _methods(config: Settings, workdir: Path, plan: Plan, summary: Mapping[str, Any]) -> Section:
+def _methods(run: Run, summary: Mapping[str, Any]) -> Section:
     """What a reader needs to repeat it."""
+    plan, config = run.plan, run.config
     d, h, w = plan.spacing_mm
     optimizer = config.optimizer
     facts = [
         ("data set", f"{plan.dataset} ({plan.modality.upper()})"),
         ("resampled to", f"{d:.3g} x {h:.3g} x {w:.3g} mm"),
-        ("patch", " x ".join(map(str, setup.patch(config, plan)))),
+        ("patch", " x ".join(map(str, run.patch))),
         (
             "labeled / unlabeled patches per step",
-            f"{config.input.labeled or plan.network.batch} / {config.input.unlabeled}",
+            f"{run.labeled} / {run.unlabeled}",
         ),
         (
             "optimizer",

@@ -14,15 +14,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from bhsd_jax.assemble import program, setup
+from bhsd_jax import fields
+from bhsd_jax.assemble import data, program
 from bhsd_jax.assemble.recipe import Recipe, make_mesh, make_recipe, require_matching
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
 from bhsd_jax.platform import allocator, cluster, files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures
-from bhsd_jax.settings import Config, Settings
+from bhsd_jax.settings import Config, Settings, Train
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
@@ -34,6 +36,7 @@ from bhsd_jax.train.profile import Span, profiling
 from bhsd_jax.train.speed import Timed, watching
 from bhsd_jax.types import TrainState
 from bhsd_jax.verbs import parts
+from bhsd_jax.volume import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -51,58 +54,56 @@ def run(config: Config, workdir: Path) -> None:
     config = Settings.of(config)
     span = Span.parse(config.train.profile, config.train.steps)
     parts.join(config)
-    shards = Shards(setup.shards_folder(config, workdir))
+    # The plan of the shards, and not the run's own: a checkpoint of another plan is refused.
+    run = Run.of(config, workdir, Plan.load(data.shards_folder(config, workdir)))
     if config.mesh.model == config.mesh.space == 1:  # before anything asks for the devices
-        labeled = config.input.labeled or shards.plan.network.batch
-        at_once = (n // max(config.train.accumulate, 1) for n in (labeled, config.input.unlabeled))
+        at_once = (n // max(config.train.accumulate, 1) for n in (run.labeled, run.unlabeled))
         processes.share_cores(*at_once)
     processes.say_devices()
     workdir.mkdir(parents=True, exist_ok=True)
     with _alone(workdir), Preemption() as asked, processes.together():
-        _train(config, workdir, shards, asked, span)
+        _train(run, asked, span)
 
 
-def _train(
-    config: Settings, workdir: Path, shards: Shards, asked: Preemption, span: Span | None
-) -> None:
-    mesh = make_mesh(config, shards.plan)
-    roles, notes = setup.roles(config, workdir)
+def _train(run: Run, asked: Preemption, span: Span | None) -> None:
+    workdir, steps = run.folder, run.config.train.steps
+    mesh = make_mesh(run)
+    roles, notes = run.roles
     for note in notes:
         logger.warning("%s", note)
     with heartbeat("checking config, plan and network"):
-        recipe = make_recipe(config, shards.plan, mesh)
-        require_matching(config, recipe, roles, mesh)
-    checkpoints = _open_run(config, shards, workdir)
-    state, position = _start(recipe, checkpoints, mesh, config.seed)
+        recipe = make_recipe(run, mesh)
+        require_matching(run, recipe, roles, mesh)
+    checkpoints = _open_run(run)
+    state, position = _start(recipe, checkpoints, mesh, run.config.seed)
     writes = jax.process_index() == 0
     if writes:  # not before: a config that the checkpoint refuses is not the run's
         files.write_json(workdir / "config.json", checkpoints.extra["config"])
         files.write_json(workdir / "plan.json", checkpoints.extra["plan"])
-    batches = _batches(config, shards, roles, recipe, mesh, position)
+    batches = _batches(run.config, run.shards, roles, recipe, mesh, position)
     train_step, flops = program.build_step(recipe, state, mesh, workdir)
     on_devices = Timed(map(partial(meshes.to_devices, mesh=mesh), batches))
     speed = program.speed(recipe, mesh, on_devices, flops)
-    log = Log(workdir / "metrics.jsonl", config.train.steps, position, writes=writes, speed=speed)
-    validation = Validation.of(config, shards, roles.val, recipe, log, mesh, asked)
+    log = Log(workdir / "metrics.jsonl", steps, position, writes=writes, speed=speed)
+    validation = Validation.of(run, roles.val, recipe, log, mesh, asked)
     record = _recorder(checkpoints, log, position)
-    actions = _actions(config, workdir, log, validation, checkpoints, batches, asked)
+    actions = _actions(run.config.train, log, validation, checkpoints, batches, asked)
     try:
-        _catch_up(config, position, state, validation, checkpoints)
+        _catch_up(run.config.train, position, state, validation, checkpoints)
         with watching(on_devices) as watch, profiling(span, workdir / "profile", position) as trace:
             every = [watch, record, trace, *actions]
-            fit(state, on_devices, train_step, every, config.train.steps)
+            fit(state, on_devices, train_step, every, steps)
     except Interrupted as reason:
         logger.warning("%s; start the same command again to go on", reason)
         sys.exit(cluster.TRY_AGAIN)
     finally:
         checkpoints.close()
         record()
-    logger.info("trained %d steps; the run is %s", config.train.steps, workdir)
+    logger.info("trained %d steps; the run is %s", steps, workdir)
 
 
 def _actions(
-    config: Settings,
-    workdir: Path,
+    every: Train,
     log: Log,
     validation: Validation,
     checkpoints: Checkpoints,
@@ -117,7 +118,7 @@ def _actions(
     def draw(*_: Any) -> None:
         begun = time.monotonic()
         if jax.process_index() == 0:
-            figures.draw_progress(log.path, workdir / "progress.png")
+            figures.draw_progress(log.path, log.path.with_name("progress.png"))
         log.pause(time.monotonic() - begun)
 
     @cache
@@ -131,7 +132,7 @@ def _actions(
             save(step, state)
             raise Interrupted(f"asked to stop; saved step {step}")
 
-    steps, every = config.train.steps, config.train
+    steps = every.steps
     return [
         Every((every.log_every,), steps, log.train, seconds=8.0),
         # Validation first: the checkpoint manager keeps the best by this Dice.
@@ -144,10 +145,10 @@ def _actions(
 
 
 def _catch_up(
-    config: Settings, step: int, state: TrainState, validation: Validation, checkpoints: Checkpoints
+    every: Train, step: int, state: TrainState, validation: Validation, checkpoints: Checkpoints
 ) -> None:
     """Validates the step that the run goes on from, where it was asked to stop meanwhile."""
-    due = step == config.train.steps or step % config.train.validate_every == 0
+    due = step == every.steps or step % every.validate_every == 0
     if step and due and validation.cases and checkpoints.dice() is None:
         validation(step, state, {})
         checkpoints.rate(validation.dice_at(step))
@@ -168,9 +169,10 @@ def _recorder(checkpoints: Checkpoints, log: Log, resumed_at: int) -> Callable[.
     return record
 
 
-def _open_run(config: Settings, shards: Shards, workdir: Path) -> Checkpoints:
+def _open_run(run: Run) -> Checkpoints:
     """The run's checkpoints; says in what the config differs from theirs."""
-    plain, plan = json.loads(json.dumps(config.to_dict())), shards.plan.to_json()
+    workdir = run.folder
+    plain, plan = json.loads(json.dumps(run.config.to_dict())), run.plan.to_json()
     lines = read(workdir / "metrics.jsonl")
     checkpoints = Checkpoints(
         workdir / "checkpoints",
@@ -179,7 +181,7 @@ def _open_run(config: Settings, shards: Shards, workdir: Path) -> Checkpoints:
         recorded={line[SAVED] for line in lines if SAVED in line},
     )
     if checkpoints.latest() is not None:
-        for field in setup.differences(checkpoints.config(), plain):
+        for field in fields.differences(checkpoints.config(), plain):
             if not field.startswith(_ELSEWHERE):
                 logger.warning("resuming with another value of config.%s", field)
     elif lines:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ import pytest
 import bhsd_jax.models
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.recipe import make_recipe
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import cps, supervised
 from bhsd_jax.models.cost import cost
-from bhsd_jax.settings import Settings
 from bhsd_jax.train.step import make_train_step
 from tools import model_table
 
@@ -64,17 +65,16 @@ def built(name, experiment=supervised, **fields):
     config = experiment.get_config(f"backbone=own.{name}")
     config.model.update(fields)
     config.precision, config.train.remat = "bfloat16", "blocks"
-    config = Settings.of(config)
-    return config, wiring.model(config, PLAN)
+    run = Run.of(config, Path("run"), PLAN)
+    return run, wiring.model(run)
 
 
 @pytest.mark.parametrize("experiment", [supervised, cps])
 @pytest.mark.parametrize("name", ["Bare", "Told", "Planned", "small"])
 def test_it_is_trained(name, experiment):
-    config, model = built(name, experiment)
-    classes = 2 if config.split.binary else len(PLAN.classes)
-    assert model.num_classes == classes
-    recipe = make_recipe(config, PLAN)
+    run, model = built(name, experiment)
+    assert model.num_classes == (2 if run.config.split.binary else len(PLAN.classes))
+    recipe = make_recipe(run)
     state = jax.eval_shape(recipe.init, jax.random.key(0))
     _, metrics = jax.eval_shape(make_train_step(recipe.parts), state, recipe.abstract_batch())
     assert metrics["loss"].shape == ()

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import pytest
 from bhsd_jax.configs.backbones import BACKBONES
 
-from bhsd_jax.assemble import setup
 from bhsd_jax.assemble.recipe import make_recipe
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import cps, supervised
 from bhsd_jax.input.pipeline import Batches, Decoded, Stream
-from bhsd_jax.settings import Settings
-from bhsd_jax.shards.store import Shards
 from bhsd_jax.train.step import make_train_step
 from bhsd_jax.verbs import preprocess
 
@@ -33,10 +31,8 @@ def prepared(tmp_path_factory):
 
 def batches_of(config, recipe, workdir):
     """What the verb `train` reads, from scans decoded once."""
-    shards, (roles, _) = (
-        Shards(setup.shards_folder(Settings.of(config), workdir)),
-        setup.roles(Settings.of(config), workdir),
-    )
+    run = Run.of(config, workdir)
+    shards, (roles, _) = run.shards, run.roles
     cases = {}
     for case in (*roles.train, *roles.unlabeled):
         whole = shards.load(case)
@@ -67,9 +63,7 @@ def recipe_of(experiment, backbone, workdir):
         config.objective.ramp = 0.0  # one weight throughout: losses of all steps are comparable
     if config.optimizer.name == "adamw":
         config.optimizer.lr = 0.003  # the published 0.0001 is for 5000 epochs
-    return config, make_recipe(
-        Settings.of(config), Shards(setup.shards_folder(Settings.of(config), workdir)).plan
-    )
+    return config, make_recipe(Run.of(config, workdir))
 
 
 def require_fall(config, recipe, state, workdir):

@@ -1,6 +1,7 @@
 """Multiply-adds against counts by hand and against nnU-Net's own; precision inside the networks."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,12 @@ from bhsd_jax.configs.backbones import BACKBONES
 from jax import lax
 
 from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import supervised
 from bhsd_jax.models import nnunet
 from bhsd_jax.models.conv import Conv, ConvTranspose
 from bhsd_jax.models.cost import cost, equations, multiply_adds
 from bhsd_jax.models.norms import InstanceNorm
-from bhsd_jax.settings import Settings
 from tools import model_table
 
 
@@ -96,7 +97,7 @@ def test_the_table_has_the_published_networks_on_head_ct(backbone, figures):
 def test_attention_weights_and_norms_are_float32_inside_a_bfloat16_network(backbone):
     config = supervised.get_config(f"smoke,backbone={backbone}")
     config.precision = "bfloat16"
-    net = wiring.model(Settings.of(config), model_table.head_ct_plan())
+    net = wiring.model(Run.of(config, Path("run"), model_table.head_ct_plan()))
     image = abstract(1, *config.input.patch, 1)
     variables = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, train=False), image)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}

@@ -4,14 +4,16 @@ UNETR's recomputed gradients are compared with the reference's, the two nnU-Nets
 the tests of these.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import supervised
-from bhsd_jax.settings import Settings
 from tools import model_table
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -21,7 +23,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 @pytest.mark.parametrize("backbone", ["swin_unetr", "cotr", "nnformer"])
 def test_recomputed_blocks_give_the_same_gradients(backbone):
     config = supervised.get_config(f"smoke,backbone={backbone}")
-    net = wiring.model(Settings.of(config), model_table.head_ct_plan())
+    net = wiring.model(Run.of(config, Path("run"), model_table.head_ct_plan()))
     random = np.random.default_rng(1)
     image = random.normal(size=(1, *config.input.patch, 1)).astype(np.float32)
     shapes = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, train=False), image)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from bhsd_jax.assemble import predictor, wiring
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common, from_run
-from bhsd_jax.settings import Settings
 from bhsd_jax.torch_weights import importing
 from bhsd_jax.train.checkpoint import save_networks
 from bhsd_jax.verbs import export
@@ -61,7 +61,7 @@ def run(tmp_path_factory):
     """A run folder as training leaves it, its model and variables."""
     folder = tmp_path_factory.mktemp("run")
     config = common.get_config()
-    model = wiring.model(Settings.of(config), PLAN)
+    model = wiring.model(Run.of(config, Path("run"), PLAN))
     image = jax.ShapeDtypeStruct((1, *TILE, 1), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     random = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def test_stablehlo_gives_the_logits_without_the_package(run, tmp_path, monkeypat
     pytest.importorskip("flatbuffers", reason="extra export: StableHLO files")
     run_tool(monkeypatch, "export.py", run[0], tmp_path / "out", "--to", "stablehlo")
     image = tiles(3)
-    normalize = wiring.normalization(Settings.of(common.get_config()), PLAN)
+    normalize = Run.of(common.get_config(), Path("run"), PLAN).normalization
     want = logits(run, image, normalize)
     found = alone(tmp_path / "out", image)
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
@@ -144,7 +144,7 @@ def test_safetensors_come_back_as_the_same_run(run, tmp_path, monkeypatch):
     options += ["--clip", "10", "110", "--mean-std", "60", "20", "--crop-hu", "-200"]
     run_tool(monkeypatch, "import_torch.py", file, again, *options)
     config = from_run.get_config(str(again))
-    _, networks = predictor.load(Settings.of(config), again)
+    _, networks = predictor.load(Run.of(config, again))
     (found,) = networks.values()
     jax.tree.map(np.testing.assert_array_equal, found, variables)
     plan = Plan.load(again)
@@ -154,7 +154,7 @@ def test_safetensors_come_back_as_the_same_run(run, tmp_path, monkeypatch):
     module, _ = importing.load(
         twin["reference"], twin["constructor"], torch_names(tmp_path / "w.safetensors")
     )
-    assert module == wiring.model(Settings.of(common.get_config()), PLAN)
+    assert module == wiring.model(Run.of(common.get_config(), Path("run"), PLAN))
 
     second = tmp_path / "second.safetensors"
     run_tool(monkeypatch, "export.py", again, second, "--to", "safetensors")

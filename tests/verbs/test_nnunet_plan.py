@@ -1,16 +1,17 @@
 """Preprocessing by a plans.json of nnU-Net, and the network that is trained from it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
 from bhsd_jax.models.nnunet import blocks_of
 from bhsd_jax.nnunet import trained
-from bhsd_jax.settings import Settings
 from bhsd_jax.shards import store
 from bhsd_jax.torch_weights.recipe import recipe_of
 from bhsd_jax.verbs import preprocess
@@ -56,7 +57,7 @@ def test_shards_and_network_are_those_of_nnunets_plan(data, tmp_path, golden):
     statistics = theirs["foreground_intensity_properties_per_channel"]["0"]
     assert found.plan.foreground[1] == statistics["mean"]
     assert (found.plan.network.patch, found.plan.network.batch) == ((16, 16, 16), 3)
-    model = wiring.model(Settings.of(config), found.plan)
+    model = wiring.model(Run.of(config, Path("run"), found.plan))
     arguments = settings["architecture"]["arch_kwargs"]
     for ours, name in [
         (model.features, "features_per_stage"),
@@ -88,28 +89,31 @@ def test_blocks_of_a_residual_plan_reach_the_network(golden):
     config = common.get_config()
     config.precision = "float32"
     config.model.name = "nnunet.ResidualEncoderUNet"
-    model = wiring.model(Settings.of(config), plan)
+    model = wiring.model(Run.of(config, Path("run"), plan))
     assert model.blocks_encoder == blocks
     recipe = recipe_of(*trained.network_of(plans, DATASET, "3d_fullres"))
     assert model == recipe.module
 
     config.input.patch = (20, 128, 128)  # two stages fewer
-    smaller = wiring.model(Settings.of(config), plan)
+    smaller = wiring.model(Run.of(config, Path("run"), plan))
     assert smaller.blocks_encoder == blocks[: len(smaller.features)]
     assert len(smaller.features) < len(blocks)
     assert smaller.convs_decoder == (1,) * (len(smaller.features) - 1)
 
     config.model.blocks_encoder = (1,) * len(smaller.features)
-    assert wiring.model(Settings.of(config), plan).blocks_encoder == config.model.blocks_encoder
+    assert (
+        wiring.model(Run.of(config, Path("run"), plan)).blocks_encoder
+        == config.model.blocks_encoder
+    )
 
 
 def test_a_plan_of_blocks_is_refused_by_the_plain_network(golden):
     plan = trained.plan_of(residual_plans(golden, (1, 3, 4, 6, 6, 6, 6)), DATASET, "3d_fullres", "")
     config = common.get_config()
     with pytest.raises(ValueError, match=r"residual encoder, \(1, 3, 4, .*backbone=nnunet_resenc"):
-        wiring.model(Settings.of(config), plan)
+        wiring.model(Run.of(config, Path("run"), plan))
     config.model.convs_encoder = (2,) * 7
-    assert wiring.model(Settings.of(config), plan).convs_encoder == (2,) * 7
+    assert wiring.model(Run.of(config, Path("run"), plan)).convs_encoder == (2,) * 7
 
 
 def test_a_plan_that_does_not_say_of_what_it_counts_builds_the_networks_it_always_did(golden):
@@ -117,17 +121,17 @@ def test_a_plan_that_does_not_say_of_what_it_counts_builds_the_networks_it_alway
     del written["network"]["residual"]
     plan = Plan.from_json(written)
     config = common.get_config()
-    assert wiring.model(Settings.of(config), plan).convs_encoder == (2,) * 7
+    assert wiring.model(Run.of(config, Path("run"), plan)).convs_encoder == (2,) * 7
     config.model.name = "nnunet.ResidualEncoderUNet"
     published = (1, 3, 4, 6, 6, 6, 6)
-    assert blocks_of(wiring.model(Settings.of(config), plan)) == published
+    assert blocks_of(wiring.model(Run.of(config, Path("run"), plan))) == published
 
 
 def test_a_plan_for_the_plain_network_gives_a_residual_one_the_published_blocks(golden):
     plans = json.loads((golden / "plans" / "full_BHSDtrain96_nnUNetPlans.json").read_text())
     plan = trained.plan_of(plans, DATASET, "3d_fullres", "")
     config = common.get_config("backbone=nnunet_resenc")
-    model = wiring.model(Settings.of(config), plan)
+    model = wiring.model(Run.of(config, Path("run"), plan))
     assert blocks_of(model) == (1, 3, 4, 6, 6, 6, 6)
     assert model.convs_decoder == 1
 

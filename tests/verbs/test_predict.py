@@ -21,7 +21,8 @@ from dicom_files import NAME, PATIENT, write_series
 from nibabel import orientations
 from pydicom import dcmread
 
-from bhsd_jax.assemble import predictor, setup, wiring
+from bhsd_jax.assemble import data, predictor, wiring
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
 from bhsd_jax.ct import geometry
 from bhsd_jax.ct.prepare import prepare_case
@@ -209,7 +210,7 @@ def configure(images, **changes):
 def weights():
     """Config, and parameters of two random networks."""
     config = configure("")
-    model = wiring.model(Settings.of(config), PLAN)
+    model = wiring.model(Run.of(config, Path("run"), PLAN))
     image = jax.ShapeDtypeStruct((1, *TILE, 1), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     random = np.random.default_rng(0)
@@ -251,7 +252,7 @@ def rows_of(path):
 def test_the_label_map_is_the_networks(folder, scans, weights):
     predict.run(configure(scans), folder)
     model, params, _ = weights
-    normalize = wiring.normalization(Settings.of(configure("")), PLAN)
+    normalize = Run.of(configure(""), Path("run"), PLAN).normalization
     window = SlidingWindow(
         lambda p, x: model.apply({"params": p}, normalize(x), train=False), TILE, mirror=False
     )
@@ -338,17 +339,17 @@ def test_twins_are_averaged_on_request(folder, scans, weights):
     (folder / "twins" / "plan.json").write_text(json.dumps(PLAN.to_json()))
     config = configure(scans / "ID_2", networks=("a", "b"))
     config.objective = {"name": "cps.CrossPseudoSupervision"}
-    _, networks = predictor.load(Settings.of(config), folder / "twins")
+    _, networks = predictor.load(Run.of(config, folder / "twins"))
     assert list(networks) == ["a", "b"]
     config.predict.networks = ("ensemble",)
-    _, networks = predictor.load(Settings.of(config), folder / "twins")
+    _, networks = predictor.load(Run.of(config, folder / "twins"))
     assert list(networks) == ["a", "b"]
     predict.run(config, folder / "twins")
     facts = json.loads((folder / "twins" / "predictions" / "predictions.json").read_text())
     assert facts["networks"] == ["a", "b"]
     config.predict.networks = ("a", "teacher")
     with pytest.raises(ValueError, match="no 'teacher'; this objective has a, b"):
-        predictor.load(Settings.of(config), folder / "twins")
+        predictor.load(Run.of(config, folder / "twins"))
 
 
 def test_a_checkpoint_of_another_network_is_refused(folder, scans):
@@ -365,8 +366,8 @@ def test_scans_of_a_split_come_from_the_data_set(folder, scans, monkeypatch):
                 yield Case(name, name, scans / file, scans / "a mask", "train")
 
     roles = Roles(train=("ID_1",), unlabeled=(), val=("ID_2",), test=("ID_9",))
-    monkeypatch.setattr(setup, "dataset", lambda config, workdir: Small())
-    monkeypatch.setattr(setup, "roles", lambda config, workdir: (roles, []))
+    monkeypatch.setattr(data, "data_set", lambda config, workdir: Small())
+    monkeypatch.setattr(data, "roles", lambda config, workdir: (roles, []))
     (found,) = find_scans(configure("", split="val"), folder)
     assert (found.id, found.image, found.label) == ("ID_2", scans / "ID_2", None)
     with pytest.raises(ValueError, match="1 of its 1 scans are not in the data set"):

@@ -79,7 +79,7 @@ def test_series_and_masks_become_shards_and_no_name_comes_along(tree, tmp_path, 
     config = configure(tree, uneven="resample")
     cases = {
         case.id: case
-        for case in preprocess.setup.dataset(Settings.of(config), tmp_path / "run").cases()
+        for case in preprocess.data.data_set(Settings.of(config), tmp_path / "run").cases()
     }
     assert set(cases) == {entry.id for entry in found.entries}, "the salt stays with the shards"
     for id, case in cases.items():
@@ -125,7 +125,7 @@ def test_label_maps_on_the_series_are_evaluated(tree, tmp_path):
     (tmp_path / "run" / "plan.json").write_bytes(
         (tmp_path / "run" / "shards" / "plan.json").read_bytes()
     )
-    for case in preprocess.setup.dataset(Settings.of(config), tmp_path / "run").cases():
+    for case in preprocess.data.data_set(Settings.of(config), tmp_path / "run").cases():
         if case.label:
             mask = nifti.read(case.label)
             affine = mask.affine.copy()

@@ -1,6 +1,7 @@
 """The whole recipe of a config: network, augmentation, objective, optimizer."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from bhsd_jax.assemble import recipe as recipes
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.recipe import make_augment
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.augment.spatial import Affine, Mirror
 from bhsd_jax.configs import cps, mean_teacher, supervised
@@ -48,16 +50,20 @@ PLAN = Plan(
 ROLES = Roles(train=("a",), unlabeled=("b",), val=(), test=())
 
 
-def make_recipe(config, *more):
-    return recipes.make_recipe(Settings.of(config), *more)
+def run_of(config, plan=PLAN):
+    return Run.of(config, Path("run"), plan)
+
+
+def make_recipe(config, plan, *more):
+    return recipes.make_recipe(run_of(config, plan), *more)
 
 
 def require_matching(config, *more):
-    recipes.require_matching(Settings.of(config), *more)
+    recipes.require_matching(run_of(config), *more)
 
 
 def make_mesh(config, plan):
-    return recipes.make_mesh(Settings.of(config), plan)
+    return recipes.make_mesh(run_of(config, plan))
 
 
 def config_of(experiment, **fields):
@@ -215,7 +221,7 @@ def test_the_mask_of_the_scan_is_moved_as_its_voxels_are(slices):
 def test_an_average_that_outlives_the_training_is_warned_of(steps, decay, fits, caplog):
     config = config_of(mean_teacher, unlabeled=8)
     config.train.steps, config.objective.ema_decay = steps, decay
-    require_matching(Settings.of(config), make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+    require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
     if fits:
         assert f"ema_decay 0.999 averages over 1000 steps, of 400 in all; choose {fits}" in (
             caplog.text
@@ -239,7 +245,7 @@ def test_slice_labels_that_nothing_can_use_are_refused():
     config = config_of(supervised)
     config.weak.neg_sup = 1.0
     with pytest.raises(ValueError, match=r"weak: .*supervised\.WeaklySupervised"):
-        require_matching(Settings.of(config), make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+        require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
     with pytest.raises(ValueError, match="head CT"):
         make_recipe(config, dataclasses.replace(PLAN, modality="mr"))
 
@@ -265,7 +271,7 @@ def test_the_plan_decides_what_the_config_leaves_open():
 def test_what_does_not_fit_is_refused_before_compiling(experiment, fields, message):
     config = config_of(experiment, **fields)
     with pytest.raises(ValueError, match=message):
-        require_matching(Settings.of(config), make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+        require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
 
 
 def test_the_config_arranges_the_devices_and_few_patches_use_few(caplog):
@@ -285,7 +291,7 @@ def test_devices_for_twins_that_are_not_there_are_refused(experiment, twins):
     config.mesh.twins = twins
     mesh = make_mesh(config, PLAN)
     with pytest.raises(ValueError, match=f"mesh.twins is {twins}, but objective .* trains"):
-        require_matching(Settings.of(config), make_recipe(config, PLAN, mesh), ROLES, mesh)
+        require_matching(config, make_recipe(config, PLAN, mesh), ROLES, mesh)
 
 
 def test_batch_dice_in_parts_is_said(caplog):
@@ -332,4 +338,4 @@ def test_batches_of_the_abstract_shape_are_batches():
 )
 def test_thick_slices_give_other_backbones_their_own_preset(name, field, value):
     config = supervised.get_config(f"backbone={name}")
-    assert getattr(wiring.model(Settings.of(config), PLAN), field) == value
+    assert getattr(wiring.model(run_of(config)), field) == value

@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from bhsd_jax.experiments import places, queue
-from bhsd_jax.experiments.queue import Run
+from bhsd_jax.experiments.queue import Trial
 from bhsd_jax.platform import files
 from bhsd_jax.train import checkpoint_files
 
@@ -61,7 +61,7 @@ def test_where_things_lie_and_how_fast_they_go_does_not_matter(make, finish):
     assert not queue.is_finished(run), "trained, but to be evaluated anew"
 
 
-class Script(Run):
+class Script(Trial):
     """A run whose verbs are the given lines of Python."""
 
     scripts: ClassVar[dict] = {}

@@ -1,11 +1,10 @@
-"""From a config to data and names: what more than one verb needs, without JAX."""
+"""From a config to the shards, the data set, its roles, and the names of scans. Needs no JAX."""
 
 import hashlib
 import inspect
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bhsd_jax.build import build, find
 from bhsd_jax.datasets import splits
@@ -13,7 +12,7 @@ from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.shards.store import Shards
-from bhsd_jax.volume import Dataset, Plan, Shape
+from bhsd_jax.volume import Dataset
 
 
 def shards_folder(config: Settings, workdir: Path) -> Path:
@@ -21,7 +20,7 @@ def shards_folder(config: Settings, workdir: Path) -> Path:
     return Path(config.preprocess.shards or workdir / "shards")
 
 
-def dataset(config: Settings, workdir: Path) -> Dataset:
+def data_set(config: Settings, workdir: Path) -> Dataset:
     """The data set as downloaded; the synthetic one lies in the run folder by default."""
     spec = dict(config.data)
     if not spec.get("root"):
@@ -34,27 +33,10 @@ def dataset(config: Settings, workdir: Path) -> Dataset:
     return build("bhsd_jax.datasets", spec)
 
 
-def load_plan(config: Settings, workdir: Path) -> Plan:
-    """The run's own plan if it has one, else the shards'."""
-    own = workdir / "plan.json"
-    return Plan.load(own if own.is_file() else shards_folder(config, workdir))
-
-
 def roles(config: Settings, workdir: Path) -> tuple[splits.Roles, list[str]]:
     """Who trains, validates and tests, and what had to be adjusted for it."""
     entries = Shards(shards_folder(config, workdir)).entries
     return splits.roles(entries, **{k: v for k, v in vars(config.split).items() if k != "binary"})
-
-
-def classes(config: Settings, plan: Plan) -> tuple[str, ...]:
-    """Names by class index, background first; one foreground class in binary tasks."""
-    return (plan.classes[0], "any") if config.split.binary else plan.classes
-
-
-def patch(config: Settings, plan: Plan) -> Shape:
-    """What the network is trained on and applied to, D H W."""
-    d, h, w = config.input.patch or plan.network.patch
-    return d, h, w
 
 
 def short_names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str, str]:
@@ -66,15 +48,6 @@ def short_names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str
         return {case: case for case in cases}
     salt = _salt(workdir)
     return {c: hashlib.sha256((salt + c).encode()).hexdigest()[:8] for c in cases}
-
-
-def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Names of the fields in which two configs differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path} ({old} -> {new})"
 
 
 def _salt(folder: Path) -> str:

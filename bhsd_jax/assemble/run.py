@@ -1,0 +1,84 @@
+"""A run: its folder and config, and all that follows from config and plan, resolved once.
+
+Needs no JAX.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from bhsd_jax.assemble import data
+from bhsd_jax.datasets.splits import Roles
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.settings import Config, Settings
+from bhsd_jax.shards.store import Shards
+from bhsd_jax.volume import Dataset, Plan, Shape
+from bhsd_jax.windows import Normalization
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the verbs that need a plan start from; `Run.of` makes it at their first line."""
+
+    folder: Path
+    config: Settings
+    plan: Plan
+    classes: tuple[str, ...]  # names by class index, background first; binary tasks have one more
+    patch: Shape  # D H W, what the network is trained on and applied to
+    normalization: Normalization  # of intensities as they lie in the shards
+    labeled: int  # patches per step, all devices together
+    unlabeled: int
+
+    @classmethod
+    def of(cls, config: Config, folder: Path, plan: Plan | None = None) -> "Run":
+        """Everything that config and plan say together.
+
+        Args:
+            config: Settings, or the ConfigDict they are read from.
+            folder: Of the run.
+            plan: None: the run's own if it has one, else the shards'.
+
+        Raises:
+            FileNotFoundError: If no plan is given and there is none.
+            ValueError: If a field of the config is not valid, or does not go with the plan.
+        """
+        config = Settings.of(config)
+        if plan is None:
+            own = folder / "plan.json"
+            plan = Plan.load(own if own.is_file() else data.shards_folder(config, folder))
+        d, h, w = config.input.patch or plan.network.patch
+        return cls(
+            folder=folder,
+            config=config,
+            plan=plan,
+            classes=(plan.classes[0], "any") if config.split.binary else plan.classes,
+            patch=(d, h, w),
+            normalization=_normalization(config, plan),
+            labeled=config.input.labeled or plan.network.batch,
+            unlabeled=config.input.unlabeled,
+        )
+
+    @cached_property
+    def shards(self) -> Shards:
+        """The prepared cases."""
+        return Shards(data.shards_folder(self.config, self.folder))
+
+    @cached_property
+    def data_set(self) -> Dataset:
+        """The data set as downloaded."""
+        return data.data_set(self.config, self.folder)
+
+    @cached_property
+    def roles(self) -> tuple[Roles, list[str]]:
+        """Who trains, validates and tests, and what had to be adjusted for it."""
+        return data.roles(self.config, self.folder)
+
+
+def _normalization(config: Settings, plan: Plan) -> Normalization:
+    """The plan's, or CT windows; refuses windows of what the plan normalizes beforehand."""
+    if config.windows == "plan":
+        modality = "mr" if plan.normalize_first else plan.modality
+        return Normalization.from_plan(modality, plan.foreground)
+    if plan.normalize_first:
+        raise UserError("config.windows: this plan normalizes first, nothing is left in HU; 'plan'")
+    return Normalization.from_windows(config.windows)
