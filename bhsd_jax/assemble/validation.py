@@ -16,6 +16,7 @@ from bhsd_jax.assemble.recipe import Recipe
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.metrics import overlap
+from bhsd_jax.platform import allocator
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.train.log import Log
 from bhsd_jax.types import Metrics, Params, TrainState
@@ -102,6 +103,8 @@ class Validation:
             prefix = "val/dice" if index == 0 else f"val_{name}/dice"
             values |= {f"{prefix}/{c}": v for c, v in zip(self.classes[1:], dice, strict=True)}
             values[f"{prefix}/mean"] = values[f"val/dice/{name}"] = _mean(dice)
+        if self.newest[0] < 0 and jax.default_backend() == "cpu":
+            allocator.close_holes()  # the first validation has compiled programs of its own
         self.newest = (step, values["val/dice/mean"])
         seconds = time.monotonic() - begun
         self.log.pause(seconds)

@@ -32,29 +32,22 @@ _PLUGINS = {  # packages that bring an accelerator to JAX
 }
 
 
-def start(
-    coordinator: str = "",
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    detect: str = "",
-) -> None:
-    """Joins the other processes of this run, where flags or environment say there are any.
+def start(place: Place, detect: str = "") -> None:
+    """Joins the other processes of this run, where there are any.
 
-    Flags and JAX's variables come first (`cluster.find`), then Slurm and Open MPI, then what JAX
-    itself detects: Cloud TPU's metadata, GKE, Kubernetes. Nothing happens in a run of one process.
+    What `place` leaves open JAX itself detects: Cloud TPU's metadata, GKE, Kubernetes. Nothing
+    happens in a run of one process.
 
     Args:
-        coordinator: host:port of process 0; or "".
-        num_processes: How many there are.
-        process_id: Which this one is, from 0.
-        detect: One of JAX's ways to ask, such as "mpi4py", instead of all that.
+        place: What flags and environment say of this process (`cluster.find`).
+        detect: One of JAX's ways to ask, such as "mpi4py", instead of that.
 
     Raises:
         ValueError: If what is said is not enough, or does not agree; says what is missing.
     """
     if jax.distributed.is_initialized():
         return
-    place = Place() if detect else cluster.find(coordinator, num_processes, process_id)
+    place = Place() if detect else place
     if place.count == 1:
         return
     if place.complete and not place.coordinator.rpartition(":")[2].isdecimal():

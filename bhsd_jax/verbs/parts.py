@@ -25,10 +25,7 @@ def join(config: Settings) -> None:
     if not alone or config.mesh.detect or cluster.is_likely():
         from bhsd_jax.train import processes  # alone, a verb may need no JAX
 
-        settings = config.mesh
-        processes.start(
-            settings.coordinator, settings.num_processes, settings.process_id, settings.detect
-        )
+        processes.start(told, config.mesh.detect)
 
 
 def place(config: Settings) -> cluster.Place:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
-from bhsd_jax.platform import allocator, cluster, files
+from bhsd_jax.platform import cluster, files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures
 from bhsd_jax.settings import Config, Settings, Train
@@ -121,12 +121,6 @@ def _actions(
             figures.draw_progress(log.path, log.path.with_name("progress.png"))
         log.pause(time.monotonic() - begun)
 
-    @cache
-    def close_holes() -> None:
-        """Once: the first validation has compiled programs of its own."""
-        if jax.default_backend() == "cpu":
-            allocator.close_holes()
-
     def stop(step: int, state: TrainState, *_: Any) -> None:
         if asked():
             save(step, state)
@@ -138,7 +132,6 @@ def _actions(
         # Validation first: the checkpoint manager keeps the best by this Dice.
         Every((every.validate_every,), steps, validation),
         Every((every.validate_every,), steps, draw),
-        Every((every.validate_every,), steps, lambda *_: close_holes()),
         Every((every.save_every, every.validate_every), steps, save),
         stop,
     ]

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from bhsd_jax.platform import cluster
 from bhsd_jax.train import processes
 from bhsd_jax.train.processes import Preemption
 
 ROOT = Path(__file__).parents[2]
 JOIN = """
 import jax
+from bhsd_jax.platform import cluster
 from bhsd_jax.train import processes
-processes.start()
+processes.start(cluster.find())
 if jax.distributed.is_initialized():
     processes.share_cores(4)  # does nothing: each has its own share of the batch
 print("joined", jax.process_index(), jax.process_count(), len(jax.devices()), flush=True)
@@ -186,6 +188,7 @@ def test_alone_nothing_is_joined():
     ],
 )
 def test_what_is_not_enough_is_one_clear_error(more, words, monkeypatch):
+    more = dict(more)
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: False)
@@ -201,8 +204,9 @@ def test_what_is_not_enough_is_one_clear_error(more, words, monkeypatch):
             cluster_detection_method=rest["cluster_detection_method"],
         ),
     )
+    detect = more.pop("detect", "")
     with pytest.raises(ValueError, match=words):
-        processes.start(**more)
+        processes.start(cluster.find(**more), detect)
 
 
 def test_a_verb_that_is_told_half_says_what_is_missing(tmp_path):

@@ -75,6 +75,15 @@ def test_memory_is_kept_only_where_the_machine_has_much_more(monkeypatch):
     assert asked == list(allocator._HAND_BACK)
 
 
+def test_the_heap_is_left_alone_where_the_environment_says_so(monkeypatch):
+    monkeypatch.setenv("BHSD_ALLOCATOR", "system")
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("asked for the library"))
+    monkeypatch.setattr(machine, "memory", lambda: 2**40)
+    assert not allocator.keep_memory()
+    assert allocator.close_holes() == 0
+    allocator.settle(working=2**20, devices=1)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 def test_reserved_places_have_room_to_spare_and_cost_no_memory():
     *room, touched = _numbers(_PLACES)
