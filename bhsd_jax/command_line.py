@@ -84,7 +84,7 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """What is asked for."""
+    """A verb with the flags for absl, or a text to print instead."""
 
     verb: str
     flags: tuple[str, ...]  # for absl, `--config=` among them unless there is none
@@ -92,7 +92,7 @@ class Command:
 
 
 def parse(words: Sequence[str], version: str) -> Command:
-    """The command in the words after the program's name.
+    """Reads the words after the program's name.
 
     Raises:
         UsageError: If a word, a flag or a field is not known, or nothing says which config.

@@ -148,7 +148,7 @@ class Refusal(UserError):  # noqa: N818 - it says no to a file; nothing has gone
 
 
 def texts(findings: Iterable[Finding]) -> list[str]:
-    """What findings say; once, where several kinds were found in one step."""
+    """The sentences of findings, each once."""
     return list(dict.fromkeys(finding.text for finding in findings))
 
 
@@ -160,15 +160,15 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def said_of(place: object, error: BaseException) -> Refusal:
-    """The same refusal, with the place it is of before its text."""
+    """The same refusal with the place it concerns put before its text."""
     return Refusal(kind_of(error), f"{place}: {error}")
 
 
 def in_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The text of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def refused(error: BaseException, case: str) -> Finding:
-    """What is written down of a case that was refused."""
+    """The finding that stands for a refused case in tables."""
     return Finding(kind_of(error), "refused", in_line(error), case)

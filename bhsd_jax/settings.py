@@ -23,7 +23,7 @@ SHARE = Between(0, 1)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Raw scans to shards."""
+    """How raw scans become shards."""
 
     shards: Annotated[str, "folder of shards and plan.json; empty: <run>/shards"] = ""
     spacing_mm: Annotated[
@@ -168,7 +168,7 @@ class Weak:
 
 @dataclass(frozen=True)
 class Train:
-    """Steps, and what happens between them."""
+    """The number of steps, and what happens between them."""
 
     steps: Annotated[int, "steps of the whole training", COUNT] = 250_000
     log_every: Annotated[int, "steps", COUNT] = 50
@@ -190,7 +190,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices per axis, and the processes of a run."""
+    """How a run is spread over devices and processes."""
 
     data: Annotated[
         int, "groups of devices with patches of their own; -1: all that the others leave"
@@ -220,7 +220,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Infer:
-    """Sliding windows."""
+    """How whole volumes are predicted by a sliding window."""
 
     step: Annotated[
         float, "stride of the tiles as a share of the tile: 0.5 is nnU-Net's", Between(0.01, 1)
@@ -248,7 +248,7 @@ class DicomSeries:
 
 @dataclass(frozen=True)
 class Predict:
-    """Scans to label maps."""
+    """Which scans are predicted, with which network, and what is written."""
 
     images: Annotated[
         str,
@@ -273,7 +273,7 @@ class Predict:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Label maps against masks."""
+    """Which label maps are compared with which masks, and how."""
 
     predictions: Annotated[str, "folder of the label maps; empty: <run>/predictions"] = ""
     references: Annotated[str, "folder of masks; empty: the data set's own"] = ""
@@ -289,7 +289,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Report:
-    """One page from the files of a run."""
+    """What the report of a run shows."""
 
     title: Annotated[str, "empty: data set and name of the run"] = ""
     note: Annotated[str, "what a reader must know before the numbers"] = ""

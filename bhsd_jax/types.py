@@ -61,7 +61,7 @@ def in_turn(one: Callable[..., Any], *arguments: dict[str, Any]) -> dict[str, An
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a resumed run needs and cannot rebuild from its config."""
+    """The state of a training: everything that a step changes, and a checkpoint holds."""
 
     step: Int[Array, ""]  # updates done
     params: Params
@@ -197,7 +197,7 @@ class SpatialAugment(Protocol):
 
 @runtime_checkable
 class IntensityAugment(Protocol):
-    """Changes values, not places: one patch."""
+    """Changes the intensities of one patch and leaves its label valid."""
 
     def __call__(self, key: PRNGKeyArray, image: Array) -> Array:
         """[D H W C] -> [D H W C]; the identity where its `p` is 0."""

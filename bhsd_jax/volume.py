@@ -41,7 +41,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class Grid:
-    """How a prepared array lies in its scan: all that is needed to go back, exactly."""
+    """How a prepared array lies in its scan, so that a prediction can be mapped back exactly."""
 
     native_shape: Shape  # [D H W] as in the file
     native_affine: tuple[tuple[float, ...], ...]  # 4 rows of 4; native (d, h, w, 1) -> RAS+ mm
@@ -157,7 +157,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Plan:
-    """What preprocessing decided and did. Facts about the shards, never tuned by training."""
+    """What preprocessing decided and did: facts about the shards, which training never changes."""
 
     dataset: str
     classes: tuple[str, ...]  # index 0 is background
@@ -210,7 +210,7 @@ class Plan:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What a file in `datasets/` offers.
+    """A data set on disk, as each module in `datasets/` offers it.
 
     One that looks for defects has `survey() -> Survey` too; `cases` are then the survey's.
     """

@@ -16,7 +16,7 @@ from bhsd_jax.volume import Dataset
 
 
 def shards_folder(config: Settings, workdir: Path) -> Path:
-    """Where the shards and their plan lie."""
+    """Folder of the shards and their `plan.json`."""
     return Path(config.preprocess.shards or workdir / "shards")
 
 
@@ -34,13 +34,13 @@ def data_set(config: Settings, workdir: Path) -> Dataset:
 
 
 def roles(config: Settings, workdir: Path) -> tuple[splits.Roles, list[str]]:
-    """Who trains, validates and tests, and what had to be adjusted for it."""
+    """Case ids for training, validation and test; and a note on each wish that was adjusted."""
     entries = Shards(shards_folder(config, workdir)).entries
     return splits.roles(entries, **{k: v for k, v in vars(config.split).items() if k != "binary"})
 
 
 def short_names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str, str]:
-    """What to call scans outside this machine: salted hashes, or their ids if asked for.
+    """Name of each scan in outputs: a salted hash, or its own id with `show_ids`.
 
     The salt stays in the run folder: a plain hash of a public list of ids can be reversed.
     """

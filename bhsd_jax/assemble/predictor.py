@@ -17,7 +17,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry, hu, scan, shear
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
-from bhsd_jax.platform import allocator, files, machine
+from bhsd_jax.platform import allocator, budget, files, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
@@ -72,6 +72,13 @@ class Predictor:
         prepared = prepare_case(case, self.plan, source_sha256="not needed")
         for text in prepared.warnings:
             logger.info("%s: %s", name, text)
+        # Sums of logits, and their copy for the resampling to the scan's own voxels.
+        budget.require_memory(
+            2 * 4 * len(self.classes) * prepared.image.size,
+            f"a scan of {' x '.join(map(str, prepared.image.shape))} voxels at "
+            f"{' x '.join(f'{mm:.3g}' for mm in self.plan.spacing_mm)} mm",
+            "use a machine that has more, or crop the scan",
+        )
         image = prepared.image[..., None].astype(np.float32)
         logits = self.window.logits(
             self.networks, image, fill=self.fill, progress=Teller(name).tiles
@@ -149,14 +156,14 @@ def load(run: Run) -> tuple[int, dict[str, Params]]:
 
 
 def share_cores(run: Run) -> None:
-    """On a CPU, a tile for every core that there is memory for; before anything is computed."""
+    """On a CPU, makes a device of every core that there is memory for a tile; before JAX starts."""
     tile = bytes_per_tile(run.patch)
     processes.share_cores(run.config.infer.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
     allocator.mind_memory(jax.local_device_count() * tile)
 
 
 def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
-    """As the config says, on all devices of this process: each predicts scans of its own.
+    """The predictor of a run, on all devices of this process.
 
     Raises:
         ValueError: If the networks are not the config's model.
@@ -207,7 +214,7 @@ def _require_fit(variables: Params, expected: Params) -> None:
 
 
 class Teller:
-    """Says from time to time how many tiles of a scan are done."""
+    """Logs how many tiles of one scan are done, at most every 30 seconds."""
 
     def __init__(self, name: str):
         self.name, self.said = name, time.monotonic()

@@ -3,12 +3,13 @@
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from bhsd_jax.assemble.recipe import Recipe
-from bhsd_jax.platform import allocator, files
+from bhsd_jax.platform import allocator, budget, files
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.train.speed import Speed, Timed, peak_flops
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 def build_step(
     recipe: Recipe, state: TrainState, mesh: Mesh, workdir: Path
 ) -> tuple[TrainStep, float]:
-    """Compiles the step ahead of time; gives it, and its FLOP on a device.
+    """Compiles the train step ahead of time; returns it and its FLOP per device.
 
     What it costs is in the log before step 1, and in `cost.json` of the run folder.
     """
@@ -39,6 +40,7 @@ def build_step(
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     working, devices = getattr(memory, "temp_size_in_bytes", 0), len(mesh.local_devices)
     kind = mesh.devices.flat[0].device_kind
+    _require_memory(memory, mesh)
     if jax.default_backend() == "cpu":
         allocator.settle(working, devices)
     logger.info(
@@ -63,8 +65,25 @@ def build_step(
     return compiled, cost.get("flops", float("nan"))
 
 
+def _require_memory(memory: Any, mesh: Mesh) -> None:
+    """Refuses a step that no device of this process can hold, before it is tried."""
+    # The new state takes the place of the old one: what goes in and what is computed is all.
+    needed = getattr(memory, "argument_size_in_bytes", 0) + getattr(memory, "temp_size_in_bytes", 0)
+    if jax.default_backend() == "cpu":
+        needed, available = needed * len(mesh.local_devices), None
+    else:
+        available = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", 0)
+    budget.require_memory(
+        needed,
+        "the train step",
+        "set a smaller input.patch or input.labeled, train.accumulate=2, train.remat=blocks, "
+        "or precision=bfloat16",
+        available,
+    )
+
+
 def speed(recipe: Recipe, mesh: Mesh, batches: Timed, flops: float) -> Speed:
-    """What the log needs to tell how fast the run is."""
+    """What the log needs to report patches per second and the share of the peak FLOP rate."""
     device = mesh.devices.flat[0]
     peak = peak_flops(device.device_kind)
     patches = recipe.labeled + recipe.unlabeled

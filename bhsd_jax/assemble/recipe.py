@@ -35,7 +35,7 @@ _TIMING = ("lr", "schedule", "power", "warmup", "hold")  # of the optimizer spec
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that is static about a training."""
+    """All of a training that does not change from step to step."""
 
     parts: Parts
     cut: Cut
@@ -46,7 +46,7 @@ class Recipe:
     slices: Slices | None  # of unlabeled patches, if anything uses their slice labels
 
     def abstract_batch(self) -> Batch:
-        """Shapes and types of a batch as the input delivers it."""
+        """Shapes and types of a batch as the input pipeline delivers it."""
 
         def rows(count: int, kind: Any, *channel: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((count, *self.cut.source, *channel), kind)

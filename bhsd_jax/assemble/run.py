@@ -60,7 +60,7 @@ class Run:
 
     @cached_property
     def shards(self) -> Shards:
-        """The prepared cases."""
+        """The prepared cases on disk."""
         return Shards(data.shards_folder(self.config, self.folder))
 
     @cached_property
@@ -70,7 +70,7 @@ class Run:
 
     @cached_property
     def roles(self) -> tuple[Roles, list[str]]:
-        """Who trains, validates and tests, and what had to be adjusted for it."""
+        """Case ids for training, validation and test; and a note on each wish that was adjusted."""
         return data.roles(self.config, self.folder)
 
 

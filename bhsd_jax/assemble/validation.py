@@ -54,7 +54,7 @@ class Validation:
         mesh: Mesh,
         asked: Callable[[], bool],
     ) -> "Validation":
-        """As the config says; each process scores every so manyth case."""
+        """The validation of a run; of n processes each scores every n-th case."""
         config, model = run.config, recipe.parts.model
 
         def forward(params: Params, image: jax.Array) -> Any:

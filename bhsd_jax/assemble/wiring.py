@@ -41,7 +41,7 @@ def model(run: Run) -> Any:
 
 
 def objective(config: Settings) -> Any:
-    """What is minimized."""
+    """The training objective that the config names (`types.Objective`)."""
     return build("bhsd_jax.objectives", config.objective)
 
 

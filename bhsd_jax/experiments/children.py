@@ -13,23 +13,23 @@ from bhsd_jax.experiments.places import Place
 
 
 class Stopped(Exception):  # noqa: N818  (a request, not an error)
-    """The series was asked to end."""
+    """Raised where SIGTERM has asked a series of trials to end."""
 
 
 class Children:
-    """The processes that run at this moment."""
+    """The child processes that run at this moment."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.asked = False
 
     def call(self, place: Place = Place(), prefix: str = "") -> "Call":  # noqa: B008  (frozen)
-        """What runs commands in that place, one at a time."""
+        """A function that runs commands on the devices of one place, one command at a time."""
         self.calls.append(Call(self, place, prefix))
         return self.calls[-1]
 
     def stop(self, *_: object) -> None:
-        """Passes the request on; a training saves before it ends."""
+        """Sends SIGTERM to all children; a training saves before it ends."""
         self.asked = True
         for call in self.calls:
             if call.child is not None and call.child.poll() is None:
@@ -37,7 +37,7 @@ class Children:
 
 
 class Call:
-    """Runs a command, its words to the log file and to ours; returns exit code and last line."""
+    """Runs a command, copying its output to a log file; returns exit code and last line."""
 
     def __init__(self, children: Children, place: Place, prefix: str) -> None:
         self.children, self.place, self.prefix = children, place, prefix
@@ -76,7 +76,7 @@ class Call:
 
 @contextmanager
 def running() -> Iterator[Children]:
-    """Hands SIGTERM to the children while it lasts, and leaves none behind."""
+    """A context that passes SIGTERM on to the children, and leaves none running at its end."""
     children = Children()
     before = signal.signal(signal.SIGTERM, children.stop)
     try:

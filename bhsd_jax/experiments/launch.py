@@ -24,7 +24,7 @@ _PLACES = ("root", "processes", "shards", "allow_skipped")  # do not change what
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of every series."""
+    """Adds the command-line options that all launch scripts have."""
     parser.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
     parser.add_argument("--out", type=Path, help="folder of the runs and the report")
     parser.add_argument(
@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def seeds(text: str) -> list[int]:
-    """Whole numbers separated by commas.
+    """Reads seeds: whole numbers separated by commas.
 
     Raises:
         ValueError: If they are not.
@@ -65,7 +65,7 @@ def seeds(text: str) -> list[int]:
 
 
 def overrides(fields: Sequence[str]) -> tuple[str, ...]:
-    """`field=value` as flags of a verb.
+    """Turns `field=value` words into flags of a verb.
 
     Raises:
         ValueError: If one has no value.
@@ -77,7 +77,7 @@ def overrides(fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def make_run(row: str, seed: int, arguments: Sequence[str], out: Path, shards: str | None) -> Trial:
-    """A run with its folder and its shards in their place.
+    """One trial, with its own run folder and the shards it shares with others.
 
     Raises:
         ValueError: If the arguments do not resolve.
@@ -93,7 +93,7 @@ def make_run(row: str, seed: int, arguments: Sequence[str], out: Path, shards: s
 
 
 def data_folder(config: Settings, out: Path) -> Path:
-    """Where the shards of this config lie; rows that need the same shards share it."""
+    """Folder of the shards of a config; trials that need equal shards share one."""
     plain = queue.plain(config)
     used = [
         {k: v for k, v in plain[part].items() if k not in _PLACES}
@@ -105,7 +105,7 @@ def data_folder(config: Settings, out: Path) -> Path:
 
 
 def launch(what: Study, options: argparse.Namespace, again: Sequence[str]) -> int:
-    """Lists, submits or runs the series and writes its report; the exit code.
+    """Lists, submits or runs all trials and writes the report; returns the exit code.
 
     Args:
         what: The series.
@@ -151,7 +151,7 @@ def main(program: Callable[[Sequence[str]], int]) -> None:
 
 
 def enter_home(options: argparse.Namespace, *paths: str) -> list[str]:
-    """Goes to the repository's root, where configs are found, wherever it is called.
+    """Changes to the repository's root, so that relative paths of configs are found.
 
     Options of these names are paths; relative ones keep their meaning. Returns their flags as they
     are to be given at the root.

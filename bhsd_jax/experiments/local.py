@@ -24,7 +24,7 @@ _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def cli(arguments: Sequence[str]) -> int:
-    """Runs the verb in N processes; the exit code is the first bad one, else 0.
+    """Runs a verb in N processes of this machine; returns the first exit code that is not 0, or 0.
 
     Raises:
         ValueError: If N is no number, or there are fewer GPUs.
@@ -45,7 +45,7 @@ def cli(arguments: Sequence[str]) -> int:
 
 
 class Group:
-    """Processes that live and die together."""
+    """Processes of one run: where one ends badly the others are stopped."""
 
     def __init__(
         self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]
@@ -55,7 +55,7 @@ class Group:
         self.asked = 0  # how often we were asked to stop
 
     def run(self) -> int:
-        """Starts all and waits for all; the exit code of the first that failed, else 0."""
+        """Starts all and waits; returns the exit code of the first that failed, or 0."""
         before = {number: signal.signal(number, self._pass_on) for number in _ASKED}
         threads: list[threading.Thread] = []
         try:

@@ -15,7 +15,7 @@ NAMES = ("table1", "table2", "table3")
 
 
 def cli(arguments: Sequence[str]) -> int:
-    """Runs what of a table is not finished and writes its report; the exit code.
+    """Runs the unfinished trials of a table and writes its report; returns the exit code.
 
     Raises:
         ValueError: If an option or a row is not accepted.
@@ -29,7 +29,7 @@ def cli(arguments: Sequence[str]) -> int:
 
 
 def make_study(table: Any, options: argparse.Namespace) -> Study:
-    """The runs of a table: seed by seed, so that every row has one soon.
+    """The trials of a table, seed by seed, so that every row soon has a first result.
 
     Raises:
         ValueError: If a row is not one of the table's; lists them.

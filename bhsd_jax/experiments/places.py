@@ -14,7 +14,7 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Place:
-    """What one of several processes may use."""
+    """The devices and cores that one of several trials running at once may use."""
 
     environment: Mapping[str, str] = field(default_factory=dict)  # to add to ours
     prefix: tuple[str, ...] = ()  # words before its command
@@ -22,7 +22,7 @@ class Place:
 
 
 def gpus() -> list[str]:
-    """The GPUs we may use, as `CUDA_VISIBLE_DEVICES` names them; none where JAX is kept off them.
+    """GPUs as `CUDA_VISIBLE_DEVICES` names them; none where `JAX_PLATFORMS` leaves them out.
 
     That variable is believed where it is set; else the driver is asked.
     """
@@ -42,7 +42,7 @@ def gpus() -> list[str]:
 
 
 def share(count: int, *, option: str) -> list[Place]:
-    """As many places as asked for; one has all there is.
+    """Divides the machine into `count` places; a single one gets everything.
 
     Args:
         count: Of processes that run at the same time.
@@ -69,7 +69,7 @@ def share(count: int, *, option: str) -> list[Place]:
 
 
 def idle(count: int) -> list[str]:
-    """GPUs that `share(count)` leaves without work."""
+    """GPUs that `share(count)` leaves unused."""
     devices = gpus()
     return devices[len(devices) // count * count :] if count > 1 else []
 

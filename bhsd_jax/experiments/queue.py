@@ -42,7 +42,7 @@ _AFTER = ("infer", "predict", "evaluate")  # ... and what is done with a trained
 
 @dataclass(frozen=True)
 class Trial:
-    """One training with all that follows it."""
+    """One training, with the prediction, evaluation and report that follow."""
 
     row: str
     seed: int
@@ -52,18 +52,18 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Row and seed, for messages and tables."""
         return f"{self.row}, seed {self.seed}"
 
     def command(self, verb: str, workdir: Path | None = None) -> list[str]:
-        """What a shell would be given."""
+        """The command line of one verb, as a list of words."""
         where = f"--workdir={workdir or self.workdir}"
         return [sys.executable, "-m", "bhsd_jax.main", verb, *self.arguments, where]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that did not finish."""
+    """A trial that did not finish, and why."""
 
     run: Trial
     reason: str  # one line
@@ -90,7 +90,7 @@ def resolve(arguments: Sequence[str]) -> Settings:
 
 
 def plain(config: Settings) -> dict:
-    """The config as `train` writes it into a run folder."""
+    """The config as JSON values, which is how `train` writes it into a run folder."""
     return json.loads(json.dumps(config.to_dict()))
 
 
@@ -118,7 +118,7 @@ def is_finished(run: Trial) -> bool:
 
 
 def is_trained(run: Trial) -> bool:
-    """Whether the last step is on disk."""
+    """Whether the checkpoint of the last step is on disk."""
     return checkpoint_files.is_saved(run.workdir / "checkpoints", run.config.train.steps)
 
 
@@ -127,7 +127,7 @@ def perform(
     after: Callable[[Sequence[Failure]], object] = lambda _: None,
     places: Sequence[Place] = (Place(),),
 ) -> list[Failure]:
-    """Runs what is not finished, one after the other in each place, and returns what failed.
+    """Runs the unfinished trials, one after the other in each place; returns the failures.
 
     `after` is called with the failures so far whenever a run has ended.
 
@@ -173,7 +173,7 @@ def _settle(run: Trial, what: str, place: Place, call: Call) -> str:
 
 
 def prepare(run: Trial, folder: Path) -> None:
-    """Makes the shards of the run, unless they are complete.
+    """Preprocesses the data of a trial, unless its shards are complete.
 
     Raises:
         ValueError: If that fails; says why.
@@ -214,7 +214,7 @@ def _add_time(path: Path, verb: str, seconds: float) -> None:
 
 
 def share_programs(folder: Path) -> None:
-    """Lets all processes started from here compile a program once, unless the user chose."""
+    """Sets a common compilation cache for all trials, unless the user has set one."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute()))
 
 

@@ -25,7 +25,7 @@ def submit(
     options: str,
     out: Path,
 ) -> list[str]:
-    """Queues what is not queued yet; returns the ids of the jobs of the runs.
+    """Submits the trials that are not queued yet; returns their job ids.
 
     Args:
         name: Of the series; jobs are named after it.

@@ -37,7 +37,7 @@ SHORT = (
 
 @dataclass(frozen=True)
 class Heading:
-    """What is known of a row before it is run."""
+    """A row of a report before its trials have run: name, words, printed figures."""
 
     title: str
     paper: Mapping[str, float] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Study:
-    """Rows, and the runs that fill them."""
+    """The rows of a report, and the trials that fill them."""
 
     title: str
     out: Path
@@ -68,7 +68,7 @@ class _Scored:
 
 
 def write(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
-    """Writes report.html, report.md and figures.json from the runs that are finished.
+    """Writes report.html, report.md and figures.json from the finished trials.
 
     Raises:
         ValueError: If runs were evaluated on different scans.
@@ -84,7 +84,7 @@ def write(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
 
 
 def compare(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
-    """What the report says.
+    """The content of the report: every row beside the baseline.
 
     Raises:
         ValueError: If runs were evaluated on different scans.

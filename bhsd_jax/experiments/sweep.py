@@ -16,7 +16,7 @@ Settings = Mapping[str, tuple[str, ...]]  # name of a row: its fields, `field=va
 
 
 def cli(arguments: Sequence[str]) -> int:
-    """Runs what of a sweep is not finished and writes its report; the exit code.
+    """Runs the unfinished trials of a sweep and writes its report; returns the exit code.
 
     Raises:
         ValueError: If an option or a setting is not accepted.
@@ -28,7 +28,7 @@ def cli(arguments: Sequence[str]) -> int:
 
 
 def make_study(options: argparse.Namespace) -> Study:
-    """The runs of a sweep; the first setting is the one the others are compared with.
+    """The trials of a sweep; all settings are compared with the first.
 
     Raises:
         ValueError: If there is no setting, one has no value, or two have the same name.

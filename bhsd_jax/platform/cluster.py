@@ -16,7 +16,7 @@ _PORTS = 61440, 4096  # first of the ephemeral ports that jobs share out, and ho
 
 @dataclass(frozen=True)
 class Place:
-    """One process among those of a run; None or "" is what nobody has said."""
+    """The place of one process in a run of several; fields that nothing has told are None or ""."""
 
     coordinator: str = ""  # host:port where process 0 listens
     count: int | None = None
@@ -27,16 +27,16 @@ class Place:
 
     @property
     def complete(self) -> bool:
-        """Whether it tells all that joining needs."""
+        """Whether coordinator, count and index are all known, so that the process can join."""
         return bool(self.coordinator) and self.count is not None and self.index is not None
 
     @property
     def several(self) -> bool:
-        """Whether there are others."""
+        """Whether the run has more than one process."""
         return (self.count or 1) > 1
 
     def gpus(self, visible: int) -> list[int]:
-        """This process' share of the GPUs that it sees.
+        """Indices of this process' share of the GPUs that are visible on its machine.
 
         Raises:
             ValueError: If the processes of this machine cannot have equally many.
@@ -96,12 +96,12 @@ def find(
 
 
 def is_likely(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this machine may be one of several by what `find` does not look at."""
+    """Whether only JAX itself could tell that this machine is one of several (Kubernetes, TPU)."""
     return "KUBERNETES_SERVICE_HOST" in environment or bool(importlib.util.find_spec("libtpu"))
 
 
 def missing(place: Place) -> str:
-    """What is to be said besides, by flag and variable."""
+    """The flags and environment variables that would complete `place`, for an error message."""
     said = (place.coordinator, place.count, place.index)
     names = zip(_FLAGS, _JAX, said, strict=True)
     return ", ".join(

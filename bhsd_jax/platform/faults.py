@@ -48,7 +48,7 @@ class WriteError(OSError):
 
 
 def explain(error: OSError, place: Path | None = None) -> str | None:
-    """One line that says which path, what happened and what to do; None if there are no words.
+    """An operating system error in one line: path, what happened, what to do; None if unknown.
 
     Args:
         error: The system's.
@@ -92,7 +92,7 @@ def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 def in_words_of(error: Exception, path: Path) -> OSError | None:
-    """The system's error that a library has put into words of its own; None if there is none.
+    """The operating system error behind a library's own exception; None if its text names none.
 
     ArrayRecord says "write() failed: No space left on device; writing /a/path" by RuntimeError.
     """

@@ -56,17 +56,17 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Likewise, in UTF-8."""
+    """Writes a text file, UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Likewise, as indented JSON."""
+    """Writes a file of indented JSON, as `write_bytes` does."""
     write_text(path, json.dumps(value, indent=1))
 
 
 def write_first(path: str | Path, text: str) -> str:
-    """Writes a text unless there is one; what is there then, for all who ask at once.
+    """Writes a text unless the file exists; returns its text, the same for processes that race.
 
     Raises:
         faults.WriteError: If the system says no.
@@ -169,7 +169,7 @@ def recall_json(
     keys: Sequence[str] = (),
     remove: bool = True,
 ) -> Any:
-    """As `read_json`, of a file that can be made anew: None if it is not there, or damaged.
+    """Like `read_json`, for a file that can be made again: None if it is missing or damaged.
 
     What is damaged is removed, which a line says; unless `remove` is False: it is replaced later.
     """
@@ -191,7 +191,7 @@ def discard(path: Path, reason: str) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a log with one on each line; none without a file.
+    """The JSON objects of a log, one per line; none if there is no file.
 
     A last line that a crash has cut off is left out, and so is a damaged one, which is said.
     """

@@ -1,7 +1,10 @@
 """What the machine has."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 
 def cores() -> int:
@@ -16,8 +19,33 @@ def log_every_s() -> float:
 
 
 def memory() -> int:
-    """Bytes of memory; 0 if the system does not tell."""
+    """Bytes of memory that this process may use; 0 if the system does not tell.
+
+    A container or a batch system may have given it less than the machine has.
+    """
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not a Unix system
         return 0
+    return min([whole, *_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _limits(groups: Path, root: Path) -> Iterator[int]:
+    """What Linux' control groups, versions 1 and 2, allow this process: its own and all above."""
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = top / group.lstrip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(top):
+                with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+                    yield int((folder / name).read_text())

@@ -14,7 +14,7 @@ _CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def prepare() -> None:
-    """Settles both; what the environment already says stays.
+    """Sets compilation cache, memory order and allocator; variables that are already set stay.
 
     Programs that took over a second to compile are kept in the user's cache folder, so that the
     next scan or the resumed run starts at once; `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
@@ -45,7 +45,7 @@ def _jaxlib_knows(*words: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """One per kind of processor: programs for one may not run on another that shares the home."""
+    """Folder of compiled programs; one per kind of processor, as home folders may be shared."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "bhsd_jax" / f"{platform.machine()}-{_processor()}"
 

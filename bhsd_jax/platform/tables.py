@@ -31,7 +31,7 @@ def write_csv(
 def write_records(
     path: str | Path, records: Sequence[Mapping[str, Any]], *, line_end: str = "\r\n"
 ) -> None:
-    """Likewise, a line per record, with the columns of the first; no records, no file.
+    """Writes a CSV with a line per record and the columns of the first; none: no file is left.
 
     Raises:
         faults.WriteError: If the system says no.

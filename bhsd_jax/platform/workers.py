@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Pool(Protocol):
-    """Runs jobs that leave their results in files, wherever that is; closed when done with."""
+    """What runs functions on many arguments: here, in processes, or on other machines."""
 
     def __enter__(self) -> "Pool": ...
 
@@ -31,7 +31,7 @@ class Pool(Protocol):
     def each(
         self, function: Callable[[Any], Any], jobs: Sequence[Any]
     ) -> Iterator[tuple[Any, Any]]:
-        """Pairs of job and result, in any order."""
+        """Pairs of argument and result, in any order."""
         ...
 
 
@@ -54,7 +54,7 @@ class Workers:
     def each(
         self, function: Callable[[Any], Any], jobs: Sequence[Any]
     ) -> Iterator[tuple[Any, Any]]:
-        """Pairs of job and result, as they are done.
+        """Pairs of argument and result, in the order in which they are done.
 
         Raises:
             ValueError: If a process died.

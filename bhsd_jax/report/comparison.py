@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the page is about."""
+    """A comparison of runs: title, rows, and the row that others are compared with."""
 
     title: str
     subtitle: str

@@ -44,7 +44,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with what there is to see in it."""
+    """A PNG with its caption."""
 
     png: bytes
     caption: str
@@ -52,7 +52,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """What a report says."""
+    """A report: title, headline figures, sections, footer."""
 
     title: str
     subtitle: str

@@ -11,12 +11,12 @@ NONE = "\N{EM DASH}"  # there is no such number
 
 
 def points(value: float, digits: int = 2) -> str:
-    """A share as percent."""
+    """A share as text in percent."""
     return NONE if math.isnan(value) else f"{100 * value:z.{digits}f}"
 
 
 def signed(value: float) -> str:
-    """A difference of shares in points."""
+    """A difference of shares as text in percentage points, with its sign."""
     return NONE if math.isnan(value) else f"{100 * value:+z.2f}"
 
 
@@ -42,14 +42,14 @@ def interval(value: OverSeeds, *, sign: bool = False) -> str:
 
 
 def scaled(value: float | None, unit: float) -> str:
-    """Three digits or more, in a larger unit."""
+    """A value divided by `unit` as text: three digits, or all before the point above 1000."""
     if value is None:
         return NONE
     return f"{value / unit:.3g}" if value < 1000 * unit else f"{value / unit:,.0f}"
 
 
 def duration(seconds: float | None) -> str:
-    """In the unit a person would say it."""
+    """Seconds as text in seconds, minutes or hours."""
     if seconds is None:
         return NONE
     if seconds < 120:

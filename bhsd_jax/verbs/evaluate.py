@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known of one case."""
+    """The scores of one case, and what was noticed while reading it."""
 
     rows: list[scores.Row]  # one per foreground class
     merged: scores.Row  # all classes as one
@@ -56,7 +56,7 @@ class Scored:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers, all their digits."""
+        """JSON values, floats with all their digits."""
         plain = dataclasses.asdict(self)
         if self.histogram is not None:
             for name in ("bleeding", "inside"):

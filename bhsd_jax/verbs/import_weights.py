@@ -28,7 +28,7 @@ _NOT_IN_A_CONFIG = ("parent", "name", "num_classes", "dtype", "remat")
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A network of PyTorch, and what prediction must know of its training."""
+    """A network trained with PyTorch: constructor, plan, mirroring, padding, windows."""
 
     reference: str  # see `torch_weights.recipe`
     constructor: Mapping[str, Any]
@@ -107,7 +107,7 @@ def plan_for(
     dataset: str = "imported",
     license: str = "",
 ) -> Plan:
-    """What prediction must know where the file says nothing of it.
+    """A plan for weights that come without one, from what the user states.
 
     `foreground` is clip from, subtract, divide by, clip to; None: z-scores of every scan.
 

@@ -1,4 +1,4 @@
-"""What the processes of a verb find each for itself, put together by the first of them."""
+"""A verb in several processes: joining them, dividing the work, gathering the results."""
 
 import contextlib
 import shutil
@@ -29,19 +29,19 @@ def join(config: Settings) -> None:
 
 
 def place(config: Settings) -> cluster.Place:
-    """Which process of the run this is, as far as it is known without JAX."""
+    """Which process of the run this is, as far as flags and environment tell."""
     settings = config.mesh
     return cluster.find(settings.coordinator, settings.num_processes, settings.process_id)
 
 
 def own(jobs: Sequence[_T]) -> list[_T]:
-    """The jobs of this process: every n-th of n processes'."""
+    """This process' share of the jobs: of n processes each takes every n-th."""
     index, count = barrier.place()
     return list(jobs[index::count])
 
 
 def gather(folder: Path, name: str, part: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The parts of all processes in their order, for the first process; None for the others.
+    """Collects one part from every process; the first gets all in order, the others None.
 
     Every process must come here, whatever befell it. They meet in a hidden folder that is gone
     afterwards; nothing is written where there is one process.

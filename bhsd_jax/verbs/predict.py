@@ -30,7 +30,7 @@ _BROKEN = (UserError, OSError, EOFError, MemoryError)  # of one scan: recorded, 
 
 @dataclass
 class Found:
-    """What became of the scans; all is by the names that outputs have."""
+    """Which scans were predicted and which were not, by their names in the outputs."""
 
     rows: list[Row] = field(default_factory=list)  # of those predicted
     skipped: dict[str, str] = field(default_factory=dict)  # why others were not

@@ -9,7 +9,8 @@ Needs no JAX.
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bhsd_jax.defects import Finding, in_line, refused
 from bhsd_jax.nnunet import adoption
 from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.nnunet.planner import from_nnunet_plans
-from bhsd_jax.platform import files, machine, tables
+from bhsd_jax.platform import budget, files, machine, tables
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Pool, Progress, Workers
 from bhsd_jax.settings import Config, Settings
@@ -33,6 +34,7 @@ from bhsd_jax.volume import Case, Dataset, Plan
 
 logger = logging.getLogger(__name__)
 
+_BEST_COMPRESSION = 20  # of shards; real head CT comes to about 3
 _BYTES_PER_PROCESS = 2**25  # a process takes seconds to start, and reads this much in that time
 _BROKEN = (UserError, OSError, EOFError, MemoryError)  # of one case: recorded, others go on
 
@@ -84,7 +86,7 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
             folder, records = data.shards_folder(config, workdir), workdir / "written"
             size = settings.cases_per_shard
             jobs = shard_jobs.divide(folder, records, cases, facts, plan, size)
-            skipped |= _write_all(folder, jobs, plan, share, workers)
+            skipped |= _write_all(folder, jobs, share, workers, facts)
             _write_ledger(ledger, skipped)
     if skipped:
         case = min(skipped)
@@ -207,9 +209,10 @@ def _fingerprint(case: Case, *, memory: Path | None, **settings: Any) -> Facts |
 
 
 def _write_all(
-    folder: Path, jobs: Sequence[Job], plan: Plan, share: Share, workers: Pool
+    folder: Path, jobs: Sequence[Job], share: Share, workers: Pool, facts: Sequence[Facts]
 ) -> dict[str, str]:
     """Second pass: writes what is missing of this job's share. Returns why cases were refused."""
+    plan = jobs[0].plan
     files.open_folder(folder)
     files.sweep(folder)
     mine = share.jobs(jobs)
@@ -217,6 +220,7 @@ def _write_all(
     todo = [job for job in mine if job.path.name not in there]
     logger.info("%d of %d shards are there already", len(mine) - len(todo), len(mine))
     if todo:
+        _require_disk(folder, {case.id for job in todo for case in job.cases}, facts, plan)
         (folder / "index.json").unlink(missing_ok=True)  # it would speak of shards being replaced
     files.write_json(folder / "plan.json", plan.to_json())
     with Progress("prepare", sum(len(job.cases) for job in todo)) as progress:
@@ -226,6 +230,19 @@ def _write_all(
     if missing:
         logger.info("%d of %d shards are left to the other jobs", missing, len(jobs))
     return skipped
+
+
+def _require_disk(folder: Path, cases: Set[str], facts: Sequence[Facts], plan: Plan) -> None:
+    """Refuses to begin where the shards cannot fit, however well they compress."""
+    bytes_per_voxel = (2 if plan.modality == "ct" else 4) + 1  # the image, and the mask
+    target = math.prod(plan.spacing_mm)
+    voxels = sum(
+        math.prod(fact.shape) * math.prod(fact.spacing_mm) / target
+        for fact in facts
+        if fact.case in cases
+    )
+    size = voxels * bytes_per_voxel
+    budget.require_disk(folder, size, "shards", least=size / _BEST_COMPRESSION)
 
 
 def _intact(mine: Sequence[Job], known: Mapping[str, Any], workers: Pool) -> set[str]:

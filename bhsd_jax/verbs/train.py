@@ -21,7 +21,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
-from bhsd_jax.platform import cluster, files
+from bhsd_jax.platform import budget, cluster, files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures
 from bhsd_jax.settings import Config, Settings, Train
@@ -80,6 +80,10 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
     if writes:  # not before: a config that the checkpoint refuses is not the run's
         files.write_json(workdir / "config.json", checkpoints.extra["config"])
         files.write_json(workdir / "plan.json", checkpoints.extra["plan"])
+    if writes:
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        # The newest, the best and the one being written; the last must fit beside what is there.
+        budget.require_disk(workdir, 3 * size, "checkpoints", least=size)
     batches = _batches(run.config, run.shards, roles, recipe, mesh, position)
     train_step, flops = program.build_step(recipe, state, mesh, workdir)
     on_devices = Timed(map(partial(meshes.to_devices, mesh=mesh), batches))

@@ -1,0 +1,64 @@
+"""What long work will take of memory and disk: said before it begins, refused if it cannot fit."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from bhsd_jax.platform import machine
+from bhsd_jax.platform.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def require_memory(needed: float, what: str, remedy: str, available: float | None = None) -> None:
+    """Refuses work that cannot fit into memory.
+
+    Args:
+        needed: Bytes, the least it can do with.
+        what: The work, as the subject of "needs".
+        remedy: What the user can do.
+        available: Bytes of the device; None: of the machine, as far as this process may use them.
+
+    Raises:
+        UserError: If it needs more than there is. Nothing is said where the system does not tell.
+    """
+    have = machine.memory() if available is None else available
+    if have and needed > have:
+        raise UserError(
+            f"{what} needs at least {in_gb(needed)} of memory, and there are {in_gb(have)}; "
+            f"{remedy}"
+        )
+
+
+def require_disk(folder: Path, needed: float, what: str, least: float | None = None) -> None:
+    """Says how much will be written, and refuses it if the file system has not that much free.
+
+    Args:
+        folder: Where it will be written; it, or a folder above it, is there.
+        needed: Bytes that it may take.
+        what: The files, as the subject of "take".
+        least: Bytes that it takes in any case; None: `needed`.
+
+    Raises:
+        UserError: If less than `least` is free.
+    """
+    free = shutil.disk_usage(_existing(folder)).free
+    least = needed if least is None else least
+    amount = f"up to {in_gb(needed)}" if least < needed else in_gb(needed)
+    if free < least:
+        raise UserError(
+            f"{folder}: {what} take {amount}, and {in_gb(free)} are free; make room, or choose "
+            "another folder"
+        )
+    warn = logger.warning if free < needed else logger.info
+    warn("%s take %s; %s are free", what, amount, in_gb(free))
+
+
+def in_gb(size: float) -> str:
+    """Bytes for a reader."""
+    return f"{size / 1e9:.2g} GB" if size < 10e9 else f"{size / 1e9:,.0f} GB"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())

@@ -1,0 +1,69 @@
+"""What cannot fit is refused before it begins; what may not fit is warned of."""
+
+import logging
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from bhsd_jax.platform import budget, machine
+from bhsd_jax.platform.errors import UserError
+
+GB = 10**9
+
+
+def test_work_that_needs_more_memory_than_there_is_is_refused_with_both_figures(monkeypatch):
+    monkeypatch.setattr(machine, "memory", lambda: 8 * GB)
+    budget.require_memory(8 * GB, "the step", "use less")
+    with pytest.raises(UserError, match=r"the step needs at least 8\.5 GB .* are 8 GB; use less"):
+        budget.require_memory(8.5 * GB, "the step", "use less")
+    with pytest.raises(UserError, match=r"needs at least 20 GB .* are 16 GB"):
+        budget.require_memory(20 * GB, "the step", "use less", available=16 * GB)
+
+
+def test_where_the_system_does_not_tell_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(machine, "memory", lambda: 0)
+    budget.require_memory(1e18, "the step", "use less")
+
+
+def test_disk_is_refused_below_the_least_and_warned_of_below_the_most(
+    tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    asked = []
+    usage = SimpleNamespace(free=3 * GB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: asked.append(folder) or usage)
+    folder = tmp_path / "not" / "there"
+    budget.require_disk(folder, 2 * GB, "shards")
+    budget.require_disk(folder, 4 * GB, "shards", least=GB)
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("INFO", "shards take 2 GB; 3 GB are free"),
+        ("WARNING", "shards take up to 4 GB; 3 GB are free"),
+    ]
+    with pytest.raises(UserError, match=r"there: shards take 4 GB, and 3 GB are free; make room"):
+        budget.require_disk(folder, 4 * GB, "shards")
+    assert set(asked) == {tmp_path}, "the nearest folder that is there"
+
+
+@pytest.mark.parametrize(
+    ("group", "file", "limits"),
+    [
+        ("0::/slurm/job_1/step_0\n", "memory.max", {"slurm/job_1": "2000\n", "slurm": "max\n"}),
+        (
+            "9:cpu:/x\n4:memory,hugetlb:/slurm/job_1/step_0\n",
+            "memory.limit_in_bytes",
+            {"memory/slurm": "3000", "memory/slurm/job_1": "2000"},
+        ),
+    ],
+)
+def test_the_limit_of_a_container_or_a_job_counts(tmp_path, group, file, limits):
+    groups = tmp_path / "groups"
+    groups.write_text(group)
+    (tmp_path / file).write_text("5")  # above the tree of version 1, the root of version 2
+    for folder, text in limits.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / file).write_text(text)
+    found = list(machine._limits(groups, tmp_path))
+    assert 2000 in found
+    assert (5 in found) == (file == "memory.max")
+    assert list(machine._limits(tmp_path / "no such file", tmp_path)) == []
