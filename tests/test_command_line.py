@@ -75,6 +75,33 @@ def test_scans_are_prepared_from_any_folder(bhsd, tmp_path):
     assert (tmp_path / "runs" / "first" / "shards" / "index.json").is_file()
 
 
+def test_a_defect_of_ours_ends_with_its_traceback_and_skips_no_scan(bhsd, site, tmp_path):
+    fault = tmp_path / "fault"
+    fault.mkdir()
+    (fault / "sitecustomize.py").write_text(
+        "from bhsd_jax.ct import prepare\n"
+        "def broken(*_, **__): raise ValueError('shapes differ')\n"
+        "prepare.foreground_positions = broken\n"
+    )
+    words = ("--config=cps:smoke", "--data.labeled=3", "--processes=1")
+    text = bhsd("preprocess", "runs/a", *words, code=1, PYTHONPATH=f"{fault}{os.pathsep}{site}")
+    assert "Traceback" in text
+    assert "ValueError: shapes differ" in text
+    assert text.strip().splitlines()[-1].startswith("This is a defect of bhsd_jax")
+    assert "cases skipped" not in text
+    assert not (tmp_path / "runs" / "a" / "skipped.csv").exists()
+
+
+def test_later_verbs_know_the_run_from_any_folder_and_refuse_another_config(bhsd, tmp_path):
+    trained(tmp_path / "runs" / "a", cps.get_config("smoke"))
+    assert "summary.json: not there; run the verb `evaluate`" in bhsd("report", "runs/a", code=1)
+    for verb in ("predict", "evaluate", "report"):
+        (text,) = bhsd(verb, "runs/a", "--config=supervised:smoke", code=1).splitlines()
+        assert "config.split.binary is false, but runs/a was trained with true" in text or (
+            'config.objective.name is "supervised.Supervised", but runs/a was trained with' in text
+        )
+
+
 @pytest.mark.parametrize(
     ("words", "code", "want"),
     [

@@ -25,7 +25,7 @@ def require_memory(needed: float, what: str, remedy: str, available: float | Non
     have = machine.memory() if available is None else available
     if have and needed > have:
         raise UserError(
-            f"{what} needs at least {in_gb(needed)} of memory, and there are {in_gb(have)}; "
+            f"{what} needs at least {in_words(needed)} of memory, and there are {in_words(have)}; "
             f"{remedy}"
         )
 
@@ -44,19 +44,20 @@ def require_disk(folder: Path, needed: float, what: str, least: float | None = N
     """
     free = shutil.disk_usage(_existing(folder)).free
     least = needed if least is None else least
-    amount = f"up to {in_gb(needed)}" if least < needed else in_gb(needed)
+    amount = f"up to {in_words(needed)}" if least < needed else in_words(needed)
     if free < least:
         raise UserError(
-            f"{folder}: {what} take {amount}, and {in_gb(free)} are free; make room, or choose "
+            f"{folder}: {what} take {amount}, and {in_words(free)} are free; make room, or choose "
             "another folder"
         )
     warn = logger.warning if free < needed else logger.info
-    warn("%s take %s; %s are free", what, amount, in_gb(free))
+    warn("%s take %s; %s are free", what, amount, in_words(free))
 
 
-def in_gb(size: float) -> str:
-    """Bytes for a reader."""
-    return f"{size / 1e9:.2g} GB" if size < 10e9 else f"{size / 1e9:,.0f} GB"
+def in_words(size: float) -> str:
+    """Bytes for a reader, two digits or more: 340 MB, 8.5 GB, 1,200 GB."""
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
+    return f"{size / unit:.2g} {name}" if size < 100 * unit else f"{size / unit:,.0f} {name}"
 
 
 def _existing(folder: Path) -> Path:
