@@ -93,8 +93,10 @@ class CrossPseudoSupervision(SemiSupervised):
         return over_heads(lambda logits: self._follow(logits, teacher, inside), heads, self.deep)
 
     def _follow(self, logits, teacher, inside=None):
-        """Cross entropy of `logits` with the other twin's answer, which gets no gradient."""
-        teacher = jax.lax.stop_gradient(teacher)
+        """Cross entropy of `logits` with the other twin's answer.
+
+        The answer gets no gradient: only its classes and comparisons with it are used.
+        """
         guess, size, sure = teacher.argmax(-1), logits.shape[1:4], inside
         if self.confidence > 0:
             sure = losses.both(jax.nn.softmax(teacher).max(-1) >= self.confidence, inside)

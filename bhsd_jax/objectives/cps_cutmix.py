@@ -45,7 +45,7 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
         def network(params, seen, key, plain_key):
             labeled, guess = forward_both(learner, params, batch.image, seen, key)
             logits = learner.forward(params, plain, plain_key)[0]
-            return labeled, guess, jax.lax.stop_gradient(logits)
+            return labeled, guess, logits
 
         found = learner.each_twin(
             network,

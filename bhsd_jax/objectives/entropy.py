@@ -68,7 +68,7 @@ class EntropyMinimization(SemiSupervised, SingleModel):
             unsure = (1 - (jax.nn.softmax(logits.astype(jnp.float32)) ** 2).sum(-1)) / 2
         if self.voxels == "all":
             return losses.valid_mean(unsure, inside)
-        guess = jax.lax.stop_gradient(logits).argmax(-1)
+        guess = logits.argmax(-1)
         if self.voxels == "foreground":
             return losses.valid_mean(unsure, losses.both(guess > 0, inside))
         among = jax.nn.one_hot(guess, logits.shape[-1], dtype=jnp.float32)
