@@ -26,7 +26,7 @@ from bench_input import PATCH, make_shards
 from bench_pair import processor
 
 from bhsd_jax.nnunet import planner
-from bhsd_jax.platform import files
+from bhsd_jax.platform import files, step_log
 from bhsd_jax.volume import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,7 @@ def train(name: str, shards: Path, workdir: Path, args: argparse.Namespace) -> d
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name}: train ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = step_log.read(workdir / "metrics.jsonl")
     lines = [line for line in lines if "speed/steps_s" in line and line["step"] > args.steps // 2]
     cost = json.loads((workdir / "cost.json").read_text())
     row = {"device": f"{cost['devices']} x {cost['device']}", "compile s": cost["compile_s"]}

@@ -15,9 +15,8 @@ from bhsd_jax.experiments import queue
 from bhsd_jax.experiments.queue import Failure, Trial
 from bhsd_jax.metrics import scores, summary
 from bhsd_jax.metrics.seeds import OverSeeds, over_seeds, paired
-from bhsd_jax.platform import files
+from bhsd_jax.platform import files, step_log
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.report import figures
 from bhsd_jax.report.comparison import Comparison, Line, page
 from bhsd_jax.verbs.evaluate import ANY
 from bhsd_jax.volume import Plan
@@ -230,7 +229,7 @@ def _cost(runs: Sequence[Trial]) -> dict[str, Any]:
 def _training_s(path: Path) -> float:
     """Seconds spent in steps, over all processes that wrote the log."""
     total, before = 0.0, 0
-    for record in figures.read_metrics(path):
+    for record in step_log.read(path):
         if "time/step_s" in record:
             total += record["time/step_s"] * (record["step"] - before)
             before = record["step"]

@@ -1,8 +1,8 @@
 """What more than one objective needs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
 from bhsd_jax import losses
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.types import Learner, Logits, Params
+from bhsd_jax.types import Batch, Learner, Logits, Metrics, Params
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,87 @@ class SingleModel:
         return {self.tested: found[self.tested]} | found if self.tested in found else found
 
 
-def ramp_up(
-    step: Int[Array, ""], steps: int, fraction: float, staircase: int = 1
-) -> Float[Array, ""]:
-    """Rises from 0.007 to 1 over a `fraction` of the training: exp(-5 (1 - t)^2).
+@runtime_checkable
+class Ramped(Protocol):
+    """An objective whose unlabeled term has a weight that rises."""
 
-    With `staircase` the value is held for so many steps. A fraction of 0 is 1 from the start.
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def ramp(self) -> float: ...
+
+    @property
+    def staircase(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A weight that rises along a sigmoid at the start of a training, and then stays.
+
+    From 0.007 of `weight` to all of it over a `fraction` of the training: exp(-5 (1 - t)^2). A
+    fraction of 0 is all of it from the start.
 
     Source: Laine and Aila 2017, arXiv:1610.02242, section 3.1; staircase as in SSL4MIS.
     """
-    length = fraction * steps
-    if length <= 0:
-        return jnp.ones(())
-    held = (step // staircase) * staircase
-    t = jnp.clip(held / length, 0.0, 1.0)
-    return jnp.exp(-5.0 * (1.0 - t) ** 2)
+
+    weight: float
+    fraction: float
+    staircase: int = 1  # steps for which the rising weight is held
+
+    @classmethod
+    def of(cls, objective: Ramped) -> "Ramp":
+        """The ramp that the fields of an objective describe."""
+        return cls(objective.weight, objective.ramp, objective.staircase)
+
+    def at(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+        """The weight at a step of a training of `steps`."""
+        length = self.fraction * steps
+        if length <= 0:
+            return self.weight * jnp.ones(())
+        held = (step // self.staircase) * self.staircase
+        t = jnp.clip(held / length, 0.0, 1.0)
+        return self.weight * jnp.exp(-5.0 * (1.0 - t) ** 2)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a semi-supervised objective has computed on one batch, before it is summed."""
+
+    supervised: Scalar
+    name: str = ""  # of the unlabeled term in the log
+    unlabeled: Scalar | None = None
+    ramp: Ramp | None = None  # weight of the unlabeled term, if there is one
+    # Full-resolution logits of every trained network on the unlabeled patches as it saw them, and
+    # the slice labels of these; slice labels are not asked where there are no logits.
+    students: tuple[Array, ...] = ()
+    weak: Int[Array, "U D C"] | None = None
+    metrics: Metrics = field(default_factory=dict)  # more to log
+
+
+class SemiSupervised:
+    """An objective whose loss is the sum of its terms."""
+
+    def terms(self, learner: Learner, batch: Batch, key: PRNGKeyArray) -> Terms:
+        """What is summed."""
+        raise NotImplementedError
+
+    def loss(self, learner: Learner, batch: Batch, key: PRNGKeyArray) -> tuple[Scalar, Metrics]:
+        """Scalar to minimize, and scalars to log."""
+        return total(learner, self.terms(learner, batch, key))
+
+
+def total(learner: Learner, terms: Terms) -> tuple[Scalar, Metrics]:
+    """Supervised loss, weighted unlabeled term and what slice labels add, summed; and the log."""
+    loss, metrics = terms.supervised, terms.metrics | {"supervised": terms.supervised}
+    if terms.unlabeled is not None and terms.ramp is not None:
+        weight = terms.ramp.at(learner.step, learner.steps)
+        loss = loss + weight * terms.unlabeled
+        metrics |= {terms.name: terms.unlabeled, "weight": weight}
+    if terms.students:
+        weak, said = learner.weak(terms.weak, *terms.students)
+        loss, metrics = loss + weak, metrics | said
+    return loss, metrics
 
 
 def forward_both(

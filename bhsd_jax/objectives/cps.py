@@ -10,9 +10,11 @@ from flax import traverse_util
 
 from bhsd_jax import losses
 from bhsd_jax.objectives.common import (
+    Ramp,
+    SemiSupervised,
+    Terms,
     forward_both,
     over_heads,
-    ramp_up,
     require_choice,
     require_fraction,
 )
@@ -20,7 +22,7 @@ from bhsd_jax.types import Params
 
 
 @dataclass(frozen=True)
-class CrossPseudoSupervision:
+class CrossPseudoSupervision(SemiSupervised):
     """Two copies of the model, differently initialized, label the unlabeled patches for each other.
 
     Hard pseudo-labels from the full-resolution head, cross entropy only, unlabeled patches only:
@@ -58,7 +60,7 @@ class CrossPseudoSupervision:
                 params[twin] = _redraw(params[twin], init, keys[twin], ups)
         return params
 
-    def loss(self, learner, batch, key):
+    def terms(self, learner, batch, key):
         view_a, view_b, key_a, key_b = jax.random.split(key, 4)
         free_a = learner.view(view_a, batch.unlabeled)
         free_b = free_a if self.views == "shared" else learner.view(view_b, batch.unlabeled)
@@ -75,26 +77,26 @@ class CrossPseudoSupervision:
         answer_a, answer_b = (learner.gate(g[0], batch.weak) for g in (guess_a, guess_b))
         inside = batch.inside
         cross = self._teach(guess_a, answer_b, inside) + self._teach(guess_b, answer_a, inside)
-        weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
-        disagree = (guess_a[0].argmax(-1) != guess_b[0].argmax(-1)).mean()
-        weak, terms = learner.weak(batch.weak, guess_a[0], guess_b[0])
-        return supervised + weight * cross + weak, terms | {
-            "supervised": supervised,
-            "cross": cross,
-            "weight": weight,
-            "disagree": disagree,
-        }
+        return self._summed(supervised, cross, (guess_a[0], guess_b[0]), batch.weak)
 
     def deployable(self, params, ema):
         return {twin: params[twin] for twin in self.twins}
+
+    def _summed(self, supervised, cross, students, weak):
+        """The terms, and how often the two networks disagree."""
+        disagree = (students[0].argmax(-1) != students[1].argmax(-1)).mean()
+        said = {"disagree": disagree}
+        return Terms(supervised, "cross", cross, Ramp.of(self), students, weak, said)
 
     def _teach(self, heads, teacher, inside=None):
         """Cross entropy of the heads with the other twin's answer."""
         return over_heads(lambda logits: self._follow(logits, teacher, inside), heads, self.deep)
 
     def _follow(self, logits, teacher, inside=None):
-        """Cross entropy of `logits` with the other twin's answer, which gets no gradient."""
-        teacher = jax.lax.stop_gradient(teacher)
+        """Cross entropy of `logits` with the other twin's answer.
+
+        The answer gets no gradient: only its classes and comparisons with it are used.
+        """
         guess, size, sure = teacher.argmax(-1), logits.shape[1:4], inside
         if self.confidence > 0:
             sure = losses.both(jax.nn.softmax(teacher).max(-1) >= self.confidence, inside)

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 
 from bhsd_jax.objectives import mixing
-from bhsd_jax.objectives.common import forward_both, ramp_up
+from bhsd_jax.objectives.common import forward_both
 from bhsd_jax.objectives.cps import CrossPseudoSupervision
 
 
@@ -26,7 +26,7 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
     number: int = 3  # of boxes
     chance: float = 1.0  # that a patch is pasted at all
 
-    def loss(self, learner, batch, key):
+    def terms(self, learner, batch, key):
         view_a, view_b, box_key, key_a, key_b, plain_a, plain_b = jax.random.split(key, 7)
         plain = batch.unlabeled
         strong_a = learner.view(view_a, plain)
@@ -45,7 +45,7 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
         def network(params, seen, key, plain_key):
             labeled, guess = forward_both(learner, params, batch.image, seen, key)
             logits = learner.forward(params, plain, plain_key)[0]
-            return labeled, guess, jax.lax.stop_gradient(logits)
+            return labeled, guess, logits
 
         found = learner.each_twin(
             network,
@@ -61,13 +61,6 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
             pasted(learner.gate(logits, batch.weak)) for logits in (answer_a, answer_b)
         )
         cross = self._teach(guess_a, answer_b, inside) + self._teach(guess_b, answer_a, inside)
-        weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
         others = None if batch.weak is None else mixing.partners(batch.weak)
         slices = mixing.paste_slices(mask, others, batch.weak)
-        weak, terms = learner.weak(slices, guess_a[0], guess_b[0])
-        return supervised + weight * cross + weak, terms | {
-            "supervised": supervised,
-            "cross": cross,
-            "weight": weight,
-            "disagree": (guess_a[0].argmax(-1) != guess_b[0].argmax(-1)).mean(),
-        }
+        return self._summed(supervised, cross, (guess_a[0], guess_b[0]), slices)

@@ -8,9 +8,11 @@ from jaxtyping import Array, Bool, Float
 
 from bhsd_jax import losses
 from bhsd_jax.objectives.common import (
+    Ramp,
+    SemiSupervised,
     SingleModel,
+    Terms,
     forward_both,
-    ramp_up,
     require_choice,
     require_fraction,
 )
@@ -21,7 +23,7 @@ _MEASURES = ("entropy", "max_square")
 
 
 @dataclass(frozen=True)
-class EntropyMinimization(SingleModel):
+class EntropyMinimization(SemiSupervised, SingleModel):
     """Segmentation loss plus the mean entropy of the predictions, as a share of log K.
 
     It pushes every voxel toward the class it already prefers, most where the logits of two classes
@@ -46,7 +48,7 @@ class EntropyMinimization(SingleModel):
         require_choice("entropy: voxels", self.voxels, _VOXELS)
         require_choice("entropy: measure", self.measure, _MEASURES)
 
-    def loss(self, learner, batch, key):
+    def terms(self, learner, batch, key):
         view_key, key = jax.random.split(key)
         free = learner.view(view_key, batch.unlabeled)
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, free, key)
@@ -55,13 +57,7 @@ class EntropyMinimization(SingleModel):
         if self.patches == "all":
             ours, theirs = len(batch.image), len(batch.unlabeled)
             entropy = (ours * self._mean(labeled[0]) + theirs * entropy) / (ours + theirs)
-        weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
-        weak, terms = learner.weak(batch.weak, unlabeled[0])
-        return supervised + weight * entropy + weak, terms | {
-            "supervised": supervised,
-            "entropy": entropy,
-            "weight": weight,
-        }
+        return Terms(supervised, "entropy", entropy, Ramp.of(self), (unlabeled[0],), batch.weak)
 
     def _mean(
         self, logits: Float[Array, "B D H W K"], inside: Bool[Array, "B D H W"] | None = None
@@ -72,7 +68,7 @@ class EntropyMinimization(SingleModel):
             unsure = (1 - (jax.nn.softmax(logits.astype(jnp.float32)) ** 2).sum(-1)) / 2
         if self.voxels == "all":
             return losses.valid_mean(unsure, inside)
-        guess = jax.lax.stop_gradient(logits).argmax(-1)
+        guess = logits.argmax(-1)
         if self.voxels == "foreground":
             return losses.valid_mean(unsure, losses.both(guess > 0, inside))
         among = jax.nn.one_hot(guess, logits.shape[-1], dtype=jnp.float32)

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 
 from bhsd_jax.objectives import mixing
 from bhsd_jax.objectives.common import (
+    Ramp,
+    SemiSupervised,
     SingleModel,
+    Terms,
     follow_average,
     follow_target,
     forward_both,
-    ramp_up,
     require_average,
     require_choice,
     require_fraction,
@@ -20,7 +22,7 @@ from bhsd_jax.platform.errors import UserError
 
 
 @dataclass(frozen=True)
-class InterpolationConsistency(SingleModel):
+class InterpolationConsistency(SemiSupervised, SingleModel):
     """The student's answer to a blend of two patches follows the blend of the teacher's answers.
 
     The shares are drawn from Beta(a, a); with a = 0.2 more than half of them leave one patch
@@ -53,7 +55,7 @@ class InterpolationConsistency(SingleModel):
         if self.beta <= 0:
             raise UserError(f"ict: beta is the a of Beta(a, a), above 0; got {self.beta}")
 
-    def loss(self, learner, batch, key):
+    def terms(self, learner, batch, key):
         view_key, share_key, student_key, teacher_key = jax.random.split(key, 4)
         strong = learner.view(view_key, batch.unlabeled)
         plain = strong if self.views == "shared" else batch.unlabeled
@@ -69,13 +71,8 @@ class InterpolationConsistency(SingleModel):
         )
         supervised = learner.segmentation(labeled, batch.label)
         consistency = follow_target(unlabeled, target, self._inside(batch.inside), self.deep)
-        weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
-        weak, terms = learner.weak(self._slices(batch.weak), unlabeled[0])
-        return supervised + weight * consistency + weak, terms | {
-            "supervised": supervised,
-            "consistency": consistency,
-            "weight": weight,
-        }
+        slices = self._slices(batch.weak)
+        return Terms(supervised, "consistency", consistency, Ramp.of(self), (unlabeled[0],), slices)
 
     def _paired(self, rows):
         """The two patches of every blend."""

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from bhsd_jax.objectives.common import (
+    Ramp,
+    SemiSupervised,
     SingleModel,
+    Terms,
     follow_average,
     follow_target,
     forward_both,
-    ramp_up,
     require_average,
     require_choice,
     require_fraction,
@@ -18,7 +20,7 @@ from bhsd_jax.objectives.common import (
 
 
 @dataclass(frozen=True)
-class MeanTeacher(SingleModel):
+class MeanTeacher(SemiSupervised, SingleModel):
     """On unlabeled patches the student's probabilities follow those of its own moving average.
 
     Without dropout and batch statistics the two differ by their inputs alone, so the views matter:
@@ -50,7 +52,7 @@ class MeanTeacher(SingleModel):
         require_choice("mean_teacher: views", self.views, ("weak_strong", "shared"))
         require_choice("mean_teacher: tested", self.tested, ("teacher", "student"))
 
-    def loss(self, learner, batch, key):
+    def terms(self, learner, batch, key):
         view_key, noise_key, student_key, teacher_key = jax.random.split(key, 4)
         strong = learner.view(view_key, batch.unlabeled)
         plain = strong if self.views == "shared" else batch.unlabeled
@@ -60,13 +62,9 @@ class MeanTeacher(SingleModel):
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, strong, student_key)
         supervised = learner.segmentation(labeled, batch.label)
         consistency = follow_target(unlabeled, target, batch.inside, self.deep)
-        weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
-        weak, terms = learner.weak(batch.weak, unlabeled[0])
-        return supervised + weight * consistency + weak, terms | {
-            "supervised": supervised,
-            "consistency": consistency,
-            "weight": weight,
-        }
+        return Terms(
+            supervised, "consistency", consistency, Ramp.of(self), (unlabeled[0],), batch.weak
+        )
 
 
 def bounded_noise(key: jax.Array, image: jax.Array, std: float, limit: float) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax
 
-from bhsd_jax.objectives.common import SingleModel, forward_both
+from bhsd_jax.objectives.common import SemiSupervised, SingleModel, Terms, forward_both
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,15 @@ class Supervised(SingleModel):
 
 
 @dataclass(frozen=True)
-class WeaklySupervised(SingleModel):
+class WeaklySupervised(SemiSupervised, SingleModel):
     """Segmentation loss plus what the slice labels of the unlabeled patches say; no pseudo-labels.
 
     With every term of `config.weak` off it is `Supervised` at twice the price.
     """
 
-    def loss(self, learner, batch, key):
+    def terms(self, learner, batch, key):
         view_key, key = jax.random.split(key)
         free = learner.view(view_key, batch.unlabeled)
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, free, key)
-        loss = learner.segmentation(labeled, batch.label)
-        weak, terms = learner.weak(batch.weak, unlabeled[0])
-        return loss + weak, terms | {"supervised": loss}
+        supervised = learner.segmentation(labeled, batch.label)
+        return Terms(supervised, students=(unlabeled[0],), weak=batch.weak)

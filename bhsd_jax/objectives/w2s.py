@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from bhsd_jax import losses
 from bhsd_jax.objectives import mixing
 from bhsd_jax.objectives.common import (
+    Ramp,
+    SemiSupervised,
     SingleModel,
+    Terms,
     follow_average,
     forward_both,
-    ramp_up,
     require_average,
     require_choice,
     require_fraction,
@@ -21,7 +23,7 @@ from bhsd_jax.platform.errors import UserError
 
 
 @dataclass(frozen=True)
-class WeakToStrong(SingleModel):
+class WeakToStrong(SemiSupervised, SingleModel):
     """The teacher's sure voxels are labels for intensity-changed, pasted and pierced patches.
 
     With `pairing="labeled"` a box is pasted both ways between labeled and unlabeled patches
@@ -55,18 +57,12 @@ class WeakToStrong(SingleModel):
         for name in ("ramp", "sure", "sure_foreground", "chance", "holes", "side", "pseudo"):
             require_fraction(name, getattr(self, name))
 
-    def loss(self, learner, batch, key):
+    def terms(self, learner, batch, key):
         view_key, teacher_key, mix_key = jax.random.split(key, 3)
         strong = learner.view(view_key, batch.unlabeled)
         answer = follow_average(learner, batch.unlabeled, batch.weak, teacher_key)
         learn = self._copy_paste if self.pairing == "labeled" else self._cut_mix
-        supervised, follow, weak, terms = learn(learner, batch, strong, answer, mix_key)
-        weight = self.weight * ramp_up(learner.step, learner.steps, self.ramp, self.staircase)
-        return supervised + weight * follow + weak, terms | {
-            "supervised": supervised,
-            "follow": follow,
-            "weight": weight,
-        }
+        return learn(learner, batch, strong, answer, mix_key)
 
     def _cut_mix(self, learner, batch, strong, answer, key):
         box_key, hole_key, student_key = jax.random.split(key, 3)
@@ -83,8 +79,8 @@ class WeakToStrong(SingleModel):
         follow = losses.cross_entropy(unlabeled[0], guess, sure) + _dice(unlabeled[0], guess, sure)
         others = None if batch.weak is None else mixing.partners(batch.weak)
         slices = mixing.paste_slices(mask, others, batch.weak)
-        weak, terms = learner.weak(slices, unlabeled[0])
-        return supervised, follow, weak, terms | {"sure": sure.mean()}
+        said = {"sure": sure.mean()}
+        return Terms(supervised, "follow", follow, Ramp.of(self), (unlabeled[0],), slices, said)
 
     def _copy_paste(self, learner, batch, strong, answer, key):
         box_key, inward_key, outward_key, plain_key = jax.random.split(key, 4)
@@ -108,7 +104,8 @@ class WeakToStrong(SingleModel):
             learner.forward(learner.params, batch.image, plain_key), batch.label
         )
         # A pasted patch shows true labels and pseudo-labels: slice labels speak through the gate.
-        return supervised, direction(mask, inward_key) + direction(~mask, outward_key), 0.0, {}
+        follow = direction(mask, inward_key) + direction(~mask, outward_key)
+        return Terms(supervised, "follow", follow, Ramp.of(self))
 
     def _is_sure(self, logits):
         prob = jax.nn.softmax(logits)

@@ -5,13 +5,11 @@ and however many processes make them, the files are the same to the byte.
 """
 
 import csv
+import functools
 import json
 import logging
 import shutil
-import time
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ from bhsd_jax.phantom.files import (
 )
 from bhsd_jax.platform import machine
 from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.workers import Progress, Workers
 from bhsd_jax.volume import HEMORRHAGE
 
 _log = logging.getLogger(__name__)
@@ -205,60 +204,12 @@ def _make_all(root: Path, jobs: list[_Job], processes: int) -> dict[str, Rows]:
     if processes == 0:
         work = len(jobs) * parameters.slices * parameters.size**2
         processes = machine.cores() if work > _WORTH_PROCESSES else 1
-    processes = min(processes, len(jobs))
-    progress = _Progress(len(jobs))
-    if processes == 1:
-        rows = {}
-        for job in jobs:
-            rows[job.id] = _make(root, job)
-            progress.count(1)
-    else:
-        # Not fork: a process that has used JAX has threads, and forking those may hang.
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            rows = _make_parallel(pool, root, jobs, progress)
-    progress.finish()
-    return rows
-
-
-def _make_parallel(
-    pool: Executor, root: Path, jobs: list[_Job], progress: "_Progress"
-) -> dict[str, Rows]:
     rows: dict[str, Rows] = {}
-    names = {pool.submit(_make, root, job): job.id for job in jobs}
-    pending: set[Future[Rows]] = set(names)
-    try:
-        while pending:
-            done, pending = wait(pending, machine.log_every_s(), return_when=FIRST_COMPLETED)
-            rows |= {names[future]: future.result() for future in done}
-            progress.count(len(done))
-    finally:
-        for future in pending:
-            future.cancel()
+    with Workers(processes) as pool, Progress("synthetic", len(jobs)) as progress:
+        for job, made in pool.each(functools.partial(_make, root), jobs):
+            rows[job.id] = made
+            progress.advance(1)
     return rows
-
-
-class _Progress:
-    """Logs cases, cases per second and the time left, not too often."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        self.start = self.logged = time.monotonic()
-
-    def count(self, made: int) -> None:
-        self.done += made
-        now = time.monotonic()
-        if now - self.logged >= machine.log_every_s() and self.done < self.total:
-            self.logged = now
-            rate = self.done / (now - self.start)
-            left = f"{(self.total - self.done) / rate:.0f} s" if rate else "unknown"
-            _log.info(
-                "synthetic: %d of %d scans, %.2f/s, %s left", self.done, self.total, rate, left
-            )
-
-    def finish(self) -> None:
-        seconds = time.monotonic() - self.start
-        rate = self.done / max(seconds, 1e-9)
-        _log.info("synthetic: %d scans in %.1f s, %.2f/s", self.done, seconds, rate)
 
 
 def _make(root: Path, job: _Job) -> Rows:

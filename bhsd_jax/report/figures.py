@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax.platform import files
+from bhsd_jax.platform import files, step_log
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import bounding_box
 
@@ -46,14 +46,9 @@ def draw_progress(metrics: Path, out: Path) -> None:
     if not available():
         logger.info("no %s: install the extra `report` for pictures", out.name)
         return
-    records = read_metrics(metrics)
+    records = step_log.read(metrics)
     if records:
         files.write_bytes(out, progress_png(records))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a `metrics.jsonl`, or nothing if there is none."""
-    return [r for r in files.read_json_lines(path) if isinstance(r.get("step"), int)]
 
 
 def progress_png(records: Sequence[dict[str, Any]]) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from bhsd_jax.platform import files, machine
+from bhsd_jax.platform import files, machine, step_log
 from bhsd_jax.train.speed import Speed
 from bhsd_jax.types import Metrics, TrainState
 
@@ -96,11 +96,6 @@ class Log:
             self.board.flush()
 
 
-def read(path: Path) -> list[dict]:
-    """All whole lines of a `metrics.jsonl`; a line cut off by a crash is left out."""
-    return [r for r in files.read_json_lines(path) if isinstance(r.get("step"), int)]
-
-
 @contextmanager
 def heartbeat(what: str) -> Iterator[None]:
     """Says that something long begins, and again and again that it still goes on."""
@@ -121,7 +116,7 @@ def heartbeat(what: str) -> Iterator[None]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    kept = [record for record in read(path) if record["step"] <= step]
+    kept = [record for record in step_log.read(path) if record["step"] <= step]
     files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 

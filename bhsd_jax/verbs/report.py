@@ -13,7 +13,7 @@ from bhsd_jax.assemble import data
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry, hu, scan
 from bhsd_jax.metrics import scores
-from bhsd_jax.platform import files
+from bhsd_jax.platform import files, step_log
 from bhsd_jax.report import figures
 from bhsd_jax.report.page import Page, Picture, Section
 from bhsd_jax.report.tables import (
@@ -196,7 +196,7 @@ def _agreement(rows: Sequence[Mapping[str, str]]) -> Section | None:
 
 
 def _training(workdir: Path) -> Section | None:
-    records = figures.read_metrics(workdir / "metrics.jsonl")
+    records = step_log.read(workdir / "metrics.jsonl")
     if not records or not figures.available():
         return None
     picture = Picture(figures.progress_png(records), "Loss, validation Dice, speed, learning rate.")

@@ -21,7 +21,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
-from bhsd_jax.platform import budget, cluster, files
+from bhsd_jax.platform import budget, cluster, files, step_log
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures
 from bhsd_jax.settings import Config, Settings, Train
@@ -29,7 +29,7 @@ from bhsd_jax.shards.store import Shards
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import Checkpoints
-from bhsd_jax.train.log import Log, heartbeat, read
+from bhsd_jax.train.log import Log, heartbeat
 from bhsd_jax.train.loop import Every, Interrupted, fit
 from bhsd_jax.train.processes import Preemption
 from bhsd_jax.train.profile import Span, profiling
@@ -170,7 +170,7 @@ def _open_run(run: Run) -> Checkpoints:
     """The run's checkpoints; says in what the config differs from theirs."""
     workdir = run.folder
     plain, plan = json.loads(json.dumps(run.config.to_dict())), run.plan.to_json()
-    lines = read(workdir / "metrics.jsonl")
+    lines = step_log.read(workdir / "metrics.jsonl")
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         config=plain,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from bhsd_jax.models.nnunet import PlainConvUNet
-from bhsd_jax.objectives.common import forward_both, interleave, ramp_up, separate
+from bhsd_jax.objectives.common import Ramp, forward_both, interleave, separate
 
 
 def at(step, **kwargs):
-    return float(ramp_up(jnp.asarray(step), 30_000, **kwargs))
+    return float(Ramp(1.0, **kwargs).at(jnp.asarray(step), 30_000))
 
 
 def test_the_ramp_has_its_published_values():
@@ -22,7 +22,7 @@ def test_the_ramp_has_its_published_values():
 
 
 def test_the_ramp_rises_with_every_step_from_a_150th_and_then_is_flat():
-    rising = jax.vmap(lambda step: ramp_up(step, 1000, 1.0))(jnp.arange(0, 1210, 10))
+    rising = jax.vmap(lambda step: Ramp(1.0, 1.0).at(step, 1000))(jnp.arange(0, 1210, 10))
     assert float(rising[0]) == pytest.approx(np.exp(-5), rel=1e-6)
     assert (np.diff(rising[:101]) > 0).all()
     assert (rising[100:] == 1).all()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bhsd_jax.metrics.seeds import OverSeeds
+from bhsd_jax.platform import step_log
 from bhsd_jax.report import figures, points
 from bhsd_jax.report.page import NOTICE, Page, Picture, Section
 from bhsd_jax.report.tables import Table, cases_table, dice_table, number
@@ -142,8 +143,8 @@ def records(tmp_path):
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(records):
-    assert len(figures.read_metrics(records)) == 4
-    assert figures.read_metrics(records.with_name("none")) == []
+    assert len(step_log.read(records)) == 4
+    assert step_log.read(records.with_name("none")) == []
 
 
 def test_progress_is_drawn_from_what_there_is(records, tmp_path):
