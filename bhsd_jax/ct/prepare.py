@@ -1,9 +1,11 @@
 """One case at a time: what planning must know of it, and its prepared form. Pure functions."""
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import ndimage
 
 from bhsd_jax.ct import geometry, hu, nifti, scan, shear, slice_labels
 from bhsd_jax.ct.foreground import SEED, foreground_positions
@@ -33,6 +35,7 @@ class Facts:
     field_mm: Millimeters = (0.0, 0.0, 0.0)  # extent of the whole scan, canonical axes
     voxels_sha256: str = ""  # of the intensities as read: equal for copies under other names
     order: Shape = (0, 1, 2)  # native axis behind each canonical one
+    relative_size: float = 1.0  # voxels of the crop over those of the whole scan
 
     @property
     def warnings(self) -> list[str]:
@@ -115,6 +118,7 @@ def fingerprint_case(
         field_mm=grid.native_extent_mm,
         voxels_sha256=hashlib.sha256(np.ascontiguousarray(raw.voxels).data).hexdigest(),
         order=grid.order,
+        relative_size=math.prod(grid.cropped_shape) / volume.voxels.size,
     )
 
 
@@ -122,8 +126,9 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     """Reads, repairs, crops, resamples and normalizes one case as the plan says.
 
     CT stays in HU, rounded to int16; windows are applied in training. MR is brought to zero mean
-    and unit variance over the whole cropped scan before it is resampled, as nnU-Net does it; so is
-    CT clipped and scaled, and not repaired, where the plan says `normalize_first`.
+    and unit variance over the whole cropped scan before it is resampled, as nnU-Net does it, or
+    over its non-zero voxels where the plan says `use_mask_for_norm`; so is CT clipped and scaled,
+    and not repaired, where the plan says `normalize_first`.
 
     Raises:
         ValueError: If a file is broken, or image and mask do not belong together.
@@ -143,7 +148,7 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         image = np.rint(geometry.to_grid(volume.voxels, grid, "image")).astype(np.int16)
     else:
         ct = plan.modality == "ct"
-        voxels = _scaled(volume.voxels, plan) if ct else _standardized(volume.voxels, grid)
+        voxels = _scaled(volume.voxels, plan) if ct else _standardized(volume.voxels, grid, plan)
         image = geometry.to_grid(voxels, grid, "image").astype(np.float32)
     prepared_label, volume_ml = None, ()
     if label is not None:
@@ -193,10 +198,24 @@ def _read(
     return volume, label, found
 
 
-def _standardized(voxels: np.ndarray, grid: Grid) -> np.ndarray:
+def _standardized(voxels: np.ndarray, grid: Grid, plan: Plan) -> np.ndarray:
+    """Zero mean and unit variance over the crop; or over its non-zero voxels and the holes in them.
+
+    What lies outside such a mask keeps its 0. The mask is of the scan alone, so that prediction,
+    which has no labels, sees what training has seen.
+
+    Source: nnU-Net v2.8.1, `ZScoreNormalization`, `create_nonzero_mask`.
+    """
     inside = geometry.native_box(voxels, grid).astype(np.float64)
-    mean, std = inside.mean(), max(float(inside.std()), 1e-8)
-    return ((voxels - mean) / std).astype(np.float32)
+    if not plan.use_mask_for_norm:
+        mean, std = inside.mean(), max(float(inside.std()), 1e-8)
+        return ((voxels - mean) / std).astype(np.float32)
+    mask = np.asarray(ndimage.binary_fill_holes(inside != 0))
+    chosen = inside[mask] if mask.any() else np.zeros(1)
+    mean, std = chosen.mean(), max(float(chosen.std()), 1e-8)
+    standard = np.zeros(voxels.shape, np.float32)
+    geometry.native_box(standard, grid)[...] = np.where(mask, (inside - mean) / std, 0)
+    return standard
 
 
 def _scaled(voxels: np.ndarray, plan: Plan) -> np.ndarray:

@@ -160,7 +160,10 @@ def _normalization(config: Settings, plan: Plan) -> dict[str, Any]:
     """From raw intensities to the network's input, in numbers; one entry per channel."""
     when = "before resampling" if plan.normalized_before else "after resampling"
     if plan.modality == "mr":
-        return {"formula": "(x - mean of the scan) / its standard deviation", "when": when}
+        formula = "(x - mean of the scan) / its standard deviation"
+        if plan.use_mask_for_norm:
+            formula += ", both of its non-zero voxels and of the holes in them; all else stays 0"
+        return {"formula": formula, "when": when}
     normalization = wiring.normalization(config, plan)
     if plan.normalize_first:
         normalization = windows.Normalization.from_plan("ct", plan.foreground)
