@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
-from bhsd_jax.ct import geometry, hu, nifti, scan, shear, slice_labels
+from bhsd_jax.ct import geometry, hu, nifti, plausibility, scan, shear, slice_labels
 from bhsd_jax.ct.foreground import SEED, foreground_positions
 from bhsd_jax.defects import Finding, Kind, Refusal, said_of, texts
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Shape, Volume
-
-_AIR_HU = -500.0  # a head CT without anything below has been windowed or is no CT
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +58,7 @@ class Prepared:
     volume_ml: tuple[float, ...] = ()  # per class, background first; native grid, tilt-corrected
     source_sha256: str = ""  # of the files the case was made from
     warnings: tuple[str, ...] = ()  # repairs and oddities; not in the record
+    doubts: tuple[str, ...] = ()  # those of them that anyone who uses the scan has to know
 
 
 def fingerprint_case(
@@ -78,7 +77,7 @@ def fingerprint_case(
     Source: nnU-Net v2, `DatasetFingerprintExtractor` (crop, then sample).
     """
     raw, found = scan.read(case.image)
-    volume, label, more = _read(case, raw, num_classes=num_classes, repair=modality == "ct")
+    volume, label, more = _read(case, raw, num_classes=num_classes, modality=modality)
     found += more
     # The target spacing does not matter here: only the crop and the native spacing are used.
     grid = geometry.locate(volume, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
@@ -97,9 +96,6 @@ def fingerprint_case(
             drawn = np.random.default_rng(SEED).choice(inside, samples).astype(np.float32)
         else:
             found.append(Finding(Kind.MASK_EMPTY, "kept", "the mask is empty"))
-    if modality == "ct" and float(volume.voxels.min()) > _AIR_HU:
-        text = f"no air: nothing below {_AIR_HU:g} HU; windowed, or not a CT"
-        found.append(Finding(Kind.NO_AIR, "kept", text))
     voxel_ml = hu.voxel_ml(volume.affine, modality)
     return Facts(
         case=case.id,
@@ -136,7 +132,10 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     """
     classes = len(plan.classes)
     raw, found = scan.read(case.image)
-    volume, label, more = _read(case, raw, num_classes=classes, repair=not plan.normalized_before)
+    as_it_lies = plan.normalize_first
+    volume, label, more = _read(
+        case, raw, num_classes=classes, modality=plan.modality, as_it_lies=as_it_lies
+    )
     grid = geometry.locate(
         volume,
         spacing_mm=plan.spacing_mm,
@@ -169,7 +168,22 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         volume_ml=volume_ml,
         source_sha256=source_sha256 or source_digest(case),
         warnings=tuple(texts([*found, *more])),
+        doubts=tuple(texts(f for f in [*found, *more] if f.kind in plausibility.KINDS)),
     )
+
+
+def hu_doubts(voxels: np.ndarray, plan: Plan) -> tuple[str, ...]:
+    """What `prepare_case` says in `doubts` of a scan that was read already; () for MR.
+
+    Raises:
+        Refusal: If it refuses the scan.
+    """
+    if plan.modality != "ct":
+        return ()
+    if plan.normalize_first:
+        return tuple(texts(plausibility.doubts(voxels)))
+    _, found = plausibility.settle(voxels)
+    return tuple(texts(one for one in found if one.kind in plausibility.KINDS))
 
 
 def source_digest(case: Case) -> str:
@@ -181,21 +195,22 @@ def source_digest(case: Case) -> str:
 
 
 def _read(
-    case: Case, raw: Volume, *, num_classes: int, repair: bool
+    case: Case, raw: Volume, *, num_classes: int, modality: str, as_it_lies: bool = False
 ) -> tuple[Volume, np.ndarray | None, list[Finding]]:
+    """A scan whose CT is in HU, its label, and what was found; or a scan `as_it_lies`."""
     label, found = None, []
     if case.label is not None:
         mask, found = scan.read_label(case.label, case.image, raw, num_classes=num_classes)
         label = mask.voxels
-    volume = raw
-    if repair:
-        try:
-            voxels, repairs = hu.repair(raw.voxels)
-        except Refusal as error:
-            raise said_of(scan.called(case.image), error) from error
-        volume = replace(raw, voxels=voxels)
-        found = [*found, *repairs]
-    return volume, label, found
+    if modality != "ct":
+        return raw, label, found
+    if as_it_lies:
+        return raw, label, [*found, *plausibility.doubts(raw.voxels)]
+    try:
+        voxels, repairs = plausibility.settle(raw.voxels)
+    except Refusal as error:
+        raise said_of(scan.called(case.image), error) from error
+    return replace(raw, voxels=voxels), label, [*found, *repairs]
 
 
 def _standardized(voxels: np.ndarray, grid: Grid, plan: Plan) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 from turned import stored
 
 from bhsd_jax.ct import geometry, hu, nifti, prepare
-from bhsd_jax.defects import texts
+from bhsd_jax.defects import Refusal, texts
 from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.volume import Case, Network, Plan, Volume
 
@@ -243,11 +243,13 @@ def test_facts_warn_of_empty_masks_masks_outside_the_head_and_windowed_scans(tmp
     outside = store(tmp_path, voxels, label, matrix=affine((5.0, 1.0, 1.0)))
     facts = prepare.fingerprint_case(outside, num_classes=3, modality="ct", crop_hu=-200.0)
     assert any(w.startswith("3 labeled voxels lie outside") for w in facts.warnings)
-    windowed = store(
-        tmp_path, np.clip(voxels, -40, 120) + 40, label, matrix=affine((5.0, 1.0, 1.0))
-    )
-    facts = prepare.fingerprint_case(windowed, num_classes=3, modality="ct", crop_hu=None)
+    windowed = np.clip(voxels, -40, 120)
+    case = store(tmp_path, windowed, label, matrix=affine((5.0, 1.0, 1.0)))
+    facts = prepare.fingerprint_case(case, num_classes=3, modality="ct", crop_hu=None)
     assert any(w.startswith("no air") for w in facts.warnings)
+    case = store(tmp_path, windowed + 40, label, matrix=affine((5.0, 1.0, 1.0)))
+    with pytest.raises(Refusal, match="no CT in HU"):  # brain at 80
+        prepare.fingerprint_case(case, num_classes=3, modality="ct", crop_hu=None)
 
 
 def test_slice_labels_follow_flip_crop_and_resampling(tmp_path):
