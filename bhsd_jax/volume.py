@@ -174,6 +174,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())  # warnings of the planner
     axes: str = "SPL"  # where D, H, W run before `transpose`; "file": as they lie in the file
     normalize_first: bool = False  # as nnU-Net: unrepaired, normalized before it is resampled
+    use_mask_for_norm: bool = False  # MR: z-scores of the non-zero voxels; all others stay 0
 
     @property
     def normalized_before(self) -> bool:

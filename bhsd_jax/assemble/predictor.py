@@ -15,7 +15,7 @@ import numpy as np
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry, hu, scan, shear
-from bhsd_jax.ct.prepare import prepare_case
+from bhsd_jax.ct.prepare import hu_doubts, prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.platform import allocator, budget, files, machine
 from bhsd_jax.platform.errors import UserError
@@ -38,6 +38,7 @@ class Row:
     tilt_deg: float  # gantry; 0 for MR
     seconds: float | None  # None: the label map was there already
     ml: Mapping[str, float]  # by foreground class, tilt-corrected
+    warning: str = ""  # why the scan may not be in HU, or what was undone so that it is
 
     def flat(self) -> dict[str, Any]:
         """One value per column."""
@@ -45,7 +46,13 @@ class Row:
         seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
         total = f"{sum(self.ml.values()):.4f}"
         tilt = f"{self.tilt_deg:.2f}"
-        return {"case": self.case, **volumes, "all_ml": total, "tilt_deg": tilt, "seconds": seconds}
+        return {
+            "case": self.case,
+            **volumes,
+            "all_ml": total,
+            "tilt_deg": tilt,
+            "seconds": seconds,
+        } | {"warning": self.warning}
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,8 @@ class Predictor:
         # The function of `preprocess`: what the network sees cannot differ from training.
         prepared = prepare_case(case, self.plan, source_sha256="not needed")
         for text in prepared.warnings:
-            logger.info("%s: %s", name, text)
+            level = logging.WARNING if text in prepared.doubts else logging.INFO
+            logger.log(level, "%s: %s", name, text)
         # Sums of logits, and their copy for the resampling to the scan's own voxels.
         budget.require_memory(
             2 * 4 * len(self.classes) * prepared.image.size,
@@ -89,7 +97,7 @@ class Predictor:
         label = geometry.argmax_from_grid(logits, prepared.grid)
         scan.write(target, label, like=case.image)
         affine = np.asarray(prepared.grid.native_affine)
-        return self._row(name, label, affine, time.monotonic() - begun)
+        return self._row(name, label, affine, time.monotonic() - begun, prepared.doubts)
 
     def finished(self, case: Case, target: Path, name: str) -> Row | None:
         """The row of a scan whose files are all there and whole, else None.
@@ -116,14 +124,23 @@ class Predictor:
             logger.warning("%s: predicted again, for %s", name, reason)
             return None
         seen = image if place == case.image else scan.read(case.image)[0]
-        return self._row(name, label.voxels, seen.affine, None)
+        doubts = hu_doubts(seen.voxels, self.plan)
+        return self._row(name, label.voxels, seen.affine, None, doubts)
 
-    def _row(self, name: str, label: np.ndarray, affine: np.ndarray, seconds: float | None) -> Row:
+    def _row(
+        self,
+        name: str,
+        label: np.ndarray,
+        affine: np.ndarray,
+        seconds: float | None,
+        doubts: Sequence[str],
+    ) -> Row:
         counts = np.bincount(label.ravel(), minlength=len(self.classes))
         each = hu.voxel_ml(affine, self.plan.modality)
         tilt = shear.gantry_deg(affine) if self.plan.modality == "ct" else 0.0
         volumes = zip(self.classes[1:], counts[1:], strict=True)
-        return Row(name, float(tilt), seconds, {c: float(n * each) for c, n in volumes})
+        ml = {c: float(n * each) for c, n in volumes}
+        return Row(name, float(tilt), seconds, ml, "; ".join(doubts))
 
 
 def load(run: Run) -> tuple[int, dict[str, Params]]:

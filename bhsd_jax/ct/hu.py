@@ -8,7 +8,10 @@ from jaxtyping import Float, Float32, Num
 from bhsd_jax.ct import geometry
 from bhsd_jax.defects import Finding, Kind, Refusal
 
+WRAPS_HU = 3095.5  # -1000 HU in unsigned 12 bits
+LEAST_AIR = 0.2  # of the edges of slices, where an overflow was undone rightly
 LOWEST_HU, HIGHEST_HU = -1024.0, 3071.0  # what 12 bits can hold
+WRAPPED_HU = -20_000.0  # lower is metal that wrapped around in 16 bits
 _FARTHEST_HU = 100_000.0  # wrapped and extended-range metal stays well within
 _ORTHOGONAL = 1e-3  # largest cosine between two axes that count as perpendicular
 _ALONG_X = math.cos(math.radians(1.0))  # an axis this close to x has not been turned away from it
@@ -17,10 +20,11 @@ _ALONG_X = math.cos(math.radians(1.0))  # an axis this close to x has not been t
 def repair(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W"], list[Finding]]:
     """Undoes the wraps known from real head CT and clips to what 12 bits can hold.
 
-    In this order: a scan stored as unsigned 12 bits (nothing negative, median above 1000), where
-    all below 0 HU came out near +3000; metal wrapped around in 16 bits (below -20000); padding
-    (-2048, -3024) and extended-range metal, clipped. The findings say what was done, with counts;
-    of padding and metal in the same words. The input is not changed.
+    In this order: a scan stored as unsigned 12 bits (nothing negative, nothing above 4096), where
+    all below 0 HU came out near +3000, if that makes air of the edges of its slices; metal wrapped
+    around in 16 bits (below -20000); padding (-2048, -3024) and extended-range metal, clipped. The
+    findings say what was done, with counts; of padding and metal in the same words. The input is
+    not changed.
 
     Raises:
         Refusal: If values lie where no defect known puts HU.
@@ -31,7 +35,7 @@ def repair(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W
         raise Refusal(Kind.NO_HU, text)
     repaired = voxels.astype(np.float32)
     done = []
-    if low_hu >= 0 and float(np.median(repaired)) > 1000:
+    if low_hu >= 0 and WRAPS_HU <= high_hu < 4096.5 and is_wrapped(repaired):
         # To whole numbers, as stored once: the floor of -1000 HU, read as 3095.98 instead of 3096
         # from behind scale factors, would stay above all bone.
         np.rint(repaired, out=repaired)
@@ -40,7 +44,7 @@ def repair(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W
         repaired -= 1000
         text = "12-bit overflow undone: values wrapped back into -1000..3095 HU"
         done.append(Finding(Kind.OVERFLOW, "repaired", text))
-    wrapped = repaired < -20000
+    wrapped = repaired < WRAPPED_HU
     if count := int(np.count_nonzero(wrapped)):
         repaired[wrapped] += 65536
         done.append(Finding(Kind.WRAP, "repaired", f"16-bit wrap undone in {count} voxels"))
@@ -55,6 +59,18 @@ def repair(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W
             if count
         ]
     return repaired, done
+
+
+def is_wrapped(voxels: Num[np.ndarray, "D H W"]) -> bool:
+    """Whether a fifth or more of the edges of the slices is air that wrapped around in 12 bits.
+
+    So it is in scans stored as unsigned without their offset, whose air lies at 3096..3596. Where
+    a field of view is so tight that tissue fills its edges, bone and metal lie there as well, and
+    nothing tells them apart.
+    """
+    edges = voxels[:, [0, -1], :], voxels[:, :, [0, -1]]
+    air = [np.mean((edge >= WRAPS_HU) & (edge < 4096 - 500)) for edge in edges]
+    return float(np.mean(air)) >= LEAST_AIR
 
 
 def tilt_deg(affine: Float[np.ndarray, "4 4"]) -> float:

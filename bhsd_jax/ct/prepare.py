@@ -1,16 +1,16 @@
 """One case at a time: what planning must know of it, and its prepared form. Pure functions."""
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import ndimage
 
-from bhsd_jax.ct import geometry, hu, nifti, scan, shear, slice_labels
+from bhsd_jax.ct import geometry, hu, nifti, plausibility, scan, shear, slice_labels
 from bhsd_jax.ct.foreground import SEED, foreground_positions
 from bhsd_jax.defects import Finding, Kind, Refusal, said_of, texts
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Shape, Volume
-
-_AIR_HU = -500.0  # a head CT without anything below has been windowed or is no CT
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class Facts:
     field_mm: Millimeters = (0.0, 0.0, 0.0)  # extent of the whole scan, canonical axes
     voxels_sha256: str = ""  # of the intensities as read: equal for copies under other names
     order: Shape = (0, 1, 2)  # native axis behind each canonical one
+    relative_size: float = 1.0  # voxels of the crop over those of the whole scan
 
     @property
     def warnings(self) -> list[str]:
@@ -57,6 +58,7 @@ class Prepared:
     volume_ml: tuple[float, ...] = ()  # per class, background first; native grid, tilt-corrected
     source_sha256: str = ""  # of the files the case was made from
     warnings: tuple[str, ...] = ()  # repairs and oddities; not in the record
+    doubts: tuple[str, ...] = ()  # those of them that anyone who uses the scan has to know
 
 
 def fingerprint_case(
@@ -75,7 +77,7 @@ def fingerprint_case(
     Source: nnU-Net v2, `DatasetFingerprintExtractor` (crop, then sample).
     """
     raw, found = scan.read(case.image)
-    volume, label, more = _read(case, raw, num_classes=num_classes, repair=modality == "ct")
+    volume, label, more = _read(case, raw, num_classes=num_classes, modality=modality)
     found += more
     # The target spacing does not matter here: only the crop and the native spacing are used.
     grid = geometry.locate(volume, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
@@ -94,9 +96,6 @@ def fingerprint_case(
             drawn = np.random.default_rng(SEED).choice(inside, samples).astype(np.float32)
         else:
             found.append(Finding(Kind.MASK_EMPTY, "kept", "the mask is empty"))
-    if modality == "ct" and float(volume.voxels.min()) > _AIR_HU:
-        text = f"no air: nothing below {_AIR_HU:g} HU; windowed, or not a CT"
-        found.append(Finding(Kind.NO_AIR, "kept", text))
     voxel_ml = hu.voxel_ml(volume.affine, modality)
     return Facts(
         case=case.id,
@@ -115,6 +114,7 @@ def fingerprint_case(
         field_mm=grid.native_extent_mm,
         voxels_sha256=hashlib.sha256(np.ascontiguousarray(raw.voxels).data).hexdigest(),
         order=grid.order,
+        relative_size=math.prod(grid.cropped_shape) / volume.voxels.size,
     )
 
 
@@ -122,8 +122,9 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     """Reads, repairs, crops, resamples and normalizes one case as the plan says.
 
     CT stays in HU, rounded to int16; windows are applied in training. MR is brought to zero mean
-    and unit variance over the whole cropped scan before it is resampled, as nnU-Net does it; so is
-    CT clipped and scaled, and not repaired, where the plan says `normalize_first`.
+    and unit variance over the whole cropped scan before it is resampled, as nnU-Net does it, or
+    over its non-zero voxels where the plan says `use_mask_for_norm`; so is CT clipped and scaled,
+    and not repaired, where the plan says `normalize_first`.
 
     Raises:
         ValueError: If a file is broken, or image and mask do not belong together.
@@ -131,7 +132,10 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     """
     classes = len(plan.classes)
     raw, found = scan.read(case.image)
-    volume, label, more = _read(case, raw, num_classes=classes, repair=not plan.normalized_before)
+    as_it_lies = plan.normalize_first
+    volume, label, more = _read(
+        case, raw, num_classes=classes, modality=plan.modality, as_it_lies=as_it_lies
+    )
     grid = geometry.locate(
         volume,
         spacing_mm=plan.spacing_mm,
@@ -143,7 +147,7 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         image = np.rint(geometry.to_grid(volume.voxels, grid, "image")).astype(np.int16)
     else:
         ct = plan.modality == "ct"
-        voxels = _scaled(volume.voxels, plan) if ct else _standardized(volume.voxels, grid)
+        voxels = _scaled(volume.voxels, plan) if ct else _standardized(volume.voxels, grid, plan)
         image = geometry.to_grid(voxels, grid, "image").astype(np.float32)
     prepared_label, volume_ml = None, ()
     if label is not None:
@@ -164,7 +168,22 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         volume_ml=volume_ml,
         source_sha256=source_sha256 or source_digest(case),
         warnings=tuple(texts([*found, *more])),
+        doubts=tuple(texts(f for f in [*found, *more] if f.kind in plausibility.KINDS)),
     )
+
+
+def hu_doubts(voxels: np.ndarray, plan: Plan) -> tuple[str, ...]:
+    """What `prepare_case` says in `doubts` of a scan that was read already; () for MR.
+
+    Raises:
+        Refusal: If it refuses the scan.
+    """
+    if plan.modality != "ct":
+        return ()
+    if plan.normalize_first:
+        return tuple(texts(plausibility.doubts(voxels)))
+    _, found = plausibility.settle(voxels)
+    return tuple(texts(one for one in found if one.kind in plausibility.KINDS))
 
 
 def source_digest(case: Case) -> str:
@@ -176,27 +195,42 @@ def source_digest(case: Case) -> str:
 
 
 def _read(
-    case: Case, raw: Volume, *, num_classes: int, repair: bool
+    case: Case, raw: Volume, *, num_classes: int, modality: str, as_it_lies: bool = False
 ) -> tuple[Volume, np.ndarray | None, list[Finding]]:
+    """A scan whose CT is in HU, its label, and what was found; or a scan `as_it_lies`."""
     label, found = None, []
     if case.label is not None:
         mask, found = scan.read_label(case.label, case.image, raw, num_classes=num_classes)
         label = mask.voxels
-    volume = raw
-    if repair:
-        try:
-            voxels, repairs = hu.repair(raw.voxels)
-        except Refusal as error:
-            raise said_of(scan.called(case.image), error) from error
-        volume = replace(raw, voxels=voxels)
-        found = [*found, *repairs]
-    return volume, label, found
+    if modality != "ct":
+        return raw, label, found
+    if as_it_lies:
+        return raw, label, [*found, *plausibility.doubts(raw.voxels)]
+    try:
+        voxels, repairs = plausibility.settle(raw.voxels)
+    except Refusal as error:
+        raise said_of(scan.called(case.image), error) from error
+    return replace(raw, voxels=voxels), label, [*found, *repairs]
 
 
-def _standardized(voxels: np.ndarray, grid: Grid) -> np.ndarray:
+def _standardized(voxels: np.ndarray, grid: Grid, plan: Plan) -> np.ndarray:
+    """Zero mean and unit variance over the crop; or over its non-zero voxels and the holes in them.
+
+    What lies outside such a mask keeps its 0. The mask is of the scan alone, so that prediction,
+    which has no labels, sees what training has seen.
+
+    Source: nnU-Net v2.8.1, `ZScoreNormalization`, `create_nonzero_mask`.
+    """
     inside = geometry.native_box(voxels, grid).astype(np.float64)
-    mean, std = inside.mean(), max(float(inside.std()), 1e-8)
-    return ((voxels - mean) / std).astype(np.float32)
+    if not plan.use_mask_for_norm:
+        mean, std = inside.mean(), max(float(inside.std()), 1e-8)
+        return ((voxels - mean) / std).astype(np.float32)
+    mask = np.asarray(ndimage.binary_fill_holes(inside != 0))
+    chosen = inside[mask] if mask.any() else np.zeros(1)
+    mean, std = chosen.mean(), max(float(chosen.std()), 1e-8)
+    standard = np.zeros(voxels.shape, np.float32)
+    geometry.native_box(standard, grid)[...] = np.where(mask, (inside - mean) / std, 0)
+    return standard
 
 
 def _scaled(voxels: np.ndarray, plan: Plan) -> np.ndarray:

@@ -71,6 +71,7 @@ def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configur
         foreground=statistics,
         median_shape=_median_shape(facts, spacing_mm, transpose),
         notes=_notes(plans, settings, configuration, own=statistics is plan.foreground),
+        use_mask_for_norm=_mask(settings, plan),
     )
 
 
@@ -82,11 +83,12 @@ def _check_normalization(settings: Mapping[str, Any], modality: str) -> None:
             f"nnU-Net plans: normalization {schemes}, but scans of this data set (one channel, "
             f"{modality}) get {wanted}; look at config.data.modality"
         )
-    if modality == "mr" and any(settings.get("use_mask_for_norm", ())):
-        raise UserError(
-            "nnU-Net plans: z-scores inside the non-zero mask (use_mask_for_norm) are not "
-            "supported; make the plan anew from scans that are not masked"
-        )
+
+
+def _mask(settings: Mapping[str, Any], plan: Plan) -> bool:
+    """What the file says of its one channel, else what we have decided; no mask for CT."""
+    said = settings.get("use_mask_for_norm", [plan.use_mask_for_norm])
+    return plan.modality == "mr" and any(said)
 
 
 def _order(facts: Sequence[Facts]) -> Shape:

@@ -6,7 +6,13 @@ import numpy as np
 
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.ct.resample import resampled_shape
-from bhsd_jax.nnunet.planner import network_for, spacing_margin, target_spacing, transpose_for
+from bhsd_jax.nnunet.planner import (
+    network_for,
+    spacing_margin,
+    target_spacing,
+    transpose_for,
+    uses_mask,
+)
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Millimeters, Plan
 
@@ -68,4 +74,5 @@ def make_plan(
         source_sha256=source_sha256,
         license=license,
         notes=notes,
+        use_mask_for_norm=uses_mask(modality, [fact.relative_size for fact in facts]),
     )

@@ -22,6 +22,7 @@ from bhsd_jax.volume import Millimeters, Network, Shape
 Numbers = Sequence[Any] | np.ndarray  # three numbers, or rows of three
 
 _ANISOTROPY = 3  # an axis this many times coarser (and shorter) than the others is treated apart
+_MASK_BELOW = 3 / 4  # of the scan left by the crop to its non-zero voxels
 _HALVES = 200  # random half data sets drawn to see whether the target spacing holds
 
 
@@ -44,6 +45,17 @@ def transpose_for(spacing_mm: Numbers) -> Shape:
     coarsest = int(np.argmax(np.asarray(spacing_mm)))
     first, second = (axis for axis in range(3) if axis != coarsest)
     return coarsest, first, second
+
+
+def uses_mask(modality: str, relative_sizes: Sequence[float]) -> bool:
+    """Decides whether scans are normalized inside the mask of their non-zero voxels.
+
+    So are those that get z-scores, where the crop to the non-zero voxels leaves less than 3/4 of
+    the median scan: skull-stripped MR. `relative_sizes` are voxels after over before that crop.
+
+    Source: nnU-Net v2.8.1, `determine_normalization_scheme_and_whether_mask_is_used_for_norm`.
+    """
+    return modality == "mr" and float(np.median(relative_sizes)) < _MASK_BELOW
 
 
 def spacing_margin(spacings: Numbers, shapes: Numbers) -> list[str]:
@@ -120,7 +132,7 @@ def make_plans(
         cases=cases or len(spacing),
         modality=modality,
         num_channels=num_channels,
-        masked=modality == "mr" and relative_size < 0.75,
+        masked=uses_mask(modality, [relative_size]),
     )
     median = _median_shape(spacing, shape, target)[forward].tolist()
     return {

@@ -54,6 +54,7 @@ def plan_of(
         notes=(f"imported from nnU-Net, configuration {configuration}",),
         axes=_AXES[plans["image_reader_writer"]],
         normalize_first=True,
+        use_mask_for_norm=modality == "mr" and any(settings["use_mask_for_norm"]),
     )
 
 
@@ -101,13 +102,11 @@ def _channels(dataset: Mapping[str, Any]) -> Mapping[str, Any]:
 def _require_supported(
     plans: Mapping[str, Any], dataset: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    schemes, masked = settings["normalization_schemes"], settings["use_mask_for_norm"]
+    schemes = settings["normalization_schemes"]
     wrong = []
     if len(_channels(dataset)) != 1 or len(schemes) != 1:
         wrong.append(f"one channel per scan; got {len(_channels(dataset))}")
     wrong += [f"{s} (known: {', '.join(_MODALITIES)})" for s in schemes if s not in _MODALITIES]
-    if any(masked) and "ZScoreNormalization" in schemes:
-        wrong.append("z-scores inside the non-zero mask")
     reader = plans.get("image_reader_writer")
     if reader not in _AXES:
         wrong.append(f"reader {reader} (known: {', '.join(_AXES)})")

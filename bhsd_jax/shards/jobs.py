@@ -45,6 +45,8 @@ class Job:
         plan = self.plan.to_json()
         used = [plan[k] for k in ("version", "classes", "modality", "spacing_mm", "transpose")]
         used += [plan[k] for k in ("crop_hu", "axes", "normalize_first")] + [store.SCHEMA]
+        # Shards of older versions, which knew no mask, keep their keys.
+        used += ["masked"] if self.plan.use_mask_for_norm else []
         known = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
         return hashlib.sha256(json.dumps([used, known, self.digests]).encode()).hexdigest()
 

@@ -158,7 +158,10 @@ def _normalization(run: Run) -> dict[str, Any]:
     plan = run.plan
     when = "before resampling" if plan.normalized_before else "after resampling"
     if plan.modality == "mr":
-        return {"formula": "(x - mean of the scan) / its standard deviation", "when": when}
+        formula = "(x - mean of the scan) / its standard deviation"
+        if plan.use_mask_for_norm:
+            formula += ", both of its non-zero voxels and of the holes in them; all else stays 0"
+        return {"formula": formula, "when": when}
     normalization = run.normalization
     if plan.normalize_first:
         normalization = windows.Normalization.from_plan("ct", plan.foreground)

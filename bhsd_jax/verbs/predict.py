@@ -104,7 +104,8 @@ def _conclude(out: Path, found: Found, facts: Mapping[str, Any], scans: int) -> 
     try:
         write_records(out / "skipped.csv", skipped, line_end="\n")
         _write_tables(out, found.rows)
-        files.write_json(out / "predictions.json", facts)
+        doubtful = {row.case: row.warning for row in found.rows if row.warning}
+        files.write_json(out / "predictions.json", {**facts, "doubtful": doubtful})
     except faults.WriteError as error:
         unwritten = faults.explain(error) or str(error)
     if found.fault or unwritten:

@@ -81,6 +81,7 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
         facts.sort(key=lambda fact: fact.case)
         facts, skipped = checkup.conclude(workdir, dataset, found, facts, unread)
         _write_ledger(ledger, skipped)
+        checkup.require_ct(dataset.name, len(cases), unread)
         if facts and not settings.verify_only:
             plan = _plan(dataset, facts, settings, skipped, theirs)
             folder, records = data.shards_folder(config, workdir), workdir / "written"

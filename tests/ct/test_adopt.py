@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -118,10 +119,32 @@ def test_another_normalization_is_refused(golden):
     theirs = head_ct(golden)
     with pytest.raises(ValueError, match=r"normalization \['CTNormalization'\].*mr.*ZScore"):
         adoption.adopt(ours("mr"), [facts()], theirs, "3d_fullres")
+
+
+@pytest.mark.parametrize("scheme", ["NoNormalization", "RescaleTo01Normalization", "Own"])
+def test_a_normalization_that_is_not_supported_is_refused_by_name(golden, scheme):
+    theirs = head_ct(golden)
+    theirs["configurations"]["3d_fullres"]["normalization_schemes"] = [scheme]
+    for modality in ("ct", "mr"):
+        with pytest.raises(ValueError, match=scheme):
+            adoption.adopt(ours(modality), [facts()], theirs, "3d_fullres")
+
+
+def test_the_mask_of_the_normalization_is_taken_from_the_plan(golden):
+    """Asked for or not, whatever our own plan has decided; nnU-Net's CT never has one."""
+    theirs = head_ct(golden)
     settings = theirs["configurations"]["3d_fullres"]
-    settings.update(normalization_schemes=["ZScoreNormalization"], use_mask_for_norm=[True])
-    with pytest.raises(ValueError, match="use_mask_for_norm"):
-        adoption.adopt(ours("mr"), [facts()], theirs, "3d_fullres")
+    settings["use_mask_for_norm"] = [True]
+    assert not adoption.adopt(ours(), [facts()], theirs, "3d_fullres").use_mask_for_norm
+    settings["normalization_schemes"] = ["ZScoreNormalization"]
+    masked = dataclasses.replace(ours("mr"), use_mask_for_norm=True)
+    for asked, kept in (([True], True), ([False], False)):
+        settings["use_mask_for_norm"] = asked
+        for own in (ours("mr"), masked):
+            made = adoption.adopt(own, [facts()], theirs, "3d_fullres")
+            assert made.use_mask_for_norm is kept
+    del settings["use_mask_for_norm"]
+    assert adoption.adopt(masked, [facts()], theirs, "3d_fullres").use_mask_for_norm
 
 
 @pytest.mark.parametrize(

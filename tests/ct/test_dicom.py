@@ -10,7 +10,7 @@ from pydicom import dcmread
 from pydicom.uid import JPEGLSLossless, RLELossless
 from turned import stored
 
-from bhsd_jax.ct import hu, nifti, scan, shear
+from bhsd_jax.ct import hu, nifti, plausibility, scan, shear
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.defects import Kind, kind_of, texts
@@ -195,6 +195,24 @@ def test_twelve_bit_overflow_is_undone(tmp_path):
     np.testing.assert_array_equal(in_file(volume), head)
     assert "12-bit overflow undone in 6 of 6 slices" in texts(notes)
     assert kinds(notes) == [Kind.OVERFLOW]
+
+
+def test_metal_of_a_series_that_lost_its_intercept_is_no_overflow(tmp_path):
+    """Unsigned 12 bits and no rescale factors, as after an overflow: air at the edges tells."""
+    head = block((6, 24, 20))
+    head[3, 5:8, 6:9] = 2176  # stored as 3200
+
+    def lose(k, data):
+        store(data, head[k] + 1024, bits=12, signed=False)
+        del data.RescaleSlope, data.RescaleIntercept
+
+    write_series(tmp_path, head, change=lose)
+    volume, notes = read(tmp_path)
+    np.testing.assert_array_equal(in_file(volume), head + 1024)
+    assert kinds(notes) == [Kind.UNSCALED]
+    made, found = plausibility.settle(volume.voxels)
+    np.testing.assert_array_equal(made[:, ::-1], head)
+    assert [one.kind for one in found] == [Kind.OFFSET]
 
 
 @pytest.mark.parametrize("value", [-2000, 63536])

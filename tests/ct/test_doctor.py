@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from bhsd_jax.ct.integrity import doctor, listing, words
+from bhsd_jax.ct.integrity import checkup, doctor, listing, words
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.defects import Finding, Kind, Refusal, refused
 
@@ -185,3 +185,14 @@ def test_a_set_without_defects_says_so():
     assert "In the masks" not in page
     nothing = words.page("Set", "mr", listing.summary([], CLASSES, []), CLASSES, [])
     assert nothing.startswith("Set: 0 scans can be used, 0 are refused")
+
+
+def test_a_data_set_of_mr_given_as_ct_is_refused_in_one_line():
+    odd = {
+        f"s{i}": Finding(kind, "refused", f"s{i}.nii.gz: what it is", f"s{i}")
+        for i, kind in enumerate((Kind.NOT_HU, Kind.NO_HU, Kind.OFFSET, Kind.FILE_EMPTY))
+    }
+    checkup.require_ct("folder", 7, odd)
+    checkup.require_ct("folder", 0, {})
+    with pytest.raises(ValueError, match=r"3 of 6 scans are no CT in HU.*s0: s0\.nii"):
+        checkup.require_ct("folder", 6, odd)

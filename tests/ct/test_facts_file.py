@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import bhsd_jax
-from bhsd_jax.ct import prepare
+from bhsd_jax.ct import plausibility, prepare
 from bhsd_jax.ct.integrity import facts_file
 from bhsd_jax.defects import Finding, Kind, refused
 from bhsd_jax.volume import Case, Series
@@ -77,7 +77,7 @@ def test_all_code_that_facts_are_made_by_is_in_their_key():
 
 def test_code_counts_and_comments_do_not(case, monkeypatch):
     before = facts_file.key(case, SETTINGS)
-    text = Path(prepare.__file__).read_text()
+    text = Path(plausibility.__file__).read_text()
     trees = []
     for changed in (text, text + "# more\n", text.replace("-500.0", "-501.0")):
         trees.append(ast.dump(facts_file._without_docstrings(ast.parse(changed))))

@@ -46,9 +46,9 @@ def test_z_scores_mean_mr(plans):
     settings["normalization_schemes"] = ["ZScoreNormalization"]
     del plans["foreground_intensity_properties_per_channel"]
     assert trained.plan_of(plans, DATASET, FULL, "").modality == "mr"
+    assert not trained.plan_of(plans, DATASET, FULL, "").use_mask_for_norm
     settings["use_mask_for_norm"] = [True]
-    with pytest.raises(ValueError, match="z-scores inside the non-zero mask"):
-        trained.plan_of(plans, DATASET, FULL, "")
+    assert trained.plan_of(plans, DATASET, FULL, "").use_mask_for_norm
 
 
 def test_the_network_has_the_arguments_of_its_class(plans):

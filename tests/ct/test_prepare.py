@@ -6,7 +6,7 @@ import pytest
 from turned import stored
 
 from bhsd_jax.ct import geometry, hu, nifti, prepare
-from bhsd_jax.defects import texts
+from bhsd_jax.defects import Refusal, texts
 from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.volume import Case, Network, Plan, Volume
 
@@ -98,6 +98,36 @@ def test_mr_has_mean_zero_and_deviation_one_over_the_cropped_scan_before_resampl
     expected = geometry.to_grid(standard, made.grid, "image")
     np.testing.assert_allclose(made.image, expected, atol=1e-5)
     assert abs(made.image.std() - 1) > 0.1  # it has been smoothed since
+
+
+def test_skull_stripped_mr_is_normalized_inside_the_brain_and_stays_zero_outside(tmp_path):
+    """NnU-Net v2.8.1: z-scores of the non-zero voxels and of the holes in them."""
+    random = np.random.default_rng(2)
+    at = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in (16, 24, 20)], indexing="ij"))
+    brain = (at**2).sum(0) < 0.6
+    voxels = np.where(brain, random.normal(500, 80, brain.shape), 0).astype(np.float32)
+    voxels[8, 12, 10] = 0  # a hole, which is brain
+    case = store(tmp_path, voxels, matrix=affine((1.0, 1.0, 1.0)))
+    fact = prepare.fingerprint_case(case, num_classes=3, modality="mr", crop_hu=None)
+    plan = a_plan("mr", (1.0, 1.0, 1.0))
+    whole = prepare.prepare_case(case, plan)
+    assert fact.relative_size == pytest.approx(whole.image.size / voxels.size)
+    assert fact.relative_size < 0.75
+    made = prepare.prepare_case(case, dataclasses.replace(plan, use_mask_for_norm=True))
+    mask = geometry.to_grid(brain.astype(np.uint8), made.grid, "label") > 0
+    inside = made.image[mask].astype(np.float64)
+    assert abs(inside.mean()) < 1e-6
+    assert abs(inside.std() - 1) < 1e-6
+    np.testing.assert_array_equal(made.image[~mask], 0)
+    assert whole.image[~mask].max() < -0.5, "over the whole crop, background is no 0"
+    expected = (0 - voxels[brain].mean(dtype=float)) / voxels[brain].std(dtype=float)
+    assert made.image.min() == pytest.approx(expected, rel=1e-5), "the hole is no background"
+
+
+def test_a_masked_scan_of_zeros_does_not_divide_by_zero(tmp_path):
+    empty = store(tmp_path, np.zeros((8, 8, 8), np.float32), matrix=affine((1.0, 1.0, 1.0)))
+    plan = dataclasses.replace(a_plan("mr", (1.0, 1.0, 1.0)), use_mask_for_norm=True)
+    np.testing.assert_array_equal(prepare.prepare_case(empty, plan).image, np.zeros((8, 8, 8)))
 
 
 def test_a_scan_of_one_value_does_not_divide_by_zero(tmp_path):
@@ -213,11 +243,13 @@ def test_facts_warn_of_empty_masks_masks_outside_the_head_and_windowed_scans(tmp
     outside = store(tmp_path, voxels, label, matrix=affine((5.0, 1.0, 1.0)))
     facts = prepare.fingerprint_case(outside, num_classes=3, modality="ct", crop_hu=-200.0)
     assert any(w.startswith("3 labeled voxels lie outside") for w in facts.warnings)
-    windowed = store(
-        tmp_path, np.clip(voxels, -40, 120) + 40, label, matrix=affine((5.0, 1.0, 1.0))
-    )
-    facts = prepare.fingerprint_case(windowed, num_classes=3, modality="ct", crop_hu=None)
+    windowed = np.clip(voxels, -40, 120)
+    case = store(tmp_path, windowed, label, matrix=affine((5.0, 1.0, 1.0)))
+    facts = prepare.fingerprint_case(case, num_classes=3, modality="ct", crop_hu=None)
     assert any(w.startswith("no air") for w in facts.warnings)
+    case = store(tmp_path, windowed + 40, label, matrix=affine((5.0, 1.0, 1.0)))
+    with pytest.raises(Refusal, match="no CT in HU"):  # brain at 80
+        prepare.fingerprint_case(case, num_classes=3, modality="ct", crop_hu=None)
 
 
 def test_slice_labels_follow_flip_crop_and_resampling(tmp_path):
@@ -338,6 +370,24 @@ def test_a_pinned_spacing_is_given_in_canonical_axes_and_planned_coarsest_first(
     assert plan.transpose == (1, 0, 2)
     assert plan.spacing_mm == (2.0, 1.0, 1.0)
     assert plan.median_shape == (24, 40, 56)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "modality", "masked"),
+    [
+        ((0.5, 0.74, 1.0), "mr", True),
+        ((0.5, 0.75, 0.75), "mr", False),  # exactly 3/4 is not less
+        ((0.5, 0.5, 0.5), "ct", False),
+    ],
+)
+def test_the_plan_says_whether_the_median_scan_was_stripped(sizes, modality, masked):
+    facts = facts_of([(1.0, 1.0, 1.0)] * 3, [(36, 50, 35)] * 3, [[1.0, 2.0]] * 3)
+    facts = [dataclasses.replace(f, relative_size=s) for f, s in zip(facts, sizes, strict=True)]
+    plan = make_plan(facts, **(MADE | {"modality": modality}))
+    assert plan.use_mask_for_norm is masked
+    assert Plan.from_json(plan.to_json()) == plan
+    older = {k: v for k, v in plan.to_json().items() if k != "use_mask_for_norm"}
+    assert not Plan.from_json(older).use_mask_for_norm
 
 
 def test_nothing_to_plan_from_is_said():

@@ -295,6 +295,33 @@ def test_tables_say_what_was_done(folder, scans, caplog):
     assert listed[0]["ml"]["IPH"] == pytest.approx(float(rows[0]["IPH_ml"]), abs=1e-4)
 
 
+def test_a_scan_that_is_not_in_hu_is_marked_in_every_output_or_refused(folder, scans, caplog):
+    """ID_1 lost its intercept, which is put back; ID_2 was scaled to 8 bits."""
+    predict.run(configure(scans), folder)
+    out = folder / "predictions"
+    assert [row["warning"] for row in rows_of(out / "volumes.csv")] == ["", ""]
+    assert json.loads((out / "predictions.json").read_text())["doubtful"] == {}
+    whole = (out / "ID_1.nii.gz").read_bytes()
+    image = nib.load(scans / "ID_1.nii.gz")
+    hu = np.asanyarray(image.dataobj)
+    nib.save(nib.Nifti1Image((hu + 1024).astype(np.int16), image.affine), scans / "ID_1.nii.gz")
+    lost = np.clip((head(seed=1)[:, 2:, :] + 160) / 400, 0, 1) * 255
+    (scans / "ID_2").write_bytes(nib.Nifti1Image(lost.astype(np.uint8), image.affine).to_bytes())
+    for overwrite in (True, False):
+        caplog.clear()
+        with pytest.raises(ValueError, match=r"1 of 2 scans skipped.*ID_2: no CT in HU"):
+            predict.run(configure(scans, overwrite=overwrite), folder)
+        assert (out / "ID_1.nii.gz").read_bytes() == whole
+        (row,) = rows_of(out / "volumes.csv")
+        assert "rescale intercept put back" in row["warning"]
+        (listed,) = json.loads((out / "volumes.json").read_text())["scans"]
+        facts = json.loads((out / "predictions.json").read_text())
+        assert {"ID_1": listed["warning"]} == facts["doubtful"] == {"ID_1": row["warning"]}
+        if overwrite:
+            said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+            assert any("ID_1: rescale intercept put back" in text for text in said)
+
+
 def test_a_broken_scan_does_not_stop_the_others(folder, scans):
     whole = (scans / "ID_1.nii.gz").read_bytes()
     (scans / "ID_1.nii.gz").write_bytes(whole[: len(whole) // 2])

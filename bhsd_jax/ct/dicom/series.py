@@ -98,6 +98,8 @@ def read(series: Series) -> tuple[Volume, list[Finding]]:
     """
     stack = arrange(series)
     planes = [_plane(item, series) for item in stack.slices]
+    if any(plane.unwrapped for plane in planes) and not _air_at_edges(planes):
+        planes = [_plane(item, series, unwrap=False) for item in stack.slices]
     kind = np.result_type(*(plane.voxels.dtype for plane in planes))
     if (stack.source % 1).any():
         kind = np.dtype(np.float32)
@@ -248,9 +250,21 @@ def _same(one: Slice, other: Slice) -> bool:
     return np.array_equal(slice_file.pixels(one.file).voxels, slice_file.pixels(other.file).voxels)
 
 
-def _plane(item: Slice, series: Series) -> Plane:
+def _air_at_edges(planes: Sequence[Plane]) -> bool:
+    """Whether a fifth or more of the slices' edges is air; what is called padding is none.
+
+    If not, values above 3095 were bone or metal of a scan that only lost its offset.
+    """
+    found = []
+    for voxels in (plane.voxels for plane in planes):
+        edges = np.concatenate([voxels[[0, -1]].ravel(), voxels[:, [0, -1]].ravel()])
+        found.append(np.mean((edges < -500) & (edges > hu.LOWEST_HU)))
+    return float(np.mean(found)) >= hu.LEAST_AIR
+
+
+def _plane(item: Slice, series: Series, *, unwrap: bool = True) -> Plane:
     try:
-        return slice_file.pixels(item.file)
+        return slice_file.pixels(item.file, unwrap=unwrap)
     except (UserError, OSError) as error:
         place = sorted(series.files).index(item.file) + 1
         said = str(error) if isinstance(error, UserError) else type(error).__name__

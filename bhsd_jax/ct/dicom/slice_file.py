@@ -118,12 +118,12 @@ def header(path: Path) -> Slice:
         raise UserError(f"its DICOM header cannot be read ({type(error).__name__})") from None
 
 
-def pixels(path: Path) -> Plane:
+def pixels(path: Path, *, unwrap: bool = True) -> Plane:
     """Reads the voxels in HU.
 
     What the file calls padding becomes air, unless that value is tissue, which real voxels have
     too. A slice stored in unsigned 12 bits without an offset has everything below 0 HU wrapped
-    around to +3096..+4095: that is undone.
+    around to +3096..+4095: with `unwrap` that is undone.
 
     Raises:
         ValueError: If it is compressed in a way that nothing installed decodes, or damaged.
@@ -137,7 +137,7 @@ def pixels(path: Path) -> Plane:
             stored = np.asarray(data.pixel_array)
             if stored.ndim != 2:
                 raise Refusal(Kind.UNREADABLE, f"{Flaw.MULTI_FRAME}, not a slice")
-            return _plane(data, stored.astype(np.int32))
+            return _plane(data, stored.astype(np.int32), unwrap)
     except Refusal:  # the message is ours, and safe to show
         raise
     except _BROKEN as error:
@@ -262,7 +262,7 @@ def _require_decoder(syntax: Any) -> None:
         )
 
 
-def _plane(data: Any, stored: Num[np.ndarray, "H W"]) -> Plane:
+def _plane(data: Any, stored: Num[np.ndarray, "H W"], unwrap: bool) -> Plane:
     slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
     unscaled = slope is None or intercept is None
     slope, intercept = float(1 if slope is None else slope), float(intercept or 0)
@@ -271,7 +271,7 @@ def _plane(data: Any, stored: Num[np.ndarray, "H W"]) -> Plane:
     wraps = bits == 12 and not signed and intercept > -100 and slope == 1
     padding = _padding(data, stored, signed, 4096 if wraps else 0)
     unwrapped = False
-    if wraps and (stored >= 3096).any():
+    if unwrap and wraps and (stored >= 3096).any():
         stored = np.where(stored >= 3096, stored - 4096, stored)
         unwrapped = True
     values = stored * slope + intercept

@@ -7,12 +7,14 @@ from typing import Any
 
 from bhsd_jax.ct.integrity import doctor, listing, words
 from bhsd_jax.ct.prepare import Facts
-from bhsd_jax.defects import Finding
+from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform import files, tables
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Dataset, Survey
 
 logger = logging.getLogger(__name__)
+
+_NO_CT = (Kind.NOT_HU, Kind.NO_HU, Kind.OFFSET)
 
 
 def survey(dataset: Dataset) -> Survey:
@@ -58,6 +60,20 @@ def conclude(
     logger.info("integrity, also in %s:\n\n%s\n", workdir, page)
     unread = [f for f in (*found.findings, *copies) if f.done == "refused"]
     return used, {f.case: f.text for f in (*unread, *skipped.values())}
+
+
+def require_ct(name: str, cases: int, skipped: Mapping[str, Finding]) -> None:
+    """Refuses a data set of CT most of whose scans are none, or not in HU, such as one of MR.
+
+    Raises:
+        ValueError: If half of its cases or more were refused as such; says why of the first.
+    """
+    odd = [found for _, found in sorted(skipped.items()) if found.kind in _NO_CT]
+    if odd and 2 * len(odd) >= cases:
+        raise UserError(
+            f"{name}: {len(odd)} of {cases} scans are no CT in HU, so that nothing is "
+            f"planned from the rest; {odd[0].case}: {odd[0].text}"
+        )
 
 
 def _write(
