@@ -92,6 +92,22 @@ class Kind(enum.StrEnum):
     LEFT_OUT_ORIENTATION = "left out: # images without a usable orientation"
     LEFT_OUT_EMPTY = "left out: # images without voxels"
     LEFT_OUT_ALONE = "left out: # images alone in its series"
+    LEFT_OUT_REPORT = "left out: # images a page of a report"
+    LEFT_OUT_CAPTURE = "left out: # images a secondary capture"
+    LEFT_OUT_PROJECTION = "left out: # images a projection of a volume"
+    LEFT_OUT_MAP = "left out: # images a map of another measure than HU"
+    LEFT_OUT_PLACE = "left out: # images at one place with all others of its series"
+    DERIVED = "images derived from others, such as a reformat"
+    # Why a series becomes no volume.
+    NO_SLICE = "file that is no slice of a CT volume"
+    MULTI_FRAME = "multi-frame image that is not read"
+    SERIES_DAMAGED = "damaged files in a series"
+    COMPRESSED = "compressed files without a decoder"
+    TOO_FEW_SLICES = "slices too few for a volume"
+    ONE_PLACE = "different slices at one place"
+    MISSING = "missing slices"
+    UNEVEN = "slices at uneven steps"
+    SHIFTED = "slices shifted sideways"
 
     # Of the folders and lists of a data set.
     MACOS = "leftover of macOS"

@@ -103,6 +103,7 @@ class Series:
     uneven: str = "refuse"  # slices at uneven steps; or "resample"
     unshear: bool = False  # undo the gantry's tilt for the network
     findings: tuple[Finding, ...] = ()  # what had to be said when it was found
+    settings: str = "config.data"  # where `uneven` and `unshear` are set, for messages
 
 
 @dataclass(frozen=True)
