@@ -35,6 +35,8 @@ class Kind(enum.StrEnum):
     FIELD_OF_VIEW = "doubtful size"
     QFORM_ONLY = "position in the qform only"
     NO_POSITION = "no position in the header"
+    TILT_AMBIGUOUS = "turned affine: oblique, or a tilted gantry drawn upright"
+    SHEAR_SHORT = "slice step too short in a sheared sform"
     AXES = "not three axes"
     SPACING = "impossible spacing"
     AFFINE = "impossible affine"

@@ -131,6 +131,9 @@ class Case:
     bleeding: bool | None = None  # volume-level label; None: not known
     slice_labels: tuple[tuple[int, ...], ...] | None = None
     """A row per slice in the file's k order, a column per foreground class: 1, 0, -1 (unknown)."""
+    table_feed: bool = False
+    """Where the gantry was tilted, the affine is drawn upright and its slice step is the table's
+    feed: a property of the data set's conversion, which no affine shows."""
 
 
 @dataclass(frozen=True)

@@ -37,15 +37,16 @@ class Row:
     case: str
     tilt_deg: float  # gantry; 0 for MR
     seconds: float | None  # None: the label map was there already
-    ml: Mapping[str, float]  # by foreground class, tilt-corrected
+    ml: Mapping[str, float]  # by foreground class
+    tilt_corrected: bool = False  # they are the affine's times the cosine of the tilt
 
     def flat(self) -> dict[str, Any]:
         """One value per column."""
         volumes = {f"{name}_ml": f"{value:.4f}" for name, value in self.ml.items()}
         seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
         total = f"{sum(self.ml.values()):.4f}"
-        tilt = f"{self.tilt_deg:.2f}"
-        return {"case": self.case, **volumes, "all_ml": total, "tilt_deg": tilt, "seconds": seconds}
+        tilt = {"tilt_deg": f"{self.tilt_deg:.2f}", "tilt_corrected": int(self.tilt_corrected)}
+        return {"case": self.case, **volumes, "all_ml": total, **tilt, "seconds": seconds}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Predictor:
         label = geometry.argmax_from_grid(logits, prepared.grid)
         scan.write(target, label, like=case.image)
         affine = np.asarray(prepared.grid.native_affine)
-        return self._row(name, label, affine, time.monotonic() - begun)
+        return self._row(case, name, label, affine, time.monotonic() - begun)
 
     def finished(self, case: Case, target: Path, name: str) -> Row | None:
         """The row of a scan whose files are all there and whole, else None.
@@ -109,14 +110,20 @@ class Predictor:
             logger.warning("%s: predicted again, for %s", name, reason)
             return None
         seen = image if place == case.image else scan.read(case.image)[0]
-        return self._row(name, label.voxels, seen.affine, None)
+        return self._row(case, name, label.voxels, seen.affine, None)
 
-    def _row(self, name: str, label: np.ndarray, affine: np.ndarray, seconds: float | None) -> Row:
+    def _row(
+        self, case: Case, name: str, label: np.ndarray, affine: np.ndarray, seconds: float | None
+    ) -> Row:
         counts = np.bincount(label.ravel(), minlength=len(self.classes))
-        each = hu.voxel_ml(affine, self.plan.modality)
-        tilt = shear.gantry_deg(affine) if self.plan.modality == "ct" else 0.0
+        ct = self.plan.modality == "ct"
+        feed = case.table_feed and ct
+        each = hu.voxel_ml(affine, table_feed=feed)
+        tilt = shear.gantry_deg(affine) if ct else 0.0
+        corrected = hu.tilt_corrected(affine, table_feed=feed)
         volumes = zip(self.classes[1:], counts[1:], strict=True)
-        return Row(name, float(tilt), seconds, {c: float(n * each) for c, n in volumes})
+        ml = {c: float(n * each) for c, n in volumes}
+        return Row(name, float(tilt), seconds, ml, corrected)
 
 
 def load(config: Settings, workdir: Path) -> tuple[int, dict[str, Params]]:

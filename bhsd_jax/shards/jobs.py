@@ -46,6 +46,8 @@ class Job:
         used = [plan[k] for k in ("version", "classes", "modality", "spacing_mm", "transpose")]
         used += [plan[k] for k in ("crop_hu", "axes", "normalize_first")] + [store.SCHEMA]
         known = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
+        if plan["modality"] == "ct" and not all(case.table_feed for case in self.cases):
+            used.append("mL of these cases as their affines have them")
         return hashlib.sha256(json.dumps([used, known, self.digests]).encode()).hexdigest()
 
 
