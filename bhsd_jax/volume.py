@@ -103,6 +103,7 @@ class Series:
     uneven: str = "refuse"  # slices at uneven steps; or "resample"
     unshear: bool = False  # undo the gantry's tilt for the network
     findings: tuple[Finding, ...] = ()  # what had to be said when it was found
+    settings: str = "config.data"  # where `uneven` and `unshear` are set, for messages
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,9 @@ class Case:
     bleeding: bool | None = None  # volume-level label; None: not known
     slice_labels: tuple[tuple[int, ...], ...] | None = None
     """A row per slice in the file's k order, a column per foreground class: 1, 0, -1 (unknown)."""
+    table_feed: bool = False
+    """Where the gantry was tilted, the affine is drawn upright and its slice step is the table's
+    feed: a property of the data set's conversion, which no affine shows."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,12 @@ DATA = {  # the word `data=`
     },
     "instance": {"name": "instance.INSTANCE", "root": "data/INSTANCE2022"},
     "ctich": {"name": "ctich.CTICH", "root": "data/ct-ich", "masks": "binary"},
-    "hemseg": {"name": "hemseg.HemSeg", "root": "data/HemSeg-500"},
+    "hemseg": {
+        "name": "hemseg.HemSeg",
+        "root": "data/HemSeg-500",
+        "dicom": "",  # folder of the challenge's slices, where there are no NIfTI images
+        "uneven": "refuse",
+    },
     "mbhseg": {"name": "mbhseg.MBHSeg", "root": "data/MBH-Seg25", "rater": "majority"},
     "folder": {
         "name": "folder.Folder",

@@ -37,7 +37,8 @@ class Row:
     case: str
     tilt_deg: float  # gantry; 0 for MR
     seconds: float | None  # None: the label map was there already
-    ml: Mapping[str, float]  # by foreground class, tilt-corrected
+    ml: Mapping[str, float]  # by foreground class
+    tilt_corrected: bool = False  # they are the affine's times the cosine of the tilt
     warning: str = ""  # why the scan may not be in HU, or what was undone so that it is
 
     def flat(self) -> dict[str, Any]:
@@ -45,14 +46,9 @@ class Row:
         volumes = {f"{name}_ml": f"{value:.4f}" for name, value in self.ml.items()}
         seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
         total = f"{sum(self.ml.values()):.4f}"
-        tilt = f"{self.tilt_deg:.2f}"
-        return {
-            "case": self.case,
-            **volumes,
-            "all_ml": total,
-            "tilt_deg": tilt,
-            "seconds": seconds,
-        } | {"warning": self.warning}
+        tilt = {"tilt_deg": f"{self.tilt_deg:.2f}", "tilt_corrected": int(self.tilt_corrected)}
+        row = {"case": self.case, **volumes, "all_ml": total, **tilt, "seconds": seconds}
+        return row | {"warning": self.warning}
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ class Predictor:
         label = geometry.argmax_from_grid(logits, prepared.grid)
         scan.write(target, label, like=case.image)
         affine = np.asarray(prepared.grid.native_affine)
-        return self._row(name, label, affine, time.monotonic() - begun, prepared.doubts)
+        return self._row(case, name, label, affine, time.monotonic() - begun, prepared.doubts)
 
     def finished(self, case: Case, target: Path, name: str) -> Row | None:
         """The row of a scan whose files are all there and whole, else None.
@@ -125,10 +121,11 @@ class Predictor:
             return None
         seen = image if place == case.image else scan.read(case.image)[0]
         doubts = hu_doubts(seen.voxels, self.plan)
-        return self._row(name, label.voxels, seen.affine, None, doubts)
+        return self._row(case, name, label.voxels, seen.affine, None, doubts)
 
     def _row(
         self,
+        case: Case,
         name: str,
         label: np.ndarray,
         affine: np.ndarray,
@@ -136,11 +133,14 @@ class Predictor:
         doubts: Sequence[str],
     ) -> Row:
         counts = np.bincount(label.ravel(), minlength=len(self.classes))
-        each = hu.voxel_ml(affine, self.plan.modality)
-        tilt = shear.gantry_deg(affine) if self.plan.modality == "ct" else 0.0
+        ct = self.plan.modality == "ct"
+        feed = case.table_feed and ct
+        each = hu.voxel_ml(affine, table_feed=feed)
+        tilt = shear.gantry_deg(affine) if ct else 0.0
+        corrected = hu.tilt_corrected(affine, table_feed=feed)
         volumes = zip(self.classes[1:], counts[1:], strict=True)
         ml = {c: float(n * each) for c, n in volumes}
-        return Row(name, float(tilt), seconds, ml, "; ".join(doubts))
+        return Row(name, float(tilt), seconds, ml, corrected, "; ".join(doubts))
 
 
 def load(run: Run) -> tuple[int, dict[str, Params]]:

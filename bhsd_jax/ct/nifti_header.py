@@ -1,5 +1,6 @@
 """Headers of NIfTI files, believed only after they are checked. Knows nibabel, as `nifti` does."""
 
+import math
 from io import BufferedIOBase
 
 import numpy as np
@@ -12,6 +13,8 @@ from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.volume import Shape
 
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # xyzt_units: meter, micrometer; all else is taken for mm
+_SAME = 1e-3  # of a column's length: how far those of sform and qform may be apart
+_LEAST_TILTED, _MOST_TILTED = math.cos(math.radians(0.5)), math.cos(math.radians(45.0))
 _KINDS = {348: (Nifti1Header, b"n+1", 352), 540: (Nifti2Header, b"n+2", 544)}
 
 
@@ -95,8 +98,13 @@ def offset(header: Nifti1Header) -> int:
 def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     """From (d, h, w, 1) to RAS+ mm: the sform if there is one, else the qform, as nibabel has it.
 
+    A sheared sform whose slice step dcm2niix made too short gets the true one.
+
     Raises:
         Refusal: If it is singular or not finite, or the voxel size is.
+
+    Source: dcm2niix 1.0.20260724 on tilted series: the step's direction is the table's, but its
+    length the distance between the slices, which pixdim and the upright qform beside it have.
     """
     spacing = np.asarray(header["pixdim"][1:4], np.float64)
     # A sform says all by itself; ITK's writers leave negative spacings beside it, others zeros.
@@ -108,6 +116,7 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     if header["pixdim"][0] not in (-1, 1):
         header["pixdim"][0] = 1  # the standard's reading of 0
     matrix = np.array(header.get_best_affine(), np.float64)
+    matrix[:3, 2] *= _lengthened(header)
     matrix[:3] *= _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
     lengths = np.linalg.norm(matrix[:3, :3], axis=0)
     if not np.isfinite(matrix).all() or lengths.min() <= 0:
@@ -116,6 +125,30 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     if abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-6:
         raise Refusal(Kind.AFFINE, f"affine is singular: {matrix[:3].tolist()}")
     return matrix[:, [2, 1, 0, 3]]
+
+
+def _lengthened(header: Nifti1Header) -> float:
+    """By how much the slice step of a sform is too short; 1 where it is not known to be.
+
+    It is where the sform is sheared, and a perpendicular qform beside it has the same rows, columns
+    and length of the step: that length is then the distance between the slices.
+    """
+    if int(header["sform_code"]) <= 0 or int(header["qform_code"]) <= 0:
+        return 1.0
+    try:
+        upright = np.array(header.get_qform(), np.float64)[:3, :3]
+    except (ValueError, HeaderDataError):  # a quaternion that is none
+        return 1.0
+    sheared = np.array(header.get_sform(), np.float64)[:3, :3]
+    lengths = np.linalg.norm(upright, axis=0)
+    if not np.isfinite([*sheared.flat, *upright.flat]).all() or lengths.min() <= 0:
+        return 1.0
+    off = np.abs(sheared - upright)[:, :2] / lengths[:2]
+    stretched = abs(float(np.linalg.norm(sheared[:, 2]) / lengths[2]) - 1)
+    if off.max() > _SAME or stretched > _SAME:
+        return 1.0
+    cosine = abs(float(sheared[:, 2] @ upright[:, 2])) / float(lengths[2] ** 2)
+    return 1 / cosine if _MOST_TILTED < cosine < _LEAST_TILTED else 1.0
 
 
 def scale(header: Nifti1Header) -> tuple[float, float]:
@@ -144,6 +177,10 @@ def remarks(header: Nifti1Header, *, is_label: bool) -> list[Finding]:
     elif slope != 0 and (slope, intercept) != (1.0, 0.0):
         text = f"scale factors applied: {slope:.6g} x + {intercept:.6g}"
         found.append(Finding(Kind.SCALED, "repaired", text))
+    if (longer := _lengthened(header)) != 1:
+        step = float(np.linalg.norm(np.asarray(header.get_sform())[:3, 2]))
+        text = f"sheared sform of dcm2niix: slice step {step:.3f} mm, in truth {step * longer:.3f}"
+        found.append(Finding(Kind.SHEAR_SHORT, "repaired", text))
     if int(header["sform_code"]) > 0:
         return found
     if int(header["qform_code"]) > 0:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -26,7 +27,7 @@ class Facts:
     tilt_deg: float  # gantry; 0 for MR
     intensity: tuple[float, float, float]  # minimum, median, maximum of the file, before repairs
     voxels: tuple[int, ...]  # per class of the file's mask, background first; () without one
-    volume_ml: tuple[float, ...]  # the same, tilt-corrected
+    volume_ml: tuple[float, ...]  # the same; see `tilt_corrected`
     foreground: np.ndarray  # float32 [n]: drawn intensities inside the mask; n = 0 if it is empty
     source_sha256: str
     findings: tuple[Finding, ...]  # repairs and oddities
@@ -34,6 +35,7 @@ class Facts:
     voxels_sha256: str = ""  # of the intensities as read: equal for copies under other names
     order: Shape = (0, 1, 2)  # native axis behind each canonical one
     relative_size: float = 1.0  # voxels of the crop over those of the whole scan
+    tilt_corrected: bool = False  # volumes are the affine's times the cosine of the tilt
 
     @property
     def warnings(self) -> list[str]:
@@ -55,7 +57,7 @@ class Prepared:
     label: np.ndarray | None  # uint8 [D H W]
     grid: Grid
     foreground: tuple[np.ndarray, ...]  # per foreground class: int32 [n 3] voxel positions
-    volume_ml: tuple[float, ...] = ()  # per class, background first; native grid, tilt-corrected
+    volume_ml: tuple[float, ...] = ()  # per class, background first; of the native grid
     source_sha256: str = ""  # of the files the case was made from
     warnings: tuple[str, ...] = ()  # repairs and oddities; not in the record
     doubts: tuple[str, ...] = ()  # those of them that anyone who uses the scan has to know
@@ -79,6 +81,8 @@ def fingerprint_case(
     raw, found = scan.read(case.image)
     volume, label, more = _read(case, raw, num_classes=num_classes, modality=modality)
     found += more
+    if modality == "ct" and isinstance(case.image, Path):  # a series' positions are exact
+        found += hu.tilt_findings(volume.affine, table_feed=case.table_feed)
     # The target spacing does not matter here: only the crop and the native spacing are used.
     grid = geometry.locate(volume, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
     slice_labels.align(case, grid, num_classes)
@@ -96,7 +100,8 @@ def fingerprint_case(
             drawn = np.random.default_rng(SEED).choice(inside, samples).astype(np.float32)
         else:
             found.append(Finding(Kind.MASK_EMPTY, "kept", "the mask is empty"))
-    voxel_ml = hu.voxel_ml(volume.affine, modality)
+    feed = case.table_feed and modality == "ct"
+    voxel_ml = hu.voxel_ml(volume.affine, table_feed=feed)
     return Facts(
         case=case.id,
         patient=case.patient,
@@ -115,6 +120,7 @@ def fingerprint_case(
         voxels_sha256=hashlib.sha256(np.ascontiguousarray(raw.voxels).data).hexdigest(),
         order=grid.order,
         relative_size=math.prod(grid.cropped_shape) / volume.voxels.size,
+        tilt_corrected=hu.tilt_corrected(volume.affine, table_feed=feed),
     )
 
 
@@ -150,9 +156,12 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         voxels = _scaled(volume.voxels, plan) if ct else _standardized(volume.voxels, grid, plan)
         image = geometry.to_grid(voxels, grid, "image").astype(np.float32)
     prepared_label, volume_ml = None, ()
+    if plan.modality == "ct" and isinstance(case.image, Path):
+        more = [*more, *hu.tilt_findings(volume.affine, table_feed=case.table_feed)]
     if label is not None:
         prepared_label = geometry.to_grid(label, grid, "label").astype(np.uint8)
-        voxel_ml = hu.voxel_ml(volume.affine, plan.modality)
+        feed = case.table_feed and plan.modality == "ct"
+        voxel_ml = hu.voxel_ml(volume.affine, table_feed=feed)
         counts = np.bincount(label.ravel(), minlength=classes)
         volume_ml = tuple(float(count * voxel_ml) for count in counts)
     return Prepared(

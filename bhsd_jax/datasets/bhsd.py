@@ -117,7 +117,8 @@ class BHSD:
         missing = "kept" if self.allow_missing else "refused"
         for id in sorted({*images, *masks, *split} - known):
             if id in images and id in masks and id in split:
-                case = Case(id, patient(id), images[id], masks[id], split[id], bleeding)
+                image, mask = images[id], masks[id]
+                case = Case(id, patient(id), image, mask, split[id], bleeding, table_feed=True)
                 cases.append(case)
             elif id not in images:
                 text = (
@@ -179,7 +180,7 @@ def _unlabeled(root: Path, labeled: set[str]) -> tuple[list[Case], list[Finding]
             findings += more
             count += len(images)
             for id, image in images.items():
-                case = Case(id, patient(id), image, None, "unlabeled", bleeding)
+                case = Case(id, patient(id), image, None, "unlabeled", bleeding, table_feed=True)
                 if id in labeled:
                     text = f"{image}: has a mask elsewhere; this copy is left out"
                     findings.append(Finding(Kind.COPY_LABELED, "repaired", text, id))

@@ -1,6 +1,7 @@
 """DICOM folders: every CT series below one, with masks as NIfTI where there are any."""
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import HEMORRHAGE, Case
+from bhsd_jax.volume import HEMORRHAGE, Case, Survey
+
+logger = logging.getLogger(__name__)
 
 _MASKS = "masks"
 
@@ -41,13 +44,23 @@ class DICOM:
         """All cases, sorted by id.
 
         Raises:
+            FileNotFoundError: As by `survey`.
+            ValueError: Likewise.
+        """
+        yield from self.survey().cases
+
+    def survey(self) -> Survey:
+        """All cases, and what was left out of studies that have none.
+
+        Raises:
             FileNotFoundError: If there is no folder, or no CT series in it.
             ValueError: If a mask belongs to no series, or a series has two.
         """
         root = Path(self.root)
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; set data.root to the DICOM folder")
-        groups = dicom_series.find(root)
+        there = dicom_series.survey(root)
+        groups = there.groups
         if not groups:
             raise FileNotFoundError(f"{root}: no DICOM CT series in it or below; look at data.root")
         names = _names(root, groups)
@@ -59,7 +72,7 @@ class DICOM:
             image = group.as_series(id, uneven=self.uneven, unshear=self.unshear)
             split = "unlabeled" if mask is None else "train"
             found.append(Case(id, self._hashed(who), image, mask, split))
-        yield from sorted(found, key=lambda case: case.id)
+        return Survey(tuple(sorted(found, key=lambda case: case.id)), there.findings)
 
     def _hashed(self, text: str) -> str:
         return hashlib.sha256((self.salt + text).encode()).hexdigest()[:12]
@@ -106,10 +119,15 @@ def scans(root: Path, *, uneven: str, unshear: bool) -> list[Case]:
 
     The series itself is called by its number, since its errors are logged.
     """
-    groups = dicom_series.find(root)
+    there = dicom_series.survey(root)
+    for finding in there.findings:
+        logger.warning("%s", finding)
+    groups = there.groups
     cases = []
     for index, (group, id) in enumerate(zip(groups, _names(root, groups), strict=True), start=1):
-        series = group.as_series(f"series {index}", uneven=uneven, unshear=unshear)
+        series = group.as_series(
+            f"series {index}", uneven=uneven, unshear=unshear, settings="config.predict.dicom"
+        )
         cases.append(Case(id, group.first.patient or id, series, None, "test"))
     return cases
 

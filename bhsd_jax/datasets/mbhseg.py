@@ -63,7 +63,7 @@ class MBHSeg:
                 raise UserError(f"{root}: {id} lies in two folders; keep one copy")
             label = self._label(image.parent)
             split = _split(root, image.parent) if label is not None else "unlabeled"
-            found[id] = Case(id, patient(id), image, label, split)
+            found[id] = Case(id, patient(id), image, label, split, table_feed=True)  # as BHSD's
         yield from (found[id] for id in sorted(found))
 
     def _label(self, folder: Path) -> Label | None:

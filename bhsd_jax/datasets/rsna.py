@@ -11,7 +11,7 @@ from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import HEMORRHAGE, Case, Series
+from bhsd_jax.volume import HEMORRHAGE, Case, Series, Survey
 
 TYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 Row = tuple[int, ...]  # per type 1, 0 or -1 (not known)
@@ -44,12 +44,22 @@ class RSNA:
         """All cases, sorted by id.
 
         Raises:
+            FileNotFoundError: As by `survey`.
+            ValueError: Likewise.
+        """
+        yield from self.survey().cases
+
+    def survey(self) -> Survey:
+        """All cases, and what was left out of studies that have none.
+
+        Raises:
             FileNotFoundError: If there are no slices, or no table.
             ValueError: If the table makes no sense.
         """
         root = Path(self.root)
         labels = read_table(root / self.csv)
-        groups = dicom_series.find(root)
+        there = dicom_series.survey(root)
+        groups = there.groups
         if not groups:
             raise FileNotFoundError(f"{root}: no DICOM slices in it or below; look at data.root")
         outlined = []
@@ -58,7 +68,8 @@ class RSNA:
         taken = {case.patient for case in outlined}
         kept = [group for group in groups if group.first.patient not in taken]
         found = [self._case(id, group, labels) for id, group in named(kept)]
-        yield from sorted([*outlined, *found], key=lambda case: case.id)
+        cases = sorted([*outlined, *found], key=lambda case: case.id)
+        return Survey(tuple(cases), there.findings)
 
     def _case(self, id: str, group: Group, labels: Mapping[str, Row]) -> Case:
         series = group.as_series(id, uneven=self.uneven, unshear=self.unshear)

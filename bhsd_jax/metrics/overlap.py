@@ -122,7 +122,7 @@ class VolumeError:
 
 
 def volume_error(counts: Counts, voxel_ml: float) -> VolumeError:
-    """Volumes of one class; `voxel_ml` must be corrected for gantry tilt already."""
+    """Volumes of one class; `voxel_ml` is of the voxel as it was, tilted gantry and all."""
     return VolumeError(counts.reference * voxel_ml, counts.predicted * voxel_ml)
 
 

@@ -47,6 +47,8 @@ class Row:
     lesions_false: int  # of lesions_pred
     small_lesions_ref: int  # below 1 mL
     small_lesions_hit: int
+    tilt_corrected: int = 0  # 1: mL, and with them the sizes of lesions, are the affine's times
+    # the cosine of the gantry's tilt; older tables do not have the column
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Scan:
     case: str
     patient: str
     spacing_mm: Millimeters
-    voxel_ml: float  # corrected for gantry tilt
+    voxel_ml: float
+    tilt_corrected: bool = False  # it is the affine's times the cosine of the gantry's tilt
 
 
 def score(
@@ -112,6 +115,7 @@ def _row(
         lesions_false=lesions.fp,
         small_lesions_ref=small,
         small_lesions_hit=small_hit,
+        tilt_corrected=int(scan.tilt_corrected),
     )
 
 
@@ -135,6 +139,8 @@ def read_csv(path: Path) -> list[Row]:
         except csv.Error as error:
             raise UserError(f"{path}: damaged ({error}); run the verb `evaluate` again") from error
     fields = [(f.name, _RENAMED.get(f.name, f.name), f.type) for f in dataclasses.fields(Row)]
+    older = {name for name in ("tilt_corrected",) if name not in columns}
+    fields = [field for field in fields if field[0] not in older]
     missing = [column for _, column, _ in fields if column not in columns]
     if missing:
         raise UserError(f"{path}: has no column {', '.join(missing)}; write it with `evaluate`")

@@ -48,6 +48,8 @@ class Job:
         # Shards of older versions, which knew no mask, keep their keys.
         used += ["masked"] if self.plan.use_mask_for_norm else []
         known = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
+        if plan["modality"] == "ct" and not all(case.table_feed for case in self.cases):
+            used.append("mL of these cases as their affines have them")
         return hashlib.sha256(json.dumps([used, known, self.digests]).encode()).hexdigest()
 
 

@@ -33,7 +33,7 @@ class Entry:
     bleeding: bool | None
     shape: Shape
     voxels: tuple[int, ...]  # per class, background first; of the prepared label; () without one
-    volume_ml: tuple[float, ...]  # per class, background first; native grid, tilt-corrected
+    volume_ml: tuple[float, ...]  # per class, background first; of the native grid
     shard: str  # file name in the folder
     record: int  # position in the shard
 

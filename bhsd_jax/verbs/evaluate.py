@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 ANY = "any"  # all classes merged
 _HEADLINE = "nnunet"
 _LISTED = 10  # names in an error message
-_FOUND = tuple[str, str, Label, Image | None]  # case, patient, reference, image
+_FOUND = tuple[str, str, Label, Image | None, bool]  # case, patient, reference, image, table feed
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Job:
     binary: bool  # merge the classes of both before anything is counted
     nsd_mm: float
     baseline: bool
+    table_feed: bool = False  # as `Case.table_feed`
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,10 @@ def score_case(job: Job) -> Scored:
     classes = len(job.classes)
     reference, found = scan.read_label(job.reference, place, image, num_classes=classes)
     predicted, more = scan.read_label(job.predicted, place, image, num_classes=classes)
-    about = scores.Scan(
-        job.case, job.patient, image.spacing_mm, hu.voxel_ml(image.affine, job.modality)
-    )
+    feed = job.table_feed and job.modality == "ct"
+    voxel_ml = hu.voxel_ml(image.affine, table_feed=feed)
+    corrected = hu.tilt_corrected(image.affine, table_feed=feed)
+    about = scores.Scan(job.case, job.patient, image.spacing_mm, voxel_ml, corrected)
     names = (job.classes[0], ANY)
     both = [np.minimum(label.voxels, 1) for label in (reference, predicted)]
     merged = scores.score(both[0], both[1], about, names, job.nsd_mm)[0]
@@ -196,8 +198,9 @@ def _jobs(config: Settings, workdir: Path) -> list[Job]:
             binary=config.split.binary,
             nsd_mm=config.evaluate.nsd_mm,
             baseline=config.evaluate.baseline,
+            table_feed=feed,
         )
-        for case, patient, reference, image in expected
+        for case, patient, reference, image, feed in expected
     ]
 
 
@@ -211,7 +214,7 @@ def _expected(
             raise FileNotFoundError(f"{root}: no such folder; look at config.evaluate.references")
         masks = scans(root)
         # Whose scans these are is not known, so that each counts as a patient.
-        expected: list[_FOUND] = [(case, case, path, None) for case, path in masks.items()]
+        expected: list[_FOUND] = [(c, c, path, None, False) for c, path in masks.items()]
         labeled, source = set(masks), str(root)
     else:
         cases = {case.id: case for case in data.data_set(config, workdir).cases()}
@@ -245,7 +248,9 @@ def _of_split(cases: Mapping[str, Case], members: Sequence[str], split: str) -> 
             f"split {split!r}: {len(unlabeled)} cases have no mask: {_some(unlabeled)}"
         )
     chosen = [cases[case] for case in members]
-    return [(c.id, c.patient, c.label, c.image) for c in chosen if c.label is not None]
+    return [
+        (c.id, c.patient, c.label, c.image, c.table_feed) for c in chosen if c.label is not None
+    ]
 
 
 def _predicted_split(folder: Path) -> str:

@@ -192,7 +192,10 @@ def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
             f"split {split}: {len(missing)} of its {len(wanted)} scans are not in the data set; "
             "set config.predict.split, or name files with config.predict.images"
         )
-    return [Case(case, case, known[case].image, None, split) for case in wanted]
+    return [
+        Case(case, case, known[case].image, None, split, table_feed=known[case].table_feed)
+        for case in wanted
+    ]
 
 
 def _log_estimate(predict: Predictor, scans: int) -> None:

@@ -191,7 +191,9 @@ def _agreement(rows: Sequence[Mapping[str, str]]) -> Section | None:
         pair = volumes.setdefault(row["class"], ([], []))
         pair[0].append(float(row["volume_ref_ml"]))
         pair[1].append(float(row["volume_pred_ml"]))
-    caption = "Each dot is a scan; on the line both volumes agree. Corrected for gantry tilt."
+    caption = "Each dot is a scan; on the line both volumes agree."
+    if any(row.get("tilt_corrected") == "1" for row in rows):
+        caption += " Corrected for gantry tilt."
     return Section("Volume", (Picture(figures.agreement_png(volumes), caption),))
 
 

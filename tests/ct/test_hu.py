@@ -101,7 +101,8 @@ def test_a_sheared_affine_is_true_and_has_no_tilt():
     sheared = affine(rotation(0, 18.0))
     sheared[:3, 0] = [0, 0, 5 / math.cos(math.radians(18))]
     assert hu.tilt_deg(sheared) == 0
-    assert hu.voxel_ml(sheared, "ct") == pytest.approx(5 * 0.5 * 0.5 / 1000)
+    assert hu.voxel_ml(sheared, table_feed=True) == pytest.approx(5 * 0.5 * 0.5 / 1000)
+    assert not hu.tilt_findings(sheared, table_feed=False)
 
 
 def test_other_rotations_are_no_tilt():
@@ -109,9 +110,18 @@ def test_other_rotations_are_no_tilt():
     assert hu.tilt_deg(affine(rotation(0, 15.0) @ rotation(1, 8.0))) == 0
 
 
-def test_milliliters_of_a_tilted_ct_use_the_distance_of_its_slices():
+def test_milliliters_use_the_distance_of_slices_where_the_step_is_the_tables_feed():
     step = 5.0 / math.cos(math.radians(20))
     tilted = affine(rotation(0, 20.0), (step, 0.5, 0.5))
-    assert hu.voxel_ml(tilted, "ct") == pytest.approx(1.25e-3)
-    assert hu.voxel_ml(tilted, "mr") == pytest.approx(step * 0.25 / 1000)
-    assert hu.voxel_ml(affine(np.eye(3)), "ct") == pytest.approx(1.25e-3)
+    assert hu.voxel_ml(tilted, table_feed=True) == pytest.approx(1.25e-3)
+    assert hu.voxel_ml(tilted, table_feed=False) == pytest.approx(step * 0.25 / 1000)
+    for feed in (True, False):
+        assert hu.voxel_ml(affine(np.eye(3)), table_feed=feed) == pytest.approx(1.25e-3)
+        assert not hu.tilt_findings(affine(np.eye(3)), table_feed=feed)
+    said = [
+        finding for feed in (True, False) for finding in hu.tilt_findings(tilted, table_feed=feed)
+    ]
+    assert [(finding.kind, finding.done) for finding in said] == [
+        (Kind.TILT_AMBIGUOUS, "kept"),
+    ]
+    assert "mL are 6.4 % too big" in said[0].text

@@ -6,7 +6,7 @@ import pytest
 from turned import stored
 
 from bhsd_jax.ct import geometry, hu, nifti, prepare
-from bhsd_jax.defects import Refusal, texts
+from bhsd_jax.defects import Kind, Refusal, texts
 from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.volume import Case, Network, Plan, Volume
 
@@ -156,7 +156,8 @@ def test_the_file_order_of_axes_does_not_matter(tmp_path, head):
     np.testing.assert_allclose(again.volume_ml, first.volume_ml)
 
 
-def test_volumes_are_native_and_corrected_for_tilt(tmp_path, head):
+@pytest.mark.parametrize("feed", [True, False])
+def test_volumes_are_native_and_corrected_for_the_tilt_of_such_a_set(tmp_path, head, feed):
     made = prepare.prepare_case(head, a_plan("ct", (5.0, 0.5, 0.5), crop_hu=-200.0))
     np.testing.assert_allclose(made.volume_ml[1:], (8 * 5 / 1000, 30 * 5 / 1000))
     facts = prepare.fingerprint_case(head, num_classes=3, modality="ct", crop_hu=-200.0)
@@ -172,9 +173,13 @@ def test_volumes_are_native_and_corrected_for_tilt(tmp_path, head):
         label.voxels.astype(np.uint8),
         matrix=turn @ volume.affine,
     )
+    tilted = dataclasses.replace(tilted, table_feed=feed)
     facts = prepare.fingerprint_case(tilted, num_classes=3, modality="ct", crop_hu=-200.0)
     assert abs(facts.tilt_deg) == pytest.approx(20.0, abs=1e-3)
-    expected = 0.04 * np.cos(angle)
+    assert facts.tilt_corrected == feed
+    kinds = {finding.kind for finding in facts.findings}
+    assert (Kind.TILT_AMBIGUOUS in kinds) != feed
+    expected = 0.04 * np.cos(angle) if feed else 0.04
     assert facts.volume_ml[1] == pytest.approx(expected, rel=1e-5)
     made = prepare.prepare_case(tilted, a_plan("ct", (5.0, 1.0, 1.0), crop_hu=-200.0))
     assert made.volume_ml[1] == pytest.approx(expected, rel=1e-5)

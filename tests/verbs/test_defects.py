@@ -190,6 +190,10 @@ def test_the_sums_of_the_table_are_those_of_what_is_left(run):
     assert (totals["cases"], totals["skipped"], totals["splits"]["test"]["cases"]) == (17, 10, 3)
     table = rows(folder, "integrity.csv")
     assert len(table) == 17
+    tilted = [row for row in table if abs(float(row["tilt_deg"])) > 0.5]
+    assert {row["tilt_corrected"] for row in tilted} == {"1"}, "BHSD's slice step is the feed"
+    assert totals["tilt_corrected"] == len(tilted) == totals["tilted"]
+    assert f"scans, mL corrected in {len(tilted)})" in page
     volumes = [float(row["ml_IPH"]) for row in table if row["split"] == "train"]
     assert totals["splits"]["train"]["classes"]["IPH"]["ml"] == pytest.approx(sum(volumes))
     (flat,) = (row for row in table if row["field_mm"].startswith("4x"))

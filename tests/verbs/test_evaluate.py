@@ -10,6 +10,7 @@ import pytest
 
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
+from bhsd_jax.metrics import scores
 from bhsd_jax.platform import faults, files
 from bhsd_jax.settings import Settings
 from bhsd_jax.verbs import evaluate, report
@@ -296,3 +297,23 @@ def test_a_full_disk_ends_it_before_anything_is_scored(tree, disk):
     with pytest.raises(faults.WriteError, match="No space"):
         evaluate.run(configure(data, predictions=str(run / "predictions")), place)
     assert [path.name for path in place.iterdir()] == ["fill"]
+
+
+@pytest.mark.parametrize("table_feed", [True, False])
+def test_volumes_and_lesions_say_whether_they_are_corrected_for_tilt(tmp_path, table_feed):
+    cos, sin = math.cos(math.radians(20)), math.sin(math.radians(20))
+    turn = np.array([[1, 0, 0, 0], [0, cos, -sin, 0], [0, sin, cos, 0], [0, 0, 0, 1]])
+    mask = labels((EDH, 1, 5, slice(4, 8)))
+    nifti.write_volume(tmp_path / "a.nii.gz", Volume(mask, turn @ AFFINE, ""))
+    job = evaluate.Job(
+        *("a", "a", tmp_path / "a.nii.gz", tmp_path / "a.nii.gz", None, HEMORRHAGE, "ct"),
+        *(False, 1.0, False, table_feed),
+    )
+    (row, *_) = evaluate.score_case(job).rows
+    assert row.tilt_corrected == int(table_feed)
+    assert row.volume_ref_ml == pytest.approx(4 * (cos if table_feed else 1), rel=1e-5)
+    scores.write_csv(tmp_path / "cases.csv", [row])
+    assert scores.read_csv(tmp_path / "cases.csv")[0].tilt_corrected == int(table_feed)
+    old = [line.rsplit(",", 1)[0] for line in (tmp_path / "cases.csv").read_text().splitlines()]
+    (tmp_path / "old.csv").write_text("\n".join(old) + "\n")
+    assert scores.read_csv(tmp_path / "old.csv")[0].tilt_corrected == 0

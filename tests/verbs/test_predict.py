@@ -151,7 +151,8 @@ def test_a_scan_stored_another_way_has_the_same_label_map(tmp_path, codes):
 
 
 @pytest.mark.parametrize(("axis", "degrees"), [(0, 20), (0, -14.5), (1, 9), (2, 30)])
-def test_an_oblique_or_tilted_scan_keeps_voxels_and_affine(tmp_path, axis, degrees):
+def test_an_oblique_scan_keeps_voxels_affine_and_milliliters(tmp_path, axis, degrees, caplog):
+    caplog.set_level(logging.INFO)
     want, _, straight = predicted(tmp_path, nib.Nifti1Image(head(), upright()), "straight")
     turned = nib.Nifti1Image(head(), rotation(axis, degrees) @ upright())
     label, scan, row = predicted(tmp_path, turned, "turned")
@@ -160,8 +161,27 @@ def test_an_oblique_or_tilted_scan_keeps_voxels_and_affine(tmp_path, axis, degre
     tilt = degrees if axis == 0 else 0
     assert row.tilt_deg == pytest.approx(tilt, abs=1e-3)
     for name in CLASSES[1:]:
-        shrunk = straight.ml[name] * math.cos(math.radians(tilt))
-        assert row.ml[name] == pytest.approx(shrunk, rel=1e-5)
+        assert row.ml[name] == pytest.approx(straight.ml[name], rel=1e-5)
+    assert not row.tilt_corrected
+    said = bool(tilt) == ("taken as it is: right for an oblique reformat" in caplog.text)
+    assert said
+
+
+def test_milliliters_of_a_set_whose_slice_step_is_the_tables_feed_are_corrected(tmp_path):
+    turned = nib.Nifti1Image(head(), rotation(0, 18) @ upright())
+    nib.save(turned, tmp_path / "scan.nii.gz")
+    target = tmp_path / "out.nii.gz"
+    rows = [
+        threshold_predictor()(
+            Case("a", "a", tmp_path / "scan.nii.gz", None, "test", table_feed=feed), target, "a"
+        )
+        for feed in (True, False)
+    ]
+    assert [row.tilt_corrected for row in rows] == [True, False]
+    assert [row.flat()["tilt_corrected"] for row in rows] == [1, 0]
+    for name in CLASSES[1:]:
+        cosine = math.cos(math.radians(18))
+        assert rows[0].ml[name] == pytest.approx(cosine * rows[1].ml[name], rel=1e-5)
 
 
 def test_volumes_are_counts_times_the_voxel(tmp_path):
@@ -286,7 +306,8 @@ def test_tables_say_what_was_done(folder, scans, caplog):
     assert [row["case"] for row in rows] == ["ID_1", "ID_2"]
     assert float(rows[1]["tilt_deg"]) == pytest.approx(18, abs=0.01)
     label = np.asanyarray(nib.load(out / "ID_2.nii.gz").dataobj)
-    each = 6.0 * 2.0 * 1.8 / 1000 * math.cos(math.radians(18))
+    each = 6.0 * 2.0 * 1.8 / 1000
+    assert [row["tilt_corrected"] for row in rows] == ["0", "0"]
     for index, name in enumerate(CLASSES[1:], start=1):
         assert float(rows[1][f"{name}_ml"]) == pytest.approx(
             (label == index).sum() * each, abs=1e-3

@@ -12,9 +12,10 @@ import numpy as np
 from bhsd_jax.ct import hu
 from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.ct.dicom import stack as dicom_stack
-from bhsd_jax.ct.dicom.slice_file import Flaw, Plane, Slice
+from bhsd_jax.ct.dicom.image_kind import Flaw
+from bhsd_jax.ct.dicom.slice_file import Plane, Slice
 from bhsd_jax.ct.dicom.stack import Stack
-from bhsd_jax.defects import Finding, Kind, said_of
+from bhsd_jax.defects import Finding, Kind, Refusal, kind_of, said_of
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Series, Volume
 
@@ -30,6 +31,11 @@ _LEFT_OUT = {
     Flaw.EMPTY: Kind.LEFT_OUT_EMPTY,
     Flaw.ALONE: Kind.LEFT_OUT_ALONE,
     Flaw.HEADER: Kind.LEFT_OUT_HEADER,
+    Flaw.REPORT: Kind.LEFT_OUT_REPORT,
+    Flaw.CAPTURE: Kind.LEFT_OUT_CAPTURE,
+    Flaw.PROJECTION: Kind.LEFT_OUT_PROJECTION,
+    Flaw.MAP: Kind.LEFT_OUT_MAP,
+    Flaw.PLACE: Kind.LEFT_OUT_PLACE,
 }
 
 
@@ -50,39 +56,53 @@ class Group:
         """Any of them, for what all share: patient, study, series."""
         return self.slices[0]
 
-    def as_series(self, name: str, *, uneven: str, unshear: bool) -> Series:
-        """What a case holds of it."""
+    def as_series(
+        self, name: str, *, uneven: str, unshear: bool, settings: str = "config.data"
+    ) -> Series:
+        """What a case holds of it; `settings` is where `uneven` and `unshear` were set."""
         files = tuple(item.file for item in self.slices)
-        return Series(files, name, uneven, unshear, self.findings)
+        return Series(files, name, uneven, unshear, self.findings, settings)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies below a folder."""
+
+    groups: tuple[Group, ...]  # in the order of their first files
+    findings: tuple[Finding, ...]  # what was left out of studies that have no group
 
 
 def find(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> list[Group]:
+    """The groups of `survey`."""
+    return list(survey(root, wanted=wanted).groups)
+
+
+def survey(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> Found:
     """Every CT series below a folder, in the order of its first file; links are not followed.
 
-    Files are known by content, not by name. Localizers, other kinds of images and single images
-    are left out; the findings of their study's first series say so, or of the first of all.
+    Files are known by content, not by name. Localizers, reports, captures, other kinds of images,
+    single images and those all at one place are left out; the findings of their study's first
+    series say so. Files that name no study are of that of their folder.
 
     Raises:
         ValueError: If there are DICOM images, but all of them are left out; says why.
     """
-    slices, unreadable = [], 0
+    slices = []
+    left = Counter[tuple[str, Flaw]]()
     for path in _files(root):
         if not wanted(path):
             continue
         try:
             slices.append(slice_file.header(path))
         except UserError:
-            unreadable += 1
-    left = Counter[tuple[str, Flaw]]()
-    if unreadable:
-        left["", Flaw.HEADER] = unreadable
+            left[str(path.parent), Flaw.HEADER] += 1
     groups = []
     for group in _grouped(slices):
-        flaw = group[0].flaw or (None if len(group) > 1 else Flaw.ALONE)
+        flaw = group[0].flaw or _flaw_together(group)
         if flaw in (None, Flaw.MULTI_FRAME):  # the latter is refused when it is read
-            groups += _passes(group)
-        else:
-            left[group[0].study, flaw] += len(group)
+            groups += map(_with_remarks, _passes(group))
+        elif flaw is not Flaw.DIRECTORY:
+            left[_study(group[0]), flaw] += len(group)
     if left and not groups:
         raise UserError(f"{root}: no CT volume in its DICOM files; {_told(left)}")
     groups.sort(key=lambda group: group.first.file)
@@ -93,7 +113,7 @@ def read(series: Series) -> tuple[Volume, list[Finding]]:
     """The volume of a series in HU, and what was found; as it lies, tilt kept as shear.
 
     Raises:
-        ValueError: If a file is damaged or compressed beyond what is installed, or no single
+        Refusal: If a file is damaged or compressed beyond what is installed, or no single
             affine holds the slices. Files are called by their place in the order of their names.
     """
     stack = arrange(series)
@@ -139,12 +159,16 @@ def order(headers: Sequence[Slice | None], series: Series) -> Stack:
             f"{damaged[0]} in the order of their names"
         )
         if series.uneven == "refuse":
-            raise UserError(
-                f"{series.name}: {text}; fetch them again, or set uneven='resample' to do without"
+            raise Refusal(
+                Kind.SERIES_DAMAGED,
+                f"{series.name}: {text}; fetch them again, or set "
+                f"--{series.settings}.uneven=resample to do without",
             )
         found = (Finding(Kind.FILES_DAMAGED, "kept", f"{text}; left out"),)
     try:
-        stack = dicom_stack.arrange(slices, uneven=series.uneven, same=_same)
+        stack = dicom_stack.arrange(
+            slices, uneven=series.uneven, setting=f"{series.settings}.uneven", same=_same
+        )
     except UserError as error:
         raise said_of(series.name, error) from error
     return replace(stack, findings=(*found, *stack.findings))
@@ -162,12 +186,13 @@ def _headers(series: Series) -> list[Slice | None]:
 
 def _require_slice(item: Slice, place: int, series: Series) -> None:
     if item.flaw is Flaw.MULTI_FRAME:
-        raise UserError(
+        raise Refusal(
+            Kind.MULTI_FRAME,
             f"{series.name}: {item.flaw}: enhanced CT is not read; convert the "
-            "series to NIfTI with dcm2niix"
+            "series to NIfTI with dcm2niix",
         )
     if item.flaw:
-        raise UserError(f"{_called(place, series)} is {item.flaw}")
+        raise Refusal(Kind.NO_SLICE, f"{_called(place, series)} is {item.flaw}")
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -184,7 +209,9 @@ def _grouped(slices: Sequence[Slice]) -> list[list[Slice]]:
     groups: dict[tuple, list[list[Slice]]] = {}
     for item in slices:
         alone = item.file if item.flaw is Flaw.MULTI_FRAME else None
-        key = (item.study, item.series, item.flaw, item.shape, alone)
+        # Files that name no series are of one only if they lie in one folder.
+        series = item.series or str(item.file.parent)
+        key = (_study(item), series, item.flaw, item.shape, alone)
         for group in groups.setdefault(key, []):
             if item.flaw or _alike(item, group[0]):
                 group.append(item)
@@ -192,6 +219,20 @@ def _grouped(slices: Sequence[Slice]) -> list[list[Slice]]:
         else:
             groups[key].append([item])
     return [group for some in groups.values() for group in some]
+
+
+def _study(item: Slice) -> str:
+    """What tells studies apart: the UID, or the folder where that is missing."""
+    return item.study or str(item.file.parent)
+
+
+def _flaw_together(group: Sequence[Slice]) -> Flaw | None:
+    """Why slices, each of them good, are no volume."""
+    if len(group) < 2:
+        return Flaw.ALONE
+    places = [dicom_stack.along_normal(item) for item in group]
+    # A timing bolus, for one, or the same localizer with several lines drawn into it.
+    return Flaw.PLACE if max(places) - min(places) < dicom_stack.SAME_MM else None
 
 
 def _passes(slices: Sequence[Slice]) -> list[Group]:
@@ -208,6 +249,13 @@ def _passes(slices: Sequence[Slice]) -> list[Group]:
     text = f"{len(passes)} acquisitions of one series over the same stretch: a volume each"
     found = (Finding(Kind.ACQUISITIONS, "kept", text),)
     return [Group(tuple(part), found) for part in passes.values()]
+
+
+def _with_remarks(group: Group) -> Group:
+    if not all(item.derived for item in group.slices):
+        return group
+    text = "images derived from others: a reformat, perhaps, whose original lies beside it"
+    return replace(group, findings=(*group.findings, Finding(Kind.DERIVED, "kept", text)))
 
 
 def _overlap(passes: Iterable[Sequence[Slice]]) -> bool:
@@ -235,15 +283,22 @@ def _images(count: int, flaw: Flaw) -> str:
     return f"{count} image{'s' if count > 1 else ''} {flaw}"
 
 
-def _with_findings(groups: list[Group], left: Counter[tuple[str, Flaw]]) -> list[Group]:
+def _with_findings(groups: Sequence[Group], left: Counter[tuple[str, Flaw]]) -> Found:
+    """Findings go to the first group of their study; those of a study without one stay apart."""
     out = list(groups)
-    if not out:
-        return out
+    apart = Counter[Flaw]()
     for (study, flaw), count in sorted(left.items()):
-        place = next((i for i, group in enumerate(out) if group.first.study == study), 0)
-        finding = Finding(_LEFT_OUT[flaw], "kept", f"left out: {_images(count, flaw)}")
-        out[place] = replace(out[place], findings=(*out[place].findings, finding))
-    return out
+        place = next((i for i, group in enumerate(out) if _study(group.first) == study), None)
+        if place is None:
+            apart[flaw] += count
+        else:
+            findings = (*out[place].findings, _left_out(flaw, count))
+            out[place] = replace(out[place], findings=findings)
+    return Found(tuple(out), tuple(_left_out(flaw, n) for flaw, n in sorted(apart.items())))
+
+
+def _left_out(flaw: Flaw, count: int) -> Finding:
+    return Finding(_LEFT_OUT[flaw], "kept", f"left out: {_images(count, flaw)}")
 
 
 def _same(one: Slice, other: Slice) -> bool:
@@ -269,7 +324,7 @@ def _plane(item: Slice, series: Series, *, unwrap: bool = True) -> Plane:
         place = sorted(series.files).index(item.file) + 1
         said = str(error) if isinstance(error, UserError) else type(error).__name__
         # Not chained: the original may quote the path.
-        raise UserError(f"{_called(place, series)}: {said}") from None
+        raise Refusal(kind_of(error), f"{_called(place, series)}: {said}") from None
 
 
 def _called(place: int, series: Series) -> str:

@@ -4,7 +4,6 @@ Messages never quote a header or a path: both may name the patient.
 """
 
 import contextlib
-import enum
 import logging
 import math
 import sys
@@ -18,6 +17,8 @@ import numpy as np
 from jaxtyping import Num
 
 from bhsd_jax.ct import hu
+from bhsd_jax.ct.dicom import image_kind
+from bhsd_jax.ct.dicom.image_kind import Flaw
 from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.platform.errors import UserError
 
@@ -25,27 +26,11 @@ _TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"),
     *("Modality", "ImageType", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
-    "AcquisitionNumber",
+    *("AcquisitionNumber", "SliceThickness"),
 )
-_ENHANCED = "1.2.840.10008.5.1.4.1.1.2."  # enhanced and legacy converted CT; plain CT ends before
 _UNIT = 1e-3  # how far direction cosines may be from unit length and perpendicular
 _TISSUE_HU = (-200.0, 200.0)
 _BROKEN = (Exception,)  # pydicom throws what the file makes it throw: KeyError, struct.error, ...
-
-
-class Flaw(enum.StrEnum):
-    """Why an image is no slice of a CT volume, as what follows "is"."""
-
-    MODALITY = "of another kind than CT"
-    LOCALIZER = "a localizer"
-    MULTI_FRAME = "a multi-frame image"
-    COLOR = "in color"
-    POSITION = "without a usable position"
-    SPACING = "without a pixel spacing"
-    ORIENTATION = "without a usable orientation"
-    EMPTY = "without voxels"
-    ALONE = "alone in its series"
-    HEADER = "of a header that cannot be read"
 
 
 @dataclass(frozen=True, slots=True)  # there can be a million of them
@@ -64,6 +49,8 @@ class Slice:
     along_column: tuple[float, ...] = ()  # direction in which the row index grows
     position: tuple[float, ...] = ()  # center of the first voxel, mm
     acquisition: str = ""  # number of the pass; "" if the file does not say
+    thickness_mm: float = 0.0  # of the slice; 0 if the file does not say
+    derived: bool = False  # computed from other images, as a reformat is
     whole: bool = True  # the file is long enough for its voxels; not known of compressed ones
 
 
@@ -136,12 +123,13 @@ def pixels(path: Path, *, unwrap: bool = True) -> Plane:
             _require_decoder(data.file_meta.TransferSyntaxUID)
             stored = np.asarray(data.pixel_array)
             if stored.ndim != 2:
-                raise Refusal(Kind.UNREADABLE, f"{Flaw.MULTI_FRAME}, not a slice")
+                raise Refusal(Kind.MULTI_FRAME, f"{Flaw.MULTI_FRAME}, not a slice")
             return _plane(data, stored.astype(np.int32), unwrap)
     except Refusal:  # the message is ours, and safe to show
         raise
     except _BROKEN as error:
-        raise UserError(f"its voxels cannot be read ({type(error).__name__}): damaged") from None
+        text = f"its voxels cannot be read ({type(error).__name__}): damaged"
+        raise Refusal(Kind.SERIES_DAMAGED, text) from None
 
 
 def _read(file: BinaryIO, **options: Any) -> Any:
@@ -191,7 +179,8 @@ def _slice(path: Path, data: Any) -> Slice:
         series=sys.intern(str(data.get("SeriesInstanceUID") or "")),
         instance=str(data.get("SOPInstanceUID") or ""),
         acquisition=sys.intern(str(data.get("AcquisitionNumber") or "")),
-        flaw=_flaw(data),
+        flaw=image_kind.flaw_of(data),
+        derived=image_kind.is_derived(data),
     )
     if known.flaw:
         return known
@@ -210,7 +199,17 @@ def _slice(path: Path, data: Any) -> Slice:
         along_row=tuple(orientation[:3]),
         along_column=tuple(orientation[3:]),
         position=position,
+        thickness_mm=_number(data.get("SliceThickness")),
     )
+
+
+def _number(value: Any) -> float:
+    """Of what may be missing or no number at all: 0."""
+    try:
+        number = float(value or 0)
+    except (TypeError, ValueError):
+        return 0.0
+    return number if math.isfinite(number) else 0.0
 
 
 def _is_whole(data: Any, left: int) -> bool:
@@ -220,29 +219,6 @@ def _is_whole(data: Any, left: int) -> bool:
     voxels = int(data.get("Rows") or 0) * int(data.get("Columns") or 0)
     start = 8 if syntax.is_implicit_VR else 12  # of the element, where reading stopped
     return left >= start + voxels * int(data.get("BitsAllocated") or 16) // 8
-
-
-def _flaw(data: Any) -> Flaw | None:
-    kinds = [str(word).upper() for word in (data.get("ImageType") or ())]
-    modality = str(data.get("Modality") or "CT")
-    counts = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6}
-    if modality != "CT":
-        return Flaw.MODALITY
-    if "LOCALIZER" in kinds:
-        return Flaw.LOCALIZER
-    if int(data.get("NumberOfFrames") or 1) > 1 or str(data.get("SOPClassUID", "")).startswith(
-        _ENHANCED
-    ):
-        return Flaw.MULTI_FRAME
-    if int(data.get("SamplesPerPixel") or 1) != 1:
-        return Flaw.COLOR
-    if any(len(data.get(tag) or ()) != count for tag, count in counts.items()):
-        return Flaw.POSITION
-    if len(data.get("PixelSpacing") or ()) != 2:
-        return Flaw.SPACING
-    if int(data.get("Rows") or 0) < 1 or int(data.get("Columns") or 0) < 1:
-        return Flaw.EMPTY
-    return None
 
 
 def _require_decoder(syntax: Any) -> None:
@@ -256,7 +232,7 @@ def _require_decoder(syntax: Any) -> None:
         ready = False
     if not ready:
         raise Refusal(
-            Kind.UNREADABLE,
+            Kind.COMPRESSED,
             f"compressed as {syntax.name}, and no decoder for it is installed; decompress the "
             "files (gdcmconv --raw), or install pylibjpeg with its plug-ins",
         )

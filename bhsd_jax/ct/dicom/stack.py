@@ -5,20 +5,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.ct.geometry import LEAST_TILT_DEG
-from bhsd_jax.defects import Finding, Kind
+from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Shape
 
-_SAME_MM = 0.01  # two slices this close lie at one position
+SAME_MM = 0.01  # two slices this close lie at one position
 _EVEN = 0.02  # of the step: how far a slice may be from its place
 _ROUNDED_MM = 0.1  # positions that were rounded to this, as some archives do, may be so far off
 _ROUNDED = 0.2  # of the step: but not further
 _WHOLE = 0.05  # of the step: gaps this near to a multiple of it are missing slices
 _HOLE = 2.5  # times the steps beside it: too much to fill in
+_THICKER = 1.5  # times the thinnest slice: scanned so on purpose
+_BLOCK = 3  # wide steps in a row, and none elsewhere: a protocol, not slices that are missing
 _ASIDE_MM = 0.1  # how far a slice may lie off the line through the first and the last
 
 
@@ -36,15 +38,18 @@ class Stack:
     findings: tuple[Finding, ...]
 
 
-def arrange(slices: Sequence[Slice], *, uneven: str, same: Callable[[Slice, Slice], bool]) -> Stack:
+def arrange(
+    slices: Sequence[Slice], *, uneven: str, setting: str, same: Callable[[Slice, Slice], bool]
+) -> Stack:
     """Orders slices by position along their normal; numbers and names in files do not count.
 
     Copies of a slice (`same`) are dropped. Steps that differ, as where the posterior fossa was
     scanned thinner or one slice is missing, are refused, or with `uneven` "resample" brought to
-    even ones of about the smaller of the usual steps, from the first slice to the last.
+    even ones of about the smaller of the usual steps, from the first slice to the last. `setting`
+    is the flag that sets `uneven`.
 
     Raises:
-        ValueError: If no single affine holds the slices; says which and what to do.
+        Refusal: If no single affine holds the slices; says which and what to do.
     """
     if uneven not in ("refuse", "resample"):
         raise UserError(f"uneven is refuse or resample; got {uneven!r}")
@@ -52,16 +57,15 @@ def arrange(slices: Sequence[Slice], *, uneven: str, same: Callable[[Slice, Slic
     order = sorted(slices, key=along_normal)
     kept = _without_copies(order, same, found)
     if len(kept) < 2:
-        raise UserError(f"{len(kept)} slices are no volume: their distance is not known")
+        text = f"{len(kept)} slices are no volume: their distance is not known"
+        raise Refusal(Kind.TOO_FEW_SLICES, text)
     places = np.asarray([along_normal(item) for item in kept])
     steps = np.diff(places)
     depth = len(kept)
     if _is_uneven(places, _rounded_mm(kept)):
-        kind, text = _describe(steps)
+        kind, text = _describe(steps, np.asarray([item.thickness_mm for item in kept]))
         if uneven == "refuse":
-            raise UserError(
-                f"{text}; fetch what is missing, or set uneven='resample' to interpolate"
-            )
+            raise _refused(kind, text, setting)
         _require_no_hole(steps)
         usual = float(np.percentile(steps, 25, method="lower"))
         depth = max(2, round((places[-1] - places[0]) / usual) + 1)
@@ -93,11 +97,12 @@ def _without_copies(
 ) -> list[Slice]:
     kept: list[Slice] = []
     for item in order:
-        if kept and abs(along_normal(item) - along_normal(kept[-1])) < _SAME_MM:
+        if kept and abs(along_normal(item) - along_normal(kept[-1])) < SAME_MM:
             if not same(item, kept[-1]):
-                raise UserError(
+                raise Refusal(
+                    Kind.ONE_PLACE,
                     f"two different slices at one position, {along_normal(item):.2f} mm along "
-                    "the normal: several acquisitions share the series; keep one of them"
+                    "the normal: several acquisitions share the series; keep one of them",
                 )
             continue
         kept.append(item)
@@ -120,12 +125,15 @@ def _rounded_mm(slices: Sequence[Slice]) -> float:
     return _ROUNDED_MM if np.abs(tenths - np.rint(tenths)).max() < 1e-4 else 0.0
 
 
-def _describe(steps: Float[np.ndarray, " n"]) -> tuple[Kind, str]:
+def _describe(
+    steps: Float[np.ndarray, " n"], thickness_mm: Float[np.ndarray, " m"]
+) -> tuple[Kind, str]:
     usual = float(np.median(steps))
     times = steps / usual
-    if (np.abs(times - np.rint(times)) <= _WHOLE).all() and (np.rint(times) >= 1).all():
+    whole = (np.abs(times - np.rint(times)) <= _WHOLE).all() and (np.rint(times) >= 1).all()
+    if whole and not _on_purpose(times > _THICKER, thickness_mm):
         missing = int((np.rint(times) - 1).sum())
-        first = int(np.argmax(times > 1.5))
+        first = int(np.argmax(times > _THICKER))
         return Kind.SLICES_MISSING, (
             f"{missing} {'slice is' if missing == 1 else 'slices are'} missing: "
             f"{steps[first]:.2f} mm after slice {first + 1} of {len(steps) + 1} by position, "
@@ -136,16 +144,34 @@ def _describe(steps: Float[np.ndarray, " n"]) -> tuple[Kind, str]:
     )
 
 
+def _on_purpose(wide: Bool[np.ndarray, " n"], thickness_mm: Float[np.ndarray, " m"]) -> bool:
+    """Whether wide steps are the protocol's: between thicker slices, or all in one long row."""
+    thinnest = float(thickness_mm.min())
+    thicker = thickness_mm >= _THICKER * thinnest
+    if thinnest > 0 and (thicker[:-1] | thicker[1:])[wide].all():
+        return True
+    where = np.flatnonzero(wide).tolist()
+    return len(where) >= _BLOCK and where[-1] - where[0] + 1 == len(where)
+
+
+def _refused(kind: Kind, text: str, setting: str) -> Refusal:
+    remedy = f"set --{setting}=resample to interpolate"
+    if kind is Kind.SLICES_MISSING:
+        return Refusal(Kind.MISSING, f"{text}; fetch what is missing, or {remedy}")
+    return Refusal(Kind.UNEVEN, f"{text}; {remedy}")
+
+
 def _require_no_hole(steps: Float[np.ndarray, " n"]) -> None:
     around = np.concatenate([[0.0], steps, [0.0]])
     beside = np.maximum(around[:-2], around[2:])
     holes = np.flatnonzero((steps > _HOLE * beside) & (beside > 0))
     if len(holes):
         first = int(holes[0])
-        raise UserError(
+        raise Refusal(
+            Kind.MISSING,
             f"{steps[first]:.2f} mm without a slice after slice {first + 1} of {len(steps) + 1} "
             f"by position, {beside[first]:.2f} mm beside it: too much to interpolate; fetch the "
-            "missing slices"
+            "missing slices",
         )
 
 
@@ -157,9 +183,10 @@ def _affine(kept: Sequence[Slice], depth: int, found: list[Finding]) -> Float[np
     line = corners[0] + share[:, None] * (corners[-1] - corners[0])
     aside = float(np.linalg.norm(corners - line, axis=1).max())
     if aside > _ASIDE_MM:
-        raise UserError(
+        raise Refusal(
+            Kind.SHIFTED,
             f"slices are shifted sideways by up to {aside:.2f} mm, each in its own way: no single "
-            "affine holds them; resample the series with a tool that knows the scanner"
+            "affine holds them; resample the series with a tool that knows the scanner",
         )
     step = (corners[-1] - corners[0]) / (depth - 1)
     down = np.asarray(first.along_column) * first.spacing_mm[0]

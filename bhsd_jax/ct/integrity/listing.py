@@ -36,6 +36,7 @@ def summary(
         "intensity": _quantiles([fact.intensity for fact in facts]),  # minimum, median, maximum
         "tilted": len(tilted),
         "tilt_deg": _quantiles(tilted),
+        "tilt_corrected": sum(fact.tilt_corrected for fact in facts),
         "defects": [_defect(found) for found in defects],
     }
 
@@ -59,6 +60,7 @@ def _row(fact: Facts, classes: Sequence[str]) -> dict[str, Any]:
         "spacing_mm": "x".join(f"{value:.5g}" for value in fact.spacing_mm),
         "field_mm": "x".join(f"{value:.5g}" for value in fact.field_mm),
         "tilt_deg": round(fact.tilt_deg, 3),
+        "tilt_corrected": int(fact.tilt_corrected),
     }
     row |= dict(zip(("minimum", "median", "maximum"), fact.intensity, strict=True))
     for index, name in enumerate(classes[1:], start=1):

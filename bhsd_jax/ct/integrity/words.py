@@ -77,7 +77,9 @@ def _measures(totals: Mapping[str, Any], modality: str) -> list[str]:
             rows.append([name, *(f"{number:.{digits}f}" for number in numbers)])
     if totals["tilted"]:
         tilts = (f"{totals['tilt_deg'][measure]:.1f}" for measure in _MEASURES)
-        rows.append([f"gantry tilt, degrees ({_scan_count(totals['tilted'])})", *tilts])
+        corrected = totals["tilt_corrected"]
+        told = f", mL corrected in {corrected}" if corrected else ""
+        rows.append([f"gantry tilt, degrees ({_scan_count(totals['tilted'])}{told})", *tilts])
     return _table(rows)
 
 
