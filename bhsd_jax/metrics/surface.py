@@ -85,7 +85,8 @@ def edge_distances(reference: Mask, predicted: Mask, spacing_mm: Millimeters) ->
     whether a distance equal to a tolerance is within it.
     """
     masks = _cropped(reference, predicted, spacing_mm)
-    points = [np.argwhere(mask & ~scipy.ndimage.binary_erosion(mask)) for mask in masks]
+    inner = [np.asarray(scipy.ndimage.binary_erosion(mask), bool) for mask in masks]
+    points = [np.argwhere(mask & ~eroded) for mask, eroded in zip(masks, inner, strict=True)]
     weights = [np.ones(len(at)) for at in points]
     found = _between(points, weights, spacing_mm)
     return Distances(
