@@ -1,4 +1,5 @@
 import concurrent.futures
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -11,7 +12,7 @@ import pytest
 from array_record.python import array_record_module
 
 from bhsd_jax.platform import files
-from bhsd_jax.shards import record, store
+from bhsd_jax.shards import jobs, record, store
 from bhsd_jax.volume import Grid, Network, Plan
 
 SHAPE = (11, 70, 90)  # more than one block along every axis
@@ -167,6 +168,18 @@ def test_no_case_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_record_of_a_shard_that_lost_its_seal_is_not_believed(tmp_path, cases):
+    job = jobs.Job(tmp_path / "shard-0.arrayrecord", tmp_path / "record.json", (), (), PLAN)
+    jobs.remember(job, store.write_shard(job.path, cases), {})
+    whole = json.loads(job.record.read_text())
+    assert jobs.written(job, {}) == whole
+    files.write_json(job.record, {k: v for k, v in whole.items() if k != "seal"})
+    assert jobs.written(job, {}) is None
+    older = {k: v for k, v in whole.items() if k not in ("seal", "sha256")}
+    files.write_json(job.record, older)
+    assert jobs.written(job, {}) == older
+
+
 def test_a_flipped_bit_anywhere_in_a_record_is_noticed_and_the_record_named(folder, cases):
     path = folder / "shard-0.arrayrecord"
     good = path.read_bytes()
@@ -182,14 +195,30 @@ def test_a_flipped_bit_anywhere_in_a_record_is_noticed_and_the_record_named(fold
 
 
 def test_a_record_whose_container_checks_out_is_still_compared_with_its_digests(folder, cases):
-    header, _ = record.pack(cases[0])
-    _, other = record.pack(dataclasses.replace(cases[0], image=cases[0].image + np.int16(1)))
-    (length,) = struct.unpack_from("<Q", other)
-    lie = json.loads(other[8 : 8 + length]) | {"sha256": header["sha256"]}
-    text = json.dumps(lie).encode()
-    forged = struct.pack("<Q", len(text)) + text + other[8 + length :]
+    forged = with_digests_of(cases[0], dataclasses.replace(cases[0], image=cases[0].image + 1))
     with pytest.raises(ValueError, match=r"here: damaged .image does not match"):
         record.unpack(record.Reader(forged, "here"))
+
+
+@pytest.mark.parametrize("name", ["image", "label", "foreground"])
+def test_digests_cover_every_array_to_its_last_value(cases, name):
+    changed = copy.deepcopy(cases[0])
+    # Of the third class there are no positions.
+    array = changed.foreground[1] if name == "foreground" else getattr(changed, name)
+    array[(-1,) * array.ndim] ^= 1
+    forged = with_digests_of(cases[0], changed)
+    with pytest.raises(ValueError, match=f"here: damaged .{name} does not match"):
+        record.unpack(record.Reader(forged, "here"))
+
+
+def with_digests_of(case, other):
+    """The record of `other`, whose header has the digests of `case`."""
+    header, _ = record.pack(case)
+    _, packed = record.pack(other)
+    (length,) = struct.unpack_from("<Q", packed)
+    lie = json.loads(packed[8 : 8 + length]) | {"sha256": header["sha256"]}
+    text = json.dumps(lie).encode()
+    return struct.pack("<Q", len(text)) + text + packed[8 + length :]
 
 
 def test_a_shard_cut_short_or_gone_is_named(folder):

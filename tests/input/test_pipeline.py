@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from bhsd_jax.input import sampling
 from bhsd_jax.input.pipeline import Batches, Cache, Cut, Decoded, Stream
 
 CUT = Cut(patch=(4, 6, 6), source=(4, 8, 8), fill=-7.0)
@@ -142,6 +143,20 @@ def test_unlabeled_elements_never_look_at_a_mask():
     for i, image in enumerate(want):
         np.testing.assert_array_equal(free[i]["image"], image)
         assert set(free[i]) == {"image"}
+
+
+def test_only_the_last_third_of_a_labeled_batch_is_centered_on_foreground(monkeypatch):
+    centered, corner = [], sampling.corner
+
+    def spy(*arguments):
+        centered.append(arguments[-1] is not None)
+        return corner(*arguments)
+
+    monkeypatch.setattr(sampling, "corner", spy)
+    for elements in (stream(batch=3), stream(batch=3, labeled=False)):
+        for i in range(6):
+            elements[i]
+    assert centered == [False, False, True] * 2 + [False] * 6
 
 
 def test_masked_patches_say_which_voxels_lie_in_the_scan():

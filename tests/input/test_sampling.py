@@ -18,6 +18,14 @@ def test_forced_share_of_a_batch(batch, forced):
     assert rows == sorted(rows), "the last rows are the forced ones"
 
 
+@pytest.mark.parametrize(
+    ("batch", "share", "forced"),
+    [(3, 0.5, 1), (5, 0.5, 3), (7, 0.5, 3), (1, 0.33, 0), (4, 0.0, 0), (4, 1.0, 4)],
+)
+def test_rows_that_are_not_forced_are_rounded_half_to_even(batch, share, forced):
+    assert sum(sampling.is_forced(row, batch, share) for row in range(batch)) == forced
+
+
 def test_a_random_corner_covers_nnunets_ranges_and_no_more():
     rng = np.random.default_rng(0)
     corners = np.array([sampling.corner(rng, **BHSD) for _ in range(6000)])

@@ -180,6 +180,17 @@ def test_percentile_of_hand_made_distances():
     assert surface.surface_dice(distances, 1.0) == pytest.approx(91 / 102)
 
 
+@pytest.mark.parametrize(("far", "want"), [(5.0, 1.0), (5.1, 9.0)])
+def test_95_percent_of_the_area_is_enough_and_less_is_not(far, want):
+    distances = surface.Distances(
+        to_predicted_mm=np.array([1.0, 9.0]),
+        reference_weight=np.array([100 - far, far]),
+        to_reference_mm=np.array([0.0]),
+        predicted_weight=np.array([1.0]),
+    )
+    assert surface.hausdorff(distances, 95) == want
+
+
 def headline(reference, predicted, spacing):
     hd95 = surface.hd95_mm(reference, predicted, spacing)
     return hd95, surface.nsd(reference, predicted, spacing, 1.0)

@@ -115,6 +115,17 @@ def test_independent_views_differ_and_shared_ones_do_not(learn, params, batch, k
     assert float(together["disagree"]) == 0
 
 
+def test_each_twin_draws_its_own_dropout(net, learn, params, batch, key):
+    def forward(params, image, key):
+        (logits,) = net.apply({"params": params}, image, train=True)
+        return (logits * jax.random.bernoulli(key, 0.5, logits.shape),)
+
+    same = {"a": params["a"], "b": params["a"]}
+    learner = dataclasses.replace(learn(same), forward=forward)
+    _, metrics = FULL.loss(learner, batch, key)
+    assert float(metrics["disagree"]) > 0
+
+
 def test_the_weight_follows_the_ramp(learn, params, batch, key):
     slow = dataclasses.replace(FULL, ramp=1.0)
     _, metrics = slow.loss(learn(params, step=50), batch, key)
@@ -228,6 +239,15 @@ def test_a_confidence_of_zero_changes_nothing(key):
     always = dataclasses.replace(FULL, confidence=1e-9)
     want = float(FULL._teach(heads, -heads[0]))
     assert float(always._teach(heads, -heads[0])) == pytest.approx(want, rel=1e-6)
+
+
+def test_the_twin_that_teaches_must_be_sure_not_the_one_that_learns():
+    """Of four voxels the teacher is sure of one; the learner knows nothing, which costs log 3."""
+    unsure = jnp.zeros((1, 1, 1, 4, 3))
+    sure = unsure.at[0, 0, 0, 2, 1].set(9.0)
+    strict = dataclasses.replace(FULL, confidence=0.95)
+    assert float(strict._teach((unsure,), sure)) == pytest.approx(np.log(3), rel=1e-6)
+    assert float(strict._teach((sure,), unsure)) == 0
 
 
 def test_deep_pseudo_labels_weigh_the_heads_as_masks_do(key):

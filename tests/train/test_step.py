@@ -58,6 +58,27 @@ def test_two_runs_are_equal_bit_for_bit_and_so_are_twins_that_began_alike(key):
     assert not equal(alike.params["a"], began.params["a"])
 
 
+@dataclasses.dataclass(frozen=True)
+class Keys(Supervised):
+    """Logs numbers drawn with the keys that augmentation and loss are given."""
+
+    def loss(self, learner, batch, key):
+        total = sum(leaf.sum() for leaf in jax.tree.leaves(learner.params))
+        return total, {"augment": batch.image, "loss": jax.random.bits(key)}
+
+
+def test_every_step_gives_augmentation_and_loss_keys_of_their_own(key):
+    def draw(key, batch):
+        return dataclasses.replace(batch, image=jax.random.bits(key))
+
+    parts, batch = dataclasses.replace(make_parts(Keys()), augment=draw), make_batch()
+    state, step, seen = start(parts, batch, key), jax.jit(make_train_step(parts)), []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        seen += [int(metrics["augment"]), int(metrics["loss"])]
+    assert len(set(seen)) == 6
+
+
 def test_the_average_is_the_mean_of_all_networks_until_the_decay_takes_over():
     rng = np.random.default_rng(0)
     seen = rng.normal(size=(30, 4)).astype(np.float32)

@@ -217,6 +217,27 @@ def test_the_mask_of_the_scan_is_moved_as_its_voxels_are(slices):
     assert (found.weak is None) != slices
 
 
+def test_labeled_and_unlabeled_patches_have_draws_of_their_own_and_a_mask_that_of_its_patch():
+    seen = []
+
+    class Spatial(SpatialChain):
+        def __call__(self, key, image, label):
+            seen.append(int(jax.random.bits(key)))
+            return image, label
+
+    class Intensity(IntensityChain):
+        def __call__(self, key, image):
+            seen.append(int(jax.random.bits(key)))
+            return image
+
+    augment = make_augment(jnp.asarray, Spatial((), (1, 2, 2)), Intensity(()))
+    image, label = np.zeros((2, 1, 2, 2, 1), np.float32), np.zeros((2, 1, 2, 2), np.int8)
+    augment(jax.random.key(0), Batch(image, label, image, None, label))
+    labeled, intensity, unlabeled, mask = seen
+    assert len({labeled, intensity, unlabeled}) == 3
+    assert mask == unlabeled
+
+
 @pytest.mark.parametrize(("steps", "decay", "fits"), [(400, 0.999, "0.975"), (20_000, 0.999, "")])
 def test_an_average_that_outlives_the_training_is_warned_of(steps, decay, fits, caplog):
     config = config_of(mean_teacher, unlabeled=8)
