@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.build import build, find
-from bhsd_jax.datasets import splits
+from bhsd_jax.datasets import splits, splits_file
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
@@ -42,8 +42,10 @@ def load_plan(config: Settings, workdir: Path) -> Plan:
 
 def roles(config: Settings, workdir: Path) -> tuple[splits.Roles, list[str]]:
     """Who trains, validates and tests, and what had to be adjusted for it."""
-    entries = Shards(shards_folder(config, workdir)).entries
-    return splits.roles(entries, **{k: v for k, v in vars(config.split).items() if k != "binary"})
+    folder = shards_folder(config, workdir)
+    asked = {k: v for k, v in vars(config.split).items() if k != "binary"}
+    folds = splits_file.load(folder / splits_file.NAME)
+    return splits.roles(Shards(folder).entries, folds=folds, **asked)
 
 
 def classes(config: Settings, plan: Plan) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax.datasets import splits_file
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
@@ -21,7 +22,7 @@ class MSD:
 
     One channel only. Cases of `imagesTs` are "test", with masks where `labelsTs` has them. Every
     case counts as its own patient, since the format knows none. Where `dataset.json` lists its
-    training cases, only those are taken.
+    training cases, only those are taken. A `splits_final.json` beside it holds the folds.
 
     Source: nnU-Net v2, documentation/dataset_format.md.
     """
@@ -45,6 +46,11 @@ class MSD:
     def license(self) -> str:
         """As `dataset.json` has it, in either spelling; empty if it says nothing."""
         return str(self._facts.get("licence") or self._facts.get("license") or "")
+
+    @property
+    def splits_file(self) -> Path:
+        """Where nnU-Net's folds lie, if a user has given any."""
+        return Path(self.root) / splits_file.NAME
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:

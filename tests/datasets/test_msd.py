@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from bhsd_jax.datasets import splits_file
 from bhsd_jax.datasets.msd import MSD
 
 V1 = {
@@ -201,3 +202,58 @@ def test_one_id_in_training_and_test_is_refused(decathlon, touch):
     touch(decathlon / "imagesTs" / "h_2.nii.gz")
     with pytest.raises(ValueError, match="h_2 in imagesTr and imagesTs"):
         list(MSD(decathlon).cases())
+
+
+def folds(root, content):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (root / "splits_final.json").write_text(text)
+    data = MSD(root)
+    return splits_file.beside(data, list(data.cases()))
+
+
+def test_folds_beside_the_data_set_are_the_users(nnunet, tmp_path):
+    data = MSD(nnunet)
+    assert splits_file.beside(data, list(data.cases())) == ()
+    given = [
+        {"train": ["b_2"], "val": ["a_0001"]},
+        {"train": ["a_0001", "b_2"], "val": []},
+        {"train": ["a_0001"], "val": ["b_2"]},
+    ]
+    found = folds(nnunet, given)
+    assert found == (
+        (("b_2",), ("a_0001",)),
+        (("a_0001", "b_2"), ()),
+        (("a_0001",), ("b_2",)),
+    )
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    splits_file.keep(shards, found)
+    assert splits_file.load(shards / splits_file.NAME) == found
+    splits_file.keep(shards, ())
+    assert splits_file.load(shards / splits_file.NAME) == ()
+    ignoring = MSD(nnunet, ignore=("a_0001",))
+    assert splits_file.beside(ignoring, list(ignoring.cases()))[0] == (("b_2",), ())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"train": ["b_2", "c_9"], "val": ["a_0001"]}], "fold 0 names c_9, no training case"),
+        ([{"train": ["b_2"], "val": []}, {"train": ["b_2"], "val": ["d"]}], "fold 1 names d, no"),
+        ([{"train": ["b_2"], "val": ["b_2"]}], "fold 0: names b_2 twice"),
+        ([{"train": [], "val": ["b_2"]}], "fold 0: 'train' is empty"),
+        ([{"train": ["b_2"]}], "fold 0: expected a list with one"),
+        ([{"train": "b_2", "val": []}], "fold 0: 'train' is a list of case names"),
+        ([], "expected a list with one"),
+        ({"train": ["b_2"], "val": ["a_0001"]}, "expected a list with one"),
+        ("[", "is no JSON"),
+    ],
+)
+def test_folds_that_cannot_be_are_refused(nnunet, content, message):
+    with pytest.raises(ValueError, match=rf"splits_final\.json: .*{message}"):
+        folds(nnunet, content)
+
+
+def test_a_test_image_is_no_case_of_a_fold(decathlon):
+    with pytest.raises(ValueError, match="fold 0 names h_7, no training case"):
+        folds(decathlon, [{"train": ["h_2"], "val": ["h_7"]}])
