@@ -147,6 +147,50 @@ def test_cases_that_nnunets_list_leaves_out_are_left_out(nnunet, touch, monkeypa
     assert [case.id for case in MSD(nnunet, ignore=("a_0001",)).cases()] == ["b_2"]
 
 
+def test_images_lie_where_the_list_says(decathlon, touch, tmp_path, monkeypatch):
+    """In another folder, at an absolute path, behind a variable; or as ever, by their names."""
+    monkeypatch.setenv("SCANS", str(tmp_path / "scans"))
+    for place in ("other/h_2.nii.gz", "scans/h_10.nii.gz", "far/h_3.nii.gz", "far/m_3.nii.gz"):
+        touch(tmp_path / place)
+    far = tmp_path / "far"
+    listed = [
+        {"image": "./other/h_2.nii.gz", "label": "./labelsTr/h_2.nii.gz"},
+        {"image": "$SCANS/h_10.nii.gz"},
+        {"image": str(far / "h_3.nii.gz"), "label": str(far / "m_3.nii.gz")},
+    ]
+    describe(decathlon, V1 | {"training": listed})
+    found = {c.id: (c.image, c.label) for c in MSD(decathlon).cases() if c.split == "train"}
+    labels = decathlon / "labelsTr"
+    assert found == {
+        "h_2": (decathlon / "other" / "h_2.nii.gz", labels / "h_2.nii.gz"),
+        "h_10": (tmp_path / "scans" / "h_10.nii.gz", labels / "h_10.nii.gz"),
+        "h_3": (far / "h_3.nii.gz", far / "m_3.nii.gz"),
+    }
+    describe(decathlon, V1 | {"training": [*listed, {"image": "./imagesTr/h_2.nii.gz"}]})
+    with pytest.raises(ValueError, match="lists two images called h_2"):
+        list(MSD(decathlon).cases())
+
+
+def test_nnunets_list_stands_above_the_decathlons(nnunet, touch):
+    far = nnunet / "far" / "x.nii.gz"
+    touch(far)
+    described = {"b_2": {"images": [str(far)], "label": "labelsTr/b_2.nii.gz"}}
+    listed = [{"image": "./imagesTr/a_0001.nii.gz", "label": "./labelsTr/a_0001.nii.gz"}]
+    describe(nnunet, V2 | {"training": listed})
+    assert [(c.id, c.image.name) for c in MSD(nnunet).cases()] == [("a_0001", "a_0001_0000.nii.gz")]
+    describe(nnunet, V2 | {"training": listed, "dataset": described})
+    assert [(c.id, c.image) for c in MSD(nnunet).cases()] == [("b_2", far)]
+
+
+@pytest.mark.parametrize(
+    "entry", [[], {"b_2": []}, {"b_2": {"images": "b_2.nii.gz", "label": "x"}}, {"b_2": {}}]
+)
+def test_a_list_of_another_shape_is_refused_by_name(nnunet, entry):
+    describe(nnunet, V2 | {"dataset": entry})
+    with pytest.raises(ValueError, match=r"dataset\.json: .*`dataset`"):
+        list(MSD(nnunet).cases())
+
+
 @pytest.mark.parametrize(("folder", "lack"), [("imagesTr", "mask"), ("labelsTr", "image")])
 def test_a_file_without_partner_is_an_error_unless_ignored(decathlon, touch, folder, lack):
     touch(decathlon / folder / "h_118.nii.gz")

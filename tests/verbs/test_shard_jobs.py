@@ -91,7 +91,7 @@ def test_the_folds_of_a_user_go_with_the_shards(data, tmp_path):
         "fold 5: 5 labeled cases it does not name are not used: h_0, h_1, h_2, h_3, h_4"
     ]
     config.split.fold = 6
-    with pytest.raises(ValueError, match="fold is -1 .* to 5; got 6"):
+    with pytest.raises(ValueError, match=r"fold is -1 .* to 5; got 6"):
         setup.roles(Settings.of(config), run)
     (data / "splits_final.json").write_text(json.dumps([{"train": ["h_99"], "val": []}]))
     with pytest.raises(ValueError, match="fold 0 names h_99"):
