@@ -52,6 +52,7 @@ class Kind(enum.StrEnum):
     MASK_SHAPE = "mask of another shape than its image"
     MASK_VALUES = "label values out of range"
     MASK_TYPE = "mask not stored in 8 bits"
+    MASK_ROUNDED = "mask values rounded by a scale factor"
     MASK_MOVED = "mask that lies elsewhere than its image"
     MASK_MIRRORED = "mask that may be mirrored"
     MASK_GEOMETRY = "mask without usable geometry"

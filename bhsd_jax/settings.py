@@ -57,7 +57,10 @@ class Split:
     """Which cases train, validate and test."""
 
     fold: Annotated[
-        int, "of 5 over the training cases, as nnU-Net's; -1: no validation part", Between(-1, 4)
+        int,
+        "of 5 over the training cases, as nnU-Net's, or of those in a splits_final.json beside an "
+        "nnU-Net data set; -1: no validation part",
+        Between(least=-1),
     ] = 0
     labeled: Annotated[
         int | float | None,

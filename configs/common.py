@@ -51,7 +51,8 @@ DATA = {  # the word `data=`
         "root": "data/folder",
         "images": "images",  # in `root`
         "masks": "masks",  # in `root`; scans without one are unlabeled
-        "labels": "bhsd",  # classes by mask value: a preset, or their names, background first
+        "labels": "bhsd",  # classes by mask value: a preset
+        "classes": "",  # or one's own names of the values 1, 2, ..., such as a,b
         "modality": "ct",
     },
 }

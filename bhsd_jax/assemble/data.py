@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bhsd_jax.build import build, find
-from bhsd_jax.datasets import splits
+from bhsd_jax.datasets import splits, splits_file
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
@@ -35,8 +35,10 @@ def data_set(config: Settings, workdir: Path) -> Dataset:
 
 def roles(config: Settings, workdir: Path) -> tuple[splits.Roles, list[str]]:
     """Case ids for training, validation and test; and a note on each wish that was adjusted."""
-    entries = Shards(shards_folder(config, workdir)).entries
-    return splits.roles(entries, **{k: v for k, v in vars(config.split).items() if k != "binary"})
+    folder = shards_folder(config, workdir)
+    asked = {k: v for k, v in vars(config.split).items() if k != "binary"}
+    folds = splits_file.load(folder / splits_file.NAME)
+    return splits.roles(Shards(folder).entries, folds=folds, **asked)
 
 
 def short_names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str, str]:

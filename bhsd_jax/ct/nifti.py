@@ -63,7 +63,8 @@ def read_label(
     """Reads the label map of `image` as uint8, on the geometry and under the name of `image`.
 
     Shapes must agree; affines need not, since masks in circulation have lost theirs: that only
-    adds a finding to the list. `num_classes` None allows 0..255.
+    adds a finding to the list. `num_classes` None allows 0..255. Whole numbers that were saved as
+    integers behind a scale factor come back up to half the factor off, and are rounded.
 
     Raises:
         Refusal: If the file is refused as by `read`, its shape differs, or a value is not an
@@ -79,7 +80,11 @@ def read_label(
                 Kind.MASK_SHAPE,
                 f"label has shape {voxels.shape} (D, H, W), but its image {image.voxels.shape}",
             )
-        label = _as_classes(voxels, 256 if num_classes is None else num_classes)
+        off = nifti_header.rounding(header)
+        label = _as_classes(voxels, 256 if num_classes is None else num_classes, max(off, _INTEGER))
+        if off and (most := float(np.abs(voxels - label).max())) > _INTEGER:
+            text = f"mask values up to {most:.2g} off whole numbers by their scale factor; rounded"
+            found.append(Finding(Kind.MASK_ROUNDED, "repaired", text))
         try:
             apart_mm = geometry.distance_mm(nifti_header.affine(header), image.affine, voxels.shape)
         except (ValueError, HeaderDataError) as error:
@@ -240,12 +245,13 @@ def _scaled(voxels: np.ndarray, header: Nifti1Header) -> np.ndarray:
     return scaled
 
 
-def _as_classes(voxels: np.ndarray, num_classes: int) -> UInt8[np.ndarray, "_ _ _"]:
+def _as_classes(voxels: np.ndarray, num_classes: int, off: float) -> UInt8[np.ndarray, "_ _ _"]:
+    """Whole numbers; `off` is how far a voxel of floating point may lie from one."""
     top = min(num_classes, 256) - 1
     bad = (voxels < 0) | (voxels > top)
     if voxels.dtype.kind == "f":
-        bad = (voxels < -_INTEGER) | (voxels > top + _INTEGER)
-        bad |= np.abs(voxels - np.rint(voxels)) > _INTEGER
+        bad = (voxels < -off) | (voxels > top + off)
+        bad |= np.abs(voxels - np.rint(voxels)) > off
         voxels = np.where(bad, voxels, np.rint(voxels))
     if bad.any():
         values = np.unique(voxels[bad])

@@ -164,6 +164,21 @@ def scale(header: Nifti1Header) -> tuple[float, float]:
     return (1.0, 0.0) if slope is None or intercept is None else (slope, intercept)
 
 
+def rounding(header: Nifti1Header) -> float:
+    """How far from the truth voxels may lie, since they were rounded to integers of the file.
+
+    That is half the slope, as of whole numbers saved as floating point under a header of integers;
+    0 if voxels are stored as they are, or a step is 1 or more and does not hide whole numbers.
+
+    Raises:
+        Refusal: As by `scale` and `voxel_type`.
+    """
+    slope = abs(scale(header)[0])
+    if voxel_type(header).kind == "f" or not 0 < slope < 1:
+        return 0.0
+    return slope / 2 * (1 + 1e-4) + 1e-6  # what float32 adds
+
+
 def remarks(header: Nifti1Header, *, is_label: bool) -> list[Finding]:
     """What is odd about a header, though it can be read."""
     if is_label:

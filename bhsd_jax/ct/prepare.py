@@ -106,7 +106,7 @@ def fingerprint_case(
         case=case.id,
         patient=case.patient,
         split=case.split,
-        bleeding=_bleeding(case, label),
+        bleeding=_bleeding(case, label, modality),
         shape=grid.cropped_shape,
         spacing_mm=grid.native_spacing_mm,
         tilt_deg=float(shear.gantry_deg(volume.affine)) if modality == "ct" else 0.0,
@@ -168,7 +168,7 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         case=case.id,
         patient=case.patient,
         split=case.split,
-        bleeding=_bleeding(case, label),
+        bleeding=_bleeding(case, label, plan.modality),
         slice_labels=slice_labels.of_case(case, grid, prepared_label, classes),
         image=image,
         label=prepared_label,
@@ -248,10 +248,10 @@ def _scaled(voxels: np.ndarray, plan: Plan) -> np.ndarray:
     return (np.clip(voxels.astype(np.float32), low, high) - mean) / max(std, 1e-8)
 
 
-def _bleeding(case: Case, label: np.ndarray | None) -> bool | None:
-    """What is known of the scan, which its mask must not contradict."""
+def _bleeding(case: Case, label: np.ndarray | None, modality: str) -> bool | None:
+    """What is known of the scan, which its mask must not contradict; a mask of MR tells nothing."""
     if label is None or case.bleeding in (None, bool(label.any())):
-        return case.bleeding if label is None else bool(label.any())
+        return case.bleeding if label is None or modality == "mr" else bool(label.any())
     if case.bleeding:
         kind, said, known = Kind.MASK_EMPTY_BLEEDS, "mask is empty, but", "bleed"
     else:

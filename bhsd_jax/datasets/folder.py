@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bhsd_jax.datasets.label_maps import LabelMap
+from bhsd_jax.datasets.label_maps import LabelMap, own_names
 from bhsd_jax.datasets.pairs import pairs
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
@@ -16,7 +16,12 @@ class Folder:
 
     Images with a mask train (a fold of them validates), or are what `split` says; others are
     unlabeled. `labels` is a preset of `label_maps.PRESETS`, or names of the classes by mask value,
-    background first; values with one name are one class.
+    background first; values with one name are one class. `classes` are one's own names in place of
+    it, of the values 1, 2, ...; afterwards it holds all classes, by index. A mask with a value that
+    has no class is refused when it is read.
+
+    Raises:
+        ValueError: If the label map, the modality or the split is not known.
     """
 
     root: str | Path
@@ -26,6 +31,7 @@ class Folder:
     modality: str = "ct"
     split: str = "train"  # of the images with a mask; or "test"
     license: str = ""
+    classes: str | Sequence[str] = ""  # names, as "a,b" or ("a", "b"); "": those of `labels`
     name: str = field(default="folder", init=False)
 
     def __post_init__(self):
@@ -35,10 +41,9 @@ class Folder:
                 f"{self.modality!r} and {self.split!r}"
             )
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """As the label map has them."""
-        return LabelMap.of(self.labels).classes
+        if self.classes:
+            object.__setattr__(self, "labels", own_names(self.classes))
+        object.__setattr__(self, "classes", LabelMap.of(self.labels).classes)
 
     def cases(self) -> Iterator[Case]:
         """All cases, sorted by id.

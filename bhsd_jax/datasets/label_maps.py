@@ -15,6 +15,16 @@ PRESETS = {  # names by value in the file; values with one name are one class
 }
 
 
+def own_names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of classes by mask value, as someone types them: "a,b", with the background or not.
+
+    Names in a text may have spaces, quotes or brackets around them, as Python writes a tuple.
+    """
+    names = given.split(",") if isinstance(given, str) else given
+    names = [name.strip(" ()[]'\"") for name in names]
+    return tuple(names) if names[0] == HEMORRHAGE[0] else (HEMORRHAGE[0], *names)
+
+
 @dataclass(frozen=True)
 class LabelMap:
     """Names of the classes, and the class of each value in a file."""

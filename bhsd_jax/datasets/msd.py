@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax.datasets import splits_file
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
 # Names of channels to which nnU-Net gives neither z-scores nor the statistics of CT.
+_DATASET = 'is {"<case>": {"images": ["<file>"], "label": "<file>"}, ...}'
 _OTHERWISE = ("nonorm", "rescale_to_0_1", "rgb_to_0_1")
 
 
@@ -21,7 +23,7 @@ class MSD:
 
     One channel only. Cases of `imagesTs` are "test", with masks where `labelsTs` has them. Every
     case counts as its own patient, since the format knows none. Where `dataset.json` lists its
-    training cases, only those are taken.
+    training cases, only those are taken. A `splits_final.json` beside it holds the folds.
 
     Source: nnU-Net v2, documentation/dataset_format.md.
     """
@@ -45,6 +47,11 @@ class MSD:
     def license(self) -> str:
         """As `dataset.json` has it, in either spelling; empty if it says nothing."""
         return str(self._facts.get("licence") or self._facts.get("license") or "")
+
+    @property
+    def splits_file(self) -> Path:
+        """Where nnU-Net's folds lie, if a user has given any."""
+        return Path(self.root) / splits_file.NAME
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
@@ -95,19 +102,33 @@ class MSD:
         if "dataset" in self._facts:
             return self._described(self._facts["dataset"])
         pairs = self._pairs("imagesTr", "labelsTr")
-        for item in self._facts.get("training", []):
-            if isinstance(item, dict) and item.get("label"):
-                id = self._id(Path(item["image"]).name, image=True)
-                if id in pairs:
-                    pairs[id] = (pairs[id][0], self._at(item["label"]))
+        for id, item in self._listed.items():
+            image, label = pairs.get(id, (None, None))
+            # Lists made for other tools name images without the suffix of the channel.
+            if (path := self._place(item["image"])).is_file():
+                image = path
+            if item.get("label"):
+                label = self._at(item["label"])
+            if image is not None:
+                pairs[id] = (image, label)
         return pairs
 
     def _described(self, listed: Any) -> dict[str, tuple[Path | None, Path | None]]:
         """The cases of nnU-Net's key "dataset": `{case: {"images": [...], "label": ...}}`."""
         pairs: dict[str, tuple[Path | None, Path | None]] = {}
+        if not isinstance(listed, dict) or not listed:
+            raise UserError(f"{self._json}: `dataset` {_DATASET}; got {listed!r:.60}")
         for id, item in listed.items():
             if id in self.ignore:
                 continue
+            if (
+                not isinstance(item, dict)
+                or not isinstance(item.get("images"), list)
+                or not isinstance(item.get("label"), str)
+            ):
+                raise UserError(
+                    f"{self._json}: case {id!r} of `dataset`: it {_DATASET}; got {item!r:.60}"
+                )
             if len(item["images"]) != 1 or "/" in id:
                 raise UserError(
                     f"{self._json}: case {id!r} of `dataset` has {len(item['images'])} images; one "
@@ -122,10 +143,13 @@ class MSD:
         Raises:
             ValueError: If there is no such file.
         """
-        path = Path(self.root) / os.path.expandvars(name)
+        path = self._place(name)
         if not path.is_file():
             raise UserError(f"{self._json}: lists {name}, which is not there; fetch it")
         return path
+
+    def _place(self, name: str) -> Path:
+        return Path(self.root) / os.path.expandvars(name)
 
     def _named_modality(self) -> str:
         """What the channel's name means to nnU-Net: CT, or z-scores of every scan.
@@ -176,12 +200,23 @@ class MSD:
         return str(next(iter(channels.values())))
 
     @functools.cached_property
-    def _listed(self) -> frozenset[str]:
-        items = self._facts.get("training", [])
-        return frozenset(
-            self._id(Path(item["image"] if isinstance(item, dict) else item).name, image=True)
-            for item in items
-        ) - set(self.ignore)
+    def _listed(self) -> dict[str, dict[str, Any]]:
+        """The Decathlon's list "training" by case; nothing where nnU-Net's own list is there."""
+        found: dict[str, dict[str, Any]] = {}
+        for item in () if "dataset" in self._facts else self._facts.get("training", []):
+            item = item if isinstance(item, dict) else {"image": item}
+            if not isinstance(item.get("image"), str):
+                raise UserError(
+                    f"{self._json}: an item of `training` names its image; got {item!r:.60}"
+                )
+            id = self._id(Path(item["image"]).name, image=True)
+            if id in found:
+                raise UserError(
+                    f"{self._json}: `training` lists two images called {id}; cases are called by "
+                    "the names of their files, without folders"
+                )
+            found[id] = item
+        return {id: item for id, item in found.items() if id not in self.ignore}
 
     def _folder(self, name: str) -> Path:
         return Path(self.root) / name
@@ -227,7 +262,7 @@ class MSD:
                 f"{self.root}: {_some(lonely)}; put the missing file there, or name the case in "
                 "`ignore` of config.data"
             )
-        absent = sorted(self._listed - set(train))
+        absent = sorted(set(self._listed) - set(train))
         if absent:
             raise UserError(
                 f"{self._json}: lists {_some(absent)}, not in imagesTr; fetch it, or take it off "

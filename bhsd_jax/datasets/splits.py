@@ -121,25 +121,31 @@ def roles(
     seed: int,
     bleeding: int | None = None,
     nonbleeding: int | None = None,
+    folds: Sequence[tuple[Sequence[str], Sequence[str]]] = (),
 ) -> tuple[Roles, list[str]]:
     """Gives every case its use; says in words what could not be done as asked.
 
     Cases marked "val" are the validation part, and `fold` is then ignored; without any, it is that
-    fold of the labeled training cases (-1: none). `labeled` of the others train; the images of the
-    rest join the unlabeled ones, as do training cases without a mask. Of the cases marked
-    "unlabeled", `bleeding` and `nonbleeding` say how many known as such to take, None all; those
-    of which it is not known are taken only while `bleeding` is None. All draws are nested.
+    fold of the labeled training cases (-1: none). `folds` are a user's own, training and validation
+    cases of each, in place of nnU-Net's five; labeled cases that one does not name are not used.
+    `labeled` of the others train; the images of the rest join the unlabeled ones, as do training
+    cases without a mask. Of the cases marked "unlabeled", `bleeding` and `nonbleeding` say how many
+    known as such to take, None all; those of which it is not known are taken only while `bleeding`
+    is None. All draws are nested.
 
     Raises:
         ValueError: If an id comes twice, a split or the fold is not known, or `labeled` or a count
             cannot be drawn.
     """
-    _check(rows, fold, {"bleeding": bleeding, "nonbleeding": nonbleeding})
+    _check(rows, fold, len(folds) or FOLDS, {"bleeding": bleeding, "nonbleeding": nonbleeding})
     notes: list[str] = []
     patient = {row.id: row.patient for row in rows}
     test = tuple(sorted(row.id for row in rows if row.split == "test"))
     trainable = [row.id for row in rows if row.split == "train" and row.has_label]
-    val = _validation(rows, trainable, fold, patient, notes)
+    if folds and fold >= 0 and not any(row.split == "val" for row in rows):
+        trainable, val = _given(folds[fold], set(trainable), fold, notes)
+    else:
+        val = _validation(rows, trainable, fold, patient, notes)
     held_out = {patient[name] for name in (*val, *test)}
     trainable = _without(held_out, set(trainable) - set(val), patient, "training", notes)
     train = labeled_subset(trainable, labeled, seed)
@@ -152,6 +158,22 @@ def roles(
         notes.append(f"asked for {asked} unlabeled {word} cases, took all {got} there are")
     unlabeled = (set(trainable) - set(train)) | unmasked | taken.ids
     return Roles(train, tuple(sorted(unlabeled)), val, test), notes
+
+
+def _given(
+    parts: tuple[Sequence[str], Sequence[str]], there: set[str], fold: int, notes: list[str]
+) -> tuple[list[str], tuple[str, ...]]:
+    """Trainable cases, and of them those that validate, as a user's fold names them."""
+    train, val = (sorted(there & set(names)) for names in parts)
+    named = {*parts[0], *parts[1]}
+    for cases, what in (
+        (sorted(named - there), "cases it names were not prepared"),
+        (sorted(there - named), "labeled cases it does not name are not used"),
+    ):
+        if cases:
+            more = " ..." if len(cases) > 5 else ""
+            notes.append(f"fold {fold}: {len(cases)} {what}: {', '.join(cases[:5])}{more}")
+    return [*train, *val], tuple(val)
 
 
 def _validation(
@@ -222,13 +244,13 @@ def _distinct(ids: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check(rows: Sequence[Row], fold: int, counts: Mapping[str, int | None]) -> None:
+def _check(rows: Sequence[Row], fold: int, folds: int, counts: Mapping[str, int | None]) -> None:
     _distinct(row.id for row in rows)
     unknown = sorted({row.split for row in rows} - set(_SPLITS))
     if unknown:
         raise UserError(f"roles: split is one of {', '.join(_SPLITS)}; got {', '.join(unknown)}")
-    if fold not in range(-1, FOLDS):
-        raise UserError(f"roles: fold is -1 (none) to {FOLDS - 1}; got {fold}")
+    if fold not in range(-1, folds):
+        raise UserError(f"roles: fold is -1 (none) to {folds - 1}; got {fold}")
     for name, count in counts.items():
         if count is not None and count < 0:
             raise UserError(f"roles: {name} is a count or None; got {count}")

@@ -18,6 +18,7 @@ from bhsd_jax.assemble import data
 from bhsd_jax.ct import scan
 from bhsd_jax.ct.integrity import checkup, facts_file
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, prepare_case
+from bhsd_jax.datasets import splits_file
 from bhsd_jax.defects import Finding, in_line, refused
 from bhsd_jax.nnunet import adoption
 from bhsd_jax.nnunet.dataset_plan import make_plan
@@ -72,6 +73,7 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
         dataset.prepare()
     found = checkup.survey(dataset)
     cases = found.cases
+    folds = splits_file.beside(dataset, cases)
     ledger = workdir / "skipped.csv"
     # Who checks a data set wants its files read, not what was known of them.
     memory = None if settings.verify_only and share.number == 1 else workdir / "looked"
@@ -87,6 +89,7 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
             folder, records = data.shards_folder(config, workdir), workdir / "written"
             size = settings.cases_per_shard
             jobs = shard_jobs.divide(folder, records, cases, facts, plan, size)
+            splits_file.keep(folder, folds)
             skipped |= _write_all(folder, jobs, share, workers, facts)
             _write_ledger(ledger, skipped)
     if skipped:

@@ -183,6 +183,8 @@ def test_a_set_without_defects_says_so():
     assert "lowest intensity, as stored" in page
     assert "gantry tilt" not in page
     assert "In the masks" not in page
+    assert "bleed" not in page, "of MR nobody has said whether it bleeds"
+    assert "known to bleed" in words.page("Set", "ct", totals, CLASSES, [])
     nothing = words.page("Set", "mr", listing.summary([], CLASSES, []), CLASSES, [])
     assert nothing.startswith("Set: 0 scans can be used, 0 are refused")
 

@@ -216,6 +216,40 @@ def test_a_label_without_usable_geometry_only_warns(tmp_path, stored):
     assert "unusable" in warnings[0].text
 
 
+@pytest.mark.parametrize("top", [2, 5, 11, 60])
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int16])
+def test_whole_numbers_behind_a_scale_factor_are_whole_again(tmp_path, stored, top, kind):
+    """As nibabel saves a mask of floating point under a header of integers: 11 / 255 per step."""
+    image = nifti.read(save(tmp_path / "image.nii", stored))
+    truth = (np.arange(60).reshape(3, 4, 5) % (top + 1)).astype(np.float64)
+    made = nib.Nifti1Image(truth, AFFINE)
+    made.header.set_data_dtype(kind)
+    nib.save(made, tmp_path / "mask.nii.gz")
+    back = np.asanyarray(nib.load(tmp_path / "mask.nii.gz").dataobj)
+    label, found = nifti.read_label(tmp_path / "mask.nii.gz", image, num_classes=top + 1)
+    np.testing.assert_array_equal(label.voxels, truth.T)
+    apart = float(np.abs(back - truth).max())
+    assert ([f.kind for f in found] == [Kind.MASK_ROUNDED]) == (apart > 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("voxels", "slope", "value"),
+    [
+        (np.float32(1.02), None, "1.02"),  # nothing was rounded
+        (np.uint8(25), 0.0431, "1.07"),  # further off than half a step, 1 is 23 of them
+        (np.uint8(24), 0.0431, "1.03"),
+        (np.uint8(50), 0.01, "0.5"),
+        (np.uint8(3), 1.5, "4.5"),
+    ],
+)
+def test_values_off_by_more_than_half_a_step_are_refused(tmp_path, stored, voxels, slope, value):
+    image = nifti.read(save(tmp_path / "image.nii", stored))
+    mask = save(tmp_path / "mask.nii", np.full((3, 4, 5), voxels), slope=slope)
+    with pytest.raises(ValueError, match=rf"integers in 0\.\.5; got {value}") as caught:
+        nifti.read_label(mask, image, num_classes=6)
+    assert caught.value.kind is Kind.MASK_VALUES
+
+
 def test_wrong_labels_are_refused_with_their_values(tmp_path, stored):
     image = nifti.read(save(tmp_path / "scan.nii", stored))
     label = np.zeros((3, 4, 5))

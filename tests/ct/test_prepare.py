@@ -124,6 +124,19 @@ def test_skull_stripped_mr_is_normalized_inside_the_brain_and_stays_zero_outside
     assert made.image.min() == pytest.approx(expected, rel=1e-5), "the hole is no background"
 
 
+def test_a_mask_of_mr_does_not_say_that_the_scan_bleeds(tmp_path, mr):
+    voxels = nifti.read(mr.image).voxels
+    label = np.zeros(voxels.shape, np.uint8)
+    label[5:7, 5:9, 5:8] = 1
+    case = store(tmp_path, voxels, label, matrix=affine((1.0, 1.2, 1.0)))
+    facts = prepare.fingerprint_case(case, num_classes=3, modality="mr", crop_hu=None)
+    made = prepare.prepare_case(case, a_plan("mr", (1.0, 1.2, 1.0)))
+    assert facts.bleeding is made.bleeding is None
+    known = dataclasses.replace(case, bleeding=True)
+    facts = prepare.fingerprint_case(known, num_classes=3, modality="mr", crop_hu=None)
+    assert facts.bleeding is True, "unless the data set says so"
+
+
 def test_a_masked_scan_of_zeros_does_not_divide_by_zero(tmp_path):
     empty = store(tmp_path, np.zeros((8, 8, 8), np.float32), matrix=affine((1.0, 1.0, 1.0)))
     plan = dataclasses.replace(a_plan("mr", (1.0, 1.0, 1.0)), use_mask_for_norm=True)

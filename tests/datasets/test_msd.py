@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from bhsd_jax.datasets import splits_file
 from bhsd_jax.datasets.msd import MSD
 
 V1 = {
@@ -146,6 +147,50 @@ def test_cases_that_nnunets_list_leaves_out_are_left_out(nnunet, touch, monkeypa
     assert [case.id for case in MSD(nnunet, ignore=("a_0001",)).cases()] == ["b_2"]
 
 
+def test_images_lie_where_the_list_says(decathlon, touch, tmp_path, monkeypatch):
+    """In another folder, at an absolute path, behind a variable; or as ever, by their names."""
+    monkeypatch.setenv("SCANS", str(tmp_path / "scans"))
+    for place in ("other/h_2.nii.gz", "scans/h_10.nii.gz", "far/h_3.nii.gz", "far/m_3.nii.gz"):
+        touch(tmp_path / place)
+    far = tmp_path / "far"
+    listed = [
+        {"image": "./other/h_2.nii.gz", "label": "./labelsTr/h_2.nii.gz"},
+        {"image": "$SCANS/h_10.nii.gz"},
+        {"image": str(far / "h_3.nii.gz"), "label": str(far / "m_3.nii.gz")},
+    ]
+    describe(decathlon, V1 | {"training": listed})
+    found = {c.id: (c.image, c.label) for c in MSD(decathlon).cases() if c.split == "train"}
+    labels = decathlon / "labelsTr"
+    assert found == {
+        "h_2": (decathlon / "other" / "h_2.nii.gz", labels / "h_2.nii.gz"),
+        "h_10": (tmp_path / "scans" / "h_10.nii.gz", labels / "h_10.nii.gz"),
+        "h_3": (far / "h_3.nii.gz", far / "m_3.nii.gz"),
+    }
+    describe(decathlon, V1 | {"training": [*listed, {"image": "./imagesTr/h_2.nii.gz"}]})
+    with pytest.raises(ValueError, match="lists two images called h_2"):
+        list(MSD(decathlon).cases())
+
+
+def test_nnunets_list_stands_above_the_decathlons(nnunet, touch):
+    far = nnunet / "far" / "x.nii.gz"
+    touch(far)
+    described = {"b_2": {"images": [str(far)], "label": "labelsTr/b_2.nii.gz"}}
+    listed = [{"image": "./imagesTr/a_0001.nii.gz", "label": "./labelsTr/a_0001.nii.gz"}]
+    describe(nnunet, V2 | {"training": listed})
+    assert [(c.id, c.image.name) for c in MSD(nnunet).cases()] == [("a_0001", "a_0001_0000.nii.gz")]
+    describe(nnunet, V2 | {"training": listed, "dataset": described})
+    assert [(c.id, c.image) for c in MSD(nnunet).cases()] == [("b_2", far)]
+
+
+@pytest.mark.parametrize(
+    "entry", [[], {"b_2": []}, {"b_2": {"images": "b_2.nii.gz", "label": "x"}}, {"b_2": {}}]
+)
+def test_a_list_of_another_shape_is_refused_by_name(nnunet, entry):
+    describe(nnunet, V2 | {"dataset": entry})
+    with pytest.raises(ValueError, match=r"dataset\.json: .*`dataset`"):
+        list(MSD(nnunet).cases())
+
+
 @pytest.mark.parametrize(("folder", "lack"), [("imagesTr", "mask"), ("labelsTr", "image")])
 def test_a_file_without_partner_is_an_error_unless_ignored(decathlon, touch, folder, lack):
     touch(decathlon / folder / "h_118.nii.gz")
@@ -201,3 +246,58 @@ def test_one_id_in_training_and_test_is_refused(decathlon, touch):
     touch(decathlon / "imagesTs" / "h_2.nii.gz")
     with pytest.raises(ValueError, match="h_2 in imagesTr and imagesTs"):
         list(MSD(decathlon).cases())
+
+
+def folds(root, content):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (root / "splits_final.json").write_text(text)
+    data = MSD(root)
+    return splits_file.beside(data, list(data.cases()))
+
+
+def test_folds_beside_the_data_set_are_the_users(nnunet, tmp_path):
+    data = MSD(nnunet)
+    assert splits_file.beside(data, list(data.cases())) == ()
+    given = [
+        {"train": ["b_2"], "val": ["a_0001"]},
+        {"train": ["a_0001", "b_2"], "val": []},
+        {"train": ["a_0001"], "val": ["b_2"]},
+    ]
+    found = folds(nnunet, given)
+    assert found == (
+        (("b_2",), ("a_0001",)),
+        (("a_0001", "b_2"), ()),
+        (("a_0001",), ("b_2",)),
+    )
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    splits_file.keep(shards, found)
+    assert splits_file.load(shards / splits_file.NAME) == found
+    splits_file.keep(shards, ())
+    assert splits_file.load(shards / splits_file.NAME) == ()
+    ignoring = MSD(nnunet, ignore=("a_0001",))
+    assert splits_file.beside(ignoring, list(ignoring.cases()))[0] == (("b_2",), ())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"train": ["b_2", "c_9"], "val": ["a_0001"]}], "fold 0 names c_9, no training case"),
+        ([{"train": ["b_2"], "val": []}, {"train": ["b_2"], "val": ["d"]}], "fold 1 names d, no"),
+        ([{"train": ["b_2"], "val": ["b_2"]}], "fold 0: names b_2 twice"),
+        ([{"train": [], "val": ["b_2"]}], "fold 0: 'train' is empty"),
+        ([{"train": ["b_2"]}], "fold 0: expected a list with one"),
+        ([{"train": "b_2", "val": []}], "fold 0: 'train' is a list of case names"),
+        ([], "expected a list with one"),
+        ({"train": ["b_2"], "val": ["a_0001"]}, "expected a list with one"),
+        ("[", "is no JSON"),
+    ],
+)
+def test_folds_that_cannot_be_are_refused(nnunet, content, message):
+    with pytest.raises(ValueError, match=rf"splits_final\.json: .*{message}"):
+        folds(nnunet, content)
+
+
+def test_a_test_image_is_no_case_of_a_fold(decathlon):
+    with pytest.raises(ValueError, match="fold 0 names h_7, no training case"):
+        folds(decathlon, [{"train": ["h_2"], "val": ["h_7"]}])

@@ -208,6 +208,14 @@ def test_plain_folders_pair_by_name(tmp_path, touch):
     merged = Folder(tmp_path, labels=("background", "in", "out", "in"), split="test")
     assert merged.classes == ("background", "in", "out")
     assert [c.label for c in merged.cases()][1].values == (0, 1, 2, 1)
+    for own in ("in,out", "background,in,out", "('in', 'out')", ("in", "out"), ["in", "out"]):
+        named = Folder(tmp_path, classes=own)
+        assert named.classes == ("background", "in", "out")
+        assert [c.label for c in named.cases()][1] == tmp_path / "masks/b.nii.gz"
+    for odd in ("in,", "in,background", ","):
+        with pytest.raises(ValueError, match="label map: want the background"):
+            Folder(tmp_path, classes=odd)
+    assert Folder(tmp_path).classes == HEMORRHAGE
     touch(tmp_path / "masks" / "d.nii.gz")
     with pytest.raises(ValueError, match="no image for d"):
         list(Folder(tmp_path).cases())

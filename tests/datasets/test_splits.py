@@ -119,6 +119,36 @@ def test_fold_minus_one_trains_on_everything():
     assert found.val == ()
 
 
+THREE = (
+    (("t00", "t01", "t03"), ("t02",)),
+    (("t02", "t03"), ("t00", "t01")),
+    (("t00",), ()),
+)
+
+
+def test_the_folds_of_a_user_are_taken_and_counted():
+    rows = [*train_rows(5), Row("x", "px", "test"), Row("u", "pu", "unlabeled", False)]
+    found, notes = splits.roles(rows, fold=0, labeled=None, seed=0, folds=THREE)
+    assert (found.train, found.val, found.test) == (("t00", "t01", "t03"), ("t02",), ("x",))
+    assert found.unlabeled == ("u",), "t04 is in no part, so its image is not used either"
+    assert notes == ["fold 0: 1 labeled cases it does not name are not used: t04"]
+    found, _ = splits.roles(rows, fold=1, labeled=1, seed=0, folds=THREE)
+    assert found.val == ("t00", "t01")
+    assert len(found.train) == 1
+    assert {*found.train, *found.unlabeled} == {"t02", "t03", "u"}
+    assert splits.roles(rows, fold=2, labeled=None, seed=0, folds=THREE)[0].val == ()
+    assert len(splits.roles(rows, fold=-1, labeled=None, seed=0, folds=THREE)[0].train) == 5
+    with pytest.raises(ValueError, match=r"fold is -1 \(none\) to 2; got 3"):
+        splits.roles(rows, fold=3, labeled=None, seed=0, folds=THREE)
+    more = THREE * 3
+    assert splits.roles(rows, fold=7, labeled=None, seed=0, folds=more)[0].val == ("t00", "t01")
+
+
+def test_a_case_of_a_fold_that_was_not_prepared_is_said():
+    _, notes = splits.roles(train_rows(2), fold=0, labeled=None, seed=0, folds=THREE)
+    assert notes == ["fold 0: 2 cases it names were not prepared: t02, t03"]
+
+
 def test_a_marked_validation_part_wins_over_the_fold():
     rows = [*train_rows(8), Row("v1", "pv1", "val"), Row("v0", "pv0", "val", False)]
     found, notes = splits.roles(rows, fold=2, labeled=None, seed=0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bhsd_jax.assemble import setup
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
 from bhsd_jax.ct.integrity import facts_file
@@ -18,6 +19,7 @@ from bhsd_jax.datasets.msd import MSD
 from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.platform import faults
 from bhsd_jax.platform.errors import UserError
+from bhsd_jax.settings import Settings
 from bhsd_jax.shards import jobs as shard_jobs
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import preprocess
@@ -74,6 +76,30 @@ def flags(config, workdir):
             for name in ("cases_per_shard", "processes", "shard_index", "num_shards")
         ),
     ]
+
+
+def test_the_folds_of_a_user_go_with_the_shards(data, tmp_path):
+    config, run = configure(data), tmp_path / "run"
+    names = [f"h_{index}" for index in range(CASES - 2)]
+    given = [{"train": names[k + 1 :], "val": names[k : k + 1]} for k in range(6)]
+    (data / "splits_final.json").write_text(json.dumps(given))
+    preprocess.run(config, run)
+    config.split.fold = 5
+    roles, notes = setup.roles(Settings.of(config), run)
+    assert (roles.train, roles.val, roles.test) == (("h_6",), ("h_5",), ("h_7", "h_8"))
+    assert notes == [
+        "fold 5: 5 labeled cases it does not name are not used: h_0, h_1, h_2, h_3, h_4"
+    ]
+    config.split.fold = 6
+    with pytest.raises(ValueError, match=r"fold is -1 .* to 5; got 6"):
+        setup.roles(Settings.of(config), run)
+    (data / "splits_final.json").write_text(json.dumps([{"train": ["h_99"], "val": []}]))
+    with pytest.raises(ValueError, match="fold 0 names h_99"):
+        preprocess.run(config, run)
+    (data / "splits_final.json").unlink()
+    preprocess.run(config, run)
+    config.split.fold = 4
+    assert len(setup.roles(Settings.of(config), run)[0].train) == 6, "nnU-Net's five again"
 
 
 def contents(workdir):

@@ -27,12 +27,12 @@ def page(
     title = f"{name}: {totals['cases']} scans can be used, {totals['skipped']} are refused"
     blocks = [[title, "=" * len(title)]]
     if totals["cases"]:
-        blocks += [_scans(totals), _bleeds(totals, classes), _measures(totals, modality)]
+        blocks += [_scans(totals, modality), _bleeds(totals, classes), _measures(totals, modality)]
     blocks += [_defects(defects)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def _scans(totals: Mapping[str, Any]) -> list[str]:
+def _scans(totals: Mapping[str, Any], modality: str) -> list[str]:
     splits = totals["splits"]
     rows = [["Scans", *splits, "all"]]
     for key, words in (
@@ -43,6 +43,8 @@ def _scans(totals: Mapping[str, Any]) -> list[str]:
         ("nonbleeding", "known not to bleed"),
     ):
         counts = [split[key] for split in splits.values()]
+        if modality == "mr" and "bleed" in words and not any(counts):
+            continue  # nobody has asked whether they bleed
         together = "" if key == "patients" else sum(counts)  # a patient may be in two
         rows.append([words, *counts, together])
     return _table(rows)
