@@ -103,6 +103,7 @@ class Series:
     uneven: str = "refuse"  # slices at uneven steps; or "resample"
     unshear: bool = False  # undo the gantry's tilt for the network
     findings: tuple[Finding, ...] = ()  # what had to be said when it was found
+    part: int = 0  # which of the volumes in the files, where they hold several (enhanced CT)
     settings: str = "config.data"  # where `uneven` and `unshear` are set, for messages
 
 

@@ -98,7 +98,8 @@ def digest(place: Image | Label) -> bytes:
     if isinstance(place, Path):
         return file_digest(place)
     if isinstance(place, Series):
-        total = hashlib.sha256(f"{place.uneven} {place.unshear}".encode())
+        which = f" {place.part}" if place.part else ""
+        total = hashlib.sha256(f"{place.uneven} {place.unshear}{which}".encode())
     else:
         total = hashlib.sha256(f"{place.combine} {place.values}".encode())
     for part in sorted(file_digest(path) for path in place.files):

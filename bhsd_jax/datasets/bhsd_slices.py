@@ -10,7 +10,7 @@ import numpy as np
 from bhsd_jax.ct import geometry, nifti
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom import slice_file
-from bhsd_jax.ct.dicom.series import Group
+from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.datasets import rsna
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.platform import tables

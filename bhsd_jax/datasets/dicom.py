@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bhsd_jax.ct.dicom import series as dicom_series
-from bhsd_jax.ct.dicom.series import Group
+from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case, Survey

@@ -142,7 +142,9 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
         files = {n: f for n, f in nifti_files(path).items() if not slice_file.is_dicom(f)}
         series = _series(path, files, settings.dicom)
     elif path.is_file() and slice_file.is_dicom(path):
-        raise UserError(f"{path}: one DICOM file is one slice; name the folder of the series")
+        raise UserError(
+            f"{path}: one DICOM file is one slice or one part; name the folder of the series"
+        )
     elif path.is_file():
         files = {path.name.removesuffix(".gz").removesuffix(".nii"): path}
     else:

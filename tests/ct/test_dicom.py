@@ -358,7 +358,7 @@ def test_messages_name_no_patient_and_no_path(tmp_path):
     paths[1].write_bytes(paths[1].read_bytes()[:-10])
     series = series_of(folder)
     paths[2].unlink()
-    said = [repr(series), str(series), repr(slice_file.header(paths[0]))]
+    said = [repr(series), str(series), repr(slice_file.headers(paths[0]))]
     for uneven in ("refuse", "resample"):
         with pytest.raises(ValueError, match="case: ") as caught:
             scan.read(Series(series.files, "case", uneven))

@@ -14,7 +14,7 @@ from pydicom.uid import (
 
 from bhsd_jax.ct import scan
 from bhsd_jax.ct.dicom import series as dicom_series
-from bhsd_jax.ct.dicom.series import Group
+from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.datasets.dicom import DICOM
 from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.volume import Series

@@ -6,7 +6,8 @@ from typing import Any
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _CAPTURE = f"{_STORAGE}7"  # and its multi-frame relatives
-_MULTI_FRAME = (f"{_STORAGE}2.1", f"{_STORAGE}2.2")  # enhanced CT, and CT converted to it
+PLAIN_CT = f"{_STORAGE}2"
+ENHANCED_CT = (f"{_STORAGE}2.1", f"{_STORAGE}2.2")  # the latter: converted from plain CT
 _DIRECTORY = "1.2.840.10008.1.3.10"  # what a DICOMDIR is, whatever the file is called
 # Words of ImageType, in which underscores and spaces part words: REF_SURVIEW, SCREEN SAVE.
 _LOCALIZERS = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM", "SCANO", "SCANOSCOPE"}
@@ -83,7 +84,7 @@ def _by_class(data: Any) -> Flaw | None:
         return Flaw.CAPTURE
     if int(data.get("Rows") or 0) < 1 or int(data.get("Columns") or 0) < 1:
         return Flaw.EMPTY
-    if int(data.get("NumberOfFrames") or 1) > 1 or sop_class in _MULTI_FRAME:
+    if int(data.get("NumberOfFrames") or 1) > 1 or sop_class in ENHANCED_CT:
         return Flaw.MULTI_FRAME
     return Flaw.COLOR if int(data.get("SamplesPerPixel") or 1) != 1 else None
 

@@ -1,17 +1,17 @@
 """DICOM folders to series, and series to volumes."""
 
-import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from bhsd_jax.ct import hu
-from bhsd_jax.ct.dicom import slice_file
+from bhsd_jax.ct.dicom import grouping, slice_file
 from bhsd_jax.ct.dicom import stack as dicom_stack
+from bhsd_jax.ct.dicom.grouping import Group, Left
 from bhsd_jax.ct.dicom.image_kind import Flaw
 from bhsd_jax.ct.dicom.slice_file import Plane, Slice
 from bhsd_jax.ct.dicom.stack import Stack
@@ -19,8 +19,6 @@ from bhsd_jax.defects import Finding, Kind, Refusal, kind_of, said_of
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Series, Volume
 
-_SAME_COSINE = 1e-3
-_SAME_SPACING = 5e-3  # of each other: rounding, or a reconstruction slice by slice
 _LEFT_OUT = {
     Flaw.MODALITY: Kind.LEFT_OUT_MODALITY,
     Flaw.LOCALIZER: Kind.LEFT_OUT_LOCALIZER,
@@ -37,31 +35,6 @@ _LEFT_OUT = {
     Flaw.MAP: Kind.LEFT_OUT_MAP,
     Flaw.PLACE: Kind.LEFT_OUT_PLACE,
 }
-
-
-@dataclass(frozen=True)
-class Group:
-    """Slices of one series that share orientation, matrix and pixel size; not yet ordered."""
-
-    slices: tuple[Slice, ...]  # by file name
-    findings: tuple[Finding, ...]  # what was left out of the study
-
-    @property
-    def folder(self) -> Path:
-        """The deepest folder that holds all its files."""
-        return Path(os.path.commonpath([item.file.parent for item in self.slices]))
-
-    @property
-    def first(self) -> Slice:
-        """Any of them, for what all share: patient, study, series."""
-        return self.slices[0]
-
-    def as_series(
-        self, name: str, *, uneven: str, unshear: bool, settings: str = "config.data"
-    ) -> Series:
-        """What a case holds of it; `settings` is where `uneven` and `unshear` were set."""
-        files = tuple(item.file for item in self.slices)
-        return Series(files, name, uneven, unshear, self.findings, settings)
 
 
 @dataclass(frozen=True)
@@ -88,21 +61,15 @@ def survey(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) ->
         ValueError: If there are DICOM images, but all of them are left out; says why.
     """
     slices = []
-    left = Counter[tuple[str, Flaw]]()
+    left = Left()
     for path in _files(root):
         if not wanted(path):
             continue
         try:
-            slices.append(slice_file.header(path))
+            slices += slice_file.headers(path)
         except UserError:
             left[str(path.parent), Flaw.HEADER] += 1
-    groups = []
-    for group in _grouped(slices):
-        flaw = group[0].flaw or _flaw_together(group)
-        if flaw in (None, Flaw.MULTI_FRAME):  # the latter is refused when it is read
-            groups += map(_with_remarks, _passes(group))
-        elif flaw is not Flaw.DIRECTORY:
-            left[_study(group[0]), flaw] += len(group)
+    groups = grouping.split(sorted(slices, key=lambda item: item.file), left)
     if left and not groups:
         raise UserError(f"{root}: no CT volume in its DICOM files; {_told(left)}")
     groups.sort(key=lambda group: group.first.file)
@@ -117,9 +84,9 @@ def read(series: Series) -> tuple[Volume, list[Finding]]:
             affine holds the slices. Files are called by their place in the order of their names.
     """
     stack = arrange(series)
-    planes = [_plane(item, series) for item in stack.slices]
+    planes = _planes(stack.slices, series)
     if any(plane.unwrapped for plane in planes) and not _air_at_edges(planes):
-        planes = [_plane(item, series, unwrap=False) for item in stack.slices]
+        planes = _planes(stack.slices, series, unwrap=False)
     kind = np.result_type(*(plane.voxels.dtype for plane in planes))
     if (stack.source % 1).any():
         kind = np.dtype(np.float32)
@@ -144,14 +111,23 @@ def arrange(series: Series) -> Stack:
 
 
 def order(headers: Sequence[Slice | None], series: Series) -> Stack:
-    """As `arrange`, from headers in the order of the files' names; None where one is damaged."""
-    slices, damaged = [], []
-    for place, item in enumerate(headers, start=1):
+    """As `arrange`, from headers in the order of the files' names; None where one is damaged.
+
+    Of files with several volumes (phases, say, or stacks) the series says which it is.
+    """
+    slices, damaged, place, last = [], [], 0, None
+    for item in headers:
+        place += item is None or item.file != last  # frames of one file share its place
+        last = item and item.file
         if item is None or not item.whole:
             damaged.append(place)
         else:
-            _require_slice(item, place, series)
             slices.append(item)
+    damaged = sorted(set(damaged))
+    slices = _part(slices, series)
+    _require_parts(slices, series)
+    for item in slices:
+        _require_slice(item, series)
     found = ()
     if damaged:
         text = (
@@ -178,21 +154,44 @@ def _headers(series: Series) -> list[Slice | None]:
     found: list[Slice | None] = []
     for path in sorted(series.files):
         try:
-            found.append(slice_file.header(path))
+            found += slice_file.headers(path)
         except (UserError, OSError):
             found.append(None)
     return found
 
 
-def _require_slice(item: Slice, place: int, series: Series) -> None:
+def _part(slices: Sequence[Slice], series: Series) -> list[Slice]:
+    """Of the slices in the series' files those that are its volume."""
+    if all(item.frame is None for item in slices):
+        return list(slices)
+    groups = grouping.split(slices, Left())
+    return list(groups[series.part].slices if series.part < len(groups) else slices)
+
+
+def _require_parts(slices: Sequence[Slice], series: Series) -> None:
+    """Whether an image that was cut into several files is there from its first to its last."""
+    for container in sorted({item.container for item in slices if item.part != (0, 0)}):
+        parts = {item.part for item in slices if item.container == container}
+        numbers = {number for number, _ in parts}
+        total = max(max(total for _, total in parts), max(numbers))
+        if lost := sorted(set(range(1, total + 1)) - numbers):
+            raise Refusal(
+                Kind.MISSING,
+                f"{series.name}: a concatenation, an image in several files, lacks "
+                f"{', '.join(f'part {number}' for number in lost)} of {total}; fetch what is "
+                "missing",
+            )
+
+
+def _require_slice(item: Slice, series: Series) -> None:
     if item.flaw is Flaw.MULTI_FRAME:
         raise Refusal(
             Kind.MULTI_FRAME,
-            f"{series.name}: {item.flaw}: enhanced CT is not read; convert the "
-            "series to NIfTI with dcm2niix",
+            f"{series.name}: {item.flaw}, but no enhanced CT that says where its frames lie; "
+            "convert the series to NIfTI with dcm2niix",
         )
     if item.flaw:
-        raise Refusal(Kind.NO_SLICE, f"{_called(place, series)} is {item.flaw}")
+        raise Refusal(Kind.NO_SLICE, f"{_called(item, series)} is {item.flaw}")
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -204,74 +203,7 @@ def _files(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def _grouped(slices: Sequence[Slice]) -> list[list[Slice]]:
-    """Slices that may be one volume: a series, split where matrix, pixels or orientation differ."""
-    groups: dict[tuple, list[list[Slice]]] = {}
-    for item in slices:
-        alone = item.file if item.flaw is Flaw.MULTI_FRAME else None
-        # Files that name no series are of one only if they lie in one folder.
-        series = item.series or str(item.file.parent)
-        key = (_study(item), series, item.flaw, item.shape, alone)
-        for group in groups.setdefault(key, []):
-            if item.flaw or _alike(item, group[0]):
-                group.append(item)
-                break
-        else:
-            groups[key].append([item])
-    return [group for some in groups.values() for group in some]
-
-
-def _study(item: Slice) -> str:
-    """What tells studies apart: the UID, or the folder where that is missing."""
-    return item.study or str(item.file.parent)
-
-
-def _flaw_together(group: Sequence[Slice]) -> Flaw | None:
-    """Why slices, each of them good, are no volume."""
-    if len(group) < 2:
-        return Flaw.ALONE
-    places = [dicom_stack.along_normal(item) for item in group]
-    # A timing bolus, for one, or the same localizer with several lines drawn into it.
-    return Flaw.PLACE if max(places) - min(places) < dicom_stack.SAME_MM else None
-
-
-def _passes(slices: Sequence[Slice]) -> list[Group]:
-    """One group; or one per acquisition, where several went over the same stretch.
-
-    A second pass, after contrast or because the patient moved, may lie half a step off and would
-    be stacked in between. Acquisitions one after another, as in step and shoot, stay together.
-    """
-    passes: dict[str, list[Slice]] = {}
-    for item in slices:
-        passes.setdefault(item.acquisition, []).append(item)
-    if "" in passes or min(map(len, passes.values())) < 2 or not _overlap(passes.values()):
-        return [Group(tuple(slices), ())]
-    text = f"{len(passes)} acquisitions of one series over the same stretch: a volume each"
-    found = (Finding(Kind.ACQUISITIONS, "kept", text),)
-    return [Group(tuple(part), found) for part in passes.values()]
-
-
-def _with_remarks(group: Group) -> Group:
-    if not all(item.derived for item in group.slices):
-        return group
-    text = "images derived from others: a reformat, perhaps, whose original lies beside it"
-    return replace(group, findings=(*group.findings, Finding(Kind.DERIVED, "kept", text)))
-
-
-def _overlap(passes: Iterable[Sequence[Slice]]) -> bool:
-    """Whether one begins before another ends."""
-    along = [[dicom_stack.along_normal(item) for item in part] for part in passes]
-    ranges = sorted((min(places), max(places)) for places in along)
-    return any(after[0] < before[1] for before, after in itertools.pairwise(ranges))
-
-
-def _alike(one: Slice, other: Slice) -> bool:
-    turned = np.subtract(one.along_row + one.along_column, other.along_row + other.along_column)
-    wider = np.divide(one.spacing_mm, other.spacing_mm) - 1
-    return bool(np.abs(turned).max() < _SAME_COSINE and np.abs(wider).max() < _SAME_SPACING)
-
-
-def _told(left: Counter[tuple[str, Flaw]]) -> str:
+def _told(left: Left) -> str:
     """How many images were left out, by reason."""
     total = Counter[Flaw]()
     for (_, flaw), count in left.items():
@@ -283,12 +215,14 @@ def _images(count: int, flaw: Flaw) -> str:
     return f"{count} image{'s' if count > 1 else ''} {flaw}"
 
 
-def _with_findings(groups: Sequence[Group], left: Counter[tuple[str, Flaw]]) -> Found:
+def _with_findings(groups: Sequence[Group], left: Left) -> Found:
     """Findings go to the first group of their study; those of a study without one stay apart."""
     out = list(groups)
     apart = Counter[Flaw]()
     for (study, flaw), count in sorted(left.items()):
-        place = next((i for i, group in enumerate(out) if _study(group.first) == study), None)
+        place = next(
+            (i for i, group in enumerate(out) if grouping.study(group.first) == study), None
+        )
         if place is None:
             apart[flaw] += count
         else:
@@ -302,7 +236,8 @@ def _left_out(flaw: Flaw, count: int) -> Finding:
 
 
 def _same(one: Slice, other: Slice) -> bool:
-    return np.array_equal(slice_file.pixels(one.file).voxels, slice_file.pixels(other.file).voxels)
+    first, second = (slice_file.planes(item.file, (item.frame,))[0] for item in (one, other))
+    return np.array_equal(first.voxels, second.voxels)
 
 
 def _air_at_edges(planes: Sequence[Plane]) -> bool:
@@ -317,17 +252,25 @@ def _air_at_edges(planes: Sequence[Plane]) -> bool:
     return float(np.mean(found)) >= hu.LEAST_AIR
 
 
-def _plane(item: Slice, series: Series, *, unwrap: bool = True) -> Plane:
-    try:
-        return slice_file.pixels(item.file, unwrap=unwrap)
-    except (UserError, OSError) as error:
-        place = sorted(series.files).index(item.file) + 1
-        said = str(error) if isinstance(error, UserError) else type(error).__name__
-        # Not chained: the original may quote the path.
-        raise Refusal(kind_of(error), f"{_called(place, series)}: {said}") from None
+def _planes(slices: Sequence[Slice], series: Series, *, unwrap: bool = True) -> list[Plane]:
+    """In the order of the slices; each file is opened once."""
+    wanted: dict[Path, list[Slice]] = {}
+    for item in slices:
+        wanted.setdefault(item.file, []).append(item)
+    found = {}
+    for file, items in wanted.items():
+        try:
+            planes = slice_file.planes(file, [item.frame for item in items], unwrap=unwrap)
+        except (UserError, OSError) as error:
+            said = str(error) if isinstance(error, UserError) else type(error).__name__
+            # Not chained: the original may quote the path.
+            raise Refusal(kind_of(error), f"{_called(items[0], series)}: {said}") from None
+        found |= {(file, item.frame): plane for item, plane in zip(items, planes, strict=True)}
+    return [found[item.file, item.frame] for item in slices]
 
 
-def _called(place: int, series: Series) -> str:
+def _called(item: Slice, series: Series) -> str:
+    place = sorted(series.files).index(item.file) + 1
     return f"{series.name}: file {place} of {len(series.files)} in the order of their names"
 
 

@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Num
 
 from bhsd_jax.ct import hu
-from bhsd_jax.ct.dicom import image_kind
+from bhsd_jax.ct.dicom import frames, image_kind
 from bhsd_jax.ct.dicom.image_kind import Flaw
 from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.platform.errors import UserError
@@ -27,6 +27,7 @@ _TAGS = (
     *("Modality", "ImageType", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
     *("AcquisitionNumber", "SliceThickness"),
+    *frames.TAGS,
 )
 _UNIT = 1e-3  # how far direction cosines may be from unit length and perpendicular
 _TISSUE_HU = (-200.0, 200.0)
@@ -35,7 +36,10 @@ _BROKEN = (Exception,)  # pydicom throws what the file makes it throw: KeyError,
 
 @dataclass(frozen=True, slots=True)  # there can be a million of them
 class Slice:
-    """What the header of one file says; world coordinates as in DICOM: x left, y posterior."""
+    """What the header of one file, or of one frame in it, says.
+
+    World coordinates are DICOM's: x runs to the left, y to the back.
+    """
 
     file: Path = field(repr=False)
     patient: str = field(repr=False)
@@ -51,12 +55,16 @@ class Slice:
     acquisition: str = ""  # number of the pass; "" if the file does not say
     thickness_mm: float = 0.0  # of the slice; 0 if the file does not say
     derived: bool = False  # computed from other images, as a reformat is
+    frame: int | None = None  # which of the file's, from 0; None: the file is one image
+    phase: str = ""  # its place in time, where slices were taken several times; "" if not said
+    container: str = ""  # what frames of one image share: its file, or UID if it has several
+    part: tuple[int, int] = (0, 0)  # of an image in several files: which, and of how many
     whole: bool = True  # the file is long enough for its voxels; not known of compressed ones
 
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """Voxels of one file and what was done to them."""
+    """Voxels of one image and what was done to them."""
 
     voxels: np.ndarray  # [H W] int16 if that is exact, else float32; HU
     padding: int  # voxels set to air because the file calls them padding
@@ -88,8 +96,8 @@ def _is_bare(start: bytes) -> bool:
     return explicit or int.from_bytes(start[4:8], "little") <= 64  # UIDs, dates and times are short
 
 
-def header(path: Path) -> Slice:
-    """Reads a header without the voxels.
+def headers(path: Path) -> list[Slice]:
+    """Reads a header without the voxels; of enhanced CT, one for each frame.
 
     Raises:
         ValueError: If it cannot be read.
@@ -99,14 +107,21 @@ def header(path: Path) -> Slice:
         with _quiet(), path.open("rb") as file:
             data = _read(file, stop_before_pixels=True, specific_tags=list(_TAGS))
             left = path.stat().st_size - file.tell()
-            return replace(_slice(path, data), whole=_is_whole(data, left))
+            whole = _is_whole(data, left)
+            return [replace(item, whole=whole) for item in _slices(path, data)]
     except _BROKEN as error:
         # Not chained: pydicom's messages quote the header.
         raise UserError(f"its DICOM header cannot be read ({type(error).__name__})") from None
 
 
-def pixels(path: Path, *, unwrap: bool = True) -> Plane:
-    """Reads the voxels in HU.
+def pixels(path: Path) -> Plane:
+    """Reads the voxels of a file that is one image, as `planes` does."""
+    (plane,) = planes(path, (None,))
+    return plane
+
+
+def planes(path: Path, wanted: Sequence[int | None], *, unwrap: bool = True) -> list[Plane]:
+    """Reads the voxels of frames in HU; None stands for the one image of a file without frames.
 
     What the file calls padding becomes air, unless that value is tissue, which real voxels have
     too. A slice stored in unsigned 12 bits without an offset has everything below 0 HU wrapped
@@ -121,10 +136,12 @@ def pixels(path: Path, *, unwrap: bool = True) -> Plane:
         with _quiet(), path.open("rb") as file:
             data = _read(file)
             _require_decoder(data.file_meta.TransferSyntaxUID)
-            stored = np.asarray(data.pixel_array)
-            if stored.ndim != 2:
-                raise Refusal(Kind.MULTI_FRAME, f"{Flaw.MULTI_FRAME}, not a slice")
-            return _plane(data, stored.astype(np.int32), unwrap)
+            if None in wanted:
+                stored = np.asarray(data.pixel_array)
+                if stored.ndim != 2:
+                    raise Refusal(Kind.MULTI_FRAME, f"{Flaw.MULTI_FRAME}, not a slice")
+                return [_plane(data, stored.astype(np.int32), unwrap)]
+            return _planes(data, [index for index in wanted if index is not None], unwrap)
     except Refusal:  # the message is ours, and safe to show
         raise
     except _BROKEN as error:
@@ -171,6 +188,43 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
+def _slices(path: Path, data: Any) -> list[Slice]:
+    uid, part = frames.concatenation(data)
+    found = frames.of(data)
+    if not found:
+        return [_slice(path, data)]
+    container = uid or (str(path) if len(found) > 1 else "")
+    return [
+        replace(
+            _slice(path, frame),
+            frame=index,
+            acquisition=sys.intern(_acquisition(frame)),
+            phase=frame.phase,
+            container=container,
+            part=part,
+        )
+        for index, frame in enumerate(found)
+    ]
+
+
+def _acquisition(frame: frames.Frame) -> str:
+    """Of a frame: the number of the pass, and its stack."""
+    number = str(frame.get("AcquisitionNumber") or "")
+    return f"{number}/{frame.stack}" if number or frame.stack else ""
+
+
+def _planes(data: Any, wanted: Sequence[int], unwrap: bool) -> list[Plane]:
+    """Of frames; one at a time, for a volume of them in 32 bits is large."""
+    from pydicom.pixels.utils import iter_pixels
+
+    found = frames.of(data)
+    stored = iter_pixels(data, indices=list(wanted))
+    return [
+        _plane(found[index], np.asarray(one).astype(np.int32), unwrap)
+        for index, one in zip(wanted, stored, strict=True)
+    ]
+
+
 def _slice(path: Path, data: Any) -> Slice:
     known = Slice(
         path,
@@ -184,9 +238,9 @@ def _slice(path: Path, data: Any) -> Slice:
     )
     if known.flaw:
         return known
-    orientation = [float(value) for value in data.ImageOrientationPatient]
-    rows, columns = (float(value) for value in data.PixelSpacing)
-    position = tuple(float(value) for value in data.ImagePositionPatient)
+    orientation = [float(value) for value in data.get("ImageOrientationPatient")]
+    rows, columns = (float(value) for value in data.get("PixelSpacing"))
+    position = tuple(float(value) for value in data.get("ImagePositionPatient"))
     if not all(map(math.isfinite, (*orientation, rows, columns, *position))):
         return replace(known, flaw=Flaw.POSITION)
     across = np.asarray(orientation).reshape(2, 3)
@@ -194,7 +248,7 @@ def _slice(path: Path, data: Any) -> Slice:
         return replace(known, flaw=Flaw.ORIENTATION)
     return replace(
         known,
-        shape=(int(data.Rows), int(data.Columns)),
+        shape=(int(data.get("Rows")), int(data.get("Columns"))),
         spacing_mm=(rows, columns),
         along_row=tuple(orientation[:3]),
         along_column=tuple(orientation[3:]),
@@ -217,6 +271,7 @@ def _is_whole(data: Any, left: int) -> bool:
     if syntax.is_encapsulated or syntax.is_deflated:
         return True
     voxels = int(data.get("Rows") or 0) * int(data.get("Columns") or 0)
+    voxels *= int(data.get("NumberOfFrames") or 1)
     start = 8 if syntax.is_implicit_VR else 12  # of the element, where reading stopped
     return left >= start + voxels * int(data.get("BitsAllocated") or 16) // 8
 

@@ -1,0 +1,149 @@
+"""Slices to groups that may be a volume each; what is none is counted by its reason."""
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from bhsd_jax.ct.dicom import stack as dicom_stack
+from bhsd_jax.ct.dicom.image_kind import Flaw
+from bhsd_jax.ct.dicom.slice_file import Slice
+from bhsd_jax.defects import Finding, Kind
+from bhsd_jax.volume import Series
+
+_SAME_COSINE = 1e-3
+_SAME_SPACING = 5e-3  # of each other: rounding, or a reconstruction slice by slice
+Left = Counter[tuple[str, Flaw]]
+"""How many images of a study were left out, by reason."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Slices of one series that share orientation, matrix and pixel size; not yet ordered."""
+
+    slices: tuple[Slice, ...]  # by file name
+    findings: tuple[Finding, ...]  # what was left out of the study
+    part: int = 0  # which of the groups of its files, where these hold several
+    beside: tuple[Path, ...] = ()  # further files of an image that was cut into several
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Each once; in the order of the slices."""
+        return tuple(dict.fromkeys([*(item.file for item in self.slices), *self.beside]))
+
+    @property
+    def folder(self) -> Path:
+        """The deepest folder that holds all its files."""
+        return Path(os.path.commonpath([item.file.parent for item in self.slices]))
+
+    @property
+    def first(self) -> Slice:
+        """Any of them, for what all share: patient, study, series."""
+        return self.slices[0]
+
+    def as_series(
+        self, name: str, *, uneven: str, unshear: bool, settings: str = "config.data"
+    ) -> Series:
+        """What a case holds of it; `settings` is where `uneven` and `unshear` were set."""
+        return Series(self.files, name, uneven, unshear, self.findings, self.part, settings)
+
+
+def study(item: Slice) -> str:
+    """What tells studies apart: the UID, or the folder where that is missing."""
+    return item.study or str(item.file.parent)
+
+
+def split(slices: Sequence[Slice], left: Left) -> list[Group]:
+    """Groups in the order of their first slices; what is in none is added to `left`."""
+    groups = []
+    for group in _grouped(slices):
+        flaw = group[0].flaw or _flaw_together(group)
+        if flaw is None:
+            groups += map(_with_remarks, _passes(group))
+        elif flaw is Flaw.MULTI_FRAME:  # it is refused when it is read
+            groups.append(Group(tuple(group), ()))
+        elif flaw is not Flaw.DIRECTORY:
+            left[study(group[0]), flaw] += len(group)
+    return _numbered(groups, slices)
+
+
+def _grouped(slices: Sequence[Slice]) -> list[list[Slice]]:
+    """Slices that may be one volume: a series, split where matrix, pixels or orientation differ."""
+    groups: dict[tuple, list[list[Slice]]] = {}
+    for item in slices:
+        alone = str(item.file) if item.flaw is Flaw.MULTI_FRAME else item.container
+        # Files that name no series are of one only if they lie in one folder.
+        series = item.series or str(item.file.parent)
+        key = (study(item), series, item.flaw, item.shape, alone, item.phase)
+        for group in groups.setdefault(key, []):
+            if item.flaw or _alike(item, group[0]):
+                group.append(item)
+                break
+        else:
+            groups[key].append([item])
+    return [group for some in groups.values() for group in some]
+
+
+def _numbered(groups: Sequence[Group], slices: Sequence[Slice]) -> list[Group]:
+    """Groups of the same files told apart by their order, in which reading finds them again."""
+    cut: dict[str, dict[Path, None]] = {}
+    for item in slices:
+        if item.part != (0, 0):
+            cut.setdefault(item.container, {})[item.file] = None
+    seen = Counter[frozenset[Path]]()
+    out = []
+    for group in groups:
+        whole = replace(group, beside=tuple(cut.get(group.first.container, ())))
+        files = frozenset(whole.files)
+        out.append(replace(whole, part=seen[files]))
+        seen[files] += 1
+    return out
+
+
+def _flaw_together(group: Sequence[Slice]) -> Flaw | None:
+    """Why slices, each of them good, are no volume."""
+    if len(group) < 2:
+        return Flaw.ALONE
+    places = [dicom_stack.along_normal(item) for item in group]
+    # A timing bolus, for one, or the same localizer with several lines drawn into it.
+    return Flaw.PLACE if max(places) - min(places) < dicom_stack.SAME_MM else None
+
+
+def _passes(slices: Sequence[Slice]) -> list[Group]:
+    """One group; or one per acquisition, where several went over the same stretch.
+
+    A second pass, after contrast or because the patient moved, may lie half a step off and would
+    be stacked in between. Acquisitions one after another, as in step and shoot, stay together.
+    """
+    passes: dict[str, list[Slice]] = {}
+    for item in slices:
+        passes.setdefault(item.acquisition, []).append(item)
+    if "" in passes or min(map(len, passes.values())) < 2 or not _overlap(passes.values()):
+        return [Group(tuple(slices), ())]
+    text = f"{len(passes)} acquisitions of one series over the same stretch: a volume each"
+    found = (Finding(Kind.ACQUISITIONS, "kept", text),)
+    return [Group(tuple(part), found) for part in passes.values()]
+
+
+def _with_remarks(group: Group) -> Group:
+    if not all(item.derived for item in group.slices):
+        return group
+    text = "images derived from others: a reformat, perhaps, whose original lies beside it"
+    return replace(group, findings=(*group.findings, Finding(Kind.DERIVED, "kept", text)))
+
+
+def _overlap(passes: Iterable[Sequence[Slice]]) -> bool:
+    """Whether one begins before another ends."""
+    along = [[dicom_stack.along_normal(item) for item in part] for part in passes]
+    ranges = sorted((min(places), max(places)) for places in along)
+    return any(after[0] < before[1] for before, after in itertools.pairwise(ranges))
+
+
+def _alike(one: Slice, other: Slice) -> bool:
+    turned = np.subtract(one.along_row + one.along_column, other.along_row + other.along_column)
+    wider = np.divide(one.spacing_mm, other.spacing_mm) - 1
+    return bool(np.abs(turned).max() < _SAME_COSINE and np.abs(wider).max() < _SAME_SPACING)
