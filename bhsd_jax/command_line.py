@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax import configs, fields
-from bhsd_jax.settings import Settings
+from bhsd_jax.settings import RENAMED, Settings
 
 VERBS = {  # in the order of the pipeline: what each does, the groups it reads, two examples
     "preprocess": (
@@ -32,7 +32,7 @@ VERBS = {  # in the order of the pipeline: what each does, the groups it reads, 
         "fits a network to the shards; goes on where the run stopped",
         (
             *("split", "input", "windows", "augment", "model", "precision", "loss", "objective"),
-            *("weak", "optimizer", "train", "mesh", "seed"),
+            *("slice_loss", "optimizer", "train", "mesh", "seed"),
         ),
         (
             "bhsd train runs/cps --config=cps:data=bhsd --input.labeled=4",
@@ -190,6 +190,8 @@ def _full_name(name: str, verb: str) -> str:
     group = field.partition(".")[0]
     if field in paths or (group in _FREE and field != group):
         return f"config.{field}"
+    if group in RENAMED:
+        raise UsageError(f"--{name} is called --{RENAMED[group]}{field.removeprefix(group)} now")
     own = [path.removeprefix(f"{verb}.") for path in paths]
     raise UsageError(
         f"no field --{name}{_near(field, [*paths, *own])}; `bhsd {verb} --help` lists them"

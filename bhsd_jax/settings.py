@@ -6,6 +6,7 @@ means nothing is refused before JAX is imported.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -143,7 +144,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Weak:
+class SliceLoss:
     """Slice labels of the unlabeled scans, with any objective that reads them; weight 0: off."""
 
     neg_sup: Annotated[float, "weight of slices without bleeding as labels: 1", NOT_NEGATIVE] = 0.0
@@ -306,6 +307,14 @@ class Report:
 Config = Any  # `Settings`, or the ConfigDict of an experiment file that they are read from
 
 
+RENAMED = {"weak": "slice_loss"}  # groups, by what older versions called them
+
+
+def under_todays_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config, whichever version wrote it, with its groups as they are called now."""
+    return {RENAMED.get(name, name): value for name, value in saved.items()}
+
+
 @dataclass(frozen=True)
 class Settings:
     """A whole config."""
@@ -332,7 +341,7 @@ class Settings:
     ]
     loss: Loss
     objective: Annotated[Spec, "a class in bhsd_jax/objectives and its arguments"]
-    weak: Weak
+    slice_loss: SliceLoss
     optimizer: Annotated[
         Spec,
         "name, lr, clip (global gradient norm, per network), weight_decay, schedule (poly, ...), "

@@ -6,7 +6,7 @@ Axis letters: L labeled and U unlabeled patches, B any patches; D slices, H rows
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -35,22 +35,15 @@ class Batch:
     unlabeled: Any = None  # [U D H W C], or None
     # Per slice of `unlabeled`: int8 [U D K-1], 1 the slice shows the class, 0 it does not, -1 not
     # known; or None. What is said of a slice holds for the part of it inside the patch.
-    weak: Any = None
+    slice_labels: Any = None
     # Which voxels of `unlabeled` lie in the scan: int8 [U D H W], 1 in it and -1 outside, inside
     # the loss bool; or None. The others count in no loss on the network's own answers.
     inside: Any = None
 
 
-def all_possible(logits: Array, weak: Array | None) -> Array:
+def all_possible(logits: Array) -> Array:
     """Logits as they are: no class is ruled out."""
-    del weak
     return logits
-
-
-def nothing_known(weak: Array | None, *logits: Array) -> tuple[Array | float, Metrics]:
-    """No loss from slice labels."""
-    del weak, logits
-    return 0.0, {}
 
 
 def in_turn(one: Callable[..., Any], *arguments: dict[str, Any]) -> dict[str, Any]:
@@ -84,17 +77,9 @@ class Learner:
     # (function, its arguments, each by twin) -> its results by twin: what runs the networks of an
     # objective with twins, for they may lie on different devices.
     each_twin: Callable[..., dict[str, Any]] = in_turn
-    # Slice labels (`objectives/weak.py`), each a no-op when off. Teachers' logits go through
-    # `gate`, and the full-resolution logits of every trained network through `weak`.
-    gate: Callable[[Array, Array | None], Array] = all_possible  # (logits, weak) -> logits
-    weak: Callable[..., tuple[Array | float, Metrics]] = nothing_known  # (weak, *logits)
-
-
-@runtime_checkable
-class SliceLabels(Protocol):
-    """Gives a learner its `gate` and `weak`, whatever the objective."""
-
-    def __call__(self, learner: Learner) -> Learner: ...
+    # Logits [U D H W K] that become pseudo-labels of `batch.unlabeled` -> the same without the
+    # classes that cannot be.
+    gate: Callable[[Array], Array] = all_possible
 
 
 @runtime_checkable
@@ -105,11 +90,25 @@ class Objective(Protocol):
     so that an objective can take several intensity views of it with `learner.view`.
     """
 
-    # Keys of its parameters that are networks of their own, run through `Learner.each_twin`.
-    twins: ClassVar[tuple[str, ...]]
-    uses_unlabeled: ClassVar[bool]
-    ema_decay: float | None  # not None: the step keeps a moving average in `state.ema`
-    ema_t0: int  # how that average begins: `train.step.moving_average`
+    @property
+    def twins(self) -> tuple[str, ...]:
+        """Keys of its parameters that are networks of their own, run by `Learner.each_twin`."""
+        ...
+
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether it reads unlabeled patches."""
+        ...
+
+    @property
+    def ema_decay(self) -> float | None:
+        """Not None: the step keeps a moving average in `state.ema`."""
+        ...
+
+    @property
+    def ema_t0(self) -> int:
+        """How that average begins: `train.step.moving_average`."""
+        ...
 
     def init(self, model: nn.Module, image: Array, key: PRNGKeyArray) -> Params:
         """Initial trainable parameters, for one or more copies of `model`."""

@@ -128,7 +128,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.precision = "auto"
     config.loss = _group(settings.Loss)
     config.objective = {"name": "supervised.Supervised"}
-    config.weak = _group(settings.Weak)
+    config.slice_loss = _group(settings.SliceLoss)
     config.optimizer = {
         "name": "sgd",
         "lr": 0.01,

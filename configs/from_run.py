@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_collections
 from ml_collections.config_dict import FieldReference
 
-from bhsd_jax import fields
+from bhsd_jax import fields, settings
 from bhsd_jax.configs import common
 from bhsd_jax.platform import files
 
@@ -25,7 +25,7 @@ def get_config(run: str) -> ml_collections.ConfigDict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no config; give the folder of a run that was trained")
     saved = files.read_json(path, remedy="run `train` again with the config of that run")
-    filled = fields.complete(saved, common.get_config().to_dict())
+    filled = fields.complete(settings.under_todays_names(saved), common.get_config().to_dict())
     config = ml_collections.ConfigDict(_restore(filled))
     if speed:
         config.infer.update(common.inference(speed))

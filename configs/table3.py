@@ -8,12 +8,12 @@ Run:  launch/table3 --root=/data/BHSD --preset=ssl4mis
 """
 
 import ml_collections
-from bhsd_jax.configs.tables import PaperTable, Row
+from bhsd_jax.configs.tables import PaperTable, TableRow
 
 from bhsd_jax.configs import table2, tables
 
-NEG = {"weak.neg_sup": 1.0}
-WEAK = NEG | {"weak.gate_pseudo": True}
+NEG = {"slice_loss.neg_sup": 1.0}
+GATED = NEG | {"slice_loss.gate_pseudo": True}
 
 
 def _row(
@@ -24,13 +24,13 @@ def _row(
     *,
     experiment: str = "cps",
     title: str = "CPS",
-    weak: dict[str, float | bool] | None = None,
-) -> Row:
+    slice_loss: dict[str, float | bool] | None = None,
+) -> TableRow:
     counts = {"split.bleeding": bleeding, "split.nonbleeding": nonbleeding}
-    return Row(
+    return TableRow(
         f"{title}, {bleeding} / {nonbleeding}",
         experiment,
-        fields=counts | (weak or {}),
+        fields=counts | (slice_loss or {}),
         paper=table2.figure(paper),
         spread=spread,
     )
@@ -46,10 +46,10 @@ TABLE = PaperTable(
         "500-1000": _row(500, 1000, 49.51, 0.20),
         "500-1500": _row(500, 1500, 48.84, 0.15),
         "0-1500": _row(0, 1500, 48.71, 0.17),
-        "500-1500-neg": _row(500, 1500, title="CPS, negatives (ours)", weak=NEG),
-        "500-0-weak": _row(500, 0, title="CPS, negatives and gates (ours)", weak=WEAK),
-        "500-1500-weak": _row(500, 1500, title="CPS, negatives and gates (ours)", weak=WEAK),
-        "0-1500-weak": _row(0, 1500, title="CPS, negatives and gates (ours)", weak=WEAK),
+        "500-1500-neg": _row(500, 1500, title="CPS, negatives (ours)", slice_loss=NEG),
+        "500-0-weak": _row(500, 0, title="CPS, negatives and gates (ours)", slice_loss=GATED),
+        "500-1500-weak": _row(500, 1500, title="CPS, negatives and gates (ours)", slice_loss=GATED),
+        "0-1500-weak": _row(0, 1500, title="CPS, negatives and gates (ours)", slice_loss=GATED),
     },
     default="500-1500",
     baseline="0-0",

@@ -109,6 +109,16 @@ def test_later_verbs_know_the_run_from_any_folder_and_refuse_another_config(bhsd
         (["train", "--config=cpss"], 2, "did you mean cps?"),
         (["train", "--config=none/cps.py"], 2, "no file none/cps.py"),
         (["train", "--config=cps:smok"], 2, "'smok' is not known; words are smoke"),
+        (
+            ["train", "--config=cps", "--weak.neg_sup=1"],
+            2,
+            "bhsd: --weak.neg_sup is called --slice_loss.neg_sup now",
+        ),
+        (
+            ["train", "--config=cps", "--config.weak.mil=0.1"],
+            2,
+            "--config.weak.mil is called --slice_loss.mil now",
+        ),
         (["train", "--config=cps", "--train.step=3"], 2, "did you mean train.steps?"),
         (["train", "--config=cps", "--config.train.step=3"], 2, "did you mean train.steps?"),
         (["train", "--config=cps", "--objective.wieght=3"], 2, 'Did you mean "weight"'),

@@ -31,7 +31,7 @@ _SAY_EVERY_S = 30.0  # how far a long scan is; a sign of life comes more often
 
 
 @dataclass(frozen=True)
-class Row:
+class ScanVolumes:
     """One line of `volumes.csv`."""
 
     case: str
@@ -62,7 +62,7 @@ class Predictor:
     classes: tuple[str, ...]
     probabilities: bool  # also write them
 
-    def __call__(self, case: Case, target: Path, name: str) -> Row:
+    def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
         """Writes `target`, and its probabilities if asked for.
 
         Raises:
@@ -95,7 +95,7 @@ class Predictor:
         affine = np.asarray(prepared.grid.native_affine)
         return self._row(case, name, label, affine, time.monotonic() - begun, prepared.doubts)
 
-    def finished(self, case: Case, target: Path, name: str) -> Row | None:
+    def finished(self, case: Case, target: Path, name: str) -> ScanVolumes | None:
         """The row of a scan whose files are all there and whole, else None.
 
         A file that is damaged, or of another scan, is said to be so.
@@ -131,7 +131,7 @@ class Predictor:
         affine: np.ndarray,
         seconds: float | None,
         doubts: Sequence[str],
-    ) -> Row:
+    ) -> ScanVolumes:
         counts = np.bincount(label.ravel(), minlength=len(self.classes))
         ct = self.plan.modality == "ct"
         feed = case.table_feed and ct
@@ -140,7 +140,7 @@ class Predictor:
         corrected = hu.tilt_corrected(affine, table_feed=feed)
         volumes = zip(self.classes[1:], counts[1:], strict=True)
         ml = {c: float(n * each) for c, n in volumes}
-        return Row(name, float(tilt), seconds, ml, corrected, "; ".join(doubts))
+        return ScanVolumes(name, float(tilt), seconds, ml, corrected, "; ".join(doubts))
 
 
 def load(run: Run) -> tuple[int, dict[str, Params]]:

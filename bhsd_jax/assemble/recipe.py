@@ -19,7 +19,7 @@ from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Cut
 from bhsd_jax.input.slices import Slices
 from bhsd_jax.losses import DiceCE
-from bhsd_jax.objectives.weak import SliceLabelTerms
+from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.train import mesh as meshes
@@ -55,11 +55,11 @@ class Recipe:
             image=rows(self.labeled, self.raw_type, 1),
             label=rows(self.labeled, jnp.int8),
             unlabeled=rows(self.unlabeled, self.raw_type, 1) if self.unlabeled else None,
-            weak=self._weak() if self.unlabeled and self.slices else None,
+            slice_labels=self._slice_labels() if self.unlabeled and self.slices else None,
             inside=rows(self.unlabeled, jnp.int8) if self.unlabeled and self.cut.masked else None,
         )
 
-    def _weak(self) -> jax.ShapeDtypeStruct:
+    def _slice_labels(self) -> jax.ShapeDtypeStruct:
         assert self.slices is not None
         return jax.ShapeDtypeStruct(
             (self.unlabeled, self.cut.source[0], self.slices.columns), jnp.int8
@@ -83,7 +83,9 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
     objective = wiring.objective(config)
     spatial, intensity = make_chains(run, mesh)
     schedule, optimizer = _optimizer(config, parts=bool(objective.twins))
-    weak, slices = _slice_labels(run)
+    terms, slices = _slice_labels(run)
+    if terms is not None:
+        objective = WithSliceLoss(objective, terms)
     loss = dict(vars(config.loss))
     if loss["batch_dice"] is None:
         loss["batch_dice"] = plan.network.batch_dice
@@ -98,7 +100,6 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
         augment=make_augment(run.normalization, spatial, intensity, head_hu=plan.crop_hu),
         view=intensity,
         steps=config.train.steps,
-        weak=weak,
         accumulate=config.train.accumulate,
         mesh=mesh,
     )
@@ -162,20 +163,21 @@ def make_augment(
         image = intensity(intensity_key, image)
         if batch.unlabeled is None:
             return Batch(image, label)
-        weak, inside, plain = batch.weak, batch.inside, normalize(batch.unlabeled)
-        if weak is None:
+        slice_labels, inside, plain = batch.slice_labels, batch.inside, normalize(batch.unlabeled)
+        if slice_labels is None:
             free, _ = spatial(free_key, plain, None)
         else:
             marks, whole = mark(batch.unlabeled, head_hu)
             free, moved = spatial(free_key, plain, marks)
             assert moved is not None  # marks came in
-            weak = follow(moved, whole, weak, reach=0 if spatial.keeps_slices else 1)
+            reach = 0 if spatial.keeps_slices else 1
+            slice_labels = follow(moved, whole, slice_labels, reach=reach)
         if inside is not None:
             # The same draw; the image, which nothing reads, costs nothing.
             _, moved = spatial(free_key, plain, inside)
             assert moved is not None
             inside = moved > 0
-        return Batch(image, label, free, weak, inside)
+        return Batch(image, label, free, slice_labels, inside)
 
     return augment
 
@@ -198,8 +200,8 @@ def require_matching(run: Run, recipe: Recipe, roles: Roles, mesh: Mesh) -> None
         )
     if recipe.slices is not None and not wants:
         raise UserError(
-            f"weak: objective {config.objective['name']} reads no unlabeled patches, which slice "
-            "labels are about; choose another, such as supervised.WeaklySupervised"
+            f"slice_loss: objective {config.objective['name']} reads no unlabeled patches, which "
+            "slice labels are about; choose another, such as supervised.WeaklySupervised"
         )
     if recipe.unlabeled and not wants:
         raise UserError(
@@ -249,16 +251,18 @@ def _warn_of_slow_average(decay: float | None, steps: int) -> None:
         )
 
 
-def _slice_labels(run: Run) -> tuple[SliceLabelTerms | None, Slices | None]:
+def _slice_labels(run: Run) -> tuple[SliceTerms | None, Slices | None]:
     """What slice labels add to the objective, and how they are read; None if nothing is on."""
     config, plan = run.config, run.plan
-    spec = dict(vars(config.weak))
+    spec = dict(vars(config.slice_loss))
     slices = Slices(len(plan.classes) - 1, config.split.binary, spec.pop("margin"))
-    terms = SliceLabelTerms(**spec)
+    terms = SliceTerms(**spec)
     if not terms.active:
         return None, None
     if plan.modality != "ct":
-        raise UserError(f"weak: slice labels are for head CT; these scans are {plan.modality}")
+        raise UserError(
+            f"slice_loss: slice labels are for head CT; these scans are {plan.modality}"
+        )
     return terms, slices
 
 

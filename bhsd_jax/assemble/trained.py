@@ -8,7 +8,7 @@ from typing import Any
 from bhsd_jax import fields
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.settings import Settings
+from bhsd_jax.settings import Settings, under_todays_names
 
 # Groups that say how a verb works or where things lie, and nothing of what was trained.
 _LATER = ("data", "preprocess", "infer", "predict", "evaluate", "report", "mesh", "precision")
@@ -27,7 +27,9 @@ def as_trained(config: Settings, workdir: Path) -> Settings:
     path = workdir / "config.json"
     if not path.is_file():
         return config
-    saved = files.read_json(path, remedy="run `train` again with the config of that run")
+    saved = files.read_json(
+        path, under_todays_names, remedy="run `train` again with the config of that run"
+    )
     given = json.loads(json.dumps(config.to_dict()))
     for field in _FIXED:
         was, now = _get(saved, field), _get(given, field)

@@ -25,7 +25,7 @@ from bhsd_jax.experiments.children import Call, Stopped, running
 from bhsd_jax.experiments.places import Place
 from bhsd_jax.platform import cluster, files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.settings import Settings
+from bhsd_jax.settings import Settings, under_todays_names
 from bhsd_jax.train import checkpoint_files
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,11 @@ def plain(config: Settings) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def _saved(path: Path) -> dict:
+    """The config of a run folder."""
+    return under_todays_names(json.loads(path.read_text()))
+
+
 def is_finished(run: Trial) -> bool:
     """Whether the folder holds the results of this very config, trained to the last step.
 
@@ -103,7 +108,7 @@ def is_finished(run: Trial) -> bool:
     saved = run.workdir / "config.json"
     if not saved.is_file():
         return False
-    changed = list(fields.differences(json.loads(saved.read_text()), plain(run.config)))
+    changed = list(fields.differences(_saved(saved), plain(run.config)))
     changed = [text for text in changed if not _under(text, _FREE)]
     other = [text for text in changed if not _under(text, _AFTER)]
     if other:
@@ -193,7 +198,7 @@ def prepare(run: Trial, folder: Path) -> None:
 def _one(run: Trial, call: Call) -> str:
     """Verb after verb; why it failed, or nothing."""
     saved = run.workdir / "config.json"
-    same = saved.is_file() and json.loads(saved.read_text()) == plain(run.config)
+    same = saved.is_file() and _saved(saved) == plain(run.config)
     run.workdir.mkdir(parents=True, exist_ok=True)
     for verb in VERBS[1:] if same and is_trained(run) else VERBS:
         begun = time.monotonic()

@@ -58,7 +58,7 @@ class Stream:
     cases (SSL4MIS' `TwoStreamBatchSampler`; here a pass may end amid a batch and loses no case).
 
     A labeled patch has `label` int8 [D H W], -1 outside the scan. An unlabeled one has, given
-    `slices`, `weak` int8 [D C], and if the cut is `masked` `inside` int8 [D H W], 1 or -1.
+    `slices`, `slice_labels` int8 [D C], and if the cut is `masked` `inside` int8 [D H W], 1 or -1.
     """
 
     def __init__(
@@ -109,8 +109,9 @@ class Stream:
             element["label"] = sampling.paste(label, start, corner, self.cut.source, -1)
             return element
         if self.slices is not None:
-            known = case.slice_labels, case.bleeding
-            element["weak"] = self.slices.rows(*known, case.shape, corner, self.cut.source)
+            labels = case.slice_labels, case.bleeding
+            rows = self.slices.rows(*labels, case.shape, corner, self.cut.source)
+            element["slice_labels"] = rows
         if self.cut.masked:
             within = np.ones(raw.shape, np.int8)
             element["inside"] = sampling.paste(within, start, corner, self.cut.source, -1)
@@ -152,7 +153,7 @@ class Batches:
         parts = [next(part) for part in self._parts]
         self.position += 1
         labeled, free = parts[0], parts[1] if len(parts) > 1 else {}
-        rest = (free.get(name) for name in ("image", "weak", "inside"))
+        rest = (free.get(name) for name in ("image", "slice_labels", "inside"))
         return Batch(labeled["image"], labeled["label"], *rest)
 
     def state(self) -> dict[str, int]:

@@ -22,7 +22,7 @@ class Slices:
 
     def __post_init__(self) -> None:
         if self.margin < 0:
-            raise UserError(f"weak.margin is a number of slices; got {self.margin}")
+            raise UserError(f"slice_loss.margin is a number of slices; got {self.margin}")
 
     @property
     def columns(self) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -22,8 +22,9 @@ class SingleModel:
     of the average is `train.step.moving_average`'s.
     """
 
-    twins: ClassVar[tuple[str, ...]] = ()  # keys of `params` that are networks of their own
-    uses_unlabeled: ClassVar[bool] = True
+    # Of the class, and so without a type: with one they would be fields of a config.
+    twins = ()  # keys of `params` that are networks of their own
+    uses_unlabeled = True
     ema_decay: float | None = None
     ema_t0: int = 0  # updates counted before the first: 0 SSL4MIS, 1 Tarvainen and Valpola
     tested: str = "teacher"
@@ -81,6 +82,11 @@ class Ramp:
         return self.weight * jnp.exp(-5.0 * (1.0 - t) ** 2)
 
 
+def unmixed(slice_labels: Array) -> Array:
+    """Slice labels of patches that are seen as they are in the batch."""
+    return slice_labels
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a semi-supervised objective has computed on one batch, before it is summed."""
@@ -89,10 +95,10 @@ class Terms:
     name: str = ""  # of the unlabeled term in the log
     unlabeled: Scalar | None = None
     ramp: Ramp | None = None  # weight of the unlabeled term, if there is one
-    # Full-resolution logits of every trained network on the unlabeled patches as it saw them, and
-    # the slice labels of these; slice labels are not asked where there are no logits.
+    # Full-resolution logits of every trained network on the unlabeled patches as it saw them, for
+    # what slice labels add (`slice_loss`): nothing, where there are none.
     students: tuple[Array, ...] = ()
-    weak: Int[Array, "U D C"] | None = None
+    mixed: Callable[[Array], Array] = unmixed  # slice labels of the batch -> of what they saw
     metrics: Metrics = field(default_factory=dict)  # more to log
 
 
@@ -109,15 +115,12 @@ class SemiSupervised:
 
 
 def total(learner: Learner, terms: Terms) -> tuple[Scalar, Metrics]:
-    """Supervised loss, weighted unlabeled term and what slice labels add, summed; and the log."""
+    """Supervised loss plus weighted unlabeled term, and what to log."""
     loss, metrics = terms.supervised, terms.metrics | {"supervised": terms.supervised}
     if terms.unlabeled is not None and terms.ramp is not None:
         weight = terms.ramp.at(learner.step, learner.steps)
         loss = loss + weight * terms.unlabeled
         metrics |= {terms.name: terms.unlabeled, "weight": weight}
-    if terms.students:
-        weak, said = learner.weak(terms.weak, *terms.students)
-        loss, metrics = loss + weak, metrics | said
     return loss, metrics
 
 
@@ -136,13 +139,13 @@ def forward_both(
     return learner.forward(params, labeled, key), learner.forward(params, unlabeled, key)
 
 
-def follow_average(learner: Learner, image: Array, weak: Array | None, key: PRNGKeyArray) -> Array:
+def follow_average(learner: Learner, image: Array, key: PRNGKeyArray) -> Array:
     """Full-resolution logits of the moving average, without gradient.
 
-    Classes that slice labels rule out get none of the probability.
+    Classes that the learner's gate rules out get none of the probability.
     """
     logits = learner.forward(learner.ema, image, key)[0]
-    return jax.lax.stop_gradient(learner.gate(logits, weak))
+    return jax.lax.stop_gradient(learner.gate(logits))
 
 
 def over_heads(loss: Callable[[Array], Scalar], heads: Logits, deep: bool) -> Scalar:

@@ -1,7 +1,7 @@
 """Cross pseudo supervision (Chen et al. 2021, arXiv:2106.01226)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ from bhsd_jax.objectives.common import (
     over_heads,
     require_choice,
     require_fraction,
+    unmixed,
 )
 from bhsd_jax.types import Params
 
@@ -32,10 +33,10 @@ class CrossPseudoSupervision(SemiSupervised):
     Source: SSL4MIS `train_cross_pseudo_supervision_3D.py` for preset `ssl4mis`.
     """
 
-    twins: ClassVar[tuple[str, ...]] = ("a", "b")
-    uses_unlabeled: ClassVar[bool] = True
+    twins = ("a", "b")
+    uses_unlabeled = True
     ema_decay: float | None = None
-    ema_t0: ClassVar[int] = 0
+    ema_t0 = 0
     weight: float = 0.5  # against nnU-Net's CE + Dice (SSL4MIS' 0.1 is 0.2 in these units)
     ramp: float = 0.4  # share of the training over which the weight rises
     staircase: int = 1  # steps for which the rising weight is held
@@ -50,7 +51,7 @@ class CrossPseudoSupervision(SemiSupervised):
         require_choice("cps: twin_init", self.twin_init, ("model", "kaiming_xavier"))
 
     def init(self, model, image, key):
-        keys = dict(zip(self.twins, jax.random.split(key), strict=True))
+        keys: dict[str, jax.Array] = dict(zip(self.twins, jax.random.split(key), strict=True))
         params = {twin: model.init(keys[twin], image, train=False)["params"] for twin in self.twins}
         if self.twin_init == "kaiming_xavier":
             ups = _transposed(model, image)
@@ -74,19 +75,19 @@ class CrossPseudoSupervision(SemiSupervised):
         (a, guess_a), (b, guess_b) = found["a"], found["b"]
 
         supervised = learner.segmentation(a, batch.label) + learner.segmentation(b, batch.label)
-        answer_a, answer_b = (learner.gate(g[0], batch.weak) for g in (guess_a, guess_b))
+        answer_a, answer_b = (learner.gate(g[0]) for g in (guess_a, guess_b))
         inside = batch.inside
         cross = self._teach(guess_a, answer_b, inside) + self._teach(guess_b, answer_a, inside)
-        return self._summed(supervised, cross, (guess_a[0], guess_b[0]), batch.weak)
+        return self._summed(supervised, cross, (guess_a[0], guess_b[0]))
 
     def deployable(self, params, ema):
         return {twin: params[twin] for twin in self.twins}
 
-    def _summed(self, supervised, cross, students, weak):
+    def _summed(self, supervised, cross, students, mixed=unmixed):
         """The terms, and how often the two networks disagree."""
         disagree = (students[0].argmax(-1) != students[1].argmax(-1)).mean()
         said = {"disagree": disagree}
-        return Terms(supervised, "cross", cross, Ramp.of(self), students, weak, said)
+        return Terms(supervised, "cross", cross, Ramp.of(self), students, mixed, said)
 
     def _teach(self, heads, teacher, inside=None):
         """Cross entropy of the heads with the other twin's answer."""

@@ -41,6 +41,7 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
         )
 
         pasted = partial(mixing.paste_partners, mask)
+        mixed = partial(mixing.paste_partner_slices, mask)
 
         def network(params, seen, key, plain_key):
             labeled, guess = forward_both(learner, params, batch.image, seen, key)
@@ -57,10 +58,6 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
         (labeled_a, guess_a, answer_a), (labeled_b, guess_b, answer_b) = found["a"], found["b"]
         supervised = sum(learner.segmentation(x, batch.label) for x in (labeled_a, labeled_b))
         inside = pasted(batch.inside)
-        answer_a, answer_b = (
-            pasted(learner.gate(logits, batch.weak)) for logits in (answer_a, answer_b)
-        )
+        answer_a, answer_b = (pasted(learner.gate(logits)) for logits in (answer_a, answer_b))
         cross = self._teach(guess_a, answer_b, inside) + self._teach(guess_b, answer_a, inside)
-        others = None if batch.weak is None else mixing.partners(batch.weak)
-        slices = mixing.paste_slices(mask, others, batch.weak)
-        return self._summed(supervised, cross, (guess_a[0], guess_b[0]), slices)
+        return self._summed(supervised, cross, (guess_a[0], guess_b[0]), mixed)

@@ -53,11 +53,11 @@ class EntropyMinimization(SemiSupervised, SingleModel):
         free = learner.view(view_key, batch.unlabeled)
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, free, key)
         supervised = learner.segmentation(labeled, batch.label)
-        entropy = self._mean(learner.gate(unlabeled[0], batch.weak), batch.inside)
+        entropy = self._mean(learner.gate(unlabeled[0]), batch.inside)
         if self.patches == "all":
             ours, theirs = len(batch.image), len(batch.unlabeled)
             entropy = (ours * self._mean(labeled[0]) + theirs * entropy) / (ours + theirs)
-        return Terms(supervised, "entropy", entropy, Ramp.of(self), (unlabeled[0],), batch.weak)
+        return Terms(supervised, "entropy", entropy, Ramp.of(self), (unlabeled[0],))
 
     def _mean(
         self, logits: Float[Array, "B D H W K"], inside: Bool[Array, "B D H W"] | None = None

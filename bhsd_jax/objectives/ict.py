@@ -59,7 +59,7 @@ class InterpolationConsistency(SemiSupervised, SingleModel):
         view_key, share_key, student_key, teacher_key = jax.random.split(key, 4)
         strong = learner.view(view_key, batch.unlabeled)
         plain = strong if self.views == "shared" else batch.unlabeled
-        answer = follow_average(learner, plain, batch.weak, teacher_key)
+        answer = follow_average(learner, plain, teacher_key)
 
         ours, theirs = self._paired(strong)
         share = mixing.beta(share_key, self.beta, len(ours))
@@ -71,8 +71,8 @@ class InterpolationConsistency(SemiSupervised, SingleModel):
         )
         supervised = learner.segmentation(labeled, batch.label)
         consistency = follow_target(unlabeled, target, self._inside(batch.inside), self.deep)
-        slices = self._slices(batch.weak)
-        return Terms(supervised, "consistency", consistency, Ramp.of(self), (unlabeled[0],), slices)
+        students, mixed = (unlabeled[0],), self._blended_slices
+        return Terms(supervised, "consistency", consistency, Ramp.of(self), students, mixed)
 
     def _paired(self, rows):
         """The two patches of every blend."""
@@ -87,12 +87,10 @@ class InterpolationConsistency(SemiSupervised, SingleModel):
             return jax.nn.softmax(mixing.blend(share, *self._paired(answer)))
         return mixing.blend(share, *self._paired(jax.nn.softmax(answer)))
 
-    def _slices(self, weak):
-        """What is known of a blend: it lacks a class if both patches do."""
-        if weak is None:
-            return None
-        ours, theirs = self._paired(weak)
-        return jnp.where((ours == 0) & (theirs == 0), 0, -1).astype(weak.dtype)
+    def _blended_slices(self, slice_labels):
+        """Slice labels of a blend: it lacks a class if both patches do."""
+        ours, theirs = self._paired(slice_labels)
+        return jnp.where((ours == 0) & (theirs == 0), 0, -1).astype(slice_labels.dtype)
 
     def _inside(self, inside):
         """Voxels that lie in both scans of a blend."""

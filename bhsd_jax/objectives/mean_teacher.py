@@ -58,13 +58,11 @@ class MeanTeacher(SemiSupervised, SingleModel):
         plain = strong if self.views == "shared" else batch.unlabeled
         if self.noise > 0:
             plain = plain + bounded_noise(noise_key, plain, self.noise, self.noise_clip)
-        target = jax.nn.softmax(follow_average(learner, plain, batch.weak, teacher_key))
+        target = jax.nn.softmax(follow_average(learner, plain, teacher_key))
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, strong, student_key)
         supervised = learner.segmentation(labeled, batch.label)
         consistency = follow_target(unlabeled, target, batch.inside, self.deep)
-        return Terms(
-            supervised, "consistency", consistency, Ramp.of(self), (unlabeled[0],), batch.weak
-        )
+        return Terms(supervised, "consistency", consistency, Ramp.of(self), (unlabeled[0],))
 
 
 def bounded_noise(key: jax.Array, image: jax.Array, std: float, limit: float) -> jax.Array:

@@ -133,16 +133,21 @@ def paste_partners(mask: Bool[Array, "N D H W"], rows: Any) -> Any:
 
 def paste_slices(
     mask: Bool[Array, "N D H W"],
-    inside: Int[Array, "N D K"] | None,
-    outside: Int[Array, "N D K"] | None,
-) -> Int[Array, "N D K"] | None:
+    inside: Int[Array, "N D K"],
+    outside: Int[Array, "N D K"],
+) -> Int[Array, "N D K"]:
     """Slice labels of pasted patches.
 
     A slice that shows both lacks a class if both do; whether it shows one is not known, for that
     may have been cut away.
     """
-    if inside is None or outside is None:
-        return None
     some, all_of_it = mask.any((2, 3))[..., None], mask.all((2, 3))[..., None]
     both = jnp.where((inside == 0) & (outside == 0), 0, -1).astype(inside.dtype)
     return jnp.where(all_of_it, inside, jnp.where(some, both, outside))
+
+
+def paste_partner_slices(
+    mask: Bool[Array, "N D H W"], slice_labels: Int[Array, "N D K"]
+) -> Int[Array, "N D K"]:
+    """Slice labels of what `paste_partners` makes."""
+    return paste_slices(mask, partners(slice_labels), slice_labels)

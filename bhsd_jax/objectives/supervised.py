@@ -1,7 +1,6 @@
 """Supervised training on the labeled patches."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 
@@ -12,7 +11,7 @@ from bhsd_jax.objectives.common import SemiSupervised, SingleModel, Terms, forwa
 class Supervised(SingleModel):
     """Segmentation loss alone."""
 
-    uses_unlabeled: ClassVar[bool] = False
+    uses_unlabeled = False
 
     def loss(self, learner, batch, key):
         logits = learner.forward(learner.params, batch.image, key)
@@ -22,9 +21,9 @@ class Supervised(SingleModel):
 
 @dataclass(frozen=True)
 class WeaklySupervised(SemiSupervised, SingleModel):
-    """Segmentation loss plus what the slice labels of the unlabeled patches say; no pseudo-labels.
+    """Segmentation loss, for what the slice labels of the unlabeled patches add; no pseudo-labels.
 
-    With every term of `config.weak` off it is `Supervised` at twice the price.
+    With every term of `config.slice_loss` off it is `Supervised` at twice the price.
     """
 
     def terms(self, learner, batch, key):
@@ -32,4 +31,4 @@ class WeaklySupervised(SemiSupervised, SingleModel):
         free = learner.view(view_key, batch.unlabeled)
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, free, key)
         supervised = learner.segmentation(labeled, batch.label)
-        return Terms(supervised, students=(unlabeled[0],), weak=batch.weak)
+        return Terms(supervised, students=(unlabeled[0],))

@@ -60,7 +60,7 @@ class WeakToStrong(SemiSupervised, SingleModel):
     def terms(self, learner, batch, key):
         view_key, teacher_key, mix_key = jax.random.split(key, 3)
         strong = learner.view(view_key, batch.unlabeled)
-        answer = follow_average(learner, batch.unlabeled, batch.weak, teacher_key)
+        answer = follow_average(learner, batch.unlabeled, teacher_key)
         learn = self._copy_paste if self.pairing == "labeled" else self._cut_mix
         return learn(learner, batch, strong, answer, mix_key)
 
@@ -77,10 +77,9 @@ class WeakToStrong(SemiSupervised, SingleModel):
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, seen, student_key)
         supervised = learner.segmentation(labeled, batch.label)
         follow = losses.cross_entropy(unlabeled[0], guess, sure) + _dice(unlabeled[0], guess, sure)
-        others = None if batch.weak is None else mixing.partners(batch.weak)
-        slices = mixing.paste_slices(mask, others, batch.weak)
+        students, mixed = (unlabeled[0],), partial(mixing.paste_partner_slices, mask)
         said = {"sure": sure.mean()}
-        return Terms(supervised, "follow", follow, Ramp.of(self), (unlabeled[0],), slices, said)
+        return Terms(supervised, "follow", follow, Ramp.of(self), students, mixed, said)
 
     def _copy_paste(self, learner, batch, strong, answer, key):
         box_key, inward_key, outward_key, plain_key = jax.random.split(key, 4)

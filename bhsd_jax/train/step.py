@@ -20,7 +20,6 @@ from bhsd_jax.types import (
     Metrics,
     Objective,
     Params,
-    SliceLabels,
     TrainState,
 )
 
@@ -40,7 +39,6 @@ class Parts:
     augment: Callable[[PRNGKeyArray, Batch], Batch]  # raw batch -> normalized, augmented patches
     view: Callable[[PRNGKeyArray, Array], Array]  # a fresh intensity draw
     steps: int  # of the whole training
-    weak: SliceLabels | None = None  # what slice labels add to the objective
     accumulate: int = 1  # parts in which a batch goes through the network: `_in_parts`
     mesh: Mesh | None = None  # where state and batch lie; None: on one device, or over `data` alone
 
@@ -83,8 +81,6 @@ def make_train_step(parts: Parts) -> TrainStep:
                 parts.steps,
                 layout.each_twin(parts.mesh),
             )
-            if parts.weak is not None:
-                learner = parts.weak(learner)
             return parts.objective.loss(learner, patches, key)
 
         found = jax.value_and_grad(loss_fn, has_aux=True)

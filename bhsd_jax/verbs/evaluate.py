@@ -31,7 +31,7 @@ _FOUND = tuple[str, str, Label, Image | None, bool]  # case, patient, reference,
 
 
 @dataclass(frozen=True)
-class Job:
+class Comparison:
     """Where one case lies and how it is to be scored."""
 
     case: str
@@ -51,8 +51,8 @@ class Job:
 class Scored:
     """The scores of one case, and what was noticed while reading it."""
 
-    rows: list[scores.Row]  # one per foreground class
-    merged: scores.Row  # all classes as one
+    rows: list[scores.ClassScore]  # one per foreground class
+    merged: scores.ClassScore  # all classes as one
     histogram: threshold.Histogram | None  # for the threshold, if asked for
     warnings: list[str]
 
@@ -69,8 +69,8 @@ class Scored:
         """Undoes `to_json`, also after a trip through a JSON file."""
         bins = data["histogram"]
         return cls(
-            [scores.Row(**row) for row in data["rows"]],
-            scores.Row(**data["merged"]),
+            [scores.ClassScore(**row) for row in data["rows"]],
+            scores.ClassScore(**data["merged"]),
             bins
             and threshold.Histogram(
                 np.array(bins["bleeding"]), np.array(bins["inside"]), bins["mask"]
@@ -116,7 +116,7 @@ def run(config: Config, workdir: Path) -> None:
         logger.info("%s", line)
 
 
-def score_case(job: Job) -> Scored:
+def score_case(job: Comparison) -> Scored:
     """Reads and scores one case.
 
     Raises:
@@ -172,7 +172,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _jobs(config: Settings, workdir: Path) -> list[Job]:
+def _jobs(config: Settings, workdir: Path) -> list[Comparison]:
     plan = Plan.load(workdir) if (workdir / "plan.json").is_file() else None
     known = plan or data.data_set(config, workdir)
     if config.evaluate.baseline and (known.modality != "ct" or config.evaluate.references):
@@ -187,7 +187,7 @@ def _jobs(config: Settings, workdir: Path) -> list[Job]:
     expected = _expected(config, workdir, folder, predicted)
     _require_all(folder, [case for case, *_ in expected if case not in predicted])
     return [
-        Job(
+        Comparison(
             case=case,
             patient=patient,
             predicted=predicted[case],
@@ -275,7 +275,9 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(sorted(names)[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _score_together(workdir: Path, jobs: Sequence[Job], processes: int) -> list[Scored] | None:
+def _score_together(
+    workdir: Path, jobs: Sequence[Comparison], processes: int
+) -> list[Scored] | None:
     """Results of all processes in the order of the jobs; None but in the first process."""
     part: dict[str, Any] = {"scored": {}, "error": ""}
     mine: dict[str, Scored] = {}
@@ -298,7 +300,7 @@ def _score_together(workdir: Path, jobs: Sequence[Job], processes: int) -> list[
     return [found[job.case] for job in jobs]
 
 
-def _score(jobs: Sequence[Job], processes: int) -> dict[str, Scored]:
+def _score(jobs: Sequence[Comparison], processes: int) -> dict[str, Scored]:
     """Results by case."""
     found: dict[str, Scored] = {}
     with (
@@ -313,8 +315,8 @@ def _score(jobs: Sequence[Job], processes: int) -> dict[str, Scored]:
 
 def _summary(
     config: Settings,
-    rows: Sequence[scores.Row],
-    merged: Sequence[scores.Row],
+    rows: Sequence[scores.ClassScore],
+    merged: Sequence[scores.ClassScore],
     classes: Sequence[str],
 ) -> dict[str, Any]:
     draw = {"resamples": config.evaluate.bootstrap, "seed": config.seed}

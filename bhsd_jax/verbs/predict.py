@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.assemble import data, predictor
-from bhsd_jax.assemble.predictor import Predictor, Row
+from bhsd_jax.assemble.predictor import Predictor, ScanVolumes
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.platform import faults, files
+from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.platform.tables import write_records
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config, DicomSeries, Settings
 from bhsd_jax.train import barrier, processes
@@ -32,7 +32,7 @@ _BROKEN = (UserError, OSError, EOFError, MemoryError)  # of one scan: recorded, 
 class Found:
     """Which scans were predicted and which were not, by their names in the outputs."""
 
-    rows: list[Row] = field(default_factory=list)  # of those predicted
+    rows: list[ScanVolumes] = field(default_factory=list)  # of those predicted
     skipped: dict[str, str] = field(default_factory=dict)  # why others were not
     fault: str = ""  # why none was predicted after some scan: the machine said no
 
@@ -85,7 +85,7 @@ def _gather(out: Path, found: Found, names: Mapping[str, str]) -> Found | None:
     if together is None:
         return None
     every = [
-        Found([Row(**row) for row in part["rows"]], part["skipped"], part["fault"])
+        Found([ScanVolumes(**row) for row in part["rows"]], part["skipped"], part["fault"])
         for part in together
     ]
     rows = {row.case: row for one in every for row in one.rows}
@@ -252,7 +252,7 @@ def _predict_all(
     return found
 
 
-def _write_tables(out: Path, rows: Sequence[Row]) -> None:
+def _write_tables(out: Path, rows: Sequence[ScanVolumes]) -> None:
     write_records(out / "volumes.csv", [row.flat() for row in rows], line_end="\n")
     listed = [vars(row) | {"ml": dict(row.ml)} for row in rows]
     files.write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})

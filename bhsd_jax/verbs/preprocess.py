@@ -23,7 +23,7 @@ from bhsd_jax.defects import Finding, in_line, refused
 from bhsd_jax.nnunet import adoption
 from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.nnunet.planner import from_nnunet_plans
-from bhsd_jax.platform import budget, files, machine, tables
+from bhsd_jax.platform import budget, csv_files, files, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Pool, Progress, Workers
 from bhsd_jax.settings import Config, Settings
@@ -298,4 +298,4 @@ def _source_sha256(facts: Sequence[Facts]) -> str:
 
 def _write_ledger(path: Path, skipped: Mapping[str, str]) -> None:
     """Why cases were refused; no file if none was."""
-    tables.write_records(path, [{"case": c, "reason": skipped[c]} for c in sorted(skipped)])
+    csv_files.write_records(path, [{"case": c, "reason": skipped[c]} for c in sorted(skipped)])

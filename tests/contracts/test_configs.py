@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from bhsd_jax.configs.backbones import BACKBONES, RECIPES
 
+from bhsd_jax.assemble import trained
 from bhsd_jax.build import find
+from bhsd_jax.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(
@@ -131,12 +133,24 @@ def test_a_run_of_an_older_version_gets_todays_defaults_for_what_it_lacks(tmp_pa
     config["train"]["steps"] = 77
     want = json.loads(json.dumps(config))
     saved = json.loads(json.dumps(config))
-    del saved["weak"], saved["task"], saved["infer"]["mirror_axes"], saved["preprocess"]["plan"]
-    del saved["input"]["outside"]
+    del saved["slice_loss"], saved["task"], saved["infer"]["mirror_axes"]
+    del saved["preprocess"]["plan"], saved["input"]["outside"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     found = from_run.get_config(str(tmp_path))
     assert json.loads(json.dumps(found.to_dict())) == want
     assert found.infer.mirror_axes == common.get_config().infer.mirror_axes
-    assert not found.weak.gate_pseudo
+    assert not found.slice_loss.gate_pseudo
     assert "features" in found.model
     assert set(found.objective) == set(config["objective"]), "its fields are its own"
+
+
+def test_a_group_that_an_older_version_called_otherwise_is_found(tmp_path):
+    from bhsd_jax.configs import cps, from_run
+
+    config = cps.get_config("smoke")
+    config.slice_loss.update(neg_sup=1.0, gate_pseudo=True)
+    saved = json.loads(json.dumps(config.to_dict()))
+    saved["weak"] = saved.pop("slice_loss")
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert from_run.get_config(str(tmp_path)).to_dict() == config.to_dict()
+    assert trained.as_trained(Settings.of(cps.get_config("smoke")), tmp_path) == Settings.of(config)

@@ -180,7 +180,7 @@ def test_masked_patches_say_which_voxels_lie_in_the_scan():
     free.open_case = SCANS.__getitem__
     batch = next(Batches([labeled, free]))
     assert batch.inside.shape == (4, 4, 8, 8)
-    assert batch.weak is None
+    assert batch.slice_labels is None
 
 
 def test_binary_merges_the_classes_and_keeps_outside():

@@ -26,7 +26,7 @@ def test_the_neighbors_of_a_bleed_are_not_trusted_to_lack_it():
     np.testing.assert_array_equal(near[:, 0], [0, 0, 0, -1, 0, 0])
     far = dataclasses.replace(MANY, margin=3).table(ROWS, True, 6)
     np.testing.assert_array_equal(far[:, 1], [-1, 1, -1, -1, -1, 0])
-    with pytest.raises(ValueError, match=r"weak\.margin"):
+    with pytest.raises(ValueError, match=r"slice_loss\.margin"):
         Slices(2, margin=-1)
 
 
@@ -55,8 +55,8 @@ def test_the_unlabeled_stream_delivers_the_rows_of_its_patches():
     free.open_case, free.slices = scans.__getitem__, MANY
     for i in range(40):
         element = free[i]
-        assert element["weak"].shape == (4, 2)
-        for image, row in zip(element["image"], element["weak"], strict=True):
+        assert element["slice_labels"].shape == (4, 2)
+        for image, row in zip(element["image"], element["slice_labels"], strict=True):
             level = int(image.max())
             if level == CUT.fill:
                 np.testing.assert_array_equal(row, [0, 0])

@@ -11,7 +11,7 @@ import pytest
 
 from bhsd_jax.build import build
 from bhsd_jax.losses import DiceCE
-from bhsd_jax.objectives.weak import SliceLabelTerms
+from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 
 TERM = {  # what the unlabeled part of each is called in the log
     "cps": "cross",
@@ -101,7 +101,7 @@ def test_with_every_term_off_slice_labels_do_not_change_the_program(name, net, l
     """Bit for bit, then. The others also mix the labels, which nothing reads."""
     objective = objective_of(name)
     params, ema = start(objective, net, batch, key)
-    absent = dataclasses.replace(batch, weak=jnp.zeros((2, 4, 2), jnp.int8))
+    absent = dataclasses.replace(batch, slice_labels=jnp.zeros((2, 4, 2), jnp.int8))
 
     def program(batch):
         def loss(params):
@@ -116,15 +116,16 @@ def test_with_every_term_off_slice_labels_do_not_change_the_program(name, net, l
 def test_with_every_term_off_slice_labels_change_no_bit(name, net, learn, batch, key):
     objective = objective_of(name)
     params, ema = start(objective, net, batch, key)
-    absent = dataclasses.replace(batch, weak=jnp.zeros((2, 4, 2), jnp.int8))
+    absent = dataclasses.replace(batch, slice_labels=jnp.zeros((2, 4, 2), jnp.int8))
 
-    def graded(batch, change):
+    def graded(batch, objective):
         def loss(params):
-            return objective.loss(change(learn(params, ema=ema, noise=0.3)), batch, key)[0]
+            return objective.loss(learn(params, ema=ema, noise=0.3), batch, key)[0]
 
         return jax.tree.leaves(jax.value_and_grad(loss)(params))
 
-    plain, off = graded(batch, lambda learner: learner), graded(absent, SliceLabelTerms())
+    plain = graded(batch, objective)
+    off = graded(absent, WithSliceLoss(objective, SliceTerms()))
     for x, y in zip(plain, off, strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -136,44 +137,43 @@ def test_every_objective_gates_its_teachers_and_offers_its_students(name, net, l
     else:
         objective = objective_of(name)
     params, ema = start(objective, net, batch, key)
-    batch = dataclasses.replace(batch, weak=jnp.zeros((2, 4, 2), jnp.int8))
+    batch = dataclasses.replace(batch, slice_labels=jnp.zeros((2, 4, 2), jnp.int8))
     gated, offered = [], []
 
-    def gate(logits, weak):
-        gated.append(weak is not None)
+    def gate(logits):
+        gated.append(logits.shape)
         return logits
-
-    def weak(weak, *logits):
-        assert weak.shape == (2, 4, 2)
-        offered.extend(x.shape for x in logits)
-        return 7.0, {"weak/spy": jnp.zeros(())}
 
     def both(params):
         plain = learn(params, ema=ema)
-        spied = dataclasses.replace(plain, gate=gate, weak=weak)
-        return objective.loss(plain, batch, key), objective.loss(spied, batch, key)
+        terms = objective.terms(dataclasses.replace(plain, gate=gate), batch, key)
+        assert terms.mixed(batch.slice_labels).shape == (2, 4, 2)
+        offered.extend(x.shape for x in terms.students)
+        more = WithSliceLoss(objective, SliceTerms(neg_sup=1.0))
+        return objective.loss(plain, batch, key), more.loss(plain, batch, key)
 
     (_, without), (_, found) = jax.eval_shape(both, params)
-    assert set(found) - set(without) == {"weak/spy"}
+    assert set(found) - set(without) == {"weak/known", "weak/neg_sup"}
     networks = max(1, len(objective.twins))
     assert offered == [(2, 4, 6, 6, 3)] * networks
-    assert gated == [True] * (0 if name == "supervised" else networks)
+    assert gated == [(2, 4, 6, 6, 3)] * (0 if name == "supervised" else networks)
 
 
 @pytest.mark.parametrize("name", ["cps", "mean_teacher"])
 def test_slice_labels_of_which_nothing_is_known_are_the_identity(name, net, learn, batch, key):
     objective = objective_of(name)
     params, ema = start(objective, net, batch, key)
-    unknown = dataclasses.replace(batch, weak=jnp.full((2, 4, 2), -1, jnp.int8))
-    terms = SliceLabelTerms(gate_pseudo=True, neg_sup=1.0, mil=0.1, size=0.01, start=0.0)
+    unknown = dataclasses.replace(batch, slice_labels=jnp.full((2, 4, 2), -1, jnp.int8))
+    terms = SliceTerms(gate_pseudo=True, neg_sup=1.0, mil=0.1, size=0.01, start=0.0)
 
     @jax.jit
     def both(params):
-        def loss(params, batch, change):
-            return objective.loss(change(learn(params, ema=ema, noise=0.3)), batch, key)[0]
+        def loss(params, batch, objective):
+            return objective.loss(learn(params, ema=ema, noise=0.3), batch, key)[0]
 
         grad = jax.value_and_grad(loss)
-        return grad(params, batch, lambda learner: learner), grad(params, unknown, terms)
+        more = WithSliceLoss(objective, terms)
+        return grad(params, batch, objective), grad(params, unknown, more)
 
     (want, grads), (value, found) = both(params)
     assert float(value) == pytest.approx(float(want), abs=6e-8)
@@ -184,11 +184,11 @@ def test_slice_labels_of_which_nothing_is_known_are_the_identity(name, net, lear
 def test_one_step_down_lowers_every_term_on_negative_slices(net, learn, batch, key):
     objective = objective_of("cps")
     params, _ = start(objective, net, batch, key)
-    absent = dataclasses.replace(batch, weak=jnp.zeros((2, 4, 2), jnp.int8))
-    terms = SliceLabelTerms(gate_pseudo=True, neg_sup=1.0, mil=0.1, size=0.01, start=0.0)
+    absent = dataclasses.replace(batch, slice_labels=jnp.zeros((2, 4, 2), jnp.int8))
+    terms = SliceTerms(gate_pseudo=True, neg_sup=1.0, mil=0.1, size=0.01, start=0.0)
 
     def loss(params):
-        return objective.loss(terms(learn(params)), absent, key)
+        return WithSliceLoss(objective, terms).loss(learn(params), absent, key)
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, before), grads = step(params)

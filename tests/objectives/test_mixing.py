@@ -101,4 +101,3 @@ def test_slices_of_a_paste_lack_what_both_lack_and_show_nothing_for_sure():
     outside = jnp.asarray([[[1, 0], [0, 0], [1, -1]]], jnp.int8)
     found = mixing.paste_slices(mask, inside, outside)
     np.testing.assert_array_equal(found[0], [[1, 0], [0, -1], [0, 1]])
-    assert mixing.paste_slices(mask, None, None) is None

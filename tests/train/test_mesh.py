@@ -17,9 +17,9 @@ from bhsd_jax.objectives.cps_cutmix import CrossPseudoSupervisionCutMix
 from bhsd_jax.objectives.entropy import EntropyMinimization
 from bhsd_jax.objectives.ict import InterpolationConsistency
 from bhsd_jax.objectives.mean_teacher import MeanTeacher
+from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 from bhsd_jax.objectives.supervised import Supervised
 from bhsd_jax.objectives.w2s import WeakToStrong
-from bhsd_jax.objectives.weak import SliceLabelTerms
 from bhsd_jax.train import layout
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import deal, init_state, make_train_step
@@ -32,14 +32,15 @@ KINDS = {
     "ict": InterpolationConsistency(ramp=0.0, ema_decay=0.9),
     "entropy": EntropyMinimization(ramp=0.0),
     "w2s": WeakToStrong(ramp=0.0, ema_decay=0.9, sure=0.4, sure_foreground=0.4),
-    "slices": CrossPseudoSupervision(ramp=0.0),  # and every term of slice labels
+    "slices": WithSliceLoss(
+        CrossPseudoSupervision(ramp=0.0),
+        SliceTerms(True, neg_sup=1.0, mil=0.1, size=0.01, start=0.0),
+    ),
 }
-EVERY_TERM = SliceLabelTerms(True, neg_sup=1.0, mil=0.1, size=0.01, start=0.0)
 
 
 def parts_of(kind, **changes):
-    weak = EVERY_TERM if kind == "slices" else None
-    return dataclasses.replace(make_parts(KINDS[kind]), weak=weak, **changes)
+    return dataclasses.replace(make_parts(KINDS[kind]), **changes)
 
 
 @functools.cache
@@ -48,7 +49,7 @@ def batches_of(kind):
     if kind != "slices":
         return batches
     slices = [jax.random.randint(jax.random.key(9), (8, 4, 2), -1, 2, jnp.int8)] * 3
-    return [dataclasses.replace(b, weak=w) for b, w in zip(batches, slices, strict=True)]
+    return [dataclasses.replace(b, slice_labels=s) for b, s in zip(batches, slices, strict=True)]
 
 
 @functools.cache

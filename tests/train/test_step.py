@@ -16,9 +16,9 @@ from bhsd_jax.objectives.cps_cutmix import CrossPseudoSupervisionCutMix
 from bhsd_jax.objectives.entropy import EntropyMinimization
 from bhsd_jax.objectives.ict import InterpolationConsistency
 from bhsd_jax.objectives.mean_teacher import MeanTeacher
+from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 from bhsd_jax.objectives.supervised import Supervised
 from bhsd_jax.objectives.w2s import WeakToStrong
-from bhsd_jax.objectives.weak import SliceLabelTerms
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import init_state, make_train_step, moving_average
 
@@ -180,7 +180,7 @@ def test_no_two_leaves_of_the_initial_state_share_a_buffer(kind, key):
         jax.jit(make_train_step(parts), donate_argnums=0)(state, batch)
 
 
-EVERY_TERM = SliceLabelTerms(True, neg_sup=1.0, mil=0.1, size=0.01)
+EVERY_TERM = SliceTerms(True, neg_sup=1.0, mil=0.1, size=0.01)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,11 @@ EVERY_TERM = SliceLabelTerms(True, neg_sup=1.0, mil=0.1, size=0.01)
 )
 def test_data_parallel_steps_only_reduce(objective, terms, groups, key, full_compilation):
     """One all-reduce, of gradients and metrics together; two patches a device, so pairs stay."""
-    parts = dataclasses.replace(make_parts(objective, quiet=True), weak=terms)
+    whole = objective if terms is None else WithSliceLoss(objective, terms)
+    parts = make_parts(whole, quiet=True)
     batch = make_batch(labeled=16, unlabeled=16 if objective.uses_unlabeled else 0)
     if terms is not None:
-        batch = dataclasses.replace(batch, weak=jnp.zeros((16, 4, 2), jnp.int8))
+        batch = dataclasses.replace(batch, slice_labels=jnp.zeros((16, 4, 2), jnp.int8))
     mesh = meshes.make_mesh()
     state = jax.eval_shape(lambda: init_state(parts, batch.image, key))
     compiled = (

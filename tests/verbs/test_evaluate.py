@@ -305,7 +305,7 @@ def test_volumes_and_lesions_say_whether_they_are_corrected_for_tilt(tmp_path, t
     turn = np.array([[1, 0, 0, 0], [0, cos, -sin, 0], [0, sin, cos, 0], [0, 0, 0, 1]])
     mask = labels((EDH, 1, 5, slice(4, 8)))
     nifti.write_volume(tmp_path / "a.nii.gz", Volume(mask, turn @ AFFINE, ""))
-    job = evaluate.Job(
+    job = evaluate.Comparison(
         *("a", "a", tmp_path / "a.nii.gz", tmp_path / "a.nii.gz", None, HEMORRHAGE, "ct"),
         *(False, 1.0, False, table_feed),
     )

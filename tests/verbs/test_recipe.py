@@ -127,14 +127,14 @@ def test_the_augmented_batch_is_what_the_network_wants():
 
 def test_slice_labels_reach_the_loss_in_the_shape_of_the_network():
     config = config_of(cps)
-    assert make_recipe(config, PLAN).abstract_batch().weak is None
-    config.weak.update(neg_sup=1.0, gate_pseudo=True)
+    assert make_recipe(config, PLAN).abstract_batch().slice_labels is None
+    config.slice_loss.update(neg_sup=1.0, gate_pseudo=True)
     recipe = make_recipe(config, PLAN)
     raw = recipe.abstract_batch()
-    assert raw.weak.shape == (8, 4, 1), "binary: one class"
+    assert raw.slice_labels.shape == (8, 4, 1), "binary: one class"
     patches = jax.eval_shape(recipe.parts.augment, jax.random.key(0), raw)
-    assert patches.weak.shape == (8, 4, 1)
-    assert patches.weak.dtype == jnp.int8
+    assert patches.slice_labels.shape == (8, 4, 1)
+    assert patches.slice_labels.dtype == jnp.int8
     state = jax.eval_shape(recipe.init, jax.random.key(0))
     _, metrics = jax.eval_shape(make_train_step(recipe.parts), state, raw)
     assert {"weak/known", "weak/neg_sup"} <= set(metrics)
@@ -206,15 +206,15 @@ def test_the_mask_of_the_scan_is_moved_as_its_voxels_are(slices):
     inside = np.full((4, *spatial.source_patch), -1, np.int8)
     inside[:, 1:, 3:, :11] = 1
     image = (inside[..., None] > 0).astype(np.int16)
-    weak = np.zeros((4, spatial.source_patch[0], 1), np.int8) if slices else None
-    raw = Batch(image, inside, image, weak, inside)
+    slice_labels = np.zeros((4, spatial.source_patch[0], 1), np.int8) if slices else None
+    raw = Batch(image, inside, image, slice_labels, inside)
     found = jax.jit(augment)(jax.random.key(1), raw)
     values = np.asarray(found.unlabeled[..., 0])
     clear = np.abs(values - 0.5) > 1e-3
     np.testing.assert_array_equal(found.inside[clear], values[clear] > 0.5)
     assert clear.mean() > 0.95
     assert 0.1 < found.inside.mean() < 0.9
-    assert (found.weak is None) != slices
+    assert (found.slice_labels is None) != slices
 
 
 def test_labeled_and_unlabeled_patches_have_draws_of_their_own_and_a_mask_that_of_its_patch():
@@ -253,19 +253,19 @@ def test_an_average_that_outlives_the_training_is_warned_of(steps, decay, fits, 
 
 def test_slice_labels_split_over_data_alone():
     config = config_of(cps)
-    config.weak.neg_sup = 1.0
+    config.slice_loss.neg_sup = 1.0
     batch, mesh = make_recipe(config, PLAN).abstract_batch(), meshes.make_mesh(2, 1, 4)
     for rows, own in ((20, 5), (37, 37)):  # those that do not divide are whole on every device
         free = jax.ShapeDtypeStruct((8, 4, rows, 18, 1), jnp.int16)
         places = meshes.batch_shardings(mesh, dataclasses.replace(batch, unlabeled=free))
-        assert places.weak.shard_shape(batch.weak.shape) == (4, 4, 1)
+        assert places.slice_labels.shard_shape(batch.slice_labels.shape) == (4, 4, 1)
         assert places.unlabeled.shard_shape(free.shape) == (4, 4, own, 18, 1)
 
 
 def test_slice_labels_that_nothing_can_use_are_refused():
     config = config_of(supervised)
-    config.weak.neg_sup = 1.0
-    with pytest.raises(ValueError, match=r"weak: .*supervised\.WeaklySupervised"):
+    config.slice_loss.neg_sup = 1.0
+    with pytest.raises(ValueError, match=r"slice_loss: .*supervised\.WeaklySupervised"):
         require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
     with pytest.raises(ValueError, match="head CT"):
         make_recipe(config, dataclasses.replace(PLAN, modality="mr"))

@@ -1,21 +1,24 @@
-"""What slice labels add to any objective: a gate for pseudo-labels, and losses on predictions.
+"""What slice labels add to an objective: a gate for pseudo-labels, and losses on predictions.
 
 A label of a slice and class is 1 (shown), 0 (not shown) or -1 (not known). All terms are means over
 what is known, and 0 where nothing is.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Scalar
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
-from bhsd_jax.objectives.common import require_choice, require_fraction
+from bhsd_jax.objectives.common import SemiSupervised, require_choice, require_fraction, total
+from bhsd_jax.objectives.supervised import WeaklySupervised
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.types import Learner, Metrics
+from bhsd_jax.types import Batch, Learner, Metrics, Objective, Params
 
+_LOGGED = "weak"  # what `metrics.jsonl` has always called these terms
 _NEVER = -1e9  # logit of a class that cannot be: its softmax is exactly 0
 
 Rows = Int[Array, "U D C"]  # labels of slices, C = K - 1 foreground classes
@@ -23,7 +26,7 @@ Maps = Float[Array, "U D H W K"]  # logits
 
 
 @dataclass(frozen=True)
-class SliceLabelTerms:
+class SliceTerms:
     """Which terms are on; a weight of 0 is off. The objective's own terms stay as they are.
 
     The losses count for every trained network, at full resolution.
@@ -43,32 +46,25 @@ class SliceLabelTerms:
     start: float = 0.3  # share of the training before `mil` and `size` begin
 
     def __post_init__(self) -> None:
-        require_choice("weak.negatives", self.negatives, ("ce", "volume"))
-        require_choice("weak.sizes", self.sizes, ("penalty", "barrier"))
-        require_fraction("weak.start", self.start)
+        require_choice("slice_loss.negatives", self.negatives, ("ce", "volume"))
+        require_choice("slice_loss.sizes", self.sizes, ("penalty", "barrier"))
+        require_fraction("slice_loss.start", self.start)
         for name in ("neg_sup", "mil", "size"):
             if getattr(self, name) < 0:
-                raise UserError(f"weak.{name} is a weight, 0 or above; got {getattr(self, name)}")
+                raise UserError(
+                    f"slice_loss.{name} is a weight, 0 or above; got {getattr(self, name)}"
+                )
         for name in ("sharpness", "lesion_voxels"):
             if getattr(self, name) <= 0:
-                raise UserError(f"weak.{name} must be above 0; got {getattr(self, name)}")
+                raise UserError(f"slice_loss.{name} must be above 0; got {getattr(self, name)}")
 
     @property
     def active(self) -> bool:
         """Whether any term is on."""
         return self.gate_pseudo or max(self.neg_sup, self.mil, self.size) > 0
 
-    def __call__(self, learner: Learner) -> Learner:
-        """The same learner, whose `gate` and `weak` know slice labels."""
-        found = {"weak": partial(self._losses, learner)}
-        return dataclasses.replace(learner, **found | ({"gate": gate} if self.gate_pseudo else {}))
-
-    def _losses(
-        self, learner: Learner, rows: Rows | None, *logits: Maps
-    ) -> tuple[Array | float, Metrics]:
+    def __call__(self, learner: Learner, rows: Rows, *logits: Maps) -> tuple[Scalar, Metrics]:
         """Weighted sum over terms and networks, and what to log."""
-        if rows is None:
-            return 0.0, {}
         begun = learner.step >= self.start * learner.steps
         progress = learner.step / learner.steps
         terms = {
@@ -82,13 +78,14 @@ class SliceLabelTerms:
                 partial(sizes, least=self.lesion_voxels, barrier=self._barrier(progress)),
             ),
         }
-        total, metrics = jnp.zeros(()), {"weak/known": (rows >= 0).mean()}
+        loss, metrics = jnp.zeros(()), {f"{_LOGGED}/known": (rows >= 0).mean()}
         for name, (weight, term) in terms.items():
             if isinstance(weight, float) and weight == 0:
                 continue
-            metrics[f"weak/{name}"] = sum((term(x, rows) for x in logits), start=jnp.zeros(()))
-            total = total + weight * metrics[f"weak/{name}"]
-        return total, metrics
+            value = sum((term(x, rows) for x in logits), start=jnp.zeros(()))
+            metrics[f"{_LOGGED}/{name}"] = value
+            loss = loss + weight * value
+        return loss, metrics
 
     def _barrier(self, progress: Array) -> Array | None:
         if self.sizes == "penalty":
@@ -97,7 +94,65 @@ class SliceLabelTerms:
         return start * growth ** (100 * progress)
 
 
-def gate(logits: Maps, rows: Rows | None) -> Maps:
+@dataclass(frozen=True)
+class WithSliceLoss:
+    """An objective, to which the slice labels of its unlabeled patches add terms.
+
+    All but its loss is that of the objective inside; without slice labels in the batch the loss is
+    too.
+
+    Raises:
+        ValueError: If the objective inside does not tell its terms, to which others can be added.
+    """
+
+    inner: Objective = field(default_factory=WeaklySupervised)
+    slices: SliceTerms = field(default_factory=SliceTerms)
+
+    def __post_init__(self) -> None:
+        if self.inner.uses_unlabeled and not isinstance(self.inner, SemiSupervised):
+            raise UserError(
+                f"slice_loss: objective {type(self.inner).__name__} has no `terms`, to which "
+                "those of slice labels are added; make it an objectives.common.SemiSupervised, or "
+                "set the weights of slice_loss to 0"
+            )
+
+    @property
+    def twins(self) -> tuple[str, ...]:
+        return self.inner.twins
+
+    @property
+    def uses_unlabeled(self) -> bool:
+        return self.inner.uses_unlabeled
+
+    @property
+    def ema_decay(self) -> float | None:
+        return self.inner.ema_decay
+
+    @property
+    def ema_t0(self) -> int:
+        return self.inner.ema_t0
+
+    def init(self, model: nn.Module, image: Array, key: PRNGKeyArray) -> Params:
+        return self.inner.init(model, image, key)
+
+    def deployable(self, params: Params, ema: Params | None) -> dict[str, Params]:
+        return self.inner.deployable(params, ema)
+
+    def loss(self, learner: Learner, batch: Batch, key: PRNGKeyArray) -> tuple[Scalar, Metrics]:
+        rows = batch.slice_labels
+        if rows is None or not isinstance(self.inner, SemiSupervised):
+            return self.inner.loss(learner, batch, key)
+        if self.slices.gate_pseudo:
+            learner = dataclasses.replace(learner, gate=partial(gate, rows=rows))
+        terms = self.inner.terms(learner, batch, key)
+        loss, metrics = total(learner, terms)
+        if not terms.students:
+            return loss, metrics
+        added, said = self.slices(learner, terms.mixed(rows), *terms.students)
+        return loss + added, metrics | said
+
+
+def gate(logits: Maps, rows: Rows) -> Maps:
     """Logits whose softmax is renormalized over the classes a slice may show.
 
     p_c m_c / sum_j p_j m_j, where m is 0 for what a slice lacks and 1 for background and whatever
@@ -105,7 +160,7 @@ def gate(logits: Maps, rows: Rows | None) -> Maps:
 
     Source: Papandreou et al. 2015, arXiv:1502.02734 (latent labels constrained by image labels).
     """
-    return logits if rows is None else jnp.where(_absent(rows), _NEVER, logits)
+    return jnp.where(_absent(rows), _NEVER, logits)
 
 
 def negatives(logits: Maps, rows: Rows, form: str = "ce") -> Scalar:
