@@ -59,24 +59,32 @@ def test_two_runs_are_equal_bit_for_bit_and_so_are_twins_that_began_alike(key):
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys(Supervised):
-    """Logs numbers drawn with the keys that augmentation and loss are given."""
+class Drawn(Supervised):
+    """Logs the image it is given, and a number drawn with its key, also squared."""
 
     def loss(self, learner, batch, key):
         total = sum(leaf.sum() for leaf in jax.tree.leaves(learner.params))
-        return total, {"augment": batch.image, "loss": jax.random.bits(key)}
+        number = jax.random.uniform(key)
+        return total, {"image": batch.image.mean(), "number": number, "square": number**2}
 
 
 def test_every_step_gives_augmentation_and_loss_keys_of_their_own(key):
     def draw(key, batch):
-        return dataclasses.replace(batch, image=jax.random.bits(key))
+        return dataclasses.replace(batch, image=jax.random.uniform(key))
 
-    parts, batch = dataclasses.replace(make_parts(Keys()), augment=draw), make_batch()
+    parts, batch = dataclasses.replace(make_parts(Drawn()), augment=draw), make_batch()
     state, step, seen = start(parts, batch, key), jax.jit(make_train_step(parts)), []
     for _ in range(3):
         state, metrics = step(state, batch)
-        seen += [int(metrics["augment"]), int(metrics["loss"])]
+        seen += [float(metrics["image"]), float(metrics["number"])]
     assert len(set(seen)) == 6
+
+
+def test_every_part_of_a_batch_has_a_key_of_its_own(key):
+    """The mean of squares exceeds the square of the mean where not all numbers are one."""
+    parts, batch = dataclasses.replace(make_parts(Drawn()), accumulate=4), make_batch()
+    _, metrics = jax.jit(make_train_step(parts))(start(parts, batch, key), batch)
+    assert float(metrics["square"]) > float(metrics["number"]) ** 2 + 1e-3
 
 
 def test_the_average_is_the_mean_of_all_networks_until_the_decay_takes_over():
