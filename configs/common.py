@@ -45,6 +45,13 @@ DATA = {  # the word `data=`
         "dicom": "",  # folder of the challenge's slices, where there are no NIfTI images
         "uneven": "refuse",
     },
+    "hemorica": {
+        "name": "hemorica.Hemorica",
+        "root": "data/Hemorica",
+        "images": "",  # folder in `root`; "": images, or what is called alike
+        "masks": "",  # likewise
+        "values": "",  # types by mask value from 1, "EDH,SDH,..."; "": those of dataset.json
+    },
     "mbhseg": {"name": "mbhseg.MBHSeg", "root": "data/MBH-Seg25", "rater": "majority"},
     "folder": {
         "name": "folder.Folder",

@@ -114,6 +114,16 @@ def remarks(image: object, label: object) -> list[Finding]:
     return found
 
 
+def repairs(path: Path) -> list[Finding]:
+    """What `read` has changed of a file's geometry.
+
+    Raises:
+        Refusal: If the file is no NIfTI; names it.
+    """
+    with _naming(path), _stream(path) as (stream, _):
+        return nifti_header.repairs(nifti_header.parse(stream))
+
+
 def write(path: str | Path, voxels: Num[np.ndarray, "D H W"], like: str | Path) -> None:
     """Writes `voxels`, in the native order of the scan file `like`, onto the grid of that file.
 

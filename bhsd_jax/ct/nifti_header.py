@@ -127,11 +127,22 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     return matrix[:, [2, 1, 0, 3]]
 
 
+def repairs(header: Nifti1Header) -> list[Finding]:
+    """What `affine` has changed."""
+    longer = _lengthened(header)
+    if longer == 1:
+        return []
+    step = float(np.linalg.norm(np.asarray(header.get_sform())[:3, 2]))
+    text = f"sheared sform of dcm2niix: slice step {step:.3f} mm, in truth {step * longer:.3f}"
+    return [Finding(Kind.SHEAR_SHORT, "repaired", text)]
+
+
 def _lengthened(header: Nifti1Header) -> float:
     """By how much the slice step of a sform is too short; 1 where it is not known to be.
 
     It is where the sform is sheared, and a perpendicular qform beside it has the same rows, columns
-    and length of the step: that length is then the distance between the slices.
+    and length of the step: that length is then the distance between the slices. Of a tilted
+    enhanced CT dcm2niix states the feed instead, in a file that cannot be told from the others.
     """
     if int(header["sform_code"]) <= 0 or int(header["qform_code"]) <= 0:
         return 1.0
@@ -192,10 +203,6 @@ def remarks(header: Nifti1Header, *, is_label: bool) -> list[Finding]:
     elif slope != 0 and (slope, intercept) != (1.0, 0.0):
         text = f"scale factors applied: {slope:.6g} x + {intercept:.6g}"
         found.append(Finding(Kind.SCALED, "repaired", text))
-    if (longer := _lengthened(header)) != 1:
-        step = float(np.linalg.norm(np.asarray(header.get_sform())[:3, 2]))
-        text = f"sheared sform of dcm2niix: slice step {step:.3f} mm, in truth {step * longer:.3f}"
-        found.append(Finding(Kind.SHEAR_SHORT, "repaired", text))
     if int(header["sform_code"]) > 0:
         return found
     if int(header["qform_code"]) > 0:

@@ -24,7 +24,7 @@ def read(image: Image) -> tuple[Volume, list[Finding]]:
         FileNotFoundError: If there is no such file.
     """
     if not isinstance(image, Series):
-        return nifti.read(image), []
+        return nifti.read(image), nifti.repairs(image)
     volume, found = dicom_series.read(image)
     if image.unshear:
         voxels, affine = shear.unshear(volume.voxels, volume.affine, fill=hu.LOWEST_HU)

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bhsd_jax.ct import hu, nifti, prepare
+from bhsd_jax.ct import hu, nifti, prepare, scan
 from bhsd_jax.datasets.folder import Folder
 from bhsd_jax.defects import Kind
 from bhsd_jax.volume import Case
@@ -115,3 +115,10 @@ def test_a_folder_of_ones_own_says_nothing_of_the_tables_feed(tmp_path):
     store(tmp_path / "images" / "a.nii", UPRIGHT)
     (case,) = Folder(tmp_path).cases()
     assert not case.table_feed
+
+
+def test_whoever_reads_the_scan_is_told_what_was_lengthened(tmp_path):
+    path = store(tmp_path / "plain.nii", PLAIN, UPRIGHT)
+    assert "slice step 4.755 mm, in truth 5.000" in " ".join(
+        finding.text for finding in scan.read(path)[1]
+    )

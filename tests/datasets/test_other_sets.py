@@ -2,19 +2,22 @@
 
 import json
 
+import numpy as np
 import pytest
 from dicom_files import block, write_series
 
 from bhsd_jax.build import build
 from bhsd_jax.configs import common
-from bhsd_jax.ct import scan
+from bhsd_jax.ct import nifti, scan
 from bhsd_jax.datasets.ctich import CTICH
 from bhsd_jax.datasets.folder import Folder
+from bhsd_jax.datasets.hemorica import Hemorica
 from bhsd_jax.datasets.hemseg import HemSeg
 from bhsd_jax.datasets.instance import INSTANCE
 from bhsd_jax.datasets.label_maps import PRESETS, LabelMap
 from bhsd_jax.datasets.mbhseg import MBHSeg
-from bhsd_jax.volume import HEMORRHAGE, Masks, Series
+from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.volume import HEMORRHAGE, Masks, Series, Volume
 
 BINARY = (0, *(1,) * 255)
 
@@ -221,3 +224,65 @@ def test_plain_folders_pair_by_name(tmp_path, touch):
         list(Folder(tmp_path).cases())
     with pytest.raises(ValueError, match="modality is ct or mr"):
         Folder(tmp_path, modality="pet")
+
+
+@pytest.fixture
+def hemorica(tmp_path, touch):
+    for id in ("p1", "p2"):
+        touch(tmp_path / "images" / f"{id}.nii.gz")
+        touch(tmp_path / "masks" / f"{id}.nii.gz")
+    return tmp_path
+
+
+PAPER = "EPH, SDH, SAH, IPH, IVH"
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (PAPER, None),
+        ("", {"background": 0, "EPH": 1, "SDH": 2, "SAH": 3, "IPH": 4, "IVH": 5}),
+        ("", {str(k): n for k, n in enumerate(("background", *PAPER.split(", ")))}),
+    ],
+)
+def test_hemorica_has_the_classes_that_its_values_are_said_to_mean(hemorica, values, labels):
+    if labels:
+        (hemorica / "dataset.json").write_text(json.dumps({"labels": labels}))
+    data = Hemorica(hemorica, values=values)
+    assert summary(data) == [("p1", "train", True), ("p2", "train", True)]
+    case = next(data.cases())
+    assert case.label == Masks((hemorica / "masks" / "p1.nii.gz",), values=(0, 1, 5, 4, 2, 3))
+    assert data.classes == HEMORRHAGE
+    assert not case.table_feed
+
+
+def test_hemorica_takes_nothing_for_granted_that_the_paper_does_not_say(hemorica, touch):
+    with pytest.raises(ValueError, match=r"which value .* is not known.*config\.data\.values"):
+        list(Hemorica(hemorica).cases())
+    for odd in ("EPH,SDH", "EPH,EDH,SAH,IPH,IVH", "a,b,c,d,e"):
+        with pytest.raises(ValueError, match=f"each once, by mask value from 1; got {odd[0]}"):
+            list(Hemorica(hemorica, values=odd).cases())
+    (hemorica / "dataset.json").write_text("{}")
+    with pytest.raises(ValueError, match="no labels as nnU-Net has them"):
+        list(Hemorica(hemorica).cases())
+    touch(hemorica / "images" / "p3.nii.gz")
+    with pytest.raises(ValueError, match="no mask for p3; every scan is taken to have one"):
+        list(Hemorica(hemorica, values=PAPER).cases())
+    touch(hemorica / "masks" / "p3_EPH.nii.gz")
+    with pytest.raises(ValueError, match="p3_EPH seem to be masks of one type each"):
+        list(Hemorica(hemorica, values=PAPER).cases())
+    with pytest.raises(FileNotFoundError, match=r"no folder scans in it.*config\.data\.images"):
+        list(Hemorica(hemorica, images="scans", values=PAPER).cases())
+    touch(hemorica / "b" / "images" / "a.nii")
+    with pytest.raises(FileNotFoundError, match="no folder masks, mask, labels, labelsTr"):
+        list(Hemorica(hemorica / "b").cases())
+
+
+def test_a_value_of_hemorica_beyond_the_five_types_is_refused(tmp_path):
+    voxels, affine = block().astype("i2"), np.eye(4)
+    for folder, array in (("images", voxels), ("masks", (voxels == 900).astype("u1") * 6)):
+        nifti.write_volume(tmp_path / folder / "a.nii.gz", Volume(array, affine, ""))
+    (case,) = Hemorica(tmp_path, values=PAPER).cases()
+    with pytest.raises(Refusal, match="label values 6 have no class") as caught:
+        scan.read_label(case.label, case.image, scan.read(case.image)[0], num_classes=6)
+    assert caught.value.kind is Kind.MASK_VALUES

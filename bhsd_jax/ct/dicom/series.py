@@ -119,7 +119,7 @@ def order(headers: Sequence[Slice | None], series: Series) -> Stack:
     for item in headers:
         place += item is None or item.file != last  # frames of one file share its place
         last = item and item.file
-        if item is None or not item.whole:
+        if item is None or not (item.whole or item.flaw):  # the flaw says more
             damaged.append(place)
         else:
             slices.append(item)
