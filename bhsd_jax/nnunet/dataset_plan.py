@@ -6,6 +6,7 @@ import numpy as np
 
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.ct.resample import resampled_shape
+from bhsd_jax.defects import Kind
 from bhsd_jax.nnunet.planner import (
     network_for,
     spacing_margin,
@@ -31,14 +32,15 @@ def make_plan(
 ) -> Plan:
     """Decides spacing, axis order, network and normalization from the training cases.
 
-    `spacing_mm` pins the target in canonical axes; None leaves it to nnU-Net's rule.
+    `spacing_mm` pins the target in canonical axes; None leaves it to nnU-Net's rule. CT without
+    air, which may have been clipped, does not count for the intensities if there is other.
 
     Raises:
         ValueError: If there is no training case with a mask, or all masks are empty.
     """
     if not facts:
         raise UserError(f"{dataset}: no training case with a mask; nothing to plan from")
-    drawn = np.concatenate([fact.foreground for fact in facts]).astype(np.float64)
+    drawn = np.concatenate([fact.foreground for fact in _in_full_range(facts)]).astype(np.float64)
     if not drawn.size:
         raise UserError(
             f"{dataset}: the masks of all {len(facts)} training cases are empty; some mirrors "
@@ -76,3 +78,12 @@ def make_plan(
         notes=notes,
         use_mask_for_norm=uses_mask(modality, [fact.relative_size for fact in facts]),
     )
+
+
+def _in_full_range(facts: Sequence[Facts]) -> Sequence[Facts]:
+    """Scans whose intensities say what tissue has: not CT without air, which may be a window.
+
+    All of them if nothing else would be left to measure.
+    """
+    full = [fact for fact in facts if all(f.kind is not Kind.NO_AIR for f in fact.findings)]
+    return full if any(fact.foreground.size for fact in full) else facts

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.defects import Kind
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.shards import store
@@ -26,6 +27,7 @@ from bhsd_jax.volume import Case, Plan
 logger = logging.getLogger(__name__)
 
 _KEYS = ("key", "bytes", "entries")  # of every record; those of older versions have no more
+_SHIFTED = (Kind.OFFSET, Kind.UNSIGNED)
 _SEALED = (*_KEYS, "sha256")  # what the seal is of
 
 
@@ -38,6 +40,7 @@ class Job:
     cases: tuple[Case, ...]
     digests: tuple[str, ...]  # of each case's files
     plan: Plan
+    shifted: tuple[str, ...] = ()  # cases whose HU older versions took as they lay
 
     @property
     def key(self) -> str:
@@ -45,8 +48,9 @@ class Job:
         plan = self.plan.to_json()
         used = [plan[k] for k in ("version", "classes", "modality", "spacing_mm", "transpose")]
         used += [plan[k] for k in ("crop_hu", "axes", "normalize_first")] + [store.SCHEMA]
-        # Shards of older versions, which knew no mask, keep their keys.
+        # Shards of older versions, which knew neither, keep their keys.
         used += ["masked"] if self.plan.use_mask_for_norm else []
+        used += [["shifted", *self.shifted]] if self.shifted else []
         known = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
         if plan["modality"] == "ct" and not all(case.table_feed for case in self.cases):
             used.append("mL of these cases as their affines have them")
@@ -96,13 +100,16 @@ def divide(
 ) -> list[Job]:
     """Shards by position among all cases, so that one refused case moves no other."""
     digests = {fact.case: fact.source_sha256 for fact in facts}
+    shifted = {f.case for f in facts if any(one.kind in _SHIFTED for one in f.findings)}
     count = -(-len(cases) // size)
     jobs = []
     for index in range(count):
         part = tuple(c for c in cases[index * size : (index + 1) * size] if c.id in digests)
         name = f"shard-{index:05d}-of-{count:05d}"
         path, record = folder / f"{name}.arrayrecord", records / f"{name}.json"
-        jobs.append(Job(path, record, part, tuple(digests[case.id] for case in part), plan))
+        sums = tuple(digests[case.id] for case in part)
+        moved = tuple(case.id for case in part if case.id in shifted)
+        jobs.append(Job(path, record, part, sums, plan, moved))
     return [job for job in jobs if job.cases]
 
 

@@ -6,7 +6,7 @@ import pytest
 from turned import stored
 
 from bhsd_jax.ct import geometry, hu, nifti, prepare
-from bhsd_jax.defects import Kind, Refusal, texts
+from bhsd_jax.defects import Finding, Kind, Refusal, texts
 from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.volume import Case, Network, Plan, Volume
 
@@ -406,6 +406,16 @@ def test_the_plan_says_whether_the_median_scan_was_stripped(sizes, modality, mas
     assert Plan.from_json(plan.to_json()) == plan
     older = {k: v for k, v in plan.to_json().items() if k != "use_mask_for_norm"}
     assert not Plan.from_json(older).use_mask_for_norm
+
+
+def test_clipped_ct_does_not_count_for_the_clip_bounds():
+    facts = facts_of([(1.0,) * 3] * 2, [(36, 50, 35)] * 2, [[20.0, 90.0], [0.0, 80.0]])
+    windowed = (Finding(Kind.NO_AIR, "kept", "no air", "c1"),)
+    facts[1] = dataclasses.replace(facts[1], findings=windowed)
+    made = make_plan(facts, **(MADE | {"modality": "ct"}))
+    assert made.foreground == pytest.approx((20.35, 55.0, 35.0, 89.65))
+    alone = make_plan(facts[1:], **(MADE | {"modality": "ct"}))
+    assert alone.foreground[1] == 40.0, "there is no other"
 
 
 def test_nothing_to_plan_from_is_said():

@@ -1,6 +1,8 @@
 """Many jobs that share nothing but a file system write what one would."""
 
 import csv
+import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -76,6 +78,23 @@ def flags(config, workdir):
             for name in ("cases_per_shard", "processes", "shard_index", "num_shards")
         ),
     ]
+
+
+def test_only_shards_whose_making_has_changed_have_another_key(data, tmp_path):
+    """Of scans that were moved to HU, and of MR normalized inside its mask; all others stay."""
+    config = configure(data)
+    preprocess.run(config, tmp_path / "run")
+    plan = store.Shards(tmp_path / "run" / "shards").plan
+    case = next(iter(MSD(data).cases()))
+    job = shard_jobs.Job(Path("a"), Path("b"), (case,), ("digest",), plan)
+    masked = dataclasses.replace(job, plan=dataclasses.replace(plan, use_mask_for_norm=True))
+    shifted = dataclasses.replace(job, shifted=(case.id,))
+    assert len({job.key, masked.key, shifted.key}) == 3
+    used = [plan.version, list(plan.classes), "mr", list(plan.spacing_mm), list(plan.transpose)]
+    used += [plan.crop_hu, plan.axes, plan.normalize_first, store.SCHEMA]
+    known = [(case.id, case.patient, case.split, case.bleeding, case.slice_labels)]
+    text = json.dumps([used, known, ["digest"]])
+    assert job.key == hashlib.sha256(text.encode()).hexdigest(), "as older versions wrote it"
 
 
 def test_the_folds_of_a_user_go_with_the_shards(data, tmp_path):
