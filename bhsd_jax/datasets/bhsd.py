@@ -63,23 +63,23 @@ class BHSD:
             raise FileNotFoundError(f"{root}: no such folder; unpack BHSD there, or set data.root")
         labeled, findings = self._labeled(root)
         unlabeled, more = _unlabeled(root, {case.id for case in labeled})
-        found, overlaps = _patients([*labeled, *unlabeled])
-        findings += [*more, *overlaps, *_unused(root, found)]
+        cases, overlaps = _patients([*labeled, *unlabeled])
+        findings += [*more, *overlaps, *_unused(root, cases)]
         refused = [finding.text for finding in findings if finding.done == "refused"]
-        if refused and not found:
+        if refused and not cases:
             raise UserError(f"{root}: no scan can be used, {len(refused)} refused: {refused[0]}")
-        if not found:
+        if not cases:
             raise FileNotFoundError(
                 f"{root}: no scans; expected label_192/images and label_192/ground truths, "
                 "unlabel_*/anybleed and nobleed, or imagesTr and labelsTr"
             )
         table = root / "slice_labels.csv"
         rows = slice_labels(table, self.classes[1:])
-        if unknown := sorted(set(rows) - {case.id for case in found}):
+        if unknown := sorted(set(rows) - {case.id for case in cases}):
             text = f"{table}: rows of {len(unknown)} scans that are not used, such as {unknown[0]}"
             findings.append(Finding(Kind.SLICE_LABELS_ALONE, "kept", text))
-        found = [replace(case, slice_labels=rows.get(case.id)) for case in found]
-        return Survey(tuple(sorted(found, key=lambda case: case.id)), tuple(findings))
+        cases = [replace(case, slice_labels=rows.get(case.id)) for case in cases]
+        return Survey(tuple(sorted(cases, key=lambda case: case.id)), tuple(findings))
 
     def _labeled(self, root: Path) -> tuple[list[Case], list[Finding]]:
         folder = _first(root, _IMAGES)
@@ -98,8 +98,8 @@ class BHSD:
         if " " in masks_folder.name:
             text = f"{masks_folder}: found all the same; many tools break a path at its space"
             findings.append(Finding(Kind.FOLDER_SPACE, "repaired", text))
-        known = {finding.case for finding in findings if finding.done == "refused"}
-        cases, incomplete = self._pair(folder, masks_folder, images, masks, split, known)
+        refused = {finding.case for finding in findings if finding.done == "refused"}
+        cases, incomplete = self._pair(folder, masks_folder, images, masks, split, refused)
         return cases, findings + incomplete
 
     def _pair(
@@ -109,13 +109,13 @@ class BHSD:
         images: Scans,
         masks: Scans,
         split: dict[str, str],
-        known: set[str],
+        refused: set[str],
     ) -> tuple[list[Case], list[Finding]]:
         """Cases with image, mask and a place in the lists; of the `known` nothing more is said."""
         cases, findings = [], []
         bleeding = None if self.allow_empty else True
         missing = "kept" if self.allow_missing else "refused"
-        for id in sorted({*images, *masks, *split} - known):
+        for id in sorted({*images, *masks, *split} - refused):
             if id in images and id in masks and id in split:
                 case = Case(id, patient(id), images[id], masks[id], split[id], bleeding)
                 cases.append(case)
@@ -143,11 +143,11 @@ def scans(folder: Path) -> dict[str, Path]:
     Raises:
         Refusal: If one cannot be used, such as two files of one base name.
     """
-    found, findings = find(folder)
+    paths, findings = find(folder)
     for finding in findings:
         if finding.done == "refused":
             raise Refusal(finding.kind, finding.text)
-    return found
+    return paths
 
 
 def _first(root: Path, names: tuple[str, ...]) -> Path | None:

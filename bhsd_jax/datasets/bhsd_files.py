@@ -38,18 +38,18 @@ def patient(name: str) -> str:
 
 def find(folder: Path) -> tuple[Scans, list[Finding]]:
     """NIfTI files of a folder by base name, with or without a suffix; sorted."""
-    found: Scans = {}
+    scans: Scans = {}
     findings: list[Finding] = []
     for path in sorted(folder.iterdir()):
         name = base_name(path.name)
         usable, finding = _examine(path, name)
-        if usable and name in found:
-            finding = _twice(found[name], path, name)
+        if usable and name in scans:
+            finding = _twice(scans[name], path, name)
         elif usable:
-            found[name] = path
+            scans[name] = path
         findings += [finding] if finding else []
     refused = {finding.case for finding in findings if finding.done == "refused"}
-    return {name: path for name, path in found.items() if name not in refused}, findings
+    return {name: path for name, path in scans.items() if name not in refused}, findings
 
 
 def official_split(path: Path) -> tuple[dict[str, str], list[Finding]]:
@@ -113,8 +113,8 @@ def slice_labels(path: Path, classes: tuple[str, ...]) -> dict[str, tuple]:
             rows.setdefault(base_name(row["case"]), {})[index] = values
     unknown = (-1,) * len(classes)
     return {
-        case: tuple(found.get(k, unknown) for k in range(max(found) + 1))
-        for case, found in rows.items()
+        case: tuple(by_slice.get(k, unknown) for k in range(max(by_slice) + 1))
+        for case, by_slice in rows.items()
     }
 
 

@@ -13,7 +13,7 @@ from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.ct.dicom.series import Group
 from bhsd_jax.datasets import rsna
 from bhsd_jax.datasets.bhsd import BHSD
-from bhsd_jax.platform import tables
+from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
@@ -22,21 +22,21 @@ _LEAST = 0.99  # correlation of a slice with its original
 
 
 @dataclass(frozen=True)
-class Found:
+class Matches:
     """Rows per case in the order of its file's slices, and why other cases have none."""
 
-    rows: dict[str, tuple[rsna.Row, ...]]
+    rows: dict[str, tuple[rsna.SliceRow, ...]]
     refused: dict[str, str]
 
 
 def match(
     bhsd: BHSD,
     groups: Sequence[Group],
-    labels: Mapping[str, rsna.Row],
+    labels: Mapping[str, rsna.SliceRow],
     *,
     compare: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Found:
+) -> Matches:
     """Finds each scan's study by patient and study, and takes its slices' labels by position.
 
     A study counts only if it has as many slices as the scan and, with `compare`, each slice
@@ -45,18 +45,18 @@ def match(
     by_name = defaultdict(list)
     for group in groups:
         by_name[f"{group.first.patient}_{group.first.study}"].append(group)
-    found = Found({}, {})
+    matches = Matches({}, {})
     cases = list(bhsd.cases())
     for done, case in enumerate(cases, start=1):
         try:
-            found.rows[case.id] = _rows(case, by_name.get(case.id, []), labels, compare)
+            matches.rows[case.id] = _rows(case, by_name.get(case.id, []), labels, compare)
         except (UserError, OSError) as error:
-            found.refused[case.id] = str(error)
+            matches.refused[case.id] = str(error)
         progress(done, len(cases))
-    return found
+    return matches
 
 
-def write(path: Path, rows: Mapping[str, Sequence[rsna.Row]], classes: Sequence[str]) -> None:
+def write(path: Path, rows: Mapping[str, Sequence[rsna.SliceRow]], classes: Sequence[str]) -> None:
     """Writes the table whole or not at all; slices of which nothing is known are left out."""
     table = []
     for case in sorted(rows):
@@ -64,12 +64,12 @@ def write(path: Path, rows: Mapping[str, Sequence[rsna.Row]], classes: Sequence[
             if row != rsna.UNKNOWN:
                 union = rsna.any_bleeding([row])
                 table.append((case, index, "" if union is None else int(union), *row))
-    tables.write_csv(path, ("case", "slice", "any", *classes), table, line_end="\n")
+    csv_files.write_csv(path, ("case", "slice", "any", *classes), table, line_end="\n")
 
 
 def _rows(
-    case: Case, groups: Sequence[Group], labels: Mapping[str, rsna.Row], compare: bool
-) -> tuple[rsna.Row, ...]:
+    case: Case, groups: Sequence[Group], labels: Mapping[str, rsna.SliceRow], compare: bool
+) -> tuple[rsna.SliceRow, ...]:
     if not groups:
         raise UserError("its study is not among the slices")
     assert isinstance(case.image, Path)  # of BHSD

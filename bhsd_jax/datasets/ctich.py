@@ -52,20 +52,20 @@ class CTICH:
         typed = self.masks == "types"
         rows = _rows(root / _TABLE, typed)
         for id, (image, mask) in pairs(root / "ct_scans", root / "masks").items():
-            known = rows.get(id)
-            bleeding = None if known is None else any(map(any, known))
+            slice_labels = rows.get(id)
+            bleeding = None if slice_labels is None else any(map(any, slice_labels))
             if typed or mask is None:
-                yield Case(id, id, image, None, "unlabeled", bleeding, known)
+                yield Case(id, id, image, None, "unlabeled", bleeding, slice_labels)
             else:
                 label = _MAPS["binary"].label(mask)
-                yield Case(id, id, image, label, "train", bleeding, known)
+                yield Case(id, id, image, label, "train", bleeding, slice_labels)
 
 
 def _rows(path: Path, typed: bool) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Slice labels by case; the table counts patients from 49 and slices from 1."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; it comes with the data set")
-    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    by_case: dict[str, dict[int, tuple[int, ...]]] = {}
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         lacking = {"PatientNumber", "SliceNumber", *_COLUMNS} - set(reader.fieldnames or ())
@@ -79,9 +79,9 @@ def _rows(path: Path, typed: bool) -> dict[str, tuple[tuple[int, ...], ...]]:
                 raise UserError(f"{path}, line {reader.line_num}: expected numbers") from error
             if not set(values) <= {0, 1} or index < 0:
                 raise UserError(f"{path}, line {reader.line_num}: expected 0 or 1; got {values}")
-            found.setdefault(case, {})[index] = values if typed else (max(values),)
+            by_case.setdefault(case, {})[index] = values if typed else (max(values),)
     unknown = (-1,) * (len(_COLUMNS) if typed else 1)
     return {
         case: tuple(slices.get(k, unknown) for k in range(max(slices) + 1))
-        for case, slices in found.items()
+        for case, slices in by_case.items()
     }

@@ -52,14 +52,14 @@ class DICOM:
             raise FileNotFoundError(f"{root}: no DICOM CT series in it or below; look at data.root")
         names = _names(root, groups)
         masks = self._masks(root, groups, names)
-        found = []
+        cases = []
         for group, name, mask in zip(groups, names, masks, strict=True):
             id = name if self.show_ids else self._hashed(group.first.series + name)
             who = group.first.patient or group.first.study or name
             image = group.as_series(id, uneven=self.uneven, unshear=self.unshear)
             split = "unlabeled" if mask is None else "train"
-            found.append(Case(id, self._hashed(who), image, mask, split))
-        yield from sorted(found, key=lambda case: case.id)
+            cases.append(Case(id, self._hashed(who), image, mask, split))
+        yield from sorted(cases, key=lambda case: case.id)
 
     def _hashed(self, text: str) -> str:
         return hashlib.sha256((self.salt + text).encode()).hexdigest()[:12]
@@ -74,7 +74,7 @@ class DICOM:
         apart = {name: path for name, path in apart.items() if path.suffix}
         crowded = Counter(group.folder for group in groups)
         alike = Counter(group.folder.name for group in groups)
-        found: list[Path | None] = []
+        masks: list[Path | None] = []
         used = set()
         for group, name in zip(groups, names, strict=True):
             keys = {group.first.series, name}
@@ -88,17 +88,17 @@ class DICOM:
                 paths += [path for path in beside if ".nii" in path.name]
             if len(paths) > 1:
                 raise UserError(
-                    f"series {len(found) + 1} of {len(groups)} in the order of paths has "
+                    f"series {len(masks) + 1} of {len(groups)} in the order of paths has "
                     f"{len(paths)} masks; keep one"
                 )
-            found.append(paths[0] if paths else None)
+            masks.append(paths[0] if paths else None)
         lonely = len(set(apart) - used)
         if lonely:
             raise UserError(
                 f"{folder}: {lonely} of {len(apart)} masks belong to no series; name each for its "
                 "SeriesInstanceUID or for the folder of its series"
             )
-        return found
+        return masks
 
 
 def scans(root: Path, *, uneven: str, unshear: bool) -> list[Case]:

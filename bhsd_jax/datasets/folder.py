@@ -47,9 +47,9 @@ class Folder:
             FileNotFoundError: If there is no image.
             ValueError: If a mask has no image, or the label map is not known.
         """
-        root, known = Path(self.root), LabelMap.of(self.labels)
+        root, label_map = Path(self.root), LabelMap.of(self.labels)
         for id, (image, mask) in pairs(root / self.images, root / self.masks).items():
             if mask is None:
                 yield Case(id, id, image, None, "unlabeled")
             else:
-                yield Case(id, id, image, known.label(mask), self.split)
+                yield Case(id, id, image, label_map.label(mask), self.split)

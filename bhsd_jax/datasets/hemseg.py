@@ -53,18 +53,18 @@ class HemSeg:
             raise FileNotFoundError(
                 f"{root}: no folder of masks; expected one of {', '.join(_MASKS)}"
             )
-        known, splits = _studies(root), _splits(root)
+        studies, splits = _studies(root), _splits(root)
         images = self._images(root)
-        found = []
+        cases = []
         for name, mask in scans(folder).items():
             study = _study(name, mask)
-            patient = str(known.get(study, {}).get("patient", study))
-            image = self._image(study, known, images)
+            patient = str(studies.get(study, {}).get("patient", study))
+            image = self._image(study, studies, images)
             split = splits.get(study, "unlabeled") if splits else "train"
             label = None if split == "unlabeled" else _MAP.label(mask)
-            found.append(Case(study, patient, image, label, split))
-        _require_apart(root, found)
-        yield from sorted(found, key=lambda case: case.id)
+            cases.append(Case(study, patient, image, label, split))
+        _require_apart(root, cases)
+        yield from sorted(cases, key=lambda case: case.id)
 
     def _images(self, root: Path) -> dict[str, Path]:
         folder = first_folder(root, _IMAGES)
@@ -73,7 +73,7 @@ class HemSeg:
         return {_study(name, path): path for name, path in scans(folder).items()}
 
     def _image(
-        self, study: str, known: Mapping[str, Mapping[str, Any]], images: Mapping[str, Path]
+        self, study: str, studies: Mapping[str, Mapping[str, Any]], images: Mapping[str, Path]
     ) -> Image:
         if not self.dicom:
             if study not in images:
@@ -82,11 +82,11 @@ class HemSeg:
                     "converted scan there, or set data.dicom to the challenge's folder of slices"
                 )
             return images[study]
-        if study not in known:
+        if study not in studies:
             raise FileNotFoundError(
                 f"{self.root}: no annotion_file_info*.jsonl lists the slices of study {study}"
             )
-        files = [Path(self.dicom, f"ID_{name}.dcm") for name in known[study]["slice_list"]]
+        files = [Path(self.dicom, f"ID_{name}.dcm") for name in studies[study]["slice_list"]]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
             raise FileNotFoundError(
@@ -103,7 +103,7 @@ def _study(name: str, path: Path) -> str:
 
 
 def _studies(root: Path) -> dict[str, Any]:
-    found = {}
+    studies = {}
     for path in sorted(root.glob("*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             try:
@@ -114,20 +114,20 @@ def _studies(root: Path) -> dict[str, Any]:
                 raise UserError(
                     f"{path}, line {number}: expected patient, scan_ and slice_list"
                 ) from error
-            found[study] = {"patient": row.get("patient", study), "slice_list": slices}
-    return found
+            studies[study] = {"patient": row.get("patient", study), "slice_list": slices}
+    return studies
 
 
 def _splits(root: Path) -> dict[str, str]:
-    found = {}
+    splits = {}
     for name, split in (*_SPLITS.items(), ("test_set.csv", "test")):
         if (root / name).is_file():
             with (root / name).open(newline="", encoding="utf-8-sig") as file:
                 for row in csv.DictReader(file):
                     study = _study(Path(row["filename"]).name.split(".")[0], root / name)
-                    if found.setdefault(study, split) != split:
+                    if splits.setdefault(study, split) != split:
                         raise UserError(f"{root / name}: {study} is in another list as well")
-    return found
+    return splits
 
 
 def _require_apart(root: Path, cases: list[Case]) -> None:

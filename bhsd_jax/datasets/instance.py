@@ -46,26 +46,26 @@ class INSTANCE:
                 f"{root}: no folder train_2 with data and label in it; set data.root to where the "
                 "archive was unpacked"
             )
-        found = _folder(train, "train")
-        bare = [case.id for case in found if case.label is None]
+        cases = _folder(train, "train")
+        bare = [case.id for case in cases if case.label is None]
         if bare:
             raise UserError(f"{train}: no mask for {', '.join(bare[:3])}; copy it to label/")
         test = first_folder(root, _TEST)
         if test is not None:
             more = _folder(test, "test")
-            double = sorted({case.id for case in found} & {case.id for case in more})
+            double = sorted({case.id for case in cases} & {case.id for case in more})
             if double:
                 raise UserError(f"{root}: {', '.join(double[:3])} in {train.name} and {test.name}")
-            found += more
-        yield from sorted(found, key=lambda case: case.id)
+            cases += more
+        yield from sorted(cases, key=lambda case: case.id)
 
 
 def _folder(folder: Path, split: str) -> list[Case]:
     images = first_folder(folder, _IMAGES) or folder
-    found = pairs(images, first_folder(folder, _MASKS))
+    paired = pairs(images, first_folder(folder, _MASKS))
     return [
         Case(id, id, image, None, "unlabeled" if split == "test" else split)
         if mask is None
         else Case(id, id, image, _MAP.label(mask), split)
-        for id, (image, mask) in found.items()
+        for id, (image, mask) in paired.items()
     ]

@@ -56,15 +56,15 @@ class MBHSeg:
             raise FileNotFoundError(
                 f"{root}: no <case>/image.nii.gz in it or below; set data.root to the unpacked set"
             )
-        found: dict[str, Case] = {}
+        cases: dict[str, Case] = {}
         for image in images:
             id = image.parent.name
-            if id in found:
+            if id in cases:
                 raise UserError(f"{root}: {id} lies in two folders; keep one copy")
             label = self._label(image.parent)
             split = _split(root, image.parent) if label is not None else "unlabeled"
-            found[id] = Case(id, patient(id), image, label, split)
-        yield from (found[id] for id in sorted(found))
+            cases[id] = Case(id, patient(id), image, label, split)
+        yield from (cases[id] for id in sorted(cases))
 
     def _label(self, folder: Path) -> Label | None:
         matches = {path: _RATER.match(path.name) for path in folder.iterdir()}

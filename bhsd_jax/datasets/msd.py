@@ -78,13 +78,13 @@ class MSD:
         test = self._pairs("imagesTs", "labelsTs") if self._folder("imagesTs").is_dir() else {}
         self._check(train, test)
         listed = self._listed
-        found = [
+        cases = [
             Case(id, id, image, label, split)
             for split, pairs in (("train", train), ("test", test))
             for id, (image, label) in pairs.items()
             if image is not None and (split == "test" or not listed or id in listed)
         ]
-        yield from sorted(found, key=lambda case: case.id)
+        yield from sorted(cases, key=lambda case: case.id)
 
     def _training(self) -> dict[str, tuple[Path | None, Path | None]]:
         """Image and mask by case, where `dataset.json` says they lie; else by folder and name.
@@ -204,8 +204,8 @@ class MSD:
                 raise UserError(
                     f"{folder}: {_some(wrong)}: expected <case>_0000{self._ending}, the one channel"
                 )
-        found = {self._id(path.name, image=image): path for path in files}
-        return {id: path for id, path in found.items() if id not in self.ignore}
+        paths = {self._id(path.name, image=image): path for path in files}
+        return {id: path for id, path in paths.items() if id not in self.ignore}
 
     def _pairs(self, images: str, labels: str) -> dict[str, tuple[Path | None, Path | None]]:
         image = self._scans(self._folder(images), image=True)

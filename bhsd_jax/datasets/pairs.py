@@ -19,14 +19,14 @@ def pairs(images: Path, masks: Path | None) -> dict[str, tuple[Path, Path | None
         FileNotFoundError: If there is no image.
         ValueError: If a mask has no image.
     """
-    found = scans(images) if images.is_dir() else {}
-    if not found:
+    paths = scans(images) if images.is_dir() else {}
+    if not paths:
         raise FileNotFoundError(f"{images}: no NIfTI images; look at config.data")
     outlined = scans(masks) if masks is not None and masks.is_dir() else {}
-    lonely = sorted(set(outlined) - set(found))
+    lonely = sorted(set(outlined) - set(paths))
     if lonely:
         more = f" and {len(lonely) - 3} more" if len(lonely) > 3 else ""
         raise UserError(
             f"{masks}: no image for {', '.join(lonely[:3])}{more}; image and mask have one name"
         )
-    return {name: (path, outlined.get(name)) for name, path in found.items()}
+    return {name: (path, outlined.get(name)) for name, path in paths.items()}

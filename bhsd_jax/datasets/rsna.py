@@ -14,8 +14,8 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case, Series
 
 TYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
-Row = tuple[int, ...]  # per type 1, 0 or -1 (not known)
-UNKNOWN: Row = (-1,) * len(TYPES)
+SliceRow = tuple[int, ...]  # per type 1, 0 or -1 (not known)
+UNKNOWN: SliceRow = (-1,) * len(TYPES)
 _CLOSE = 0.25  # of the way to the next slice: as far as an interpolated one is taken for the first
 
 
@@ -57,19 +57,19 @@ class RSNA:
             outlined = [case for case in BHSD(self.bhsd).cases() if case.split != "unlabeled"]
         taken = {case.patient for case in outlined}
         kept = [group for group in groups if group.first.patient not in taken]
-        found = [self._case(id, group, labels) for id, group in named(kept)]
-        yield from sorted([*outlined, *found], key=lambda case: case.id)
+        cases = [self._case(id, group, labels) for id, group in named(kept)]
+        yield from sorted([*outlined, *cases], key=lambda case: case.id)
 
-    def _case(self, id: str, group: Group, labels: Mapping[str, Row]) -> Case:
+    def _case(self, id: str, group: Group, labels: Mapping[str, SliceRow]) -> Case:
         series = group.as_series(id, uneven=self.uneven, unshear=self.unshear)
-        known = [labels.get(instance(item)) for item in group.slices]
-        bleeding = any_bleeding(known)
+        by_slice = [labels.get(instance(item)) for item in group.slices]
+        bleeding = any_bleeding(by_slice)
         patient = group.first.patient or group.first.study
-        rows = slice_rows(group, series, labels) if any(known) else None
+        rows = slice_rows(group, series, labels) if any(by_slice) else None
         return Case(id, patient, series, None, "unlabeled", bleeding, rows)
 
 
-def read_table(path: Path) -> dict[str, Row]:
+def read_table(path: Path) -> dict[str, SliceRow]:
     """Rows by slice from the challenge's table of `ID_<slice>_<type>,Label`.
 
     Lines that repeat one are dropped. `any` 0 says 0 of all types, 1 says nothing of those that
@@ -103,7 +103,7 @@ def read_table(path: Path) -> dict[str, Row]:
     return {name: row for name, code in codes.items() if (row := rows[code]) is not None}
 
 
-def _row(code: int) -> Row | None:
+def _row(code: int) -> SliceRow | None:
     *types, union = ((code >> 2 * place & 3) - 2 for place in range(len(TYPES) + 1))
     row = tuple(max(value, -1) for value in types)
     if union == 0:
@@ -114,12 +114,12 @@ def _row(code: int) -> Row | None:
 def named(groups: Sequence[Group]) -> list[tuple[str, Group]]:
     """Groups under the names BHSD gives its files; numbered where a study has several series."""
     seen: Counter[str] = Counter()
-    found = []
+    with_names = []
     for group in groups:
         name = f"{group.first.patient}_{group.first.study}"
         seen[name] += 1
-        found.append((name if seen[name] == 1 else f"{name}_{seen[name]}", group))
-    return found
+        with_names.append((name if seen[name] == 1 else f"{name}_{seen[name]}", group))
+    return with_names
 
 
 def instance(item: Slice) -> str:
@@ -127,7 +127,9 @@ def instance(item: Slice) -> str:
     return item.instance or item.file.stem
 
 
-def slice_rows(group: Group, series: Series, labels: Mapping[str, Row]) -> tuple[Row, ...] | None:
+def slice_rows(
+    group: Group, series: Series, labels: Mapping[str, SliceRow]
+) -> tuple[SliceRow, ...] | None:
     """A row per slice of the volume that the series becomes; None if it becomes none.
 
     Where slices are interpolated to even steps, each has the row of the one nearest to it; near
@@ -141,7 +143,7 @@ def slice_rows(group: Group, series: Series, labels: Mapping[str, Row]) -> tuple
     return tuple(_row_at(float(place), rows) for place in stack.source)
 
 
-def _row_at(place: float, rows: Sequence[Row]) -> Row:
+def _row_at(place: float, rows: Sequence[SliceRow]) -> SliceRow:
     nearest = rows[round(place)]
     if abs(place - round(place)) <= _CLOSE:
         return nearest
@@ -149,9 +151,9 @@ def _row_at(place: float, rows: Sequence[Row]) -> Row:
     return tuple(one if one == other else -1 for one, other in pair)
 
 
-def any_bleeding(known: Sequence[Row | None]) -> bool | None:
+def any_bleeding(rows: Sequence[SliceRow | None]) -> bool | None:
     """Of a volume: True if a slice bleeds, False if all are known not to, else None."""
-    if any(row is not None and 1 in row for row in known):
+    if any(row is not None and 1 in row for row in rows):
         return True
-    clean = all(row is not None and set(row) == {0} for row in known)
-    return False if clean and known else None
+    clean = all(row is not None and set(row) == {0} for row in rows)
+    return False if clean and rows else None

@@ -15,7 +15,7 @@ _SPLITS = ("train", "val", "test", "unlabeled")
 
 
 @runtime_checkable
-class Row(Protocol):
+class Candidate(Protocol):
     """What has to be known of a case to give it a role."""
 
     @property
@@ -114,7 +114,7 @@ def labeled_subset(
 
 
 def roles(
-    rows: Sequence[Row],
+    rows: Sequence[Candidate],
     *,
     fold: int,
     labeled: int | float | None,
@@ -155,7 +155,7 @@ def roles(
 
 
 def _validation(
-    rows: Sequence[Row],
+    rows: Sequence[Candidate],
     trainable: list[str],
     fold: int,
     patient: Mapping[str, str],
@@ -193,19 +193,19 @@ class _Taken:
 
 
 def _by_bleeding(
-    rows: Sequence[Row], bleeding: int | None, nonbleeding: int | None, seed: int
+    rows: Sequence[Candidate], bleeding: int | None, nonbleeding: int | None, seed: int
 ) -> _Taken:
     ids = {row.id for row in rows if row.bleeding is None and bleeding is None}
     short = []
-    for stream, word, known, asked in (
+    for stream, word, bleeds, asked in (
         (1, "bleeding", True, bleeding),
         (2, "non-bleeding", False, nonbleeding),
     ):
-        there = tuple(sorted(row.id for row in rows if row.bleeding is known))
-        if asked is not None and asked > len(there):
-            short.append((word, asked, len(there)))
-        count = len(there) if asked is None else min(asked, len(there))
-        ids.update(_draw(there, count, (seed, stream)))
+        choices = tuple(sorted(row.id for row in rows if row.bleeding is bleeds))
+        if asked is not None and asked > len(choices):
+            short.append((word, asked, len(choices)))
+        count = len(choices) if asked is None else min(asked, len(choices))
+        ids.update(_draw(choices, count, (seed, stream)))
     return _Taken(ids, short)
 
 
@@ -222,7 +222,7 @@ def _distinct(ids: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check(rows: Sequence[Row], fold: int, counts: Mapping[str, int | None]) -> None:
+def _check(rows: Sequence[Candidate], fold: int, counts: Mapping[str, int | None]) -> None:
     _distinct(row.id for row in rows)
     unknown = sorted({row.split for row in rows} - set(_SPLITS))
     if unknown:

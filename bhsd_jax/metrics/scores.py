@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from bhsd_jax.metrics import lesion, overlap, surface
-from bhsd_jax.platform import tables
+from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Millimeters
 
@@ -20,7 +20,7 @@ _RENAMED = {"name": "class"}  # a keyword of the language
 
 
 @dataclass(frozen=True)
-class Row:
+class ClassScore:
     """One case and class; the fields are the columns of `cases.csv`. NaN where not defined."""
 
     case: str
@@ -61,7 +61,7 @@ class Scan:
 
 def score(
     reference: Label, predicted: Label, scan: Scan, classes: Sequence[str], nsd_mm: float
-) -> list[Row]:
+) -> list[ClassScore]:
     """One row per foreground class; `classes` has the background first.
 
     Raises:
@@ -82,12 +82,12 @@ def _row(
     scan: Scan,
     name: str,
     nsd_mm: float,
-) -> Row:
+) -> ClassScore:
     distances = surface.element_distances(reference, predicted, scan.spacing_mm)
     volume = overlap.volume_error(counts, scan.voxel_ml)
     lesions = lesion.detect(reference, predicted, scan.voxel_ml)
     small_hit, small = lesions.recall_below(lesion.SMALL_ML)
-    return Row(
+    return ClassScore(
         case=scan.case,
         patient=scan.patient,
         name=name,
@@ -115,14 +115,14 @@ def _row(
     )
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
+def write_csv(path: Path, rows: Iterable[ClassScore]) -> None:
     """Writes one line per row; floats with all their digits, `nan` and `inf` as such."""
-    names = [field.name for field in dataclasses.fields(Row)]
+    names = [field.name for field in dataclasses.fields(ClassScore)]
     columns = [_RENAMED.get(name, name) for name in names]
-    tables.write_csv(path, columns, ([getattr(row, name) for name in names] for row in rows))
+    csv_files.write_csv(path, columns, ([getattr(row, name) for name in names] for row in rows))
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> list[ClassScore]:
     """Undoes `write_csv`.
 
     Raises:
@@ -134,7 +134,9 @@ def read_csv(path: Path) -> list[Row]:
             lines, columns = list(reader), reader.fieldnames or ()
         except csv.Error as error:
             raise UserError(f"{path}: damaged ({error}); run the verb `evaluate` again") from error
-    fields = [(f.name, _RENAMED.get(f.name, f.name), f.type) for f in dataclasses.fields(Row)]
+    fields = [
+        (f.name, _RENAMED.get(f.name, f.name), f.type) for f in dataclasses.fields(ClassScore)
+    ]
     missing = [column for _, column, _ in fields if column not in columns]
     if missing:
         raise UserError(f"{path}: has no column {', '.join(missing)}; write it with `evaluate`")
@@ -142,7 +144,9 @@ def read_csv(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines, start=2):
         try:
-            rows.append(Row(**{name: kinds[kind](line[column]) for name, column, kind in fields}))  # pyright: ignore
+            rows.append(
+                ClassScore(**{name: kinds[kind](line[column]) for name, column, kind in fields})
+            )  # pyright: ignore
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{path}: damaged (line {number}: {error}); run the verb `evaluate` again"

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bhsd_jax.metrics.lesion import rate
-from bhsd_jax.metrics.scores import Row
+from bhsd_jax.metrics.scores import ClassScore
 
 CONVENTIONS = ("nnunet", "present", "pooled", "both-empty=1")
 _LEVEL = (2.5, 97.5)  # percentiles: a 95 % interval
@@ -53,7 +53,7 @@ class _Voxels:
 
 
 def summarize(
-    rows: Sequence[Row], classes: Sequence[str], *, resamples: int, seed: int
+    rows: Sequence[ClassScore], classes: Sequence[str], *, resamples: int, seed: int
 ) -> dict[str, dict[str, Mean]]:
     """Mean per convention and foreground class, and over classes under the key "mean".
 
@@ -76,7 +76,7 @@ def summarize(
 
 
 def resampled(
-    rows: Sequence[Row], classes: Sequence[str], *, resamples: int, seed: int
+    rows: Sequence[ClassScore], classes: Sequence[str], *, resamples: int, seed: int
 ) -> dict[str, dict[str, Float[np.ndarray, " draws"]]]:
     """Mean Dice by convention and class (and "mean") of the sample, then of every resample.
 
@@ -91,7 +91,7 @@ def resampled(
     return {name: _values(name, voxels, classes, draws)[0] for name in CONVENTIONS}
 
 
-def measures(rows: Sequence[Row], classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+def measures(rows: Sequence[ClassScore], classes: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Per foreground class what is not Dice: distances, volumes, lesions.
 
     HD95 is over the cases where both masks have voxels, `hd95_missed` counts those where only one
@@ -100,7 +100,7 @@ def measures(rows: Sequence[Row], classes: Sequence[str]) -> dict[str, dict[str,
     return {name: _measures([row for row in rows if row.name == name]) for name in classes}
 
 
-def _tabulate(rows: Sequence[Row], classes: Sequence[str]) -> _Voxels:
+def _tabulate(rows: Sequence[ClassScore], classes: Sequence[str]) -> _Voxels:
     patient_of = {row.case: row.patient for row in rows}
     line = {case: index for index, case in enumerate(sorted(patient_of))}
     column = {name: index for index, name in enumerate(classes)}
@@ -136,13 +136,13 @@ def _summarize(
     values, counted = _values(convention, voxels, classes, draws)
     present = (voxels.reference > 0).sum(0)
     false = ((voxels.reference == 0) & (voxels.predicted > 0)).sum(0)
-    found = {
+    means = {
         name: _mean(values[name], counted[:, i].sum(), present[i], false[i])
         for i, name in enumerate(classes)
     }
     classes_defined = sum(bool(np.isfinite(values[name][0])) for name in classes)
-    found["mean"] = _mean(values["mean"], np.int64(classes_defined), present.sum(), false.sum())
-    return found
+    means["mean"] = _mean(values["mean"], np.int64(classes_defined), present.sum(), false.sum())
+    return means
 
 
 def _values(
@@ -187,7 +187,7 @@ def _mean(values: np.ndarray, n: np.integer, n_present: np.integer, n_false: np.
     return Mean(float(values[0]), float(low), float(high), int(n), int(n_present), int(n_false))
 
 
-def _measures(rows: Sequence[Row]) -> dict[str, Any]:
+def _measures(rows: Sequence[ClassScore]) -> dict[str, Any]:
     hd95 = np.array([row.hd95_mm for row in rows])
     nsd = np.array([row.nsd for row in rows])
     error = np.array([row.volume_error_ml for row in rows])
@@ -225,9 +225,9 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=nothing, where=below > 0)
 
 
-def without_nan(found: Mapping[str, Any]) -> dict[str, Any]:
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same nested mapping with None for NaN, which JSON does not have."""
-    return {key: _without_nan(value) for key, value in found.items()}
+    return {key: _without_nan(value) for key, value in values.items()}
 
 
 def _without_nan(value: Any) -> Any:

@@ -44,8 +44,8 @@ def hd95_mm(reference: Mask, predicted: Mask, spacing_mm: Millimeters) -> float:
 
     Area-weighted. NaN if both masks are empty, infinite if one is.
     """
-    found = element_distances(reference, predicted, spacing_mm)
-    return math.nan if all(found.empty) else hausdorff(found, 95)
+    distances = element_distances(reference, predicted, spacing_mm)
+    return math.nan if all(distances.empty) else hausdorff(distances, 95)
 
 
 def nsd(reference: Mask, predicted: Mask, spacing_mm: Millimeters, tolerance_mm: float) -> float:
@@ -87,12 +87,12 @@ def edge_distances(reference: Mask, predicted: Mask, spacing_mm: Millimeters) ->
     masks = _cropped(reference, predicted, spacing_mm)
     points = [np.argwhere(mask & ~scipy.ndimage.binary_erosion(mask)) for mask in masks]
     weights = [np.ones(len(at)) for at in points]
-    found = _between(points, weights, spacing_mm)
+    distances = _between(points, weights, spacing_mm)
     return Distances(
-        found.to_predicted_mm.astype(np.float32),
-        found.reference_weight,
-        found.to_reference_mm.astype(np.float32),
-        found.predicted_weight,
+        distances.to_predicted_mm.astype(np.float32),
+        distances.reference_weight,
+        distances.to_reference_mm.astype(np.float32),
+        distances.predicted_weight,
     )
 
 
@@ -123,9 +123,9 @@ def edge_hausdorff(
     """
     if any(distances.empty):
         return math.nan if all(distances.empty) or percent < 100 else math.inf
-    there = float(np.percentile(distances.to_reference_mm, percent))
+    forth = float(np.percentile(distances.to_reference_mm, percent))
     back = float(np.percentile(distances.to_predicted_mm, percent))
-    return there if directed else max(there, back)
+    return forth if directed else max(forth, back)
 
 
 def average_distance(distances: Distances) -> tuple[float, float]:
@@ -193,9 +193,9 @@ def _codes(mask: Mask) -> np.ndarray:
 def _between(
     points: list[np.ndarray], weights: list[np.ndarray], spacing_mm: Millimeters
 ) -> Distances:
-    there = _sorted(_nearest(points[0], points[1], spacing_mm), weights[0])
+    forth = _sorted(_nearest(points[0], points[1], spacing_mm), weights[0])
     back = _sorted(_nearest(points[1], points[0], spacing_mm), weights[1])
-    return Distances(*there, *back)
+    return Distances(*forth, *back)
 
 
 def _nearest(

@@ -38,10 +38,10 @@ def table(spacing_mm: Millimeters) -> Float[np.ndarray, " 256"]:
 @functools.cache
 def _area_vectors() -> Float[np.ndarray, "256 triangles 3"]:
     """Area vectors at unit spacing of the triangles of every code, filled up with zeros."""
-    found = [[_area_vector(t) for t in _triangles(code)] for code in range(256)]
-    most = max(map(len, found))
+    areas = [[_area_vector(t) for t in _triangles(code)] for code in range(256)]
+    most = max(map(len, areas))
     vectors = np.zeros((256, most, 3))
-    for code, triangles in enumerate(found):
+    for code, triangles in enumerate(areas):
         vectors[code, : len(triangles)] = np.reshape(triangles, (-1, 3))
     return vectors
 

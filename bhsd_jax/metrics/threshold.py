@@ -73,9 +73,9 @@ def best_band(cases: Sequence[Histogram]) -> Band:
     counted = defined.sum(0)
     mean = np.where(defined, dice, 0).sum(0) / np.maximum(counted, 1)
     low, high = np.unravel_index(int(mean.argmax()), mean.shape)
-    found = float(mean[low, high]) if counted[low, high] else math.nan
+    dice_there = float(mean[low, high]) if counted[low, high] else math.nan
     band = (float(_LOWEST + low), float(_LOWEST + high))
-    return Band(band, tuple(dice[:, low, high].tolist()), found)
+    return Band(band, tuple(dice[:, low, high].tolist()), dice_there)
 
 
 def brain(tissue: Float[np.ndarray, "D H W"], spacing_mm: Millimeters) -> _Mask:
@@ -83,8 +83,8 @@ def brain(tissue: Float[np.ndarray, "D H W"], spacing_mm: Millimeters) -> _Mask:
     soft = tissue >= 0.5
     disk = _disk(_BRIDGE_MM, spacing_mm)
     core = scipy.ndimage.binary_erosion(soft, disk)
-    numbers, found = scipy.ndimage.label(core)  # pyright: ignore[reportGeneralTypeIssues]
-    if not found:
+    numbers, count = scipy.ndimage.label(core)  # pyright: ignore[reportGeneralTypeIssues]
+    if not count:
         return np.zeros(soft.shape, bool)
     largest = numbers == np.bincount(numbers.ravel())[1:].argmax() + 1
     grown = scipy.ndimage.binary_dilation(largest, disk)

@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from bhsd_jax.platform import files, tables
+from bhsd_jax.platform import csv_files, files
 
 _GOLDEN_32 = 0x9E3779B1  # odd, so multiplying by it permutes the 32-bit numbers
 
@@ -83,7 +83,7 @@ def official_lists(train: list[str], test: list[str], version: int) -> dict:
 def write_slices(path: Path, classes: Sequence[str], rows: Mapping[str, list[list[int]]]) -> None:
     """Writes `slice_labels.csv`: per scan and slice, whether anything bleeds, then each class."""
     table = ((case, k, *values) for case in sorted(rows) for k, values in enumerate(rows[case]))
-    tables.write_csv(path, ("case", "slice", "any", *classes), table, line_end="\n")
+    csv_files.write_csv(path, ("case", "slice", "any", *classes), table, line_end="\n")
 
 
 def write_json(path: Path, data: object) -> None:

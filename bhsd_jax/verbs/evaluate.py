@@ -50,8 +50,8 @@ class Job:
 class Scored:
     """What is known of one case."""
 
-    rows: list[scores.Row]  # one per foreground class
-    merged: scores.Row  # all classes as one
+    rows: list[scores.ClassScore]  # one per foreground class
+    merged: scores.ClassScore  # all classes as one
     histogram: threshold.Histogram | None  # for the threshold, if asked for
     warnings: list[str]
 
@@ -68,8 +68,8 @@ class Scored:
         """Undoes `to_json`, also after a trip through a JSON file."""
         bins = data["histogram"]
         return cls(
-            [scores.Row(**row) for row in data["rows"]],
-            scores.Row(**data["merged"]),
+            [scores.ClassScore(**row) for row in data["rows"]],
+            scores.ClassScore(**data["merged"]),
             bins
             and threshold.Histogram(
                 np.array(bins["bleeding"]), np.array(bins["inside"]), bins["mask"]
@@ -308,8 +308,8 @@ def _score(jobs: Sequence[Job], processes: int) -> dict[str, Scored]:
 
 def _summary(
     config: Settings,
-    rows: Sequence[scores.Row],
-    merged: Sequence[scores.Row],
+    rows: Sequence[scores.ClassScore],
+    merged: Sequence[scores.ClassScore],
     classes: Sequence[str],
 ) -> dict[str, Any]:
     draw = {"resamples": config.evaluate.bootstrap, "seed": config.seed}

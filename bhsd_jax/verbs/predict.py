@@ -13,8 +13,8 @@ from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.platform import faults, files
+from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.platform.tables import write_records
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config, DicomSeries, Settings
 from bhsd_jax.train import barrier, processes

@@ -21,13 +21,13 @@ from bhsd_jax.defects import Finding, in_line, refused
 from bhsd_jax.nnunet import adoption
 from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.nnunet.planner import from_nnunet_plans
-from bhsd_jax.platform import files, machine, tables
+from bhsd_jax.platform import csv_files, files, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Pool, Progress, Workers
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.shards import jobs as shard_jobs
 from bhsd_jax.shards import store
-from bhsd_jax.shards.jobs import Job, Share
+from bhsd_jax.shards.jobs import ShardJob, Share
 from bhsd_jax.verbs import parts
 from bhsd_jax.volume import Case, Dataset, Plan
 
@@ -207,7 +207,7 @@ def _fingerprint(case: Case, *, memory: Path | None, **settings: Any) -> Facts |
 
 
 def _write_all(
-    folder: Path, jobs: Sequence[Job], plan: Plan, share: Share, workers: Pool
+    folder: Path, jobs: Sequence[ShardJob], plan: Plan, share: Share, workers: Pool
 ) -> dict[str, str]:
     """Second pass: writes what is missing of this job's share. Returns why cases were refused."""
     files.open_folder(folder)
@@ -228,7 +228,7 @@ def _write_all(
     return skipped
 
 
-def _intact(mine: Sequence[Job], known: Mapping[str, Any], workers: Pool) -> set[str]:
+def _intact(mine: Sequence[ShardJob], known: Mapping[str, Any], workers: Pool) -> set[str]:
     """Names of the shards that are there and byte for byte what was written; others are removed."""
     records = [(job, _whole(job, known)) for job in mine]
     written = [(job, record) for job, record in records if record is not None]
@@ -242,14 +242,14 @@ def _intact(mine: Sequence[Job], known: Mapping[str, Any], workers: Pool) -> set
     return intact
 
 
-def _whole(job: Job, known: Mapping[str, Any]) -> dict[str, Any] | None:
+def _whole(job: ShardJob, known: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of a shard that need not be written."""
     record = shard_jobs.written(job, known)
     # What was refused is tried again.
     return None if record is None or record.get("refused") else record
 
 
-def _write(job: Job) -> None:
+def _write(job: ShardJob) -> None:
     """Writes one shard and its record, unless they are there."""
     left_out: dict[str, str] = {}
     if _whole(job, {}):
@@ -277,4 +277,4 @@ def _source_sha256(facts: Sequence[Facts]) -> str:
 
 def _write_ledger(path: Path, skipped: Mapping[str, str]) -> None:
     """Why cases were refused; no file if none was."""
-    tables.write_records(path, [{"case": c, "reason": skipped[c]} for c in sorted(skipped)])
+    csv_files.write_records(path, [{"case": c, "reason": skipped[c]} for c in sorted(skipped)])

@@ -5,15 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from bhsd_jax.metrics.scores import Row
+from bhsd_jax.metrics.scores import ClassScore
 from bhsd_jax.metrics.seeds import over_seeds, paired
 from bhsd_jax.metrics.summary import resampled, summarize
 
 
 def row(case, name, tp, fp, fn):
-    rest = dict.fromkeys(Row.__dataclass_fields__, 0)
+    rest = dict.fromkeys(ClassScore.__dataclass_fields__, 0)
     total = 2 * tp + fp + fn
-    return Row(
+    return ClassScore(
         **rest
         | {"case": case, "patient": case, "name": name, "tp": tp, "fp": fp, "fn": fn}
         | {"voxels_ref": tp + fn, "voxels_pred": tp + fp}

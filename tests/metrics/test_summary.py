@@ -38,7 +38,7 @@ def row(case, tp=0, predicted=0, reference=0, name="SDH", patient=None, **more):
         "small_lesions_ref": 0,
         "small_lesions_hit": 0,
     }
-    return scores.Row(**values | more)
+    return scores.ClassScore(**values | more)
 
 
 def means(rows, classes=("SDH",), resamples=0, seed=0):

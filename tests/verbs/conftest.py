@@ -7,7 +7,7 @@ import pytest
 from bhsd_jax.configs import table2
 from bhsd_jax.experiments import paper_tables, queue
 from bhsd_jax.metrics import summary
-from bhsd_jax.metrics.scores import Row, write_csv
+from bhsd_jax.metrics.scores import ClassScore, write_csv
 from bhsd_jax.platform import files
 from bhsd_jax.settings import Settings
 from bhsd_jax.train import checkpoint_files
@@ -84,8 +84,8 @@ def finish():
 
 
 def row(case, name, tp, fp, fn):
-    rest = dict.fromkeys(Row.__dataclass_fields__, 0)
+    rest = dict.fromkeys(ClassScore.__dataclass_fields__, 0)
     voxels = {"voxels_ref": tp + fn, "voxels_pred": tp + fp, "tp": tp, "fp": fp, "fn": fn}
     total = 2 * tp + fp + fn
     numbers = {"dice": 2 * tp / total if total else math.nan, "hd95_mm": math.nan, "nsd": math.nan}
-    return Row(**rest | {"case": case, "patient": case, "name": name} | voxels | numbers)
+    return ClassScore(**rest | {"case": case, "patient": case, "name": name} | voxels | numbers)

@@ -8,7 +8,7 @@ from typing import Any
 from bhsd_jax.ct.integrity import doctor, listing, words
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.defects import Finding
-from bhsd_jax.platform import files, tables
+from bhsd_jax.platform import csv_files, files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Dataset, Survey
 
@@ -68,5 +68,5 @@ def _write(
 ) -> None:
     """Files of this look; what it has nothing for goes, so that none contradicts another."""
     files.write_json(workdir / "integrity.json", totals)
-    tables.write_records(workdir / "integrity.csv", table)
-    tables.write_records(workdir / "defects.csv", listing.defect_rows(defects))
+    csv_files.write_records(workdir / "integrity.csv", table)
+    csv_files.write_records(workdir / "defects.csv", listing.defect_rows(defects))

@@ -3,32 +3,32 @@ import math
 
 import pytest
 
-from bhsd_jax.platform import faults, tables
+from bhsd_jax.platform import csv_files, faults
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\n"])
 def test_records_become_lines_and_no_records_no_file(tmp_path, end):
     path = tmp_path / "new" / "t.csv"
     records = [{"case": "a", "said": 'of "b", ä'}, {"case": "c", "said": None}]
-    tables.write_records(path, records, line_end=end)
+    csv_files.write_records(path, records, line_end=end)
     assert path.read_bytes().decode() == end.join(["case,said", 'a,"of ""b"", ä"', "c,", ""])
     with path.open(newline="") as file:
         assert next(csv.DictReader(file)) == records[0]
-    tables.write_records(path, [])
-    tables.write_records(path, [])
+    csv_files.write_records(path, [])
+    csv_files.write_records(path, [])
     assert not path.exists()
 
 
 def test_floats_keep_all_their_digits(tmp_path):
-    tables.write_csv(tmp_path / "t.csv", "xyz", iter([(0.1 + 0.2, math.nan, math.inf)]))
+    csv_files.write_csv(tmp_path / "t.csv", "xyz", iter([(0.1 + 0.2, math.nan, math.inf)]))
     assert (tmp_path / "t.csv").read_bytes() == b"x,y,z\r\n0.30000000000000004,nan,inf\r\n"
 
 
 def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path, disk):
     folder = disk("size=64k")
-    tables.write_csv(folder / "t.csv", ("a",), [(1,)])
+    csv_files.write_csv(folder / "t.csv", ("a",), [(1,)])
     before = (folder / "t.csv").read_bytes()
     with pytest.raises(faults.WriteError, match="No space left"):
-        tables.write_csv(folder / "t.csv", ("a",), [("x" * 2**17,)])
+        csv_files.write_csv(folder / "t.csv", ("a",), [("x" * 2**17,)])
     assert (folder / "t.csv").read_bytes() == before
     assert [path.name for path in folder.iterdir()] == ["t.csv"]
