@@ -17,7 +17,7 @@ from bhsd_jax.report.points import (
     signed,
     with_sd,
 )
-from bhsd_jax.report.tables import CONVENTIONS, Table
+from bhsd_jax.report.result_tables import CONVENTIONS, Table
 
 _HEADLINE = "nnunet"  # convention
 
@@ -252,8 +252,8 @@ def _cost(comparison: Comparison) -> Section | None:
 
 
 def _failures(comparison: Comparison) -> Section | None:
-    found = [text for line in comparison.lines for text in line.failures]
-    return Section("Runs that failed", tuple(found)) if found else None
+    failures = [text for line in comparison.lines for text in line.failures]
+    return Section("Runs that failed", tuple(failures)) if failures else None
 
 
 def _notes(comparison: Comparison) -> Section | None:

@@ -186,8 +186,8 @@ def _crop(case: Overlay) -> tuple[slice, slice]:
 
 
 def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    found = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
-    finite = [(step, value) for step, value in found if math.isfinite(value)]
+    points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
     return [step for step, _ in finite], [value for _, value in finite]
 
 

@@ -4,7 +4,7 @@ import html
 from dataclasses import dataclass, field
 
 from bhsd_jax.report.figures import data_uri
-from bhsd_jax.report.tables import Table
+from bhsd_jax.report.result_tables import Table
 
 NOTICE = (
     "Research use only. Not a medical device; not for diagnosis, triage or treatment. "

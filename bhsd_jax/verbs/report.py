@@ -15,7 +15,7 @@ from bhsd_jax.metrics import scores
 from bhsd_jax.platform import files, step_log
 from bhsd_jax.report import figures
 from bhsd_jax.report.page import Page, Picture, Section
-from bhsd_jax.report.tables import (
+from bhsd_jax.report.result_tables import (
     CONVENTIONS,
     Table,
     cases_table,

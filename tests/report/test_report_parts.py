@@ -11,7 +11,7 @@ from bhsd_jax.metrics.seeds import OverSeeds
 from bhsd_jax.platform import step_log
 from bhsd_jax.report import figures, points
 from bhsd_jax.report.page import NOTICE, Page, Picture, Section
-from bhsd_jax.report.tables import Table, cases_table, dice_table, number
+from bhsd_jax.report.result_tables import Table, cases_table, dice_table, number
 
 
 def mean(dice, **more):

@@ -51,14 +51,14 @@ def dice_table(summary: Mapping[str, Any]) -> Table:
     rows = []
     several = len(summary["classes"]) > 1
     for name in [*summary["classes"], *(["mean"] if several else [])]:
-        found = {key: conventions[key].get(name, {}) for key in CONVENTIONS if key in conventions}
-        head = found.get("nnunet", {})
+        scores = {key: conventions[key].get(name, {}) for key in CONVENTIONS if key in conventions}
+        head = scores.get("nnunet", {})
         rows.append(
             (
                 "mean of classes" if name == "mean" else name,
                 number(head.get("dice")),
                 _interval(head),
-                *(number(found[key].get("dice")) for key in found if key != "nnunet"),
+                *(number(scores[key].get("dice")) for key in scores if key != "nnunet"),
                 number(head.get("n_present")),
                 number(head.get("n_false_positive")),
             )
