@@ -109,8 +109,8 @@ class Stream:
             element["label"] = sampling.paste(label, start, corner, self.cut.source, -1)
             return element
         if self.slices is not None:
-            known = case.slice_labels, case.bleeding
-            rows = self.slices.rows(*known, case.shape, corner, self.cut.source)
+            labels = case.slice_labels, case.bleeding
+            rows = self.slices.rows(*labels, case.shape, corner, self.cut.source)
             element["slice_labels"] = rows
         if self.cut.masked:
             within = np.ones(raw.shape, np.int8)
