@@ -6,16 +6,16 @@ Run:  launch/table1 --root=/data/BHSD
 """
 
 import ml_collections
-from bhsd_jax.configs.tables import PaperTable, Row
+from bhsd_jax.configs.tables import PaperTable, TableRow
 
 from bhsd_jax.configs import tables
 
 CLASSES = ("EDH", "IPH", "IVH", "SAH", "SDH", "mean")
 
 
-def _row(title: str, backbone: str, *paper: float, marks: tuple[int, ...] = ()) -> Row:
+def _row(title: str, backbone: str, *paper: float, marks: tuple[int, ...] = ()) -> TableRow:
     figures = dict(zip(CLASSES, paper, strict=True)) if paper else {}
-    return Row(title, "supervised", (f"backbone={backbone}",), paper=figures, marks=marks)
+    return TableRow(title, "supervised", (f"backbone={backbone}",), paper=figures, marks=marks)
 
 
 TABLE = PaperTable(

@@ -7,7 +7,7 @@ Run:  launch/table2 --root=/data/BHSD --preset=ssl4mis
 """
 
 import ml_collections
-from bhsd_jax.configs.tables import BLEEDING, PaperTable, Row
+from bhsd_jax.configs.tables import BLEEDING, PaperTable, TableRow
 
 from bhsd_jax.configs import tables
 
@@ -16,11 +16,11 @@ POOL = {"split.bleeding": BLEEDING, "split.nonbleeding": 0}
 
 
 def _row(title: str, experiment: str, paper: float | None = None, spread: float | None = None):
-    return Row(title, experiment, fields=POOL, paper=figure(paper), spread=spread)
+    return TableRow(title, experiment, fields=POOL, paper=figure(paper), spread=spread)
 
 
-def _ours(title: str, experiment: str, preset: str = "recommended") -> Row:
-    return Row(f"{title} (ours)", experiment, (f"preset={preset}",), fields=POOL)
+def _ours(title: str, experiment: str, preset: str = "recommended") -> TableRow:
+    return TableRow(f"{title} (ours)", experiment, (f"preset={preset}",), fields=POOL)
 
 
 def figure(paper: float | None) -> dict[str, float]:

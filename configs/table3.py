@@ -8,7 +8,7 @@ Run:  launch/table3 --root=/data/BHSD --preset=ssl4mis
 """
 
 import ml_collections
-from bhsd_jax.configs.tables import PaperTable, Row
+from bhsd_jax.configs.tables import PaperTable, TableRow
 
 from bhsd_jax.configs import table2, tables
 
@@ -25,9 +25,9 @@ def _row(
     experiment: str = "cps",
     title: str = "CPS",
     slice_loss: dict[str, float | bool] | None = None,
-) -> Row:
+) -> TableRow:
     counts = {"split.bleeding": bleeding, "split.nonbleeding": nonbleeding}
-    return Row(
+    return TableRow(
         f"{title}, {bleeding} / {nonbleeding}",
         experiment,
         fields=counts | (slice_loss or {}),

@@ -22,7 +22,7 @@ SMOKE_BLEEDING = 4  # of the synthetic set at smoke size
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row: an experiment file with words and fields, and what the paper printed for it."""
 
     title: str
@@ -40,7 +40,7 @@ class PaperTable:
 
     name: str
     title: str
-    rows: Mapping[str, Row]
+    rows: Mapping[str, TableRow]
     default: str  # the row of a config that names none
     baseline: str  # row the others are compared with, "" for none
     fields: Mapping[str, Any] = field(default_factory=dict)  # of every row
