@@ -213,12 +213,13 @@ def coarse_matrix(size: int, kept: Int[Array, ""]) -> Float[Array, "N N"]:
     Voxel centers are aligned at halves. Places are exact fractions of integers, so that no rounding
     picks another voxel on another machine.
     """
-    there = jnp.arange(size)
-    twice = jnp.maximum((2 * there + 1) * kept - size, 0)  # 2 size times the place among the kept
+    position = jnp.arange(size)
+    # 2 size times the place among the kept
+    twice = jnp.maximum((2 * position + 1) * kept - size, 0)
     low, share = twice // (2 * size), (twice % (2 * size)) / (2 * size)
     high = jnp.minimum(low + 1, kept - 1)
     nearest = [((2 * index + 1) * size) // (2 * kept) for index in (low, high)]
-    rows = [(index[:, None] == there).astype(jnp.float32) for index in nearest]
+    rows = [(index[:, None] == position).astype(jnp.float32) for index in nearest]
     return (1 - share)[:, None] * rows[0] + share[:, None] * rows[1]
 
 

@@ -51,8 +51,8 @@ class SlidingWindow:
 
     def __post_init__(self) -> None:
         if self.law not in tiles.LAWS:
-            known = ", ".join(tiles.LAWS)
-            raise ValueError(f"sliding window: no law {self.law!r}; choose from {known}")
+            laws = ", ".join(tiles.LAWS)
+            raise ValueError(f"sliding window: no law {self.law!r}; choose from {laws}")
         if self.tiles_per_call is not None and self.tiles_per_call < 1:
             raise UserError(f"infer.tiles must be at least 1; got {self.tiles_per_call}")
         tiles.LAWS[self.law].starts(self.tile, self.tile, self.step)
@@ -83,8 +83,8 @@ class SlidingWindow:
         Raises:
             ValueError: If there is no network, or one gives NaN or infinite logits.
         """
-        found, box = self._on_device(networks, image, fill, progress)
-        return np.asarray(found)[(slice(None), *box)]
+        logits, box = self._on_device(networks, image, fill, progress)
+        return np.asarray(logits)[(slice(None), *box)]
 
     def labels(
         self,
@@ -95,8 +95,8 @@ class SlidingWindow:
         progress: Progress | None = None,
     ) -> UInt8[np.ndarray, "D H W"]:
         """The most likely class of every voxel; arguments and errors are those of `logits`."""
-        found, box = self._on_device(networks, image, fill, progress)
-        return np.asarray(_most_likely(found))[box]
+        logits, box = self._on_device(networks, image, fill, progress)
+        return np.asarray(_most_likely(logits))[box]
 
     def _on_device(
         self,
@@ -116,10 +116,10 @@ class SlidingWindow:
         whole, mean = self.count(size) * len(networks), None
         for index, params in enumerate(networks):
             report = partial(_report, progress, index * self.count(size), whole)
-            found = self._single(self._replicate(params), on_device, size, report)
+            logits = self._single(self._replicate(params), on_device, size, report)
             if len(networks) == 1:
-                return found, (d, h, w)
-            mean = _add_softmax(mean, found)
+                return logits, (d, h, w)
+            mean = _add_softmax(mean, logits)
         return _log_mean(mean, len(networks)), (d, h, w)
 
     def _single(
@@ -142,13 +142,13 @@ class SlidingWindow:
             previous, done = votes, done + used
             report(done)
         assert sums is not None, "every volume has a tile"
-        found, broken = _divide(*sums)
+        logits, broken = _divide(*sums)
         if int(broken):
             raise UserError(
                 f"sliding window: {int(broken)} logits are NaN or infinite; choose another "
                 "checkpoint, or set config.precision to float32"
             )
-        return found
+        return logits
 
     def _places(self, size: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
         """First voxel and mirrored axes of everything the network is to see."""

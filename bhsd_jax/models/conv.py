@@ -128,8 +128,8 @@ def _blocks_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array
 
     def cpu_kernel_grad(grad: Array, image: Array) -> Array:
         flat = grad.reshape(*grad.shape[:4], -1)  # a kernel of one voxel and many features
-        found = conv_cpu.kernel_grad(flat, image, _ONE, _NO_PADDING, _ONE)
-        return found.reshape(kernel.shape[3], *kernel.shape[:3], -1).transpose(1, 2, 3, 0, 4)
+        to_kernel = conv_cpu.kernel_grad(flat, image, _ONE, _NO_PADDING, _ONE)
+        return to_kernel.reshape(kernel.shape[3], *kernel.shape[:3], -1).transpose(1, 2, 3, 0, 4)
 
     return (
         _on_cpu_in_float32(image_grad)(grad, kernel),

@@ -91,9 +91,9 @@ def _inner(equation: Any) -> list[Any]:
     """Functions an equation calls; of the branches of a choice by platform, only the default."""
     if equation.primitive.name == "cond":
         return [equation.params["branches"][-1].jaxpr]  # `lax.platform_dependent` puts it last
-    found = []
+    jaxprs = []
     for value in equation.params.values():
         value = getattr(value, "jaxpr", value)  # a closed one holds an open one
         if hasattr(value, "eqns"):
-            found.append(value)
-    return found
+            jaxprs.append(value)
+    return jaxprs

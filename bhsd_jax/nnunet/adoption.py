@@ -29,12 +29,12 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; config.preprocess.plan names it")
     try:
-        found = json.loads(path.read_text())
+        plans = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: is no JSON ({error})") from error
-    if not isinstance(found, dict) or "configurations" not in found:
+    if not isinstance(plans, dict) or "configurations" not in plans:
         raise UserError(f"{path}: has no `configurations`; is this a plans.json of nnU-Net v2?")
-    return found
+    return plans
 
 
 def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configuration: str) -> Plan:
@@ -58,10 +58,10 @@ def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configur
     order = _order(facts)
     first, second, third = (order.index(axis) for axis in files)
     transpose = first, second, third
-    found = plans.get("foreground_intensity_properties_per_channel", {}).get("0", {})
+    intensity = plans.get("foreground_intensity_properties_per_channel", {}).get("0", {})
     statistics = plan.foreground
-    if all(name in found for name in plans_json.STATISTICS):
-        low, mean, std, high = (float(found[name]) for name in plans_json.STATISTICS)
+    if all(name in intensity for name in plans_json.STATISTICS):
+        low, mean, std, high = (float(intensity[name]) for name in plans_json.STATISTICS)
         statistics = low, mean, std, high
     return dataclasses.replace(
         plan,

@@ -71,11 +71,11 @@ def spacing_margin(spacings: Numbers, shapes: Numbers) -> list[str]:
     whole = np.array(_target(spacing, shape))
     generator = np.random.default_rng(0)
     picks = (generator.permutation(len(spacing))[: (len(spacing) + 1) // 2] for _ in range(_HALVES))
-    found = np.array([_target(spacing[pick], shape[pick]) for pick in picks])
-    share = np.mean(np.abs(found / whole - 1) > 0.2, axis=0)
+    picked = np.array([_target(spacing[pick], shape[pick]) for pick in picks])
+    share = np.mean(np.abs(picked / whole - 1) > 0.2, axis=0)
     return [
         f"target spacing along axis {axis}: {whole[axis]:.4g} mm for all {len(spacing)} scans, but "
-        f"{found[:, axis].min():.4g} to {found[:, axis].max():.4g} mm over random halves of them "
+        f"{picked[:, axis].min():.4g} to {picked[:, axis].max():.4g} mm over random halves of them "
         f"({share[axis]:.0%} differ by more than 20 %); pin it (config.preprocess.spacing_mm)"
         for axis in range(3)
         if share[axis] > 0.05

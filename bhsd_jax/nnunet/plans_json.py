@@ -59,15 +59,15 @@ def configurations(
     Source: nnU-Net v2.8.1, `ExperimentPlanner.plan_experiment`.
     """
     voxels = math.prod(median_shape)
-    found = {"2d": _planned("2d", spacing_mm[1:], median_shape[1:], voxels, request)}
+    planned = {"2d": _planned("2d", spacing_mm[1:], median_shape[1:], voxels, request)}
     if median_shape[0] == 1:
-        return found
+        return planned
     full = _planned("3d_fullres", spacing_mm, median_shape, voxels, request)
     low = _lowres(full, request)
     if low is None:
-        return {**found, "3d_fullres": full}
+        return {**planned, "3d_fullres": full}
     return {
-        **found,
+        **planned,
         "3d_lowres": {**low, "next_stage": "3d_cascade_fullres"},
         # Patches that see little of a scan take the Dice loss over the whole batch.
         "3d_fullres": {**full, "batch_dice": True},
@@ -126,12 +126,12 @@ def _planned(
 
 
 def _resampling() -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for what, (is_seg, order) in _SPLINES.items():
-        found[f"resampling_fn_{what}"] = "resample_data_or_seg_to_shape"
+        fields[f"resampling_fn_{what}"] = "resample_data_or_seg_to_shape"
         settings = {"is_seg": is_seg, "order": order, "order_z": 0, "force_separate_z": None}
-        found[f"resampling_fn_{what}_kwargs"] = settings
-    return found
+        fields[f"resampling_fn_{what}_kwargs"] = settings
+    return fields
 
 
 def _architecture(planner: Planner, pooling: Pooling) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def network(settings: Mapping[str, Any]) -> Network:
         ValueError: If it is another network than the plain or the residual-encoder U-Net, not 3D,
             or takes a coarser network's output as input.
     """
-    unet, found = architecture(settings)
+    unet, arguments = architecture(settings)
     previous = settings.get("previous_stage")
     if unet not in _ENCODER or len(settings["patch_size"]) != 3 or previous:
         raise UserError(
@@ -192,11 +192,11 @@ def network(settings: Mapping[str, Any]) -> Network:
     return Network(
         patch=triple(settings["patch_size"]),
         batch=int(settings["batch_size"]),
-        features=tuple(found["features_per_stage"]),
-        strides=tuple(triple(stride) for stride in found["strides"]),
-        kernels=tuple(triple(kernel) for kernel in found["kernel_sizes"]),
-        convs_encoder=tuple(found[_ENCODER[unet]]),
-        convs_decoder=tuple(found["n_conv_per_stage_decoder"]),
+        features=tuple(arguments["features_per_stage"]),
+        strides=tuple(triple(stride) for stride in arguments["strides"]),
+        kernels=tuple(triple(kernel) for kernel in arguments["kernel_sizes"]),
+        convs_encoder=tuple(arguments[_ENCODER[unet]]),
+        convs_decoder=tuple(arguments["n_conv_per_stage_decoder"]),
         batch_dice=bool(settings["batch_dice"]),
         residual=unet == _UNETS[True],
     )
@@ -208,8 +208,8 @@ def architecture(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises:
         KeyError: If a setting is missing.
     """
-    found = settings["architecture"] if "architecture" in settings else _older(settings)
-    return found["network_class_name"].rpartition(".")[2], dict(found["arch_kwargs"])
+    described = settings["architecture"] if "architecture" in settings else _older(settings)
+    return described["network_class_name"].rpartition(".")[2], dict(described["arch_kwargs"])
 
 
 def _older(settings: Mapping[str, Any]) -> dict[str, Any]:

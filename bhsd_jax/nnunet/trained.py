@@ -116,8 +116,8 @@ def _require_supported(
         used = settings.get(f"resampling_fn_{what}", "resample_data_or_seg_to_shape")
         how = {"order": order, "order_z": 0, "force_separate_z": None}
         how |= settings.get(f"resampling_fn_{what}_kwargs", {})
-        found = how["order"], how["order_z"], how["force_separate_z"]
-        if used != "resample_data_or_seg_to_shape" or found != (order, 0, None):
+        orders = how["order"], how["order_z"], how["force_separate_z"]
+        if used != "resample_data_or_seg_to_shape" or orders != (order, 0, None):
             wrong.append(f"resampling of {what} by {used} {how}")
     if wrong:
         raise UserError(f"nnU-Net plans: not supported: {'; '.join(wrong)}")

@@ -32,7 +32,7 @@ _SEALED = (*_KEYS, "sha256")  # what the seal is of
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """One shard to write: a function of the sorted case list and the plan alone."""
 
     path: Path
@@ -51,10 +51,10 @@ class Job:
         # Shards of older versions, which knew neither, keep their keys.
         used += ["masked"] if self.plan.use_mask_for_norm else []
         used += [["shifted", *self.shifted]] if self.shifted else []
-        known = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
+        cases = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
         if plan["modality"] == "ct" and not all(case.table_feed for case in self.cases):
             used.append("mL of these cases as their affines have them")
-        return hashlib.sha256(json.dumps([used, known, self.digests]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([used, cases, self.digests]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Share:
                 f"{self.number}; got {self.index}"
             )
 
-    def jobs(self, jobs: Sequence[Job]) -> list[Job]:
+    def jobs(self, jobs: Sequence[ShardJob]) -> list[ShardJob]:
         """The shards this one writes."""
         return [job for job in jobs if _position(job.path) % self.number == self.index]
 
@@ -97,7 +97,7 @@ def divide(
     facts: Sequence[Facts],
     plan: Plan,
     size: int,
-) -> list[Job]:
+) -> list[ShardJob]:
     """Shards by position among all cases, so that one refused case moves no other."""
     digests = {fact.case: fact.source_sha256 for fact in facts}
     shifted = {f.case for f in facts if any(one.kind in _SHIFTED for one in f.findings)}
@@ -109,7 +109,7 @@ def divide(
         path, record = folder / f"{name}.arrayrecord", records / f"{name}.json"
         sums = tuple(digests[case.id] for case in part)
         moved = tuple(case.id for case in part if case.id in shifted)
-        jobs.append(Job(path, record, part, sums, plan, moved))
+        jobs.append(ShardJob(path, record, part, sums, plan, moved))
     return [job for job in jobs if job.cases]
 
 
@@ -120,41 +120,41 @@ def manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     rows = files.recall_json(path) or {}
-    found = {}
+    records = {}
     for name, row in rows.items():
         try:
-            found[name] = _checked(row)
+            records[name] = _checked(row)
         except files.MALFORMED as error:
             logger.warning("%s: damaged (%s: %s); it is made anew", path, name, error)
-    if len(found) < len(rows):
-        files.write_json(path, found)
-    return found
+    if len(records) < len(rows):
+        files.write_json(path, records)
+    return records
 
 
-def written(job: Job, known: Mapping[str, Any]) -> dict[str, Any] | None:
+def written(job: ShardJob, noted: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of a shard that is there as the job would write it; None if it is not.
 
     A row of the manifest, `known`, does as well: the records may lie in a run folder that is gone.
     Of the shard itself only the size is looked at; `verify` reads it.
     """
-    for found in (files.recall_json(job.record, _checked), known.get(job.path.name)):
-        if found and found["key"] == job.key and _size(job.path) == found["bytes"]:
-            return found
+    for record in (files.recall_json(job.record, _checked), noted.get(job.path.name)):
+        if record and record["key"] == job.key and _size(job.path) == record["bytes"]:
+            return record
     return None
 
 
-def remember(job: Job, entries: Sequence[store.Entry], refused: Mapping[str, str]) -> None:
+def remember(job: ShardJob, entries: Sequence[store.Entry], refused: Mapping[str, str]) -> None:
     """Writes the record of a shard, and why cases are missing from it."""
-    found = {
+    record = {
         "key": job.key,
         "bytes": _size(job.path),
         "sha256": _sha256(job.path),
         "entries": [asdict(entry) for entry in entries],
     }
-    files.write_json(job.record, found | {"seal": _seal(found), "refused": dict(refused)})
+    files.write_json(job.record, record | {"seal": _seal(record), "refused": dict(refused)})
 
 
-def verify(written: tuple[Job, Mapping[str, Any]]) -> str:
+def verify(written: tuple[ShardJob, Mapping[str, Any]]) -> str:
     """What is wrong with a shard, given its record; "" if it is byte for byte what was written.
 
     A record of an older version has no SHA-256: then every array is compared with the digest beside
@@ -173,17 +173,17 @@ def verify(written: tuple[Job, Mapping[str, Any]]) -> str:
     return ""
 
 
-def finish(folder: Path, jobs: Sequence[Job], plan: Plan) -> tuple[int, dict[str, str]]:
+def finish(folder: Path, jobs: Sequence[ShardJob], plan: Plan) -> tuple[int, dict[str, str]]:
     """Writes manifest and index if all shards are there.
 
     Returns:
         How many are not, and why cases are missing from those that are, whoever wrote them.
     """
-    known = manifest(folder)
-    found = {job.path.name: written(job, known) for job in jobs}
-    records = {name: dict(record) for name, record in sorted(found.items()) if record}
+    noted = manifest(folder)
+    by_file = {job.path.name: written(job, noted) for job in jobs}
+    records = {name: dict(record) for name, record in sorted(by_file.items()) if record}
     refused = {case: why for r in records.values() for case, why in r.get("refused", {}).items()}
-    if missing := len(found) - len(records):
+    if missing := len(by_file) - len(records):
         return missing, refused
     rows = [store.entry_from_json(row) for record in records.values() for row in record["entries"]]
     whole = {name: r for name, r in records.items() if not r.pop("refused", None)}

@@ -163,10 +163,10 @@ def _as_system_error(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = faults.in_words_of(error, path)
-        if found is None:
+        system_error = faults.in_words_of(error, path)
+        if system_error is None:
             raise
-        raise found from error
+        raise system_error from error
 
 
 def _parse_index(index: Mapping[str, Any]) -> tuple[int, tuple[Entry, ...]]:

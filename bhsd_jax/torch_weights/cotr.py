@@ -43,8 +43,8 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: Lists every argument that has no counterpart here.
     """
-    known = (*_REQUIRED, *_FIELDS, "img_size", "in_channels")
-    wrong = [f"{name} is not known" for name in constructor if name not in known]
+    names = (*_REQUIRED, *_FIELDS, "img_size", "in_channels")
+    wrong = [f"{name} is not known" for name in constructor if name not in names]
     wrong += [f"{name} is missing" for name in _REQUIRED if name not in constructor]
     for name, table in (("norm_cfg", _NORMS), ("activation_cfg", _SLOPES)):
         if constructor.get(name, "IN" if table is _NORMS else "ReLU") not in table:

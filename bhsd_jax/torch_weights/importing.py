@@ -31,13 +31,13 @@ def load(
     shapes = shapes_of(recipe)
     paths = {weight.path for weight in recipe.weights.values()}
     assert paths == set(shapes), f"{reference}: from_torch misses {sorted(paths ^ set(shapes))}"
-    found, problems = _collect(recipe, _unwrapped(state))
+    arrays, problems = _collect(recipe, _unwrapped(state))
     flat = {}
     for name, weight in recipe.weights.items():
-        if name not in found:
+        if name not in arrays:
             problems.append(f"missing {name}")
             continue
-        value, want = _laid_out(weight, found[name]), shapes[weight.path]
+        value, want = _laid_out(weight, arrays[name]), shapes[weight.path]
         if value.shape != want:
             problems.append(f"{name}: axes reordered it is {value.shape}, but must be {want}")
         flat[tuple(weight.path.split("/"))] = np.ascontiguousarray(value, dtype=np.float32)
@@ -60,18 +60,18 @@ def _collect(
     recipe: Recipe, state: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Tensors under their canonical names, and what is wrong with the names."""
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     problems = []
     for name, value in state.items():
         main = recipe.canonical(name)
         if main not in recipe.weights:
             if not recipe.unused(main):
                 problems.append(f"unknown {name}")
-        elif main in found and not np.array_equal(found[main], value):
+        elif main in arrays and not np.array_equal(arrays[main], value):
             problems.append(f"{name} differs from the same tensor under another name, {main}")
         else:
-            found[main] = np.asarray(value)
-    return found, problems
+            arrays[main] = np.asarray(value)
+    return arrays, problems
 
 
 def _laid_out(weight: Weight, tensor: np.ndarray) -> np.ndarray:

@@ -31,8 +31,8 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
     variant = reference.partition("/")[2]
     if variant not in _VARIANTS:
         raise UserError(f"{reference}: name the variant, as nnFormer/<{'|'.join(_VARIANTS)}>")
-    known = (*_REQUIRED, *_FIELDS, "input_channels", "patch_size", "down_stride")
-    wrong = [f"{name} is not known" for name in constructor if name not in known]
+    names = (*_REQUIRED, *_FIELDS, "input_channels", "patch_size", "down_stride")
+    wrong = [f"{name} is not known" for name in constructor if name not in names]
     wrong += [f"{name} is missing" for name in _REQUIRED if name not in constructor]
     given = {_FIELDS[k]: _tuples(v) for k, v in constructor.items() if k in _FIELDS}
     if variant == "tumor" and "heads" in given:

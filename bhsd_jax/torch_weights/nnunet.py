@@ -215,8 +215,8 @@ def _require_supported(reference: str, arguments: Mapping[str, Any]) -> None:
         for name, (given, good) in choices.items()
         if given not in good
     ]
-    known = (*choices, *_OPTIONAL, *_REQUIRED[reference])
-    wrong += [f"{name} is not known" for name in arguments if name not in known]
+    names = (*choices, *_OPTIONAL, *_REQUIRED[reference])
+    wrong += [f"{name} is not known" for name in arguments if name not in names]
     wrong += [f"{name} is missing" for name in _REQUIRED[reference] if name not in arguments]
     if wrong:
         raise UserError(f"{reference}: constructor not supported: {'; '.join(wrong)}")

@@ -105,17 +105,17 @@ def _numpy_scalars() -> list[Any]:
 
 
 def _state(content: Any, path: Path) -> dict[str, np.ndarray]:
-    found = content
-    while not _is_state(found):
-        keys = list(found) if isinstance(found, Mapping) else []
+    state = content
+    while not _is_state(state):
+        keys = list(state) if isinstance(state, Mapping) else []
         nest = next((name for name in _NESTS if name in keys), None)
         if nest is None:
             raise UserError(
                 f"{path}: no weights under {', '.join(_NESTS)}; it holds "
-                f"{', '.join(map(str, keys[:12])) or type(found).__name__}"
+                f"{', '.join(map(str, keys[:12])) or type(state).__name__}"
             )
-        found = found[nest]
-    return {name: _array(tensor) for name, tensor in found.items()}
+        state = state[nest]
+    return {name: _array(tensor) for name, tensor in state.items()}
 
 
 def _is_state(content: Any) -> bool:
@@ -136,9 +136,9 @@ def json_of(text: str) -> dict[str, Any]:
         ValueError: If it is neither.
     """
     try:
-        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+        value = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{text}: neither a JSON object nor a file of one ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{text}: must be a JSON object, got a {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise UserError(f"{text}: must be a JSON object, got a {type(value).__name__}")
+    return value

@@ -29,7 +29,7 @@ from bhsd_jax.platform.workers import Pool, Progress, Workers
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.shards import jobs as shard_jobs
 from bhsd_jax.shards import store
-from bhsd_jax.shards.jobs import Job, Share
+from bhsd_jax.shards.jobs import ShardJob, Share
 from bhsd_jax.verbs import parts
 from bhsd_jax.volume import Case, Dataset, Plan
 
@@ -213,7 +213,7 @@ def _fingerprint(case: Case, *, memory: Path | None, **settings: Any) -> Facts |
 
 
 def _write_all(
-    folder: Path, jobs: Sequence[Job], share: Share, workers: Pool, facts: Sequence[Facts]
+    folder: Path, jobs: Sequence[ShardJob], share: Share, workers: Pool, facts: Sequence[Facts]
 ) -> dict[str, str]:
     """Second pass: writes what is missing of this job's share. Returns why cases were refused."""
     plan = jobs[0].plan
@@ -249,7 +249,7 @@ def _require_disk(folder: Path, cases: Set[str], facts: Sequence[Facts], plan: P
     budget.require_disk(folder, size, "shards", least=size / _BEST_COMPRESSION)
 
 
-def _intact(mine: Sequence[Job], known: Mapping[str, Any], workers: Pool) -> set[str]:
+def _intact(mine: Sequence[ShardJob], known: Mapping[str, Any], workers: Pool) -> set[str]:
     """Names of the shards that are there and byte for byte what was written; others are removed."""
     records = [(job, _whole(job, known)) for job in mine]
     written = [(job, record) for job, record in records if record is not None]
@@ -263,14 +263,14 @@ def _intact(mine: Sequence[Job], known: Mapping[str, Any], workers: Pool) -> set
     return intact
 
 
-def _whole(job: Job, known: Mapping[str, Any]) -> dict[str, Any] | None:
+def _whole(job: ShardJob, known: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of a shard that need not be written."""
     record = shard_jobs.written(job, known)
     # What was refused is tried again.
     return None if record is None or record.get("refused") else record
 
 
-def _write(job: Job) -> None:
+def _write(job: ShardJob) -> None:
     """Writes one shard and its record, unless they are there."""
     left_out: dict[str, str] = {}
     if _whole(job, {}):
