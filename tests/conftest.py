@@ -6,7 +6,9 @@ from pathlib import Path
 
 import jax
 import jaxtyping
+import plain_code
 import pytest
+from jax._src import compiler
 
 import bhsd_jax
 
@@ -28,6 +30,26 @@ GOLDEN = Path(__file__).parent / "golden"
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def quick_compilation(monkeypatch):
+    """For tests that compile much and compute little: plain machine code of all programs.
+
+    `jax_disable_most_optimizations` turned off again, it is a user's.
+    """
+    make = compiler.get_compile_options
+
+    def quick(*places, **options):
+        asked = options.pop("env_options_overrides", None) or {}
+        plain = plain_code.OPTIONS if jax.config.read("jax_disable_most_optimizations") else {}
+        return make(*places, env_options_overrides={**plain, **asked}, **options)
+
+    monkeypatch.setattr(compiler, "get_compile_options", quick)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

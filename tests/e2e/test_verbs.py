@@ -17,6 +17,12 @@ from bhsd_jax.train.checkpoint import load_networks
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=configs/cps.py:smoke"
+# Long enough to be killed on the way.
+LONGER = (
+    "--config.train.steps=24",
+    "--config.train.save_every=5",
+    "--config.train.validate_every=24",
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +39,14 @@ def prepared(tmp_path_factory, environment):
     """A folder with shards, for every run of this file."""
     workdir = tmp_path_factory.mktemp("prepared")
     run("preprocess", workdir, environment)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, environment, tmp_path_factory):
+    """The folder of a run that nobody disturbed; its checkpoints are only read."""
+    workdir = tmp_path_factory.mktemp("whole")
+    run("train", workdir, environment, CONFIG, *share(prepared), *LONGER, config=())
     return workdir
 
 
@@ -62,32 +76,31 @@ def share(prepared):
     )
 
 
-def test_from_nothing_to_a_report(prepared, environment, tmp_path):
-    for verb in ("train", "predict", "evaluate", "report"):
-        words = [CONFIG, *share(prepared)] if verb == "train" else []
-        run(verb, tmp_path, environment, *words, config=())
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+def test_from_nothing_to_a_report(prepared, whole, environment):
+    for verb in ("predict", "evaluate", "report"):
+        run(verb, whole, environment, config=())
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     logged = {key for r in records for key in r}
     assert {"train/loss", "val/dice/any", "val_b/dice/any", "val_ensemble/dice/any"} <= logged
     assert {"val/dice/a", "val/dice/b", "val/dice/ensemble"} <= logged
-    assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
+    assert (whole / "progress.png").read_bytes().startswith(b"\x89PNG")
 
     data = json.loads((prepared / "synthetic" / "dataset.json").read_text())
     asked = {Path(path).name for path in data["test"]}
-    made = {path.name for path in (tmp_path / "predictions").glob("*.nii.gz")}
+    made = {path.name for path in (whole / "predictions").glob("*.nii.gz")}
     assert made == asked
     scans = prepared / "synthetic" / "label_192" / "images"
     for name in made:
-        mask, scan = nib.load(tmp_path / "predictions" / name), nib.load(scans / name)
+        mask, scan = nib.load(whole / "predictions" / name), nib.load(scans / name)
         assert mask.shape == scan.shape
         np.testing.assert_array_equal(mask.affine, scan.affine)
         assert set(np.unique(np.asanyarray(mask.dataobj))) <= {0, 1}
 
-    with (tmp_path / "cases.csv").open() as file:
+    with (whole / "cases.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {f"{row['case']}.nii.gz" for row in rows} == asked
-    check_dice_by_hand(rows, tmp_path / "predictions", scans.parent / "ground truths")
-    html = (tmp_path / "report.html").read_text()
+    check_dice_by_hand(rows, whole / "predictions", scans.parent / "ground truths")
+    html = (whole / "report.html").read_text()
     assert "Research use only" in html
     assert "data:image/png;base64," in html
     assert not [name for name in asked if name.removesuffix(".nii.gz") in html], "ids stay hidden"
@@ -105,16 +118,9 @@ def check_dice_by_hand(rows, predictions, references):
 
 
 def test_a_killed_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
-    prepared, environment, tmp_path
+    prepared, whole, environment, tmp_path
 ):
-    options = (
-        *share(prepared),
-        "--config.train.steps=24",
-        "--config.train.save_every=5",
-        "--config.train.validate_every=24",
-    )
-    run("train", tmp_path / "whole", environment, *options)
-
+    options = (*share(prepared), *LONGER)
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         command("train", killed, *options),
@@ -130,10 +136,10 @@ def test_a_killed_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
     text = run("train", killed, environment, *options)
     assert "resuming after step" in text
 
-    step, whole, _ = load_networks(tmp_path / "whole" / "checkpoints", "last")
+    step, undisturbed, _ = load_networks(whole / "checkpoints", "last")
     again, resumed, _ = load_networks(killed / "checkpoints", "last")
     assert (step, again) == (24, 24)
-    assert leaves(whole) == leaves(resumed)
+    assert leaves(undisturbed) == leaves(resumed)
     steps = [
         json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()
     ]
@@ -159,10 +165,15 @@ def wait_for_step(path, step, process, limit_s=300):
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(prepared, environment, tmp_path):
-    options = (*share(prepared), "--config.train.steps=100000", "--config.train.save_every=100000")
-    late = "--config.train.validate_every=100000"
+    # What is trained does not matter here: one network without augmentation compiles fastest.
+    options = (
+        *share(prepared),
+        "--config.augment.spatial=()",
+        "--config.augment.intensity=()",
+        *(f"--config.train.{name}=100000" for name in ("steps", "save_every", "validate_every")),
+    )
     process = subprocess.Popen(
-        command("train", tmp_path, *options, late),
+        command("train", tmp_path, *options, config=("--config=configs/suponly.py:smoke",)),
         cwd=ROOT,
         env=environment,
         stderr=subprocess.DEVNULL,

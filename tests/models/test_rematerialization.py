@@ -9,14 +9,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_code
 import pytest
 
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import supervised
 from tools import model_table
-
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 @pytest.mark.slow
@@ -42,7 +41,7 @@ def test_recomputed_blocks_give_the_same_gradients(backbone):
             logits = net.clone(remat=remat).apply(variables, image, train=False)
             return sum(jnp.square(head).mean() for head in logits)
 
-        run = jax.jit(jax.grad(loss, (0, 1)), compiler_options=QUICK)
+        run = jax.jit(jax.grad(loss, (0, 1)), compiler_options=plain_code.OPTIONS)
         return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(run(variables, image))]
 
     plain, recomputed = gradients("none"), gradients("blocks")

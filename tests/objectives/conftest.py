@@ -19,12 +19,8 @@ class Net(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation():
-    """These tests compile much and compute little; the programs are the same."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def _quick(quick_compilation):
+    """These tests compile much and compute little."""
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,11 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation():
-    """Halves the time of this folder; the programs are the same, their machine code is plainer."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def _quick(quick_compilation):
+    pass
 
 
 @pytest.fixture
-def full_compilation(quick_compilation):
+def full_compilation(_quick):
     """For what is read from the compiled text."""
     jax.config.update("jax_disable_most_optimizations", False)

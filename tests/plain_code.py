@@ -1,0 +1,12 @@
+"""Machine code that compiles in half the time, for tests that compile much and compute little.
+
+The programs are the same. LLVM leaves their code as it is, and fusions are written as loops instead
+of by way of MLIR, which takes most of the compiler's time on CPUs. Not used where reference numbers
+of other implementations are checked.
+"""
+
+OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # of jax.jit
+ENVIRONMENT = {  # of a process
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+}
