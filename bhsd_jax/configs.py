@@ -1,4 +1,7 @@
-"""The experiment files of the repository's `configs/`, as a package; a wheel has them here."""
+"""The experiment files in the repository's `configs/`, as a package.
+
+In a wheel the folder itself is in place of this file.
+"""
 
 from pathlib import Path
 

@@ -118,7 +118,7 @@ class DiceCE:
     ignore: int | None = None  # label whose voxels count in neither part
 
     def __call__(self, logits: Sequence[Array], label: Int[Array, "B D H W"]) -> Scalar:
-        """Loss of all heads, weighted 1, 1/2, 1/4 ... with the coarsest of several at 0."""
+        """Loss of all heads, in proportion 1, 1/2, 1/4 ... with the coarsest of several at 0."""
         weights = head_weights(len(logits))
         targets = [shrink_label(label, head.shape[1:4]) for head in logits]
         return self.heads(logits, targets, weights)

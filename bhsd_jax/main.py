@@ -105,7 +105,8 @@ def _parse_flags(argv: Sequence[str]) -> Any:
 
 
 def _last(error: Exception) -> str:
-    """The last line of an error whose text holds a traceback, or tells of an earlier one."""
+    """One line of an error: of a traceback in its text the last, which ml_collections adds."""
+    # ml_collections wraps what a config file raises: "... failure to load: Traceback ...".
     text = str(error).strip().rpartition("failure to load: ")[2]
     if "Traceback" in text:
         text = text.splitlines()[-1].strip().removeprefix("ValueError: ")

@@ -92,7 +92,7 @@ class Objective(Protocol):
 
     @property
     def twins(self) -> tuple[str, ...]:
-        """Keys of its parameters that are networks of their own, run by `Learner.each_twin`."""
+        """Keys of its parameters that are networks of their own: the two of CPS; else ()."""
         ...
 
     @property

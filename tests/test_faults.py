@@ -127,6 +127,6 @@ def test_what_has_no_words_is_not_explained():
 
 def test_the_words_of_a_library_are_the_systems_again(tmp_path):
     text = "open() failed: Read-only file system; opening /x; Failed to create the file header"
-    found = faults.in_words_of(RuntimeError(text), tmp_path)
+    found = faults.os_error_behind(RuntimeError(text), tmp_path)
     assert (found.errno, found.filename) == (errno.EROFS, str(tmp_path))
-    assert faults.in_words_of(RuntimeError("Invalid chunk header hash"), tmp_path) is None
+    assert faults.os_error_behind(RuntimeError("Invalid chunk header hash"), tmp_path) is None

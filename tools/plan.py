@@ -68,7 +68,7 @@ def main() -> None:
             foreground=found.get("foreground_intensity_properties_per_channel"),
         )
         if options.spacing_mm is None:
-            for warning in planner.spacing_margin(*(found[key] for key in KEYS)):
+            for warning in planner.spacing_warnings(*(found[key] for key in KEYS)):
                 print(f"warning: {warning}", file=sys.stderr)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{path}: {error}\n")

@@ -1,1 +1,1 @@
-"""Scans on the host: files, geometry, planning, shards. NumPy only."""
+"""Scans on the host: files, geometry, HU, preparing one case at a time. NumPy only."""

@@ -9,7 +9,7 @@ from bhsd_jax.ct import geometry
 from bhsd_jax.defects import Finding, Kind, Refusal
 
 WRAPS_HU = 3095.5  # -1000 HU in unsigned 12 bits
-LEAST_AIR = 0.2  # of the edges of slices, where an overflow was undone rightly
+LEAST_AIR = 0.2  # share of the edges of slices that must be wrapped air to undo an overflow
 LOWEST_HU, HIGHEST_HU = -1024.0, 3071.0  # what 12 bits can hold
 WRAPPED_HU = -20_000.0  # lower is metal that wrapped around in 16 bits
 _FARTHEST_HU = 100_000.0  # wrapped and extended-range metal stays well within
@@ -92,7 +92,7 @@ def tilt_deg(affine: Float[np.ndarray, "4 4"]) -> float:
 
 
 def voxel_ml(affine: Float[np.ndarray, "4 4"], *, table_feed: bool) -> float:
-    """Volume of a voxel in milliliters; of the sheared voxel behind a tilted header of such a set.
+    """Volume of a voxel in milliliters; with `table_feed`, corrected for the tilt of the gantry.
 
     With `table_feed`, which only the data set knows, a slice step that is turned about x is the
     feed of the table, longer than the distance between the slices by 1 / cos(tilt): uncorrected,
@@ -106,7 +106,7 @@ def voxel_ml(affine: Float[np.ndarray, "4 4"], *, table_feed: bool) -> float:
 
 
 def tilt_corrected(affine: Float[np.ndarray, "4 4"], *, table_feed: bool) -> bool:
-    """Whether `voxel_ml` multiplies by the cosine of a tilt."""
+    """Whether the slice step is the table feed of a tilted scan, longer than the slice distance."""
     return table_feed and abs(tilt_deg(affine)) > geometry.LEAST_TILT_DEG
 
 

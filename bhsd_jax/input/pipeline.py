@@ -22,7 +22,7 @@ from bhsd_jax.volume import Shape
 
 @runtime_checkable
 class Reader(Protocol):
-    """One opened case of `ct.shards`."""
+    """One opened case, a `shards.record.Reader` or `Decoded`."""
 
     @property
     def shape(self) -> Shape: ...

@@ -9,7 +9,9 @@ import numpy as np
 
 from bhsd_jax.volume import Shape
 
-_ORDER = 1  # sets the generators of orders apart from those of elements; 0 would add nothing
+# Sets the generators of orders apart from those of elements; a 0 at the end of a seed changes
+# nothing in NumPy.
+_ORDER = 1
 
 
 def is_forced(row: int, batch: int, share: float) -> bool:

@@ -9,7 +9,7 @@ from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.defects import Kind
 from bhsd_jax.nnunet.planner import (
     network_for,
-    spacing_margin,
+    spacing_warnings,
     target_spacing,
     transpose_for,
     uses_mask,
@@ -48,7 +48,7 @@ def make_plan(
         )
     spacings = np.asarray([fact.spacing_mm for fact in facts])
     shapes = np.asarray([fact.shape for fact in facts])
-    notes = () if spacing_mm else tuple(spacing_margin(spacings, shapes))
+    notes = () if spacing_mm else tuple(spacing_warnings(spacings, shapes))
     target = spacing_mm or target_spacing(spacings, shapes)
     transpose = transpose_for(np.asarray(target))
     low, high = np.percentile(drawn, (0.5, 99.5))

@@ -58,7 +58,7 @@ def uses_mask(modality: str, relative_sizes: Sequence[float]) -> bool:
     return modality == "mr" and float(np.median(relative_sizes)) < _MASK_BELOW
 
 
-def spacing_margin(spacings: Numbers, shapes: Numbers) -> list[str]:
+def spacing_warnings(spacings: Numbers, shapes: Numbers) -> list[str]:
     """Warns of every axis whose target spacing rests on a few scans.
 
     Draws 200 halves of the data set (fixed seed, without replacement) and applies the same rule to

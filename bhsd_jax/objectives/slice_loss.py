@@ -33,7 +33,7 @@ class SliceTerms:
     """
 
     gate_pseudo: bool = False  # teachers give no probability to classes a slice does not show
-    neg_sup: float = 0.0  # weight of `negatives`; true labels, so 1 is their worth and no ramp
+    neg_sup: float = 0.0  # weight of `negatives`; their labels are true: 1, without ramp-up
     negatives: str = "ce"  # "volume": mean probability of what cannot be
     mil: float = 0.0  # weight of `presence`, 0.01 to 0.1
     sharpness: float = 5.0  # r of `presence`: 0 pools by the mean, infinity by the maximum
@@ -98,11 +98,11 @@ class SliceTerms:
 class WithSliceLoss:
     """An objective, to which the slice labels of its unlabeled patches add terms.
 
-    All but its loss is that of the objective inside; without slice labels in the batch the loss is
-    too.
+    Everything but the loss is the inner objective's, and so is the loss of a batch that has no
+    slice labels.
 
     Raises:
-        ValueError: If the objective inside does not tell its terms, to which others can be added.
+        ValueError: If the inner objective does not return its terms one by one.
     """
 
     inner: Objective = field(default_factory=WeaklySupervised)

@@ -69,7 +69,7 @@ def find(
         environment: The variables.
 
     Raises:
-        ValueError: If numbers are none, or do not agree.
+        ValueError: If a value is not a whole number, or two of them do not agree.
     """
     words = [environment.get(name, "") for name in _JAX]
     count = num_processes if num_processes is not None else _number(_JAX[1], words[1])
@@ -95,7 +95,7 @@ def find(
     return found
 
 
-def is_likely(environment: Mapping[str, str] = os.environ) -> bool:
+def may_be_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether only JAX itself could tell that this machine is one of several (Kubernetes, TPU)."""
     return "KUBERNETES_SERVICE_HOST" in environment or bool(importlib.util.find_spec("libtpu"))
 
@@ -129,7 +129,7 @@ def _slurm(environment: Mapping[str, str]) -> Place | None:
     if not all(environment.get(name) for name in names):
         return None
     job, nodes, index = (environment[name] for name in names)
-    # SLURM_NTASKS speaks of the job where a shell of `salloc` asks, SLURM_STEP_NUM_TASKS of this.
+    # Inside `salloc` SLURM_NTASKS is the job's count; SLURM_STEP_NUM_TASKS is this step's.
     count = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or "1"
     first, number = _PORTS
     step = environment.get("SLURM_STEP_ID", "0")

@@ -1,4 +1,4 @@
-"""What a user can mend."""
+"""`UserError`: an error in input, config or machine that a user can mend."""
 
 
 class UserError(ValueError):

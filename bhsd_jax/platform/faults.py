@@ -91,7 +91,7 @@ def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
         raise WriteError(error.errno, os.strerror(error.errno), where) from error
 
 
-def in_words_of(error: Exception, path: Path) -> OSError | None:
+def os_error_behind(error: Exception, path: Path) -> OSError | None:
     """The operating system error behind a library's own exception; None if its text names none.
 
     ArrayRecord says "write() failed: No space left on device; writing /a/path" by RuntimeError.

@@ -163,7 +163,7 @@ def _as_system_error(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        system_error = faults.in_words_of(error, path)
+        system_error = faults.os_error_behind(error, path)
         if system_error is None:
             raise
         raise system_error from error

@@ -1,4 +1,4 @@
-"""How arrays lie while a step computes: said inside the compiled function, for the compiler."""
+"""Sharding constraints inside the train step, of batches, parameters and the twins of CPS."""
 
 import contextlib
 import operator
@@ -40,7 +40,7 @@ def gathered(mesh: Mesh | None, params: Params) -> Params:
 
 
 def keep_rows(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
-    """While a network is traced: maps between its modules have their rows on all devices, or none.
+    """In a traced network: maps between modules are split by rows, or whole on each device.
 
     That is, [B D H W C] is split as patches are, and where the devices do not divide H, every
     device of a group has all rows. Left alone, the compiler may put few rows of a deep stage on

@@ -1,1 +1,1 @@
-"""The commands: the only code that sees a config or the paths of a run."""
+"""The commands, one file each; with assemble/ the only code that sees a config."""

@@ -22,7 +22,7 @@ def join(config: Settings) -> None:
     """
     told = place(config)
     alone = told == cluster.Place() or told.count == 1
-    if not alone or config.mesh.detect or cluster.is_likely():
+    if not alone or config.mesh.detect or cluster.may_be_one_of_several():
         from bhsd_jax.train import processes  # alone, a verb may need no JAX
 
         processes.start(told, config.mesh.detect)

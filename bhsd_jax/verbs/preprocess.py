@@ -76,10 +76,10 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
     folds = splits_file.beside(dataset, cases)
     ledger = workdir / "skipped.csv"
     # Who checks a data set wants its files read, not what was known of them.
-    memory = None if settings.verify_only and share.number == 1 else workdir / "looked"
+    known_facts = None if settings.verify_only and share.number == 1 else workdir / "looked"
     with workers or Workers(settings.processes or _processes(cases)) as workers:
         order = share.order(cases, settings.cases_per_shard)
-        facts, unread = _look(order, dataset, _crop_hu(dataset, settings), workers, memory)
+        facts, unread = _look(order, dataset, _crop_hu(dataset, settings), workers, known_facts)
         facts.sort(key=lambda fact: fact.case)
         facts, skipped = checkup.conclude(workdir, dataset, found, facts, unread)
         _write_ledger(ledger, skipped)
@@ -173,12 +173,12 @@ def _look(
     dataset: Dataset,
     crop_hu: float | None,
     workers: Pool,
-    memory: Path | None = None,
+    known_facts: Path | None = None,
 ) -> tuple[list[Facts], dict[str, Finding]]:
     """First pass: facts in the order of the cases, and why the others were refused."""
     look = functools.partial(
         _fingerprint,
-        memory=memory,
+        known_facts=known_facts,
         num_classes=len(dataset.classes),
         modality=dataset.modality,
         crop_hu=crop_hu,
@@ -196,10 +196,10 @@ def _look(
     return [found[case.id] for case in cases if case.id in found], skipped
 
 
-def _fingerprint(case: Case, *, memory: Path | None, **settings: Any) -> Facts | Finding:
-    """Facts, or why there are none; from the folder `memory` if no file has changed since."""
+def _fingerprint(case: Case, *, known_facts: Path | None, **settings: Any) -> Facts | Finding:
+    """Facts, or why there are none; from the folder `known_facts` if no file has changed since."""
     key = facts_file.key(case, settings)  # before reading: a file may change meanwhile
-    if memory and (known := facts_file.load(memory, case, key)):
+    if known_facts and (known := facts_file.load(known_facts, case, key)):
         return known
     try:
         found = fingerprint_case(case, **settings)
@@ -207,8 +207,8 @@ def _fingerprint(case: Case, *, memory: Path | None, **settings: Any) -> Facts |
         found = refused(error, case.id)
     except _BROKEN as error:
         return refused(error, case.id)  # not the file's fault, perhaps: asked again each time
-    if memory:
-        facts_file.save(memory, case, key, found)
+    if known_facts:
+        facts_file.save(known_facts, case, key, found)
     return found
 
 

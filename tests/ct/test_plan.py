@@ -204,13 +204,13 @@ def test_z_scores_keep_to_the_mask_where_much_was_cropped():
 )
 def test_margin_warns_where_a_few_thin_scans_decide(thin, warned):
     spacings = [(2.5, 0.5, 0.5)] * thin + [(5.0, 0.5, 0.5)] * (96 - thin)
-    warnings = planner.spacing_margin(spacings, [(32, 512, 512)] * 96)
+    warnings = planner.spacing_warnings(spacings, [(32, 512, 512)] * 96)
     assert len(warnings) == warned
     assert all("axis 0" in warning and "2.5 to 5 mm" in warning for warning in warnings)
 
 
 def test_margin_of_one_scan_is_silent():
-    assert planner.spacing_margin([BHSD], [(32, 512, 512)]) == []
+    assert planner.spacing_warnings([BHSD], [(32, 512, 512)]) == []
 
 
 def test_topology_of_the_planned_patch_is_the_planned_network():
