@@ -35,8 +35,10 @@ class SingleModel:
 
     def deployable(self, params: Params, ema: Params | None) -> dict[str, Params]:
         """The moving average, if there is one, and the trained network; `tested` first."""
-        found = {"student": params} if ema is None else {"teacher": ema, "student": params}
-        return {self.tested: found[self.tested]} | found if self.tested in found else found
+        networks = {"student": params} if ema is None else {"teacher": ema, "student": params}
+        return (
+            {self.tested: networks[self.tested]} | networks if self.tested in networks else networks
+        )
 
 
 @runtime_checkable

@@ -69,10 +69,10 @@ class CrossPseudoSupervision(SemiSupervised):
         def network(params, free, key):
             return forward_both(learner, params, batch.image, free, key)
 
-        found = learner.each_twin(
+        outputs = learner.each_twin(
             network, learner.params, {"a": free_a, "b": free_b}, {"a": key_a, "b": key_b}
         )
-        (a, guess_a), (b, guess_b) = found["a"], found["b"]
+        (a, guess_a), (b, guess_b) = outputs["a"], outputs["b"]
 
         supervised = learner.segmentation(a, batch.label) + learner.segmentation(b, batch.label)
         answer_a, answer_b = (learner.gate(g[0]) for g in (guess_a, guess_b))
@@ -108,17 +108,17 @@ class CrossPseudoSupervision(SemiSupervised):
 
 def _transposed(model: nn.Module, image: jax.Array) -> frozenset[tuple[str, ...]]:
     """Paths of the transposed convolutions: Flax's own, and those whose class says so."""
-    found = set()
+    paths = set()
 
     def note(call, args, kwargs, context):
         layer = context.module
         if isinstance(layer, nn.ConvTranspose) or getattr(type(layer), "transposed", False) is True:
-            found.add(layer.path)
+            paths.add(layer.path)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
         jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
-    return frozenset(found)
+    return frozenset(paths)
 
 
 def _redraw(

@@ -48,14 +48,14 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
             logits = learner.forward(params, plain, plain_key)[0]
             return labeled, guess, logits
 
-        found = learner.each_twin(
+        outputs = learner.each_twin(
             network,
             learner.params,
             {"a": pasted(strong_a), "b": pasted(strong_b)},
             {"a": key_a, "b": key_b},
             {"a": plain_a, "b": plain_b},
         )
-        (labeled_a, guess_a, answer_a), (labeled_b, guess_b, answer_b) = found["a"], found["b"]
+        (labeled_a, guess_a, answer_a), (labeled_b, guess_b, answer_b) = outputs["a"], outputs["b"]
         supervised = sum(learner.segmentation(x, batch.label) for x in (labeled_a, labeled_b))
         inside = pasted(batch.inside)
         answer_a, answer_b = (pasted(learner.gate(logits)) for logits in (answer_a, answer_b))

@@ -193,9 +193,9 @@ def presence(logits: Maps, rows: Rows, sharpness: float = 5.0, least: float = 10
     """
     margin = _margins(logits)
     score = pool(margin, sharpness) + jnp.log(_area(margin) / least) / sharpness
-    known = rows >= 0
+    labeled = rows >= 0
     loss = jax.nn.softplus(score) - score * (rows == 1)
-    return (loss * known).sum() / jnp.maximum(known.sum(), 1)
+    return (loss * labeled).sum() / jnp.maximum(labeled.sum(), 1)
 
 
 def pool(margin: Float[Array, "U D H W C"], sharpness: float) -> Float[Array, "U D C"]:
@@ -217,7 +217,7 @@ def sizes(
     """
     prob = jax.nn.softmax(logits.astype(jnp.float32))[..., 1:]
     volume, whole = prob.sum((2, 3)), _area(prob)
-    shown, known = rows == 1, rows >= 0
+    shown, labeled = rows == 1, rows >= 0
     over = volume - jnp.where(shown, whole, 0)
     under = jnp.where(shown, least - volume, 0)
     if barrier is None:
@@ -225,7 +225,7 @@ def sizes(
     else:
         loss = log_barrier(over / whole, barrier)
         loss = loss + jnp.where(shown, log_barrier(under / least, barrier), 0)
-    return (loss * known).sum() / jnp.maximum(known.sum(), 1)
+    return (loss * labeled).sum() / jnp.maximum(labeled.sum(), 1)
 
 
 def log_barrier(z: Array, t: Array | float) -> Array:

@@ -159,12 +159,12 @@ class Checkpoints:
             self._saver.close()
 
     def _search(self) -> tuple[int | None, dict[int, str]]:
-        there = disk.steps(self.folder)
-        step, damaged = disk.first_intact(self.folder, reversed(there))
+        saved = disk.steps(self.folder)
+        step, damaged = disk.first_intact(self.folder, reversed(saved))
         old = any(disk.is_old(self.folder, other) for other in damaged)
         if step is None and (self.recorded or old):
             reasons = [f"step {other}: {text}" for other, text in damaged.items()]
-            gone = [other for other in self.recorded if other not in there]
+            gone = [other for other in self.recorded if other not in saved]
             if gone:
                 reasons.append(f"step {gone[-1]}: its folder is gone")
             raise UserError(
@@ -230,8 +230,8 @@ def load_networks(folder: Path, which: str | int) -> tuple[int, Params, Params |
     """
     folder = folder.absolute()
     step = _choose(folder, which)
-    found = arrays.read(folder / str(step), ("params", "ema"))
-    return step, found["params"], found.get("ema")
+    networks = arrays.read(folder / str(step), ("params", "ema"))
+    return step, networks["params"], networks.get("ema")
 
 
 def load_statistics(folder: Path, step: int) -> dict[str, Params]:
@@ -261,19 +261,19 @@ def save_networks(
 
 
 def _choose(folder: Path, which: str | int) -> int:
-    there = disk.steps(folder)
-    if not there:
+    saved = disk.steps(folder)
+    if not saved:
         raise FileNotFoundError(f"{folder}: no checkpoint; run the verb `train` first")
     unread: dict[int, str] = {}
     if which == "last":
-        candidates = there[::-1]
+        candidates = saved[::-1]
     elif which == "best":
         candidates, unread = disk.by_rank(folder)
-    elif int(which) in there:
+    elif int(which) in saved:
         candidates = [int(which)]
     else:
         raise FileNotFoundError(
-            f"{folder}: no checkpoint {which!r}; choose best, last, or a step of {there}"
+            f"{folder}: no checkpoint {which!r}; choose best, last, or a step of {saved}"
         )
     step, damaged = disk.first_intact(folder, candidates)
     damaged |= unread

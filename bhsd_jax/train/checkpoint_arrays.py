@@ -74,11 +74,11 @@ def cause(error: BaseException) -> str:
 
 def _require_fit(stored: Params, abstract: TrainState, path: Path) -> None:
     """Refuses the state of another network or optimizer, naming what differs."""
-    there, here = _leaves(stored), _leaves(abstract)
-    odd = [name for name in here | there if here.get(name) != there.get(name)]
+    saved, here = _leaves(stored), _leaves(abstract)
+    odd = [name for name in here | saved if here.get(name) != saved.get(name)]
     if odd:
         told = [
-            f"{name} is {there.get(name, 'not there')}, not {here.get(name, 'there')}"
+            f"{name} is {saved.get(name, 'not there')}, not {here.get(name, 'there')}"
             for name in odd[:3]
         ]
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
@@ -90,12 +90,12 @@ def _require_fit(stored: Params, abstract: TrainState, path: Path) -> None:
 
 def _leaves(tree: Params) -> dict[str, str]:
     """Type and shape by path; of a random key only that it is there."""
-    found = {}
+    kinds = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = "/".join(_name(part) for part in path)
         is_key = name == "key" or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        found[name] = "a key" if is_key else f"{leaf.dtype}{list(leaf.shape)}"
-    return found
+        kinds[name] = "a key" if is_key else f"{leaf.dtype}{list(leaf.shape)}"
+    return kinds
 
 
 def _name(part: Any) -> str:

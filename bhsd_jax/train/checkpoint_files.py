@@ -85,9 +85,9 @@ def rate(folder: Path, step: int, dice: float) -> None:
     _write(folder / str(step), replace(listing(folder, step), dice=_finite(dice)))
 
 
-def _write(path: Path, found: Listing) -> None:
-    known = {"step": found.step, "dice": found.dice, "bytes": dict(found.sizes)}
-    lines = [f"# {json.dumps(known)}\n", *(f"{v}  {name}\n" for name, v in found.sums.items())]
+def _write(path: Path, listed: Listing) -> None:
+    facts = {"step": listed.step, "dice": listed.dice, "bytes": dict(listed.sizes)}
+    lines = [f"# {json.dumps(facts)}\n", *(f"{v}  {name}\n" for name, v in listed.sums.items())]
     text = "".join(lines)
     seal = hashlib.sha256(text.encode()).hexdigest()
     files.write_text(path / SUMS, f"{_SEAL}{seal}\n{text}")
@@ -119,11 +119,11 @@ def listing(folder: Path, step: int) -> Listing:
     if not intact:
         raise Damaged(f"{SUMS} is not as it was written")
     comment, *lines = text.splitlines()
-    known = json.loads(comment.removeprefix("# "))
-    if known["step"] != step:
-        raise Damaged(f"it holds step {known['step']}, under another step's name")
+    facts = json.loads(comment.removeprefix("# "))
+    if facts["step"] != step:
+        raise Damaged(f"it holds step {facts['step']}, under another step's name")
     pairs = (line.split("  ", 1) for line in lines)
-    return Listing(step, known["dice"], known["bytes"], {name: value for value, name in pairs})
+    return Listing(step, facts["dice"], facts["bytes"], {name: value for value, name in pairs})
 
 
 def require_intact(folder: Path, step: int) -> Listing:
@@ -132,16 +132,16 @@ def require_intact(folder: Path, step: int) -> Listing:
     Raises:
         Damaged: Names the first file that is missing, truncated or changed.
     """
-    found, path = listing(folder, step), folder / str(step)
-    for name, wanted in found.sums.items():
+    listed, path = listing(folder, step), folder / str(step)
+    for name, wanted in listed.sums.items():
         if not (path / name).is_file():
             raise Damaged(f"{name} is missing")
         size = (path / name).stat().st_size
-        if size != found.sizes[name]:
-            raise Damaged(f"{name} has {size} bytes of {found.sizes[name]}")
+        if size != listed.sizes[name]:
+            raise Damaged(f"{name} has {size} bytes of {listed.sizes[name]}")
         if _sum(path / name) != wanted:
             raise Damaged(f"{name} differs from what was saved (SHA-256)")
-    return found
+    return listed
 
 
 def first_intact(folder: Path, candidates: Iterable[int]) -> tuple[int | None, dict[int, str]]:
@@ -170,14 +170,14 @@ def warn(folder: Path, damaged: Mapping[int, str], instead: str) -> None:
 
 def by_rank(folder: Path) -> tuple[list[int], dict[int, str]]:
     """Steps from the best to the worst, and those whose list cannot be read with the reason."""
-    found: list[Listing] = []
+    listings: list[Listing] = []
     unread: dict[int, str] = {}
     for step in steps(folder):
         try:
-            found.append(listing(folder, step))
+            listings.append(listing(folder, step))
         except (Damaged, OSError) as error:
             unread[step] = str(error)
-    return [one.step for one in sorted(found, key=lambda one: one.rank, reverse=True)], unread
+    return [one.step for one in sorted(listings, key=lambda one: one.rank, reverse=True)], unread
 
 
 def set_aside(folder: Path, step: int) -> None:
@@ -237,8 +237,8 @@ def _without_list(path: Path) -> str:
 
 
 def _files(path: Path) -> list[str]:
-    found = (Path(top) / name for top, _, names in os.walk(path) for name in names)
-    return sorted(file.relative_to(path).as_posix() for file in found if file != path / SUMS)
+    paths = (Path(top) / name for top, _, names in os.walk(path) for name in names)
+    return sorted(file.relative_to(path).as_posix() for file in paths if file != path / SUMS)
 
 
 def _sum(path: Path) -> str:

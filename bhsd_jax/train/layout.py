@@ -86,15 +86,15 @@ def each_twin(mesh: Mesh | None) -> Callable[..., Any]:
         ]
 
         def mine(*own: Any) -> Any:
-            found = one(*jax.tree.map(lambda leaf: leaf[0], own))
-            return jax.tree.map(lambda leaf: leaf[None], found)
+            results = one(*jax.tree.map(lambda leaf: leaf[0], own))
+            return jax.tree.map(lambda leaf: leaf[None], results)
 
         # Every argument and result varies over `twins`, so there is nothing for the check to find;
         # it would ask for marks on the loops of `models.conv_cpu`.
-        found = jax.shard_map(
+        results = jax.shard_map(
             mine, mesh=mesh, axis_names={"twins"}, in_specs=half, out_specs=half, check_vma=False
         )(*stacked)
-        halves = [jax.tree.map(operator.itemgetter(i), found) for i in range(len(names))]
+        halves = [jax.tree.map(operator.itemgetter(i), results) for i in range(len(names))]
         return dict(zip(names, halves, strict=True))
 
     return at_once

@@ -102,9 +102,9 @@ def _quiet_about_kubernetes(place: Place) -> Iterator[None]:
 
 def say_devices() -> None:
     """Logs what this run computes on; where an accelerator lies idle, so that nobody misses it."""
-    found, kind = jax.devices(), jax.devices()[0].device_kind
+    devices, kind = jax.devices(), jax.devices()[0].device_kind
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    logger.info("%s: %d x %s%s", jax.default_backend(), len(found), kind, processes)
+    logger.info("%s: %d x %s%s", jax.default_backend(), len(devices), kind, processes)
     reason = _why_no_accelerator() if jax.default_backend() == "cpu" else ""
     if reason:
         line = "!" * 78

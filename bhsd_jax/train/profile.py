@@ -31,8 +31,8 @@ class Span:
         """
         if not text:
             return None
-        found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= last <= steps:
             raise UserError(
                 f"train.profile: steps to trace, like 10:15, within 1..{steps}; got {text!r}"

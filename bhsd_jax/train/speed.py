@@ -64,13 +64,13 @@ def peak_flops(kind: str) -> float | None:
 def memory() -> dict[str, float]:
     """Gigabytes in use: of this process, and the most of any of its devices where they tell."""
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    found = {"memory/host_gb": _resident_gb() or usage, "memory/host_peak_gb": usage}
+    values = {"memory/host_gb": _resident_gb() or usage, "memory/host_peak_gb": usage}
     told = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     for name, key in (("device", "bytes_in_use"), ("device_peak", "peak_bytes_in_use")):
-        known = [stats[key] for stats in told if key in stats]
-        if known:
-            found[f"memory/{name}_gb"] = max(known) / 1e9
-    return found
+        sizes = [stats[key] for stats in told if key in stats]
+        if sizes:
+            values[f"memory/{name}_gb"] = max(sizes) / 1e9
+    return values
 
 
 def _resident_gb() -> float:
@@ -116,16 +116,16 @@ class Speed:
         """Of so many steps that took so long; and the memory as it is now."""
         wait, self._waited = self.input.waited - self._waited, self.input.waited
         rate = steps / max(seconds, 1e-9)
-        found = {
+        values = {
             "speed/steps_s": rate,
             "speed/patches_s": rate * self.patches,
             "speed/input_wait": min(wait / max(seconds, 1e-9), 1.0),  # share of the time
         }
         if math.isfinite(self.flops):
-            found["speed/tflops"] = rate * self.flops / 1e12
+            values["speed/tflops"] = rate * self.flops / 1e12
             if self.peak:
-                found["speed/share_of_peak"] = rate * self.flops / self.peak
-        return found | memory()
+                values["speed/share_of_peak"] = rate * self.flops / self.peak
+        return values | memory()
 
 
 class Watch:

@@ -83,10 +83,10 @@ def make_train_step(parts: Parts) -> TrainStep:
             )
             return parts.objective.loss(learner, patches, key)
 
-        found = jax.value_and_grad(loss_fn, has_aux=True)
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
         if parts.accumulate > 1:
-            found = _in_parts(found, parts.accumulate, parts.mesh)
-        (loss, metrics), grads = found(state.params, patches, loss_key)
+            gradient = _in_parts(gradient, parts.accumulate, parts.mesh)
+        (loss, metrics), grads = gradient(state.params, patches, loss_key)
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay, t0 = parts.objective.ema_decay, parts.objective.ema_t0
@@ -104,7 +104,7 @@ def make_train_step(parts: Parts) -> TrainStep:
     return train_step
 
 
-def _in_parts(found: Gradient, count: int, mesh: Mesh | None) -> Gradient:
+def _in_parts(gradient: Gradient, count: int, mesh: Mesh | None) -> Gradient:
     """The mean of a loss, its metrics and its gradients over `count` parts of a batch.
 
     The parts go through the network one after another, each with a key of its own, so that only
@@ -119,11 +119,11 @@ def _in_parts(found: Gradient, count: int, mesh: Mesh | None) -> Gradient:
 
         def add(total: Any, part: tuple[Batch, PRNGKeyArray]) -> tuple[Any, None]:
             patches, key = part
-            values, grads = found(params, layout.keep_patches(mesh, patches), key)
+            values, grads = gradient(params, layout.keep_patches(mesh, patches), key)
             return jax.tree.map(jnp.add, total, (values, layout.keep_state(mesh, grads))), None
 
         first = jax.tree.map(lambda rows: rows[0], (dealt, keys))
-        shapes = jax.eval_shape(found, params, *first)
+        shapes = jax.eval_shape(gradient, params, *first)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, (dealt, keys))
         return jax.tree.map(lambda value: value / count, total)
