@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import plain_code
 import pytest
 from bhsd_jax.configs.backbones import BACKBONES
 
@@ -15,8 +16,7 @@ from bhsd_jax.train.step import make_train_step
 from bhsd_jax.verbs import preprocess
 
 STEPS = 20
-# Nearly all of the time is the compiler's.
-QUICK = {"xla_backend_optimization_level": 0}
+QUICK = plain_code.OPTIONS  # nearly all of the time is the compiler's
 
 
 @pytest.fixture(scope="module")
