@@ -3,6 +3,7 @@ import pytest
 
 from bhsd_jax.phantom import check
 from bhsd_jax.phantom.figures import Figures
+from bhsd_jax.volume import HEMORRHAGE
 
 EDH, IPH, IVH, SAH, SDH = range(1, 6)
 
@@ -70,3 +71,16 @@ def test_a_row_is_in_order_within_a_quarter_or_next_to_nothing():
 def test_no_scans_are_refused():
     with pytest.raises(ValueError, match="0 scans; give at least 1"):
         check.measure(0)
+
+
+def test_phantoms_look_like_real_scans():
+    """Few scans of half of BHSD's size, to be quick; so the limits are wide.
+
+    Noise and bone look different in pixels twice as large: `--check` looks at those.
+    """
+    rows = check.compare(check.measure(10, size=256, slices=24, processes=1))
+    assert {row.of for row in rows} == {"", *HEMORRHAGE[1:]}
+    few = [row for row in rows if row.statistic.startswith("share") and row.real < 0.1]
+    assert [row for row in few if not row.ok] == []
+    others = [row for row in rows if row not in few and not row.statistic.startswith("noise")]
+    assert [row for row in others if not 0.35 < row.ratio < 2] == []
