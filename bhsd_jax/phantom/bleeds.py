@@ -39,7 +39,7 @@ _VOLUME = {
 _SHEET = 0.35, 14.0
 _OLD = 2.8  # how much larger chronic subdural bleeds are: nobody notices small ones
 # Share of a mask that is no blood: the rim raters draw too wide, and brain between filled sulci.
-_RIM = {EDH: 0.18, IPH: 0.27, IVH: 0.20, SAH: 0.38, SDH: 0.10}
+_RIM = {EDH: 0.18, IPH: 0.27, IVH: 0.24, SAH: 0.38, SDH: 0.07}
 # Scans of 192 with exactly these classes. Counts of single classes, of every class and of scans
 # with one, two, or more classes are BHSD's own. Alike sets stand together: see `class_set`.
 _CLASS_SETS = (
@@ -234,8 +234,8 @@ def _subdural(
 ) -> Subdural:
     first, second = rng.uniform(0.6, 1.1, 2) * rng.permutation((1.0, -1.0))
     elevation = rng.uniform(0, 0.7)
-    fresh = rng.uniform(*level.extra_axial_hu) - 8 * level.loose  # mixed with CSF
-    blood_hu = (fresh, rng.uniform(38, 48), rng.uniform(1, 8), 40.0)
+    fresh = rng.uniform(*level.extra_axial_hu) - 10 * level.loose  # mixed with CSF
+    blood_hu = (fresh, rng.uniform(38, 48), rng.uniform(-5, 2), 40.0)
     return Subdural(
         volume_ml=volume_ml,
         side=side,

@@ -111,7 +111,7 @@ def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.n
     space = _space(with_hydrocephalus(head, lesions), lesions, points, depth)
     inside = brain_hu(head, space.tissue)
     blood = paint(lesions, space, inside, scan.voxel_ml / scan.sub, level.loose)
-    inside += 11 * np.exp(-depth / 7)  # beam hardening left beside the bone
+    inside += 13 * np.exp(-depth / 7)  # beam hardening left beside the bone
     blood[surgery.leave(points, depth, space.tissue, inside)] = 0
     del space
     hu += _per_cell(cells, inside, hu.shape)

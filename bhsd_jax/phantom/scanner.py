@@ -124,7 +124,7 @@ def draw_scan(
         roll_deg=roll,
         offset_mm=(x, y, z + 2),
         pad_hu=drawn_pad if pad_hu is None else pad_hu,
-        noise_hu=noise * rng.uniform(2.7, 4.3) * float(np.sqrt(5 / thick_mm)),
+        noise_hu=noise * rng.uniform(2.9, 4.6) * float(np.sqrt(5 / thick_mm)),
         streak_hu=noise * rng.uniform(1.5, 5) * streaks,
         streak_deg=rng.uniform(0, 180),
         streak_mm=rng.uniform(14, 30),
@@ -181,9 +181,9 @@ def _noise(scan: Scan, rng: np.random.Generator) -> np.ndarray:
     noise = rng.standard_normal((scan.slices, scan.size, scan.size), dtype=np.float32)
     scale = scan.noise_hu
     if scan.pixel_mm < 1:  # the kernel's band; coarser pixels do not show it
-        fine, coarse = 0.44 / scan.pixel_mm, 1.3 / scan.pixel_mm
+        fine, coarse = 0.44 / scan.pixel_mm, 1.6 / scan.pixel_mm
         blurred = ndimage.gaussian_filter(noise, (0, fine, fine), mode="wrap")
-        blurred -= 0.4 * ndimage.gaussian_filter(noise, (0, coarse, coarse), mode="wrap")
+        blurred -= 0.3 * ndimage.gaussian_filter(noise, (0, coarse, coarse), mode="wrap")
         noise = blurred
     else:
         scale = scale / scan.pixel_mm**0.8
