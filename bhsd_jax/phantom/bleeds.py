@@ -33,11 +33,11 @@ _VOLUME = {
     IPH: (18.0, 1.4, 110.0),
     IVH: (5.0, 1.4, 60.0),
     SAH: (2.0, 1.4, 60.0),
-    SDH: (24.0, 0.8, 150.0),
+    SDH: (20.0, 0.8, 170.0),
 }
 # Of subdural bleeds along falx and tentorium: size as a share of others, largest (mL).
 _SHEET = 0.35, 14.0
-_OLD = 2.8  # how much larger chronic subdural bleeds are: nobody notices small ones
+_OLD = 4.0  # how much larger chronic subdural bleeds are: nobody notices small ones
 # Share of a mask that is no blood: the rim raters draw too wide, and brain between filled sulci.
 _RIM = {EDH: 0.18, IPH: 0.27, IVH: 0.24, SAH: 0.38, SDH: 0.07}
 # Scans of 192 with exactly these classes. Counts of single classes, of every class and of scans
