@@ -1,10 +1,14 @@
-"""Makes a synthetic data set in the layout of BHSD: `python tools/make_synthetic.py ROOT`."""
+"""Makes a synthetic data set in the layout of BHSD: `python tools/make_synthetic.py ROOT`.
+
+With `--check` it makes none, but prints figures of its heads beside those of real scans.
+"""
 
 import argparse
 import logging
 import sys
 from pathlib import Path
 
+from bhsd_jax.phantom import check
 from bhsd_jax.phantom.defects import DEFECTS, spoil
 from bhsd_jax.phantom.tree import generate
 
@@ -14,7 +18,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("root", help="folder to fill; continued if begun with equal arguments")
+    parser.add_argument(
+        "root", nargs="?", help="folder to fill; continued if begun with equal arguments"
+    )
+    parser.add_argument(
+        "--check",
+        type=int,
+        nargs="?",
+        const=check.SCANS,
+        metavar="SCANS",
+        help="compare with real scans instead, in BHSD's size; minutes",
+    )
     parser.add_argument("--train", type=int, default=24, help="training scans with masks")
     parser.add_argument("--test", type=int, default=12, help="test scans with masks")
     parser.add_argument("--bleeding", type=int, default=24, help="scans without masks that bleed")
@@ -30,6 +44,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=0, help="0: one per core")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = vars(parser.parse_args())
+    scans = arguments.pop("check")
+    if scans is not None:
+        sys.exit(_check(scans, arguments["difficulty"], arguments["processes"]))
+    if arguments["root"] is None:
+        parser.error("root: name the folder to fill")
     defects = arguments.pop("defects")
     try:
         if not (Path(arguments["root"]) / DEFECTS).is_file():  # else generating would repair them
@@ -38,6 +57,14 @@ def main() -> None:
             spoil(arguments["root"])
     except ValueError as error:
         sys.exit(str(error))
+
+
+def _check(scans: int, difficulty: str, processes: int) -> int:
+    """Prints the comparison; 1 if a figure is off."""
+    figures = check.measure(scans, difficulty=difficulty, processes=processes)
+    rows = check.compare(figures)
+    print(check.text(rows))
+    return int(not all(row.ok for row in rows))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ import numpy as np
 from scipy.special import expit
 
 Points = tuple[np.ndarray, np.ndarray, np.ndarray]  # x, y, z in mm, float32, one shape
+Triple = tuple[float, float, float]
 
 SCALP_MM = 6.5  # skin to outer table
+HEAD_TO_CAVITY_MM = 11  # skin to inner table at the occiput, about
+_ARC_MM = 75  # mean radius of the inner table
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ def draw_head(rng: np.random.Generator) -> Head:
         atrophy=atrophy,
         ventricles=0.72 + 0.75 * atrophy * rng.uniform(0.6, 1.4),
         calcification=rng.random(),
-        gray_hu=38.5 + offset_hu,
-        white_hu=30 - 4 * atrophy + offset_hu,
+        gray_hu=39.5 + offset_hu,
+        white_hu=31.5 - 4 * atrophy + offset_hu,
         csf_hu=rng.normal(8, 2),
         dura_hu=rng.uniform(42, 56),
         vessel_hu=rng.uniform(40, 56),
@@ -104,6 +107,24 @@ def draw_head(rng: np.random.Generator) -> Head:
     )
 
 
+def direction(azimuth: float, elevation: float, side: int) -> Triple:
+    """Unit vector from the head's middle; azimuth from the ear toward the face, in radians."""
+    flat = np.cos(elevation)
+    return (
+        float(side * flat * np.cos(azimuth)),
+        float(flat * np.sin(azimuth)),
+        float(np.sin(elevation)),
+    )
+
+
+def arc_mm(points: Points, toward: Triple) -> np.ndarray:
+    """Distance along the inner table from where a direction meets it."""
+    x, y, z = points
+    norm = np.sqrt(x * x + y * y + z * z) + np.float32(1e-3)
+    cosine = (x * toward[0] + y * toward[1] + z * toward[2]) / norm
+    return np.arccos(np.clip(cosine, -1, 1)) * np.float32(_ARC_MM)
+
+
 def depths(head: Head, points: Points, bumps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Depth below the vault alone, and below vault and skull base together."""
     x, y, z = points
@@ -115,7 +136,11 @@ def depths(head: Head, points: Points, bumps: np.ndarray) -> tuple[np.ndarray, n
     # Factor 2 would be an ellipsoid; a smaller one is boxier, as skulls are.
     scale = np.sqrt(np.sqrt(u * u + v * v + w * w + 1.7 * (u * v + u * w + v * w)))
     vault = (1 - scale) * radius / np.maximum(scale, 0.2) + bumps
-    return vault, np.minimum(vault, 0.9 * (z - _floor(x, y)))
+    cavity = vault.copy()
+    under = vault > 0
+    x, y, z = x[under], y[under], z[under]
+    cavity[under] = np.minimum(vault[under], 0.9 * (z - _floor(x, y)))
+    return vault, cavity
 
 
 def _floor(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -126,22 +151,41 @@ def _floor(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return -34 * anterior - middle * (30 + 22 * temporal) - 86 * expit((-6 - y) / 3)
 
 
+def bone_mm(points: Points, bumps: np.ndarray) -> np.ndarray:
+    """Thickness of the vault; greatest at both poles."""
+    poles = expit((np.abs(points[1]) - 70) / 5)
+    return np.maximum(5.3 + 1.0 * bumps + 3.2 * poles, np.float32(2))
+
+
 def outside_hu(
-    head: Head, points: Points, vault: np.ndarray, cavity: np.ndarray, bumps: np.ndarray
+    head: Head,
+    points: Points,
+    vault: np.ndarray,
+    cavity: np.ndarray,
+    bone: np.ndarray,
+    swollen_mm: np.ndarray,
 ) -> np.ndarray:
     """HU around the cavity: air, skin, fat, muscle, two tables and diploe, skull base, face.
 
-    Inside the cavity the values mean nothing.
+    Inside the cavity the values mean nothing. All arrays have the shape of the points.
+
+    Args:
+        head: The head.
+        points: Patient coordinates.
+        vault: Depth below the vault.
+        cavity: Depth below vault and skull base.
+        bone: Thickness of the vault, mm.
+        swollen_mm: How much thicker than usual the scalp is.
     """
     outward = -vault
-    bone = 5.5 + 1.2 * bumps + 2.5 * expit((np.abs(points[1]) - 70) / 5)  # mm; thick at both poles
     layer = outward - bone
+    diploe = (outward > 0.3 * bone) & (outward < 0.7 * bone)
+    # Fluid takes the place of the fat where the scalp is swollen.
+    fat = np.minimum(-75 + 12 * swollen_mm, np.float32(28))
     hu = np.select(
-        [layer > SCALP_MM, layer > 5.2, layer > 2.5, layer > 0],
-        [np.float32(-1000), np.float32(30), np.float32(-75), np.float32(45)],
-        np.where(
-            (outward > 0.3 * bone) & (outward < 0.7 * bone), np.float32(650), np.float32(1700)
-        ),
+        [layer > SCALP_MM + swollen_mm, layer > 5.2 + swollen_mm, layer > 2.5, layer > 0],
+        [np.float32(-1000), np.float32(30), fat, np.float32(45)],
+        np.where(diploe, np.float32(650), np.float32(1700)),
     ).astype(np.float32)
     below = (vault > 0) & (cavity <= 0)
     if below.any():

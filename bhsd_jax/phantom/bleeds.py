@@ -1,14 +1,16 @@
 """Which bleeds a phantom has and how big they are; painting them into the brain.
 
-Prevalences, co-occurrence and volumes are those of BHSD: 192 scans, class volumes of 39 of them.
+Prevalences and co-occurrence are those of BHSD's 192 scans. Volumes are larger than the
+medians of 39 of them: on the slices looked at (see `check`) real bleeds are as large as these.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bhsd_jax.phantom.anatomy import Points
+from bhsd_jax.phantom.anatomy import Head, Points, Triple, direction
+from bhsd_jax.phantom.brain import CHUNK
 from bhsd_jax.phantom.lesions import (
     Epidural,
     Intraparenchymal,
@@ -18,9 +20,7 @@ from bhsd_jax.phantom.lesions import (
     Space,
     Subarachnoid,
     Subdural,
-    Triple,
     ball_radius_mm,
-    direction,
 )
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE
@@ -29,12 +29,17 @@ EDH, IPH, IVH, SAH, SDH = range(1, len(HEMORRHAGE))
 
 # Median (mL), standard deviation of the logarithm, largest (mL).
 _VOLUME = {
-    EDH: (4.1, 1.3, 135.0),
-    IPH: (9.4, 1.9, 110.0),
-    IVH: (2.3, 1.8, 60.0),
-    SAH: (2.1, 1.8, 60.0),
-    SDH: (5.6, 1.4, 120.0),
+    EDH: (3.3, 1.2, 135.0),
+    IPH: (18.0, 1.4, 110.0),
+    IVH: (5.0, 1.4, 60.0),
+    SAH: (2.0, 1.4, 60.0),
+    SDH: (20.0, 0.8, 170.0),
 }
+# Of subdural bleeds along falx and tentorium: size as a share of others, largest (mL).
+_SHEET = 0.35, 14.0
+_OLD = 4.0  # how much larger chronic subdural bleeds are: nobody notices small ones
+# Share of a mask that is no blood: the rim raters draw too wide, and brain between filled sulci.
+_RIM = {EDH: 0.18, IPH: 0.27, IVH: 0.24, SAH: 0.38, SDH: 0.07}
 # Scans of 192 with exactly these classes. Counts of single classes, of every class and of scans
 # with one, two, or more classes are BHSD's own. Alike sets stand together: see `class_set`.
 _CLASS_SETS = (
@@ -58,6 +63,7 @@ _CLASS_SETS = (
     ((IPH, IVH), 30),
     ((IPH,), 11),
 )
+_CHRONIC, _LAYERED = 2, 3  # of `Level.subdural_age`
 # Earlier ones keep contested voxels.
 _PAINT_ORDER = (EDH, SDH, IPH, IVH, SAH)
 
@@ -66,18 +72,47 @@ _PAINT_ORDER = (EDH, SDH, IPH, IVH, SAH)
 class Level:
     """How hard the bleeds are to see."""
 
-    blood_hu: tuple[float, float]  # fresh clot
+    blood_hu: tuple[float, float]  # fresh clot in brain and ventricles
+    extra_axial_hu: tuple[float, float]  # fresh clot outside the brain: denser, in no mixture
     subarachnoid_hu: tuple[float, float]  # diluted by CSF
     subdural_age: tuple[float, float, float, float]  # chances: acute, subacute, chronic, layered
-    core: float  # share of a mask that is blood; the rest is a rim drawn too wide, as raters do
+    loose: float  # 0: blood is outlined exactly; 1: as loosely as raters do, see `_RIM`
     smallest_ml: float
     noise: float  # factor
+    surgery: float  # factor of how often a head was operated on or hit
 
 
 LEVELS = {
-    "default": Level((43, 63), (42, 60), (0.66, 0.14, 0.08, 0.12), 0.84, 0.12, 1.0),
-    "large": Level((43, 58), (43, 56), (1, 0, 0, 0), 1.0, 10.0, 0.6),
-    "easy": Level((70, 74), (66, 70), (1, 0, 0, 0), 1.0, 4.0, 0.6),
+    "default": Level(
+        blood_hu=(46, 60),
+        extra_axial_hu=(66, 80),
+        subarachnoid_hu=(40, 55),
+        subdural_age=(0.40, 0.10, 0.38, 0.12),
+        loose=1.0,
+        smallest_ml=0.12,
+        noise=1.0,
+        surgery=1.0,
+    ),
+    "large": Level(
+        blood_hu=(43, 58),
+        extra_axial_hu=(43, 58),
+        subarachnoid_hu=(43, 56),
+        subdural_age=(1, 0, 0, 0),
+        loose=0.0,
+        smallest_ml=10.0,
+        noise=0.6,
+        surgery=0.0,
+    ),
+    "easy": Level(
+        blood_hu=(70, 74),
+        extra_axial_hu=(70, 74),
+        subarachnoid_hu=(66, 70),
+        subdural_age=(1, 0, 0, 0),
+        loose=0.0,
+        smallest_ml=4.0,
+        noise=0.6,
+        surgery=0.0,
+    ),
 }
 
 
@@ -106,7 +141,13 @@ def draw_lesions(
     All five are drawn whatever `classes` asks for, so that the others stay where they are when one
     is left out. Given volumes win over drawn ones.
     """
-    volume = {c: _volume_ml(rng, c, level.smallest_ml) for c in _VOLUME} | dict(volumes_ml)
+    age = int(rng.choice(4, p=level.subdural_age))
+    volume = {c: _volume_ml(rng, c, level.smallest_ml) for c in _VOLUME}
+    kind = str(rng.choice(("convexity", "falx", "tentorium"), p=(0.86, 0.08, 0.06)))
+    scale = (_OLD if age == _CHRONIC else 1) * (1 if kind == "convexity" else _SHEET[0])
+    largest = _VOLUME[SDH][2] if kind == "convexity" else _SHEET[1]
+    volume[SDH] = float(np.clip(scale * volume[SDH], level.smallest_ml, largest))
+    volume |= volumes_ml
     side = {c: int(rng.choice((-1, 1))) for c in _VOLUME}
     same = rng.random(2)
     if IPH in classes and same[0] < 0.7:  # blood of one cause lies on one side
@@ -115,7 +156,7 @@ def draw_lesions(
         side[SAH] = side[SDH]
     drawn = {
         EDH: _epidural(rng, volume[EDH], side[EDH], level),
-        SDH: _subdural(rng, volume[SDH], side[SDH], level),
+        SDH: _subdural(rng, volume[SDH], side[SDH], kind, age, level),
         IPH: _intraparenchymal(rng, volume[IPH], side[IPH], level),
         IVH: _intraventricular(rng, volume[IVH], side[IVH], level),
         SAH: _subarachnoid(rng, volume[SAH], side[SAH], level),
@@ -133,26 +174,33 @@ def displacement(lesions: Mapping[int, Lesion], points: Points) -> Points:
     return shift[0], shift[1], shift[2]
 
 
-def paint(
-    lesions: Mapping[int, Lesion], space: Space, hu: np.ndarray, voxel_ml: float, core: float
-) -> np.ndarray:
-    """Writes blood and edema into `hu` [N] and returns the labels, uint8 [N].
+def with_hydrocephalus(head: Head, lesions: Mapping[int, Lesion]) -> Head:
+    """The head with its ventricles widened by blood in them."""
+    if IVH not in lesions:
+        return head
+    widened = 1 + 0.8 * (1 - np.exp(-lesions[IVH].volume_ml / 12))
+    return replace(head, ventricles=float(head.ventricles * widened))
 
-    Only the share `core` of a mask is blood; see `Level`. A bleed that finds no room for its
-    volume fills all the room there is.
+
+def paint(
+    lesions: Mapping[int, Lesion], space: Space, hu: np.ndarray, voxel_ml: float, loose: float
+) -> np.ndarray:
+    """Writes blood and edema into `hu` [N] and returns the class of the blood, uint8 [N].
+
+    A bleed that finds no room for its volume fills all the room there is. Its mask may be wider;
+    for `loose` see `Level`.
     """
     label = np.zeros(hu.size, np.uint8)
     for index, lesion in lesions.items():
         free = np.flatnonzero(lesion.allowed(space) & (label == 0))
-        order = lesion.order(space.take(free))
-        ranked = lowest(order, lesion.volume_ml / voxel_ml)
-        # A fluid level leaves no doubt, so blood in the ventricles has no rim.
-        filled = 1.0 if index == IVH else core
-        blood = ranked[: max(1, round(filled * ranked.size))]
-        if isinstance(lesion, Intraparenchymal) and blood.size:
+        own = space.take(free)
+        order = lesion.order(own)
+        ranked = lowest(order, (1 - loose * _RIM[index]) * lesion.volume_ml / voxel_ml)
+        if isinstance(lesion, Intraparenchymal) and ranked.size:
             _add_edema(lesion, space, hu, label, float(order[ranked[-1]]))
-        label[free[ranked]] = index
-        hu[free[blood]] = lesion.hu(space.take(free[blood]))
+        blood = free[ranked]
+        label[blood] = index
+        hu[blood] = lesion.hu(space.take(blood))
     return label
 
 
@@ -177,17 +225,28 @@ def _epidural(rng: np.random.Generator, volume_ml: float, side: int, level: Leve
         toward=direction(rng.uniform(-0.75, 0.75), rng.uniform(-0.15, 0.7), side),
         widen=rng.uniform(0.9, 1.2),
         suture=rng.uniform(0.5, 1.0),
-        blood_hu=rng.uniform(*level.blood_hu),
+        blood_hu=rng.uniform(*level.extra_axial_hu),
     )
 
 
-def _subdural(rng: np.random.Generator, volume_ml: float, side: int, level: Level) -> Subdural:
-    toward = direction(rng.uniform(-0.5, 0.6), rng.uniform(0, 0.7), side)
-    kind = str(rng.choice(("convexity", "falx", "tentorium"), p=(0.78, 0.13, 0.09)))
-    age = int(rng.choice(4, p=level.subdural_age))
-    blood_hu = (rng.uniform(*level.blood_hu), rng.uniform(38, 48), rng.uniform(20, 30), 40.0)
-    taper_mm = rng.uniform(8, 14)
-    return Subdural(volume_ml, side, toward, kind, taper_mm, blood_hu[age], layered=age == 3)
+def _subdural(
+    rng: np.random.Generator, volume_ml: float, side: int, kind: str, age: int, level: Level
+) -> Subdural:
+    first, second = rng.uniform(0.6, 1.1, 2) * rng.permutation((1.0, -1.0))
+    elevation = rng.uniform(0, 0.7)
+    fresh = rng.uniform(*level.extra_axial_hu) - 10 * level.loose  # mixed with CSF
+    blood_hu = (fresh, rng.uniform(38, 48), rng.uniform(-5, 2), 40.0)
+    return Subdural(
+        volume_ml=volume_ml,
+        side=side,
+        toward=direction(first, elevation, side),
+        second=direction(second, elevation, side),
+        lag_mm=rng.uniform(0, 1.5),
+        kind=kind,
+        taper_mm=rng.uniform(24, 38),
+        blood_hu=blood_hu[age],
+        layered=age == _LAYERED,
+    )
 
 
 def _intraparenchymal(
@@ -217,8 +276,8 @@ def _intraventricular(
         volume_ml=volume_ml,
         side=side,
         cast=rng.random() < 0.35,
-        uneven_mm=rng.uniform(0, 14),
-        blood_hu=rng.uniform(*level.blood_hu),
+        uneven_mm=rng.uniform(10, 45),
+        blood_hu=rng.uniform(*level.blood_hu) + 6,  # cells sink and lie close
     )
 
 
@@ -230,18 +289,24 @@ def _subarachnoid(
     return Subarachnoid(
         volume_ml=volume_ml,
         center=(0, 14, -24) if basal else focus,
-        spread=(32, 30, 12) if basal else (24, 28, 16),
+        spread=(32, 30, 12) if basal else (30, 34, 20),
         blood_hu=rng.uniform(*level.subarachnoid_hu),
     )
 
 
 def _add_push(push: Push, points: Points, shift: tuple[np.ndarray, ...]) -> None:
-    away = [p - c for p, c in zip(points, push.center, strict=True)]
-    distance = np.sqrt(away[0] ** 2 + away[1] ** 2 + away[2] ** 2) + 1
-    size = push.strength * push.radius_mm * np.exp(-distance / push.reach_mm)
-    size *= np.clip(distance / (push.radius_mm + 4), 0, 1) / distance
-    for total, a in zip(shift, away, strict=True):
-        total += size * a
+    for start in range(0, points[0].size, CHUNK):
+        cut = slice(start, start + CHUNK)
+        x, y, z = (p[cut] for p in points)
+        away = [p - np.float32(c) for p, c in zip((x, y, z), push.center, strict=True)]
+        distance = np.sqrt(away[0] ** 2 + away[1] ** 2 + away[2] ** 2) + 1
+        size = push.strength * push.radius_mm * np.exp(-distance / push.reach_mm)
+        size *= np.clip(distance / (push.radius_mm + 4), 0, 1) / distance
+        for total, a in zip(shift, away, strict=True):
+            total[cut] += size * a
+        # The skull does not give way: nothing moves there.
+        free = np.clip(1 - (x / 62) ** 2 - (y / 78) ** 2 - (z / 70) ** 2, 0, 1)
+        shift[0][cut] += push.midline_mm * free
 
 
 def _add_edema(

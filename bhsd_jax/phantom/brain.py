@@ -13,7 +13,7 @@ import numpy as np
 from bhsd_jax.phantom.anatomy import Head, Points
 
 FAR_MM = np.float32(99)
-_CHUNK = 1 << 16  # points at a time: their temporaries stay in the cache
+CHUNK = 1 << 16  # points at a time: their temporaries stay in the cache
 
 # Lateral ventricle from the frontal to the occipital horn: center (mm, |x|) and radius (mm).
 _LATERAL = (
@@ -74,8 +74,8 @@ def tissues(head: Head, points: Points, depth: np.ndarray) -> Tissues:
     With mass effect the points are where the tissue was before it was pushed; the depth is true.
     """
     parts = []
-    for start in range(0, depth.size, _CHUNK):
-        cut = slice(start, start + _CHUNK)
+    for start in range(0, depth.size, CHUNK):
+        cut = slice(start, start + CHUNK)
         parts.append(_tissues(head, (points[0][cut], points[1][cut], points[2][cut]), depth[cut]))
     names = [f.name for f in fields(Tissues)]
     return Tissues(**{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
@@ -106,14 +106,14 @@ def ellipsoid(
     return np.sqrt(sum(terms, np.float32(0)))
 
 
-def _tube(
+def tube(
     points: Points,
     start: tuple[float, float, float],
     stop: tuple[float, float, float],
     start_mm: float,
     stop_mm: float,
 ) -> np.ndarray:
-    """Signed distance to a segment whose radius goes from one value to another."""
+    """Signed distance to a segment whose radius goes from one value to another, mm."""
     axis = [b - a for a, b in zip(start, stop, strict=True)]
     offset = [p - a for p, a in zip(points, start, strict=True)]
     squared = sum(a * a for a in axis)
@@ -163,9 +163,9 @@ def _ventricles(head: Head, place: _Place) -> np.ndarray:
     distance = np.full(x.shape, FAR_MM)
     near = np.flatnonzero((x < 48) & (y > -70) & (y < 62) & (np.abs(z) < 40))
     local = (x[near], y[near], z[near])
-    lateral = _tube(local, (25, -24, 4), (31, -2, -20), 3.2 * scale, 1.8 * scale)  # temporal horn
+    lateral = tube(local, (25, -24, 4), (31, -2, -20), 3.2 * scale, 1.8 * scale)  # temporal horn
     for (start, start_mm), (stop, stop_mm) in pairwise(_LATERAL):
-        part = _tube(local, start, stop, start_mm * scale, stop_mm * scale)
+        part = tube(local, start, stop, start_mm * scale, stop_mm * scale)
         lateral = np.minimum(lateral, part)
     third = (ellipsoid(local, (0, 6, -4), (2.2 * scale, 14, 12)) - 1) * 3
     distance[near] = np.minimum(lateral, third)
@@ -230,13 +230,13 @@ def _sinuses(place: _Place) -> np.ndarray:
     x, y, z = place.mirrored
     sagittal = np.maximum(np.hypot(x, place.depth - 1.5) - (3.4 - 0.012 * y), 8 - z)
     transverse = np.maximum(np.hypot(z - place.tentorium, place.depth - 1.5) - 3.6, y + 30)
-    straight = _tube(place.points, (0, -34, 2), (0, -78, -4), 2, 3)
+    straight = tube(place.points, (0, -34, 2), (0, -78, -4), 2, 3)
     return np.minimum(np.minimum(sagittal, straight), transverse)
 
 
 def _arteries(place: _Place) -> np.ndarray:
-    basilar = _tube(place.points, (0, -2, -46), (0, 2, -30), 1.8, 1.8)
-    middle_cerebral = _tube(place.mirrored, (6, 12, -27), (34, 16, -20), 1.4, 1.1)
+    basilar = tube(place.points, (0, -2, -46), (0, 2, -30), 1.8, 1.8)
+    middle_cerebral = tube(place.mirrored, (6, 12, -27), (34, 16, -20), 1.4, 1.1)
     return np.minimum(basilar, middle_cerebral)
 
 

@@ -8,18 +8,37 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bhsd_jax.phantom.anatomy import Head, Points, depths, draw_head, outside_hu
-from bhsd_jax.phantom.bleeds import LEVELS, class_set, displacement, draw_lesions, paint
+from bhsd_jax.phantom.anatomy import (
+    HEAD_TO_CAVITY_MM,
+    Head,
+    Points,
+    bone_mm,
+    depths,
+    draw_head,
+    outside_hu,
+)
+from bhsd_jax.phantom.bleeds import (
+    LEVELS,
+    class_set,
+    displacement,
+    draw_lesions,
+    paint,
+    with_hydrocephalus,
+)
 from bhsd_jax.phantom.brain import brain_hu, tissues
 from bhsd_jax.phantom.flaws import add_metal, redraw
-from bhsd_jax.phantom.lesions import Space
-from bhsd_jax.phantom.scanner import Scan, acquire, draw_scan, label_voxels
+from bhsd_jax.phantom.lesions import Lesion, Space
+from bhsd_jax.phantom.outline import outline
+from bhsd_jax.phantom.scanner import Scan, acquire, draw_scan, show
+from bhsd_jax.phantom.surgery import Surgery, draw_surgery
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE
 
-VERSION = 1
+VERSION = 2
 # Independent random streams of one case: a bleed more leaves head, scanner and noise as they are.
-_HEAD, _SCAN, _CLASSES, _LESIONS, _TIES, _NOISE, _METAL, _RATER = _STREAMS = range(8)
+_HEAD, _SCAN, _CLASSES, _LESIONS, _SURGERY, _NOISE, _METAL, _RATER = _STREAMS = range(8)
+
+_SCAR_HU = 30.0  # where bone was taken away
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ class Truth:
 
     scan: Scan
     head: Head
+    surgery: Surgery
     requested_ml: Mapping[int, float]  # by class index
     painted_ml: Mapping[int, float]  # in the mask, with the true voxel volume
 
@@ -67,7 +87,7 @@ def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.n
 
     Axes are a BHSD file's (k, j, i): slices superior, rows anterior, columns left. A case depends
     on seed, options and `VERSION` only. Other bleeds leave the head, the scanner and its noise as
-    they are, but for the tissue they push aside.
+    they are, but for the tissue they push aside and the ventricles they widen.
     """
     rng = [np.random.default_rng((VERSION, stream, seed)) for stream in _STREAMS]
     level = LEVELS[options.difficulty]
@@ -86,29 +106,39 @@ def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.n
     if classes is None:
         classes = class_set(rng[_CLASSES].random())
     lesions = draw_lesions(rng[_LESIONS], classes, options.volumes_ml, level)
-    hu, cells, points, depth = _skull(head, scan)
-    shift = displacement(lesions, points)
-    rest = (points[0] - shift[0], points[1] - shift[1], points[2] - shift[2])
-    del shift
-    space = Space(points, rest, depth, tissues(head, rest, depth))
+    surgery = draw_surgery(rng[_SURGERY], level.surgery)
+    hu, cells, points, depth = _skull(head, surgery, scan)
+    space = _space(with_hydrocephalus(head, lesions), lesions, points, depth)
     inside = brain_hu(head, space.tissue)
-    thin = paint(lesions, space, inside, scan.voxel_ml / scan.sub, level.core)
-    inside += 9 * np.exp(-depth / 5)  # beam hardening left beside the bone
+    blood = paint(lesions, space, inside, scan.voxel_ml / scan.sub, level.loose)
+    inside += 13 * np.exp(-depth / 7)  # beam hardening left beside the bone
+    blood[surgery.leave(points, depth, space.tissue, inside)] = 0
+    del space
     hu += _per_cell(cells, inside, hu.shape)
     hu /= scan.sub
     cavity = _per_cell(cells, np.full(cells.size, 1 / scan.sub), hu.shape)
-    label = label_voxels(cells, thin, scan, rng[_TIES])
+    shown = show(scan, hu, scan.offset_mm[1] - head.half_length_mm - HEAD_TO_CAVITY_MM)
+    requested = {c: lesion.volume_ml for c, lesion in lesions.items()}
+    label = outline(cells, blood, requested, shown, scan)
     if options.rater_noise:
         label = redraw(label, rng[_RATER])
     painted = {c: float((label == c).sum() * scan.voxel_ml) for c in lesions}
-    requested = {c: lesion.volume_ml for c, lesion in lesions.items()}
-    image = acquire(scan, hu, cavity, rng[_NOISE])
+    image = acquire(scan, shown, cavity, rng[_NOISE])
     if options.metal:
         image = add_metal(image, cavity, scan, rng[_METAL])
-    return image, label, Truth(scan, head, requested, painted)
+    return image, label, Truth(scan, head, surgery, requested, painted)
 
 
-def _skull(head: Head, scan: Scan) -> tuple[np.ndarray, np.ndarray, Points, np.ndarray]:
+def _space(head: Head, lesions: Mapping[int, Lesion], points: Points, depth: np.ndarray) -> Space:
+    """The cavity's voxels with mass effect."""
+    shift = displacement(lesions, points)
+    rest = (points[0] - shift[0], points[1] - shift[1], points[2] - shift[2])
+    return Space(points, rest, depth, tissues(head, rest, depth))
+
+
+def _skull(
+    head: Head, surgery: Surgery, scan: Scan
+) -> tuple[np.ndarray, np.ndarray, Points, np.ndarray]:
     """Sums of thin-slice HU with the cavity left at 0 [D H W]; the thin voxels inside it [N].
 
     The latter as the thick voxel each lies in, its patient coordinates, and its depth.
@@ -119,7 +149,9 @@ def _skull(head: Head, scan: Scan) -> tuple[np.ndarray, np.ndarray, Points, np.n
         plane = scan.plane(index)
         bumps = head.bumps(plane)
         vault, cavity = depths(head, plane, bumps)
-        outside = outside_hu(head, plane, vault, cavity, bumps)
+        bone = bone_mm(plane, bumps)
+        outside = outside_hu(head, plane, vault, cavity, bone, surgery.swelling(plane))
+        outside[surgery.opened(plane) & (vault <= 0) & (vault > -bone)] = _SCAR_HU
         inside = np.flatnonzero(cavity > 0)
         outside.ravel()[inside] = 0
         hu[index // scan.sub] += outside

@@ -9,10 +9,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from bhsd_jax.phantom.anatomy import Points
+from bhsd_jax.phantom.anatomy import Points, Triple, arc_mm
 from bhsd_jax.phantom.brain import Tissues, ellipsoid, tentorium_mm
 
-Triple = tuple[float, float, float]
+_MOST_SHIFT_MM = 14.0
 
 
 class Space(NamedTuple):
@@ -35,12 +35,13 @@ class Space(NamedTuple):
 
 
 class Push(NamedTuple):
-    """Mass effect: tissue moves straight away from a center, less with distance."""
+    """Mass effect: tissue moves straight away from a center, and the midline to the other side."""
 
     center: Triple
     radius_mm: float  # of a ball of the bleed's volume
-    strength: float  # greatest shift as a share of that radius
-    reach_mm: float  # the shift falls by e over this distance
+    strength: float  # greatest shift away as a share of that radius
+    reach_mm: float  # the shift away falls by e over this distance
+    midline_mm: float  # how far the middle of the brain moves along x; with a sign
 
 
 @runtime_checkable
@@ -74,22 +75,9 @@ def ball_radius_mm(volume_ml: float) -> float:
     return (3000 * volume_ml / (4 * np.pi)) ** (1 / 3)
 
 
-def direction(azimuth: float, elevation: float, side: int) -> Triple:
-    """Unit vector from the head's middle; azimuth from the ear toward the face, in radians."""
-    flat = np.cos(elevation)
-    return (
-        float(side * flat * np.cos(azimuth)),
-        float(flat * np.sin(azimuth)),
-        float(np.sin(elevation)),
-    )
-
-
-def _arc_mm(points: Points, toward: Triple) -> np.ndarray:
-    """Distance along the inner table from where a direction meets it."""
-    x, y, z = points
-    norm = np.sqrt(x * x + y * y + z * z) + np.float32(1e-3)
-    cosine = (x * toward[0] + y * toward[1] + z * toward[2]) / norm
-    return np.arccos(np.clip(cosine, -1, 1)) * np.float32(75)
+def _midline_mm(x: float, shift_mm: float) -> float:
+    """Shift along x away from a bleed at `x`; none from one in the midline."""
+    return float(np.clip(-x / 20, -1, 1)) * min(shift_mm, _MOST_SHIFT_MM)
 
 
 @dataclass(frozen=True)
@@ -113,14 +101,14 @@ class Epidural:
         front = 1 if self.toward[1] >= 0 else -1
         cut = abs(self.toward[1]) * 84 + self.radius_mm * self.suture
         return (
-            (_arc_mm(space.points, self.toward) < self.radius_mm)
+            (arc_mm(space.points, self.toward) < self.radius_mm)
             & (y * front < cut)
             & (x * self.side > 2)
         )
 
     def order(self, space: Space) -> np.ndarray:
         # Depth under a paraboloid: the filled set is a lens whose rim lies at `radius_mm`.
-        rho = _arc_mm(space.points, self.toward) / self.radius_mm
+        rho = arc_mm(space.points, self.toward) / self.radius_mm
         return space.depth / np.maximum(1 - rho * rho, 1e-3)
 
     def hu(self, space: Space) -> np.ndarray:
@@ -129,16 +117,20 @@ class Epidural:
 
     def push(self) -> Push:
         x, y, z = self.toward
-        return Push((61 * x, 76 * y, 65 * z), ball_radius_mm(self.volume_ml), 0.45, 30)
+        center = (61 * x, 76 * y, 65 * z)
+        midline_mm = _midline_mm(center[0], 0.2 * self.volume_ml)
+        return Push(center, ball_radius_mm(self.volume_ml), 0.45, 30, midline_mm)
 
 
 @dataclass(frozen=True)
 class Subdural:
-    """A crescent over one hemisphere, crossing sutures; or a sheet along falx or tentorium."""
+    """Crescents over one hemisphere, crossing sutures; or a sheet along falx or tentorium."""
 
     volume_ml: float
     side: int
     toward: Triple
+    second: Triple  # the middle of another crescent
+    lag_mm: float  # how much thinner that one is
     kind: str  # "convexity", "falx" or "tentorium"
     taper_mm: float  # how much thinner the crescent is 67 mm from its center
     blood_hu: float
@@ -161,18 +153,29 @@ class Subdural:
         if self.kind == "tentorium":
             above = np.abs(z - tentorium_mm(space.rest) - 1)
             return above + 0.05 * np.abs(np.abs(x) - 25) + rough
-        arc = _arc_mm(space.points, self.toward) / 67
-        return space.depth + self.taper_mm * arc * arc + rough
+        first = arc_mm(space.points, self.toward) / 67
+        second = arc_mm(space.points, self.second) / 67
+        apart = np.minimum(
+            self.taper_mm * first * first, self.lag_mm + self.taper_mm * second * second
+        )
+        height = (space.points[2] - 69 * self.toward[2]) / 50
+        return space.depth + apart + self.taper_mm * height * height + rough
 
     def hu(self, space: Space) -> np.ndarray:
-        fresh = 16 * (space.tissue.broad > 0.3) if self.layered else 0
-        return self.blood_hu + 3 * space.tissue.folia + fresh
+        hu = self.blood_hu + 3 * space.tissue.folia
+        if not self.layered:
+            return hu
+        # Cells sink in a patient lying on the back.
+        sunk = space.points[1] + 8 * space.tissue.broad < 80 * self.toward[1]
+        return hu + np.where(sunk, np.float32(20), np.float32(-22))
 
     def push(self) -> Push | None:
         if self.kind != "convexity":
             return None
         x, y, z = self.toward
-        return Push((64 * x, 80 * y, 69 * z), ball_radius_mm(self.volume_ml), 0.45, 42)
+        center = (64 * x, 80 * y, 69 * z)
+        midline_mm = _midline_mm(center[0], 0.2 * self.volume_ml)
+        return Push(center, ball_radius_mm(self.volume_ml), 0.45, 42, midline_mm)
 
 
 @dataclass(frozen=True)
@@ -193,14 +196,15 @@ class Intraparenchymal:
         radius = ball_radius_mm(self.volume_ml)
         a, b, c = self.axes
         distance = ellipsoid(space.points, self.center, (a * radius, b * radius, c * radius))
-        return distance + 0.14 * space.tissue.folds + 0.10 * space.tissue.broad
+        return distance + 0.12 * space.tissue.folds + 0.08 * space.tissue.broad
 
     def hu(self, space: Space) -> np.ndarray:
-        swirl = 8 * (space.tissue.broad > 1.1)
-        return self.blood_hu + 4 * space.tissue.folia - swirl
+        swirl = 12 * (space.tissue.broad > 0.9)
+        return self.blood_hu + 5 * space.tissue.folia - swirl
 
     def push(self) -> Push:
-        return Push(self.center, ball_radius_mm(self.volume_ml), 0.35, 26)
+        midline_mm = _midline_mm(self.center[0], 0.15 * self.volume_ml)
+        return Push(self.center, ball_radius_mm(self.volume_ml), 0.5, 26, midline_mm)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from bhsd_jax.phantom.anatomy import Points
 
 AIR_HU = -1024
 LARGEST_HU = 3071
+_SHARPNESS_MM = 0.45  # standard deviation of what a point becomes in the plane
 _COVERED_MM = 160.0  # of the head, if the slice thickness is not given
 _FIELD_MM = ((250.0, 220.0, 240.0, 190.0), (0.70, 0.12, 0.12, 0.06))  # and how often
 _PADDING_HU = ((0, -2048, -3024), (0.52, 0.245, 0.235))  # 0: none
@@ -41,6 +42,11 @@ class Scan:
     def pixel_mm(self) -> float:
         """Of rows and columns alike."""
         return self.field_mm / self.size
+
+    @property
+    def across_mm(self) -> np.ndarray:
+        """Places of rows and columns alike, from the middle."""
+        return (np.arange(self.size) - (self.size - 1) / 2) * self.pixel_mm
 
     @property
     def feed_mm(self) -> float:
@@ -75,7 +81,7 @@ class Scan:
 
     def plane(self, index: int) -> Points:
         """Patient coordinates of thin slice `index` of `slices * sub`, each [H W]."""
-        across = ((np.arange(self.size) - (self.size - 1) / 2) * self.pixel_mm).astype(np.float32)
+        across = self.across_mm.astype(np.float32)
         along = (index + 0.5) / self.sub - self.slices / 2
         tilt, yaw, roll = np.deg2rad((self.tilt_deg, self.yaw_deg, self.roll_deg)).tolist()
         x = across[None, :]
@@ -118,48 +124,37 @@ def draw_scan(
         roll_deg=roll,
         offset_mm=(x, y, z + 2),
         pad_hu=drawn_pad if pad_hu is None else pad_hu,
-        noise_hu=noise * rng.uniform(2.6, 4.8) * float(np.sqrt(5 / thick_mm)),
+        noise_hu=noise * rng.uniform(2.9, 4.6) * float(np.sqrt(5 / thick_mm)),
         streak_hu=noise * rng.uniform(1.5, 5) * streaks,
         streak_deg=rng.uniform(0, 180),
         streak_mm=rng.uniform(14, 30),
     )
 
 
-def label_voxels(
-    cells: np.ndarray, label: np.ndarray, scan: Scan, rng: np.random.Generator
-) -> np.ndarray:
-    """Labels of the thick slices, uint8 [D H W], from those of thin voxels lying in `cells`.
-
-    Each class gets the voxels it covers most, as many as keep its volume; the smallest class
-    chooses first. A vote of the thin voxels would delete sheets thinner than half a slice.
-    """
-    thick = np.zeros(scan.slices * scan.size * scan.size, np.uint8)
-    present, sizes = np.unique(label[label > 0], return_counts=True)
-    for index in present[np.argsort(sizes, kind="stable")]:
-        where, counts = np.unique(cells[label == index], return_counts=True)
-        total = counts.sum()
-        counts = counts + 0.5 * rng.random(counts.size)  # ties fall at random, not in one corner
-        free = thick[where] == 0
-        where, counts = where[free], counts[free]
-        wanted = max(1, round(total / scan.sub))
-        thick[where[np.argsort(-counts, kind="stable")[:wanted]]] = index
-    return thick.reshape(scan.slices, scan.size, scan.size)
-
-
-def acquire(scan: Scan, hu: np.ndarray, cavity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What the scanner makes of the averaged HU [D H W] float32: int16 [D H W].
+def show(scan: Scan, hu: np.ndarray, bottom_mm: float) -> np.ndarray:
+    """Slice averages as sharp as the scanner is, without noise, and what the head lies in.
 
     Args:
         scan: How it is scanned.
-        hu: Slice averages without any defect; changed in place.
+        hu: Slice averages without any defect [D H W] float32; changed in place.
+        bottom_mm: Height of the lowest point of the head above the middle of the image.
+    """
+    _add_headrest(hu, scan.across_mm, bottom_mm)
+    sigma = _SHARPNESS_MM / scan.pixel_mm
+    return ndimage.gaussian_filter(hu, (0, sigma, sigma), mode="nearest")
+
+
+def acquire(scan: Scan, hu: np.ndarray, cavity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Adds noise, streaks and padding: int16 [D H W].
+
+    Args:
+        scan: How it is scanned.
+        hu: What `show` gives; changed in place.
         cavity: Share of every voxel that lies in the cranial cavity.
         rng: For the noise.
     """
-    across = (np.arange(scan.size) - (scan.size - 1) / 2) * scan.pixel_mm
+    across = scan.across_mm
     radius = np.hypot(across[:, None], across[None, :]).astype(np.float32)
-    _add_table(hu, across)
-    sigma = 0.45 / scan.pixel_mm
-    hu = ndimage.gaussian_filter(hu, (0, sigma, sigma), mode="nearest")
     # The head attenuates most along lines through its middle.
     hu += _noise(scan, rng) * (0.45 + 0.75 * expit((110 - radius) / 12))
     if scan.streak_hu:
@@ -170,23 +165,25 @@ def acquire(scan: Scan, hu: np.ndarray, cavity: np.ndarray, rng: np.random.Gener
     return out
 
 
-def _add_table(hu: np.ndarray, across: np.ndarray) -> None:
-    """The shell of the head holder, and foam under it."""
-    arc = np.hypot(across[None, :], across[:, None] + 20)
-    under = across[:, None] < -60
-    shell = (arc > 112) & (arc < 116) & under
-    hu[:, shell] = np.maximum(hu[:, shell], -80)
-    foam = (arc >= 116) & (arc < 124) & under
-    hu[:, foam] = np.maximum(hu[:, foam], -930)
+def _add_headrest(hu: np.ndarray, across: np.ndarray, bottom_mm: float) -> None:
+    """A cradle under the head: a shell, foam in it, and a second shell."""
+    x, y = across[None, :], across[:, None]
+    middle = bottom_mm + 88
+    ring = np.hypot(x, y - middle) - 88  # mm outside a circle that touches the head's lowest point
+    under = y < middle - 35
+    parts = ((2.0, 3.2, 20), (3.2, 13.0, -930), (13.0, 15.0, 90))  # from, to, HU
+    for inner, outer, value in parts:
+        part = (ring >= inner) & (ring < outer) & under
+        hu[:, part] = np.where(hu[:, part] < -900, np.float32(value), hu[:, part])
 
 
 def _noise(scan: Scan, rng: np.random.Generator) -> np.ndarray:
     noise = rng.standard_normal((scan.slices, scan.size, scan.size), dtype=np.float32)
     scale = scan.noise_hu
     if scan.pixel_mm < 1:  # the kernel's band; coarser pixels do not show it
-        fine, coarse = 0.55 / scan.pixel_mm, 1.6 / scan.pixel_mm
+        fine, coarse = 0.44 / scan.pixel_mm, 1.6 / scan.pixel_mm
         blurred = ndimage.gaussian_filter(noise, (0, fine, fine), mode="wrap")
-        blurred -= 0.35 * ndimage.gaussian_filter(noise, (0, coarse, coarse), mode="wrap")
+        blurred -= 0.3 * ndimage.gaussian_filter(noise, (0, coarse, coarse), mode="wrap")
         noise = blurred
     else:
         scale = scale / scan.pixel_mm**0.8

@@ -24,15 +24,15 @@ def test_a_case_depends_on_its_seed_alone():
     assert (first[0] != other[0]).mean() > 0.05
 
 
-def test_version_1_is_pinned():
+def test_version_2_is_pinned():
     hu, label, truth = make_case(2030, Options(**SMALL, classes=(1, 2, 3, 4, 5), pad_hu=0))
-    assert VERSION == 1
+    assert VERSION == 2
     assert (hu.shape, hu.dtype, label.dtype) == ((10, 48, 48), np.int16, np.uint8)
-    assert np.bincount(label.ravel(), minlength=6).tolist() == [22946, 48, 29, 1, 1, 15]
+    assert np.bincount(label.ravel(), minlength=6).tolist() == [22833, 158, 2, 7, 5, 35]
     # Last bits of cos and exp differ between processors.
-    np.testing.assert_allclose(hu.mean(), -646.39, atol=0.05)
-    np.testing.assert_allclose(np.median(hu[label > 0]), 44.0, atol=1)
-    assert truth.scan.tilt_deg == -26.0
+    np.testing.assert_allclose(hu.mean(), -641.86, atol=0.05)
+    np.testing.assert_allclose(np.median(hu[label > 0]), 63.0, atol=1)
+    assert truth.scan.tilt_deg == -18.5
 
 
 @pytest.mark.parametrize("index", range(1, 6))
@@ -52,7 +52,7 @@ def test_a_bleed_too_big_for_its_place_fills_it():
     assert labels[0].any()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 5])  # whose SDH lie over the convexity
+@pytest.mark.parametrize("seed", [1, 2, 3, 5])  # whose SDH lie over the convexity
 @pytest.mark.parametrize(("index", "median_mm", "largest_mm"), [(EDH, 12, 30), (SDH, 9, 26)])
 def test_extra_axial_bleeds_lie_against_the_skull(index, median_mm, largest_mm, seed):
     options = Options(size=96, slices=24, tilt_deg=0.0, classes=(index,), volumes_ml={index: 10.0})
