@@ -183,7 +183,7 @@ def _noise(scan: Scan, rng: np.random.Generator) -> np.ndarray:
     if scan.pixel_mm < 1:  # the kernel's band; coarser pixels do not show it
         fine, coarse = 0.44 / scan.pixel_mm, 1.6 / scan.pixel_mm
         blurred = ndimage.gaussian_filter(noise, (0, fine, fine), mode="wrap")
-        blurred -= 0.3 * ndimage.gaussian_filter(noise, (0, coarse, coarse), mode="wrap")
+        blurred -= 0.2 * ndimage.gaussian_filter(noise, (0, coarse, coarse), mode="wrap")
         noise = blurred
     else:
         scale = scale / scan.pixel_mm**0.8
