@@ -25,7 +25,6 @@ class Run:
     plan: Plan
     classes: tuple[str, ...]  # names by class index, background first; binary tasks have one more
     patch: Shape  # D H W, what the network is trained on and applied to
-    normalization: Normalization  # of intensities as they lie in the shards
     labeled: int  # patches per step, all devices together
     unlabeled: int
 
@@ -53,10 +52,26 @@ class Run:
             plan=plan,
             classes=(plan.classes[0], "any") if config.split.binary else plan.classes,
             patch=(d, h, w),
-            normalization=_normalization(config, plan),
             labeled=config.input.labeled or plan.network.batch,
             unlabeled=config.input.unlabeled,
         )
+
+    @cached_property
+    def normalization(self) -> Normalization:
+        """Of intensities as they lie in the shards: the plan's, or CT windows.
+
+        Raises:
+            ValueError: If windows are wanted of scans that the plan normalizes beforehand.
+        """
+        windows, plan = self.config.windows, self.plan
+        if windows == "plan":
+            modality = "mr" if plan.normalize_first else plan.modality
+            return Normalization.from_plan(modality, plan.foreground)
+        if plan.normalize_first:
+            raise UserError(
+                "config.windows: this plan normalizes first, nothing is left in HU; 'plan'"
+            )
+        return Normalization.from_windows(windows)
 
     @cached_property
     def shards(self) -> Shards:
@@ -72,13 +87,3 @@ class Run:
     def roles(self) -> tuple[Roles, list[str]]:
         """Case ids for training, validation and test; and a note on each wish that was adjusted."""
         return data.roles(self.config, self.folder)
-
-
-def _normalization(config: Settings, plan: Plan) -> Normalization:
-    """The plan's, or CT windows; refuses windows of what the plan normalizes beforehand."""
-    if config.windows == "plan":
-        modality = "mr" if plan.normalize_first else plan.modality
-        return Normalization.from_plan(modality, plan.foreground)
-    if plan.normalize_first:
-        raise UserError("config.windows: this plan normalizes first, nothing is left in HU; 'plan'")
-    return Normalization.from_windows(config.windows)
