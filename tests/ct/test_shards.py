@@ -169,7 +169,7 @@ def test_no_case_no_file(tmp_path):
 
 
 def test_the_record_of_a_shard_that_lost_its_seal_is_not_believed(tmp_path, cases):
-    job = jobs.Job(tmp_path / "shard-0.arrayrecord", tmp_path / "record.json", (), (), PLAN)
+    job = jobs.ShardJob(tmp_path / "shard-0.arrayrecord", tmp_path / "record.json", (), (), PLAN)
     jobs.remember(job, store.write_shard(job.path, cases), {})
     whole = json.loads(job.record.read_text())
     assert jobs.written(job, {}) == whole

@@ -177,6 +177,6 @@ def test_what_cannot_be_exported_says_why(run, tmp_path, monkeypatch):
             monkeypatch,
             *("export.py", run[0], tmp_path / "x", "--to", "safetensors", "--network", "teacher"),
         )
-    monkeypatch.setattr(wiring, "model", lambda config, plan: object())
+    monkeypatch.setattr(wiring, "model", lambda run: object())
     with pytest.raises(ValueError, match="only PlainConvUNet and ResidualEncoderUNet"):
         export.safetensors(from_run.get_config(str(run[0])), run[0], tmp_path / "x")

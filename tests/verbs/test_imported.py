@@ -160,7 +160,7 @@ def test_running_statistics_reach_the_prediction(tmp_path, monkeypatch, plain):
     save_networks(
         run / "checkpoints", variables["params"], config={}, plan=plan, statistics=statistics
     )
-    monkeypatch.setattr(wiring, "model", lambda config, plan: Normalized())
+    monkeypatch.setattr(wiring, "model", lambda run: Normalized())
     want = expected(Normalized(), variables, voxels)
     assert len(np.unique(want)) == 3
     np.testing.assert_array_equal(predicted(run, images), want)

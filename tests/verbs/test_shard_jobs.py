@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bhsd_jax.assemble import setup
+from bhsd_jax.assemble import data as of_config
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
 from bhsd_jax.ct.integrity import facts_file
@@ -86,7 +86,7 @@ def test_only_shards_whose_making_has_changed_have_another_key(data, tmp_path):
     preprocess.run(config, tmp_path / "run")
     plan = store.Shards(tmp_path / "run" / "shards").plan
     case = next(iter(MSD(data).cases()))
-    job = shard_jobs.Job(Path("a"), Path("b"), (case,), ("digest",), plan)
+    job = shard_jobs.ShardJob(Path("a"), Path("b"), (case,), ("digest",), plan)
     masked = dataclasses.replace(job, plan=dataclasses.replace(plan, use_mask_for_norm=True))
     shifted = dataclasses.replace(job, shifted=(case.id,))
     assert len({job.key, masked.key, shifted.key}) == 3
@@ -104,21 +104,21 @@ def test_the_folds_of_a_user_go_with_the_shards(data, tmp_path):
     (data / "splits_final.json").write_text(json.dumps(given))
     preprocess.run(config, run)
     config.split.fold = 5
-    roles, notes = setup.roles(Settings.of(config), run)
+    roles, notes = of_config.roles(Settings.of(config), run)
     assert (roles.train, roles.val, roles.test) == (("h_6",), ("h_5",), ("h_7", "h_8"))
     assert notes == [
         "fold 5: 5 labeled cases it does not name are not used: h_0, h_1, h_2, h_3, h_4"
     ]
     config.split.fold = 6
     with pytest.raises(ValueError, match=r"fold is -1 .* to 5; got 6"):
-        setup.roles(Settings.of(config), run)
+        of_config.roles(Settings.of(config), run)
     (data / "splits_final.json").write_text(json.dumps([{"train": ["h_99"], "val": []}]))
     with pytest.raises(ValueError, match="fold 0 names h_99"):
         preprocess.run(config, run)
     (data / "splits_final.json").unlink()
     preprocess.run(config, run)
     config.split.fold = 4
-    assert len(setup.roles(Settings.of(config), run)[0].train) == 6, "nnU-Net's five again"
+    assert len(of_config.roles(Settings.of(config), run)[0].train) == 6, "nnU-Net's five again"
 
 
 def contents(workdir):
