@@ -6,14 +6,13 @@ looked at where each class bleeds most.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import NamedTuple
 
 from bhsd_jax.phantom.case import Options, make_case
 from bhsd_jax.phantom.figures import Figures
 from bhsd_jax.platform import machine
 from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.workers import Workers
 from bhsd_jax.volume import HEMORRHAGE
 
 _EDH, _IPH, _IVH, _SAH, _SDH = range(1, 6)
@@ -124,11 +123,9 @@ def measure(
     if scans < 1:
         raise UserError(f"check: {scans} scans; give at least 1")
     jobs = [(seed, size, slices, difficulty) for seed in range(scans)]
-    processes = min(processes or machine.cores(), scans)
-    if processes == 1:
-        return _joined([_figures(job) for job in jobs])
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        return _joined(list(pool.map(_figures, jobs)))
+    with Workers(min(processes or machine.cores(), scans)) as workers:
+        figures = dict(workers.each(_figures, jobs))
+    return _joined([figures[job] for job in jobs])
 
 
 def text(rows: Sequence[Row]) -> str:
