@@ -5,8 +5,14 @@ of by way of MLIR, which takes most of the compiler's time on CPUs. Not used whe
 of other implementations are checked.
 """
 
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # of jax.jit
+import jaxlib
+
+# jaxlib 0.12 has no such option any more.
+_EMITTERS = (
+    {"xla_cpu_use_fusion_emitters": False} if jaxlib.version.__version_info__ < (0, 11) else {}
+)
+OPTIONS = {"xla_backend_optimization_level": 0, **_EMITTERS}  # of jax.jit
 ENVIRONMENT = {  # of a process
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in _EMITTERS.items()),
 }
