@@ -47,8 +47,8 @@ class ScanVolumes:
         seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
         total = f"{sum(self.ml.values()):.4f}"
         tilt = {"tilt_deg": f"{self.tilt_deg:.2f}", "tilt_corrected": int(self.tilt_corrected)}
-        row = {"case": self.case, **volumes, "all_ml": total, **tilt, "seconds": seconds}
-        return row | {"warning": self.warning}
+        last = {"seconds": seconds, "warning": self.warning}
+        return {"case": self.case, **volumes, "all_ml": total, **tilt, **last}
 
 
 @dataclass(frozen=True)

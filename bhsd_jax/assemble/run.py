@@ -23,7 +23,7 @@ class Run:
     folder: Path
     config: Settings
     plan: Plan
-    classes: tuple[str, ...]  # names by class index, background first; binary tasks have one more
+    classes: tuple[str, ...]  # by index, background first; in binary tasks "any" for all
     patch: Shape  # D H W, what the network is trained on and applied to
     labeled: int  # patches per step, all devices together
     unlabeled: int
