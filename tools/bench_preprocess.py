@@ -2,13 +2,13 @@
 
     python tools/bench_preprocess.py [--data FOLDER] [--cases N] [--rounds 5] [--crop-hu -200]
 
-Without --data, 8 generated head CTs of 32 x 512 x 512 voxels are taken; FOLDER is a task of the
-Medical Segmentation Decathlon (`imagesTr`, `labelsTr`, `dataset.json`). Each side reads the same
-files, plans the same target spacing and writes what its training reads, in a process of its own
-that is held to one core, twice over: `look` is nnU-Net's fingerprint and our integrity check,
-`prepare` nnU-Net's DefaultPreprocessor and our shards. Rounds alternate between the two. CPU time
-is what other work on the machine disturbs least. The memory is the largest resident set; what was
-resident after the imports is shown beside it.
+Without --data, 8 generated head CTs of 32 x 512 x 512 voxels are taken (`--size` in the plane);
+FOLDER is a task of the Medical Segmentation Decathlon (`imagesTr`, `labelsTr`, `dataset.json`).
+Each side reads the same files, plans the same target spacing and writes what its training reads, in
+a process of its own that is held to one core, twice over: `look` is nnU-Net's fingerprint and our
+integrity check, `prepare` nnU-Net's DefaultPreprocessor and our shards. Rounds alternate between
+the two; `--alone` leaves nnU-Net's out. CPU time is what other work on the machine disturbs least.
+The memory is the largest resident set; what was resident after the imports is shown beside it.
 
 Both must be in one environment; nnU-Net is imported nowhere else:
 
@@ -31,6 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench_pair import processor
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 SIDES = ("nnunet", "ours")
 STAGES = ("look", "prepare")
@@ -42,14 +44,15 @@ def main() -> None:
     if options.side:
         print(json.dumps(measure(options)))
         return
-    if importlib.util.find_spec("nnunetv2") is None:
-        sys.exit("bench_preprocess: nnunetv2 is not in this environment; see --help")
+    if not options.alone and importlib.util.find_spec("nnunetv2") is None:
+        sys.exit("bench_preprocess: nnunetv2 is not in this environment; see --help, or --alone")
+    sides = SIDES[1:] if options.alone else SIDES
     with tempfile.TemporaryDirectory() as folder:
         options.scratch = Path(folder)
-        options.data = options.data or make_phantoms(Path(folder) / "data", options.cases or 8)
+        options.data = options.data or make_phantoms(Path(folder) / "data", options)
         make_plans(options)
-        found = [(turn(options, "nnunet"), turn(options, "ours")) for _ in range(options.rounds)]
-    report(found)
+        rounds = [{side: turn(options, side) for side in sides} for _ in range(options.rounds)]
+    report(rounds)
 
 
 def arguments() -> argparse.Namespace:
@@ -61,6 +64,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cases", type=int, help="the first so many; default all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--crop-hu", type=float, help="our crop of CT; default nnU-Net's, non-zero")
+    parser.add_argument("--size", type=int, default=512, help="of the generated heads")
+    parser.add_argument("--alone", action="store_true", help="ours, without nnU-Net's")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -201,49 +206,50 @@ def make_plans(options: argparse.Namespace) -> None:
     )
 
 
-def make_phantoms(root: Path, count: int) -> Path:
-    """Head CTs of 32 x 512 x 512 voxels with masks, stored as BHSD stores them."""
+def make_phantoms(root: Path, options: argparse.Namespace) -> Path:
+    """Head CTs of 32 slices with masks, stored as BHSD stores them."""
     from bhsd_jax.phantom.case import Options, make_case
     from bhsd_jax.phantom.files import write_image, write_label
     from bhsd_jax.volume import HEMORRHAGE
 
-    for index in range(count):
-        voxels, label, truth = make_case(index, Options(size=512, slices=32))
+    for index in range(options.cases or 8):
+        voxels, label, truth = make_case(index, Options(size=options.size, slices=32))
+        affine = truth.scan.stored_affine
         for folder in ("imagesTr", "labelsTr"):
             (root / folder).mkdir(parents=True, exist_ok=True)
-        write_image(root / "imagesTr" / f"head_{index}.nii.gz", voxels, truth.scan, scaled=True)
-        write_label(root / "labelsTr" / f"head_{index}.nii.gz", label, truth.scan)
+        name = f"head_{index}.nii.gz"
+        write_image(root / "imagesTr" / name, voxels, affine, scaled=True)
+        write_label(root / "labelsTr" / name, label, affine)
     labels = {str(value): name for value, name in enumerate(HEMORRHAGE)}
     about = {"name": "generated heads", "modality": {"0": "CT"}, "labels": labels}
     (root / "dataset.json").write_text(json.dumps(about))
     return root
 
 
-def report(rounds: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """Medians with the least and the largest of the rounds."""
-    cases = rounds[0][0]["cases"]
-    print(f"{len(rounds)} rounds, seconds per case: median [least, largest]")
-    print(f"{'':<16}{'nnU-Net':>24}{'ours':>24}{'nnU-Net / ours':>24}")
+def report(rounds: list[dict[str, dict[str, Any]]]) -> None:
+    """Medians with the least and the largest of the rounds, by side; last the ratio."""
+    cases, names = rounds[0]["ours"]["cases"], {"nnunet": "nnU-Net", "ours": "ours"}
+    sides = list(rounds[0])
+    headings = [names[side] for side in sides] + ["nnU-Net / ours"] * (len(sides) - 1)
+    print(f"{processor()}; {len(rounds)} rounds, seconds per case: median [least, largest]")
+    print(f"{'':<16}" + "".join(f"{heading:>24}" for heading in headings))
+
+    def line(name: str, value: Callable[[dict[str, Any]], float], digits: int = 3) -> None:
+        columns = [[value(each[side]) for each in rounds] for side in sides]
+        ratio = [[a / b for a, b in zip(*columns, strict=True)]] if len(columns) == 2 else []
+        shown = [spread(column, digits) for column in columns] + [spread(each) for each in ratio]
+        print(f"{name:<16}" + "".join(shown))
+
     for stage in (*STAGES, "both"):
         for clock in ("cpu", "wall"):
-            pairs = [tuple(seconds(side, stage, clock) / cases for side in pair) for pair in rounds]
-            theirs, mine = zip(*pairs, strict=True)
-            ratio = [a / b for a, b in pairs]
-            print(f"{stage + ', ' + clock:<16}{spread(theirs)}{spread(mine)}{spread(ratio)}")
-    for name, key in (("peak MB", lambda side: side["prepare"]["mb"]), ("  imports", imports)):
-        theirs, mine = zip(*(tuple(map(key, pair)) for pair in rounds), strict=True)
-        ratio = [a / b for a, b in zip(theirs, mine, strict=True)]
-        print(f"{name:<16}{spread(theirs, 0)}{spread(mine, 0)}{spread(ratio)}")
+            line(f"{stage}, {clock}", lambda side, s=stage, c=clock: seconds(side, s, c) / cases)
+    line("peak MB", lambda side: side["prepare"]["mb"], 0)
+    line("  imports", lambda side: side["imports_mb"], 0)
 
 
 def seconds(side: dict[str, Any], stage: str, clock: str) -> float:
     """Of one stage, or of both."""
     return sum(side[name][clock] for name in STAGES if stage in (name, "both"))
-
-
-def imports(side: dict[str, Any]) -> float:
-    """Resident before the first case, MB."""
-    return side["imports_mb"]
 
 
 def spread(values: Any, digits: int = 3) -> str:

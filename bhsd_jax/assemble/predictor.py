@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry, hu, scan, shear
-from bhsd_jax.ct.prepare import hu_doubts, prepare_case
+from bhsd_jax.ct.prepare import Prepared, hu_doubts, prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.platform import allocator, budget, files, machine
 from bhsd_jax.platform.errors import UserError
@@ -76,24 +77,31 @@ class Predictor:
         for text in prepared.warnings:
             level = logging.WARNING if text in prepared.doubts else logging.INFO
             logger.log(level, "%s: %s", name, text)
-        # Sums of logits, and their copy for the resampling to the scan's own voxels.
-        budget.require_memory(
-            2 * 4 * len(self.classes) * prepared.image.size,
-            f"a scan of {' x '.join(map(str, prepared.image.shape))} voxels at "
-            f"{' x '.join(f'{mm:.3g}' for mm in self.plan.spacing_mm)} mm",
-            "use a machine that has more, or crop the scan",
-        )
-        image = prepared.image[..., None].astype(np.float32)
-        logits = self.window.logits(
-            self.networks, image, fill=self.fill, progress=Teller(name).tiles
-        )
-        if self.probabilities:
-            chances = geometry.probabilities_from_grid(logits, prepared.grid)
-            _write_npz(_probabilities(target), chances.astype(np.float16))
-        label = geometry.argmax_from_grid(logits, prepared.grid)
+        label = self._label(prepared, target, name)
         scan.write(target, label, like=case.image)
         affine = np.asarray(prepared.grid.native_affine)
         return self._row(case, name, label, affine, time.monotonic() - begun, prepared.doubts)
+
+    def _label(self, prepared: Prepared, target: Path, name: str) -> np.ndarray:
+        """The label map on the scan's own voxels; writes the probabilities if asked for."""
+        grid, image = prepared.grid, prepared.image[..., None]
+        resampled = grid.shape != grid.cropped_shape
+        depth = len(image) if resampled or self.probabilities else 2 * self.window.tile[0]
+        budget.require_memory(
+            4 * len(self.classes) * depth * math.prod(image.shape[1:]),  # their logits
+            f"a scan of {' x '.join(map(str, grid.shape))} voxels at "
+            f"{' x '.join(f'{mm:.3g}' for mm in self.plan.spacing_mm)} mm",
+            "use a machine that has more, or crop the scan",
+        )
+        window, tell = self.window, Teller(name).tiles
+        if not resampled and not self.probabilities:
+            label = window.labels(self.networks, image, fill=self.fill, progress=tell)
+            return geometry.label_from_grid(label, grid)
+        logits = window.logits(self.networks, image, fill=self.fill, progress=tell)
+        if self.probabilities:
+            chances = geometry.probabilities_from_grid(logits, grid)
+            _write_npz(_probabilities(target), chances.astype(np.float16))
+        return geometry.argmax_from_grid(logits, grid)
 
     def finished(self, case: Case, target: Path, name: str) -> ScanVolumes | None:
         """The row of a scan whose files are all there and whole, else None.

@@ -9,11 +9,10 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array, Bool, Float, Float32, Num, UInt8
 
-from bhsd_jax.infer import tiles
+from bhsd_jax.infer import slabs, tiles
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits, Params
 from bhsd_jax.volume import Shape
@@ -30,9 +29,9 @@ class SlidingWindow:
     """Applies networks tile by tile; logits of overlapping tiles are averaged by weight.
 
     The network sees `tiles_per_call` tiles of one size at a time, a mirrored version being a tile
-    like another; so it is compiled once, whatever the sizes of the volumes. What cuts tiles from a
-    volume and adds them up is compiled once per bucket of sizes (`tiles.bucket`), which takes a
-    fraction of a second. Sums are float32 and stay on the device.
+    like another; so it is compiled once, whatever the sizes of the volumes. What adds tiles up is
+    compiled once per bucket of sizes in the plane (`tiles.bucket`), which takes a fraction of a
+    second. Sums are float32; of a long volume only as many rows are held as a tile has (`slabs`).
 
     Raises:
         ValueError: If step, law or number of tiles is not possible.
@@ -64,11 +63,11 @@ class SlidingWindow:
     def logits(
         self,
         networks: Sequence[Params],
-        image: Float[np.ndarray, "D H W C"],
+        image: Num[np.ndarray, "D H W C"],
         *,
         fill: float | Sequence[float] = 0.0,
         progress: Progress | None = None,
-    ) -> Float[np.ndarray, "K D H W"]:
+    ) -> Float32[np.ndarray, "K D H W"]:
         """Logits of every voxel, classes first, as resampling to the scan wants them.
 
         For several networks (twins, folds, different backbones alike) the logarithm of the mean of
@@ -76,79 +75,98 @@ class SlidingWindow:
 
         Args:
             networks: Parameters, one entry per network.
-            image: What `forward` takes, float32.
+            image: What `forward` takes, of any type of number; it sees float32.
             fill: Image value outside a volume that is smaller than the tile; or one per channel.
             progress: Called after every call of the network.
 
         Raises:
             ValueError: If there is no network, or one gives NaN or infinite logits.
         """
-        logits, box = self._on_device(networks, image, fill, progress)
-        return np.asarray(logits)[(slice(None), *box)]
+        found = np.empty((0,), np.float32)
+        for rows, logits in self._in_rows(networks, image, fill, progress, lambda value: value):
+            if not found.size:
+                found = np.empty((len(logits), *image.shape[:3]), np.float32)
+            found[:, rows] = logits
+        return found
 
     def labels(
         self,
         networks: Sequence[Params],
-        image: Float[np.ndarray, "D H W C"],
+        image: Num[np.ndarray, "D H W C"],
         *,
         fill: float | Sequence[float] = 0.0,
         progress: Progress | None = None,
     ) -> UInt8[np.ndarray, "D H W"]:
-        """The most likely class of every voxel; arguments and errors are those of `logits`."""
-        logits, box = self._on_device(networks, image, fill, progress)
-        return np.asarray(_most_likely(logits))[box]
+        """The most likely class of every voxel; arguments and errors are those of `logits`.
 
-    def _on_device(
+        Logits of the whole volume are held nowhere.
+        """
+        found = np.empty(image.shape[:3], np.uint8)
+        for rows, label in self._in_rows(networks, image, fill, progress, _most_likely):
+            found[rows] = label
+        return found
+
+    def _in_rows(
         self,
         networks: Sequence[Params],
         image: np.ndarray,
         fill: float | Sequence[float],
         progress: Progress | None,
-    ) -> tuple[Array, Box]:
+        finish: Callable[[Array], Array],
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Rows of the volume and `finish(logits)` of them, [... d H W], one slab after another."""
         if not networks:
             raise ValueError("sliding window: no network to apply")
         pads = tiles.padding(image.shape[:3], self.tile)
         size = tuple(n + sum(pad) for n, pad in zip(image.shape[:3], pads, strict=True))
+        canvas = image
         d, h, w = (slice(pad[0], pad[0] + n) for n, pad in zip(image.shape[:3], pads, strict=True))
-        canvas = np.full((*tiles.bucket(size, self.tile), image.shape[3]), fill, np.float32)
-        canvas[d, h, w] = image
-        on_device = self._replicate(canvas)
-        whole, mean = self.count(size) * len(networks), None
-        for index, params in enumerate(networks):
-            report = partial(_report, progress, index * self.count(size), whole)
-            logits = self._single(self._replicate(params), on_device, size, report)
-            if len(networks) == 1:
-                return logits, (d, h, w)
-            mean = _add_softmax(mean, logits)
-        return _log_mean(mean, len(networks)), (d, h, w)
+        if size != image.shape[:3]:
+            canvas = np.full((*size, image.shape[3]), fill, np.float32)
+            canvas[d, h, w] = image
+        count = _Count(progress, self.count(size) * len(networks))
+        slabs = [self._slabs(self._replicate(p), canvas, size, count.add) for p in networks]
+        # A slab goes to the host while the next one is computed.
+        waiting = None
+        for parts in zip(*slabs, strict=True):
+            logits = [logits for _, logits, _ in parts]
+            broken = sum(n for *_, n in parts)
+            ready, waiting = waiting, (parts[0][0], finish(_log_mean(logits)), broken)
+            if ready:
+                yield _to_host(*ready, (d, h, w))
+        assert waiting, "every volume has a tile"
+        yield _to_host(*waiting, (d, h, w))
 
-    def _single(
+    def _slabs(
         self,
         params: Params,
-        canvas: Array,
+        canvas: np.ndarray,
         size: Sequence[int],
         report: Callable[[int], None],
-    ) -> Array:
-        """Logits [K D H W] on the whole canvas; 0 where no tile lies."""
-        sums, previous, done = None, None, 0
+    ) -> Iterator[tuple[int, Array, Array]]:
+        """First row, logits [K d H W] and how many are not finite, as soon as they are complete."""
+        sums, previous, top = None, None, 0
         for starts, flips, used in self._calls(size):
-            votes = self._apply(params, _cut(canvas, starts, self.tile), flips)
+            batch = jax.device_put(_cut(canvas, starts, self.tile), self._spread)
+            votes = jax.device_put(self._apply(params, batch, flips), self._home)
             if sums is None:
-                shapes = (votes.shape[1], *canvas.shape[:3]), canvas.shape[:3]
-                sums = tuple(jnp.zeros(shape, device=self._everywhere) for shape in shapes)
-            sums = _collect(sums, votes, self._weights, starts, used)
+                _, h, w = tiles.bucket(size, self.tile)
+                sums = slabs.zeros(votes.shape[1], (self.tile[0], h, w), self._home)
+            first = 0
+            while first < used:
+                begun = int(starts[first, 0])
+                if begun > top:
+                    yield top, *slabs.mean(sums, begun - top)
+                    sums, top = slabs.advance(sums, begun - top), begun
+                last = first + int((starts[first:used, 0] == top).sum())
+                sums = slabs.add(sums, votes, self._weights, starts[:, 1:], first, last)
+                first = last
             # At most one call ahead: the queue would hold the logits of every tile in it.
             jax.block_until_ready(previous)
-            previous, done = votes, done + used
-            report(done)
+            previous = votes
+            report(used)
         assert sums is not None, "every volume has a tile"
-        logits, broken = _divide(*sums)
-        if int(broken):
-            raise UserError(
-                f"sliding window: {int(broken)} logits are NaN or infinite; choose another "
-                "checkpoint, or set config.precision to float32"
-            )
-        return logits
+        yield top, *slabs.mean(sums, size[0] - top)
 
     def _places(self, size: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
         """First voxel and mirrored axes of everything the network is to see."""
@@ -175,40 +193,56 @@ class SlidingWindow:
 
     @cached_property
     def _weights(self) -> Array:
-        return self._replicate(tiles.LAWS[self.law].weights(self.tile))
+        return jax.device_put(tiles.LAWS[self.law].weights(self.tile), self._home)
 
     @cached_property
     def _apply(self) -> Callable[[Params, Array, np.ndarray], Array]:
+        mirrors = self.mirror and bool(self.mirror_axes)
+
+        def turned(value: Array, flips: Bool[Array, "B 3"], first: int) -> Array:
+            return jax.vmap(partial(_flip, first=first))(value, flips) if mirrors else value
+
         def apply(
             params: Params, image: Float[Array, "B D H W C"], flips: Bool[Array, "B 3"]
         ) -> Float[Array, "B K D H W"]:
-            mirrored = self._spread(jax.vmap(partial(_flip, first=0))(image, flips))
-            logits = self.forward(params, mirrored)[0]
+            logits = self.forward(params, turned(image, flips, 0))[0]
             classes_first = jnp.moveaxis(logits.astype(jnp.float32), -1, 1)
-            return self._gather(jax.vmap(partial(_flip, first=1))(classes_first, flips))
+            return turned(classes_first, flips, 1)
 
-        return jax.jit(apply)
+        return jax.jit(apply, out_shardings=self._spread)
 
-    def _spread(self, batch: Array) -> Array:
+    @cached_property
+    def _spread(self) -> Sharding | None:
+        """Where the tiles of a call lie; None: where the parameters are."""
         if self.mesh is None:
-            return batch
-        places = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
-        return lax.with_sharding_constraint(batch, places)
+            return None
+        return NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
 
-    def _gather(self, batch: Array) -> Array:
-        everywhere = self._everywhere
-        return lax.with_sharding_constraint(batch, everywhere) if everywhere else batch
-
-    @property
-    def _everywhere(self) -> NamedSharding | None:
-        return NamedSharding(self.mesh, PartitionSpec()) if self.mesh else None
+    @cached_property
+    def _home(self) -> Sharding:
+        """Where they are added up: on one device, for on others the sums would be copies."""
+        return SingleDeviceSharding(self.mesh.devices.flat[0] if self.mesh else jax.devices()[0])
 
     def _replicate(self, tree: Params) -> Params:
         """To the devices; what lies there already (sharded parameters, say) is left as it is."""
-        place = self._everywhere
+        place = NamedSharding(self.mesh, PartitionSpec()) if self.mesh else None
         return jax.tree.map(
             lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf, place), tree
         )
+
+
+@dataclass
+class _Count:
+    """Tiles that the networks have seen."""
+
+    progress: Progress | None
+    whole: int
+    done: int = 0
+
+    def add(self, tiles: int) -> None:
+        self.done += tiles
+        if self.progress is not None:
+            self.progress(self.done, self.whole)
 
 
 def tiles_that_fit(tile: Sequence[int]) -> int:
@@ -228,9 +262,27 @@ def bytes_per_tile(tile: Sequence[int]) -> int:
     return _BYTES_PER_VOXEL * math.prod(tile)
 
 
-def _report(progress: Progress | None, before: int, whole: int, done: int) -> None:
-    if progress is not None:
-        progress(before + done, whole)
+def _cut(canvas: np.ndarray, starts: np.ndarray, tile: Shape) -> Float32[np.ndarray, "B d h w C"]:
+    boxes = (tuple(slice(s, s + k) for s, k in zip(one, tile, strict=True)) for one in starts)
+    return np.stack([canvas[box] for box in boxes]).astype(np.float32, copy=False)
+
+
+def _to_host(top: int, value: Array, broken: Array | int, box: Box) -> tuple[slice, np.ndarray]:
+    """The rows of the volume that a slab from row `top` on holds, and their values [... d h w].
+
+    Raises:
+        UserError: If logits are not finite.
+    """
+    if int(broken):
+        raise UserError(
+            f"sliding window: {int(broken)} logits are NaN or infinite; choose another "
+            "checkpoint, or set config.precision to float32"
+        )
+    d, h, w = box
+    begin = max(top, d.start)
+    end = min(top + value.shape[-3], d.stop)
+    rows = slice(begin - d.start, max(end, begin) - d.start)
+    return rows, np.asarray(value)[..., begin - top : max(end, begin) - top, h, w]
 
 
 def _flip(value: Array, flips: Bool[Array, " 3"], first: int) -> Array:
@@ -240,56 +292,14 @@ def _flip(value: Array, flips: Bool[Array, " 3"], first: int) -> Array:
     return value
 
 
-@partial(jax.jit, static_argnames="tile")
-def _cut(
-    canvas: Float[Array, "D H W C"], starts: Int[Array, "B 3"], tile: Shape
-) -> Float[Array, "B d h w C"]:
-    # One slice after the other: a batched dynamic slice becomes a gather, slow on TPU.
-    size = (*tile, canvas.shape[-1])
-    return lax.map(lambda start: lax.dynamic_slice(canvas, (*start, 0), size), starts)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _collect(
-    sums: tuple[Float[Array, "K D H W"], Float[Array, "D H W"]],
-    votes: Float[Array, "B K d h w"],
-    weights: Float[Array, "d h w"],
-    starts: Int[Array, "B 3"],
-    used: Int[Array, ""],
-) -> tuple[Float[Array, "K D H W"], Float[Array, "D H W"]]:
-    """Adds the first `used` tiles to the weighted sum of logits and the sum of weights."""
-
-    def add(total: Array, part: Array, start: tuple) -> Array:
-        old = lax.dynamic_slice(total, start, part.shape)
-        return lax.dynamic_update_slice(total, old + part, start)
-
-    def body(i, sums):
-        total, weight = sums
-        return add(total, votes[i] * weights, (0, *starts[i])), add(weight, weights, (*starts[i],))
-
-    return lax.fori_loop(0, used, body, sums)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _divide(
-    total: Float[Array, "K D H W"], weight: Float[Array, "D H W"]
-) -> tuple[Float[Array, "K D H W"], Int[Array, ""]]:
-    """The weighted mean, and how many of its values are not finite."""
-    mean = jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
-    return mean, jnp.sum(~jnp.isfinite(mean))
-
-
-@partial(jax.jit, donate_argnums=0)
-def _add_softmax(
-    total: Float[Array, "K D H W"] | None, logits: Float[Array, "K D H W"]
-) -> Float[Array, "K D H W"]:
-    probability = jax.nn.softmax(logits, axis=0)
-    return probability if total is None else total + probability
-
-
 @jax.jit
-def _log_mean(total: Float[Array, "K D H W"], count: Int[Array, ""]) -> Float[Array, "K D H W"]:
-    return jnp.log(jnp.maximum(total / count, jnp.finfo(jnp.float32).tiny))
+def _log_mean(logits: Sequence[Float[Array, "K D H W"]]) -> Float[Array, "K D H W"]:
+    """The logarithm of the mean of their softmax; of one network what it gives."""
+    if len(logits) == 1:
+        return logits[0]
+    probability = [jax.nn.softmax(one, axis=0) for one in logits]
+    mean = sum(probability[1:], probability[0]) / len(probability)
+    return jnp.log(jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
 
 
 @jax.jit

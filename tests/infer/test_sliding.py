@@ -248,3 +248,23 @@ def test_impossible_settings_are_refused():
         SlidingWindow(pointwise, TILE, tiles_per_call=0)
     with pytest.raises(ValueError, match="no network"):
         POINTWISE.labels([], volume(4, 8, 6))
+
+
+def test_a_long_volume_is_added_up_slab_by_slab(monkeypatch):
+    image = volume(31, 9, 8)
+    held = []
+    zeros = sliding.slabs.zeros
+    monkeypatch.setattr(sliding.slabs, "zeros", lambda *a: held.append(a[:2]) or zeros(*a))
+    want = slow(lopsided, PARAMS, image, TILE, 0.5, mirror=True, fill=0.0)
+    for count in (1, 5):  # with 5, tiles of neighboring slabs go through the network together
+        window = SlidingWindow(lopsided, TILE, tiles_per_call=count)
+        found = window.logits([PARAMS], image)
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=2e-5)
+        np.testing.assert_array_equal(window.labels([PARAMS], image), found.argmax(0))
+    assert {shape[0] for _, shape in held} == {TILE[0]}
+
+
+def test_scans_may_be_given_as_they_are_stored():
+    image = np.random.default_rng(3).integers(-1000, 1000, (9, 9, 8, 1), np.int16)
+    want = POINTWISE.logits([PARAMS], image.astype(np.float32))
+    np.testing.assert_array_equal(POINTWISE.logits([PARAMS], image), want)

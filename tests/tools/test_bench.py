@@ -52,6 +52,21 @@ def test_the_inference_benchmark_counts_its_tiles(tmp_path):
     assert found["mirrors"]["ours"]["wall"] > 0
 
 
+@pytest.mark.parametrize(
+    ("script", "options", "row"),
+    [
+        ("bench_preprocess.py", ("--alone", "--cases=2", "--size=64", "--rounds=1"), "both, cpu"),
+        ("bench_input.py", ("--cases=1", "--seconds=1", "--threads=1"), "patches"),
+    ],
+)
+def test_the_benchmarks_of_the_host_side_run_with_one_command(script, options, row):
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / script), *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert row in done.stdout
+
+
 def test_the_flops_of_the_plan_for_head_ct_are_those_counted_by_hand():
     from bench_networks import PRESETS, step_flops
 
