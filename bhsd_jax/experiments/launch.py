@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from bhsd_jax.experiments import places, queue, slurm, study
@@ -104,13 +105,24 @@ def data_folder(config: Settings, out: Path) -> Path:
     return out / f"data-{digest[:8]}"
 
 
-def launch(what: Study, options: argparse.Namespace, again: Sequence[str]) -> int:
+def report(what: Study, failures: Sequence[Failure]) -> int:
+    """Writes the comparison of a study so far; returns how many of its runs have finished."""
+    return sum(len(line.seeds) for line in study.write(what, failures).lines)
+
+
+def launch(
+    what: Study,
+    options: argparse.Namespace,
+    again: Sequence[str],
+    write: Callable[[Study, Sequence[Failure]], int] = report,
+) -> int:
     """Lists, submits or runs all trials and writes the report; returns the exit code.
 
     Args:
         what: The series.
         options: Of `add_options`.
         again: The command that was given, for the report's own job.
+        write: Writes it, also between the runs, and says how many have finished.
     """
     _say()
     if options.dry_run:
@@ -126,17 +138,14 @@ def launch(what: Study, options: argparse.Namespace, again: Sequence[str]) -> in
         try:
             where = _places(what.runs, options.jobs)
             _prepare(what.runs, what.out)
-            failures = queue.perform(what.runs, lambda so_far: _so_far(what, so_far), where)
+            failures = queue.perform(what.runs, partial(_so_far, what, write), where)
         except Stopped as reason:
             logger.warning("%s; the same command goes on from here", reason)
             code = cluster.TRY_AGAIN
-    made = study.write(what, failures)
-    missing = made.wanted - sum(len(line.seeds) for line in made.lines)
+    finished = write(what, failures)
     for failure in failures:
         logger.error("failed: %s: %s (%s)", failure.run.name, failure.reason, failure.run.workdir)
-    logger.info(
-        "%d of %d runs finished: %s", made.wanted - missing, made.wanted, what.out / "report.html"
-    )
+    logger.info("%d of %d runs finished: %s", finished, len(what.runs), what.out / "report.html")
     return code or (1 if failures else 0)
 
 
@@ -175,10 +184,12 @@ def _say() -> None:
     root.setLevel(logging.INFO)
 
 
-def _so_far(what: Study, failures: Sequence[Failure]) -> None:
+def _so_far(
+    what: Study, write: Callable[[Study, Sequence[Failure]], int], failures: Sequence[Failure]
+) -> None:
     """The report between runs; what is wrong with it must not stop them."""
     try:
-        study.write(what, failures)
+        write(what, failures)
     except UserError as error:
         logger.warning("no report yet: %s", error)
 

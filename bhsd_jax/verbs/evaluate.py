@@ -95,7 +95,7 @@ def run(config: Config, workdir: Path) -> None:
     """
     config = Settings.of(config)
     parts.join(config)
-    jobs = _jobs(config, workdir)
+    jobs = comparisons(config, workdir)
     files.open_folder(workdir)
     done = _score_together(workdir, jobs, config.preprocess.processes or machine.cores())
     if done is None:
@@ -172,7 +172,13 @@ def table(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _jobs(config: Settings, workdir: Path) -> list[Comparison]:
+def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
+    """What there is to compare in a run folder, sorted by case.
+
+    Raises:
+        FileNotFoundError: If predictions or references are missing; lists them.
+        ValueError: If the baseline is asked for without CT scans.
+    """
     plan = Plan.load(workdir) if (workdir / "plan.json").is_file() else None
     known = plan or data.data_set(config, workdir)
     if config.evaluate.baseline and (known.modality != "ct" or config.evaluate.references):

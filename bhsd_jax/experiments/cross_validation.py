@@ -1,0 +1,135 @@
+"""Every training case predicted by the fold that did not see it: scores, and what raises them."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from bhsd_jax.ct import scan
+from bhsd_jax.experiments.queue import Trial
+from bhsd_jax.metrics import overlap, postprocessing
+from bhsd_jax.metrics.postprocessing import Rule, Tally
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.workers import Pool
+from bhsd_jax.verbs import evaluate
+from bhsd_jax.verbs.evaluate import Comparison
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scan with its mask, and where what was predicted for it lies."""
+
+    comparison: Comparison
+    probabilities: tuple[Path, ...] = ()  # to be averaged; none: the comparison's label map
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One config, or two of which the probabilities are averaged."""
+
+    name: str
+    runs: tuple[Trial, ...]  # of all folds
+    cases: tuple[Case, ...]  # of all folds, each once
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Background first; what is scored, so that a binary run has two."""
+        first = self.cases[0].comparison
+        return (first.classes[0], evaluate.ANY) if first.binary else first.classes
+
+
+def candidate(name: str, runs: Sequence[Trial]) -> Candidate:
+    """The config whose folds these finished runs are.
+
+    Raises:
+        UserError: If two of them predicted one case.
+    """
+    cases = [Case(one) for run in runs for one in evaluate.comparisons(run.config, run.workdir)]
+    names = [case.comparison.case for case in cases]
+    twice = sorted({case for case in names if names.count(case) > 1})
+    if twice:
+        raise UserError(f"{name}: predicted by two folds: {', '.join(twice[:4])}")
+    return Candidate(name, tuple(runs), tuple(cases))
+
+
+def pairs(single: Sequence[Candidate]) -> list[Candidate]:
+    """Every two candidates as one, by the mean of their probabilities.
+
+    Raises:
+        UserError: If they were not validated on the same cases, or did not write probabilities.
+    """
+    return [_together(a, b) for a, b in itertools.combinations(single, 2)]
+
+
+def tally(candidate: Candidate, workers: Pool, rules: tuple[Rule, ...]) -> Tally:
+    """Voxel counts of every case and class once the rules of postprocessing were applied."""
+    counts = dict(workers.each(partial(_count, rules=rules), candidate.cases))
+    return np.stack([counts[case] for case in candidate.cases])
+
+
+def rules_to_json(rules: Sequence[Rule], classes: Sequence[str]) -> dict[str, list[list[str]]]:
+    """The rules by the names of their classes, as `predict.postprocessing` reads them."""
+    return {"keep_largest": [[classes[index] for index in rule] for rule in rules]}
+
+
+def _together(a: Candidate, b: Candidate) -> Candidate:
+    mine, theirs = ({case.comparison.case: case for case in one.cases} for one in (a, b))
+    odd = sorted(mine.keys() ^ theirs.keys())
+    if odd:
+        raise UserError(
+            f"{a.name} and {b.name} were not validated on the same cases ({odd[0]}); give all "
+            "configs the same data and folds, or set --no-ensembles"
+        )
+    cases = [_average(mine[name], theirs[name]) for name in mine]
+    return Candidate(f"{a.name} + {b.name}", (*a.runs, *b.runs), tuple(cases))
+
+
+def _average(a: Case, b: Case) -> Case:
+    paths = tuple(_probabilities(case.comparison.predicted) for case in (a, b))
+    for path in paths:
+        if not path.is_file():
+            raise UserError(
+                f"{path}: not there; predict with --override predict.probabilities=True, or set "
+                "--no-ensembles"
+            )
+    return Case(a.comparison, paths)
+
+
+def _probabilities(label: Path) -> Path:
+    return label.with_name(label.name.removesuffix(".nii.gz") + "_probabilities.npz")
+
+
+def _count(case: Case, rules: tuple[Rule, ...]) -> Int[np.ndarray, "classes 3"]:
+    """True positives, false positives and false negatives of every class."""
+    one = case.comparison
+    place = scan.native(one.image or scan.files(one.reference)[0])
+    image, _ = scan.read(place)
+    number = len(one.classes)
+    reference = scan.read_label(one.reference, place, image, num_classes=number)[0].voxels
+    if case.probabilities:
+        predicted = _likeliest(case.probabilities)
+    else:
+        predicted = scan.read_label(one.predicted, place, image, num_classes=number)[0].voxels
+    if one.binary:
+        reference, predicted, number = np.minimum(reference, 1), np.minimum(predicted, 1), 2
+    counts = overlap.count(reference, postprocessing.apply(predicted, rules), number)
+    return np.array([(each.tp, each.fp, each.fn) for each in counts])
+
+
+def _likeliest(paths: Sequence[Path]) -> np.ndarray:
+    """The class of the highest mean probability; the first of equals."""
+    total = 0.0
+    for path in paths:
+        with np.load(path, allow_pickle=False) as stored:
+            total = total + stored["probabilities"].astype(np.float32)
+    return np.argmax(total, axis=0).astype(np.uint8)
+
+
+def mean_dice(counts: Tally, classes: Sequence[str]) -> Mapping[str, float]:
+    """By foreground class and as "mean", by nnU-Net's convention; NaN where it is not defined."""
+    each = postprocessing.mean_dice(counts)
+    return dict(zip(classes[1:], map(float, each), strict=True)) | {"mean": float(np.mean(each))}

@@ -1,0 +1,232 @@
+"""Cross-validation of one config or several, and what it says is best: what `launch/folds` runs."""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bhsd_jax.experiments import cross_validation, launch, queue
+from bhsd_jax.experiments.cross_validation import Candidate
+from bhsd_jax.experiments.queue import Failure, Trial
+from bhsd_jax.experiments.study import Heading, Study
+from bhsd_jax.metrics import postprocessing
+from bhsd_jax.platform import files, machine
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.workers import Workers
+from bhsd_jax.report.page import Page, Section
+from bhsd_jax.report.points import points
+from bhsd_jax.report.result_tables import Table
+
+logger = logging.getLogger(__name__)
+
+
+def cli(arguments: Sequence[str]) -> int:
+    """Trains and scores the unfinished folds, then chooses; returns the exit code.
+
+    Raises:
+        ValueError: If an option is not accepted.
+    """
+    options = _parser().parse_args(arguments)
+    paths = launch.enter_home(options, "out", "shards")
+    again = [sys.executable, "-m", "bhsd_jax.experiments.folds", *arguments, *paths]
+    what = make_study(options)
+    return launch.launch(what, options, again, partial(conclude, ensembles=options.ensembles))
+
+
+def make_study(options: argparse.Namespace) -> Study:
+    """The folds of every config, fold by fold, so that all configs soon have a first one.
+
+    Raises:
+        ValueError: If two configs have one name, or there is more than one seed.
+    """
+    seeds = launch.seeds(options.seeds)
+    names = [_name(config) for config in options.config]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice or len(seeds) > 1:
+        raise UserError(
+            f"--config: two are called {twice.pop()}; put NAME= before each"
+            if twice
+            else f"--seeds: cross-validation takes one; got {options.seeds}"
+        )
+    options.out = options.out or Path("runs") / "folds"
+    fields = launch.overrides(options.override)
+    several = len(names) > 1 and options.ensembles
+    runs = []
+    for fold in launch.seeds(options.folds):
+        for name, given in zip(names, options.config, strict=True):
+            arguments = (f"--config={given.removeprefix(f'{name}=')}", *fields)
+            arguments += (f"--config.seed={seeds[0]}", f"--config.split.fold={fold}")
+            arguments += ("--config.predict.split=val", "--config.evaluate.split=val")
+            arguments += ("--config.predict.probabilities=True",) * several
+            row = f"{name}/fold{fold}"
+            runs.append(launch.make_run(row, seeds[0], arguments, options.out, options.shards))
+    title = f"Cross-validation of {', '.join(names)}"
+    return Study(title, options.out, {run.row: Heading(run.row) for run in runs}, runs)
+
+
+def conclude(what: Study, failures: Sequence[Failure] = (), *, ensembles: bool = True) -> int:
+    """Writes report.html, report.md and best.json; returns how many runs have finished.
+
+    A config counts once all its folds are there. The best has the highest mean Dice over the
+    classes, of all validation cases together; of equals the first, and a single config before two.
+
+    Source: nnU-Net v2.8.1, `find_best_configuration`.
+    """
+    finished = [run for run in what.runs if _finished(run)]
+    single = []
+    for name, folds in _by_config(what.runs).items():
+        if all(run in finished for run in folds):
+            single.append(cross_validation.candidate(name, folds))
+    found: dict[str, Any] = {"scores": {}, "best": None}
+    if single:
+        found |= _choose([*single, *(cross_validation.pairs(single) if ensembles else [])])
+        files.write_json(what.out / "best.json", found)
+        files.write_json(what.out / "postprocessing.json", found["postprocessing"])
+    shown = _page(what, found, finished, failures)
+    for name, text in (("report.html", shown.to_html()), ("report.md", shown.to_markdown())):
+        files.write_text(what.out / name, text)
+    return len(finished)
+
+
+def _choose(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Scores of all, and of the best the runs and the postprocessing that helps."""
+    with Workers(machine.cores()) as workers:
+        scores = {
+            one.name: cross_validation.mean_dice(
+                cross_validation.tally(one, workers, ()), one.classes
+            )
+            for one in candidates
+        }
+        # A mean is not defined where a class is in no case.
+        best = max(candidates, key=lambda one: np.nan_to_num(scores[one.name]["mean"], nan=-1.0))
+        trials = postprocessing.decide(
+            partial(cross_validation.tally, best, workers), len(best.classes)
+        )
+        taken = [trial.rule for trial in trials if trial.taken]
+        after = cross_validation.tally(best, workers, tuple(taken))
+    return {
+        "scores": scores,
+        "best": best.name,
+        "cases": len(best.cases),
+        "runs": [str(run.workdir) for run in best.runs],
+        "postprocessing": cross_validation.rules_to_json(taken, best.classes),
+        "tried": [
+            {
+                "keep_largest": [best.classes[index] for index in trial.rule],
+                "before": trial.before,
+                "after": trial.after,
+                "taken": trial.taken,
+            }
+            for trial in trials
+        ],
+        "after_postprocessing": cross_validation.mean_dice(after, best.classes),
+    }
+
+
+def _page(
+    what: Study,
+    found: Mapping[str, Any],
+    finished: Sequence[Trial],
+    failures: Sequence[Failure],
+) -> Page:
+    sections = []
+    headline = [(f"{len(finished)} of {len(what.runs)}", "folds finished")]
+    if found["best"]:
+        best = found["scores"][found["best"]]["mean"]
+        headline.append((points(best), f"Dice in percent of the best, {found['best']}"))
+        sections = [_scores(found), _removal(found), _usage(what.out, found)]
+    if failures:
+        rows = tuple((failure.run.name, failure.reason) for failure in failures)
+        sections.append(Section("What failed", (Table(("fold", "why"), rows),)))
+    return Page(
+        title=what.title,
+        subtitle="Every labeled case was predicted by the fold that was not trained on it.",
+        headline=tuple(headline),
+        sections=tuple(sections),
+    )
+
+
+def _scores(found: Mapping[str, Any]) -> Section:
+    classes = list(found["scores"][found["best"]])
+    rows = [(name, *map(points, dice.values())) for name, dice in found["scores"].items()]
+    words = f"Mean Dice in percent over {found['cases']} cases, by nnU-Net's convention."
+    return Section("Scores", (words, Table(("", *classes), tuple(rows))))
+
+
+def _removal(found: Mapping[str, Any]) -> Section:
+    rows = [
+        (", ".join(one["keep_largest"]), points(one["before"]), points(one["after"]), taken)
+        for one in found["tried"]
+        for taken in ("taken" if one["taken"] else "left",)
+    ]
+    after = points(found["after_postprocessing"]["mean"])
+    words = (
+        "Keeping the largest component: of all classes together the mean Dice must rise and none "
+        f"fall, of one class its own must rise. With what was taken the mean is {after}."
+    )
+    return Section(
+        "Postprocessing", (words, Table(("classes", "before", "after", ""), tuple(rows)))
+    )
+
+
+def _usage(out: Path, found: Mapping[str, Any]) -> Section:
+    command = ["bhsd", "predict", found["runs"][0], "--images=FOLDER", "--out=LABELS"]
+    if found["postprocessing"]["keep_largest"]:
+        command.append(f"--config.predict.postprocessing={out / 'postprocessing.json'}")
+    runs = "; ".join(found["runs"])
+    return Section(
+        "How to use it", (f"Runs of the best: {runs}.", f"One of them: {shlex.join(command)}")
+    )
+
+
+def _finished(run: Trial) -> bool:
+    try:
+        return queue.is_finished(run)
+    except UserError:  # of another config, which the queue has said
+        return False
+
+
+def _by_config(runs: Sequence[Trial]) -> Mapping[str, list[Trial]]:
+    found: dict[str, list[Trial]] = {}
+    for run in runs:
+        found.setdefault(run.row.rpartition("/")[0], []).append(run)
+    return found
+
+
+def _name(config: str) -> str:
+    """`NAME=` before the config, or that of its file."""
+    name, equals, _ = config.partition("=")
+    if equals and name.isidentifier():
+        return name
+    return Path(config.partition(":")[0]).stem
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch/folds", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        metavar="[NAME=]FILE:WORDS",
+        help="as a verb takes it; may be given often",
+    )
+    parser.add_argument("--folds", default="0,1,2,3,4", help="default 0,1,2,3,4")
+    parser.add_argument(
+        "--no-ensembles",
+        dest="ensembles",
+        action="store_false",
+        help="do not try the mean of every two configs",
+    )
+    launch.add_options(parser)
+    parser.set_defaults(seeds="0")
+    return parser
+
+
+if __name__ == "__main__":
+    launch.main(cli)

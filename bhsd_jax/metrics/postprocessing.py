@@ -1,0 +1,88 @@
+"""Removing all but the largest component, where cross-validation shows that it helps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from scipy import ndimage
+
+Rule = tuple[int, ...]  # classes that keep, as one mask, their largest component
+Tally = Int[np.ndarray, "cases classes 3"]  # tp, fp, fn; the background comes first
+_NEIGHBORS = np.ones((3, 3, 3), bool)  # two voxels that share a corner are one component
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One rule that was tried, and the mean Dice without and with it."""
+
+    rule: Rule
+    before: float  # of the foreground, or of the class if the rule is about one class alone
+    after: float
+    taken: bool
+
+
+def keep_largest(label: UInt8[np.ndarray, "_ _ _"], rule: Rule) -> UInt8[np.ndarray, "_ _ _"]:
+    """A label map in which all but the largest component of the rule's classes is background.
+
+    Components are of 26-connected voxels. Of several largest ones all stay.
+
+    Source: nnU-Net v2.8.1, `remove_all_but_largest_component_from_segmentation`.
+    """
+    mask = np.isin(label, rule)
+    components, count = ndimage.label(mask, _NEIGHBORS)  # pyright: ignore[reportGeneralTypeIssues]
+    if count < 2:
+        return label
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    return np.where(mask & (sizes != sizes.max())[components], 0, label).astype(label.dtype)
+
+
+def apply(label: UInt8[np.ndarray, "_ _ _"], rules: Sequence[Rule]) -> UInt8[np.ndarray, "_ _ _"]:
+    """The rules, one after the other."""
+    for rule in rules:
+        label = keep_largest(label, rule)
+    return label
+
+
+def decide(tally: Callable[[tuple[Rule, ...]], Tally], classes: int) -> list[Trial]:
+    """The rules that were tried, in their order; those taken are to be applied in it.
+
+    First all foreground classes as one mask: taken if the mean foreground Dice rises and that of no
+    class falls. Then every class for itself, on top of what was taken before: taken if its own Dice
+    rises. Dice is a mean over the cases where it is defined.
+
+    Args:
+        tally: Voxel counts of all cases after these rules.
+        classes: Their number, the background counted.
+
+    Source: nnU-Net v2.8.1, `determine_postprocessing`.
+    """
+    foreground = tuple(range(1, classes))
+    dice = mean_dice(tally(()))
+    trials: list[Trial] = []
+    taken: tuple[Rule, ...] = ()
+    together = mean_dice(tally((foreground,)))
+    # Of a class that no case has the Dice is NaN, and so is the mean: nothing is taken, as there.
+    better = float(np.mean(together)) > float(np.mean(dice)) and not (together < dice).any()
+    trials.append(Trial(foreground, float(np.mean(dice)), float(np.mean(together)), better))
+    if better:
+        taken, dice = (foreground,), together
+    for index in foreground if len(foreground) > 1 else ():
+        alone = mean_dice(tally((*taken, (index,))))
+        better = bool(alone[index - 1] > dice[index - 1])
+        before, after = float(dice[index - 1]), float(alone[index - 1])
+        trials.append(Trial((index,), before, after, better))
+        if better:
+            taken, dice = (*taken, (index,)), alone
+    return trials
+
+
+def mean_dice(tally: Tally) -> Float[np.ndarray, " foreground"]:
+    """Per foreground class, over the cases where either mask has voxels; NaN if none has."""
+    tp, fp, fn = np.moveaxis(tally[:, 1:].astype(np.float64), -1, 0)
+    size = 2 * tp + fp + fn
+    defined = size > 0
+    each = np.where(defined, 2 * tp / np.where(defined, size, 1), 0).sum(0)
+    cases = defined.sum(0)
+    return np.where(cases > 0, each / np.maximum(cases, 1), np.nan)

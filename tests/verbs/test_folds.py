@@ -1,0 +1,156 @@
+"""Cross-validation on folds made by hand: scores, the best, and what postprocessing is taken."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bhsd_jax.configs import common
+from bhsd_jax.ct import nifti
+from bhsd_jax.experiments import folds, queue
+from bhsd_jax.experiments.queue import Trial
+from bhsd_jax.experiments.study import Heading, Study
+from bhsd_jax.platform import files
+from bhsd_jax.settings import Settings
+from bhsd_jax.volume import Volume
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
+AFFINE = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+SHAPE, CLASSES = (4, 12, 12), 6
+
+
+def masks():
+    """Four scans, two a fold, with every class in each."""
+    found = {}
+    for index in range(4):
+        label = np.zeros(SHAPE, np.uint8)
+        for value in range(1, CLASSES):
+            label[index % 2 : 3, 2 * value - 1 : 2 * value + 1, 2:8] = value
+        found[f"case{index}"] = label
+    return found
+
+
+def first(label):
+    """As the mask, but for stray voxels of class 2, far from the rest."""
+    wrong = label.copy()
+    wrong[3, 11, 10:12] = 2
+    return wrong
+
+
+def second(label):
+    """The upper half of class 5 is missing, and half of class 1 is class 2."""
+    wrong = label.copy()
+    wrong[:2][label[:2] == 5] = 0
+    wrong[:, 1][label[:, 1] == 1] = 2
+    return wrong
+
+
+def sure(label, share):
+    """Probabilities in which the label has this share, the other classes the rest alike."""
+    chances = np.full((CLASSES, *label.shape), (1 - share) / (CLASSES - 1), np.float16)
+    np.put_along_axis(chances, label[None], np.float16(share), axis=0)
+    return chances
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Two configs of two folds each, all finished."""
+    runs = []
+    for name, change, share in (("one", first, 0.9), ("two", second, 0.6)):
+        for fold in range(2):
+            config = common.get_config("data=bhsd")
+            references = tmp_path / "masks" / str(fold)
+            config.evaluate.update({"references": str(references), "bootstrap": 10})
+            config.preprocess.processes = 1
+            run = tmp_path / name / f"fold{fold}" / "seed0"
+            settings = Settings.of(config)
+            for case, label in list(masks().items())[2 * fold : 2 * fold + 2]:
+                nifti.write_volume(references / f"{case}.nii.gz", Volume(label, AFFINE, ""))
+                predicted = change(label)
+                target = run / "predictions" / f"{case}.nii.gz"
+                nifti.write_volume(target, Volume(predicted, AFFINE, ""))
+                np.savez(
+                    target.with_name(f"{case}_probabilities.npz"),
+                    probabilities=sure(predicted, share),
+                )
+            trial = Trial(f"{name}/fold{fold}", 0, run, (), settings)
+            files.write_json(run / "config.json", queue.plain(settings))
+            saved = run / "checkpoints" / str(settings.train.steps) / "SHA256SUMS"
+            files.write_text(saved, "made by hand")
+            files.write_json(run / "summary.json", {})
+            runs.append(trial)
+    return Study("Cross-validation", tmp_path, {r.row: Heading(r.row) for r in runs}, runs)
+
+
+def best(made):
+    return json.loads((made.out / "best.json").read_text())
+
+
+def dice(tp, fp, fn):
+    return 2 * tp / (2 * tp + fp + fn)
+
+
+def test_the_best_config_is_found_and_its_stray_voxels_are_not_needed(made):
+    assert folds.conclude(made, ensembles=False) == 4
+    found = best(made)
+    # Class 2 has 12 voxels in each slice of a mask: 36 in two of the scans, 24 in the others.
+    with_strays = np.mean([dice(36, 2, 0), dice(24, 2, 0)])
+    assert found["scores"]["one"]["IPH"] == pytest.approx(with_strays)
+    assert found["scores"]["one"]["mean"] == pytest.approx((4 + with_strays) / 5)
+    assert (found["best"], found["cases"]) == ("one", 4)
+    # All classes touch, so that the first rule already takes the strays away.
+    names = ["EDH", "IPH", "IVH", "SAH", "SDH"]
+    assert found["postprocessing"] == {"keep_largest": [names]}
+    assert found["after_postprocessing"]["mean"] == 1.0
+    assert json.loads((made.out / "postprocessing.json").read_text()) == found["postprocessing"]
+    page = (made.out / "report.md").read_text()
+    assert "postprocessing.json" in page
+    assert "100.00" in page
+
+
+def test_two_configs_may_be_better_together(made):
+    assert folds.conclude(made) == 4
+    scores = best(made)["scores"]
+    assert list(scores) == ["one", "two", "one + two"]
+    # Where the two differ the surer one decides: the mean of both is the first config's label.
+    assert scores["one + two"] == pytest.approx(scores["one"])
+    assert best(made)["best"] == "one", "of equals the simpler"
+
+
+def test_a_config_counts_once_all_its_folds_are_there(made):
+    (made.runs[3].workdir / "summary.json").unlink()
+    assert folds.conclude(made) == 3
+    assert list(best(made)["scores"]) == ["one"]
+    (made.runs[0].workdir / "summary.json").unlink()
+    (made.out / "best.json").unlink()
+    assert folds.conclude(made) == 2
+    assert not (made.out / "best.json").exists()
+    assert "2 of 4" in (made.out / "report.md").read_text()
+
+
+def test_probabilities_that_are_missing_are_named(made):
+    gone = made.runs[1].workdir / "predictions" / "case3_probabilities.npz"
+    gone.unlink()
+    with pytest.raises(ValueError, match=r"case3_probabilities\.npz: not there; .*--no-ensembles"):
+        folds.conclude(made)
+
+
+def test_every_fold_is_a_run_of_its_own(tmp_path):
+    words = ["--config=configs/supervised.py:smoke", "--config=wide=configs/supervised.py:smoke"]
+    options = folds._parser().parse_args([*words, "--folds=0,3", f"--out={tmp_path}"])
+    study = folds.make_study(options)
+    told = [(r.row, r.config.split.fold, r.config.predict.split) for r in study.runs]
+    assert told == [
+        ("supervised/fold0", 0, "val"),
+        ("wide/fold0", 0, "val"),
+        ("supervised/fold3", 3, "val"),
+        ("wide/fold3", 3, "val"),
+    ]
+    assert all(run.config.predict.probabilities for run in study.runs)
+    assert len({run.config.preprocess.shards for run in study.runs}) == 1
+    for wrong, said in (
+        (["--config=configs/supervised.py:smoke"] * 2, "NAME="),
+        ([*words, "--seeds=0,1"], "--seeds"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            folds.make_study(folds._parser().parse_args([*wrong, f"--out={tmp_path}"]))
