@@ -50,7 +50,9 @@ def corner(
         patch: What remains after augmentation.
         foreground: Voxel positions per class, [n 3] each; given, the cut is centered on one of
             them: class uniform among those present, then voxel uniform. The lower corner is
-            clamped, the upper is not. With no position at all the cut is random.
+            clamped, the upper is not: the voxel lies in the middle of the patch or, near the low
+            faces of the scan, before it, but never outside. With no position at all the cut is
+            random.
     """
     need = [max(c - p, c - s) for s, c, p in zip(shape, cut, patch, strict=True)]
     low = [-n // 2 for n in need]

@@ -9,21 +9,27 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from bhsd_jax.platform import files, machine, step_log
+from bhsd_jax.train.means import Means
 from bhsd_jax.train.speed import Speed
 from bhsd_jax.types import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
 
+_OF_THE_STEP = ("lr", "weight")  # follow a schedule; all else is a mean since the line before
+
 
 class Log:
     """Writes one JSON object per logged step, `train/loss` and the like, and a progress line.
 
-    On a resumed run, lines past the restored step are dropped first, so that no step is there
-    twice. Only the main process writes.
+    Losses and gradient norms are means over the steps since the line before; rates and weights that
+    follow a schedule are those of the step. On a resumed run, lines past the restored step are
+    dropped first, so that no step is there twice, and the first mean goes on from `means`, what the
+    checkpoint kept of the steps since the last line. Only the main process writes.
     """
 
     def __init__(
@@ -34,7 +40,9 @@ class Log:
         *,
         writes: bool = True,
         speed: Speed | None = None,
+        means: Mapping[str, Any] | None = None,
     ):
+        self.means = Means(means)
         self.path, self.steps, self.writes, self.speed = path, steps, writes, speed
         self.started, self.start_step = time.monotonic(), resumed_at
         self.since, self.since_step = self.started, resumed_at
@@ -44,13 +52,18 @@ class Log:
             _drop_after(path, resumed_at)
         self.board = _tensorboard(path.parent / "events") if writes else None
 
+    def count(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Takes in what the step reports, for the next line; does not wait for it."""
+        self.means.add(metrics)
+
     def train(self, step: int, state: TrainState, metrics: Metrics) -> None:
-        """Logs training metrics of the step.
+        """Logs the steps since the line before; all of them were counted.
 
         Raises:
             FloatingPointError: If the loss is not finite; says since which step.
         """
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        means = self.means.take() | {key: values[key] for key in _OF_THE_STEP if key in values}
         now = time.monotonic()
         steps, passed = max(step - self.since_step, 1), now - self.since - self.paused
         seconds = passed / steps
@@ -61,14 +74,14 @@ class Log:
                 "these steps. The last checkpoint is untouched"
             )
         self.since, self.since_step, self.paused = now, step, 0.0
-        told = {f"train/{k}": v for k, v in values.items()} | {"time/step_s": seconds}
+        told = {f"train/{k}": v for k, v in means.items()} | {"time/step_s": seconds}
         self.write(step, told | (self.speed.since(steps, passed) if self.speed else {}))
         left = (self.steps - step) * seconds
         logger.info(
             "step %d/%d  loss %.4f  %.2f s/step  %s left",
             step,
             self.steps,
-            values["loss"],
+            means["loss"],
             seconds,
             _clock(left),
         )

@@ -75,7 +75,8 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
         recipe = make_recipe(run, mesh)
         require_matching(run, recipe, roles, mesh)
     checkpoints = _open_run(run)
-    state, position = _start(recipe, checkpoints, mesh, run.config.seed)
+    state, saved = _start(recipe, checkpoints, mesh, run.config.seed)
+    position = saved["batches"]
     writes = jax.process_index() == 0
     if writes:  # not before: a config that the checkpoint refuses is not the run's
         files.write_json(workdir / "config.json", checkpoints.extra["config"])
@@ -88,7 +89,14 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
     train_step, flops = program.build_step(recipe, state, mesh, workdir)
     on_devices = Timed(map(partial(meshes.to_devices, mesh=mesh), batches))
     speed = program.speed(recipe, mesh, on_devices, flops)
-    log = Log(workdir / "metrics.jsonl", steps, position, writes=writes, speed=speed)
+    log = Log(
+        workdir / "metrics.jsonl",
+        steps,
+        position,
+        writes=writes,
+        speed=speed,
+        means=saved.get("means"),
+    )
     validation = Validation.of(run, roles.val, recipe, log, mesh, asked)
     record = _recorder(checkpoints, log, position)
     actions = _actions(run.config.train, log, validation, checkpoints, batches, asked)
@@ -117,7 +125,8 @@ def _actions(
     """What happens between steps, in this order."""
 
     def save(step: int, state: TrainState, *_: Any) -> None:
-        checkpoints.save(step, state, batches.state(), validation.dice_at(step))
+        position = {**batches.state(), "means": log.means.state()}
+        checkpoints.save(step, state, position, validation.dice_at(step))
 
     def draw(*_: Any) -> None:
         begun = time.monotonic()
@@ -132,6 +141,7 @@ def _actions(
 
     steps = every.steps
     return [
+        log.count,
         Every((every.log_every,), steps, log.train, seconds=8.0),
         # Validation first: the checkpoint manager keeps the best by this Dice.
         Every((every.validate_every,), steps, validation),
@@ -188,8 +198,8 @@ def _open_run(run: Run) -> Checkpoints:
 
 def _start(
     recipe: Recipe, checkpoints: Checkpoints, mesh: Mesh, seed: int
-) -> tuple[TrainState, int]:
-    """State and input position: the latest checkpoint's, or those of step 0."""
+) -> tuple[TrainState, dict[str, Any]]:
+    """State and position of input and log: the latest checkpoint's, or those of step 0."""
     key = jax.random.key(seed)
     shapes = jax.eval_shape(recipe.init, key)
     shardings = meshes.state_shardings(mesh, shapes)
@@ -198,7 +208,7 @@ def _start(
         with heartbeat("initializing the network"):
             # Drawn whole, then spread: the draw must not depend on the mesh.
             drawn = jax.jit(recipe.init, out_shardings=meshes.replicated(mesh))(key)
-            return jax.jit(lambda state: state, out_shardings=shardings)(drawn), 0
+            return jax.jit(lambda state: state, out_shardings=shardings)(drawn), {"batches": 0}
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
@@ -206,7 +216,7 @@ def _start(
     )
     state, position = checkpoints.restore(abstract)
     logger.info("resuming after step %d", step)
-    return state, position["batches"]
+    return state, position
 
 
 def _batches(

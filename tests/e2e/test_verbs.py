@@ -20,6 +20,7 @@ CONFIG = "--config=configs/cps.py:smoke"
 # Long enough to be killed on the way.
 LONGER = (
     "--config.train.steps=24",
+    "--config.train.log_every=4",  # checkpoints lie between lines
     "--config.train.save_every=5",
     "--config.train.validate_every=24",
 )
@@ -145,6 +146,21 @@ def test_a_killed_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
     ]
     assert steps == sorted(steps)
     assert len([s for s in steps if s == 8]) == 1, "no step is logged twice"
+    # Of lines that begin and end alike; a slow machine writes more of them.
+    ours, theirs = mean_losses(whole), mean_losses(killed)
+    assert len(ours.keys() & theirs.keys()) >= 3
+    assert {span: ours[span] for span in ours.keys() & theirs.keys()}.items() <= theirs.items()
+
+
+def mean_losses(workdir):
+    """By the steps after and up to which they are taken."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "train/loss" in line]
+    starts = [0, *(line["step"] for line in lines)]
+    return {
+        (start, line["step"]): line["train/loss"]
+        for start, line in zip(starts, lines, strict=False)
+    }
 
 
 def leaves(tree):

@@ -1,9 +1,12 @@
 """The patch draw is nnU-Net's."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bhsd_jax.augment.spatial import Affine, center_crop
 from bhsd_jax.input import sampling
+from bhsd_jax.input.pipeline import Cut, Decoded, Stream
 
 BHSD = {"shape": (34, 512, 512), "cut": (20, 376, 376), "patch": (20, 320, 256)}
 
@@ -49,6 +52,43 @@ def test_a_forced_cut_is_centered_on_a_voxel_of_a_uniform_class():
     assert set(corners) == {(20, 212, 112), (0, 62, 62)}, "lower corner clamped, upper not"
     share = np.mean([corner[0] == 20 for corner in corners])
     assert 0.4 < share < 0.6, "classes count, not voxels"
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 9, 14, 15])
+@pytest.mark.parametrize("patch", [4, 5, 8, 9])
+@pytest.mark.parametrize("more", [0, 1, 2, 5, 6])
+def test_a_forced_patch_holds_its_voxel_whichever_way_the_axes_run(size, patch, more):
+    """Every voxel of a scan and of its mirror images, thinner or thicker than patch and cut."""
+    shape, cut = (size, size + 1, 2 * size), (patch + more, patch, patch + more)
+    rng = np.random.default_rng(0)
+    for voxel in np.ndindex(*shape):
+        if sum(place % 3 for place in voxel) > 2:  # a third of them, all faces among them
+            continue
+        for flipped in (np.array(voxel), np.array(shape) - 1 - voxel):
+            lies = _in_the_patch(rng, flipped, shape, cut, (patch,) * 3)
+            assert ((lies >= 0) & (lies < patch)).all(), (voxel, flipped, lies)
+
+
+def _in_the_patch(rng, voxel, shape, cut, patch):
+    """Where a forced cut puts its voxel in the middle of it, which remains as the patch."""
+    corner = np.array(sampling.corner(rng, shape, cut, patch, (voxel[None],)))
+    # As `augment.spatial.center_crop`, which the labels of the next test go through.
+    return voxel - corner - (np.array(cut) // 2 - np.array(patch) // 2)
+
+
+@pytest.mark.parametrize("axes", [(), (0,), (1,), (2,), (0, 1, 2)])
+def test_the_patch_of_a_flipped_scan_holds_the_voxel_too(axes):
+    """One voxel in a corner of the scan, through the stream and the cut of the augmentation."""
+    shape, patch = (12, 17, 9), (8, 12, 8)
+    label = np.zeros(shape, np.uint8)
+    label[1, 2, 7] = 1
+    label = np.flip(label, axes)
+    scan = Decoded(np.zeros(shape, np.float32), label, (np.argwhere(label),))
+    cut = Cut(patch, Affine().source_patch(patch), fill=0.0, foreground=1.0)
+    stream = Stream(lambda _: scan, ["a"], cut, batch=1, length=9, seed=(0, 0), labeled=True)
+    for index in range(3):
+        found = center_crop(jnp.asarray(stream[index]["label"]), patch)
+        assert (found == 1).sum() == 1
 
 
 def test_without_foreground_a_forced_cut_is_random():

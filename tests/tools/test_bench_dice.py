@@ -1,0 +1,94 @@
+"""How the comparison with nnU-Net's trainer scores and compares, on cases known by hand."""
+
+import json
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import bench_dice
+import bench_time_to_dice as bench
+
+
+def write(folder, case, array, affine=None):
+    folder.mkdir(exist_ok=True)
+    image = nib.Nifti1Image(array.astype(np.uint8), np.eye(4) if affine is None else affine)
+    nib.save(image, folder / f"{case}.nii.gz")
+
+
+def test_dice_by_class_and_case(tmp_path):
+    true, said = np.zeros((2, 4, 4, 4))
+    true[0, 0], said[0, 0, 1:], said[1, 0, 0] = 1, 1, 1  # 4; 3 of them and one beside
+    true[2, :2], said[2] = 2, 2  # 8; all of them and as many more
+    write(tmp_path / "true", "a", true)
+    write(tmp_path / "said", "a", said)
+    write(tmp_path / "true", "b", np.zeros((3, 3, 3)))
+    write(tmp_path / "said", "b", np.zeros((3, 3, 3)))
+    found = bench_dice.score(tmp_path / "said", tmp_path / "true", ["a", "b"], [1, 2])
+    np.testing.assert_allclose(found, [[6 / 8, 16 / 24], [1, 1]])
+
+
+def test_a_label_map_on_other_voxels_is_refused(tmp_path):
+    write(tmp_path / "true", "a", np.zeros((3, 3, 3)))
+    write(tmp_path / "said", "a", np.zeros((3, 3, 3)), np.diag([1, 1, 2, 1]))
+    with pytest.raises(ValueError, match="other voxels"):
+        bench_dice.score(tmp_path / "said", tmp_path / "true", ["a"], [1])
+
+
+def test_a_level_is_reached_on_the_line_between_two_steps():
+    found = bench_dice.time_to([10, 20, 40], [50, 60, 58], [50, 55, 60, 61])
+    assert found == [None, 15, 20, None], "before the first point nothing is known"
+
+
+def test_the_interval_is_paired_over_cases():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(80, 10, 40)  # cases differ by 10 points, the sides by 1 on each of them
+    peer = np.stack([hard, hard])
+    low, high = bench_dice.interval(peer + 1, peer, seeds=False)
+    assert (low, high) == pytest.approx((1, 1))
+
+
+def test_the_interval_grows_with_what_seeds_differ_by():
+    peer = np.zeros((3, 40))
+    ours = np.array([[-1.0], [0.0], [1.0]]) + np.zeros((3, 40))
+    assert bench_dice.interval(ours, peer, seeds=False) == pytest.approx((0, 0))
+    low, high = bench_dice.interval(ours, peer, seeds=True)
+    # The mean of three draws from -1, 0, 1 has a deviation of 0.47.
+    assert low == pytest.approx(-1, abs=0.35)
+    assert high == pytest.approx(1, abs=0.35)
+
+
+def test_both_sides_get_the_same_cases_under_their_own_names(tmp_path):
+    data = tmp_path / "data"
+    for case in [f"case_{i}" for i in range(10)]:
+        data.mkdir(exist_ok=True)
+        write(data / "imagesTr", case, np.zeros((2, 2, 2)))
+        write(data / "labelsTr", case, np.zeros((2, 2, 2)))
+    facts = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "a", "2": "b"}}
+    (data / "dataset.json").write_text(json.dumps(facts))
+    folder = tmp_path / "raw" / "Dataset104_Study"
+    bench.lay_out(data, folder, None, early=1)
+    fold = json.loads((folder / "splits_final.json").read_text())[0]
+    assert (len(fold["train"]), len(fold["val"])) == (8, 2)
+    assert not set(fold["train"]) & set(fold["val"])
+    images = {path.name for path in (folder / "imagesTr").iterdir()}
+    assert images == {f"case_{i}_0000.nii.gz" for i in range(10)}
+    for name, count in (("all", 2), ("early", 1)):
+        files = sorted((tmp_path / "raw" / name).iterdir())
+        assert [path.name for path in files] == [f"{c}.nii.gz" for c in fold["val"][:count]]
+        assert all(path.is_file() for path in files)
+
+
+def test_swapped_runs_come_last_and_start_with_the_others_weights():
+    args = bench.parse(["--study", "s", "--seeds", "0,1", "--swapped", "1"])
+    assert bench.runs(args) == [
+        ("ours_0", "ours", 0, None),
+        ("peer_0", "peer", 0, None),
+        ("ours_1", "ours", 1, None),
+        ("peer_1", "peer", 1, None),
+        ("ours_1_swapped", "ours", 1, "peer_1"),
+        ("peer_1_swapped", "peer", 1, "ours_1"),
+    ]
