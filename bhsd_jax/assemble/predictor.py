@@ -14,7 +14,8 @@ import numpy as np
 
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import geometry, hu, scan, shear
+from bhsd_jax.ct import hu, own_slices, scan, shear, upright
+from bhsd_jax.ct.own_slices import OwnSlices
 from bhsd_jax.ct.prepare import hu_doubts, prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.platform import allocator, budget, files, machine
@@ -63,7 +64,7 @@ class Predictor:
     probabilities: bool  # also write them
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
-        """Writes `target`, and its probabilities if asked for.
+        """Writes `target`, its probabilities if asked for, and what `upright` says where needed.
 
         Raises:
             ValueError: If the scan is broken, or the network's output is not finite.
@@ -87,13 +88,18 @@ class Predictor:
         logits = self.window.logits(
             self.networks, image, fill=self.fill, progress=Teller(name).tiles
         )
+        grid = prepared.grid
+        affine = np.asarray(grid.native_affine)
+        own = own_slices.of(case.image, grid.native_shape, affine)
         if self.probabilities:
-            chances = geometry.probabilities_from_grid(logits, prepared.grid)
+            chances = own.probabilities(logits, grid)
             _write_npz(_probabilities(target), chances.astype(np.float16))
-        label = geometry.argmax_from_grid(logits, prepared.grid)
-        scan.write(target, label, like=case.image)
-        affine = np.asarray(prepared.grid.native_affine)
-        return self._row(case, name, label, affine, time.monotonic() - begun, prepared.doubts)
+        label = own.label(logits, grid)
+        if upright.is_needed(own):
+            upright.write(target, case.image, own, label, logits, grid)
+        scan.write(target, label, like=scan.native(case.image))
+        seconds = time.monotonic() - begun
+        return self._row(case, name, own, label, affine, seconds, prepared.doubts)
 
     def finished(self, case: Case, target: Path, name: str) -> ScanVolumes | None:
         """The row of a scan whose files are all there and whole, else None.
@@ -108,9 +114,13 @@ class Predictor:
         if not all(path.is_file() for path in wanted):
             return None
         place = scan.native(case.image)
-        image, _ = scan.read(place)
+        seen, _ = scan.read(case.image)
+        d, h, w = seen.voxels.shape
+        own = own_slices.of(case.image, (d, h, w), seen.affine)
         try:
-            label, notes = scan.read_label(target, place, image, num_classes=len(self.classes))
+            label, notes = scan.read_label(
+                target, place, own.blank(seen.case), num_classes=len(self.classes)
+            )
             if notes:
                 raise UserError(f"{target}: {notes[0]}")
             if self.probabilities:
@@ -119,27 +129,27 @@ class Predictor:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
             return None
-        seen = image if place == case.image else scan.read(case.image)[0]
+        if upright.is_needed(own) and not all(path.is_file() for path in upright.pair(target)):
+            return None
         doubts = hu_doubts(seen.voxels, self.plan)
-        return self._row(case, name, label.voxels, seen.affine, None, doubts)
+        return self._row(case, name, own, label.voxels, seen.affine, None, doubts)
 
     def _row(
         self,
         case: Case,
         name: str,
+        own: OwnSlices,
         label: np.ndarray,
         affine: np.ndarray,
         seconds: float | None,
         doubts: Sequence[str],
     ) -> ScanVolumes:
-        counts = np.bincount(label.ravel(), minlength=len(self.classes))
         ct = self.plan.modality == "ct"
         feed = case.table_feed and ct
-        each = hu.voxel_ml(affine, table_feed=feed)
         tilt = shear.gantry_deg(affine) if ct else 0.0
         corrected = hu.tilt_corrected(affine, table_feed=feed)
-        volumes = zip(self.classes[1:], counts[1:], strict=True)
-        ml = {c: float(n * each) for c, n in volumes}
+        volumes = own.volumes_ml(label, len(self.classes), table_feed=feed)
+        ml = dict(zip(self.classes[1:], volumes[1:], strict=True))
         return ScanVolumes(name, float(tilt), seconds, ml, corrected, "; ".join(doubts))
 
 
