@@ -242,9 +242,10 @@ class Infer:
 class DicomSeries:
     """How DICOM series are taken; as the network was trained."""
 
-    uneven: Annotated[Literal["refuse", "resample"], "what to do with slices at uneven steps"] = (
-        "refuse"
-    )
+    uneven: Annotated[
+        Literal["refuse", "resample"],
+        "what to do where slices are missing; steps that are uneven without that need no flag",
+    ] = "refuse"
     unshear: Annotated[bool, "undo the gantry's tilt before the network, and do it again after"] = (
         False
     )

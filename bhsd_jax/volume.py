@@ -105,6 +105,9 @@ class Series:
     findings: tuple[Finding, ...] = ()  # what had to be said when it was found
     part: int = 0  # which of the volumes in the files, where they hold several (enhanced CT)
     settings: str = "config.data"  # where `uneven` and `unshear` are set, for messages
+    own_slices: bool = False
+    """Label maps have a plane for each of its slices, and none for those that were interpolated.
+    Uneven steps are then resampled for the network; `uneven` is about missing slices alone."""
 
 
 @dataclass(frozen=True)

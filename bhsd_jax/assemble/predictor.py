@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import geometry, hu, scan, shear
-from bhsd_jax.ct.prepare import Prepared, hu_doubts, prepare_case
+from bhsd_jax.ct import geometry, hu, own_slices, scan, shear, upright
+from bhsd_jax.ct.own_slices import OwnSlices
+from bhsd_jax.ct.prepare import hu_doubts, prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.platform import allocator, budget, files, machine
 from bhsd_jax.platform.errors import UserError
@@ -64,7 +66,7 @@ class Predictor:
     probabilities: bool  # also write them
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
-        """Writes `target`, and its probabilities if asked for.
+        """Writes `target`, its probabilities if asked for, and what `upright` says where needed.
 
         Raises:
             ValueError: If the scan is broken, or the network's output is not finite.
@@ -77,31 +79,46 @@ class Predictor:
         for text in prepared.warnings:
             level = logging.WARNING if text in prepared.doubts else logging.INFO
             logger.log(level, "%s: %s", name, text)
-        label = self._label(prepared, target, name)
-        scan.write(target, label, like=case.image)
-        affine = np.asarray(prepared.grid.native_affine)
-        return self._row(case, name, label, affine, time.monotonic() - begun, prepared.doubts)
+        image, grid = prepared.image, prepared.grid
+        affine = np.asarray(grid.native_affine)
+        own = own_slices.of(case.image, grid.native_shape, affine)
+        if self.probabilities or upright.is_needed(own) or not own.is_on(grid):
+            logits = self.logits(image, name)
+            if self.probabilities:
+                chances = own.probabilities(logits, grid)
+                _write_npz(_probabilities(target), chances.astype(np.float16))
+            label = own.label(logits, grid)
+            if upright.is_needed(own):
+                upright.write(target, case.image, own, label, logits, grid)
+        else:  # voxel by voxel the network's own, so that no logits need be kept
+            label = geometry.label_from_grid(self._likeliest(image, name), grid)
+        scan.write(target, label, like=scan.native(case.image))
+        seconds = time.monotonic() - begun
+        return self._row(case, name, own, label, affine, seconds, prepared.doubts)
 
-    def _label(self, prepared: Prepared, target: Path, name: str) -> np.ndarray:
-        """The label map on the scan's own voxels; writes the probabilities if asked for."""
-        grid, image = prepared.grid, prepared.image[..., None]
-        resampled = grid.shape != grid.cropped_shape
-        depth = len(image) if resampled or self.probabilities else 2 * self.window.tile[0]
+    def logits(self, image: np.ndarray, name: str) -> Float[np.ndarray, "K D H W"]:
+        """Logits of a prepared scan [D H W], of all networks together.
+
+        Raises:
+            ValueError: If there is not enough memory, or the output is not finite.
+        """
+        self._require_memory(image, len(image))
+        tell = Teller(name).tiles
+        return self.window.logits(self.networks, image[..., None], fill=self.fill, progress=tell)
+
+    def _likeliest(self, image: np.ndarray, name: str) -> UInt8[np.ndarray, "D H W"]:
+        self._require_memory(image, 2 * self.window.tile[0])
+        tell = Teller(name).tiles
+        return self.window.labels(self.networks, image[..., None], fill=self.fill, progress=tell)
+
+    def _require_memory(self, image: np.ndarray, rows: int) -> None:
+        """Refuses a scan for the logits of which there is no room, before it is begun."""
         budget.require_memory(
-            4 * len(self.classes) * depth * math.prod(image.shape[1:]),  # their logits
-            f"a scan of {' x '.join(map(str, grid.shape))} voxels at "
+            4 * len(self.classes) * rows * math.prod(image.shape[1:]),
+            f"a scan of {' x '.join(map(str, image.shape))} voxels at "
             f"{' x '.join(f'{mm:.3g}' for mm in self.plan.spacing_mm)} mm",
             "use a machine that has more, or crop the scan",
         )
-        window, tell = self.window, Teller(name).tiles
-        if not resampled and not self.probabilities:
-            label = window.labels(self.networks, image, fill=self.fill, progress=tell)
-            return geometry.label_from_grid(label, grid)
-        logits = window.logits(self.networks, image, fill=self.fill, progress=tell)
-        if self.probabilities:
-            chances = geometry.probabilities_from_grid(logits, grid)
-            _write_npz(_probabilities(target), chances.astype(np.float16))
-        return geometry.argmax_from_grid(logits, grid)
 
     def finished(self, case: Case, target: Path, name: str) -> ScanVolumes | None:
         """The row of a scan whose files are all there and whole, else None.
@@ -116,9 +133,13 @@ class Predictor:
         if not all(path.is_file() for path in wanted):
             return None
         place = scan.native(case.image)
-        image, _ = scan.read(place)
+        seen, _ = scan.read(case.image)
+        d, h, w = seen.voxels.shape
+        own = own_slices.of(case.image, (d, h, w), seen.affine)
         try:
-            label, notes = scan.read_label(target, place, image, num_classes=len(self.classes))
+            label, notes = scan.read_label(
+                target, place, own.blank(seen.case), num_classes=len(self.classes)
+            )
             if notes:
                 raise UserError(f"{target}: {notes[0]}")
             if self.probabilities:
@@ -127,27 +148,27 @@ class Predictor:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
             return None
-        seen = image if place == case.image else scan.read(case.image)[0]
+        if upright.is_needed(own) and not all(path.is_file() for path in upright.pair(target)):
+            return None
         doubts = hu_doubts(seen.voxels, self.plan)
-        return self._row(case, name, label.voxels, seen.affine, None, doubts)
+        return self._row(case, name, own, label.voxels, seen.affine, None, doubts)
 
     def _row(
         self,
         case: Case,
         name: str,
+        own: OwnSlices,
         label: np.ndarray,
         affine: np.ndarray,
         seconds: float | None,
         doubts: Sequence[str],
     ) -> ScanVolumes:
-        counts = np.bincount(label.ravel(), minlength=len(self.classes))
         ct = self.plan.modality == "ct"
         feed = case.table_feed and ct
-        each = hu.voxel_ml(affine, table_feed=feed)
         tilt = shear.gantry_deg(affine) if ct else 0.0
         corrected = hu.tilt_corrected(affine, table_feed=feed)
-        volumes = zip(self.classes[1:], counts[1:], strict=True)
-        ml = {c: float(n * each) for c, n in volumes}
+        volumes = own.volumes_ml(label, len(self.classes), table_feed=feed)
+        ml = dict(zip(self.classes[1:], volumes[1:], strict=True))
         return ScanVolumes(name, float(tilt), seconds, ml, corrected, "; ".join(doubts))
 
 

@@ -67,7 +67,8 @@ def write(path: str | Path, label: UInt8[np.ndarray, "D H W"], like: Image) -> N
     """Writes a label map of what `read` gave onto the scan's own voxels: as `nifti.write`.
 
     Nothing but geometry and voxels is written. A sheared affine is kept, which some readers
-    (ITK's among them) refuse.
+    (ITK's among them) refuse. Of a series with `own_slices` the label map has a plane for each of
+    the slices, and where their steps are uneven the affine has the mean step.
 
     Raises:
         ValueError: If shapes differ, or the scan has become unreadable.
@@ -77,10 +78,14 @@ def write(path: str | Path, label: UInt8[np.ndarray, "D H W"], like: Image) -> N
         return
     stack = dicom_series.arrange(like)
     if like.unshear:
-        label = shear.shear_label(label, stack.affine, stack.shape)
-    if label.shape != stack.shape:
-        raise UserError(f"{like.name}: label has shape {label.shape}, the series {stack.shape}")
-    nifti.write_volume(path, Volume(label, stack.affine, like.name))
+        places = stack.places if like.own_slices else None
+        label = shear.shear_label(label, stack.affine, stack.shape, places)
+    shape, affine = stack.shape, stack.affine
+    if like.own_slices:
+        shape, affine = (len(stack.slices), *shape[1:]), stack.own_affine
+    if label.shape != shape:
+        raise UserError(f"{like.name}: label has shape {label.shape}, the series {shape}")
+    nifti.write_volume(path, Volume(label, affine, like.name))
 
 
 def called(image: Image) -> str:

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, Float32, Num, UInt8
 from scipy import ndimage
 
 from bhsd_jax.ct import geometry, hu
@@ -42,13 +42,8 @@ def unshear(
     """
     if angle_deg(affine) < geometry.LEAST_TILT_DEG:
         return voxels, affine
-    moves, grown = _moves(affine, (voxels.shape[0], voxels.shape[1], voxels.shape[2]))
-    out = np.full(grown, fill, np.float32)
-    for plane, target, move in zip(voxels, out, moves, strict=True):
-        padded = np.full(grown[1:], fill, np.float32)
-        padded[: plane.shape[0], : plane.shape[1]] = plane
-        target[...] = ndimage.shift(padded, move, order=1, mode="constant", cval=fill)
-    return out, _upright(affine, voxels.shape, grown)
+    out = move_image(voxels, affine, fill=fill)
+    return out, _upright(affine, voxels.shape, out.shape)
 
 
 def unshear_label(
@@ -57,6 +52,45 @@ def unshear_label(
     """The label map of an image that went through `unshear`; moved by whole voxels."""
     if angle_deg(affine) < geometry.LEAST_TILT_DEG:
         return label
+    return move_label(label, affine)
+
+
+def shear_label(
+    label: UInt8[np.ndarray, "N _ _"],
+    affine: Float[np.ndarray, "4 4"],
+    shape: Shape,
+    places: Float[np.ndarray, " N"] | None = None,
+) -> UInt8[np.ndarray, "N H W"]:
+    """Undoes `unshear_label`: back onto the sheared grid of that affine and shape.
+
+    With `places` the planes are others, which lie there between those of the grid.
+    """
+    if angle_deg(affine) < geometry.LEAST_TILT_DEG:
+        return label
+    moves, _ = _moves(affine, shape, places)
+    out = np.zeros((len(label), *shape[1:]), np.uint8)
+    for plane, target, (row, column) in zip(label, out, np.rint(moves).astype(int), strict=True):
+        target[...] = plane[row : row + shape[1], column : column + shape[2]]
+    return out
+
+
+def move_image(
+    voxels: Num[np.ndarray, "D H W"], affine: Float[np.ndarray, "4 4"], *, fill: float
+) -> Float32[np.ndarray, "D _ _"]:
+    """Slices moved over each other, however little the image is sheared; linear, edges `fill`."""
+    moves, grown = _moves(affine, (voxels.shape[0], voxels.shape[1], voxels.shape[2]))
+    out = np.full(grown, fill, np.float32)
+    for plane, target, move in zip(voxels, out, moves, strict=True):
+        padded = np.full(grown[1:], fill, np.float32)
+        padded[: plane.shape[0], : plane.shape[1]] = plane
+        target[...] = ndimage.shift(padded, move, order=1, mode="constant", cval=fill)
+    return out
+
+
+def move_label(
+    label: UInt8[np.ndarray, "D H W"], affine: Float[np.ndarray, "4 4"]
+) -> UInt8[np.ndarray, "D _ _"]:
+    """As `move_image`, by whole voxels: each slice keeps every voxel of every class."""
     moves, grown = _moves(affine, (label.shape[0], label.shape[1], label.shape[2]))
     out = np.zeros(grown, np.uint8)
     for plane, target, (row, column) in zip(label, out, np.rint(moves).astype(int), strict=True):
@@ -64,30 +98,39 @@ def unshear_label(
     return out
 
 
-def shear_label(
-    label: UInt8[np.ndarray, "D _ _"], affine: Float[np.ndarray, "4 4"], shape: Shape
-) -> UInt8[np.ndarray, "D H W"]:
-    """Undoes `unshear_label`: back onto the sheared grid of that affine and shape."""
-    if angle_deg(affine) < geometry.LEAST_TILT_DEG:
-        return label
-    moves, _ = _moves(affine, shape)
-    out = np.zeros(shape, np.uint8)
-    for plane, target, (row, column) in zip(label, out, np.rint(moves).astype(int), strict=True):
-        target[...] = plane[row : row + shape[1], column : column + shape[2]]
-    return out
+def moved_affine(affine: Float[np.ndarray, "4 4"], shape: Shape) -> Float[np.ndarray, "4 4"]:
+    """Of what `move_image` gives: axes at right angles, every voxel where it was in the patient.
+
+    Rows and columns that rounding has left a little off a right angle are turned onto one, about
+    the middle of the volume.
+    """
+    moves, grown = _moves(affine, shape)
+    made = affine.copy()
+    across = np.cross(affine[:3, 1], affine[:3, 2])
+    made[:3, 0] = across * float(across @ affine[:3, 0]) / float(across @ across)
+    made[:3, 3] -= affine[:3, 1:3] @ moves[0]
+    middle = np.append((np.asarray(grown) - 1) / 2, 1.0)
+    before = made @ middle
+    row, column = made[:3, 1], made[:3, 2]
+    straight = row - column * float(row @ column) / float(column @ column)
+    made[:3, 1] = straight * float(np.linalg.norm(row) / np.linalg.norm(straight))
+    made[:3, 3] += (before - made @ middle)[:3]
+    return made
 
 
 def _moves(
-    affine: Float[np.ndarray, "4 4"], shape: Shape
-) -> tuple[Float[np.ndarray, "D 2"], Shape]:
+    affine: Float[np.ndarray, "4 4"], shape: Shape, places: Float[np.ndarray, " N"] | None = None
+) -> tuple[Float[np.ndarray, "_ 2"], Shape]:
     """Rows and columns by which each slice has to move, none below 0; the shape that holds all."""
     across = np.cross(affine[:3, 1], affine[:3, 2])
     axes = np.stack([across, affine[:3, 1], affine[:3, 2]], axis=1)
     per_slice = np.linalg.solve(axes, affine[:3, 0])[1:]
     moves = np.arange(shape[0])[:, None] * per_slice
-    moves = moves - moves.min(axis=0)
-    rows, columns = (math.ceil(v - 1e-6) for v in moves.max(axis=0))
-    return moves, (shape[0], shape[1] + rows, shape[2] + columns)
+    least = moves.min(axis=0)
+    rows, columns = (math.ceil(v - 1e-6) for v in (moves - least).max(axis=0))
+    if places is not None:
+        moves = places[:, None] * per_slice
+    return moves - least, (shape[0], shape[1] + rows, shape[2] + columns)
 
 
 def _upright(

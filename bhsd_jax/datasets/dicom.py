@@ -126,7 +126,11 @@ def scans(root: Path, *, uneven: str, unshear: bool) -> list[Case]:
     cases = []
     for index, (group, id) in enumerate(zip(groups, _names(root, groups), strict=True), start=1):
         series = group.as_series(
-            f"series {index}", uneven=uneven, unshear=unshear, settings="config.predict.dicom"
+            f"series {index}",
+            uneven=uneven,
+            unshear=unshear,
+            settings="config.predict.dicom",
+            own_slices=True,
         )
         cases.append(Case(id, group.first.patient or id, series, None, "test"))
     return cases

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from dicom_files import NAME, PATIENT, block, store, write_series
 from pydicom import dcmread
-from pydicom.uid import JPEGLSLossless, RLELossless
+from pydicom.uid import JPEGLosslessSV1, RLELossless
 from turned import stored
 
 from bhsd_jax.ct import hu, nifti, plausibility, scan, shear
@@ -332,10 +332,10 @@ def test_compressed_files_are_decoded_or_refused_with_a_way_out(tmp_path):
 
     def claim_another(k, data):
         data.compress(RLELossless)
-        data.file_meta.TransferSyntaxUID = JPEGLSLossless
+        data.file_meta.TransferSyntaxUID = JPEGLosslessSV1
 
     write_series(tmp_path / "jpeg", head, change=claim_another)
-    with pytest.raises(ValueError, match=r"file 1 of 6.*JPEG-LS.*no decoder.*gdcmconv"):
+    with pytest.raises(ValueError, match=r"file 1 of 6.*JPEG Lossless.*no decoder.*gdcmconv"):
         read(tmp_path / "jpeg")
 
 

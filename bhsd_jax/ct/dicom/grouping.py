@@ -46,10 +46,17 @@ class Group:
         return self.slices[0]
 
     def as_series(
-        self, name: str, *, uneven: str, unshear: bool, settings: str = "config.data"
+        self,
+        name: str,
+        *,
+        uneven: str,
+        unshear: bool,
+        settings: str = "config.data",
+        own_slices: bool = False,
     ) -> Series:
         """What a case holds of it; `settings` is where `uneven` and `unshear` were set."""
-        return Series(self.files, name, uneven, unshear, self.findings, self.part, settings)
+        how = (uneven, unshear, self.findings, self.part, settings, own_slices)
+        return Series(self.files, name, *how)
 
 
 def study(item: Slice) -> str:

@@ -143,7 +143,11 @@ def order(headers: Sequence[Slice | None], series: Series) -> Stack:
         found = (Finding(Kind.FILES_DAMAGED, "kept", f"{text}; left out"),)
     try:
         stack = dicom_stack.arrange(
-            slices, uneven=series.uneven, setting=f"{series.settings}.uneven", same=_same
+            slices,
+            uneven=series.uneven,
+            setting=f"{series.settings}.uneven",
+            same=_same,
+            even_out=series.own_slices,
         )
     except UserError as error:
         raise said_of(series.name, error) from error

@@ -37,16 +37,46 @@ class Stack:
     source: Float[np.ndarray, " D"]  # which of `slices` each plane is, or lies between
     findings: tuple[Finding, ...]
 
+    @property
+    def is_even(self) -> bool:
+        """Whether each plane is one of the slices."""
+        return len(self.slices) == len(self.source) and not (self.source % 1).any()
+
+    @property
+    def places_mm(self) -> Float[np.ndarray, " n"]:
+        """Where the slices lie along their normal, from the first."""
+        places = np.asarray([along_normal(item) for item in self.slices])
+        return places - places[0]
+
+    @property
+    def places(self) -> Float[np.ndarray, " n"]:
+        """Where the slices lie among the planes, of which the first and the last are slices."""
+        places = self.places_mm
+        return places / places[-1] * (self.shape[0] - 1)
+
+    @property
+    def own_affine(self) -> Float[np.ndarray, "4 4"]:
+        """Of an array with a plane for each slice; where steps are uneven it has their mean."""
+        affine = self.affine.copy()
+        affine[:3, 0] *= (self.shape[0] - 1) / (len(self.slices) - 1)
+        return affine
+
 
 def arrange(
-    slices: Sequence[Slice], *, uneven: str, setting: str, same: Callable[[Slice, Slice], bool]
+    slices: Sequence[Slice],
+    *,
+    uneven: str,
+    setting: str,
+    same: Callable[[Slice, Slice], bool],
+    even_out: bool = False,
 ) -> Stack:
     """Orders slices by position along their normal; numbers and names in files do not count.
 
     Copies of a slice (`same`) are dropped. Steps that differ, as where the posterior fossa was
     scanned thinner or one slice is missing, are refused, or with `uneven` "resample" brought to
     even ones of about the smaller of the usual steps, from the first slice to the last. `setting`
-    is the flag that sets `uneven`.
+    is the flag that sets `uneven`. With `even_out` it is asked for missing slices only, and steps
+    that differ without one are brought to even ones whatever it says.
 
     Raises:
         Refusal: If no single affine holds the slices; says which and what to do.
@@ -62,9 +92,10 @@ def arrange(
     places = np.asarray([along_normal(item) for item in kept])
     steps = np.diff(places)
     depth = len(kept)
+    as_they_are = True
     if _is_uneven(places, _rounded_mm(kept)):
         kind, text = _describe(steps, np.asarray([item.thickness_mm for item in kept]))
-        if uneven == "refuse":
+        if uneven == "refuse" and not (even_out and kind is Kind.SLICES_UNEVEN):
             raise _refused(kind, text, setting)
         _require_no_hole(steps)
         usual = float(np.percentile(steps, 25, method="lower"))
@@ -72,9 +103,10 @@ def arrange(
         even = (places[-1] - places[0]) / (depth - 1)
         text = f"{text}; interpolated to {depth} slices at steps of {even:.3f} mm"
         found.append(Finding(kind, "kept", text))
+        as_they_are = not even_out  # shards of stacks that keep their number were made so
     targets = np.linspace(places[0], places[-1], depth)
     source = np.interp(targets, places, np.arange(len(kept)))
-    if depth == len(kept):
+    if depth == len(kept) and as_they_are:
         source = np.arange(depth, dtype=np.float64)
     affine = _affine(kept, depth, found)
     rows, columns = kept[0].shape

@@ -1,0 +1,211 @@
+"""From the network's answer to a plane for each slice that the scanner made, and what it holds.
+
+A series at uneven steps is read as a volume of even ones, since a network knows no others. What it
+says of that volume is brought straight to the place of every slice, between two planes by linear
+interpolation of the logits. Each slice stands for the tissue halfway to the slices beside it; the
+first and the last reach as far out as in.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64, Int, Num, UInt8
+
+from bhsd_jax.ct import geometry, hu, resample, shear
+from bhsd_jax.ct.dicom import series as dicom_series
+from bhsd_jax.volume import Grid, Image, Series, Shape, Volume
+
+
+@dataclass(frozen=True, eq=False)
+class OwnSlices:
+    """Where the slices of a scan lie, and the volume that was read of them."""
+
+    shape: Shape  # of the label map: a plane for each slice
+    affine: Float64[np.ndarray, "4 4"]  # of the label map; with the mean step where they differ
+    places_mm: Float64[np.ndarray, " N"]  # of the planes along their normal, from the first
+    places: Float64[np.ndarray, " N"] | None  # among the planes of the volume; None: they are these
+    read_shape: Shape  # of the volume, before it was unsheared
+    read_affine: Float64[np.ndarray, "4 4"]
+    unshear: bool  # the volume was unsheared when it was read
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every plane of the volume is a slice."""
+        return self.places is None
+
+    def is_on(self, grid: Grid) -> bool:
+        """Whether every voxel of the label map is one of the prepared grid, inside its crop."""
+        return self.is_even and not self.unshear and grid.shape == grid.cropped_shape
+
+    @property
+    def widths_mm(self) -> Float64[np.ndarray, " N"]:
+        """What each slice stands for, along the normal."""
+        steps = np.diff(self.places_mm)
+        if not len(steps):
+            return np.full(1, _step_mm(self.affine))
+        return (np.append(steps[0], steps) + np.append(steps, steps[-1])) / 2
+
+    def slice_ml(self, *, table_feed: bool) -> Float64[np.ndarray, " N"]:
+        """Volume of a voxel of each slice, milliliters; `table_feed` as in `hu.voxel_ml`."""
+        each = hu.voxel_ml(self.affine, table_feed=table_feed)
+        if self.is_even:
+            return np.full(self.shape[0], each)
+        return each / _step_mm(self.affine) * self.widths_mm
+
+    def volumes_ml(
+        self, label: UInt8[np.ndarray, "N H W"], classes: int, *, table_feed: bool
+    ) -> list[float]:
+        """Milliliters of each class, background first."""
+        if self.is_even:
+            each = hu.voxel_ml(self.affine, table_feed=table_feed)
+            counts = np.bincount(label.ravel(), minlength=classes)
+            return [float(count * each) for count in counts]
+        found = slice_counts(label, classes) * self.slice_ml(table_feed=table_feed)[:, None]
+        return found.sum(0).tolist()
+
+    def blank(self, case: str) -> Volume:
+        """A volume of zeros on these slices, for readers of label maps; it takes no memory."""
+        return Volume(np.broadcast_to(np.uint8(0), self.shape), self.affine, case)
+
+    def label(self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid) -> UInt8[np.ndarray, "N H W"]:
+        """The likeliest class on every slice; of logits on the grid of the volume.
+
+        Where each plane is a slice it is `geometry.argmax_from_grid`'s.
+
+        Raises:
+            ValueError: If the shapes do not fit.
+        """
+        if self.places is None:
+            label = geometry.argmax_from_grid(logits, grid)
+        else:
+            label = _argmax_at(logits, grid, self.places)
+        if not self.unshear:
+            return label
+        return shear.shear_label(label, self.read_affine, self.read_shape, self.places)
+
+    def even_label(
+        self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid
+    ) -> UInt8[np.ndarray, "D _ _"]:
+        """As `label`, on the even planes of the volume, unsheared if that was; of uneven scans."""
+        return _argmax_at(logits, grid, np.arange(self.read_shape[0], dtype=np.float64))
+
+    def probabilities(
+        self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid
+    ) -> Float32[np.ndarray, "K N _ _"]:
+        """Class probabilities on every slice; those of unsheared volumes stay unsheared.
+
+        Raises:
+            ValueError: If the shapes do not fit.
+        """
+        if self.places is None:
+            return geometry.probabilities_from_grid(logits, grid)
+        return _probabilities_at(logits, grid, self.places)
+
+
+def of(image: Image, shape: Shape, affine: Float64[np.ndarray, "4 4"]) -> OwnSlices:
+    """The slices of a scan of which `scan.read` gave a volume of this shape and affine.
+
+    Raises:
+        Refusal: As by `scan.read`.
+    """
+    if not isinstance(image, Series):
+        places_mm = np.arange(shape[0]) * _step_mm(affine)
+        return OwnSlices(shape, affine, places_mm, None, shape, affine, False)
+    stack = dicom_series.arrange(image)
+    read = (stack.shape, stack.affine, image.unshear)
+    if stack.is_even or not image.own_slices:
+        places_mm = np.arange(stack.shape[0]) * _step_mm(stack.affine)
+        return OwnSlices(stack.shape, stack.affine, places_mm, None, *read)
+    own = (len(stack.slices), stack.shape[1], stack.shape[2])
+    return OwnSlices(own, stack.own_affine, stack.places_mm, stack.places, *read)
+
+
+def slice_counts(label: UInt8[np.ndarray, "N H W"], classes: int) -> Int[np.ndarray, "N {classes}"]:
+    """Voxels of each class in each plane."""
+    return np.stack([np.bincount(plane.ravel(), minlength=classes) for plane in label])
+
+
+def _step_mm(affine: Float[np.ndarray, "4 4"]) -> float:
+    """Distance between neighboring planes along their normal."""
+    across = np.cross(affine[:3, 1], affine[:3, 2])
+    return abs(float(affine[:3, 0] @ across)) / float(np.linalg.norm(across))
+
+
+def _argmax_at(
+    logits: Float[np.ndarray, "K _ _ _"], grid: Grid, places: Float64[np.ndarray, " N"]
+) -> UInt8[np.ndarray, "N H W"]:
+    """As `geometry.argmax_from_grid`, at these places along the first native axis."""
+    if not 1 <= len(logits) <= 256:
+        raise ValueError(f"want 1 to 256 classes; got {len(logits)}")
+    best = _scores_at(logits[0], grid, places)
+    winner = np.zeros(best.shape, np.uint8)
+    for index in range(1, len(logits)):
+        score = _scores_at(logits[index], grid, places)
+        np.copyto(winner, index, where=score > best)
+        np.maximum(best, score, out=best)
+    label = np.zeros((len(places), *grid.native_shape[1:]), np.uint8)
+    _put(label, winner, grid, places)
+    return label
+
+
+def _probabilities_at(
+    logits: Float[np.ndarray, "K _ _ _"], grid: Grid, places: Float64[np.ndarray, " N"]
+) -> Float32[np.ndarray, "K N H W"]:
+    found = np.zeros((len(logits), len(places), *grid.native_shape[1:]), np.float32)
+    found[0] = 1
+    scores = np.stack([_scores_at(one, grid, places) for one in logits])
+    scores = np.exp(scores - scores.max(0))
+    scores /= scores.sum(0)
+    for one, score in zip(found, scores, strict=True):
+        _put(one, score, grid, places)
+    return found
+
+
+def _scores_at(
+    logits: Float[np.ndarray, "_ _ _"], grid: Grid, places: Float64[np.ndarray, " N"]
+) -> Float32[np.ndarray, "_ _ _"]:
+    """One class on the slices inside the crop, in native order."""
+    along, inside, start, count = _along(grid, places)
+    shape = list(grid.cropped_shape)
+    shape[along] = logits.shape[along]  # across the slices it is blended below
+    axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
+    planes = resample.resample_linear(logits, (shape[0], shape[1], shape[2]), axis)
+    back = np.argsort(grid.order)
+    planes = np.flip(planes, tuple(a for a in range(3) if grid.flip[a])).transpose(back)
+    place = (places[inside] - start + 0.5) * len(planes) / count - 0.5
+    place = np.clip(place, 0, len(planes) - 1)
+    below = np.minimum(place.astype(int), max(len(planes) - 2, 0))
+    share = (place - below).astype(np.float32)[:, None, None]
+    above = np.minimum(below + 1, len(planes) - 1)
+    return (1 - share) * planes[below] + share * planes[above]
+
+
+def _along(grid: Grid, places: Float64[np.ndarray, " N"]) -> tuple[int, np.ndarray, int, int]:
+    """Of the slices: the prepared axis; which lie in the crop; where that begins, and its length.
+
+    The latter two in planes of the volume, in native direction.
+    """
+    along = grid.order.index(0)
+    start, stop = grid.crop_start[along], grid.crop_stop[along]
+    if grid.flip[along]:
+        start, stop = grid.native_shape[0] - stop, grid.native_shape[0] - start
+    inside = np.flatnonzero((places > start - 0.5) & (places < stop - 0.5))
+    return along, inside, start, stop - start
+
+
+def _put(
+    native: Num[np.ndarray, "N H W"],
+    crop: Num[np.ndarray, "_ _ _"],
+    grid: Grid,
+    places: Float64[np.ndarray, " N"],
+) -> None:
+    """Writes what lies in the crop, in native order, into an array on the slices."""
+    along, inside, _, _ = _along(grid, places)
+    start, stop = list(grid.crop_start), list(grid.crop_stop)
+    start[along], stop[along] = int(inside[0]), int(inside[-1]) + 1
+    if grid.flip[along]:
+        start[along], stop[along] = len(places) - stop[along], len(places) - start[along]
+    n, h, w = native.shape
+    (a, b, c), (d, e, f) = start, stop
+    own = replace(grid, native_shape=(n, h, w), crop_start=(a, b, c), crop_stop=(d, e, f))
+    geometry.native_box(native, own)[...] = geometry.turn(crop, grid.order, grid.flip)
