@@ -268,7 +268,14 @@ class Predict:
         "names from the objective (student, teacher, a, b; ensemble: a and b), averaged; (): the "
         "one it deploys",
     ] = ()
-    probabilities: Annotated[bool, "also write <case>_probabilities.npz"] = False
+    runs: Annotated[
+        tuple[str, ...],
+        "folders of further runs, folds say, whose scans are prepared alike: the mean of the "
+        "probabilities of all",
+    ] = ()
+    probabilities: Annotated[
+        bool, "also write <case>_probabilities.npz, with names of classes and axes, and the affine"
+    ] = False
     overwrite: Annotated[bool, "False: keep label maps that are there, go on with the rest"] = True
     show_ids: Annotated[
         bool | None, "names of scans in outputs; None: NIfTI's, but not DICOM's"

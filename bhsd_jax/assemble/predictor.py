@@ -1,6 +1,5 @@
 """Networks of a run, and everything between a scan's file and its label map."""
 
-import io
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -11,19 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import geometry, hu, scan, shear
+from bhsd_jax.ct import geometry, hu, probabilities, scan, shear
 from bhsd_jax.ct.prepare import hu_doubts, prepare_case
+from bhsd_jax.ct.probabilities import Probabilities
+from bhsd_jax.infer import ensemble
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
-from bhsd_jax.platform import allocator, budget, files, machine
+from bhsd_jax.platform import allocator, budget, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
 from bhsd_jax.types import Params
-from bhsd_jax.volume import Case, Plan
+from bhsd_jax.volume import Case, Grid, Plan, Volume
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Predictor:
     plan: Plan
     classes: tuple[str, ...]
     probabilities: bool  # also write them
+    others: tuple["Predictor", ...] = ()  # of further runs, averaged with this one's networks
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
         """Writes `target`, and its probabilities if asked for.
@@ -76,24 +79,42 @@ class Predictor:
         for text in prepared.warnings:
             level = logging.WARNING if text in prepared.doubts else logging.INFO
             logger.log(level, "%s: %s", name, text)
-        # Sums of logits, and their copy for the resampling to the scan's own voxels.
-        budget.require_memory(
-            2 * 4 * len(self.classes) * prepared.image.size,
-            f"a scan of {' x '.join(map(str, prepared.image.shape))} voxels at "
-            f"{' x '.join(f'{mm:.3g}' for mm in self.plan.spacing_mm)} mm",
-            "use a machine that has more, or crop the scan",
-        )
-        image = prepared.image[..., None].astype(np.float32)
-        logits = self.window.logits(
-            self.networks, image, fill=self.fill, progress=Teller(name).tiles
-        )
+        logits = self.logits(prepared.image, name)
         if self.probabilities:
-            chances = geometry.probabilities_from_grid(logits, prepared.grid)
-            _write_npz(_probabilities(target), chances.astype(np.float16))
+            self.chances(logits, prepared.grid).save(_probabilities(target))
         label = geometry.argmax_from_grid(logits, prepared.grid)
         scan.write(target, label, like=case.image)
         affine = np.asarray(prepared.grid.native_affine)
         return self._row(case, name, label, affine, time.monotonic() - begun, prepared.doubts)
+
+    def logits(self, image: np.ndarray, name: str) -> Float[np.ndarray, "K D H W"]:
+        """Logits of a prepared scan [D H W], of all networks together.
+
+        Raises:
+            ValueError: If there is not enough memory, or the output is not finite.
+        """
+        # Sums of logits, and their copy for the resampling to the scan's own voxels.
+        budget.require_memory(
+            2 * 4 * len(self.classes) * image.size,
+            f"a scan of {' x '.join(map(str, image.shape))} voxels at "
+            f"{' x '.join(f'{mm:.3g}' for mm in self.plan.spacing_mm)} mm",
+            "use a machine that has more, or crop the scan",
+        )
+        channels = image[..., None].astype(np.float32)
+        return ensemble.mean_of_probabilities(
+            (
+                one.window.logits(
+                    one.networks, channels, fill=one.fill, progress=Teller(name).tiles
+                ),
+                len(one.networks),
+            )
+            for one in (self, *self.others)
+        )
+
+    def chances(self, logits: Float[np.ndarray, "K D H W"], grid: Grid) -> Probabilities:
+        """Class probabilities on the scan's own voxels."""
+        values = geometry.probabilities_from_grid(logits, grid).transpose(0, 3, 2, 1)
+        return Probabilities(values, self.classes, np.asarray(grid.native_affine)[:, [2, 1, 0, 3]])
 
     def finished(self, case: Case, target: Path, name: str) -> ScanVolumes | None:
         """The row of a scan whose files are all there and whole, else None.
@@ -114,7 +135,7 @@ class Predictor:
             if notes:
                 raise UserError(f"{target}: {notes[0]}")
             if self.probabilities:
-                _check_npz(wanted[1], (len(self.classes), *label.voxels.shape))
+                self._check(wanted[1], label)
         except UserError as error:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
@@ -122,6 +143,16 @@ class Predictor:
         seen = image if place == case.image else scan.read(case.image)[0]
         doubts = hu_doubts(seen.voxels, self.plan)
         return self._row(case, name, label.voxels, seen.affine, None, doubts)
+
+    def _check(self, path: Path, label: Volume) -> None:
+        """Refuses a file of probabilities that is damaged, or of another scan or run."""
+        found = probabilities.load(path)
+        shape = len(self.classes), *label.voxels.shape[::-1]
+        if found.values.shape != shape or found.classes != self.classes:
+            raise UserError(
+                f"{path}: holds {', '.join(found.classes)} {found.values.shape}, not "
+                f"{', '.join(self.classes)} {shape}"
+            )
 
     def _row(
         self,
@@ -244,20 +275,3 @@ class Teller:
 
 def _probabilities(target: Path) -> Path:
     return target.with_name(target.name.removesuffix(".nii.gz") + "_probabilities.npz")
-
-
-def _check_npz(path: Path, shape: tuple[int, ...]) -> None:
-    """Refuses a file of probabilities that is damaged, or of another scan."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            found = stored["probabilities"]
-    except Exception as error:  # NumPy parses a damaged header as Python, which raises anything
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-    if found.shape != shape or found.dtype != np.float16:
-        raise UserError(f"{path}: holds {found.dtype}{found.shape}, not float16{shape}")
-
-
-def _write_npz(path: Path, probabilities: np.ndarray) -> None:
-    data = io.BytesIO()
-    np.savez_compressed(data, probabilities=probabilities)
-    files.write_bytes(path, data.getvalue())
