@@ -21,7 +21,7 @@ from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config, DicomSeries, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
-from bhsd_jax.verbs import parts
+from bhsd_jax.verbs import parts, scan_report
 from bhsd_jax.volume import Case, Series
 
 logger = logging.getLogger(__name__)
@@ -70,13 +70,17 @@ def run(config: Config, workdir: Path) -> None:
     predictor.share_cores(run)
     processes.say_devices()
     predict, members = ensemble.open_runs(run, settings.runs)
-    names = _names(cases, workdir, settings)
+    names = output_names(cases, workdir, settings)
     mine = parts.own(cases)
     _log_estimate(predict, len(mine))
     found = _gather(out, _predict_all(predict, mine, names, out, settings.overwrite), names)
     if found is not None:
         facts = _facts(run, members)
-        _conclude(out, found, facts, len(cases))
+        try:
+            _conclude(out, found, facts, len(cases))
+        finally:
+            if settings.report and not found.fault:
+                scan_report.write(run, out, {names[case.id]: case for case in cases})
 
 
 def _gather(out: Path, found: Found, names: Mapping[str, str]) -> Found | None:
@@ -174,7 +178,7 @@ def _series(path: Path, beside: Mapping[str, Path], how: DicomSeries) -> list[Ca
         return []
 
 
-def _names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:
+def output_names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:
     """What outputs are called; by default DICOM's own names are hidden, NIfTI's are not."""
     hide = settings.show_ids is False, settings.show_ids is not True and bool(settings.images)
     hidden = {c.id for c in cases if hide[isinstance(c.image, Series)]}
