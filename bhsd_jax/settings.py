@@ -269,7 +269,19 @@ class Predict:
         "names from the objective (student, teacher, a, b; ensemble: a and b), averaged; (): the "
         "one it deploys",
     ] = ()
-    probabilities: Annotated[bool, "also write <case>_probabilities.npz"] = False
+    runs: Annotated[
+        tuple[str, ...],
+        "folders of further runs, folds say, whose scans are prepared alike: the mean of the "
+        "probabilities of all",
+    ] = ()
+    probabilities: Annotated[
+        bool, "also write <case>_probabilities.npz, with names of classes and axes, and the affine"
+    ] = False
+    report: Annotated[
+        bool,
+        "also write report.html, and viewer.html where the extra `viewer` is installed, beside the "
+        "label maps",
+    ] = False
     overwrite: Annotated[bool, "False: keep label maps that are there, go on with the rest"] = True
     show_ids: Annotated[
         bool | None, "names of scans in outputs; None: NIfTI's, but not DICOM's"
@@ -303,6 +315,18 @@ class Report:
     ] = True
     show_ids: Annotated[bool, "call scans by their names instead of salted hashes"] = False
     compare: Annotated[tuple[str, ...], "folders of other runs"] = ()
+    images: Annotated[
+        str,
+        "what `predict` was given as images: a report of these scans, which need no references, "
+        "beside their label maps; empty: of the run's own evaluation",
+    ] = ""
+    predictions: Annotated[
+        str, "folder of the label maps of `images`; empty: <run>/predictions"
+    ] = ""
+    viewer: Annotated[
+        bool, "also write viewer.html, to scroll through the scans; needs the extra `viewer`"
+    ] = False
+    viewer_mb: Annotated[int, "MB that viewer.html may have; the first scans that fit", COUNT] = 400
 
 
 Config = Any  # `Settings`, or the ConfigDict of an experiment file that they are read from

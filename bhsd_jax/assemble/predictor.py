@@ -1,6 +1,5 @@
 """Networks of a run, and everything between a scan's file and its label map."""
 
-import io
 import logging
 import math
 import time
@@ -16,17 +15,19 @@ from jaxtyping import Float, UInt8
 
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import geometry, hu, own_slices, scan, shear, upright
+from bhsd_jax.ct import geometry, hu, own_slices, probabilities, scan, shear, upright
 from bhsd_jax.ct.own_slices import OwnSlices
 from bhsd_jax.ct.prepare import hu_doubts, prepare_case
+from bhsd_jax.ct.probabilities import Probabilities
+from bhsd_jax.infer import ensemble
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
-from bhsd_jax.platform import allocator, budget, files, machine
+from bhsd_jax.platform import allocator, budget, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
 from bhsd_jax.types import Params
-from bhsd_jax.volume import Case, Plan
+from bhsd_jax.volume import Case, Plan, Volume
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Predictor:
     plan: Plan
     classes: tuple[str, ...]
     probabilities: bool  # also write them
+    others: tuple["Predictor", ...] = ()  # of further runs, averaged with this one's networks
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
         """Writes `target`, its probabilities if asked for, and what `upright` says where needed.
@@ -82,11 +84,11 @@ class Predictor:
         image, grid = prepared.image, prepared.grid
         affine = np.asarray(grid.native_affine)
         own = own_slices.of(case.image, grid.native_shape, affine)
-        if self.probabilities or upright.is_needed(own) or not own.is_on(grid):
+        if self.probabilities or self.others or upright.is_needed(own) or not own.is_on(grid):
             logits = self.logits(image, name)
             if self.probabilities:
-                chances = own.probabilities(logits, grid)
-                _write_npz(_probabilities(target), chances.astype(np.float16))
+                chances = self.chances(own.probabilities(logits, grid), own.affine)
+                chances.save(_probabilities(target))
             label = own.label(logits, grid)
             if upright.is_needed(own):
                 upright.write(target, case.image, own, label, logits, grid)
@@ -102,9 +104,19 @@ class Predictor:
         Raises:
             ValueError: If there is not enough memory, or the output is not finite.
         """
-        self._require_memory(image, len(image))
+        self._require_memory(image, len(image) * (2 if self.others else 1))
         tell = Teller(name).tiles
-        return self.window.logits(self.networks, image[..., None], fill=self.fill, progress=tell)
+        return ensemble.mean_of_probabilities(
+            (
+                one.window.logits(one.networks, image[..., None], fill=one.fill, progress=tell),
+                len(one.networks),
+            )
+            for one in (self, *self.others)
+        )
+
+    def chances(self, values: Float[np.ndarray, "K D H W"], affine: np.ndarray) -> Probabilities:
+        """Class probabilities on a scan's own voxels, as files of them have the axes."""
+        return Probabilities(values.transpose(0, 3, 2, 1), self.classes, affine[:, [2, 1, 0, 3]])
 
     def _likeliest(self, image: np.ndarray, name: str) -> UInt8[np.ndarray, "D H W"]:
         self._require_memory(image, 2 * self.window.tile[0])
@@ -143,7 +155,7 @@ class Predictor:
             if notes:
                 raise UserError(f"{target}: {notes[0]}")
             if self.probabilities:
-                _check_npz(wanted[1], (len(self.classes), *label.voxels.shape))
+                self._check(wanted[1], label)
         except UserError as error:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
@@ -152,6 +164,16 @@ class Predictor:
             return None
         doubts = hu_doubts(seen.voxels, self.plan)
         return self._row(case, name, own, label.voxels, seen.affine, None, doubts)
+
+    def _check(self, path: Path, label: Volume) -> None:
+        """Refuses a file of probabilities that is damaged, or of another scan or run."""
+        found = probabilities.load(path)
+        shape = len(self.classes), *label.voxels.shape[::-1]
+        if found.values.shape != shape or found.classes != self.classes:
+            raise UserError(
+                f"{path}: holds {', '.join(found.classes)} {found.values.shape}, not "
+                f"{', '.join(self.classes)} {shape}"
+            )
 
     def _row(
         self,
@@ -273,20 +295,3 @@ class Teller:
 
 def _probabilities(target: Path) -> Path:
     return target.with_name(target.name.removesuffix(".nii.gz") + "_probabilities.npz")
-
-
-def _check_npz(path: Path, shape: tuple[int, ...]) -> None:
-    """Refuses a file of probabilities that is damaged, or of another scan."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            found = stored["probabilities"]
-    except Exception as error:  # NumPy parses a damaged header as Python, which raises anything
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-    if found.shape != shape or found.dtype != np.float16:
-        raise UserError(f"{path}: holds {found.dtype}{found.shape}, not float16{shape}")
-
-
-def _write_npz(path: Path, probabilities: np.ndarray) -> None:
-    data = io.BytesIO()
-    np.savez_compressed(data, probabilities=probabilities)
-    files.write_bytes(path, data.getvalue())

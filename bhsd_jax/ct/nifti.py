@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Iterator
@@ -152,12 +153,21 @@ def write_volume(path: str | Path, volume: Volume) -> None:
     Raises:
         ValueError: If NIfTI cannot hold the type or the shape.
     """
-    affine = volume.affine[:, [2, 1, 0, 3]]
-    pixdim = np.ones(8)
-    pixdim[1:4] = np.linalg.norm(affine[:3, :3], axis=0)
-    geometry: dict[str, Any] = {"pixdim": pixdim, "xyzt_units": 2, "sform_code": 1}
-    geometry |= {f"srow_{axis}": row for axis, row in zip("xyz", affine, strict=False)}
-    _save(Path(path), Nifti1Header(endianness="<"), geometry, volume.voxels)
+    _save(Path(path), Nifti1Header(endianness="<"), _sform(volume.affine), volume.voxels)
+
+
+def to_bytes(volume: Volume) -> bytes:
+    """The file that `write_volume` writes under a name that ends with .nii.gz.
+
+    Raises:
+        ValueError: If NIfTI cannot hold the type or the shape.
+    """
+    header = Nifti1Header(endianness="<")
+    voxels = _fit(Path(volume.case), header, _sform(volume.affine), volume.voxels)
+    packed = io.BytesIO()
+    with gzip.GzipFile("", "wb", 4, packed, mtime=0) as out:
+        _pour(out, header, voxels)
+    return packed.getvalue()
 
 
 @contextlib.contextmanager
@@ -283,9 +293,30 @@ def _apart(apart_mm: float, label: np.ndarray, image: np.ndarray) -> Finding:
     return Finding(Kind.MASK_MIRRORED, "kept", text)
 
 
+def _sform(affine: np.ndarray) -> dict[str, Any]:
+    """Header fields of an affine of [D, H, W]."""
+    affine = affine[:, [2, 1, 0, 3]]
+    pixdim = np.ones(8)
+    pixdim[1:4] = np.linalg.norm(affine[:3, :3], axis=0)
+    rows = {f"srow_{axis}": row for axis, row in zip("xyz", affine, strict=False)}
+    return {"pixdim": pixdim, "xyzt_units": 2, "sform_code": 1, **rows}
+
+
 def _save(
     path: Path, header: Nifti1Header, geometry: dict[str, Any], voxels: Shaped[np.ndarray, "..."]
 ) -> None:
+    voxels = _fit(path, header, geometry, voxels)
+    with contextlib.ExitStack() as stack:
+        out = file = stack.enter_context(stack.enter_context(files.replacing(path)).open("wb"))
+        if path.name.endswith(".gz"):
+            out = stack.enter_context(gzip.GzipFile("", "wb", 4, file, mtime=0))
+        _pour(out, header, voxels)
+
+
+def _fit(
+    path: Path, header: Nifti1Header, geometry: dict[str, Any], voxels: Shaped[np.ndarray, "..."]
+) -> np.ndarray:
+    """Makes the header that of the voxels; returns them as the file holds them."""
     voxels = np.ascontiguousarray(voxels, np.uint8 if voxels.dtype == bool else None)
     voxels = voxels.astype(voxels.dtype.newbyteorder("<"), copy=False)
     try:
@@ -295,12 +326,11 @@ def _save(
         raise UserError(f"{path}: NIfTI cannot hold {voxels.dtype}{voxels.shape}") from error
     for field, value in geometry.items():
         header[field] = value
-    offset = nifti_header.first_offset(header)
-    header["vox_offset"] = offset
+    header["vox_offset"] = nifti_header.first_offset(header)
     header["scl_slope"], header["scl_inter"] = 1, 0  # NaN, nibabel's default, breaks other readers
-    with contextlib.ExitStack() as stack:
-        out = file = stack.enter_context(stack.enter_context(files.replacing(path)).open("wb"))
-        if path.name.endswith(".gz"):
-            out = stack.enter_context(gzip.GzipFile("", "wb", 4, file, mtime=0))
-        out.write(header.binaryblock.ljust(offset, b"\0"))
-        out.write(voxels.data.cast("B"))
+    return voxels
+
+
+def _pour(out: Any, header: Nifti1Header, voxels: np.ndarray) -> None:
+    out.write(header.binaryblock.ljust(nifti_header.first_offset(header), b"\0"))
+    out.write(voxels.data.cast("B"))

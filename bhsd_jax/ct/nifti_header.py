@@ -118,13 +118,22 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     matrix = np.array(header.get_best_affine(), np.float64)
     matrix[:3, 2] *= _lengthened(header)
     matrix[:3] *= _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
+    require_affine(matrix)
+    return matrix[:, [2, 1, 0, 3]]
+
+
+def require_affine(matrix: Float64[np.ndarray, "4 4"]) -> None:
+    """Refuses an affine that puts voxels nowhere, or all of them in a plane.
+
+    Raises:
+        Refusal: If it is singular or not finite.
+    """
     lengths = np.linalg.norm(matrix[:3, :3], axis=0)
     if not np.isfinite(matrix).all() or lengths.min() <= 0:
         text = f"affine is not finite or has a zero axis: {matrix[:3].tolist()}"
         raise Refusal(Kind.AFFINE, text)
     if abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-6:
         raise Refusal(Kind.AFFINE, f"affine is singular: {matrix[:3].tolist()}")
-    return matrix[:, [2, 1, 0, 3]]
 
 
 def repairs(header: Nifti1Header) -> list[Finding]:

@@ -142,19 +142,7 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     volume, label, more = _read(
         case, raw, num_classes=classes, modality=plan.modality, as_it_lies=as_it_lies
     )
-    grid = geometry.locate(
-        volume,
-        spacing_mm=plan.spacing_mm,
-        transpose=plan.transpose,
-        crop_hu=plan.crop_hu,
-        axes=plan.axes,
-    )
-    if not plan.normalized_before:
-        image = np.rint(geometry.to_grid(volume.voxels, grid, "image")).astype(np.int16)
-    else:
-        ct = plan.modality == "ct"
-        voxels = _scaled(volume.voxels, plan) if ct else _standardized(volume.voxels, grid, plan)
-        image = geometry.to_grid(voxels, grid, "image").astype(np.float32)
+    image, grid = _on_grid(volume, plan)
     prepared_label, volume_ml = None, ()
     if plan.modality == "ct" and isinstance(case.image, Path):
         more = [*more, *hu.tilt_findings(volume.affine, table_feed=case.table_feed)]
@@ -179,6 +167,24 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         warnings=tuple(texts([*found, *more])),
         doubts=tuple(texts(f for f in [*found, *more] if f.kind in plausibility.KINDS)),
     )
+
+
+def prepare_volume(volume: Volume, plan: Plan) -> tuple[np.ndarray, Grid, tuple[Finding, ...]]:
+    """A scan in memory as `prepare_case` would prepare it from a file without a mask.
+
+    Returns:
+        The image [D H W], the way back to the scan's own voxels, and what was found or repaired.
+
+    Raises:
+        ValueError: If it is no scan of the plan's kind; names `volume.case`.
+    """
+    case = Case(volume.case, volume.case, Path(volume.case), None, "test")
+    classes, as_it_lies = len(plan.classes), plan.normalize_first
+    ready, _, found = _read(
+        case, volume, num_classes=classes, modality=plan.modality, as_it_lies=as_it_lies
+    )
+    image, grid = _on_grid(ready, plan)
+    return image, grid, tuple(found)
 
 
 def hu_doubts(voxels: np.ndarray, plan: Plan) -> tuple[str, ...]:
@@ -220,6 +226,22 @@ def _read(
     except Refusal as error:
         raise said_of(scan.called(case.image), error) from error
     return replace(raw, voxels=voxels), label, [*found, *repairs]
+
+
+def _on_grid(volume: Volume, plan: Plan) -> tuple[np.ndarray, Grid]:
+    """The image of a scan that was repaired, as training reads it, and where it lies."""
+    grid = geometry.locate(
+        volume,
+        spacing_mm=plan.spacing_mm,
+        transpose=plan.transpose,
+        crop_hu=plan.crop_hu,
+        axes=plan.axes,
+    )
+    if not plan.normalized_before:
+        return np.rint(geometry.to_grid(volume.voxels, grid, "image")).astype(np.int16), grid
+    ct = plan.modality == "ct"
+    voxels = _scaled(volume.voxels, plan) if ct else _standardized(volume.voxels, grid, plan)
+    return geometry.to_grid(voxels, grid, "image").astype(np.float32), grid
 
 
 def _standardized(voxels: np.ndarray, grid: Grid, plan: Plan) -> np.ndarray:

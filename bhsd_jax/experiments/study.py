@@ -18,6 +18,7 @@ from bhsd_jax.metrics.seeds import OverSeeds, over_seeds, paired
 from bhsd_jax.platform import files, step_log
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report.comparison import Comparison, Line, page
+from bhsd_jax.report.page import save
 from bhsd_jax.verbs.evaluate import ANY
 from bhsd_jax.volume import Plan
 
@@ -73,9 +74,7 @@ def write(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
         ValueError: If runs were evaluated on different scans.
     """
     made = compare(study, failures)
-    shown = page(made)
-    for name, text in (("report.html", shown.to_html()), ("report.md", shown.to_markdown())):
-        files.write_text(study.out / name, text)
+    save(page(made), study.out)
     lines = {key: asdict(line) for key, line in zip(study.rows, made.lines, strict=True)}
     plain = json.loads(json.dumps(lines))
     files.write_json(study.out / "figures.json", summary.without_nan(plain))

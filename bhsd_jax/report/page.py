@@ -1,10 +1,15 @@
 """The report of a run as one self-contained HTML page, and as Markdown."""
 
 import html
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from bhsd_jax.platform import files
 from bhsd_jax.report.figures import data_uri
 from bhsd_jax.report.result_tables import Table
+
+_LINK = re.compile(r"\{(\w[^{}|]*)\|([\w./-]+)\}")  # in sentences: {text|file beside the page}
 
 NOTICE = (
     "Research use only. Not a medical device; not for diagnosis, triage or treatment. "
@@ -62,7 +67,7 @@ class Page:
     banners: tuple[str, ...] = ()  # what must not be missed, above everything else
 
     def to_html(self) -> str:
-        """One file without scripts, links or other files."""
+        """One file without scripts, which needs no other; links lead to files beside it."""
         figures = "".join(
             f'<div class="figure"><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>'
             for value, what in self.headline
@@ -81,16 +86,53 @@ class Page:
             f'{sections}<p class="note">{html.escape(self.footer)}</p></body></html>\n'
         )
 
-    def to_markdown(self) -> str:
-        """The words and tables; pictures are named by their captions."""
+    def to_markdown(self, pictures: str = "") -> str:
+        """The words and tables; pictures are files in the folder `pictures`, named by `save`.
+
+        Without a folder their captions stand for them.
+        """
         lines = [f"# {self.title}", self.subtitle]
         lines += [f"> **{text}**" for text in self.banners]
         lines.append(f"> {NOTICE}")
         lines.append("\n".join(f"- **{value}** {what}" for value, what in self.headline))
         for section in self.sections:
             lines.append(f"## {section.title}")
-            lines.extend(_markdown(part) for part in section.parts)
+            lines.extend(self._markdown(part, pictures) for part in section.parts)
         return "\n\n".join([*lines, self.footer]) + "\n"
+
+    def pictures(self) -> "dict[str, Picture]":
+        """All of them by their file names, in the order of the page."""
+        found = [p for s in self.sections for p in s.parts if isinstance(p, Picture)]
+        return {f"picture_{index:02d}.png": picture for index, picture in enumerate(found, start=1)}
+
+    def _markdown(self, part: "str | Table | Picture", pictures: str) -> str:
+        if isinstance(part, Table):
+            return part.to_markdown()
+        if isinstance(part, str):
+            return _LINK.sub(r"[\1](\2)", part)
+        if not pictures:
+            return f"*{part.caption}*"
+        name = next(name for name, other in self.pictures().items() if other is part)
+        return f"![{part.caption}]({pictures}/{name})\n\n*{part.caption}*"
+
+
+def save(page: Page, folder: Path, name: str = "report") -> Path:
+    """Writes `<name>.html` and `<name>.md` with its pictures in `<name>_pictures/`; the first.
+
+    Pictures that an earlier page has left there are removed.
+
+    Raises:
+        faults.WriteError: If the system says no, such as on a full disk.
+    """
+    pictures = page.pictures()
+    beside = folder / f"{name}_pictures"
+    for file, picture in pictures.items():
+        files.write_bytes(beside / file, picture.png)
+    for old in set(beside.glob("picture_*.png")) - {beside / file for file in pictures}:
+        old.unlink(missing_ok=True)
+    files.write_text(folder / f"{name}.md", page.to_markdown(beside.name))
+    files.write_text(folder / f"{name}.html", page.to_html())
+    return folder / f"{name}.html"
 
 
 def _html(part: "str | Table | Picture") -> str:
@@ -100,7 +142,11 @@ def _html(part: "str | Table | Picture") -> str:
         caption = html.escape(part.caption)
         image = f'<img alt="{caption}" src="{data_uri(part.png)}">'
         return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-    return f"<p>{_keys(html.escape(part))}</p>"
+    return f"<p>{_LINK.sub(_anchor, _keys(html.escape(part)))}</p>"
+
+
+def _anchor(link: re.Match[str]) -> str:
+    return f'<a href="{link[2]}">{link[1]}</a>'
 
 
 def _keys(text: str) -> str:
@@ -111,9 +157,3 @@ def _keys(text: str) -> str:
         color, _, rest = piece.partition("]")
         out += f'<span class="key" style="background:#{color}"></span>{rest}'
     return out
-
-
-def _markdown(part: "str | Table | Picture") -> str:
-    if isinstance(part, Table):
-        return part.to_markdown()
-    return f"*{part.caption}*" if isinstance(part, Picture) else part

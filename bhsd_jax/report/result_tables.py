@@ -3,8 +3,9 @@
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 CONVENTIONS = {  # key in summary.json -> column title, what it means
     "nnunet": ("Dice, nnU-Net rule", "empty in both: left out; only in the reference empty: 0"),
@@ -20,20 +21,33 @@ class Table:
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    links: Mapping[str, str] = field(default_factory=dict)  # names to files beside the page
 
     def to_html(self) -> str:
         """A `<table>`; every text is escaped."""
         head = "".join(f"<th>{html.escape(c)}</th>" for c in self.columns)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            f"<tr><td>{self._name(row[0])}</td>"
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+            + "</tr>"
             for row in self.rows
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def to_markdown(self) -> str:
         """A pipe table."""
-        lines = [self.columns, ("---",) + ("---:",) * (len(self.columns) - 1), *self.rows]
+        lines = [self.columns, ("---",) + ("---:",) * (len(self.columns) - 1)]
+        lines += [(self._named(row[0]), *row[1:]) for row in self.rows]
         return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+
+    def _name(self, text: str) -> str:
+        target = self.links.get(text)
+        shown = html.escape(text)
+        return f'<a href="{html.escape(quote(target))}">{shown}</a>' if target else shown
+
+    def _named(self, text: str) -> str:
+        target = self.links.get(text)
+        return f"[{text}]({quote(target)})" if target else text
 
 
 def number(value: Any, digits: int = 3) -> str:

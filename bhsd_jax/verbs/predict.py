@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import data, predictor
+from bhsd_jax.assemble import data, ensemble, predictor
+from bhsd_jax.assemble.ensemble import Member
 from bhsd_jax.assemble.predictor import Predictor, ScanVolumes
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct.dicom import slice_file
@@ -20,7 +21,7 @@ from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config, DicomSeries, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
-from bhsd_jax.verbs import parts
+from bhsd_jax.verbs import parts, scan_report
 from bhsd_jax.volume import Case, Series
 
 logger = logging.getLogger(__name__)
@@ -68,15 +69,18 @@ def run(config: Config, workdir: Path) -> None:
     files.sweep(out)
     predictor.share_cores(run)
     processes.say_devices()
-    step, networks = predictor.load(run)
-    predict = predictor.make_predictor(run, list(networks.values()))
-    names = _names(cases, workdir, settings)
+    predict, members = ensemble.open_runs(run, settings.runs)
+    names = output_names(cases, workdir, settings)
     mine = parts.own(cases)
     _log_estimate(predict, len(mine))
     found = _gather(out, _predict_all(predict, mine, names, out, settings.overwrite), names)
     if found is not None:
-        facts = _facts(run, step, tuple(networks))
-        _conclude(out, found, facts, len(cases))
+        facts = _facts(run, members)
+        try:
+            _conclude(out, found, facts, len(cases))
+        finally:
+            if settings.report and not found.fault:
+                scan_report.write(run, out, {names[case.id]: case for case in cases})
 
 
 def _gather(out: Path, found: Found, names: Mapping[str, str]) -> Found | None:
@@ -174,7 +178,7 @@ def _series(path: Path, beside: Mapping[str, Path], how: DicomSeries) -> list[Ca
         return []
 
 
-def _names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:
+def output_names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:
     """What outputs are called; by default DICOM's own names are hidden, NIfTI's are not."""
     hide = settings.show_ids is False, settings.show_ids is not True and bool(settings.images)
     hidden = {c.id for c in cases if hide[isinstance(c.image, Series)]}
@@ -202,7 +206,8 @@ def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
 
 def _log_estimate(predict: Predictor, scans: int) -> None:
     """So that nobody waits for days unknowing: on a CPU a large tile takes most of a minute."""
-    tiles = predict.window.count(predict.plan.median_shape) * len(predict.networks)
+    shape = predict.plan.median_shape
+    tiles = sum(p.window.count(shape) * len(p.networks) for p in (predict, *predict.others))
     share = 2 ** len(predict.window.mirror_axes)
     hint = f"; infer.mirror=False needs one in {share}" if predict.window.mirror else ""
     logger.info("%d scans, about %d tiles each, %d in all%s", scans, tiles, scans * tiles, hint)
@@ -258,13 +263,15 @@ def _write_tables(out: Path, rows: Sequence[ScanVolumes]) -> None:
     files.write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
 
 
-def _facts(run: Run, step: int, networks: tuple[str, ...]) -> dict[str, Any]:
+def _facts(run: Run, members: Sequence[Member]) -> dict[str, Any]:
     """What a reader of the label maps has to know."""
-    config = run.config
+    config, (own, *others) = run.config, members
+    listed = [{"run": m.folder.name, "step": m.step, "networks": m.networks} for m in others]
     return {
         "notice": NOTICE,
-        "step": step,
-        "networks": networks,
+        "step": own.step,
+        "networks": own.networks,
+        **({"averaged_with": listed} if others else {}),
         "classes": run.classes,
         "split": None if config.predict.images else config.predict.split,
         "mirror": config.infer.mirror_axes if config.infer.mirror else (),

@@ -3,6 +3,7 @@
 import csv
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry, hu, scan
 from bhsd_jax.metrics import scores
 from bhsd_jax.platform import files, step_log
+from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.report import figures
-from bhsd_jax.report.page import Page, Picture, Section
+from bhsd_jax.report.page import Page, Picture, Section, save
 from bhsd_jax.report.result_tables import (
     CONVENTIONS,
     Table,
@@ -25,7 +27,7 @@ from bhsd_jax.report.result_tables import (
     number,
 )
 from bhsd_jax.settings import Config, Settings
-from bhsd_jax.verbs import parts
+from bhsd_jax.verbs import pages, parts, predict, scan_report
 from bhsd_jax.volume import Case
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,9 @@ def run(config: Config, workdir: Path) -> None:
     if parts.place(config).index:
         logger.info("the first process writes the report")
         return
+    if config.report.images:
+        _of_images(config, workdir)
+        return
     summary = _read_json(workdir / "summary.json", "evaluate")
     rows = _read_rows(workdir / "cases.csv")
     run = Run.of(config, workdir)
@@ -66,7 +71,7 @@ def run(config: Config, workdir: Path) -> None:
         _agreement(rows),
         _training(workdir),
         _comparison(config.report.compare, summary, config.name),
-        Section("Every scan", (cases_table(rows, names),)),
+        _every_scan(run, rows, names),
         _methods(run, summary),
     ]
     page = Page(
@@ -75,10 +80,44 @@ def run(config: Config, workdir: Path) -> None:
         headline=_headline(summary),
         sections=tuple(section for section in sections if section is not None),
         footer=f"Written by bhsd_jax {__version__}. Data license: {plan.license or 'not stated'}.",
+        banners=pages.unfinished(run),
     )
-    for name, text in (("report.html", page.to_html()), ("report.md", page.to_markdown())):
-        files.write_text(workdir / name, text)
-    logger.info("report: %s", workdir / "report.html")
+    logger.info("report: %s", save(page, workdir))
+
+
+def _of_images(config: Settings, workdir: Path) -> None:
+    """The report of what `predict` has made of `config.report.images`.
+
+    Raises:
+        FileNotFoundError: If there are no such scans, or they were not predicted.
+        ValueError: If a file is damaged; names it.
+    """
+    settings = replace(config.predict, images=config.report.images)
+    config = replace(config, predict=settings)
+    cases = predict.find_scans(config, workdir)
+    names = predict.output_names(cases, workdir, settings)
+    out = Path(config.report.predictions or settings.out or workdir / "predictions")
+    named = {names[case.id]: case for case in cases}
+    scan_report.write(Run.of(config, workdir), out, named, strict=True)
+
+
+def _every_scan(run: Run, rows: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> Section:
+    """The table of scans, the way from their names to files, and the page to scroll through them.
+
+    Names that hide something must not link to it: `names.csv` stays where the files are.
+    """
+    folder = pages.folder(run)
+    paths = {names[row["case"]]: folder / f"{row['case']}.nii.gz" for row in rows}
+    shown = {name: pages.beside(path, run.folder) for name, path in paths.items()}
+    listed = [{"name": name, "label_map": place} for name, place in shown.items()]
+    write_records(run.folder / pages.NAMES, listed, line_end="\n")
+    links = shown if run.config.report.show_ids else {}
+    words = [f"{pages.NAMES} in the run folder leads from these names to the label maps."]
+    if run.config.report.viewer:
+        pages.write_viewer(run, rows, names)
+        words.append("{Scroll through the scans|viewer.html}, worst first.")
+    table = replace(cases_table(rows, names), links=links)
+    return Section("Every scan", (" ".join(words), table))
 
 
 def _headline(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -141,7 +180,7 @@ def _overlays(
     if not figures.available():
         return None
     cases = {case.id: case for case in run.data_set.cases()}
-    folder = Path(run.config.evaluate.predictions or run.folder / "predictions")
+    folder = pages.folder(run)
     parts: list[Any] = [
         f"[{figures.REFERENCE}] reference   [{figures.PREDICTION}] prediction. The first picture "
         "of a row is the slice without contours. Slices are shown as in a reading room: the "

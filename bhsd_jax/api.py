@@ -1,0 +1,140 @@
+"""A trained run from Python: scans in memory to label maps, as the verb `predict` draws them.
+
+from bhsd_jax.api import Predictor
+
+predictor = Predictor.from_run("runs/cps")
+labels = predictor(voxels, affine)
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from bhsd_jax.assemble import ensemble, predictor
+from bhsd_jax.ct import geometry, nifti, nifti_header
+from bhsd_jax.ct.prepare import prepare_volume
+from bhsd_jax.ct.probabilities import Probabilities
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.volume import Grid, Volume
+
+
+class Predictor:
+    """Networks of one or several runs, applied to scans in memory.
+
+    Arrays are [i, j, k] with an affine from (i, j, k, 1) to mm in RAS+, as nibabel has them, in
+    whatever direction the axes run. CT is in HU. Any number of threads may use one predictor;
+    after `warm_up` none of them waits for the network to be compiled.
+    """
+
+    def __init__(self, networks: predictor.Predictor, members: tuple[ensemble.Member, ...]):
+        self._networks, self.members = networks, members
+
+    @classmethod
+    def from_run(
+        cls,
+        run: str | Path,
+        *more: str | Path,
+        checkpoint: str | int = "best",
+        networks: tuple[str, ...] = (),
+        mirror: bool | None = None,
+    ) -> "Predictor":
+        """Reads a run; of several, folds say, probabilities are averaged.
+
+        Args:
+            run: Folder of a run that was trained or imported.
+            more: Folders of further runs whose scans are prepared alike.
+            checkpoint: "best", "last" or a step; of further runs the best instead of a step.
+            networks: Names from the first run's objective; (): the one it deploys.
+            mirror: Average over mirrored versions; None: as the run's config says.
+
+        Raises:
+            FileNotFoundError: If a folder is not one of a run, or has no such checkpoint.
+            ValueError: If a run is damaged, or runs are not prepared alike.
+        """
+        first = ensemble.run_of(run, checkpoint=checkpoint, networks=networks)
+        if mirror is not None:
+            infer = dataclasses.replace(first.config.infer, mirror=mirror)
+            config = dataclasses.replace(first.config, infer=infer)
+            first = dataclasses.replace(first, config=config)
+        predictor.share_cores(first)
+        return cls(*ensemble.open_runs(first, more))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names by value in a label map, background first."""
+        return self._networks.classes
+
+    def warm_up(self) -> None:
+        """Compiles the networks, by applying them to a scan of one tile."""
+        for one in (self._networks, *self._networks.others):
+            blank = np.full((*one.window.tile, 1), one.fill, np.float32)
+            one.window.logits(one.networks, blank, fill=one.fill)
+
+    def __call__(self, voxels: np.ndarray, affine: np.ndarray) -> UInt8[np.ndarray, "I J K"]:
+        """The label map of a scan, on its own voxels.
+
+        Raises:
+            ValueError: If array or affine are none of a scan of the kind the run was trained on,
+                or the network's output is not finite.
+        """
+        return self.predict(voxels, affine).labels
+
+    def predict(self, voxels: np.ndarray, affine: np.ndarray) -> "Prediction":
+        """The networks' answer, of which label map and probabilities can be had; as a call is."""
+        volume = _volume(voxels, affine)
+        image, grid, findings = prepare_volume(volume, self._networks.plan)
+        logits = self._networks.logits(image, volume.case)
+        return Prediction(self._networks, logits, grid, tuple(one.text for one in findings))
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the networks say of one scan."""
+
+    _networks: predictor.Predictor
+    _logits: Float[np.ndarray, "K D H W"]
+    _grid: Grid
+    findings: tuple[str, ...]  # what was repaired of the scan, and what is odd about it
+
+    @cached_property
+    def labels(self) -> UInt8[np.ndarray, "I J K"]:
+        """The likeliest class of every voxel."""
+        label = geometry.argmax_from_grid(self._logits, self._grid)
+        return np.ascontiguousarray(label.transpose(2, 1, 0))
+
+    @cached_property
+    def probabilities(self) -> Probabilities:
+        """Probabilities of all classes with their names and the affine; `save` writes a file."""
+        values = geometry.probabilities_from_grid(self._logits, self._grid)
+        return self._networks.chances(values, np.asarray(self._grid.native_affine))
+
+
+def read_scan(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine of a NIfTI file, as `predict` reads it: known defects are put right.
+
+    Raises:
+        ValueError: If the file is broken; names it.
+        FileNotFoundError: If there is no such file.
+    """
+    volume = nifti.read(path)
+    return volume.voxels.transpose(2, 1, 0), volume.affine[:, [2, 1, 0, 3]]
+
+
+def _volume(voxels: np.ndarray, affine: np.ndarray) -> Volume:
+    """A scan in memory as one from a file: the same order of axes, integers or float32."""
+    voxels, affine = np.asarray(voxels), np.asarray(affine, np.float64)
+    if voxels.ndim != 3 or voxels.dtype.kind not in "iuf" or affine.shape != (4, 4):
+        raise UserError(
+            f"a scan is an array of numbers [i, j, k] and an affine [4, 4]; got "
+            f"{voxels.dtype}{voxels.shape} and {affine.shape}"
+        )
+    if voxels.dtype.kind == "f":
+        voxels = voxels.astype(np.float32)
+        if not np.isfinite(voxels).all():
+            raise UserError("the scan has voxels that are not finite numbers; replace them by air")
+    nifti_header.require_affine(affine)
+    return Volume(voxels.transpose(2, 1, 0), affine[:, [2, 1, 0, 3]], "the scan")

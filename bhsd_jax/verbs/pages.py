@@ -1,0 +1,88 @@
+"""What the pages about a run have in common: its label maps, and the page to scroll through."""
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.metrics import scores
+from bhsd_jax.platform import step_log
+from bhsd_jax.report import viewer
+from bhsd_jax.report.page import NOTICE
+from bhsd_jax.verbs import shown
+from bhsd_jax.verbs.shown import Entry
+
+logger = logging.getLogger(__name__)
+
+NAMES, VIEWER = "names.csv", "viewer.html"
+
+
+def folder(run: Run) -> Path:
+    """Where the label maps lie that were evaluated."""
+    return Path(run.config.evaluate.predictions or run.folder / "predictions")
+
+
+def beside(path: Path, folder: Path) -> str:
+    """A path as it is reached from a folder."""
+    return os.path.relpath(path, folder).replace(os.sep, "/")
+
+
+def unfinished(run: Run) -> tuple[str, ...]:
+    """Says of a run whose training was not at its end that it was not."""
+    steps = [record["step"] for record in step_log.read(run.folder / "metrics.jsonl")]
+    wanted = run.config.train.steps
+    if not steps or steps[-1] >= wanted:
+        return ()
+    return (
+        f"This training is not finished: {steps[-1]} of {wanted} steps are logged. Figures of the "
+        "finished run will differ; the verb `train` goes on where it stopped.",
+    )
+
+
+def write_viewer(run: Run, rows: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> None:
+    """Writes `viewer.html` into the run folder, the worst scans first.
+
+    Args:
+        run: That was evaluated.
+        rows: Of its cases.csv.
+        names: Of scans on the page, by case.
+
+    Raises:
+        ValueError: If the extra `viewer` is not installed, or a scan is damaged.
+    """
+    merged = run.folder / "cases_binary.csv"
+    dice = {score.case: score.dice for score in scores.read_csv(merged)} if merged.is_file() else {}
+    cases = {case.id: case for case in run.data_set.cases()}
+    ml: dict[str, dict[str, float]] = {}
+    for row in rows:
+        ml.setdefault(row["case"], {})[row["class"]] = float(row["volume_pred_ml"])
+    entries = [
+        Entry(
+            *(cases[case], folder(run) / f"{case}.nii.gz", names[case], volumes),
+            dice=None if math.isnan(dice.get(case, math.nan)) else dice[case],
+        )
+        for case, volumes in ml.items()
+        if case in cases
+    ]
+    entries.sort(key=lambda entry: math.inf if entry.dice is None else entry.dice)
+    title = run.config.report.title or f"{run.plan.dataset}: {run.config.name}"
+    write_page(run, run.folder, title, f"{len(entries)} scans, scored", entries)
+
+
+def write_page(run: Run, out: Path, title: str, subtitle: str, entries: Sequence[Entry]) -> None:
+    """Writes `viewer.html` into a folder; says where not all scans fit.
+
+    Raises:
+        ValueError: As `write_viewer`.
+    """
+    page = shown.around(run, title, subtitle, NOTICE, len(entries))
+    most = run.config.report.viewer_mb
+    count = viewer.write(out / VIEWER, page, shown.scans(run, entries), most_mb=most)
+    if count < len(entries):
+        logger.warning(
+            "%s: %d of %d scans fit into %d MB; --config.report.viewer_mb says how many may be",
+            *(out / VIEWER, count, len(entries), most),
+        )
+    logger.info("viewer: %s", out / VIEWER)

@@ -1,0 +1,210 @@
+"""A report of scans that were predicted and have no references."""
+
+import csv
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bhsd_jax import __version__
+from bhsd_jax.assemble import data
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.platform import files
+from bhsd_jax.platform.csv_files import write_records
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.report import figures, niivue, viewer
+from bhsd_jax.report.page import Page, Picture, Section, save
+from bhsd_jax.report.result_tables import Table
+from bhsd_jax.verbs import pages, shown
+from bhsd_jax.verbs.shown import Entry
+from bhsd_jax.volume import Case
+
+logger = logging.getLogger(__name__)
+
+_PICTURES = 12  # of the largest bleeds
+_AGAIN = "run the verb `predict` again"
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """What `predict` has left in a folder."""
+
+    rows: tuple[dict[str, Any], ...]  # of volumes.json, largest first
+    facts: dict[str, Any]  # predictions.json
+    skipped: tuple[dict[str, str], ...]
+
+
+def write(run: Run, out: Path, cases: Mapping[str, Case], *, strict: bool = False) -> None:
+    """Writes `report.html`, `report.md` and `viewer.html` beside the label maps.
+
+    Without the extra `viewer` there is no viewer, which a line says; `strict` takes its absence
+    for an error where the config asks for one.
+
+    Args:
+        run: That has predicted.
+        out: Folder of its label maps and tables.
+        cases: Scans by their names in the outputs.
+        strict: The page was asked for by the verb `report`.
+
+    Raises:
+        FileNotFoundError: If nothing was predicted there.
+        ValueError: If a file is damaged; names it.
+    """
+    found = _read(out)
+    entries = [_entry(run, out, row, cases) for row in found.rows if row["case"] in cases]
+    if not entries:
+        raise UserError(f"{out}: none of these scans was predicted there; {_AGAIN}")
+    names = _names(run, cases)
+    entries = [dataclasses.replace(entry, name=names[entry.name]) for entry in entries]
+    _write_names(out, entries)
+    wanted = run.config.report.viewer if strict else niivue.available()
+    title = run.config.report.title or f"{len(entries)} scans, {run.config.name}"
+    subtitle = _subtitle(run, found, len(entries))
+    page = Page(
+        title=title,
+        subtitle=subtitle,
+        headline=_headline(entries),
+        sections=tuple(_sections(run, found, entries, names, wanted)),
+        footer=(
+            f"Written by bhsd_jax {__version__}. License of the training data: "
+            f"{run.plan.license or 'not stated'}."
+        ),
+        banners=_banners(run, found, len(cases)),
+    )
+    logger.info("report: %s", save(page, out))
+    if wanted:
+        pages.write_page(run, out, title, subtitle, entries)
+    elif not strict:
+        logger.info("no %s: install the extra `viewer`", pages.VIEWER)
+
+
+def _read(out: Path) -> _Predicted:
+    for name in ("volumes.json", "predictions.json"):
+        if not (out / name).is_file():
+            raise FileNotFoundError(f"{out / name}: not there; run the verb `predict` first")
+    listed = files.read_json(out / "volumes.json", keys=("scans",), remedy=_AGAIN)["scans"]
+    facts = files.read_json(out / "predictions.json", keys=("step",), remedy=_AGAIN)
+    skipped: list[dict[str, str]] = []
+    if (out / "skipped.csv").is_file():
+        with (out / "skipped.csv").open(newline="") as file:
+            skipped = list(csv.DictReader(file))
+    rows = sorted(listed, key=lambda row: -sum(row["ml"].values()))
+    return _Predicted(tuple(rows), facts, tuple(skipped))
+
+
+def _entry(run: Run, out: Path, row: Mapping[str, Any], cases: Mapping[str, Case]) -> Entry:
+    case = dataclasses.replace(cases[row["case"]], label=None)
+    flags = (row["warning"],) if row.get("warning") else ()
+    ml = {name: float(row["ml"].get(name, 0.0)) for name in run.classes[1:]}
+    return Entry(case, out / f"{row['case']}.nii.gz", row["case"], ml, flags=flags)
+
+
+def _names(run: Run, cases: Mapping[str, Case]) -> dict[str, str]:
+    """Names on the page by those of the outputs: salted hashes, unless it is told to show names.
+
+    What is hidden in the outputs already, as names of DICOM series are, keeps its name.
+    """
+    open_ = sorted(name for name, case in cases.items() if name == case.id)
+    short = data.short_names(open_, run.folder, run.config.report.show_ids) if open_ else {}
+    return {name: short.get(name, name) for name in cases}
+
+
+def _write_names(out: Path, entries: Sequence[Entry]) -> None:
+    listed = [{"name": e.name, "label_map": e.label_map.name} for e in entries]
+    write_records(out / pages.NAMES, listed, line_end="\n")
+
+
+def _subtitle(run: Run, found: _Predicted, scans: int) -> str:
+    return (
+        f"{scans} scans without references. Objective {run.config.objective['name']}, backbone "
+        f"{run.config.model['name']}, checkpoint of step {found.facts['step']}, trained on "
+        f"{run.plan.dataset}."
+    )
+
+
+def _headline(entries: Sequence[Entry]) -> tuple[tuple[str, str], ...]:
+    totals = [sum(entry.ml.values()) for entry in entries]
+    bleeding = [total for total in totals if total > 0]
+    return (
+        (str(len(entries)), "scans"),
+        (str(len(bleeding)), "of them with some bleed drawn"),
+        (f"{max(totals):.1f} mL", "in the scan with most"),
+    )
+
+
+def _banners(run: Run, found: _Predicted, scans: int) -> tuple[str, ...]:
+    banners = list(pages.unfinished(run))
+    missing = scans - len(found.rows) - len(found.skipped)
+    if missing > 0:
+        banners.append(f"{missing} of {scans} scans are not predicted yet; {_AGAIN}.")
+    if found.skipped:
+        banners.append(f"{len(found.skipped)} of {scans} scans could not be predicted, see below.")
+    return tuple(banners)
+
+
+def _sections(
+    run: Run,
+    found: _Predicted,
+    entries: Sequence[Entry],
+    names: Mapping[str, str],
+    viewer_too: bool,
+) -> list[Section]:
+    classes = run.classes[1:]
+    rows = tuple(
+        (
+            entry.name,
+            *(f"{entry.ml[name]:.1f}" for name in classes),
+            f"{sum(entry.ml.values()):.1f}",
+            "; ".join(entry.flags),
+        )
+        for entry in entries
+    )
+    hidden = [entry.name != entry.label_map.name.removesuffix(".nii.gz") for entry in entries]
+    links = {} if any(hidden) else {e.name: e.label_map.name for e in entries}
+    columns = ("scan", *(f"{name} (mL)" for name in classes), "all (mL)", "to note")
+    words = [f"{pages.NAMES} beside this page leads from the names to the label maps."]
+    if viewer_too:
+        words.append("{Scroll through the scans|viewer.html}.")
+    sections = [Section("By volume", (" ".join(words), Table(columns, rows, links)))]
+    pictures = _pictures(run, entries) if run.config.report.overlays else []
+    if pictures:
+        sections.append(Section("Largest bleeds", (_LEGEND, *pictures)))
+    if found.skipped:
+        reasons = tuple(
+            (names.get(row["case"], row["case"]), _renamed(row, names)) for row in found.skipped
+        )
+        sections.append(Section("Not predicted", (Table(("scan", "reason"), reasons),)))
+    return sections
+
+
+def _renamed(row: Mapping[str, str], names: Mapping[str, str]) -> str:
+    return row["reason"].replace(row["case"], names.get(row["case"], row["case"]))
+
+
+_LEGEND = (
+    f"[{figures.PREDICTION}] prediction. The first picture of a row is the slice without contours. "
+    "Slices are shown as in a reading room: the patient's right is on the left, and slice 1 is the "
+    "lowest."
+)
+
+
+def _pictures(run: Run, entries: Sequence[Entry]) -> list[Picture]:
+    if not figures.available():
+        return []
+    drawn = []
+    for entry in [e for e in entries if sum(e.ml.values()) > 0][:_PICTURES]:
+        one = shown.read(run, entry)
+        mask = one.prediction > 0
+        low, high = np.percentile(one.image, (2, 99.5))
+        windowed = run.plan.modality == "ct" and not run.plan.normalize_first
+        level, width = viewer.CT_WINDOWS[0][1:]
+        window = (level - width / 2, level + width / 2) if windowed else (float(low), float(high))
+        overlay = figures.Overlay(one.image, np.zeros_like(mask), mask, one.spacing_mm, window)
+        parts = [f"{name} {ml:.1f} mL" for name, ml in entry.ml.items() if ml > 0]
+        caption = f"Scan {entry.name}: {', '.join(parts)}"
+        drawn.append(Picture(figures.overlay_png(overlay), caption))
+    return drawn

@@ -1,0 +1,80 @@
+"""Scans with their label maps, upright and in the axes of a reading room, for pages."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.ct import geometry, hu, scan, shear
+from bhsd_jax.report import viewer
+from bhsd_jax.report.viewer import Shown, Viewer
+from bhsd_jax.volume import Case, Volume
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A scan that a page is to show, before any file of it is read."""
+
+    case: Case  # its label is the reference, where there is one
+    label_map: Path
+    name: str  # on the page
+    ml: Mapping[str, float]
+    dice: float | None = None
+    review: float | None = None
+    flags: tuple[str, ...] = field(default=())
+
+
+def scans(run: Run, entries: Iterable[Entry]) -> Iterator[Shown]:
+    """Reads one scan after the other.
+
+    Raises:
+        ValueError: If a file is damaged; names it.
+        FileNotFoundError: If one is gone.
+    """
+    for entry in entries:
+        yield read(run, entry)
+
+
+def read(run: Run, entry: Entry) -> Shown:
+    """One scan: sheared stacks are set upright, wraps known from real CT are undone."""
+    place = scan.native(entry.case.image)
+    volume, _ = scan.read(place)
+    labels = [_label(run, entry.label_map, entry, volume)]
+    if entry.case.label is not None:
+        labels.append(_label(run, entry.case.label, entry, volume))
+    voxels, flags = volume.voxels, entry.flags
+    ct = run.plan.modality == "ct"
+    if ct and not run.plan.normalize_first:
+        voxels = hu.repair(voxels)[0]
+    affine = volume.affine
+    upright, made = shear.unshear(voxels, affine, fill=float(voxels.min()))
+    if upright is not voxels:
+        labels = [shear.unshear_label(label, affine) for label in labels]
+        flags = (*flags, "tilted gantry: shown upright")
+    order, flip = geometry.canonical(made)
+    image, *masks = (geometry.turn(array, order, flip) for array in (upright, *labels))
+    spacing = np.linalg.norm(made[:3, :3], axis=0)
+    d, h, w = (float(spacing[axis]) for axis in order)
+    reference = masks[1] if len(masks) > 1 else None
+    return Shown(
+        *(entry.name, image, (d, h, w), masks[0], reference, entry.ml),
+        dice=entry.dice,
+        review=entry.review,
+        flags=flags,
+    )
+
+
+def around(run: Run, title: str, subtitle: str, notice: str, count: int) -> Viewer:
+    """What stands around `count` scans of a run."""
+    ct = run.plan.modality == "ct"
+    windows = viewer.CT_WINDOWS if ct and not run.plan.normalize_first else viewer.NO_WINDOWS
+    unit = "HU" if ct else ""
+    return Viewer(title, subtitle, notice, run.classes[1:], windows, unit, count)
+
+
+def _label(run: Run, place: object, entry: Entry, volume: Volume) -> np.ndarray:
+    where = scan.native(entry.case.image)
+    found, _ = scan.read_label(place, where, volume, num_classes=None)  # pyright: ignore[reportArgumentType]
+    return (found.voxels > 0).astype(np.uint8) if len(run.classes) == 2 else found.voxels

@@ -1,0 +1,211 @@
+"""The Python interface gives what the verb gives; the guide's snippets run as printed."""
+
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import tiny_run
+
+from bhsd_jax.api import Predictor, read_scan
+from bhsd_jax.assemble import ensemble, predictor
+from bhsd_jax.ct import probabilities
+from bhsd_jax.infer.ensemble import mean_of_probabilities
+from bhsd_jax.verbs import predict
+
+GUIDE = Path(__file__).parents[1] / "tools" / "guide" / "python.md"
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    """Compiling for eight devices takes longer; `tests/infer` does it."""
+    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three runs as folds leave them."""
+    root = tmp_path_factory.mktemp("runs")
+    return [tiny_run.make(root / f"fold{seed}", seed) for seed in range(3)]
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Scans of several orientations, spacings and types."""
+    images = tmp_path / "images"
+    images.mkdir()
+    turned = np.diag([-1.0, -1, 1, 1]) @ tiny_run.upright((2.0, 2.0, 5.0))
+    nib.save(nib.Nifti1Image(tiny_run.head(), tiny_run.upright()), images / "a.nii.gz")
+    nib.save(nib.Nifti1Image(tiny_run.head(1)[:, 3:], turned), images / "b.nii.gz")
+    side = nib.Nifti1Image(
+        tiny_run.head(2).transpose(2, 0, 1)[:, ::-1],
+        tiny_run.upright((1.7, 1.9, 6.0))[:, [2, 0, 1, 3]],
+    )
+    side.header.set_data_dtype(np.float32)
+    nib.save(side, images / "c.nii.gz")
+    return images
+
+
+def predict_all(run, images, out, **changes):
+    """What the verb writes."""
+    config = ensemble.run_of(run, images=str(images), out=str(out), **changes).config
+    predict.run(config, run)
+    return {path.name: np.asanyarray(nib.load(path).dataobj) for path in out.glob("*.nii.gz")}
+
+
+def test_labels_are_those_of_the_verb_on_the_same_file(runs, scans, tmp_path):
+    want = predict_all(runs[0], scans, tmp_path / "out")
+    apply = Predictor.from_run(runs[0])
+    assert apply.classes == tiny_run.CLASSES
+    for name, label in want.items():
+        assert len(np.unique(label)) > 1
+        for voxels, affine in (nibabels(scans / name), read_scan(scans / name)):
+            found = apply(voxels, affine)
+            assert found.dtype == np.uint8
+            np.testing.assert_array_equal(found, label)
+
+
+def nibabels(path):
+    image = nib.load(path)
+    return image.get_fdata(), image.affine
+
+
+def test_probabilities_are_the_verbs_and_say_what_they_are(runs, scans, tmp_path):
+    predict_all(runs[0], scans, tmp_path / "out", probabilities=True)
+    prediction = Predictor.from_run(runs[0]).predict(*nibabels(scans / "c.nii.gz"))
+    prediction.probabilities.save(tmp_path / "own.npz")
+    written = tmp_path / "out" / "c_probabilities.npz"
+    with np.load(written) as one, np.load(tmp_path / "own.npz") as other:
+        assert sorted(one) == sorted(other) == ["affine", "axes", "classes", "probabilities"]
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+        assert one["axes"].tolist() == ["class", "k", "j", "i"]
+        assert one["classes"].tolist() == list(tiny_run.CLASSES)
+        np.testing.assert_allclose(one["affine"], nib.load(scans / "c.nii.gz").affine)
+        assert one["probabilities"].shape == (3, *nib.load(scans / "c.nii.gz").shape[::-1])
+    read = probabilities.load(written)
+    assert read.values.shape == (3, *prediction.labels.shape)
+    sure = np.sort(read.values.astype(np.float32), axis=0)
+    clear = sure[-1] - sure[-2] > 0.01  # float16 has ties
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(read.values.argmax(0)[clear], prediction.labels[clear])
+
+
+def test_a_file_of_probabilities_that_lacks_its_words_is_made_again(runs, scans, tmp_path, caplog):
+    out = tmp_path / "out"
+    predict_all(runs[0], scans, out, probabilities=True)
+    whole = (out / "a_probabilities.npz").read_bytes()
+    with np.load(out / "a_probabilities.npz") as stored:
+        np.savez_compressed(out / "a_probabilities.npz", probabilities=stored["probabilities"])
+    other = probabilities.load(out / "b_probabilities.npz")
+    probabilities.Probabilities(other.values, ("background", "x", "y"), other.affine).save(
+        out / "b_probabilities.npz"
+    )
+    predict_all(runs[0], scans, out, probabilities=True, overwrite=False)
+    assert (out / "a_probabilities.npz").read_bytes() == whole
+    assert probabilities.load(out / "b_probabilities.npz").classes == tiny_run.CLASSES
+    assert "a: predicted again, for" in caplog.text
+    assert "holds no affine" in caplog.text
+    (out / "a_probabilities.npz").write_bytes(whole[:-50])
+    with pytest.raises(ValueError, match=r"a_probabilities\.npz: damaged"):
+        probabilities.load(out / "a_probabilities.npz")
+
+
+def test_three_runs_give_the_mean_of_their_probabilities(runs, scans, tmp_path):
+    voxels, affine = nibabels(scans / "b.nii.gz")
+    alone = [Predictor.from_run(run).predict(voxels, affine) for run in runs]
+    together = Predictor.from_run(*runs)
+    assert [member.folder for member in together.members] == runs
+    found = together.predict(voxels, affine)
+    # On the prepared grid, before anything is brought back to the scan's voxels.
+    softmax = [np.exp(one._logits) / np.exp(one._logits).sum(0) for one in alone]
+    np.testing.assert_allclose(np.exp(found._logits), np.mean(softmax, axis=0), atol=2e-6)
+    labels = [one.labels for one in alone]
+    assert any((label != found.labels).any() for label in labels), "no run decides alone"
+    written = predict_all(
+        runs[0], scans, tmp_path / "out", runs=(str(runs[1]), str(runs[2])), probabilities=True
+    )
+    np.testing.assert_array_equal(written["b.nii.gz"], found.labels)
+    facts = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [one["run"] for one in facts["averaged_with"]] == ["fold1", "fold2"]
+
+
+def test_parts_count_as_often_as_they_have_networks():
+    random = np.random.default_rng(0)
+    one, two, three = (random.normal(0, 3, (3, 2, 2, 2)).astype(np.float32) for _ in range(3))
+    assert mean_of_probabilities([(one, 4)]) is one
+    chances = [np.exp(x) / np.exp(x).sum(0) for x in (one, two, three)]
+    want = (chances[0] + 2 * chances[1] + 3 * chances[2]) / 6
+    found = mean_of_probabilities([(one, 1), (two, 2), (three, 3)])
+    np.testing.assert_allclose(np.exp(found), want, rtol=1e-5)
+    with pytest.raises(ValueError, match="no networks"):
+        mean_of_probabilities([])
+
+
+def test_runs_that_see_other_scans_are_not_averaged(runs, tmp_path):
+    import dataclasses
+
+    plan = dataclasses.replace(tiny_run.PLAN, spacing_mm=(5.0, 1.0, 1.0))
+    other = tiny_run.make(tmp_path / "fine", plan=plan)
+    with pytest.raises(ValueError, match=r"fine: spacing_mm of its plan is \(5.0, 1.0, 1.0\)"):
+        Predictor.from_run(runs[0], other)
+    with pytest.raises(FileNotFoundError, match="give the folder of a run that was trained"):
+        Predictor.from_run(tmp_path / "nothing")
+
+
+def test_threads_give_what_one_gives(runs, scans):
+    apply = Predictor.from_run(runs[0])
+    apply.warm_up()
+    inputs = [nibabels(path) for path in sorted(scans.iterdir())] * 4
+    want = [apply(*each) for each in inputs[:3]]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: apply(*each), inputs))
+    for index, label in enumerate(found):
+        np.testing.assert_array_equal(label, want[index % 3])
+
+
+@pytest.mark.parametrize(
+    ("voxels", "affine", "words"),
+    [
+        (np.zeros((4, 4)), np.eye(4), r"an array of numbers \[i, j, k\]"),
+        (np.zeros((4, 4, 4), bool), np.eye(4), "got bool"),
+        (np.zeros((4, 4, 4)), np.eye(3), r"\(3, 3\)"),
+        (np.full((4, 4, 4), np.nan), np.eye(4), "not finite numbers"),
+        (np.zeros((4, 4, 4)), np.diag([1.0, 1, 0, 1]), "zero axis"),
+        (np.full((40, 40, 40), 1e6), np.eye(4), "the scan: no HU"),
+    ],
+)
+def test_what_is_no_scan_is_refused_in_one_line(runs, voxels, affine, words):
+    with pytest.raises(ValueError, match=words):
+        Predictor.from_run(runs[0])(voxels, affine)
+
+
+def test_the_package_alone_does_not_import_jax():
+    code = "import sys, bhsd_jax; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_guides_snippets_run_as_printed(runs, scans, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    (tmp_path / "runs").mkdir()
+    for run in runs:
+        (tmp_path / "runs" / run.name).symlink_to(run)
+    (tmp_path / "runs" / "first").symlink_to(runs[0])
+    (scans / "a.nii.gz").rename(tmp_path / "scan.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    found = []
+    for block in blocks:
+        exec(block, names)
+        found.append(names["labels"])
+    want = predict_all(runs[0], tmp_path / "scan.nii.gz", tmp_path / "out")["scan.nii.gz"]
+    for label in found[:3]:
+        np.testing.assert_array_equal(label, want)
+    assert (found[3] != want).any()
+    assert (tmp_path / "scan_probabilities.npz").is_file()

@@ -1,0 +1,157 @@
+"""Reports of scans without references, the way from names to files, and what is unfinished."""
+
+import csv
+import dataclasses
+import json
+import re
+
+import nibabel as nib
+import numpy as np
+import pytest
+import tiny_run
+from dicom_files import NAME, PATIENT, write_series
+
+from bhsd_jax.assemble import ensemble, predictor
+from bhsd_jax.report import niivue
+from bhsd_jax.report.page import Page, Picture, Section, save
+from bhsd_jax.report.result_tables import Table
+from bhsd_jax.verbs import pages, predict, report, shown
+
+needs_niivue = pytest.mark.skipif(not niivue.available(), reason="the extra `viewer` is missing")
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    """Compiling for eight devices takes longer; `tests/infer` does it."""
+    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny_run.make(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Two NIfTI files, one of them broken, and a tilted DICOM series with names to hide."""
+    images = tmp_path / "images"
+    images.mkdir()
+    nib.save(nib.Nifti1Image(tiny_run.head(), tiny_run.upright()), images / "ID_1.nii.gz")
+    (images / "ID_2.nii.gz").write_bytes(b"no scan")
+    voxels = tiny_run.head(3).transpose(2, 1, 0)[:, ::-1, ::-1]
+    write_series(images / NAME / "ct", voxels, tilt_deg=14.0, spacing_mm=(5.0, 2.0, 2.0))
+    return images
+
+
+def config_of(run, scans, out, **changes):
+    return ensemble.run_of(run, images=str(scans), out=str(out), **changes).config
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@needs_niivue
+def test_new_scans_get_a_report_and_a_viewer_without_references(run, scans, tmp_path, caplog):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="1 of 3 scans skipped"):
+        predict.run(config_of(run, scans, out, report=True), run)
+    html, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()
+    names = {row["name"]: row["label_map"] for row in rows_of(out / "names.csv")}
+    assert len(names) == 2
+    assert all((out / place).is_file() for place in names.values())
+    for text in (html, markdown):
+        assert "1 of 3 scans could not be predicted" in text
+        assert "Not predicted" in text
+        assert all(name in text for name in names)
+        assert not [word for word in (NAME, PATIENT, "ID_1", "ID_2") if word in text]
+    assert '<a href="viewer.html">' in html
+    assert "[Scroll through the scans](viewer.html)" in markdown
+    volumes = [
+        sum(row["ml"].values()) for row in json.loads((out / "volumes.json").read_text())["scans"]
+    ]
+    listed = [float(cell) for cell in re.findall(r"\| ([\d.]+) \|  \|", markdown)]
+    assert listed == [round(volume, 1) for volume in sorted(volumes, reverse=True)]
+    pictures = re.findall(r"!\[.*?\]\((report_pictures/\w+\.png)\)", markdown)
+    assert len(pictures) == 2
+    assert all((out / place).read_bytes().startswith(b"\x89PNG") for place in pictures)
+    page = (out / "viewer.html").read_text()
+    facts = json.loads(re.search(r'<script id="page"[^>]*>(.*?)</script>', page)[1])
+    assert {case["name"] for case in facts["cases"]} == set(names)
+    assert not [case for case in facts["cases"] if case["reference"]]
+    tilted = [case for case in facts["cases"] if "tilted gantry: shown upright" in case["flags"]]
+    assert len(tilted) == 1
+    assert not [word for word in (NAME, PATIENT, "ID_1") if word in page]
+
+
+@needs_niivue
+def test_the_verb_report_makes_it_later_and_shows_names_where_it_may(run, scans, tmp_path):
+    out = tmp_path / "out"
+    (scans / "ID_2.nii.gz").unlink()
+    predict.run(config_of(run, scans, out), run)
+    assert not (out / "report.html").exists()
+    config = config_of(run, "", "")
+    chosen = {"images": str(scans), "predictions": str(out), "show_ids": True, "viewer": True}
+    asked = dataclasses.replace(config.report, **chosen)
+    report.run(dataclasses.replace(config, report=asked), run)
+    html = (out / "report.html").read_text()
+    assert '<a href="ID_1.nii.gz">ID_1</a>' in html
+    assert (out / "viewer.html").is_file()
+    assert not (run / "report.html").exists()
+    (out / "volumes.json").unlink()
+    with pytest.raises(FileNotFoundError, match="run the verb `predict` first"):
+        report.run(dataclasses.replace(config, report=asked), run)
+
+
+def test_a_sheared_scan_is_shown_upright_with_its_bleeds_on_it(run, tmp_path):
+    """A bar that stands upright in the patient runs askew in the voxels of a tilted stack."""
+    voxels = np.full((20, 60, 40), -1000, np.int16)  # D H W
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[0, 0, -2], [0, -2, 0], [5, 0, 0]])
+    affine[1, 0] = 2.0  # a slice up lies 2 mm, one row, further to the front
+    for index in range(20):
+        voxels[index, 25 + index : 30 + index, 15:20] = 60
+    path, label = tmp_path / "scan.nii.gz", tmp_path / "label.nii.gz"
+    ijk = affine[:, [2, 1, 0, 3]]
+    nib.save(nib.Nifti1Image(voxels.transpose(2, 1, 0), ijk), path)
+    nib.save(nib.Nifti1Image((voxels > 0).astype(np.uint8).transpose(2, 1, 0), ijk), label)
+    case = shown.Case("a", "a", path, None, "test")
+    opened = ensemble.run_of(run)
+    found = shown.read(opened, shown.Entry(case, label, "a", {"IPH": 1.0, "SDH": 0.0}))
+    assert found.flags == ("tilted gantry: shown upright",)
+    rows = [np.flatnonzero((found.image[d] > 0).any(1)).tolist() for d in range(20)]
+    assert rows == [rows[0]] * 20
+    np.testing.assert_array_equal(found.prediction > 0, found.image > 0)
+    distance = abs(np.linalg.det(affine[:3, :3])) / 4  # between the slices
+    assert found.spacing_mm == pytest.approx((distance, 2, 2))
+
+
+def test_a_training_that_is_not_at_its_end_says_so(run, tmp_path):
+    opened = ensemble.run_of(run)
+    assert pages.unfinished(opened) == (), "weights that were imported have no log"
+    other = dataclasses.replace(opened, folder=tmp_path)
+    lines = [{"step": 50, "train/loss": 1.0}, {"step": 100, "train/loss": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (banner,) = pages.unfinished(other)
+    assert "100 of 250000 steps" in banner
+    train = dataclasses.replace(other.config.train, steps=100)
+    config = dataclasses.replace(other.config, train=train)
+    assert pages.unfinished(dataclasses.replace(other, config=config)) == ()
+
+
+def test_pictures_of_the_markdown_page_lie_beside_it(tmp_path):
+    one, two = Picture(b"\x89PNG1", "first"), Picture(b"\x89PNG2", "second")
+    sections = (
+        Section("A", ("words", one)),
+        Section("B", (Table(("a",), (("x",),), {"x": "b c"}), two)),
+    )
+    page = Page("Title", "sub", (), sections)
+    assert save(page, tmp_path) == tmp_path / "report.html"
+    text = (tmp_path / "report.md").read_text()
+    assert "![first](report_pictures/picture_01.png)" in text
+    assert (tmp_path / "report_pictures" / "picture_02.png").read_bytes() == b"\x89PNG2"
+    assert "[x](b%20c)" in text
+    assert '<a href="b%20c">x</a>' in (tmp_path / "report.html").read_text()
+    save(Page("Title", "sub", (), sections[:1]), tmp_path)
+    assert [path.name for path in (tmp_path / "report_pictures").iterdir()] == ["picture_01.png"]
