@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from bhsd_jax.ct import scan
+from bhsd_jax.ct import probabilities, scan
 from bhsd_jax.experiments.queue import Trial
 from bhsd_jax.metrics import overlap, postprocessing
 from bhsd_jax.metrics.postprocessing import Rule, Tally
@@ -124,9 +124,8 @@ def _likeliest(paths: Sequence[Path]) -> np.ndarray:
     """The class of the highest mean probability; the first of equals."""
     total = 0.0
     for path in paths:
-        with np.load(path, allow_pickle=False) as stored:
-            total = total + stored["probabilities"].astype(np.float32)
-    return np.argmax(total, axis=0).astype(np.uint8)
+        total = total + probabilities.load(path).values.astype(np.float32)
+    return np.argmax(total, axis=0).astype(np.uint8).transpose(2, 1, 0)  # files hold i, j, k
 
 
 def mean_dice(counts: Tally, classes: Sequence[str]) -> Mapping[str, float]:

@@ -7,6 +7,7 @@ import pytest
 
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
+from bhsd_jax.ct.probabilities import Probabilities
 from bhsd_jax.experiments import folds, queue
 from bhsd_jax.experiments.queue import Trial
 from bhsd_jax.experiments.study import Heading, Study
@@ -69,10 +70,9 @@ def made(tmp_path):
                 predicted = change(label)
                 target = run / "predictions" / f"{case}.nii.gz"
                 nifti.write_volume(target, Volume(predicted, AFFINE, ""))
-                np.savez(
-                    target.with_name(f"{case}_probabilities.npz"),
-                    probabilities=sure(predicted, share),
-                )
+                chances = sure(predicted, share).transpose(0, 3, 2, 1)
+                beside = target.with_name(f"{case}_probabilities.npz")
+                Probabilities(chances, ("background", *"abcde"), AFFINE).save(beside)
             trial = Trial(f"{name}/fold{fold}", 0, run, (), settings)
             files.write_json(run / "config.json", queue.plain(settings))
             saved = run / "checkpoints" / str(settings.train.steps) / "SHA256SUMS"
