@@ -181,7 +181,7 @@ def _first_fit(kinds: tuple[Any, ...], value: Any) -> Any:
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str) and kinds[0] is str:
+    if isinstance(value, str) and _is_text(kinds[0]):
         value = tuple(word.strip() for word in value.strip("()").split(",") if word.strip())
     any_number = kinds[-1] is Ellipsis
     if any_number and value is not None and not isinstance(value, list | tuple):
@@ -204,6 +204,11 @@ def _require_limits(value: Any, limits: tuple[Any, ...]) -> None:
             raise _UnfitError(f"{limit.least:g} or more")
         if limit.most is not None and any(number > limit.most for number in numbers):
             raise _UnfitError(f"{limit.most:g} or less")
+
+
+def _is_text(kind: Any) -> bool:
+    words = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    return kind is str or (bool(words) and all(isinstance(word, str) for word in words))
 
 
 def _is_union(origin: Any) -> bool:

@@ -35,9 +35,16 @@ def cross_entropy(
     return (weight * nats).sum() / jnp.maximum(weight.sum(), 1e-8)
 
 
-def entropy(logits: Float[Array, "B D H W K"]) -> Float[Array, "B D H W"]:
-    """Entropy of every voxel's classes as a share of the largest possible, log K: 0 to 1."""
+def entropy(logits: Float[Array, "B D H W K"], epsilon: float = 0.0) -> Float[Array, "B D H W"]:
+    """Entropy of every voxel's classes as a share of the largest possible, log K: 0 to 1.
+
+    `epsilon` is added to probabilities before the logarithm: 1e-6 in SSL4MIS, which a voxel notices
+    that is sure to about as much.
+    """
     log_prob = jax.nn.log_softmax(logits.astype(jnp.float32))
+    if epsilon:
+        prob = jnp.exp(log_prob)
+        return -(prob * jnp.log(prob + epsilon)).sum(-1) / np.log(logits.shape[-1])
     # Not p log p: that has a NaN gradient where a probability underflows.
     return -(jnp.exp(log_prob) * log_prob).sum(-1) / np.log(logits.shape[-1])
 

@@ -91,10 +91,20 @@ class Input:
     ] = None
     unlabeled: Annotated[int, "unlabeled patches per step", NOT_NEGATIVE] = 0
     cases: Annotated[
-        Literal["with_replacement", "in_turn"],
-        "how cases of either stream are drawn: with replacement (nnU-Net), or each once in every "
-        "pass over them, in an order of its own (SSL4MIS)",
+        Literal["with_replacement", "in_turn", "two_stream"],
+        "how cases of either stream are drawn: with replacement (nnU-Net); each once in every pass "
+        "over them; or as SSL4MIS, where both orders begin anew with every pass over the labeled "
+        "cases in whole batches",
     ] = "with_replacement"
+    crop: Annotated[
+        Literal["nnunet", "uniform"],
+        "where patches that need show no foreground lie: nnU-Net's law, or SSL4MIS' RandomCrop",
+    ] = "nnunet"
+    rot_flip: Annotated[
+        bool,
+        "turn scans by 0 to 3 quarters in their plane, then mirror them along H or W, before "
+        "patches are cut (SSL4MIS' RandomRotFlip)",
+    ] = False
     foreground: Annotated[float, "share of labeled patches centered on a labeled voxel", SHARE] = (
         0.33
     )
@@ -141,6 +151,11 @@ class Loss:
     ] = None
     dice_weight: Annotated[float, "of the Dice loss", NOT_NEGATIVE] = 1.0
     ce_weight: Annotated[float, "of the cross entropy", NOT_NEGATIVE] = 1.0
+    background: Annotated[bool, "background counts as a class of the Dice loss"] = False
+    squared: Annotated[bool, "squares below the line of the Dice ratio (Milletari et al.)"] = False
+    from_one: Annotated[
+        bool, "the Dice loss is one minus the ratio, not minus it: same gradient"
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -302,6 +317,18 @@ class Evaluate:
     baseline: Annotated[bool, "also score the best plain HU threshold on the same cases (CT)"] = (
         False
     )
+    also: Annotated[
+        tuple[Literal["monai", "medpy", "brats", "panoptica", "raters"], ...],
+        "scores as others define them, into cases_also.csv: HD95 of MONAI; HD95, ASD, ASSD of "
+        "medpy; BraTS' lesion-wise Dice and HD95; panoptica's PQ, SQ, RQ; MBH-Seg's of several "
+        "raters (data=mbhseg)",
+    ] = ()
+    brats_dilation: Annotated[int, "voxels by which `brats` dilates lesions", COUNT] = 3
+    brats_least_mm3: Annotated[float, "`brats` leaves out lesions up to it", NOT_NEGATIVE] = 50.0
+    answers: Annotated[
+        tuple[str, ...],
+        "folders of further label maps, which `raters` takes with `predictions` as one set",
+    ] = ()
 
 
 @dataclass(frozen=True)
@@ -346,7 +373,7 @@ class Settings:
 
     name: Annotated[str, "of the experiment; runs go to runs/<name> unless --workdir says so"]
     seed: Annotated[int, "of everything that is drawn in a training"]
-    preset: Annotated[str, "arguments of the objective: recommended, or ssl4mis"]
+    preset: Annotated[str, "recommended; or ssl4mis: the whole training as in SSL4MIS' scripts"]
     task: Annotated[str, "of the paper: 1, 2 or 3; empty: the experiment's own"]
     data: Annotated[Spec, "a class in bhsd_jax/datasets and its arguments"]
     preprocess: Preprocess
@@ -370,7 +397,8 @@ class Settings:
     optimizer: Annotated[
         Spec,
         "name, lr, clip (global gradient norm, per network), weight_decay, schedule (poly, ...), "
-        "power, warmup (steps; below 1: share of the training) and the optimizer's own",
+        "power, warmup (steps; below 1: share of the training), hold and lag (steps for which a "
+        "rate is kept, and by which it comes late) and the optimizer's own, such as nesterov",
     ]
     train: Train
     mesh: Mesh

@@ -53,6 +53,13 @@ BACKBONES = {
     # One convolution per decoder stage, whatever planner made the plan.
     "nnunet_resenc": Backbone("nnunet.ResidualEncoderUNet", {"convs_decoder": 1}, patch=None),
 }
+# Classes that can do without their coarser heads.
+DEEPLY_SUPERVISED = (
+    "nnunet.PlainConvUNet",
+    "nnunet.ResidualEncoderUNet",
+    "cotr.CoTr",
+    "nnformer.NNFormer",
+)
 _SMOKE = {  # thin networks that still have every part, by class
     "unetr.UNETR": {
         "feature_size": 4,

@@ -97,7 +97,7 @@ ABOUT = {  # the words for a reader
     "backbone=nnunet": f"or {', '.join(b for b in backbones.BACKBONES if b != 'nnunet')}, or a "
     "class as <module>.<Class>",
     "recipe=published": "optimizer and schedule of the backbone's authors; or nnunet: nnU-Net's",
-    "preset=recommended": "arguments of the objective; or ssl4mis: those of its authors",
+    "preset=recommended": "arguments of the objective; or ssl4mis: the training of its scripts",
     "labels=N": "masks to train with: a count, or a share below 1",
     "task=1": "the paper's tasks: 1 all classes, 2 binary with bleeding scans, 3 with all scans",
     "infer=full": "nnU-Net's sliding window; or fast: fewer tiles, no mirrored versions",
@@ -115,6 +115,46 @@ INFER = {  # the word `infer=`
     # For CPUs: no mirrored versions and fewer tiles, a twelfth to an eighteenth for a head CT.
     "fast": {"step": 0.75, "mirror": False},
 }
+
+
+# What the 3D scripts of SSL4MIS (06df604) have in common; tools/guide/ssl4mis.md has the arguments
+# they come from. An epoch of theirs, in which they count the ramp, is 150 steps.
+SSL4MIS = {
+    "input": {
+        "labeled": 2,
+        "cases": "two_stream",
+        "crop": "uniform",
+        "rot_flip": True,
+        "foreground": 0.0,
+        "pad": "nnunet",
+    },
+    "augment": {"spatial": (), "intensity": ()},
+    "loss": {
+        "batch_dice": True,
+        "background": True,
+        "squared": True,
+        "from_one": True,
+        "dice_weight": 0.5,
+        "ce_weight": 0.5,
+    },
+    "train": {"steps": 30_000, "validate_every": 200},
+    "infer": {"step": 64 / 96, "mirror": False},
+    "predict": {"checkpoint": "best"},
+}
+SSL4MIS_RAMP = {"weight": 0.1, "ramp_steps": 200 * 150, "staircase": 150}  # of the unlabeled term
+_SSL4MIS_OPTIMIZER = {
+    "name": "sgd",
+    "lr": 0.01,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 1e-4,
+    "clip": None,
+    "schedule": "poly_left",
+    "power": 0.9,
+    "warmup": 0.0,
+}
+# They set the rate after the step with its number, so that it comes a step late; CPS does not.
+_LATE = ("suponly", "entropy", "mean_teacher", "ict")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -164,8 +204,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def semisupervised(arg: str, name: str, objective: str, presets: dict) -> ml_collections.ConfigDict:
     """The defaults for a binary task with labeled and unlabeled patches one to one.
 
-    `presets` holds the objective's arguments by preset. `ssl4mis` takes cases in turn and deploys
-    the checkpoint that validated best; the others draw with replacement and deploy the last.
+    `presets` holds the objective's arguments by preset. `ssl4mis` is the whole training of SSL4MIS'
+    scripts, whatever the backbone's own recipe, and deploys the checkpoint that validated best; the
+    others are nnU-Net's training and deploy the last.
 
     Raises:
         ValueError: If the preset is unknown; lists the choices.
@@ -180,8 +221,23 @@ def semisupervised(arg: str, name: str, objective: str, presets: dict) -> ml_col
     config.input.unlabeled = 2
     config.predict.checkpoint = "last"
     if config.preset == "ssl4mis":
-        config.input.cases, config.predict.checkpoint = "in_turn", "best"
+        _as_ssl4mis(config)
+    if "smoke" in arg.split(","):
+        smoke(config)
     return config
+
+
+def _as_ssl4mis(config: ml_collections.ConfigDict) -> None:
+    """Everything of SSL4MIS' scripts but network, patch and data, which are the config's own."""
+    for group, values in SSL4MIS.items():
+        config[group].update(values)
+    config.optimizer = {
+        **_SSL4MIS_OPTIMIZER,
+        "clip": FieldReference(None, field_type=object),
+        "lag": int(config.name in _LATE),
+    }
+    if config.model.name in backbones.DEEPLY_SUPERVISED:
+        config.model.deep_supervision = False
 
 
 def parse_arg(arg: str) -> dict:

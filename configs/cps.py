@@ -13,9 +13,7 @@ from bhsd_jax.configs import common
 PRESETS = {
     "recommended": {"weight": 0.5, "ramp": 0.4, "views": "independent", "confidence": 0.0},
     "ssl4mis": {
-        "weight": 0.2,
-        "ramp": 1.0,
-        "staircase": 150,
+        **common.SSL4MIS_RAMP,
         "views": "shared",
         "confidence": 0.0,
         "twin_init": "kaiming_xavier",

@@ -14,11 +14,10 @@ from bhsd_jax.configs import common
 PRESETS = {
     "recommended": {"weight": 0.005, "ramp": 1.0, "patches": "unlabeled", "voxels": "all"},
     "ssl4mis": {
-        "weight": 0.2,
-        "ramp": 1.0,
-        "staircase": 150,
+        **common.SSL4MIS_RAMP,
         "patches": "all",
         "voxels": "all",
+        "epsilon": 1e-6,
     },
 }
 

@@ -22,9 +22,7 @@ PRESETS = {
         "pairs": "each",
     },
     "ssl4mis": {
-        "weight": 0.2,
-        "ramp": 1.0,
-        "staircase": 150,
+        **common.SSL4MIS_RAMP,
         "ema_decay": 0.99,
         "views": "shared",
         "beta": 0.2,

@@ -20,9 +20,7 @@ PRESETS = {
         "noise": 0.0,
     },
     "ssl4mis": {
-        "weight": 0.2,
-        "ramp": 1.0,
-        "staircase": 150,
+        **common.SSL4MIS_RAMP,
         "ema_decay": 0.99,
         "views": "shared",
         "noise": 0.1,

@@ -1,7 +1,7 @@
 """Supervised training alone, the row the paper's Table 2 compares with: binary, two patches a step.
 
-Presets: `recommended` draws cases with replacement and deploys the last checkpoint, `ssl4mis` takes
-them in turn and deploys the one that validated best.
+Presets: `recommended` is nnU-Net's training, `ssl4mis` that of SSL4MIS' own script:
+`--config=configs/suponly.py:preset=ssl4mis`.
 Paper: binary Dice 45.10 (Wu et al. 2023, Table 2, "SupOnly").
 Cost: a quarter of the step of CPS.
 Run:  python -m bhsd_jax.main train --config=configs/suponly.py:data=bhsd --workdir=runs/suponly

@@ -30,7 +30,14 @@ from bhsd_jax.types import Batch, TrainState
 logger = logging.getLogger(__name__)
 
 _LEAST_TURNS = 10.0  # time constants 1 / (1 - decay) of a moving average in a training
-_TIMING = ("lr", "schedule", "power", "warmup", "hold")  # of the optimizer spec: the schedule's
+_TIMING = (
+    "lr",
+    "schedule",
+    "power",
+    "warmup",
+    "hold",
+    "lag",
+)  # of the optimizer spec: the schedule's
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
         foreground=config.input.foreground,
         binary=config.split.binary,
         masked=config.input.outside == "masked",
+        uniform=config.input.crop == "uniform",
+        rot_flip=config.input.rot_flip,
     )
     return Recipe(
         parts=parts,
@@ -192,6 +201,12 @@ def require_matching(run: Run, recipe: Recipe, roles: Roles, mesh: Mesh) -> None
     wants = recipe.parts.objective.uses_unlabeled
     if not roles.train:
         raise UserError("split: no labeled training case is left; look at split and data")
+    if config.input.cases == "two_stream" and len(roles.train) < recipe.labeled:
+        raise UserError(
+            f"input.cases=two_stream: {len(roles.train)} labeled cases are fewer than the "
+            f"{recipe.labeled} labeled patches of a step, so that no batch is ever full; lower "
+            "input.labeled, or choose in_turn"
+        )
     if wants and not (recipe.unlabeled and roles.unlabeled):
         raise UserError(
             f"objective {config.objective['name']} needs unlabeled patches: input.unlabeled is "

@@ -15,6 +15,7 @@ import numpy as np
 
 from bhsd_jax.input import sampling
 from bhsd_jax.input.slices import Slices
+from bhsd_jax.input.turns import AS_IT_IS, Turn
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Batch
 from bhsd_jax.volume import Shape
@@ -49,13 +50,16 @@ class Cut:
     foreground: float = 0.33  # share of labeled patches centered on a labeled voxel
     binary: bool = False  # all classes become 1
     masked: bool = False  # unlabeled patches say which of their voxels lie in the scan
+    uniform: bool = False  # patches that need show no foreground: SSL4MIS' law, not nnU-Net's
+    rot_flip: bool = False  # the scan is turned first, by a `Turn.draw`
 
 
 class Stream:
     """Element i: one patch, a dict of `image` [D H W 1] and what is known of it.
 
     Its case is drawn with replacement (nnU-Net) or, `in_turn`, comes once in every pass over the
-    cases (SSL4MIS' `TwoStreamBatchSampler`; here a pass may end amid a batch and loses no case).
+    cases, which may end amid a batch and loses no case. With `epoch`, a number of batches, the
+    order is `sampling.two_stream`'s.
 
     A labeled patch has `label` int8 [D H W], -1 outside the scan. An unlabeled one has, given
     `slices`, `slice_labels` int8 [D C], and if the cut is `masked` `inside` int8 [D H W], 1 or -1.
@@ -72,50 +76,65 @@ class Stream:
         seed: tuple[int, int],
         labeled: bool,
         in_turn: bool = False,
+        epoch: int = 0,
         slices: Slices | None = None,
     ):
         self.open_case, self.cases, self.cut = open_case, tuple(cases), cut
         self.batch, self.length, self.seed, self.labeled = batch, length, seed, labeled
-        self.in_turn, self.slices = in_turn, slices
+        self.in_turn, self.epoch, self.slices = in_turn, epoch, slices
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((*self.seed, index))
-        count = len(self.cases)
-        turn = sampling.in_turn(index, count, self.seed) if self.in_turn else rng.integers(count)
-        case = self.open_case(self.cases[turn])
-        forced = self.labeled and sampling.is_forced(
-            index % self.batch, self.batch, self.cut.foreground
-        )
-        corner = sampling.corner(
-            rng,
-            case.shape,
-            self.cut.source,
-            self.cut.patch,
-            case.foreground if forced else None,
-        )
-        start, stop = sampling.inside(corner, self.cut.source, case.shape)
+        case = self.open_case(self.cases[self._case(rng, index)])
+        turn = Turn.draw(rng) if self.cut.rot_flip else AS_IT_IS
+        corner, source = self._box(rng, index, case, turn)
+        start, stop = sampling.inside(corner, source, case.shape)
         raw, label = case.patch(start, stop)
-        image = sampling.paste(raw, start, corner, self.cut.source, self.cut.fill)
-        element = {"image": image[..., None]}
+
+        def whole(part: np.ndarray, fill: float | int) -> np.ndarray:
+            return turn(sampling.paste(part, start, corner, source, fill))
+
+        element = {"image": whole(raw, self.cut.fill)[..., None]}
         if self.labeled:
             if label is None:
                 raise UserError(f"{self.cases}: a labeled case has no mask in the shards")
             label = label.astype(np.int8)
             if self.cut.binary:
                 label = (label > 0).astype(np.int8)
-            element["label"] = sampling.paste(label, start, corner, self.cut.source, -1)
+            element["label"] = whole(label, -1)
             return element
         if self.slices is not None:
             labels = case.slice_labels, case.bleeding
-            rows = self.slices.rows(*labels, case.shape, corner, self.cut.source)
+            rows = self.slices.rows(*labels, case.shape, corner, source)
             element["slice_labels"] = rows
         if self.cut.masked:
-            within = np.ones(raw.shape, np.int8)
-            element["inside"] = sampling.paste(within, start, corner, self.cut.source, -1)
+            element["inside"] = whole(np.ones(raw.shape, np.int8), -1)
         return element
+
+    def _case(self, rng: np.random.Generator, index: int) -> int:
+        """The number of the case of element `index`."""
+        count = len(self.cases)
+        if self.epoch:
+            return sampling.two_stream(index, self.batch, count, self.epoch, self.seed)
+        if self.in_turn:
+            return sampling.in_turn(index, count, self.seed)
+        return int(rng.integers(count))
+
+    def _box(
+        self, rng: np.random.Generator, index: int, case: Reader, turn: Turn
+    ) -> tuple[Shape, Shape]:
+        """First voxel and size of what is cut from the scan as it lies on disk."""
+        cut, shape = self.cut, turn.shape(case.shape)
+        forced = self.labeled and sampling.is_forced(index % self.batch, self.batch, cut.foreground)
+        if cut.uniform and not forced:
+            corner = sampling.uniform_corner(rng, shape, cut.source, cut.patch)
+        else:
+            points = turn.points(case.foreground, shape) if forced else None
+            corner = sampling.corner(rng, shape, cut.source, cut.patch, points)
+        return turn.corner(corner, cut.source, shape), turn.shape(cut.source)
 
 
 class Batches:

@@ -1,6 +1,7 @@
-"""Where a training patch is cut: nnU-Net's law, as pure functions of a random generator.
+"""Whose patch is taken and where it is cut, as pure functions of a random generator.
 
-Source: nnU-Net 2.8.1, `nnUNetDataLoader.get_bbox` and `determine_shapes`.
+Source: nnU-Net 2.8.1, `nnUNetDataLoader.get_bbox` and `determine_shapes`; `two_stream` and
+`uniform_corner` are SSL4MIS' (06df604, `dataloaders/brats2019.py`).
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,47 @@ def in_turn(index: int, count: int, seed: tuple[int, ...]) -> int:
     """
     turn, place = divmod(index, count)
     return int(np.random.default_rng((*seed, turn, _ORDER)).permutation(count)[place])
+
+
+def two_stream(index: int, batch: int, count: int, epoch: int, seed: tuple[int, ...]) -> int:
+    """Which of `count` cases is element `index` of a stream, as `TwoStreamBatchSampler` has it.
+
+    Every `epoch` batches the orders begin anew. Within an epoch the cases come in passes, each with
+    an order of its own; labeled cases have only one pass, whose last incomplete batch is left out.
+
+    Args:
+        index: Of the element, from the start of the training.
+        batch: Elements of this stream in a batch.
+        count: Cases of this stream.
+        epoch: Batches in an epoch: labeled cases // labeled patches of a batch.
+        seed: Every order is a function of it, of the epoch and of the pass.
+    """
+    number, place = divmod(index, epoch * batch)
+    turn, place = divmod(place, count)
+    return int(np.random.default_rng((*seed, number, turn, _ORDER)).permutation(count)[place])
+
+
+def uniform_corner(rng: np.random.Generator, shape: Shape, cut: Shape, patch: Shape) -> Shape:
+    """First voxel of a cut in whose middle the patch lies, all places of the patch alike.
+
+    If a side of the scan is not longer than the patch's, every side is padded alike at both ends,
+    by three voxels more than it lacks, or less where it is longer. The very last place is left out.
+
+    Args:
+        rng: Every draw comes from it, in the order H, W, D.
+        shape: Of the scan.
+        cut: What is cut out.
+        patch: What remains of it after augmentation.
+    """
+    short = any(s <= p for s, p in zip(shape, patch, strict=True))
+    first = [0, 0, 0]
+    for axis in (1, 2, 0):
+        s, p = shape[axis], patch[axis]
+        pad = max((p - s) // 2 + 3, 0) if short else 0
+        begin = int(rng.integers(s + 2 * pad - p)) - pad
+        first[axis] = begin - (cut[axis] // 2 - p // 2)
+    d, h, w = first
+    return d, h, w
 
 
 def corner(

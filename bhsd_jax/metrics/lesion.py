@@ -83,8 +83,8 @@ def detect(
             f"lesion: reference has shape {reference.shape}, prediction {predicted.shape}; "
             "both must lie on the grid of the scan"
         )
-    in_reference, reference_size = _components(reference)
-    in_predicted, predicted_size = _components(predicted)
+    in_reference, reference_size = components(reference)
+    in_predicted, predicted_size = components(predicted)
     both = (in_reference > 0) & (in_predicted > 0)
     lesions = len(reference_size), len(predicted_size)
     pairs, shared = np.unique(
@@ -108,7 +108,7 @@ def rate(above: float, below: float) -> float:
     return above / below if below else math.nan
 
 
-def _components(mask: Mask) -> tuple[Int[np.ndarray, "_ _ _"], Int[np.ndarray, " N"]]:
+def components(mask: Mask) -> tuple[Int[np.ndarray, "_ _ _"], Int[np.ndarray, " N"]]:
     """Component number per voxel, from 1, and voxels per component."""
     numbers = np.zeros(mask.shape, np.int32)
     box = bounding_box(mask)

@@ -75,13 +75,15 @@ def element_distances(reference: Mask, predicted: Mask, spacing_mm: Millimeters)
     return _between(points, weights, spacing_mm)
 
 
-def edge_distances(reference: Mask, predicted: Mask, spacing_mm: Millimeters) -> Distances:
+def edge_distances(
+    reference: Mask, predicted: Mask, spacing_mm: Millimeters, *, single: bool = True
+) -> Distances:
     """Distances of edge voxels, those with one of their six neighbors outside; weights are 1.
 
     Raises:
         ValueError: If the shapes differ or a spacing is not positive.
 
-    Source: MONAI 1.6.1, `monai.metrics.utils`, including its single precision, which decides
+    Source: MONAI 1.6.1, `monai.metrics.utils`, including its `single` precision, which decides
     whether a distance equal to a tolerance is within it.
     """
     masks = _cropped(reference, predicted, spacing_mm)
@@ -89,6 +91,8 @@ def edge_distances(reference: Mask, predicted: Mask, spacing_mm: Millimeters) ->
     points = [np.argwhere(mask & ~eroded) for mask, eroded in zip(masks, inner, strict=True)]
     weights = [np.ones(len(at)) for at in points]
     distances = _between(points, weights, spacing_mm)
+    if not single:
+        return distances
     return Distances(
         distances.to_predicted_mm.astype(np.float32),
         distances.reference_weight,

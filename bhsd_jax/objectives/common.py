@@ -52,6 +52,9 @@ class Ramped(Protocol):
     def ramp(self) -> float: ...
 
     @property
+    def ramp_steps(self) -> int: ...
+
+    @property
     def staircase(self) -> int: ...
 
 
@@ -59,8 +62,8 @@ class Ramped(Protocol):
 class Ramp:
     """A weight that rises along a sigmoid at the start of a training, and then stays.
 
-    From 0.007 of `weight` to all of it over a `fraction` of the training: exp(-5 (1 - t)^2). A
-    fraction of 0 is all of it from the start.
+    From 0.007 of `weight` to all of it over a `fraction` of the training, or over `length` steps if
+    that is not 0: exp(-5 (1 - t)^2). A fraction of 0 is all of it from the start.
 
     Source: Laine and Aila 2017, arXiv:1610.02242, section 3.1; staircase as in SSL4MIS.
     """
@@ -68,15 +71,16 @@ class Ramp:
     weight: float
     fraction: float
     staircase: int = 1  # steps for which the rising weight is held
+    length: int = 0
 
     @classmethod
     def of(cls, objective: Ramped) -> "Ramp":
         """The ramp that the fields of an objective describe."""
-        return cls(objective.weight, objective.ramp, objective.staircase)
+        return cls(objective.weight, objective.ramp, objective.staircase, objective.ramp_steps)
 
     def at(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
         """The weight at a step of a training of `steps`."""
-        length = self.fraction * steps
+        length = self.length or self.fraction * steps
         if length <= 0:
             return self.weight * jnp.ones(())
         held = (step // self.staircase) * self.staircase

@@ -39,6 +39,7 @@ class CrossPseudoSupervision(SemiSupervised):
     ema_t0 = 0
     weight: float = 0.5  # against nnU-Net's CE + Dice (SSL4MIS' 0.1 is 0.2 in these units)
     ramp: float = 0.4  # share of the training over which the weight rises
+    ramp_steps: int = 0  # not 0: over so many steps instead, however long the training is
     staircase: int = 1  # steps for which the rising weight is held
     views: str = "independent"  # "shared": both twins see one intensity draw
     confidence: float = 0.0  # voxels whose supervising twin is less sure are left out

@@ -37,9 +37,11 @@ class EntropyMinimization(SemiSupervised, SingleModel):
 
     weight: float = 0.005
     ramp: float = 1.0  # share of the training over which the weight rises
+    ramp_steps: int = 0  # not 0: over so many steps instead, however long the training is
     staircase: int = 1  # steps for which the rising weight is held
     patches: str = "unlabeled"  # "all": of the labeled patches too, as SSL4MIS does
     voxels: str = "all"  # "balanced": every predicted class weighs the same; "foreground": it alone
+    epsilon: float = 0.0  # added to probabilities before the logarithm: 1e-6 in SSL4MIS
     measure: str = "entropy"  # "max_square": one minus the sum of squares, gentler when nearly sure
 
     def __post_init__(self):
@@ -63,7 +65,7 @@ class EntropyMinimization(SemiSupervised, SingleModel):
         self, logits: Float[Array, "B D H W K"], inside: Bool[Array, "B D H W"] | None = None
     ) -> Array:
         if self.measure == "entropy":
-            unsure = losses.entropy(logits)
+            unsure = losses.entropy(logits, self.epsilon)
         else:
             unsure = (1 - (jax.nn.softmax(logits.astype(jnp.float32)) ** 2).sum(-1)) / 2
         if self.voxels == "all":

@@ -40,6 +40,7 @@ class MeanTeacher(SemiSupervised, SingleModel):
     ema_decay: float | None = 0.999
     weight: float = 2.0  # against nnU-Net's CE + Dice (SSL4MIS' 0.1 is 0.2 in these units)
     ramp: float = 0.4  # share of the training over which the weight rises
+    ramp_steps: int = 0  # not 0: over so many steps instead, however long the training is
     staircase: int = 1  # steps for which the rising weight is held
     views: str = "weak_strong"  # "shared": both see one intensity draw
     noise: float = 0.0  # standard deviation added to the teacher's input, normalized units

@@ -39,6 +39,7 @@ class WeakToStrong(SemiSupervised, SingleModel):
     ema_decay: float | None = 0.999
     weight: float = 1.0
     ramp: float = 0.4  # share of the training over which the weight rises
+    ramp_steps: int = 0  # not 0: over so many steps instead, however long the training is
     staircase: int = 1  # steps for which the rising weight is held
     sure: float = 0.95  # least probability of a voxel called background
     sure_foreground: float = 0.95  # of one called foreground; lower, and foreground grows

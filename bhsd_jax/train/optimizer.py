@@ -9,14 +9,23 @@ from bhsd_jax.types import Params
 
 
 def make_schedule(
-    schedule: str, *, lr: float, steps: int, power: float = 0.9, warmup: float = 0, hold: int = 1
+    schedule: str,
+    *,
+    lr: float,
+    steps: int,
+    power: float = 0.9,
+    warmup: float = 0,
+    hold: int = 1,
+    lag: int = 0,
 ) -> optax.Schedule:
     """Learning rate by step: `poly`, `cosine` or `constant`, after a linear warm-up from 0.
 
     `hold` keeps the rate for so many steps; nnU-Net's is 250 (one epoch). A `warmup` below 1 is
     a share of the training. The shape runs over the steps after the warm-up and ends at 0 with
     the training. `warmup_cosine` is MONAI's: its warm-up starts with a rate of 0 and reaches
-    `lr` one `hold` before it ends.
+    `lr` one `hold` before it ends. `poly_left` is `poly` reckoned from the steps that are left, so
+    that its last rates have all their digits. A `lag` of 1 gives every step the rate of the one
+    before, as where a script sets the rate after the step and with that step's number.
 
     Source: MONAI research-contributions `LinearWarmupCosineAnnealingLR`, whose `hold` is an epoch.
 
@@ -36,14 +45,17 @@ def make_schedule(
         "cosine": cosine,
         "warmup_cosine": cosine,
         "constant": lambda t: jnp.ones_like(t),
+        "poly_left": lambda left: left**power,
     }
     if schedule not in shapes:
         raise UserError(f"optimizer.schedule is one of {', '.join(shapes)}; got {schedule!r}")
     shape = shapes[schedule]
 
     def rate(step):
+        step = jnp.maximum(step - lag, 0) if lag else step
         held = (step // hold) * hold
-        t = jnp.clip((held - warmup) / length, 0.0, 1.0)
+        passed = steps - held if schedule == "poly_left" else held - warmup
+        t = jnp.clip(passed / length, 0.0, 1.0)
         rising = (step + 1) / (warmup + 1)
         if schedule == "warmup_cosine":
             rising = jnp.minimum(held / max(1, warmup - hold), 1.0)

@@ -4,85 +4,34 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bhsd_jax.assemble import data
-from bhsd_jax.ct import hu, scan
 from bhsd_jax.datasets.bhsd import scans
-from bhsd_jax.metrics import scores, summary, threshold
+from bhsd_jax.metrics import also, scores, summary, threshold
 from bhsd_jax.platform import files, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Progress, Workers
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier
 from bhsd_jax.verbs import parts
-from bhsd_jax.volume import Case, Image, Label, Plan, Volume
+from bhsd_jax.verbs.scoring import ANY, Comparison, Scored, score_case
+from bhsd_jax.volume import Case, Image, Label, Masks, Plan
 
 logger = logging.getLogger(__name__)
 
-ANY = "any"  # all classes merged
 _HEADLINE = "nnunet"
 _LISTED = 10  # names in an error message
 _FOUND = tuple[str, str, Label, Image | None, bool]  # case, patient, reference, image, table feed
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Where one case lies and how it is to be scored."""
-
-    case: str
-    patient: str
-    predicted: Path
-    reference: Label
-    image: Image | None  # gives the geometry; None: the reference does
-    classes: tuple[str, ...]  # background first, as in the files
-    modality: str
-    binary: bool  # merge the classes of both before anything is counted
-    nsd_mm: float
-    baseline: bool
-    table_feed: bool = False  # as `Case.table_feed`
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The scores of one case, and what was noticed while reading it."""
-
-    rows: list[scores.ClassScore]  # one per foreground class
-    merged: scores.ClassScore  # all classes as one
-    histogram: threshold.Histogram | None  # for the threshold, if asked for
-    warnings: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON values, floats with all their digits."""
-        plain = dataclasses.asdict(self)
-        if self.histogram is not None:
-            for name in ("bleeding", "inside"):
-                plain["histogram"][name] = plain["histogram"][name].tolist()
-        return plain
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Scored":
-        """Undoes `to_json`, also after a trip through a JSON file."""
-        bins = data["histogram"]
-        return cls(
-            [scores.ClassScore(**row) for row in data["rows"]],
-            scores.ClassScore(**data["merged"]),
-            bins
-            and threshold.Histogram(
-                np.array(bins["bleeding"]), np.array(bins["inside"]), bins["mask"]
-            ),
-            data["warnings"],
-        )
 
 
 def run(config: Config, workdir: Path) -> None:
     """Scores every case of a split, or of a folder of masks; all of them or none.
 
     Of several processes each scores cases of its own, and the first writes. One needs no JAX.
+
+    What `config.evaluate.also` names is in `cases_also.csv` and under "also" in the summary.
 
     `cases.csv` has a row per case and class, `cases_binary.csv` one per case with all classes
     merged; `summary.json` has the means under every convention. What is not defined is `nan` in
@@ -109,45 +58,15 @@ def run(config: Config, workdir: Path) -> None:
     if config.evaluate.baseline:
         histograms = [scored.histogram for scored in done if scored.histogram is not None]
         found["baseline"] = _baseline(threshold.best_band(histograms))
+    beside = [row for scored in done for row in scored.beside]
+    if beside:
+        found["also"] = also.summarize(beside)
+        also.write_csv(workdir / "cases_also.csv", beside)
     scores.write_csv(workdir / "cases.csv", rows)
     scores.write_csv(workdir / "cases_binary.csv", merged)
     files.write_json(workdir / "summary.json", summary.without_nan(found))
     for line in table(found):
         logger.info("%s", line)
-
-
-def score_case(job: Comparison) -> Scored:
-    """Reads and scores one case.
-
-    Raises:
-        ValueError: If a file cannot be used, or lies on another grid than its scan.
-    """
-    place = scan.native(job.image or scan.files(job.reference)[0])
-    image, _ = scan.read(place)
-    classes = len(job.classes)
-    reference, found = scan.read_label(job.reference, place, image, num_classes=classes)
-    predicted, more = scan.read_label(job.predicted, place, image, num_classes=classes)
-    feed = job.table_feed and job.modality == "ct"
-    voxel_ml = hu.voxel_ml(image.affine, table_feed=feed)
-    corrected = hu.tilt_corrected(image.affine, table_feed=feed)
-    about = scores.Scan(job.case, job.patient, image.spacing_mm, voxel_ml, corrected)
-    names = (job.classes[0], ANY)
-    both = [np.minimum(label.voxels, 1) for label in (reference, predicted)]
-    merged = scores.score(both[0], both[1], about, names, job.nsd_mm)[0]
-    if job.binary or len(job.classes) == 2:
-        rows = [merged if job.binary else dataclasses.replace(merged, name=job.classes[1])]
-    else:
-        rows = scores.score(reference.voxels, predicted.voxels, about, job.classes, job.nsd_mm)
-    return Scored(
-        rows,
-        merged,
-        _histogram(image, both[0] > 0) if job.baseline else None,
-        [f"{job.case}: {finding}" for finding in (*found, *more)],
-    )
-
-
-def _histogram(image: Volume, mask: np.ndarray) -> threshold.Histogram:
-    return threshold.histogram(hu.repair(image.voxels)[0], mask, image.spacing_mm)
 
 
 def table(found: Mapping[str, Any]) -> list[str]:
@@ -163,6 +82,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
     if len(found["classes"]) > 1:
         merged = found["binary"]
         lines.append(_line(ANY, merged["conventions"], merged["metrics"]))
+    lines += also.lines(found.get("also", {}))
     if "baseline" in found:
         low, high = found["baseline"]["band_hu"]
         lines.append(
@@ -191,6 +111,9 @@ def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
         raise FileNotFoundError(f"{folder}: no predictions; run the verb `predict` first")
     predicted = scans(folder)
     expected = _expected(config, workdir, folder, predicted)
+    answers = _answers(config, [case for case, *_ in expected])
+    if "raters" in config.evaluate.also:
+        _require_raters({case: label for case, _, label, *_ in expected})
     _require_all(folder, [case for case, *_ in expected if case not in predicted])
     return [
         Comparison(
@@ -205,9 +128,38 @@ def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
             nsd_mm=config.evaluate.nsd_mm,
             baseline=config.evaluate.baseline,
             table_feed=feed,
+            wanted=_wanted(config),
+            answers=tuple(folder[case] for folder in answers),
         )
         for case, patient, reference, image, feed in expected
     ]
+
+
+def _wanted(config: Settings) -> also.Also | None:
+    names = config.evaluate.also
+    if not names:
+        return None
+    return also.Also(names, config.evaluate.brats_dilation, config.evaluate.brats_least_mm3)
+
+
+def _answers(config: Settings, cases: Sequence[str]) -> list[Mapping[str, Path]]:
+    """Label maps by case of every folder of further answers."""
+    found = []
+    for name in config.evaluate.answers:
+        if not Path(name).is_dir():
+            raise FileNotFoundError(f"{name}: no such folder; look at config.evaluate.answers")
+        found.append(scans(Path(name)))
+        _require_all(Path(name), [case for case in cases if case not in found[-1]])
+    return found
+
+
+def _require_raters(labels: Mapping[str, Label]) -> None:
+    alone = [c for c, label in labels.items() if not isinstance(label, Masks)]
+    if alone:
+        raise UserError(
+            f"config.evaluate.also: raters compares with several raters' masks, and {len(alone)} "
+            f"cases have one mask: {_some(alone)}; use data=mbhseg with rater=majority"
+        )
 
 
 def _expected(

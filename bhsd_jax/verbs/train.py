@@ -231,6 +231,7 @@ def _batches(
         )
 
     cache = Cache(shards.open, decoded, config.input.cache_mb * 2**20)
+    two_stream = config.input.cases == "two_stream"
     streams = [
         Stream(
             cache,
@@ -241,6 +242,7 @@ def _batches(
             seed=(config.seed, number),
             labeled=number == 0,
             in_turn=config.input.cases == "in_turn",
+            epoch=len(roles.train) // recipe.labeled if two_stream else 0,
             slices=recipe.slices,
         )
         for number, (cases, batch) in enumerate(

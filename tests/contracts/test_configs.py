@@ -101,13 +101,74 @@ def test_words_reach_their_fields():
     assert resolved("supervised", "backbone=unet.X")["model"]["name"] == "unet.X"
     assert resolved("cps", "preset=ssl4mis")["objective"]["twin_init"] == "kaiming_xavier"
     for experiment in ("cps", "suponly"):
-        assert resolved(experiment, "preset=ssl4mis")["input"]["cases"] == "in_turn"
+        assert resolved(experiment, "preset=ssl4mis")["input"]["cases"] == "two_stream"
         assert resolved(experiment, "")["input"]["cases"] == "with_replacement"
     assert resolved("cps", "infer=fast")["infer"]["step"] == 0.75
     with pytest.raises(ValueError, match="full, fast"):
         resolved("cps", "infer=slow")
     with pytest.raises(ValueError, match="recommended, ssl4mis"):
         resolved("cps", "preset=other")
+
+
+SSL4MIS = ("suponly", "entropy", "mean_teacher", "ict", "cps")
+
+
+@pytest.mark.parametrize("name", SSL4MIS)
+def test_the_preset_of_ssl4mis_is_its_whole_training(name):
+    """The table in tools/guide/ssl4mis.md; the numbers are the scripts' arguments."""
+    config = resolved(name, "preset=ssl4mis,backbone=swin_unetr")
+    want = {
+        "train": {"steps": 30_000, "validate_every": 200},
+        "input": {
+            "labeled": 2,
+            "unlabeled": 0 if name == "suponly" else 2,
+            "cases": "two_stream",
+            "crop": "uniform",
+            "rot_flip": True,
+            "foreground": 0.0,
+            "pad": "nnunet",
+        },
+        "augment": {"spatial": [], "intensity": []},
+        "loss": {
+            "ce_weight": 0.5,
+            "dice_weight": 0.5,
+            "batch_dice": True,
+            "smooth": 1e-5,
+            "background": True,
+            "squared": True,
+            "from_one": True,
+        },
+        "optimizer": {
+            "name": "sgd",
+            "lr": 0.01,
+            "momentum": 0.9,
+            "nesterov": False,
+            "clip": None,
+            "weight_decay": 1e-4,
+            "schedule": "poly_left",
+            "power": 0.9,
+            "warmup": 0.0,
+            "lag": int(name != "cps"),
+        },
+        "infer": {"step": 64 / 96, "mirror": False},
+        "predict": {"checkpoint": "best"},
+    }
+    if name != "suponly":
+        want["objective"] = {"weight": 0.1, "ramp_steps": 30_000, "staircase": 150}
+    for group, fields in want.items():
+        assert fields.items() <= config[group].items(), group
+    assert resolved(name, "preset=ssl4mis")["model"]["deep_supervision"] is False
+    assert resolved(name, "preset=ssl4mis,smoke")["train"]["steps"] <= 10
+
+
+@pytest.mark.parametrize("name", SSL4MIS)
+def test_no_other_preset_takes_anything_from_ssl4mis(name):
+    found, common = resolved(name), resolved("supervised")
+    for group in ("augment", "loss", "optimizer", "infer"):
+        assert found[group] == common[group]
+    assert found["train"]["steps"] == 250_000
+    assert found["input"]["crop"] == "nnunet"
+    assert not found["input"]["rot_flip"]
 
 
 def test_a_finished_run_is_a_config(tmp_path):

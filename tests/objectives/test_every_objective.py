@@ -58,7 +58,8 @@ def test_a_ramped_weight_times_its_term_is_added_to_the_supervised_loss(
     term, weight = found[TERM[name]], found["weight"]
     assert float(term) > 0
     assert float(value) == pytest.approx(float(found["supervised"] + weight * term), rel=1e-6)
-    risen = 20 // objective.staircase * objective.staircase / (100 * objective.ramp)
+    length = objective.ramp_steps or 100 * objective.ramp
+    risen = 20 // objective.staircase * objective.staircase / length
     want = objective.weight * np.exp(-5 * (1 - min(risen, 1)) ** 2)
     assert float(weight) == pytest.approx(want, rel=1e-5)
 
@@ -77,7 +78,7 @@ def test_a_ramped_weight_times_its_term_is_added_to_the_supervised_loss(
 )
 def test_the_preset_of_the_paper_has_the_constants_of_ssl4mis(name, own):
     objective = objective_of(name, "ssl4mis")
-    want = {"weight": 0.2, "ramp": 1.0, "staircase": 150, **own}
+    want = {"weight": 0.1, "ramp_steps": 200 * 150, "staircase": 150, **own}
     assert {field: getattr(objective, field) for field in want} == want
 
 

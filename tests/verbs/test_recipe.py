@@ -115,6 +115,13 @@ def test_eight_devices_train_to_the_numbers_of_one():
         assert other not in text
 
 
+def test_fewer_labeled_cases_than_patches_fill_no_batch_of_two_streams():
+    config = config_of(supervised, cases="two_stream")
+    recipe = make_recipe(config, PLAN)
+    with pytest.raises(ValueError, match=r"two_stream: 1 labeled cases are fewer than the 8"):
+        require_matching(config, recipe, ROLES, meshes.make_mesh())
+
+
 def test_the_augmented_batch_is_what_the_network_wants():
     recipe = make_recipe(config_of(supervised), PLAN)
     batch = jax.eval_shape(recipe.parts.augment, jax.random.key(0), recipe.abstract_batch())

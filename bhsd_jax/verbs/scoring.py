@@ -1,0 +1,145 @@
+"""One case of `evaluate`: its files read and compared."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bhsd_jax.ct import hu, scan
+from bhsd_jax.metrics import also, scores, threshold
+from bhsd_jax.volume import Image, Label, Masks, Volume
+
+ANY = "any"  # all classes merged
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Where one case lies and how it is to be scored."""
+
+    case: str
+    patient: str
+    predicted: Path
+    reference: Label
+    image: Image | None  # gives the geometry; None: the reference does
+    classes: tuple[str, ...]  # background first, as in the files
+    modality: str
+    binary: bool  # merge the classes of both before anything is counted
+    nsd_mm: float
+    baseline: bool
+    table_feed: bool = False  # as `Case.table_feed`
+    wanted: also.Also | None = None  # scores beside the headline's
+    answers: tuple[Path, ...] = ()  # more label maps of the case, for `raters`
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of one case, and what was noticed while reading it."""
+
+    rows: list[scores.ClassScore]  # one per foreground class
+    merged: scores.ClassScore  # all classes as one
+    histogram: threshold.Histogram | None  # for the threshold, if asked for
+    warnings: list[str]
+    beside: list[also.AlsoScore] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, floats with all their digits."""
+        plain = dataclasses.asdict(self)
+        if self.histogram is not None:
+            for name in ("bleeding", "inside"):
+                plain["histogram"][name] = plain["histogram"][name].tolist()
+        return plain
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Scored":
+        """Undoes `to_json`, also after a trip through a JSON file."""
+        bins = data["histogram"]
+        return cls(
+            [scores.ClassScore(**row) for row in data["rows"]],
+            scores.ClassScore(**data["merged"]),
+            bins
+            and threshold.Histogram(
+                np.array(bins["bleeding"]), np.array(bins["inside"]), bins["mask"]
+            ),
+            data["warnings"],
+            [also.AlsoScore(**row) for row in data["beside"]],
+        )
+
+
+def score_case(job: Comparison) -> Scored:
+    """Reads and scores one case.
+
+    Raises:
+        ValueError: If a file cannot be used, or lies on another grid than its scan.
+    """
+    place = scan.native(job.image or scan.files(job.reference)[0])
+    image, _ = scan.read(place)
+    classes = len(job.classes)
+    reference, found = scan.read_label(job.reference, place, image, num_classes=classes)
+    predicted, more = scan.read_label(job.predicted, place, image, num_classes=classes)
+    feed = job.table_feed and job.modality == "ct"
+    voxel_ml = hu.voxel_ml(image.affine, table_feed=feed)
+    corrected = hu.tilt_corrected(image.affine, table_feed=feed)
+    about = scores.Scan(job.case, job.patient, image.spacing_mm, voxel_ml, corrected)
+    names = (job.classes[0], ANY)
+    both = [np.minimum(label.voxels, 1) for label in (reference, predicted)]
+    merged = scores.score(both[0], both[1], about, names, job.nsd_mm)[0]
+    if job.binary or len(job.classes) == 2:
+        rows = [merged if job.binary else dataclasses.replace(merged, name=job.classes[1])]
+    else:
+        rows = scores.score(reference.voxels, predicted.voxels, about, job.classes, job.nsd_mm)
+    return Scored(
+        rows,
+        merged,
+        _histogram(image, both[0] > 0) if job.baseline else None,
+        [f"{job.case}: {finding}" for finding in (*found, *more)],
+        _also(job, place, image, reference.voxels, predicted.voxels) if job.wanted else [],
+    )
+
+
+def _also(
+    job: Comparison, place: Image, image: Volume, reference: np.ndarray, predicted: np.ndarray
+) -> list[also.AlsoScore]:
+    """Rows of the classes, of all merged, and of all at once, as far as they are wanted."""
+    assert job.wanted is not None
+    found: dict[str, dict[str, float]] = {}
+    raters, answers = [], [predicted]
+    if "raters" in job.wanted.names:
+        raters, more = _sets(job, place, image)
+        answers += more
+    several = not job.binary and len(job.classes) > 2
+    masks = {name: index for index, name in enumerate(job.classes) if index and several}
+    single = ANY if job.binary or several else job.classes[-1]
+    for name, index in {**masks, single: 0}.items():
+
+        def mask(label: np.ndarray, index: int = index) -> np.ndarray:
+            return label == index if index else label > 0
+
+        pair = mask(reference), mask(predicted)
+        found[name] = also.of_masks(*pair, image.spacing_mm, job.wanted)
+        if raters:
+            sets = [[mask(label).astype(np.uint8) for label in side] for side in (raters, answers)]
+            found[name] |= also.of_raters(*sets)
+    if raters and several:
+        found[also.ALL] = also.of_raters(raters, answers, multiclass=True)
+    return [also.AlsoScore(job.case, job.patient, name, row) for name, row in found.items()]
+
+
+def _sets(
+    job: Comparison, place: Image, image: Volume
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The label maps of all raters, and those of the other answers."""
+    assert isinstance(job.reference, Masks)  # `_jobs` has made sure
+    values = job.reference.values
+    raters = [Masks((file,), "first", values) for file in job.reference.files]
+
+    def read(label: Label) -> np.ndarray:
+        return scan.read_label(label, place, image, num_classes=len(job.classes))[0].voxels
+
+    return [read(label) for label in raters], [read(path) for path in job.answers]
+
+
+def _histogram(image: Volume, mask: np.ndarray) -> threshold.Histogram:
+    return threshold.histogram(hu.repair(image.voxels)[0], mask, image.spacing_mm)
