@@ -129,8 +129,8 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
 
     CT stays in HU, rounded to int16; windows are applied in training. MR is brought to zero mean
     and unit variance over the whole cropped scan before it is resampled, as nnU-Net does it, or
-    over its non-zero voxels where the plan says `use_mask_for_norm`; so is CT clipped and scaled,
-    and not repaired, where the plan says `normalize_first`.
+    over its non-zero voxels where the plan says `use_mask_for_norm`; so is CT clipped and scaled
+    where the plan says `normalize_first`, and not repaired unless it says `repaired` too.
 
     Raises:
         ValueError: If a file is broken, or image and mask do not belong together.
@@ -138,7 +138,7 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     """
     classes = len(plan.classes)
     raw, found = scan.read(case.image)
-    as_it_lies = plan.normalize_first
+    as_it_lies = plan.normalize_first and not plan.repaired
     volume, label, more = _read(
         case, raw, num_classes=classes, modality=plan.modality, as_it_lies=as_it_lies
     )
@@ -148,9 +148,11 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         transpose=plan.transpose,
         crop_hu=plan.crop_hu,
         axes=plan.axes,
+        law=plan.law,
     )
     if not plan.normalized_before:
-        image = np.rint(geometry.to_grid(volume.voxels, grid, "image")).astype(np.int16)
+        image = geometry.to_grid(volume.voxels, grid, "image")
+        image = image if plan.law == geometry.CENTERS else np.rint(image).astype(np.int16)
     else:
         ct = plan.modality == "ct"
         voxels = _scaled(volume.voxels, plan) if ct else _standardized(volume.voxels, grid, plan)
@@ -189,7 +191,7 @@ def hu_doubts(voxels: np.ndarray, plan: Plan) -> tuple[str, ...]:
     """
     if plan.modality != "ct":
         return ()
-    if plan.normalize_first:
+    if plan.normalize_first and not plan.repaired:
         return tuple(texts(plausibility.doubts(voxels)))
     _, found = plausibility.settle(voxels)
     return tuple(texts(one for one in found if one.kind in plausibility.KINDS))

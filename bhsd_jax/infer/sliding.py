@@ -20,6 +20,7 @@ from bhsd_jax.volume import Shape
 
 Progress = Callable[[int, int], None]  # (tiles done, tiles in all), mirrored ones counted too
 Box = tuple[slice, slice, slice]
+COMBINED = ("probabilities", "logits")
 
 _MOST_TILES = 16  # per device and call: more do not make large tiles faster
 _BYTES_PER_VOXEL = 4096  # of working memory; see `tiles_that_fit`
@@ -47,6 +48,8 @@ class SlidingWindow:
     mirror_axes: tuple[int, ...] = (0, 1, 2)  # D, H, W
     tiles_per_call: int | None = None  # None: as many as fit
     law: str = "nnunet"  # of tile positions and weights: a key of `tiles.LAWS`
+    margin: Shape = (0, 0, 0)  # voxels around a tile that `forward` takes and gives no logits of
+    combine: str = "probabilities"  # of several networks the mean of these, or of their "logits"
     mesh: Mesh | None = None  # the tiles of a call are spread over all its devices
 
     def __post_init__(self) -> None:
@@ -55,6 +58,10 @@ class SlidingWindow:
             raise ValueError(f"sliding window: no law {self.law!r}; choose from {laws}")
         if self.tiles_per_call is not None and self.tiles_per_call < 1:
             raise UserError(f"infer.tiles must be at least 1; got {self.tiles_per_call}")
+        if self.combine not in COMBINED:
+            raise UserError(
+                f"predict.combine: no {self.combine!r}; choose from {', '.join(COMBINED)}"
+            )
         tiles.LAWS[self.law].starts(self.tile, self.tile, self.step)
 
     def count(self, size: Sequence[int]) -> int:
@@ -72,7 +79,8 @@ class SlidingWindow:
         """Logits of every voxel, classes first, as resampling to the scan wants them.
 
         For several networks (twins, folds, different backbones alike) the logarithm of the mean of
-        their softmax: its softmax is that mean.
+        their softmax, whose softmax is that mean; or, as nnU-Net has it for folds, the mean of
+        their logits.
 
         Args:
             networks: Parameters, one entry per network.
@@ -107,20 +115,39 @@ class SlidingWindow:
     ) -> tuple[Array, Box]:
         if not networks:
             raise ValueError("sliding window: no network to apply")
-        pads = tiles.padding(image.shape[:3], self.tile)
+        pads = tiles.LAWS[self.law].padding(image.shape[:3], self.tile)
         size = tuple(n + sum(pad) for n, pad in zip(image.shape[:3], pads, strict=True))
         d, h, w = (slice(pad[0], pad[0] + n) for n, pad in zip(image.shape[:3], pads, strict=True))
-        canvas = np.full((*tiles.bucket(size, self.tile), image.shape[3]), fill, np.float32)
-        canvas[d, h, w] = image
-        on_device = self._replicate(canvas)
+        on_device = self._replicate(self._canvas(image, fill, tiles.bucket(size, self.tile), pads))
         whole, mean = self.count(size) * len(networks), None
         for index, params in enumerate(networks):
             report = partial(_report, progress, index * self.count(size), whole)
             logits = self._single(self._replicate(params), on_device, size, report)
             if len(networks) == 1:
                 return logits, (d, h, w)
-            mean = _add_softmax(mean, logits)
+            if self.combine == "logits":
+                mean = logits if mean is None else mean + logits
+            else:
+                mean = _add_softmax(mean, logits)
+        assert mean is not None, "there are networks"
+        if self.combine == "logits":
+            return mean / len(networks), (d, h, w)
         return _log_mean(mean, len(networks)), (d, h, w)
+
+    def _canvas(
+        self, image: np.ndarray, fill: float | Sequence[float], bucket: Shape, pads: tiles.Pads
+    ) -> np.ndarray:
+        """The image with what is around it: room for whole tiles, and their margin."""
+        whole = [n + 2 * m for n, m in zip(bucket, self.margin, strict=True)]
+        before = [pad[0] + m for pad, m in zip(pads, self.margin, strict=True)]
+        if tiles.LAWS[self.law].edge:
+            counts = zip(before, whole, image.shape[:3], strict=True)
+            around = [(first, total - first - n) for first, total, n in counts]
+            return np.pad(image.astype(np.float32), [*around, (0, 0)], mode="edge")
+        canvas = np.full((*whole, image.shape[3]), fill, np.float32)
+        d, h, w = (slice(a, a + n) for a, n in zip(before, image.shape[:3], strict=True))
+        canvas[d, h, w] = image
+        return canvas
 
     def _single(
         self,
@@ -132,9 +159,10 @@ class SlidingWindow:
         """Logits [K D H W] on the whole canvas; 0 where no tile lies."""
         sums, previous, done = None, None, 0
         for starts, flips, used in self._calls(size):
-            votes = self._apply(params, _cut(canvas, starts, self.tile), flips)
+            votes = self._apply(params, _cut(canvas, starts, self._seen), flips)
             if sums is None:
-                shapes = (votes.shape[1], *canvas.shape[:3]), canvas.shape[:3]
+                room = tuple(n - 2 * m for n, m in zip(canvas.shape, self.margin, strict=False))
+                shapes = (votes.shape[1], *room), room
                 sums = tuple(jnp.zeros(shape, device=self._everywhere) for shape in shapes)
             sums = _collect(sums, votes, self._weights, starts, used)
             # At most one call ahead: the queue would hold the logits of every tile in it.
@@ -166,11 +194,17 @@ class SlidingWindow:
             starts, flips = zip(*full, strict=True)
             yield np.array(starts, np.int32), np.array(flips, bool), len(call)
 
+    @property
+    def _seen(self) -> Shape:
+        """Voxels of a tile with its margin."""
+        d, h, w = (n + 2 * m for n, m in zip(self.tile, self.margin, strict=True))
+        return d, h, w
+
     @cached_property
     def _batch(self) -> int:
         """Tiles per call, as many on every device of the mesh."""
         devices = self.mesh.size if self.mesh else 1
-        wanted = self.tiles_per_call or devices * tiles_that_fit(self.tile)
+        wanted = self.tiles_per_call or devices * tiles_that_fit(self._seen)
         return math.ceil(wanted / devices) * devices
 
     @cached_property

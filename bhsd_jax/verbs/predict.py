@@ -265,6 +265,7 @@ def _facts(run: Run, step: int, networks: tuple[str, ...]) -> dict[str, Any]:
         "notice": NOTICE,
         "step": step,
         "networks": networks,
+        "combine": config.predict.combine if len(networks) > 1 else None,
         "classes": run.classes,
         "split": None if config.predict.images else config.predict.split,
         "mirror": config.infer.mirror_axes if config.infer.mirror else (),
