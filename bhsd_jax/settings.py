@@ -43,6 +43,12 @@ class Preprocess:
         float | None,
         "box of the largest component above this many HU; None: nnU-Net's non-zero voxels",
     ] = -200.0
+    first: Annotated[
+        Literal["resample", "normalize"],
+        "what CT gets first: resample: scans stay in HU, and are clipped and normalized in "
+        "training; normalize: they are clipped and normalized by the plan's statistics and then "
+        "resampled, as nnU-Net's",
+    ] = "resample"
     cases_per_shard: Annotated[int, "cases", COUNT] = 16
     processes: Annotated[int, "worker processes; 0: one per core", NOT_NEGATIVE] = 0
     shard_index: Annotated[int, "which of num_shards jobs this is, from 0", NOT_NEGATIVE] = 0
@@ -204,6 +210,14 @@ class Train:
     remat: Annotated[
         Literal["none", "blocks"], "recompute activations per stage in the backward pass"
     ] = "none"
+    init_from: Annotated[
+        str,
+        "weights to begin with: folder of a run, trained or imported, or a file of PyTorch's; what "
+        "does not fit stays random, and the log says what. Empty: all is random",
+    ] = ""
+    init_only: Annotated[
+        tuple[str, ...], 'of those, names that begin so, such as "encoder_"; (): all that fit'
+    ] = ()
     profile: Annotated[str, 'steps to trace for xprof, like "10:15", into <run>/profile'] = ""
 
 
@@ -251,6 +265,11 @@ class Infer:
     tiles: Annotated[
         int | None, "tiles per call; None: chosen from the memory of the device", COUNT
     ] = None
+    law: Annotated[
+        Literal["nnunet", "monai", "adjacent"],
+        "where tiles lie and how their voxels count: as nnU-Net's or MONAI's, or side by side and "
+        "all alike (BLAST-CT's)",
+    ] = "nnunet"
 
 
 @dataclass(frozen=True)
@@ -286,9 +305,12 @@ class Predict:
     ] = ()
     runs: Annotated[
         tuple[str, ...],
-        "folders of further runs, folds say, whose scans are prepared alike: the mean of the "
-        "probabilities of all",
+        "folders of further runs, folds say, whose scans are prepared alike: all are averaged",
     ] = ()
+    combine: Annotated[
+        Literal["probabilities", "logits"],
+        "what is averaged over several networks; nnU-Net averages the logits of its folds",
+    ] = "probabilities"
     probabilities: Annotated[
         bool, "also write <case>_probabilities.npz, with names of classes and axes, and the affine"
     ] = False

@@ -51,6 +51,7 @@ class Grid:
     crop_stop: Shape  # exclusive
     shape: Shape  # of the prepared array
     spacing_mm: Millimeters  # of the prepared array
+    law: str = "faces"  # outer faces agree (nnU-Net); or first "centers" (BLAST-CT)
 
     @property
     def cropped_shape(self) -> Shape:
@@ -88,6 +89,7 @@ class Grid:
             crop_stop=tuple(data["crop_stop"]),
             shape=tuple(data["shape"]),
             spacing_mm=tuple(data["spacing_mm"]),
+            law=data.get("law", "faces"),
         )
 
 
@@ -183,6 +185,8 @@ class Plan:
     axes: str = "SPL"  # where D, H, W run before `transpose`; "file": as they lie in the file
     normalize_first: bool = False  # as nnU-Net: unrepaired, normalized before it is resampled
     use_mask_for_norm: bool = False  # MR: z-scores of the non-zero voxels; all others stay 0
+    repaired: bool = False  # with `normalize_first`: CT is put into HU all the same
+    law: str = "faces"  # of resampling, see `Grid`; with "centers" nothing is cropped
 
     @property
     def normalized_before(self) -> bool:

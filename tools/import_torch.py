@@ -1,13 +1,16 @@
 """Imports weights trained with PyTorch as a run for `predict`.
 
     python tools/import_torch.py fold_0/checkpoint_final.pth runs/imported
+    python tools/import_torch.py nnUNetTrainer__nnUNetPlans__3d_fullres runs/folds --folds 0 1 2
+    python tools/import_torch.py blast-ct/blast_ct/data runs/blast
     python tools/import_torch.py swin.safetensors runs/swin --reference SwinUNETR \
         --constructor '{"in_channels": 1, "out_channels": 2, "downsample": "legacy"}' \
         --patch 96 96 96 --spacing-mm 1 1 1 --axes RAS --window -100 200 --classes background IPH
 
-A checkpoint of nnU-Net v2, or the folder of a fold, needs nothing more: network, plan and
-normalization come from it, and `predict` gives nnU-Net's own label maps. UNETR and SwinUNETR of
-MONAI, CoTr and nnFormer (as nnFormer/synapse, /acdc, /tumor) need the rest of the options, and so
+A checkpoint of nnU-Net v2, the folder of a fold, or that of a model with all its folds needs
+nothing more: network, plan and normalization come from it, and `predict` gives nnU-Net's own label
+maps. Nor does a folder of BLAST-CT's networks with its config.json. UNETR and SwinUNETR of MONAI,
+CoTr and nnFormer (as nnFormer/synapse, /acdc, /tumor) need the rest of the options, and so
 do weights of nnU-Net's networks in safetensors or npz files. .pth and its kin need the extra
 `torch-import`; no pickle is executed.
 
@@ -27,24 +30,51 @@ def main() -> None:
     """Reads, converts, writes; says what is wrong and exits 2 where it cannot."""
     sys.path.insert(0, str(ROOT))
     from bhsd_jax.configs import common
-    from bhsd_jax.torch_weights import weights_file
     from bhsd_jax.verbs import import_weights
 
     options = parse()
     try:
-        path = import_weights.find(options.checkpoint)
-        weights = weights_file.read(path)
-        if import_weights.is_nnunet(weights):
-            source = import_weights.from_nnunet(weights, path)
-        else:
-            source = described(options, path, weights.beside)
-        import_weights.write_run(common.get_config(), source, weights, options.out)
+        source, members = found(options)
+        import_weights.write_run(common.get_config(), source, members, options.out)
     except (OSError, ValueError) as error:
         sys.exit(f"import: {error}")
     plan = source.plan
     patch = " x ".join(map(str, plan.network.patch))
-    print(f"{options.out}: {source.reference}, patch {patch}, {', '.join(plan.classes)}")
+    several = f", {len(members)} networks, mean of {source.combine}" if len(members) > 1 else ""
+    print(f"{options.out}: {source.reference}{several}, patch {patch}, {', '.join(plan.classes)}")
+    if plan.license:
+        print(f"License of these weights: {plan.license}")
     print("Research use only. Not a medical device; not for diagnosis, triage or treatment.")
+
+
+def found(options: argparse.Namespace) -> tuple[Any, Any]:
+    """What the network is, and weights by the name of each member.
+
+    Raises:
+        ValueError: If the path holds nothing that is known, or options are missing.
+    """
+    from bhsd_jax.torch_weights import weights_file
+    from bhsd_jax.verbs import import_folders, import_weights
+
+    path = options.checkpoint
+    if path.is_dir() and import_folders.folds(path):
+        model = import_folders.from_nnunet(path, options.folds)
+        return model.source, model.members
+    if options.folds:
+        raise ValueError(f"{path}: --folds is for nnU-Net's folder of a model; no fold_* is in it")
+    config = None if options.reference else import_folders.blast_config(path)
+    if config is not None:
+        tile = options.patch and tuple(options.patch)
+        model = import_folders.from_blast_ct(path, config, tile)
+        return model.source, model.members
+    path = import_weights.find(path)
+    weights = weights_file.read(path)
+    if import_weights.is_nnunet(weights):
+        source = import_weights.from_nnunet(weights, path)
+        import_weights.require_named_network(source, weights, path)
+    else:
+        source = described(options, path, weights.beside)
+    return source, {"network": weights.state}
 
 
 def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
@@ -54,6 +84,7 @@ def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
         ValueError: Lists the options that are missing.
     """
     from bhsd_jax.torch_weights import weights_file
+    from bhsd_jax.torch_weights.recipe import recipe_of
     from bhsd_jax.verbs import import_weights
 
     reference = options.reference or header.get("reference")
@@ -69,7 +100,7 @@ def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
     if missing:
         raise ValueError(f"{path}: does not say it all itself; give {', '.join(missing)}")
     constructor = weights_file.json_of(text)
-    import_weights.require_release(reference, constructor)
+    recipe_of(reference, constructor)  # what it lacks is said first
     foreground, windows = normalization(options)
     plan = import_weights.plan_for(
         constructor,
@@ -115,8 +146,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help=".pth, .pt, .model, .safetensors, .npz, or nnU-Net's fold")
+    add("checkpoint", type=Path, help="file of weights, or folder of a fold or a model")
     add("out", type=Path, help="folder of the run to write")
+    add("--folds", nargs="+", default=(), metavar="N", help="of nnU-Net's model; default all")
     add(
         "--reference", help="PlainConvUNet, ResidualEncoderUNet, UNETR, SwinUNETR, CoTr, nnFormer/*"
     )

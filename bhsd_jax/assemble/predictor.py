@@ -106,7 +106,8 @@ class Predictor:
         """
         self._require_memory(image, len(image) * (2 if self.others else 1))
         tell = Teller(name).tiles
-        return ensemble.mean_of_probabilities(
+        mean = ensemble.MEANS[self.window.combine]
+        return mean(
             (
                 one.window.logits(one.networks, image[..., None], fill=one.fill, progress=tell),
                 len(one.networks),
@@ -220,7 +221,14 @@ def load(run: Run) -> tuple[int, dict[str, Params]]:
             f"this objective has {', '.join([*found, *together])}"
         )
     logger.info("checkpoint of step %d, network %s", step, " + ".join(wanted))
-    return step, {name: {"params": found[name], **statistics} for name in wanted}
+    return step, {
+        name: {"params": found[name], **_own(statistics, name, objective.twins)} for name in wanted
+    }
+
+
+def _own(statistics: Mapping[str, Params], name: str, twins: Sequence[str]) -> dict[str, Params]:
+    """The statistics of one network, where each of several has its own."""
+    return {kind: tree[name] if name in twins else tree for kind, tree in statistics.items()}
 
 
 def share_cores(run: Run) -> None:
@@ -241,7 +249,9 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
     def forward(variables: Params, raw: jax.Array) -> Any:
         return model.apply(variables, normalization(raw), train=False)
 
-    sample = jax.ShapeDtypeStruct((1, *run.patch, normalization.channels), jnp.float32)
+    margin = getattr(model, "margin", (0, 0, 0))  # what it takes around the voxels it answers for
+    seen = (n + 2 * m for n, m in zip(run.patch, margin, strict=True))
+    sample = jax.ShapeDtypeStruct((1, *seen, normalization.channels), jnp.float32)
     expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), sample)
     for variables in networks:
         _require_fit(variables, expected)
@@ -253,6 +263,9 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         mirror=config.infer.mirror,
         mirror_axes=config.infer.mirror_axes,
         tiles_per_call=config.infer.tiles,
+        law=config.infer.law,
+        margin=margin,
+        combine=config.predict.combine,
         # Of several processes each predicts scans of its own.
         mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,
     )

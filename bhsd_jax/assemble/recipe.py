@@ -26,6 +26,7 @@ from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.optimizer import make_optimizer, make_schedule
 from bhsd_jax.train.step import Parts, init_state
 from bhsd_jax.types import Batch, TrainState
+from bhsd_jax.volume import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
         optimizer=optimizer,
         schedule=schedule,
         segmentation=DiceCE(**loss),
-        augment=make_augment(run.normalization, spatial, intensity, head_hu=plan.crop_hu),
+        augment=make_augment(run.normalization, spatial, intensity, head_hu=_head(plan)),
         view=intensity,
         steps=config.train.steps,
         accumulate=config.train.accumulate,
@@ -123,7 +124,7 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
     return Recipe(
         parts=parts,
         cut=cut,
-        raw_type=jnp.int16 if plan.modality == "ct" else jnp.float32,
+        raw_type=jnp.float32 if plan.normalized_before else jnp.int16,
         channels=run.normalization.channels,
         labeled=run.labeled,
         unlabeled=run.unlabeled,
@@ -189,6 +190,15 @@ def make_augment(
         return Batch(image, label, free, slice_labels, inside)
 
     return augment
+
+
+def _head(plan: Plan) -> float | None:
+    """The intensity above which there is head, as it lies in the shards."""
+    if not plan.normalize_first:
+        return plan.crop_hu
+    low, mean, std, _ = plan.foreground
+    # Nothing below `low` is left; what is just above it may be air that a spline has moved.
+    return (max(-200.0 if plan.crop_hu is None else plan.crop_hu, low) - mean) / std + 0.01
 
 
 def require_matching(run: Run, recipe: Recipe, roles: Roles, mesh: Mesh) -> None:

@@ -64,6 +64,10 @@ class Run:
             ValueError: If windows are wanted of scans that the plan normalizes beforehand.
         """
         windows, plan = self.config.windows, self.plan
+        if windows == "plan" and plan.repaired:
+            low, mean, std, high = plan.foreground
+            bounds = ((low - mean) / max(std, 1e-8),), ((high - mean) / max(std, 1e-8),)
+            return Normalization(*bounds, (0.0,), (1.0,))
         if windows == "plan":
             modality = "mr" if plan.normalize_first else plan.modality
             return Normalization.from_plan(modality, plan.foreground)

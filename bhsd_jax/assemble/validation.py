@@ -66,6 +66,7 @@ class Validation:
             step=config.infer.step,
             mirror=False,
             tiles_per_call=config.infer.tiles,
+            law=config.infer.law,
             # Of several processes each has a case of its own, which the others cannot wait for.
             mesh=mesh if mesh.size > 1 and jax.process_count() == 1 else None,
         )

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 from jaxtyping import Float, Float32, Num, Shaped, UInt8
-from scipy import ndimage, optimize
+from scipy import ndimage, optimize, special
 
-from bhsd_jax.ct import resample
+from bhsd_jax.ct import centers, resample
 from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.volume import Grid, Millimeters, Shape, Volume, bounding_box
 
@@ -21,6 +21,7 @@ _WORLD = {
 }
 _SAME_LINE = str.maketrans("LPI", "RAS")
 CANONICAL, AS_IN_FILE = "SPL", "file"
+CENTERS = "centers"  # the law of `ct/centers`; every other grid keeps that of `ct/resample`
 LEAST_TILT_DEG = 0.5  # of a gantry: less is rounding
 _MARGIN_MM = 5.0  # around the largest component
 _MOST_VOXELS = 2**29  # of a prepared scan: a whole body at half a millimeter has as many
@@ -76,6 +77,7 @@ def locate(
     transpose: tuple[int, int, int] = (0, 1, 2),
     crop_hu: float | None = None,
     axes: str = CANONICAL,
+    law: str = "faces",
 ) -> Grid:
     """Plans the way of a scan to the prepared spacing: axis order, crop box, shape.
 
@@ -83,7 +85,7 @@ def locate(
     component above `crop_hu` plus 5 mm on every side; of the whole scan if there are none.
     `transpose` names which of `axes` (see `canonical`) is behind each prepared axis, and
     `spacing_mm` is in prepared order. The last voxel may stick out or fall short: the shape is
-    rounded.
+    rounded. With the law "centers" nothing is cropped.
 
     Raises:
         ValueError: If a spacing is not positive, `transpose` is no permutation, or `axes` are none.
@@ -101,9 +103,12 @@ def locate(
     turned = turn(volume.voxels, order, flip)
     native_mm = volume.spacing_mm
     old_mm = native_mm[order[0]], native_mm[order[1]], native_mm[order[2]]
-    start, stop = _crop_box(turned, old_mm, crop_hu)
+    if law == CENTERS:
+        start, stop, new_shape = (0, 0, 0), turned.shape, centers.shape_for
+    else:
+        (start, stop), new_shape = _crop_box(turned, old_mm, crop_hu), resample.resampled_shape
     cropped = stop[0] - start[0], stop[1] - start[1], stop[2] - start[2]
-    shape = resample.resampled_shape(cropped, old_mm, spacing_mm)
+    shape = new_shape(cropped, old_mm, spacing_mm)
     if math.prod(shape) > _MOST_VOXELS:
         raise Refusal(
             Kind.TOO_LARGE,
@@ -120,6 +125,7 @@ def locate(
         crop_stop=stop,
         shape=shape,
         spacing_mm=spacing_mm,
+        law=law,
     )
 
 
@@ -141,6 +147,10 @@ def to_grid(voxels: Num[np.ndarray, "_ _ _"], grid: Grid, kind: str) -> Num[np.n
     _check_shape(voxels.shape, grid.native_shape, "native")
     cropped = native_box(voxels, grid)
     axis = resample.separate_axis(grid.native_spacing_mm, grid.spacing_mm)
+    if grid.law == CENTERS and kind in ("image", "label"):
+        resampled = centers.to_centers if kind == "image" else centers.label_to_centers
+        sizes = grid.shape, grid.native_spacing_mm, grid.spacing_mm
+        return resampled(cropped, *sizes, grid.flip)
     if kind == "image":
         return np.ascontiguousarray(resample.resample_image(cropped, grid.shape, axis))
     if kind == "label":
@@ -178,6 +188,8 @@ def argmax_from_grid(
     _check_shape(logits.shape[1:], grid.shape, "prepared")
     if not 1 <= len(logits) <= 256:
         raise ValueError(f"argmax_from_grid: want 1 to 256 classes; got {len(logits)}")
+    if grid.law == CENTERS:
+        return _nearest_center(logits.argmax(0).astype(np.uint8), grid)
     axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
     best = resample.resample_linear(logits[0], grid.cropped_shape, axis)
     winner = np.zeros(grid.cropped_shape, np.uint8)
@@ -206,6 +218,9 @@ def probabilities_from_grid(
     axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
     native = np.zeros((len(logits), *grid.native_shape), np.float32)
     native[0] = 1
+    if grid.law == CENTERS:
+        chances = special.softmax(logits, axis=0)
+        return np.stack([_nearest_center(one, grid, i == 0) for i, one in enumerate(chances)])
     inside = [native_box(one, grid) for one in native]
     for one, box in zip(logits, inside, strict=True):
         box[...] = resample.resample_linear(one, grid.cropped_shape, axis)
@@ -216,6 +231,16 @@ def probabilities_from_grid(
         total += box
     for box in inside:
         box /= total
+    return native
+
+
+def _nearest_center(
+    voxels: Shaped[np.ndarray, "_ _ _"], grid: Grid, outside: float = 0
+) -> Shaped[np.ndarray, "_ _ _"]:
+    native = np.empty(grid.native_shape, voxels.dtype)
+    turned = native_box(native, grid)
+    sizes = turned.shape, grid.native_spacing_mm, grid.spacing_mm
+    turned[...] = centers.from_centers(voxels, *sizes, grid.flip, outside)
     return native
 
 

@@ -35,7 +35,8 @@ class OwnSlices:
 
     def is_on(self, grid: Grid) -> bool:
         """Whether every voxel of the label map is one of the prepared grid, inside its crop."""
-        return self.is_even and not self.unshear and grid.shape == grid.cropped_shape
+        on = grid.shape == grid.cropped_shape and grid.law != geometry.CENTERS
+        return on and self.is_even and not self.unshear
 
     @property
     def widths_mm(self) -> Float64[np.ndarray, " N"]:

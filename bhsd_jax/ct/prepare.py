@@ -129,8 +129,8 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
 
     CT stays in HU, rounded to int16; windows are applied in training. MR is brought to zero mean
     and unit variance over the whole cropped scan before it is resampled, as nnU-Net does it, or
-    over its non-zero voxels where the plan says `use_mask_for_norm`; so is CT clipped and scaled,
-    and not repaired, where the plan says `normalize_first`.
+    over its non-zero voxels where the plan says `use_mask_for_norm`; so is CT clipped and scaled
+    where the plan says `normalize_first`, and not repaired unless it says `repaired` too.
 
     Raises:
         ValueError: If a file is broken, or image and mask do not belong together.
@@ -138,7 +138,7 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     """
     classes = len(plan.classes)
     raw, found = scan.read(case.image)
-    as_it_lies = plan.normalize_first
+    as_it_lies = plan.normalize_first and not plan.repaired
     volume, label, more = _read(
         case, raw, num_classes=classes, modality=plan.modality, as_it_lies=as_it_lies
     )
@@ -179,7 +179,7 @@ def prepare_volume(volume: Volume, plan: Plan) -> tuple[np.ndarray, Grid, tuple[
         ValueError: If it is no scan of the plan's kind; names `volume.case`.
     """
     case = Case(volume.case, volume.case, Path(volume.case), None, "test")
-    classes, as_it_lies = len(plan.classes), plan.normalize_first
+    classes, as_it_lies = len(plan.classes), plan.normalize_first and not plan.repaired
     ready, _, found = _read(
         case, volume, num_classes=classes, modality=plan.modality, as_it_lies=as_it_lies
     )
@@ -195,7 +195,7 @@ def hu_doubts(voxels: np.ndarray, plan: Plan) -> tuple[str, ...]:
     """
     if plan.modality != "ct":
         return ()
-    if plan.normalize_first:
+    if plan.normalize_first and not plan.repaired:
         return tuple(texts(plausibility.doubts(voxels)))
     _, found = plausibility.settle(voxels)
     return tuple(texts(one for one in found if one.kind in plausibility.KINDS))
@@ -236,9 +236,12 @@ def _on_grid(volume: Volume, plan: Plan) -> tuple[np.ndarray, Grid]:
         transpose=plan.transpose,
         crop_hu=plan.crop_hu,
         axes=plan.axes,
+        law=plan.law,
     )
     if not plan.normalized_before:
-        return np.rint(geometry.to_grid(volume.voxels, grid, "image")).astype(np.int16), grid
+        image = geometry.to_grid(volume.voxels, grid, "image")
+        exact = plan.law == geometry.CENTERS
+        return image if exact else np.rint(image).astype(np.int16), grid
     ct = plan.modality == "ct"
     voxels = _scaled(volume.voxels, plan) if ct else _standardized(volume.voxels, grid, plan)
     return geometry.to_grid(voxels, grid, "image").astype(np.float32), grid

@@ -34,6 +34,26 @@ def mean_of_probabilities(
     return np.log(np.maximum(total / count, np.finfo(np.float32).tiny))
 
 
+def mean_of_logits(
+    parts: Iterable[tuple[Float[np.ndarray, "K D H W"], int]],
+) -> Float[np.ndarray, "K D H W"]:
+    """The mean of the parts, each as often as it stands for networks; as nnU-Net has it for folds.
+
+    Raises:
+        ValueError: If there is no part.
+    """
+    total, count = None, 0
+    for logits, networks in parts:
+        total = logits * networks if total is None else total + logits * networks
+        count += networks
+    if total is None:
+        raise ValueError("mean of logits: no networks")
+    return total / np.float32(count)
+
+
+MEANS = {"probabilities": mean_of_probabilities, "logits": mean_of_logits}
+
+
 def _softmax(logits: np.ndarray) -> np.ndarray:
     raised = np.exp(logits - logits.max(axis=0))
     return raised / raised.sum(axis=0)

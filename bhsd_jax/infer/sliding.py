@@ -19,6 +19,7 @@ from bhsd_jax.volume import Shape
 
 Progress = Callable[[int, int], None]  # (tiles done, tiles in all), mirrored ones counted too
 Box = tuple[slice, slice, slice]
+COMBINED = ("probabilities", "logits")
 
 _MOST_TILES = 16  # per device and call: more do not make large tiles faster
 _BYTES_PER_VOXEL = 4096  # of working memory; see `tiles_that_fit`
@@ -46,6 +47,8 @@ class SlidingWindow:
     mirror_axes: tuple[int, ...] = (0, 1, 2)  # D, H, W
     tiles_per_call: int | None = None  # None: as many as fit
     law: str = "nnunet"  # of tile positions and weights: a key of `tiles.LAWS`
+    margin: Shape = (0, 0, 0)  # voxels around a tile that `forward` takes and gives no logits of
+    combine: str = "probabilities"  # of several networks the mean of these, or of their "logits"
     mesh: Mesh | None = None  # the tiles of a call are spread over all its devices
 
     def __post_init__(self) -> None:
@@ -54,6 +57,10 @@ class SlidingWindow:
             raise ValueError(f"sliding window: no law {self.law!r}; choose from {laws}")
         if self.tiles_per_call is not None and self.tiles_per_call < 1:
             raise UserError(f"infer.tiles must be at least 1; got {self.tiles_per_call}")
+        if self.combine not in COMBINED:
+            raise UserError(
+                f"predict.combine: no {self.combine!r}; choose from {', '.join(COMBINED)}"
+            )
         tiles.LAWS[self.law].starts(self.tile, self.tile, self.step)
 
     def count(self, size: Sequence[int]) -> int:
@@ -71,7 +78,8 @@ class SlidingWindow:
         """Logits of every voxel, classes first, as resampling to the scan wants them.
 
         For several networks (twins, folds, different backbones alike) the logarithm of the mean of
-        their softmax: its softmax is that mean.
+        their softmax, whose softmax is that mean; or, as nnU-Net has it for folds, the mean of
+        their logits.
 
         Args:
             networks: Parameters, one entry per network.
@@ -117,25 +125,44 @@ class SlidingWindow:
         """Rows of the volume and `finish(logits)` of them, [... d H W], one slab after another."""
         if not networks:
             raise ValueError("sliding window: no network to apply")
-        pads = tiles.padding(image.shape[:3], self.tile)
+        pads = tiles.LAWS[self.law].padding(image.shape[:3], self.tile)
         size = tuple(n + sum(pad) for n, pad in zip(image.shape[:3], pads, strict=True))
-        canvas = image
         d, h, w = (slice(pad[0], pad[0] + n) for n, pad in zip(image.shape[:3], pads, strict=True))
-        if size != image.shape[:3]:
-            canvas = np.full((*size, image.shape[3]), fill, np.float32)
-            canvas[d, h, w] = image
         count = _Count(progress, self.count(size) * len(networks))
+        canvas = self._canvas(image, fill, size, pads)
         slabs = [self._slabs(self._replicate(p), canvas, size, count.add) for p in networks]
         # A slab goes to the host while the next one is computed.
         waiting = None
         for parts in zip(*slabs, strict=True):
             logits = [logits for _, logits, _ in parts]
             broken = sum(n for *_, n in parts)
-            ready, waiting = waiting, (parts[0][0], finish(_log_mean(logits)), broken)
+            mean = _mean(logits) if self.combine == "logits" else _log_mean(logits)
+            ready, waiting = waiting, (parts[0][0], finish(mean), broken)
             if ready:
                 yield _to_host(*ready, (d, h, w))
         assert waiting, "every volume has a tile"
         yield _to_host(*waiting, (d, h, w))
+
+    def _canvas(
+        self,
+        image: np.ndarray,
+        fill: float | Sequence[float],
+        size: Sequence[int],
+        pads: tiles.Pads,
+    ) -> np.ndarray:
+        """The image with what tiles and margins reach beyond it; itself, if that is nothing."""
+        whole = [n + 2 * m for n, m in zip(size, self.margin, strict=True)]
+        before = [pad[0] + m for pad, m in zip(pads, self.margin, strict=True)]
+        if tuple(whole) == image.shape[:3]:
+            return image
+        if tiles.LAWS[self.law].edge:
+            counts = zip(before, whole, image.shape[:3], strict=True)
+            around = [(first, total - first - n) for first, total, n in counts]
+            return np.pad(image, [*around, (0, 0)], mode="edge")
+        canvas = np.full((*whole, image.shape[3]), fill, np.float32)
+        d, h, w = (slice(a, a + n) for a, n in zip(before, image.shape[:3], strict=True))
+        canvas[d, h, w] = image
+        return canvas
 
     def _slabs(
         self,
@@ -147,7 +174,7 @@ class SlidingWindow:
         """First row, logits [K d H W] and how many are not finite, as soon as they are complete."""
         sums, previous, top = None, None, 0
         for starts, flips, used in self._calls(size):
-            batch = jax.device_put(_cut(canvas, starts, self.tile), self._spread)
+            batch = jax.device_put(_cut(canvas, starts, self._seen), self._spread)
             votes = jax.device_put(self._apply(params, batch, flips), self._home)
             if sums is None:
                 _, h, w = tiles.bucket(size, self.tile)
@@ -184,11 +211,17 @@ class SlidingWindow:
             starts, flips = zip(*full, strict=True)
             yield np.array(starts, np.int32), np.array(flips, bool), len(call)
 
+    @property
+    def _seen(self) -> Shape:
+        """Voxels of a tile with its margin."""
+        d, h, w = (n + 2 * m for n, m in zip(self.tile, self.margin, strict=True))
+        return d, h, w
+
     @cached_property
     def _batch(self) -> int:
         """Tiles per call, as many on every device of the mesh."""
         devices = self.mesh.size if self.mesh else 1
-        wanted = self.tiles_per_call or devices * tiles_that_fit(self.tile)
+        wanted = self.tiles_per_call or devices * tiles_that_fit(self._seen)
         return math.ceil(wanted / devices) * devices
 
     @cached_property
@@ -290,6 +323,11 @@ def _flip(value: Array, flips: Bool[Array, " 3"], first: int) -> Array:
     for axis in range(3):
         value = jnp.where(flips[axis], jnp.flip(value, first + axis), value)
     return value
+
+
+@jax.jit
+def _mean(logits: Sequence[Float[Array, "K D H W"]]) -> Float[Array, "K D H W"]:
+    return sum(logits[1:], logits[0]) / len(logits)
 
 
 @jax.jit

@@ -1,7 +1,9 @@
 """Where tiles lie on a volume, and how much each of their voxels counts. NumPy only.
 
-Two laws are in use: nnU-Net's spreads tiles evenly and centers the weights on voxel size // 2;
-MONAI's keeps a fixed interval, pushes the last tile back inside, and centers on (size - 1) / 2.
+Three laws are in use: nnU-Net's spreads tiles evenly and centers the weights on voxel size // 2;
+MONAI's keeps a fixed interval, pushes the last tile back inside, and centers on (size - 1) / 2;
+BLAST-CT's lays them side by side from the first voxel on, over the end of the volume, and all
+voxels count alike.
 """
 
 import math
@@ -91,21 +93,50 @@ def monai_gaussian(tile: Sequence[int], sigma_scale: float = 1 / 8) -> np.ndarra
     return np.maximum(weights, max(weights.min(), 1e-3)).astype(np.float32)
 
 
+def adjacent_starts(size: Sequence[int], tile: Sequence[int], step: float) -> Starts:
+    """First voxel of every tile along each axis, by BLAST-CT's law; `step` means nothing to it.
+
+    Source: biomedia-mira/blast-ct ccfa6ef, `FullImageToOverlappingPatchesNiftiDataset` (which has
+    a tile more where a volume ends with one).
+    """
+    _require_step(step)
+    return tuple(tuple(range(0, n, k)) for n, k in zip(size, tile, strict=True))
+
+
+def equal(tile: Sequence[int]) -> np.ndarray:
+    """Weights float32 [D H W] of 1."""
+    return np.ones(tuple(tile), np.float32)
+
+
+Pads = tuple[tuple[int, int], ...]  # voxels to add before and after each axis
+
+
+def padding(size: Sequence[int], tile: Sequence[int]) -> Pads:
+    """What each axis lacks to reach the tile; the odd one goes after."""
+    missing = [max(k - n, 0) for n, k in zip(size, tile, strict=True)]
+    return tuple((n // 2, n - n // 2) for n in missing)
+
+
+def padding_after(size: Sequence[int], tile: Sequence[int]) -> Pads:
+    """What each axis lacks to a whole number of tiles, all after it."""
+    return tuple((0, -n % k) for n, k in zip(size, tile, strict=True))
+
+
 @dataclass(frozen=True)
 class Law:
     """One way to lay tiles and to weigh them."""
 
     starts: Callable[[Sequence[int], Sequence[int], float], Starts]
     weights: Callable[[Sequence[int]], np.ndarray]  # float32 [D H W]
+    padding: Callable[[Sequence[int], Sequence[int]], Pads] = padding
+    edge: bool = False  # outside, the outermost voxels go on; else there is the fill value
 
 
-LAWS = {"nnunet": Law(starts, gaussian), "monai": Law(monai_starts, monai_gaussian)}
-
-
-def padding(size: Sequence[int], tile: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Voxels to add before and after each axis to reach the tile; the odd one goes after."""
-    missing = [max(k - n, 0) for n, k in zip(size, tile, strict=True)]
-    return tuple((n // 2, n - n // 2) for n in missing)
+LAWS = {
+    "nnunet": Law(starts, gaussian),
+    "monai": Law(monai_starts, monai_gaussian),
+    "adjacent": Law(adjacent_starts, equal, padding_after, edge=True),
+}
 
 
 def bucket(size: Sequence[int], tile: Sequence[int]) -> Shape:

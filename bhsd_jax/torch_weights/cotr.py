@@ -14,6 +14,7 @@ from bhsd_jax.torch_weights.layout import Weight
 from bhsd_jax.torch_weights.recipe import Recipe
 
 REFERENCES = ("CoTr",)
+MODULES = (CoTr,)
 _NORMS = {"IN": "instance", "BN": "batch", "SyncBN": "batch", "GN": "group"}
 _SLOPES = {"LeakyReLU": 0.01, "ReLU": 0.0}
 _REQUIRED = ("num_classes", "norm_cfg", "activation_cfg")
@@ -62,8 +63,13 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
         slope=_SLOPES[constructor["activation_cfg"]],
         **fields,
     )
+    return recipe(module, constructor.get("in_channels", 1))
+
+
+def recipe(module: CoTr, channels: int) -> Recipe:
+    """Names of the weights of a network that there is."""
+    image = (1, *module.stride, channels)
     weights = _convolutions(module) | _transformer(module)
-    image = (1, *module.stride, constructor.get("in_channels", 1))
     return Recipe(module, image, weights, _canonical, _is_unused)
 
 

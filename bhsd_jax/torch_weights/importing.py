@@ -31,13 +31,13 @@ def load(
     shapes = shapes_of(recipe)
     paths = {weight.path for weight in recipe.weights.values()}
     assert paths == set(shapes), f"{reference}: from_torch misses {sorted(paths ^ set(shapes))}"
-    arrays, problems = _collect(recipe, _unwrapped(state))
+    arrays, problems = _collect(recipe, unwrapped(state))
     flat = {}
     for name, weight in recipe.weights.items():
         if name not in arrays:
             problems.append(f"missing {name}")
             continue
-        value, want = _laid_out(weight, arrays[name]), shapes[weight.path]
+        value, want = laid_out(weight, arrays[name]), shapes[weight.path]
         if value.shape != want:
             problems.append(f"{name}: axes reordered it is {value.shape}, but must be {want}")
         flat[tuple(weight.path.split("/"))] = np.ascontiguousarray(value, dtype=np.float32)
@@ -47,8 +47,8 @@ def load(
     return recipe.module, traverse_util.unflatten_dict(flat)
 
 
-def _unwrapped(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without the prefixes of wrappers around the whole network, however nested."""
+def unwrapped(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A state dict without the prefixes of wrappers around the whole network, however nested."""
     unwrapped = dict(state)
     for wrapper in _WRAPPERS * len(_WRAPPERS):
         if unwrapped and all(name.startswith(wrapper) for name in unwrapped):
@@ -74,7 +74,8 @@ def _collect(
     return arrays, problems
 
 
-def _laid_out(weight: Weight, tensor: np.ndarray) -> np.ndarray:
+def laid_out(weight: Weight, tensor: np.ndarray) -> np.ndarray:
+    """A tensor with its axes in linen's order; one with another number of axes as it is."""
     try:
         return weight.layout.to_linen(tensor)
     except ValueError:  # another number of axes; reported as a wrong shape

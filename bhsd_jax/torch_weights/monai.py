@@ -14,9 +14,13 @@ from bhsd_jax.torch_weights import layout
 from bhsd_jax.torch_weights.layout import Weight
 
 # Weights without influence: norms and layers of a cross-attention that is never run (written since
-# MONAI 1.4), the number of batches seen, and an index that follows from the window.
+# MONAI 1.4), a token of classification and the third convolution of encoder blocks that keep their
+# width (both in NVIDIA's published UNETR), the number of batches seen, and an index that follows
+# from the window.
 _UNUSED = (
     r"vit\.blocks\.\d+\.(norm_cross_attn|cross_attn)\..*"
+    r"|vit\.patch_embedding\.cls_token"
+    r"|encoder\d+\.(layer|blocks\.\d+\.1)\.(conv3|norm3)\..*"
     r"|.*\.num_batches_tracked"
     r"|.*\.relative_position_index"
 )
@@ -81,7 +85,7 @@ def conv_block(
     for i in (1, 2, 3) if projected else (1, 2):
         name = f"{source}.conv{i}.conv"
         weights |= layout.layer(name, f"{target}/conv{i}", layout.CONV, bias=False)
-        weights |= _norm(spec, f"{source}.norm{i}", f"{target}/norm{i}")
+        weights |= norm(spec, f"{source}.norm{i}", f"{target}/norm{i}")
     return weights
 
 
@@ -116,7 +120,7 @@ def transformer_block(
     return weights
 
 
-def _norm(spec: NormSpec, source: str, target: str) -> dict[str, Weight]:
+def norm(spec: NormSpec, source: str, target: str) -> dict[str, Weight]:
     """A norm of the convolutional part; most kinds have no weights by default."""
     kind, options = norm_options(spec)
     weights = layout.norm(source, target) if options.get("affine") else {}

@@ -16,6 +16,7 @@ from bhsd_jax.torch_weights.layout import Weight
 from bhsd_jax.torch_weights.recipe import Recipe
 
 REFERENCES = ("nnFormer",)
+MODULES = (NNFormer,)
 _VARIANTS = {"synapse": SYNAPSE, "acdc": ACDC, "tumor": TUMOR}
 _REQUIRED = ("crop_size", "num_classes")
 _FIELDS = {"embedding_dim": "embed", "depths": "depths", "num_heads": "heads"}
@@ -52,7 +53,12 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
             wrong.append(f"{name}={constructor[name]} (supported: {size})")
     if wrong:
         raise UserError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
-    image = (1, *constructor["crop_size"], constructor.get("input_channels", 1))
+    return recipe(module, constructor.get("input_channels", 1), tuple(constructor["crop_size"]))
+
+
+def recipe(module: NNFormer, channels: int, patch: Triple | None = None) -> Recipe:
+    """Names of the weights of a network that there is."""
+    image = (1, *(patch or module.stride), channels)
     weights = _embedding() | _encoder(module) | _decoder(module)
     return Recipe(module, image, weights, unused=_is_unused)
 

@@ -20,6 +20,7 @@ from bhsd_jax.torch_weights.recipe import Recipe
 
 UNet = PlainConvUNet | ResidualEncoderUNet
 REFERENCES = ("PlainConvUNet", "ResidualEncoderUNet")
+MODULES = (PlainConvUNet, ResidualEncoderUNet)
 _ALIASES = (  # the same tensor under a second name; a conv unit lists its parts once more
     (r"^decoder\.encoder\.", "encoder."),
     (r"\.all_modules\.0\.", ".conv."),
@@ -71,13 +72,18 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
         if _name(arguments.get("block")) == "BottleneckD":
             fields["bottleneck"] = _each(arguments["bottleneck_channels"], stages)
         module = ResidualEncoderUNet(**fields)
-        weights = _residual_encoder(module)
     else:
         fields["convs_encoder"] = _each(arguments["n_conv_per_stage"], stages)
         module = PlainConvUNet(**fields)
-        weights = _plain_encoder(module)
+    return recipe(module, arguments["input_channels"])
+
+
+def recipe(module: UNet, channels: int) -> Recipe:
+    """Names of the weights of a network that there is."""
+    residual = isinstance(module, ResidualEncoderUNet)
+    weights = _residual_encoder(module) if residual else _plain_encoder(module)
     weights |= _decoder(module)
-    image = (1, *module.stride, arguments["input_channels"])
+    image = (1, *module.stride, channels)
     return Recipe(
         module,
         image,
@@ -141,7 +147,8 @@ def _completed(module: UNet, state: Mapping[str, np.ndarray]) -> dict[str, np.nd
 
 def _plain_encoder(module: PlainConvUNet) -> dict[str, Weight]:
     weights = {}
-    for s, convs in enumerate(_each(module.convs_encoder, len(module.features))):
+    stages = len(module.features)
+    for s, convs in enumerate(nnunet.counts(module, "convs_encoder", stages)):
         for i in range(convs):
             weights |= _unit(module, f"encoder.stages.{s}.0.convs.{i}", f"encoder_{s}/conv_{i}")
     return weights
@@ -151,14 +158,14 @@ def _residual_encoder(module: ResidualEncoderUNet) -> dict[str, Weight]:
     weights = _unit(module, "encoder.stem.convs.0", "stem")
     channels = module.features[0] if module.stem is None else module.stem
     parts = ("conv1", "conv2", "conv3") if module.bottleneck else ("conv1", "conv2")
-    for s, blocks in enumerate(_each(module.blocks_encoder, len(module.features))):
+    for s, blocks in enumerate(nnunet.blocks_of(module)):
         for b in range(blocks):
             source, target = f"encoder.stages.{s}.blocks.{b}", f"encoder_{s}/block_{b}"
             for part in parts:
                 weights |= _unit(module, f"{source}.{part}", f"{target}_{part}")
             if channels != module.features[s]:
                 # In the reference's list of shortcut steps a pooling may come first.
-                index = int(module.strides[s] != (1, 1, 1))
+                index = int(nnunet.strides_of(module)[s] != (1, 1, 1))
                 skip = _unit(module, f"{source}.skip.{index}", f"{target}_skip", bias=False)
                 weights |= skip
             channels = module.features[s]
@@ -168,7 +175,7 @@ def _residual_encoder(module: ResidualEncoderUNet) -> dict[str, Weight]:
 def _decoder(module: UNet) -> dict[str, Weight]:
     weights = {}
     stages = len(module.features) - 1
-    for s, convs in enumerate(_each(module.convs_decoder, stages)):
+    for s, convs in enumerate(nnunet.counts(module, "convs_decoder", stages)):
         u = stages - 1 - s
         weights |= layout.layer(
             f"decoder.transpconvs.{u}", f"up_{s}", layout.CONV_TRANSPOSE, bias=module.conv_bias

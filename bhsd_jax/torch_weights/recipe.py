@@ -1,7 +1,8 @@
 """The linen twin of a network of PyTorch, and where its weights go.
 
 A network's file in this folder names its classes in `REFERENCES` and has a function
-`from_torch(reference, constructor) -> Recipe`. It is found by existing.
+`from_torch(reference, constructor) -> Recipe`. It is found by existing. Where it names the twins in
+`MODULES`, its `recipe(module, channels) -> Recipe` tells the names of a network that there is.
 """
 
 import functools
@@ -55,6 +56,18 @@ def recipe_of(reference: str, constructor: Mapping[str, Any]) -> Recipe:
             f"no importer for reference {reference!r}; there is one for {', '.join(references())}"
         )
     return file.from_torch(reference, constructor)
+
+
+def recipe_for(module: nn.Module, channels: int) -> Recipe:
+    """PyTorch's names for the variables of a network that there is.
+
+    Raises:
+        ValueError: If no file in this folder has its class among its `MODULES`.
+    """
+    for file in dict.fromkeys(references().values()):
+        if type(module) in getattr(file, "MODULES", ()):
+            return file.recipe(module, channels)
+    raise UserError(f"{type(module).__name__}: no network of PyTorch is known to be its twin")
 
 
 def shapes_of(recipe: Recipe) -> dict[str, tuple[int, ...]]:

@@ -4,15 +4,18 @@ Source: MONAI 1.6.1 `SwinUNETR`.
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from bhsd_jax.models.swin_unetr import SwinUNETR
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.torch_weights import layout, monai
 from bhsd_jax.torch_weights.layout import Weight
 from bhsd_jax.torch_weights.recipe import Recipe
 
 REFERENCES = ("SwinUNETR",)
+MODULES = (SwinUNETR,)
 _ARGUMENTS = {  # of the reference, with its defaults
     "patch_size": 2,
     "depths": (2, 2, 2, 2),
@@ -30,10 +33,11 @@ _ARGUMENTS = {  # of the reference, with its defaults
     "patch_norm": False,
     "use_checkpoint": False,  # changes memory, not numbers
     "spatial_dims": 3,
-    "downsample": "legacy",  # not MONAI's: see `from_torch`
+    "downsample": "legacy",  # of those that say `img_size`: see `from_torch`
     "use_v2": False,
     "img_size": None,  # before MONAI 1.5; checked, never used
 }
+_VIT = "swinViT."
 _MERGING = {"merging": "fixed", "mergingv2": "v2"} | {n: n for n in ("fixed", "legacy", "v2")}
 
 
@@ -41,12 +45,11 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
     """Twin of MONAI's `SwinUNETR`.
 
     `downsample` says which release built it: "merging" since MONAI 1.5, "legacy" before, with the
-    same name and other results. Where it is not given it is "legacy", the order that all weights
-    published until 2025 need, unlike MONAI's own default. `"SwinUNETR/legacy"` and an argument
-    `merging` say it too.
+    same name and other results; no tensor tells. It must be given, as `"SwinUNETR/legacy"` or an
+    argument `merging` too, or follow from `img_size`, which no release since MONAI 1.5 takes.
 
     Raises:
-        ValueError: Lists every argument that has no counterpart here.
+        ValueError: Lists every argument that has no counterpart here; or asks for the release.
     """
     given = dict(constructor)
     merging = given.pop("merging", None) or reference.partition("/")[2]
@@ -64,6 +67,13 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
             "norm_layer": ("LayerNorm",),
         },
     )
+    if not {"downsample", "img_size"} & set(given):
+        raise UserError(
+            "SwinUNETR: MONAI 1.5 changed the order in which patches are merged, and the weights "
+            'do not tell which they have; add to --constructor "downsample": "merging" if MONAI '
+            '1.5 or later built the network, "legacy" for those before (all that were published '
+            "until 2025)"
+        )
     module = SwinUNETR(
         num_classes=arguments["out_channels"],
         feature_size=int(arguments["feature_size"]),
@@ -81,9 +91,26 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
         attention_dropout=arguments["attn_drop_rate"],
         path_dropout=arguments["dropout_path_rate"],
     )
-    channels = arguments["in_channels"]
+    return recipe(module, arguments["in_channels"])
+
+
+def recipe(module: SwinUNETR, channels: int) -> Recipe:
+    """Names of the weights of a network that there is."""
     weights = _encoder(module) | _decoder(module, channels)
-    return Recipe(module, (1, *module.stride, channels), weights, unused=monai.is_unused)
+    return Recipe(
+        module, (1, *module.stride, channels), weights, _canonical, unused=monai.is_unused
+    )
+
+
+def _canonical(name: str) -> str:
+    """Also of encoders that were trained alone, by themselves.
+
+    Source: MONAI 1.6.1, `SwinUNETR.load_from` (`layers1.0.blocks.0.mlp.fc1`) and
+    `filter_swinunetr` (`encoder.layers1.0.0.blocks.0.mlp.linear1`).
+    """
+    name = re.sub(r"^(encoder\.)?(?=patch_embed\.|layers\d)", _VIT, name)
+    name = re.sub(rf"^({_VIT}layers\d\.0)\.0\.", r"\1.", name)
+    return re.sub(r"\.mlp\.fc([12])\.", r".mlp.linear\1.", name)
 
 
 def _encoder(module: SwinUNETR) -> dict[str, Weight]:

@@ -13,6 +13,7 @@ from bhsd_jax.torch_weights.layout import Weight
 from bhsd_jax.torch_weights.recipe import Recipe
 
 REFERENCES = ("UNETR",)
+MODULES = (UNETR,)
 _ARGUMENTS = {  # of the reference: its default, or where it must be given, nothing
     "feature_size": 16,
     "hidden_size": 768,
@@ -61,7 +62,12 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
         qkv_bias=arguments["qkv_bias"],
         dropout=arguments["dropout_rate"],
     )
-    channels = arguments["in_channels"]
+    return recipe(module, arguments["in_channels"])
+
+
+def recipe(module: UNETR, channels: int) -> Recipe:
+    """Names of the weights of a network that there is."""
+    patch = module.patch or module.stride
     weights = _transformer(module, channels) | _decoder(module, channels)
     return Recipe(module, (1, *patch, channels), weights, unused=monai.is_unused)
 

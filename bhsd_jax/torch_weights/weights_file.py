@@ -66,10 +66,31 @@ def _safetensors(path: Path) -> WeightsFile:
     safetensors = library("safetensors", path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return WeightsFile(state, file.metadata() or {})
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            narrow = [name for name, kind in kinds.items() if kind == "BF16"]
+            state = {name: file.get_tensor(name) for name in kinds if name not in narrow}
+            state |= _bfloat16(path, narrow)
+            return WeightsFile({name: state[name] for name in kinds}, file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: not a sound safetensors file ({error})") from error
+
+
+def _bfloat16(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """Tensors that NumPy has no type for, as float32: they are its upper halves.
+
+    Source: the safetensors format: the header's length in 8 bytes, the header, the data.
+    """
+    if not names:
+        return {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header, state = json.loads(file.read(length)), {}
+        for name in names:
+            first, last = header[name]["data_offsets"]
+            file.seek(8 + length + first)
+            upper = np.frombuffer(file.read(last - first), "<u2").astype(np.uint32)
+            state[name] = (upper << 16).view(np.float32).reshape(header[name]["shape"])
+    return state
 
 
 def _npz(path: Path) -> WeightsFile:

@@ -93,6 +93,11 @@ class Checkpoints:
                 optimizer; names what differs.
         """
         step = self._step()
+        if not disk.has(self.folder, step, "input"):
+            raise UserError(
+                f"{self.folder / str(step)}: holds imported weights and no training to go on with; "
+                f"use another --workdir and --train.init_from={self.folder.parent}"
+            )
         self._require_same_objective(step)
         state = arrays.restore(self.folder / str(step), abstract)
         return state, disk.read(self.folder, step, "input")

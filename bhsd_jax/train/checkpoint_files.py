@@ -102,6 +102,11 @@ def read(folder: Path, step: int, name: str) -> dict[str, Any]:
     return json.loads((folder / str(step) / f"{name}.json").read_text())
 
 
+def has(folder: Path, step: int, name: str) -> bool:
+    """Whether a step has one of the facts."""
+    return (folder / str(step) / f"{name}.json").is_file()
+
+
 def listing(folder: Path, step: int) -> Listing:
     """The list of a step.
 

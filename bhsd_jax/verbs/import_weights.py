@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.nnunet import trained
+from bhsd_jax.objectives.ensemble import Ensemble
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Config, Infer, Settings
@@ -21,7 +24,7 @@ from bhsd_jax.train.checkpoint import save_networks
 from bhsd_jax.volume import Millimeters, Network, Plan, Shape
 
 REFERENCE_FILE = "reference.json"  # what the network is in PyTorch; `tools/export.py` reads it
-_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth")
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth")
 _FIXED_SIZE = ("img_size", "crop_size")  # constructor arguments that say the patch
 _NOT_IN_A_CONFIG = ("parent", "name", "num_classes", "dtype", "remat")
 
@@ -36,6 +39,8 @@ class Source:
     mirror_axes: tuple[int, ...] = (0, 1, 2)
     pad: str = "nnunet"  # see `windows.Normalization.pad_value`
     windows: Any = "plan"  # see `config.windows`
+    law: str = "nnunet"  # see `config.infer.law`
+    combine: str = "probabilities"  # see `config.predict.combine`
 
 
 def find(path: Path) -> Path:
@@ -46,9 +51,9 @@ def find(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = [path / name for name in _CHECKPOINTS if (path / name).is_file()]
+    found = [path / name for name in CHECKPOINTS if (path / name).is_file()]
     if not found:
-        raise FileNotFoundError(f"{path}: none of {', '.join(_CHECKPOINTS)} in this folder")
+        raise FileNotFoundError(f"{path}: none of {', '.join(CHECKPOINTS)} in this folder")
     return found[0]
 
 
@@ -78,20 +83,24 @@ def from_nnunet(weights: WeightsFile, path: Path) -> Source:
     return Source(reference, constructor, plan, tuple(int(axis) for axis in axes or ()))
 
 
-def require_release(reference: str, constructor: Mapping[str, Any]) -> None:
-    """Asks for what neither weights nor MONAI's arguments say but the results depend on.
+def require_named_network(source: Source, weights: WeightsFile, path: Path) -> None:
+    """Refuses weights of a network that a trainer has built of its own, whatever the plans say.
 
     Raises:
-        ValueError: If the order in which a Swin UNETR merges its patches is open.
+        ValueError: In one line, with the trainer's name.
     """
-    said = {"downsample", "merging", "img_size"} & set(constructor)  # the last: before MONAI 1.5
-    if reference == "SwinUNETR" and not said:
-        raise UserError(
-            "SwinUNETR: MONAI 1.5 changed the order in which patches are merged, and the weights "
-            'do not tell which they have; add to --constructor "downsample": "merging" if MONAI '
-            '1.5 or later built the network, "legacy" for those before (all that were published '
-            "until 2025)"
-        )
+    recipe = recipe_of(source.reference, source.constructor)
+    canonical = [recipe.canonical(name) for name in importing.unwrapped(weights.state)]
+    unknown = [n for n in canonical if n not in recipe.weights and not recipe.unused(n)]
+    if not unknown:
+        return
+    trainer = weights.beside.get("trainer_name", "its trainer")
+    batch_norm = all("running_" in name or "num_batches" in name for name in unknown)
+    kind = "one with batch norms" if batch_norm else f"another one, with {unknown[0]}"
+    raise UserError(
+        f"{path}: {trainer} has built {kind} instead of the {source.reference} that the plans "
+        "name; such networks are not supported"
+    )
 
 
 def plan_for(
@@ -145,8 +154,12 @@ def plan_for(
     )
 
 
-def write_run(config: Config, source: Source, weights: WeightsFile, out: Path) -> None:
+def write_run(
+    config: Config, source: Source, members: Mapping[str, Mapping[str, np.ndarray]], out: Path
+) -> None:
     """Fills in the config and writes it with plan, weights and digests as a run of step 0.
+
+    `members` are state dicts by name: one, or several that are averaged.
 
     Raises:
         ValueError: If the weights do not fit the constructor (lists all names that do not), or the
@@ -154,7 +167,14 @@ def write_run(config: Config, source: Source, weights: WeightsFile, out: Path) -
     """
     if (out / "checkpoints").exists():
         raise UserError(f"{out}: there is a run in this folder; choose another")
-    module, variables = importing.load(source.reference, source.constructor, weights.state)
+    loaded = {
+        name: importing.load(source.reference, source.constructor, state)
+        for name, state in members.items()
+    }
+    (module, variables), *others = loaded.values()
+    if others:
+        each = {name: found for name, (_, found) in loaded.items()}
+        variables = {kind: {name: each[name][kind] for name in each} for kind in variables}
     recipe = recipe_of(source.reference, source.constructor)
     config = Settings.of(config)
     config = replace(
@@ -163,8 +183,14 @@ def write_run(config: Config, source: Source, weights: WeightsFile, out: Path) -
         model=_spec(module),
         windows=source.windows,
         input=replace(config.input, patch=source.plan.network.patch, pad=source.pad),
-        infer=_mirrored(config.infer, source.mirror_axes),
+        infer=replace(_mirrored(config.infer, source.mirror_axes), law=source.law),
     )
+    if others:
+        config = replace(
+            config,
+            objective={"name": "ensemble.Ensemble", "members": Ensemble(tuple(members)).twins},
+            predict=replace(config.predict, networks=("ensemble",), combine=source.combine),
+        )
     _require_fit(Run.of(config, out, source.plan), source, module, channels=recipe.image[-1])
     plain, plan = json.loads(json.dumps(config.to_dict())), source.plan.to_json()
     statistics = {name: tree for name, tree in variables.items() if name != "params"}

@@ -272,6 +272,7 @@ def _facts(run: Run, members: Sequence[Member]) -> dict[str, Any]:
         "step": own.step,
         "networks": own.networks,
         **({"averaged_with": listed} if others else {}),
+        "combine": config.predict.combine if others or len(own.networks) > 1 else None,
         "classes": run.classes,
         "split": None if config.predict.images else config.predict.split,
         "mirror": config.infer.mirror_axes if config.infer.mirror else (),

@@ -6,6 +6,7 @@ They are read again and compared with their SHA-256: what was damaged on disk is
 Needs no JAX.
 """
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -163,6 +164,8 @@ def _plan(
     )
     if theirs:
         plan = adoption.adopt(plan, training, theirs, settings.configuration)
+    if settings.first == "normalize" and plan.modality == "ct":
+        plan = dataclasses.replace(plan, normalize_first=True, repaired=True)
     for note in plan.notes:
         logger.warning("%s", note)
     return plan
@@ -238,7 +241,7 @@ def _write_all(
 
 def _require_disk(folder: Path, cases: Set[str], facts: Sequence[Facts], plan: Plan) -> None:
     """Refuses to begin where the shards cannot fit, however well they compress."""
-    bytes_per_voxel = (2 if plan.modality == "ct" else 4) + 1  # the image, and the mask
+    bytes_per_voxel = (4 if plan.normalized_before else 2) + 1  # the image, and the mask
     target = math.prod(plan.spacing_mm)
     voxels = sum(
         math.prod(fact.shape) * math.prod(fact.spacing_mm) / target

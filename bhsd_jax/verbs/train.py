@@ -1,5 +1,6 @@
 """`train`: fits a network to the shards, resuming if the run folder has a checkpoint."""
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bhsd_jax import fields
-from bhsd_jax.assemble import data, program
+from bhsd_jax.assemble import data, pretrained, program
 from bhsd_jax.assemble.recipe import Recipe, make_mesh, make_recipe, require_matching
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
@@ -75,7 +77,7 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
         recipe = make_recipe(run, mesh)
         require_matching(run, recipe, roles, mesh)
     checkpoints = _open_run(run)
-    state, saved = _start(recipe, checkpoints, mesh, run.config.seed)
+    state, saved = _start(recipe, checkpoints, mesh, run.config)
     position = saved["batches"]
     writes = jax.process_index() == 0
     if writes:  # not before: a config that the checkpoint refuses is not the run's
@@ -197,10 +199,10 @@ def _open_run(run: Run) -> Checkpoints:
 
 
 def _start(
-    recipe: Recipe, checkpoints: Checkpoints, mesh: Mesh, seed: int
+    recipe: Recipe, checkpoints: Checkpoints, mesh: Mesh, config: Settings
 ) -> tuple[TrainState, dict[str, Any]]:
     """State and position of input and log: the latest checkpoint's, or those of step 0."""
-    key = jax.random.key(seed)
+    key = jax.random.key(config.seed)
     shapes = jax.eval_shape(recipe.init, key)
     shardings = meshes.state_shardings(mesh, shapes)
     step = checkpoints.latest()
@@ -208,6 +210,8 @@ def _start(
         with heartbeat("initializing the network"):
             # Drawn whole, then spread: the draw must not depend on the mesh.
             drawn = jax.jit(recipe.init, out_shardings=meshes.replicated(mesh))(key)
+            if config.train.init_from:
+                drawn = _begun_from(config.train, recipe, drawn, mesh)
             return jax.jit(lambda state: state, out_shardings=shardings)(drawn), {"batches": 0}
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -217,6 +221,21 @@ def _start(
     state, position = checkpoints.restore(abstract)
     logger.info("resuming after step %d", step)
     return state, position
+
+
+def _begun_from(config: Train, recipe: Recipe, drawn: TrainState, mesh: Mesh) -> TrainState:
+    """The first state with the weights that the config names; averages begin there too."""
+    params = pretrained.begin_from(
+        config.init_from,
+        drawn.params,
+        recipe.parts.model,
+        recipe.channels,
+        twins=recipe.parts.objective.twins,
+        only=config.init_only,
+    )
+    params = jax.device_put(params, meshes.replicated(mesh))
+    ema = None if drawn.ema is None else jax.tree.map(jnp.copy, params)
+    return dataclasses.replace(drawn, params=params, ema=ema)
 
 
 def _batches(

@@ -1,5 +1,7 @@
 """CT that is not in HU: undone where nothing else can be meant, else refused or marked."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -209,3 +211,14 @@ def test_both_verbs_see_the_same_hu_and_say_the_same(tmp_path, plan):
         with pytest.raises(Refusal, match=r"scan\.nii\.gz: no HU") as said:
             look()
         assert said.value.kind is Kind.OFFSET
+
+
+def test_scans_that_are_normalized_first_are_put_right_where_the_plan_says_so(tmp_path, plan):
+    plan = dataclasses.replace(
+        plan, foreground=(0.0, 40.0, 20.0, 90.0), normalize_first=True, repaired=True
+    )
+    right = prepare.prepare_case(store(tmp_path, HU), plan).image
+    case = store(tmp_path, HU + 1024)
+    np.testing.assert_array_equal(prepare.prepare_case(case, plan).image, right)
+    as_it_lies = prepare.prepare_case(case, dataclasses.replace(plan, repaired=False)).image
+    assert (as_it_lies != right).any()

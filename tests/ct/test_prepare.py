@@ -453,3 +453,29 @@ def test_axes_may_be_the_files_own(tmp_path):
     other = dataclasses.replace(plan, axes="SPL")
     want = voxels[:, :, ::-1].transpose(0, 2, 1)[:, :, ::-1]
     np.testing.assert_array_equal(prepare.prepare_case(case, other).image, want)
+
+
+@pytest.mark.parametrize("case", ["thick", "thin"])
+def test_ct_that_is_normalized_first_has_nnunets_voxels(tmp_path, golden, case):
+    """nnunetv2 2.8.1's `DefaultPreprocessor`, which takes the axes of the file as they lie."""
+    with np.load(golden / "ct_order_nnunet.npz") as file:
+        image, want = file[f"{case}/image"], file[f"{case}/prepared"]
+        spacing, target = (file[f"{case}/{name}_mm"].tolist() for name in ("spacing", "target"))
+        transpose, foreground = file[f"{case}/transpose"].tolist(), file["foreground"].tolist()
+    plan = dataclasses.replace(
+        a_plan("ct", tuple(target)),
+        transpose=tuple(transpose),
+        foreground=tuple(foreground),
+        normalize_first=True,
+        repaired=True,
+        axes="file",
+    )
+    found = prepare.prepare_case(store(tmp_path, image, matrix=affine(spacing)), plan).image
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, want, atol=1e-5)
+    later = prepare.prepare_case(
+        store(tmp_path, image, matrix=affine(spacing)),
+        dataclasses.replace(plan, normalize_first=False),
+    ).image
+    low, mean, std, high = foreground
+    assert abs((np.clip(later, low, high) - mean) / std - want).max() > 0.1, "another order"

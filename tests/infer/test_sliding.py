@@ -268,3 +268,36 @@ def test_scans_may_be_given_as_they_are_stored():
     image = np.random.default_rng(3).integers(-1000, 1000, (9, 9, 8, 1), np.int16)
     want = POINTWISE.logits([PARAMS], image.astype(np.float32))
     np.testing.assert_array_equal(POINTWISE.logits([PARAMS], image), want)
+
+
+def summed(params, image):
+    """Two classes from the sums over 3 x 3 x 3 voxels, which are not there at the border."""
+    del params
+    total = jax.lax.reduce_window(image, 0.0, jax.lax.add, (1, 3, 3, 3, 1), (1,) * 5, "VALID")
+    return (jnp.concatenate([total, -total], axis=-1),)
+
+
+def test_tiles_with_a_margin_side_by_side_are_the_whole_volume():
+    window = SlidingWindow(
+        summed, TILE, mirror=False, law="adjacent", margin=(1, 1, 1), tiles_per_call=2
+    )
+    image = volume(9, 8, 13)
+    padded = jnp.pad(image, ((1, 1), (1, 1), (1, 1), (0, 0)), mode="edge")
+    want = np.moveaxis(np.asarray(summed({}, padded[None])[0][0]), -1, 0)
+    np.testing.assert_allclose(window.logits([{}], image, fill=99.0), want, atol=1e-4)
+    assert window.count((12, 8, 18)) == 9
+
+
+def test_of_several_networks_the_mean_of_logits_or_of_probabilities():
+    image, others = volume(4, 8, 6), {"scale": np.array([3.0, 0.0, -1.0], np.float32)}
+    one, two = (np.moveaxis(np.asarray(pointwise(p, image)[0]), -1, 0) for p in (PARAMS, others))
+    plain = {"mirror": False, "tiles_per_call": 1}
+    window = SlidingWindow(pointwise, TILE, combine="logits", **plain)
+    found = window.logits([PARAMS, others], image)
+    np.testing.assert_allclose(found, (one + two) / 2, rtol=1e-5, atol=1e-6)
+    window = SlidingWindow(pointwise, TILE, **plain)
+    found = jax.nn.softmax(window.logits([PARAMS, others], image), axis=0)
+    want = (jax.nn.softmax(one, axis=0) + jax.nn.softmax(two, axis=0)) / 2
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"no 'votes'; choose from probabilities, logits"):
+        SlidingWindow(pointwise, TILE, combine="votes")

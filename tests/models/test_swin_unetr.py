@@ -168,7 +168,6 @@ LEGACY = {"feature_size": 24, "merging": "legacy"}
     ("reference", "changes", "fields"),
     [
         ("SwinUNETR", {"downsample": "merging"}, {"feature_size": 24}),
-        ("SwinUNETR", {}, LEGACY),
         ("SwinUNETR/legacy", {}, LEGACY),
         ("SwinUNETR", {"merging": "legacy"}, LEGACY),
         ("SwinUNETR", {"downsample": "mergingv2"}, {"feature_size": 24, "merging": "v2"}),
@@ -177,13 +176,18 @@ LEGACY = {"feature_size": 24, "merging": "legacy"}
             {"use_v2": True, "downsample": "mergingv2"},
             {"feature_size": 24, "convolve_stages": True, "merging": "v2"},
         ),
-        ("SwinUNETR", {"window_size": [4, 3, 5]}, {"attn_window": (4, 3, 5)} | LEGACY),
+        ("SwinUNETR/legacy", {"window_size": [4, 3, 5]}, {"attn_window": (4, 3, 5)} | LEGACY),
         ("SwinUNETR", {"img_size": 96}, LEGACY),
     ],
 )
 def test_swin_unetr_arguments_become_fields(reference, changes, fields):
     recipe = from_torch(reference, {"in_channels": 1, "out_channels": 14} | changes)
     assert recipe.module == SwinUNETR(14, **fields)
+
+
+def test_swin_unetr_asks_which_release_built_it():
+    with pytest.raises(ValueError, match=r'"merging" if MONAI 1\.5 or later'):
+        from_torch("SwinUNETR", {"in_channels": 1, "out_channels": 14})
 
 
 def test_windows_are_cut_in_order_and_put_back():

@@ -37,7 +37,8 @@ def from_torch(reference, constructor):
 
 def test_every_network_of_the_benchmark_has_a_reference():
     assert set(references()) == {
-        *("PlainConvUNet", "ResidualEncoderUNet", "UNETR", "SwinUNETR", "CoTr", "nnFormer")
+        *("PlainConvUNet", "ResidualEncoderUNet", "UNETR", "SwinUNETR", "CoTr", "nnFormer"),
+        "DeepMedic",
     }
 
 

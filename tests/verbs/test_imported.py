@@ -247,6 +247,26 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
         weights_file.json_of("nowhere.json")
 
 
+def test_bfloat16_of_safetensors_is_read(tmp_path):
+    wide = np.float32([[1.0, -0.5, 3.140625], [2.0**-130, np.inf, 0.0]])
+    data = {"a": np.float32([7.0]).tobytes(), "b": (wide.view(np.uint32) >> 16).astype("<u2")}
+    kinds = {"a": ("F32", [1]), "b": ("BF16", [2, 3])}
+    header, content = {"__metadata__": {"reference": "UNETR"}}, b""
+    for name, (kind, shape) in kinds.items():
+        part = bytes(data[name])
+        offsets = [len(content), len(content) + len(part)]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": offsets}
+        content += part
+    text = json.dumps(header).encode()
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content)
+    found = weights_file.read(file)
+    assert found.beside == {"reference": "UNETR"}
+    assert found.state["b"].dtype == np.float32
+    np.testing.assert_array_equal(found.state["b"], wide)
+    np.testing.assert_array_equal(found.state["a"], [7])
+
+
 def test_a_missing_library_is_named_with_its_extra(tmp_path):
     with pytest.raises(ValueError, match=r"needs no_such_library.*bhsd-jax\[export\]"):
         weights_file.library("no_such_library.part", tmp_path, extra="export")

@@ -1,0 +1,122 @@
+"""Weights to begin a training with: a run's, trained or imported, or a file of PyTorch's."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from bhsd_jax.build import build
+from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.settings import under_todays_names
+from bhsd_jax.torch_weights import importing, weights_file
+from bhsd_jax.torch_weights.recipe import recipe_for
+from bhsd_jax.train.checkpoint import load_networks
+from bhsd_jax.types import Params
+
+logger = logging.getLogger(__name__)
+
+_MOST_LINES = 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """Parameters of one or more networks by name, each flat: array by path."""
+
+    origin: str
+    networks: Mapping[str, Mapping[str, np.ndarray]]
+
+
+def begin_from(
+    path: str, params: Params, module: Any, channels: int, *, twins: Sequence[str], only: Any = ()
+) -> Params:
+    """`params` with all that fits taken from `path`; the log says what stays as it was drawn.
+
+    A parameter fits if its name and its shape do. Each of several twins gets a network of its own
+    where there are as many, else all get the first.
+
+    Args:
+        path: Folder of a run, trained or imported; or a file of PyTorch's names.
+        params: As drawn; the leaves have shape and dtype.
+        module: The network that is trained.
+        channels: Of its input.
+        twins: Keys of `params` that are networks of their own; ().
+        only: First words of the names to take, such as "encoder_"; (): all.
+
+    Raises:
+        FileNotFoundError: If there is nothing at `path`.
+        ValueError: If it cannot be read, or nothing in it fits.
+    """
+    found = _of_run(Path(path)) if Path(path).is_dir() else _of_file(Path(path), module, channels)
+    networks = list(found.networks.values())
+    if not twins:
+        return _filled(found.origin, params, networks[0], only)
+    own = networks if len(networks) >= len(twins) else [networks[0]] * len(twins)
+    if len(networks) < len(twins) > 1:
+        logger.warning(
+            "train.init_from: %s has one network, and the %d of the objective all begin with it",
+            found.origin,
+            len(twins),
+        )
+    pairs = zip(twins, own, strict=False)
+    return {t: _filled(f"{found.origin}, {t}", params[t], network, only) for t, network in pairs}
+
+
+def _of_run(folder: Path) -> Found:
+    """The networks that a run deploys, the first one first."""
+    saved = folder / "config.json"
+    if not saved.is_file() or not (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"config.train.init_from: {folder} is no folder of a run, with config.json and "
+            "checkpoints; weights of PyTorch in a folder are imported first (tools/import_torch.py)"
+        )
+    config = files.read_json(saved, under_todays_names, remedy="choose another run")
+    step, params, ema = load_networks(folder / "checkpoints", "best")
+    objective = build("bhsd_jax.objectives", config["objective"])
+    networks = objective.deployable(params, ema)
+    flat = {name: traverse_util.flatten_dict(tree, sep="/") for name, tree in networks.items()}
+    return Found(f"{folder}, step {step}", flat)
+
+
+def _of_file(path: Path, module: Any, channels: int) -> Found:
+    """Tensors under PyTorch's names for this network, as far as there are any."""
+    state = importing.unwrapped(weights_file.read(path).state)
+    recipe = recipe_for(module, channels)
+    arrays = {}
+    for name, value in state.items():
+        weight = recipe.weights.get(recipe.canonical(name))
+        if weight is not None and weight.path.startswith("params/"):
+            arrays[weight.path.removeprefix("params/")] = importing.laid_out(weight, value)
+    unused = len(state) - len(arrays)
+    return Found(f"{path} ({unused} of its {len(state)} tensors have no place here)", {"": arrays})
+
+
+def _filled(
+    origin: str, drawn: Params, found: Mapping[str, np.ndarray], only: Sequence[str]
+) -> Params:
+    flat: Any = traverse_util.flatten_dict(drawn, sep="/")
+    taken, random = {}, []
+    for name, leaf in flat.items():
+        value = found.get(name)
+        if only and not name.startswith(tuple(only)):
+            random.append(f"{name}: not among train.init_only")
+        elif value is None:
+            random.append(f"{name} {list(leaf.shape)}: not there")
+        elif value.shape != leaf.shape:
+            random.append(f"{name} {list(leaf.shape)}: there it is {list(value.shape)}")
+        else:
+            taken[name] = np.asarray(value, leaf.dtype)
+    if not taken:
+        raise UserError(
+            f"config.train.init_from: nothing in {origin} fits this network; the first: {random[0]}"
+        )
+    logger.info("train.init_from: %d of %d parameters are from %s", len(taken), len(flat), origin)
+    for line in random[:_MOST_LINES]:
+        logger.warning("train.init_from: random stays %s", line)
+    if len(random) > _MOST_LINES:
+        logger.warning("train.init_from: random stay %d more", len(random) - _MOST_LINES)
+    return traverse_util.unflatten_dict({**flat, **taken}, sep="/")

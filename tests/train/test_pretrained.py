@@ -1,0 +1,148 @@
+"""Weights that a training begins with: from runs and from files of PyTorch, whole or in part."""
+
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from toy import make_batch, make_parts
+
+from bhsd_jax.assemble.pretrained import begin_from
+from bhsd_jax.assemble.recipe import Recipe
+from bhsd_jax.input.pipeline import Cut
+from bhsd_jax.models.nnunet import PlainConvUNet
+from bhsd_jax.models.swin_unetr import SwinUNETR
+from bhsd_jax.objectives.supervised import Supervised
+from bhsd_jax.settings import Train
+from bhsd_jax.torch_weights.recipe import recipe_for
+from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train.checkpoint import Checkpoints, save_networks
+from bhsd_jax.train.step import init_state
+from bhsd_jax.verbs import train
+
+SIZES = {"features": (3, 4), "strides": ((1, 1, 1), (2, 2, 2)), "kernels": ((3, 3, 3),) * 2}
+UNET = PlainConvUNet(3, **SIZES)
+
+
+def drawn(module, fill=0.0):
+    image = jax.ShapeDtypeStruct((1, *module.stride, 1), jnp.float32)
+    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, fill, leaf.dtype), shapes["params"])
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def saved_run(folder, params, objective):
+    save_networks(folder / "checkpoints", params, config={}, plan={})
+    (folder / "config.json").write_text(json.dumps({"objective": objective}))
+    return str(folder)
+
+
+SUPERVISED = {"name": "supervised.Supervised"}
+MEMBERS = {"name": "ensemble.Ensemble", "members": ["fold_0", "fold_1"]}
+
+
+def test_a_run_gives_all_that_fits_and_the_log_names_the_rest(tmp_path, caplog):
+    run = saved_run(tmp_path, drawn(PlainConvUNet(5, **SIZES), 1.0), SUPERVISED)
+    with caplog.at_level(logging.INFO):
+        params = flat(begin_from(run, drawn(UNET), UNET, 1, twins=()))
+    assert {n for n, leaf in params.items() if not leaf.any()} == {"head_0/kernel", "head_0/bias"}
+    assert (
+        f"{len(params) - 2} of {len(params)} parameters are from {tmp_path}, step 0" in caplog.text
+    )
+    assert "random stays head_0/bias [3]: there it is [5]" in caplog.text
+    only = flat(begin_from(run, drawn(UNET), UNET, 1, twins=(), only=("encoder_0",)))
+    assert all(leaf.any() == name.startswith("encoder_0") for name, leaf in only.items())
+
+
+def test_nothing_that_fits_is_refused(tmp_path):
+    run = saved_run(tmp_path / "a", {"other": {"kernel": np.ones(2)}}, SUPERVISED)
+    with pytest.raises(ValueError, match=r"init_from: nothing in .*a, step 0 fits this network"):
+        begin_from(run, drawn(UNET), UNET, 1, twins=())
+    with pytest.raises(FileNotFoundError, match="is no folder of a run"):
+        begin_from(str(tmp_path), drawn(UNET), UNET, 1, twins=())
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        begin_from(str(tmp_path / "none.npz"), drawn(UNET), UNET, 1, twins=())
+
+
+def test_each_twin_gets_a_network_where_there_are_as_many(tmp_path, caplog):
+    members = {"fold_0": drawn(UNET, 1.0), "fold_1": drawn(UNET, 2.0)}
+    run = saved_run(tmp_path / "two", members, MEMBERS)
+    both = {"a": drawn(UNET), "b": drawn(UNET)}
+    params = begin_from(run, both, UNET, 1, twins=("a", "b"))
+    assert {float(leaf.max()) for leaf in jax.tree.leaves(params["a"])} == {1.0}
+    assert {float(leaf.max()) for leaf in jax.tree.leaves(params["b"])} == {2.0}
+    one = saved_run(tmp_path / "one", drawn(UNET, 3.0), SUPERVISED)
+    params = begin_from(one, both, UNET, 1, twins=("a", "b"))
+    assert {float(leaf.min()) for leaf in jax.tree.leaves(params)} == {3.0}
+    assert "has one network, and the 2 of the objective all begin with it" in caplog.text
+
+
+def test_a_file_of_pytorch_is_read_by_the_names_of_the_network(tmp_path):
+    weights = recipe_for(UNET, 1).weights
+    leaves = flat(drawn(UNET, 1.0))
+    state = {
+        f"module.{name}": weight.layout.to_torch(
+            np.asarray(leaves[weight.path.removeprefix("params/")])
+        )
+        for name, weight in weights.items()
+    }
+    np.savez(tmp_path / "w.npz", **state, **{"module.surprise": np.zeros(1)})
+    params = begin_from(str(tmp_path / "w.npz"), drawn(UNET), UNET, 1, twins=())
+    assert all(leaf.all() for leaf in jax.tree.leaves(params))
+
+
+SWIN = SwinUNETR(2, feature_size=6, depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), attn_window=(2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "doubled", "linear"),
+    [
+        # MONAI's `load_from`, and its `filter_swinunetr`.
+        ("module.", "", "fc"),
+        ("encoder.", "0.", "linear"),
+    ],
+)
+def test_an_encoder_of_swin_that_was_trained_by_itself(tmp_path, caplog, prefix, doubled, linear):
+    state = {}
+    for name, weight in recipe_for(SWIN, 1).weights.items():
+        if name.startswith("swinViT."):
+            shape = weight.layout.to_torch(np.asarray(flat(drawn(SWIN))[weight.path[7:]])).shape
+            own = name.removeprefix("swinViT.").replace("mlp.linear", f"mlp.{linear}")
+            stage, _, rest = own.partition(".0.")
+            own = f"{stage}.0.{doubled}{rest}" if own.startswith("layers") else own
+            state[f"{prefix}{own}"] = np.ones(shape, np.float32)
+    for other in ("norm.weight", "mask_token"):
+        state[f"{prefix}{other}"] = np.ones(3, np.float32)
+    np.savez(tmp_path / "w.npz", **state)
+    params = flat(begin_from(str(tmp_path / "w.npz"), drawn(SWIN), SWIN, 1, twins=()))
+    encoder = ("patch_embed", "stage_", "merging_")
+    assert all(leaf.any() == name.startswith(encoder) for name, leaf in params.items())
+    assert "random stays" in caplog.text
+
+
+def test_a_training_begins_there_and_its_average_too(tmp_path):
+    parts = make_parts(Supervised(ema_decay=0.9))
+    state = jax.jit(lambda key: init_state(parts, make_batch().image, key))(jax.random.key(0))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), state.params)
+    cut = Cut(patch=(4, 4, 4), source=(4, 4, 4), fill=0.0)
+    recipe = Recipe(parts, cut, jnp.float32, 1, 2, 0, None)
+    config = Train(init_from=saved_run(tmp_path, ones, SUPERVISED))
+    begun = train._begun_from(config, recipe, state, meshes.make_mesh(devices=jax.devices()[:1]))
+    assert jax.tree.all(jax.tree.map(lambda leaf: bool((leaf == 1).all()), begun.params))
+    assert jax.tree.all(jax.tree.map(lambda leaf: bool((leaf == 1).all()), begun.ema))
+    assert begun.step == 0
+    assert begun.opt_state is state.opt_state
+
+
+def test_imported_weights_are_no_training_to_go_on_with(tmp_path):
+    save_networks(tmp_path / "run" / "checkpoints", drawn(UNET), config={}, plan={})
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", config={}, plan={})
+    with pytest.raises(ValueError, match=r"use another --workdir and --train\.init_from=.*run"):
+        checkpoints.restore(None)
+    checkpoints.close()

@@ -1,0 +1,202 @@
+"""Whole folders of networks: nnU-Net's with all folds, BLAST-CT's with its config."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+from test_import_torch import DATASET, PLAIN, TILE, plans
+from test_imported import weights
+
+from bhsd_jax.assemble import predictor
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.configs import from_run
+from bhsd_jax.torch_weights import importing
+from bhsd_jax.verbs import import_folders, predict
+from bhsd_jax.volume import Plan
+
+torch = pytest.importorskip("torch", reason="needs the extra torch-import")
+
+TOOL = Path(__file__).parents[2] / "tools" / "import_torch.py"
+UNET = PLAIN | {"input_channels": 1, "num_classes": 3, "deep_supervision": True}
+DEEPMEDIC = {
+    "scale_factors": [[3, 3, 3], [1, 1, 1]],
+    "feature_maps": [3, 4],
+    "fully_connected": [5],
+    "dropout": [0.0, 0.0],
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+
+
+def run_tool(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["import_torch.py", *map(str, arguments)])
+    runpy.run_path(str(TOOL), run_name="__main__")
+
+
+def noisy(state, seed):
+    """Other weights of the same names; variances stay positive."""
+    random = np.random.default_rng(seed)
+    return {
+        name: torch.tensor(value + abs(random.normal(0, 0.3, value.shape)).astype(np.float32))
+        for name, value in state.items()
+    }
+
+
+def networks_of(run):
+    return predictor.load(Run.of(from_run.get_config(str(run)), run))[1]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """As TotalSegmentator releases them: plans of another name, a trainer without mirroring."""
+    folder = tmp_path / "nnUNetTrainerNoMirroring__nnUNetResEncUNetLPlans__3d_fullres"
+    _, _, state = weights("PlainConvUNet", UNET)
+    for fold in ("0", "1", "all"):
+        (folder / f"fold_{fold}").mkdir(parents=True)
+        checkpoint = {
+            "network_weights": noisy(state, len(fold) + int(fold == "1")),
+            "init_args": {"configuration": "3d_fullres", "fold": fold},
+            "trainer_name": "nnUNetTrainerNoMirroring",
+            "inference_allowed_mirroring_axes": None,
+        }
+        torch.save(checkpoint, folder / f"fold_{fold}" / "checkpoint_final.pth")
+    named = plans() | {"plans_name": "nnUNetResEncUNetLPlans"}
+    (folder / "plans.json").write_text(json.dumps(named))
+    (folder / "dataset.json").write_text(json.dumps(DATASET | {"licence": "CC BY 4.0"}))
+    return folder
+
+
+def test_all_folds_become_one_run_that_averages_logits(tmp_path, monkeypatch, capsys, model):
+    run, images = tmp_path / "run", tmp_path / "images"
+    run_tool(monkeypatch, model, run)
+    said = capsys.readouterr().out
+    assert "PlainConvUNet, 3 networks, mean of logits" in said
+    assert "License of these weights: CC BY 4.0" in said
+    config = from_run.get_config(str(run))
+    assert config.predict.combine == "logits"
+    assert not config.infer.mirror
+    networks = networks_of(run)
+    assert list(networks) == ["fold_0", "fold_1", "fold_all"]
+    images.mkdir()
+    voxels = np.random.default_rng(0).integers(1, 99, TILE).astype(np.int16)
+    affine = np.diag([-1.0, -1.0, 5.0, 1.0])
+    nib.save(nib.Nifti1Image(voxels.transpose(2, 1, 0), affine), images / "a.nii.gz")
+    config.predict.images = str(images)
+    predict.run(config, run)
+    found = np.asanyarray(nib.load(run / "predictions" / "a.nii.gz").dataobj).transpose(2, 1, 0)
+    image = ((np.clip(voxels, 5, 90) - 45.5) / 20.25).astype(np.float32)[None, ..., None]
+    module = importing.load("PlainConvUNet", UNET, weights("PlainConvUNet", UNET)[2])[0]
+    apply = jax.jit(lambda v: module.apply(v, image, train=False)[0])
+    logits = np.mean([np.asarray(apply(v))[0] for v in networks.values()], axis=0)
+    assert len(np.unique(logits.argmax(-1))) > 1
+    assert (found != logits.argmax(-1)).mean() < 1e-3  # the two best may be equal to rounding
+
+
+def test_folds_are_chosen_and_must_be_of_one_model(tmp_path, monkeypatch, model):
+    run_tool(monkeypatch, model, tmp_path / "one", "--folds", "1")
+    assert list(networks_of(tmp_path / "one")) == ["student"]
+    with pytest.raises(SystemExit, match=r"no fold_7; it has fold_0, fold_1, fold_all"):
+        run_tool(monkeypatch, model, tmp_path / "none", "--folds", "7")
+    with pytest.raises(SystemExit, match="--folds is for nnU-Net's folder of a model"):
+        run_tool(monkeypatch, model / "fold_0", tmp_path / "none", "--folds", "0")
+    file = model / "fold_1" / "checkpoint_final.pth"
+    checkpoint = torch.load(file) | {"inference_allowed_mirroring_axes": (0, 1)}
+    torch.save(checkpoint, file)
+    with pytest.raises(SystemExit, match="fold_0 and fold_1 are not of one model: other mirror_ax"):
+        run_tool(monkeypatch, model, tmp_path / "none")
+
+
+def test_a_trainer_with_another_network_is_named_in_one_line(tmp_path, monkeypatch, model):
+    file = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file)
+    norms = [n for n in checkpoint["network_weights"] if n.endswith("norm.weight")]
+    statistics = {n.replace("weight", "running_mean"): torch.zeros(4) for n in norms}
+    batch = checkpoint | {"trainer_name": "nnUNetTrainerBN"}
+    batch["network_weights"] = checkpoint["network_weights"] | statistics
+    torch.save(batch, file)
+    with pytest.raises(SystemExit) as caught:
+        run_tool(monkeypatch, model / "fold_0", tmp_path / "none")
+    said = str(caught.value)
+    assert "nnUNetTrainerBN has built one with batch norms instead of the PlainConvUNet" in said
+    assert "\n" not in said
+    primus = checkpoint | {"trainer_name": "nnUNet_Primus_M_Trainer"}
+    primus["network_weights"] = {f"eva.blocks.{i}.w": torch.zeros(1) for i in range(70)}
+    torch.save(primus, file)
+    with pytest.raises(SystemExit, match=r"Primus_M_Trainer has built another one, with eva\.b"):
+        run_tool(monkeypatch, model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture
+def blast(tmp_path):
+    """BLAST-CT's folder of data, with a network that is smaller."""
+    folder = tmp_path / "data"
+    (folder / "saved_models").mkdir(parents=True)
+    constructor = DEEPMEDIC | {"input_channels": 1, "num_classes": 3}
+    _, _, state = weights("DeepMedic", constructor)
+    for number in (2, 10, 1):
+        file = folder / "saved_models" / f"model_{number}.torch_model"
+        torch.save(noisy(state, number), file)
+    window = {"IntensityWindowNormalization": {"lower_bound": -15.0, "upper_bound": 100.0}}
+    data = {
+        "class_names": ["foreground", "IPH", "EAH"],
+        "channels": ["image"],
+        "resolution": [1.0, 1.0, 1.0],
+        "transformation": window,
+        "input_channels": 1,
+        "num_classes": 3,
+    }
+    config = {"model": {"DeepMedic": DEEPMEDIC}, "data": data}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_blast_ct_becomes_one_run_of_all_its_networks(tmp_path, monkeypatch, capsys, blast):
+    run, images = tmp_path / "run", tmp_path / "images"
+    run_tool(monkeypatch, blast, run, "--patch", "6", "6", "6")
+    assert "DeepMedic, 3 networks, mean of probabilities" in capsys.readouterr().out
+    plan = Plan.load(run)
+    assert (plan.classes, plan.license) == (("background", "IPH", "EAH"), "Apache-2.0")
+    networks = networks_of(run)
+    assert list(networks) == ["model_1", "model_2", "model_10"]
+    images.mkdir()
+    # Upright, in ITK's terms: x to the left, y to the back, 1 mm.
+    voxels = np.random.default_rng(0).integers(-40, 120, (8, 7, 9)).astype(np.int16)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    nib.save(nib.Nifti1Image(voxels.transpose(2, 1, 0), affine), images / "a.nii.gz")
+    config = from_run.get_config(str(run))
+    config.predict.images = str(images)
+    predict.run(config, run)
+    found = np.asanyarray(nib.load(run / "predictions" / "a.nii.gz").dataobj).transpose(2, 1, 0)
+    image = ((2 * np.clip(voxels, -15, 100) - 85) / 115).astype(np.float32)
+    after = (-np.array(image.shape)) % 6
+    padded = np.pad(image, [(6, 6 + n) for n in after], mode="edge")[None, ..., None]
+    constructor = DEEPMEDIC | {"input_channels": 1, "num_classes": 3}
+    module = importing.load("DeepMedic", constructor, weights("DeepMedic", constructor)[2])[0]
+    apply = jax.jit(lambda v: jax.nn.softmax(module.apply(v, padded, train=False)[0]))
+    chances = np.mean([np.asarray(apply(v))[0] for v in networks.values()], axis=0)
+    want = chances.argmax(-1)[:8, :7, :9]
+    assert len(np.unique(want)) > 1
+    assert (found != want).mean() < 5e-3  # the two best may be equal to rounding
+
+
+def test_what_blast_ct_could_ask_for_beyond_this_is_refused(tmp_path, blast):
+    config = import_folders.blast_config(blast)
+    one = import_folders.from_blast_ct(blast / "saved_models" / "model_2.torch_model", config)
+    assert list(one.members) == ["model_2"]
+    assert import_folders.blast_config(tmp_path) is None
+    config["data"]["transformation"] |= {"MaskImageUsingSamplingMask": {"outside_value": 0}}
+    with pytest.raises(ValueError, match="not supported: MaskImageUsingSamplingMask"):
+        import_folders.from_blast_ct(blast, config)
+    window = {"lower_bound": 0, "upper_bound": 9, "map_upper_bound_to_lower_bound": True}
+    config["data"]["transformation"] = {"IntensityWindowNormalization": window}
+    with pytest.raises(ValueError, match="needs lower_bound and upper_bound"):
+        import_folders.from_blast_ct(blast, config)
