@@ -189,6 +189,14 @@ class Train:
     remat: Annotated[
         Literal["none", "blocks"], "recompute activations per stage in the backward pass"
     ] = "none"
+    weights: Annotated[
+        str,
+        "run folder whose last network the training begins with: parameters of equal names and "
+        "shapes; empty: all are drawn",
+    ] = ""
+    weights_leave: Annotated[
+        tuple[str, ...], "modules that stay as drawn, by how their names begin"
+    ] = ("head",)
     profile: Annotated[str, 'steps to trace for xprof, like "10:15", into <run>/profile'] = ""
 
 

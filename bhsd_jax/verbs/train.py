@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from bhsd_jax import fields
 from bhsd_jax.assemble import data, program
+from bhsd_jax.assemble.beginning import begin_with
 from bhsd_jax.assemble.recipe import Recipe, make_mesh, make_recipe, require_matching
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
@@ -75,7 +76,7 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
         recipe = make_recipe(run, mesh)
         require_matching(run, recipe, roles, mesh)
     checkpoints = _open_run(run)
-    state, position = _start(recipe, checkpoints, mesh, run.config.seed)
+    state, position = _start(recipe, checkpoints, mesh, run.config)
     writes = jax.process_index() == 0
     if writes:  # not before: a config that the checkpoint refuses is not the run's
         files.write_json(workdir / "config.json", checkpoints.extra["config"])
@@ -187,10 +188,10 @@ def _open_run(run: Run) -> Checkpoints:
 
 
 def _start(
-    recipe: Recipe, checkpoints: Checkpoints, mesh: Mesh, seed: int
+    recipe: Recipe, checkpoints: Checkpoints, mesh: Mesh, config: Settings
 ) -> tuple[TrainState, int]:
     """State and input position: the latest checkpoint's, or those of step 0."""
-    key = jax.random.key(seed)
+    key = jax.random.key(config.seed)
     shapes = jax.eval_shape(recipe.init, key)
     shardings = meshes.state_shardings(mesh, shapes)
     step = checkpoints.latest()
@@ -198,6 +199,7 @@ def _start(
         with heartbeat("initializing the network"):
             # Drawn whole, then spread: the draw must not depend on the mesh.
             drawn = jax.jit(recipe.init, out_shardings=meshes.replicated(mesh))(key)
+            drawn = begin_with(config.train, recipe, drawn)
             return jax.jit(lambda state: state, out_shardings=shardings)(drawn), 0
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
