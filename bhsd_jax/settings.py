@@ -218,6 +218,9 @@ class Train:
     init_only: Annotated[
         tuple[str, ...], 'of those, names that begin so, such as "encoder_"; (): all that fit'
     ] = ()
+    init_leave: Annotated[
+        tuple[str, ...], 'names that stay random, by how they begin, such as "head"; (): none'
+    ] = ()
     profile: Annotated[str, 'steps to trace for xprof, like "10:15", into <run>/profile'] = ""
 
 

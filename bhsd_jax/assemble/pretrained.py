@@ -32,7 +32,14 @@ class Found:
 
 
 def begin_from(
-    path: str, params: Params, module: Any, channels: int, *, twins: Sequence[str], only: Any = ()
+    path: str,
+    params: Params,
+    module: Any,
+    channels: int,
+    *,
+    twins: Sequence[str],
+    only: Sequence[str] = (),
+    leave: Sequence[str] = (),
 ) -> Params:
     """`params` with all that fits taken from `path`; the log says what stays as it was drawn.
 
@@ -46,6 +53,7 @@ def begin_from(
         channels: Of its input.
         twins: Keys of `params` that are networks of their own; ().
         only: First words of the names to take, such as "encoder_"; (): all.
+        leave: First words of the names not to take, such as "head".
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
@@ -54,7 +62,7 @@ def begin_from(
     found = _of_run(Path(path)) if Path(path).is_dir() else _of_file(Path(path), module, channels)
     networks = list(found.networks.values())
     if not twins:
-        return _filled(found.origin, params, networks[0], only)
+        return _filled(found.origin, params, networks[0], only, leave)
     own = networks if len(networks) >= len(twins) else [networks[0]] * len(twins)
     if len(networks) < len(twins) > 1:
         logger.warning(
@@ -63,7 +71,9 @@ def begin_from(
             len(twins),
         )
     pairs = zip(twins, own, strict=False)
-    return {t: _filled(f"{found.origin}, {t}", params[t], network, only) for t, network in pairs}
+    return {
+        t: _filled(f"{found.origin}, {t}", params[t], network, only, leave) for t, network in pairs
+    }
 
 
 def _of_run(folder: Path) -> Found:
@@ -96,18 +106,24 @@ def _of_file(path: Path, module: Any, channels: int) -> Found:
 
 
 def _filled(
-    origin: str, drawn: Params, found: Mapping[str, np.ndarray], only: Sequence[str]
+    origin: str,
+    drawn: Params,
+    found: Mapping[str, np.ndarray],
+    only: Sequence[str],
+    leave: Sequence[str],
 ) -> Params:
     flat: Any = traverse_util.flatten_dict(drawn, sep="/")
     taken, random = {}, []
     for name, leaf in flat.items():
-        value = found.get(name)
+        value, why = found.get(name), ""
         if only and not name.startswith(tuple(only)):
-            random.append(f"{name}: not among train.init_only")
-        elif value is None:
-            random.append(f"{name} {list(leaf.shape)}: not there")
-        elif value.shape != leaf.shape:
-            random.append(f"{name} {list(leaf.shape)}: there it is {list(value.shape)}")
+            why = ": not among train.init_only"
+        elif name.startswith(tuple(leave)):
+            why = ": train.init_leave names it"
+        else:
+            why = _unfit(value, leaf.shape)
+        if why:
+            random.append(f"{name}{why}")
         else:
             taken[name] = np.asarray(value, leaf.dtype)
     if not taken:
@@ -120,3 +136,9 @@ def _filled(
     if len(random) > _MOST_LINES:
         logger.warning("train.init_from: random stay %d more", len(random) - _MOST_LINES)
     return traverse_util.unflatten_dict({**flat, **taken}, sep="/")
+
+
+def _unfit(value: np.ndarray | None, shape: tuple[int, ...]) -> str:
+    if value is None:
+        return f" {list(shape)}: not there"
+    return "" if value.shape == shape else f" {list(shape)}: there it is {list(value.shape)}"

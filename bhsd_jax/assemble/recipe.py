@@ -92,6 +92,8 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
     spatial, intensity = make_chains(run, mesh)
     schedule, optimizer = _optimizer(config, parts=bool(objective.twins))
     terms, slices = _slice_labels(run)
+    # MR has no HU to tell the head by: its slices are followed by all voxels of the scan.
+    of_scan = slices is not None and plan.modality != "ct"
     if terms is not None:
         objective = WithSliceLoss(objective, terms)
     loss = dict(vars(config.loss))
@@ -105,7 +107,14 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
         optimizer=optimizer,
         schedule=schedule,
         segmentation=DiceCE(**loss),
-        augment=make_augment(run.normalization, spatial, intensity, head_hu=_head(plan)),
+        augment=make_augment(
+            run.normalization,
+            spatial,
+            intensity,
+            head_hu=_head(plan),
+            of_scan=of_scan,
+            masked=config.input.outside == "masked",
+        ),
         view=intensity,
         steps=config.train.steps,
         accumulate=config.train.accumulate,
@@ -117,7 +126,7 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
         fill=run.normalization.pad_value(config.input.pad),
         foreground=config.input.foreground,
         binary=config.split.binary,
-        masked=config.input.outside == "masked",
+        masked=config.input.outside == "masked" or of_scan,
         uniform=config.input.crop == "uniform",
         rot_flip=config.input.rot_flip,
     )
@@ -160,10 +169,13 @@ def make_augment(
     intensity: IntensityChain,
     *,
     head_hu: float | None = None,
+    of_scan: bool = False,
+    masked: bool = True,
 ) -> Callable[[Any, Batch], Batch]:
     """Raw batch to patches: the labeled ones complete, the unlabeled without intensity changes.
 
-    Slice labels find their slices again by the voxels above `head_hu`, -200 if None.
+    Slice labels find their slices again by the voxels above `head_hu`, -200 if None, or with
+    `of_scan` by all voxels in the scan. Which those are is passed on if `masked`.
     """
     head_hu = -200.0 if head_hu is None else head_hu
 
@@ -177,11 +189,14 @@ def make_augment(
         if slice_labels is None:
             free, _ = spatial(free_key, plain, None)
         else:
-            marks, whole = mark(batch.unlabeled, head_hu)
+            head = inside[..., None] if of_scan else batch.unlabeled
+            marks, whole = mark(head, 0 if of_scan else head_hu)
             free, moved = spatial(free_key, plain, marks)
             assert moved is not None  # marks came in
             reach = 0 if spatial.keeps_slices else 1
             slice_labels = follow(moved, whole, slice_labels, reach=reach)
+        if not masked:
+            inside = None
         if inside is not None:
             # The same draw; the image, which nothing reads, costs nothing.
             _, moved = spatial(free_key, plain, inside)
@@ -284,10 +299,6 @@ def _slice_labels(run: Run) -> tuple[SliceTerms | None, Slices | None]:
     terms = SliceTerms(**spec)
     if not terms.active:
         return None, None
-    if plan.modality != "ct":
-        raise UserError(
-            f"slice_loss: slice labels are for head CT; these scans are {plan.modality}"
-        )
     return terms, slices
 
 

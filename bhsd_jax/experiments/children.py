@@ -42,6 +42,7 @@ class Call:
     def __init__(self, children: Children, place: Place, prefix: str) -> None:
         self.children, self.place, self.prefix = children, place, prefix
         self.child: subprocess.Popen[str] | None = None
+        self.cpu_s: float | None = None  # of the last command, over all its threads and processes
 
     def __call__(self, command: Sequence[str], log: Path) -> tuple[int, str]:
         if self.children.asked:
@@ -68,10 +69,24 @@ class Call:
                 file.flush()
                 last = line.strip() or last
                 sys.stderr.write(f"  {self.prefix}{line}")
+            self.cpu_s = _cpu_seconds(self.child.pid)
         code = self.child.returncode
         if self.children.asked and code:
             raise Stopped("asked to stop")
         return code, last
+
+
+def _cpu_seconds(process: int) -> float | None:
+    """CPU time of a child that has ended or is about to, and of its own children; Linux only.
+
+    It is read before the child is waited for: afterwards the system has forgotten it.
+    """
+    try:
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return None
 
 
 @contextmanager

@@ -195,15 +195,38 @@ def prepare(run: Trial, folder: Path) -> None:
         raise UserError(f"preprocess failed, no run was started: {last}")
 
 
+def train(run: Trial) -> None:
+    """Trains a network that others begin with, unless it is trained.
+
+    Raises:
+        ValueError: If that fails; says why.
+        Stopped: On SIGTERM; it has saved.
+    """
+    if is_trained(run):
+        return
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    with running() as children:
+        reason = _verbs(run, VERBS[:1], children.call())
+    if reason:
+        raise UserError(f"{run.name} failed, no run was started: {reason}")
+
+
 def _one(run: Trial, call: Call) -> str:
     """Verb after verb; why it failed, or nothing."""
     saved = run.workdir / "config.json"
     same = saved.is_file() and _saved(saved) == plain(run.config)
     run.workdir.mkdir(parents=True, exist_ok=True)
-    for verb in VERBS[1:] if same and is_trained(run) else VERBS:
+    return _verbs(run, VERBS[1:] if same and is_trained(run) else VERBS, call)
+
+
+def _verbs(run: Trial, verbs: Sequence[str], call: Call) -> str:
+    """These verbs in turn; why one failed, or nothing."""
+    for verb in verbs:
         begun = time.monotonic()
         code, last = call(run.command(verb), run.workdir / "log.txt")
         _add_time(run.workdir / "wall.json", verb, time.monotonic() - begun)
+        if call.cpu_s is not None:
+            _add_time(run.workdir / "cpu.json", verb, call.cpu_s)
         if code == cluster.TRY_AGAIN:
             raise Stopped(f"{run.name} was asked to stop and has saved")
         if code:

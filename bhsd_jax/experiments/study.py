@@ -67,6 +67,14 @@ class _Scored:
     values: _Values
 
 
+@dataclass(frozen=True)
+class _Against:
+    """A row's difference from the baseline's, and that of every seed."""
+
+    paired: OverSeeds | None = None
+    gaps: tuple[float, ...] = ()
+
+
 def write(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
     """Writes report.html, report.md and figures.json from the finished trials.
 
@@ -98,7 +106,7 @@ def compare(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
     base = scored.get(study.baseline, [])
     lines = []
     for row, heading in study.rows.items():
-        against = _against(scored[row], base, key) if row != study.baseline else None
+        against = _against(scored[row], base, key) if row != study.baseline else _Against()
         lines.append(_line(study, row, heading, scored[row], against, failures))
     synthetic = any(run.config.data["name"].startswith("synthetic.") for run in study.runs)
     head = first.get("conventions", {}).get("nnunet", {})
@@ -151,7 +159,7 @@ def _require_same_scans(runs: Sequence[_Scored]) -> None:
             )
 
 
-def _against(ours: Sequence[_Scored], base: Sequence[_Scored], key: str) -> OverSeeds | None:
+def _against(ours: Sequence[_Scored], base: Sequence[_Scored], key: str) -> _Against:
     """Paired by seed and patient; over the seeds both have."""
     by_seed = {one.run.seed: one.values["nnunet"][key] for one in base}
     pairs = [
@@ -159,7 +167,10 @@ def _against(ours: Sequence[_Scored], base: Sequence[_Scored], key: str) -> Over
         for one in ours
         if one.run.seed in by_seed
     ]
-    return paired([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
+    if not pairs:
+        return _Against()
+    gaps = tuple(float(a[0] - b[0]) for a, b in pairs)
+    return _Against(paired([a for a, _ in pairs], [b for _, b in pairs]), gaps)
 
 
 def _line(
@@ -167,7 +178,7 @@ def _line(
     row: str,
     heading: Heading,
     done: Sequence[_Scored],
-    against: OverSeeds | None,
+    against: _Against,
     failures: Sequence[Failure],
 ) -> Line:
     first = next(run for run in study.runs if run.row == row)
@@ -189,18 +200,20 @@ def _line(
         paper=heading.paper,
         spread=heading.spread,
         found=found,
-        against=against,
+        against=against.paired,
+        gaps=against.gaps,
         false=false,
         seeds=tuple(one.run.seed for one in done),
         failures=tuple(f"{f.run.name}: {f.reason}" for f in failures if f.run.row == row),
         cost=_cost([one.run for one in done]),
         words=_words(first),
+        curve=_curve([one.run for one in done]),
     )
 
 
 def _words(run: Trial) -> str:
     """The run's arguments for a reader, without the places of this machine."""
-    places = ("--config.preprocess.shards=", "--config.data.root=")
+    places = ("--config.preprocess.shards=", "--config.data.root=", "--config.train.init_from=")
     return shlex.join(word for word in run.arguments if not word.startswith(places))
 
 
@@ -219,10 +232,21 @@ def _cost(runs: Sequence[Trial]) -> dict[str, Any]:
         found["flops"] = step["flops_per_device"] * step["devices"]
     trained = [_training_s(run.workdir / "metrics.jsonl") for run in runs]
     walls = [sum(_read(run.workdir / "wall.json").values()) for run in runs]
-    for name, seconds in (("train_s", trained), ("wall_s", walls)):
+    cores = [sum(_read(run.workdir / "cpu.json").values()) for run in runs]
+    for name, seconds in (("train_s", trained), ("wall_s", walls), ("cpu_s", cores)):
         if all(seconds):
             found[name] = float(np.mean(seconds))
     return found
+
+
+def _curve(runs: Sequence[Trial]) -> tuple[tuple[int, float], ...]:
+    """Validation Dice by step, the mean over the runs that have it at that step."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        for record in step_log.read(run.workdir / "metrics.jsonl"):
+            if record.get("val/dice/mean") is not None:
+                found.setdefault(record["step"], []).append(record["val/dice/mean"])
+    return tuple((step, float(np.mean(values))) for step, values in sorted(found.items()))
 
 
 def _training_s(path: Path) -> float:

@@ -36,6 +36,8 @@ class Line:
     failures: tuple[str, ...]
     cost: Mapping[str, Any]
     words: str  # the arguments of its first seed
+    gaps: tuple[float, ...] = ()  # from the baseline's row, seed by seed
+    curve: tuple[tuple[int, float], ...] = ()  # step, validation Dice, mean over seeds
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def page(comparison: Comparison) -> Page:
         _against(comparison) if comparison.baseline else None,
         _conventions(comparison),
         _false(comparison),
+        _curves(comparison),
         _cost(comparison),
         _failures(comparison),
         _notes(comparison),
@@ -224,10 +227,32 @@ def _false(comparison: Comparison) -> Section | None:
     return Section("False alarms", (words, Table(("", *absent), rows)))
 
 
+def _curves(comparison: Comparison) -> Section | None:
+    """Validation Dice while training; nothing where none was validated more than once."""
+    lines = [line for line in comparison.lines if len(line.curve) > 1]
+    if not lines:
+        return None
+    steps = sorted({step for line in lines for step, _ in line.curve})
+    rows = []
+    for line in lines:
+        values = dict(line.curve)
+        cells = (points(values.get(step, float("nan")), 1) for step in steps)
+        rows.append((line.title, *cells))
+    words = (
+        "Dice in percent on the prepared grid of the validation scans, mean over seeds, by step."
+    )
+    parts: list[str | Table | Picture] = [words, Table(("", *map(str, steps)), tuple(rows))]
+    if figures.available():
+        series = [(line.title, line.curve) for line in lines]
+        parts.append(Picture(figures.curves_png(series, "validation Dice (%)"), "By step."))
+    return Section("Learning curves", tuple(parts))
+
+
 def _cost(comparison: Comparison) -> Section | None:
     lines = [line for line in comparison.lines if line.cost]
     if not lines:
         return None
+    counted = any("cpu_s" in line.cost for line in lines)
     rows = tuple(
         (
             line.title,
@@ -238,6 +263,7 @@ def _cost(comparison: Comparison) -> Section | None:
             str(line.cost.get("patches", NONE)),
             duration(line.cost.get("train_s")),
             duration(line.cost.get("wall_s")),
+            *([duration(line.cost.get("cpu_s"))] if counted else []),
         )
         for line in lines
     )
@@ -248,7 +274,8 @@ def _cost(comparison: Comparison) -> Section | None:
         f"({', '.join(devices) or 'not recorded'}). Training is the time in steps; the run has "
         "compilation, prediction and evaluation too. Both are means over the seeds that finished."
     )
-    return Section("Cost", (words, Table((*columns, "training", "whole run"), rows)))
+    columns += ("training", "whole run", *(["CPU time"] if counted else []))
+    return Section("Cost", (words, Table(columns, rows)))
 
 
 def _failures(comparison: Comparison) -> Section | None:

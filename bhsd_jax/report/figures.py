@@ -130,6 +130,20 @@ def forest_png(
     return _png(figure)
 
 
+def curves_png(series: Sequence[tuple[str, Sequence[tuple[int, float]]]], axis_title: str) -> bytes:
+    """One line per series: shares by step, drawn in percent."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    for title, points in series:
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, [100 * v for v in values], lw=1.4, marker="o", ms=3, label=title)
+    axis.set_xlabel("step")
+    axis.set_ylabel(axis_title)
+    axis.grid(color=_FAINT, lw=0.4)
+    axis.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
 def overlay_png(case: Overlay, *, slices: int = 3) -> bytes:
     """The plain slice with most of the lesion, then it and its neighbors with both contours."""
     plt = _pyplot()

@@ -232,6 +232,7 @@ def _begun_from(config: Train, recipe: Recipe, drawn: TrainState, mesh: Mesh) ->
         recipe.channels,
         twins=recipe.parts.objective.twins,
         only=config.init_only,
+        leave=config.init_leave,
     )
     params = jax.device_put(params, meshes.replicated(mesh))
     ema = None if drawn.ema is None else jax.tree.map(jnp.copy, params)

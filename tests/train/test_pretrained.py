@@ -58,6 +58,9 @@ def test_a_run_gives_all_that_fits_and_the_log_names_the_rest(tmp_path, caplog):
     assert "random stays head_0/bias [3]: there it is [5]" in caplog.text
     only = flat(begin_from(run, drawn(UNET), UNET, 1, twins=(), only=("encoder_0",)))
     assert all(leaf.any() == name.startswith("encoder_0") for name, leaf in only.items())
+    same = saved_run(tmp_path / "same", drawn(UNET, 1.0), SUPERVISED)
+    rest = flat(begin_from(same, drawn(UNET), UNET, 1, twins=(), leave=("head",)))
+    assert all(leaf.any() != name.startswith("head") for name, leaf in rest.items())
 
 
 def test_nothing_that_fits_is_refused(tmp_path):

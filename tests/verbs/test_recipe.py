@@ -274,8 +274,31 @@ def test_slice_labels_that_nothing_can_use_are_refused():
     config.slice_loss.neg_sup = 1.0
     with pytest.raises(ValueError, match=r"slice_loss: .*supervised\.WeaklySupervised"):
         require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
-    with pytest.raises(ValueError, match="head CT"):
-        make_recipe(config, dataclasses.replace(PLAN, modality="mr"))
+
+
+def test_slices_of_mr_are_followed_by_the_voxels_of_the_scan():
+    """MR has no HU that tells the head from air; the loss sees these voxels only if it is asked."""
+    config = config_of(cps)
+    config.slice_loss.neg_sup = 1.0
+    config.augment.spatial = ({"name": "spatial.Mirror", "p": 1.0, "axes": (0,)},)
+    recipe = make_recipe(config, dataclasses.replace(PLAN, modality="mr"))
+    shapes = recipe.abstract_batch()
+    image = np.full(shapes.unlabeled.shape, 5.0, np.float32)
+    inside = np.full(shapes.inside.shape, -1, np.int8)
+    inside[:, 1:, 3:13, 3:13] = 1  # the first slice lies outside, the rest shows all of the scan
+    known = np.tile(np.asarray([0, 1, 0, 0], np.int8)[None, :, None], (8, 1, 1))
+    label = np.zeros(shapes.label.shape, np.int8)
+    augment = jax.jit(recipe.parts.augment)
+    found = augment(jax.random.key(0), Batch(image, label, image, known, inside))
+    np.testing.assert_array_equal(found.slice_labels[0, :, 0], [0, 0, 1, 0])
+    assert found.inside is None
+    inside[:, 1:, :, 3:13] = 1  # now the scan may reach beyond the patch: what shows it, may not
+    found = augment(jax.random.key(0), Batch(image, label, image, known, inside))
+    np.testing.assert_array_equal(found.slice_labels[0, :, 0], [0, 0, -1, 0])
+    config.input.outside = "masked"
+    masked = make_recipe(config, dataclasses.replace(PLAN, modality="mr")).parts.augment
+    found = jax.jit(masked)(jax.random.key(0), Batch(image, label, image, known, inside))
+    assert found.inside.shape == (8, 4, 16, 16)
 
 
 def test_the_plan_decides_what_the_config_leaves_open():
