@@ -15,6 +15,7 @@ import numpy as np
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import hu, own_slices, scan, shear, upright
+from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.own_slices import OwnSlices
 from bhsd_jax.ct.prepare import hu_doubts, prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
@@ -24,7 +25,7 @@ from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
 from bhsd_jax.types import Params
-from bhsd_jax.volume import Case, Plan
+from bhsd_jax.volume import Case, Plan, Series
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class Predictor:
     plan: Plan
     classes: tuple[str, ...]
     probabilities: bool  # also write them
+    seg: str = ""  # also write a DICOM SEG of this kind, of series
+    maker: segmentation.Maker = segmentation.Maker("bhsd_jax")  # noqa: RUF009 - it is frozen
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
         """Writes `target`, its probabilities if asked for, and what `upright` says where needed.
@@ -91,10 +94,16 @@ class Predictor:
         grid = prepared.grid
         affine = np.asarray(grid.native_affine)
         own = own_slices.of(case.image, grid.native_shape, affine)
-        if self.probabilities:
+        chances = None
+        if self.probabilities or (self.seg == "fractional" and isinstance(case.image, Series)):
             chances = own.probabilities(logits, grid)
+        if self.probabilities and chances is not None:
             _write_npz(_probabilities(target), chances.astype(np.float16))
         label = own.label(logits, grid)
+        if self.seg and isinstance(case.image, Series):
+            seg = segmentation.place(target)
+            how = {"kind": self.seg, "maker": self.maker, "probabilities": chances}
+            segmentation.write(seg, case.image, label, self.classes, **how)
         if upright.is_needed(own):
             upright.write(target, case.image, own, label, logits, grid)
         scan.write(target, label, like=scan.native(case.image))
@@ -128,6 +137,9 @@ class Predictor:
         except UserError as error:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
+            return None
+        seg = segmentation.place(target)
+        if self.seg and isinstance(case.image, Series) and not segmentation.is_whole(seg, self.seg):
             return None
         if upright.is_needed(own) and not all(path.is_file() for path in upright.pair(target)):
             return None
@@ -222,6 +234,8 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         plan=run.plan,
         classes=run.classes,
         probabilities=config.predict.probabilities,
+        seg=config.predict.dicom.seg,
+        maker=segmentation.Maker(f"{config.objective['name']} on {run.plan.dataset}"),
     )
 
 
