@@ -286,6 +286,11 @@ class DicomSeries:
     unshear: Annotated[bool, "undo the gantry's tilt before the network, and do it again after"] = (
         False
     )
+    seg: Annotated[
+        Literal["", "binary", "labelmap", "fractional"],
+        "also write seg/<case>.dcm, a DICOM SEG for the archive; it names the patient, as the "
+        "standard demands",
+    ] = ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry, hu, own_slices, probabilities, scan, shear, upright
+from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.own_slices import OwnSlices
 from bhsd_jax.ct.prepare import hu_doubts, prepare_case
 from bhsd_jax.ct.probabilities import Probabilities
@@ -27,7 +28,7 @@ from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
 from bhsd_jax.types import Params
-from bhsd_jax.volume import Case, Plan, Volume
+from bhsd_jax.volume import Case, Plan, Series, Volume
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class Predictor:
     classes: tuple[str, ...]
     probabilities: bool  # also write them
     others: tuple["Predictor", ...] = ()  # of further runs, averaged with this one's networks
+    seg: str = ""  # also write a DICOM SEG of this kind, of series
+    maker: segmentation.Maker = segmentation.Maker("bhsd_jax")  # noqa: RUF009 - it is frozen
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
         """Writes `target`, its probabilities if asked for, and what `upright` says where needed.
@@ -84,16 +87,24 @@ class Predictor:
         image, grid = prepared.image, prepared.grid
         affine = np.asarray(grid.native_affine)
         own = own_slices.of(case.image, grid.native_shape, affine)
-        if self.probabilities or self.others or upright.is_needed(own) or not own.is_on(grid):
+        seg = self.seg if isinstance(case.image, Series) else ""
+        needed = self.probabilities or seg == "fractional" or self.others or upright.is_needed(own)
+        chances = None
+        if needed or not own.is_on(grid):
             logits = self.logits(image, name)
-            if self.probabilities:
-                chances = self.chances(own.probabilities(logits, grid), own.affine)
-                chances.save(_probabilities(target))
+            if self.probabilities or seg == "fractional":
+                chances = own.probabilities(logits, grid)
+            if self.probabilities and chances is not None:
+                self.chances(chances, own.affine).save(_probabilities(target))
             label = own.label(logits, grid)
             if upright.is_needed(own):
                 upright.write(target, case.image, own, label, logits, grid)
         else:  # voxel by voxel the network's own, so that no logits need be kept
             label = geometry.label_from_grid(self._likeliest(image, name), grid)
+        if isinstance(case.image, Series) and seg:
+            how = {"kind": seg, "maker": self.maker, "probabilities": chances}
+            place = segmentation.place(target)
+            segmentation.write(place, case.image, label, self.classes, **how)
         scan.write(target, label, like=scan.native(case.image))
         seconds = time.monotonic() - begun
         return self._row(case, name, own, label, affine, seconds, prepared.doubts)
@@ -160,6 +171,9 @@ class Predictor:
         except UserError as error:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
+            return None
+        seg = segmentation.place(target)
+        if self.seg and isinstance(case.image, Series) and not segmentation.is_whole(seg, self.seg):
             return None
         if upright.is_needed(own) and not all(path.is_file() for path in upright.pair(target)):
             return None
@@ -276,6 +290,8 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         plan=run.plan,
         classes=run.classes,
         probabilities=config.predict.probabilities,
+        seg=config.predict.dicom.seg,
+        maker=segmentation.Maker(f"{config.objective['name']} on {run.plan.dataset}"),
     )
 
 

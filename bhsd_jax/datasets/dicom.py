@@ -3,15 +3,17 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.datasets.bhsd import scans as nifti_files
+from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import HEMORRHAGE, Case, Survey
+from bhsd_jax.volume import HEMORRHAGE, Case, Series, Survey
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +136,27 @@ def scans(root: Path, *, uneven: str, unshear: bool) -> list[Case]:
         )
         cases.append(Case(id, group.first.patient or id, series, None, "test"))
     return cases
+
+
+def write_series(folder: Path, cases: Sequence[Case], names: Mapping[str, str]) -> None:
+    """Writes `series.csv`, which leads from the names of outputs to the series in the archive.
+
+    It is the only table with identifiers, for the eyes of its owner: others may not read the file.
+    Without a series there is none. `names` are those of outputs by case.
+
+    Raises:
+        faults.WriteError: If the system says no.
+    """
+    rows = []
+    for case in cases:
+        if isinstance(case.image, Series):
+            study, series = segmentation.uids(case.image)
+            name = names[case.id]
+            rows.append({"case": name, "StudyInstanceUID": study, "SeriesInstanceUID": series})
+    path = folder / "series.csv"
+    write_records(path, rows, line_end="\n")
+    if rows:
+        path.chmod(0o600)
 
 
 def _names(root: Path, groups: Sequence[Group]) -> list[str]:

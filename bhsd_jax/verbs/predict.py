@@ -11,14 +11,14 @@ from bhsd_jax.assemble import data, ensemble, predictor
 from bhsd_jax.assemble.ensemble import Member
 from bhsd_jax.assemble.predictor import Predictor, ScanVolumes
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct.dicom import slice_file
+from bhsd_jax.ct.dicom import segmentation, slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.platform import faults, files
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report.page import NOTICE
-from bhsd_jax.settings import Config, DicomSeries, Settings
+from bhsd_jax.settings import Config, DicomSeries, Predict, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.verbs import parts, scan_report
@@ -56,13 +56,7 @@ def run(config: Config, workdir: Path) -> None:
     parts.join(config)
     logger.warning("%s", NOTICE)
     cases = find_scans(config, workdir)
-    if settings.probabilities and any(
-        isinstance(c.image, Series) and c.image.unshear for c in cases
-    ):
-        raise UserError(
-            "config.predict.probabilities: those of unsheared series would not lie on the series' "
-            "own voxels; set unshear=False, or leave them out"
-        )
+    _require_possible(settings, cases)
     run = Run.of(config, workdir)
     out = Path(settings.out or workdir / "predictions")
     files.open_folder(out)
@@ -71,6 +65,8 @@ def run(config: Config, workdir: Path) -> None:
     processes.say_devices()
     predict, members = ensemble.open_runs(run, settings.runs)
     names = output_names(cases, workdir, settings)
+    if barrier.place()[0] == 0:
+        dicom_cases.write_series(out, cases, names)
     mine = parts.own(cases)
     _log_estimate(predict, len(mine))
     found = _gather(out, _predict_all(predict, mine, names, out, settings.overwrite), names)
@@ -81,6 +77,23 @@ def run(config: Config, workdir: Path) -> None:
         finally:
             if settings.report and not found.fault:
                 scan_report.write(run, out, {names[case.id]: case for case in cases})
+
+
+def _require_possible(settings: Predict, cases: Sequence[Case]) -> None:
+    """Refuses what would only fail after the network has run."""
+    if settings.dicom.seg:
+        segmentation.require()
+    if not any(isinstance(case.image, Series) and case.image.unshear for case in cases):
+        return
+    for asked, flag in (
+        (settings.probabilities, "probabilities"),
+        (settings.dicom.seg == "fractional", "dicom.seg=fractional"),
+    ):
+        if asked:
+            raise UserError(
+                f"config.predict.{flag}: probabilities of unsheared series would not lie on the "
+                "series' own voxels; set unshear=False, or leave them out"
+            )
 
 
 def _gather(out: Path, found: Found, names: Mapping[str, str]) -> Found | None:
@@ -170,7 +183,7 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
 def _series(path: Path, beside: Mapping[str, Path], how: DicomSeries) -> list[Case]:
     """DICOM series of a folder; beside NIfTI files, images of no series are but a warning."""
     try:
-        return dicom_cases.scans(path, **vars(how))
+        return dicom_cases.scans(path, uneven=how.uneven, unshear=how.unshear)
     except UserError as error:
         if not beside:
             raise

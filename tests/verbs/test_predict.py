@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import highdicom
 import jax
 import jax.numpy as jnp
 import nibabel as nib
@@ -25,6 +26,7 @@ from bhsd_jax.assemble import data, predictor, wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
 from bhsd_jax.ct import geometry
+from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.splits import Roles
@@ -469,7 +471,13 @@ def test_a_dicom_series_gets_its_label_map_on_its_own_voxels_and_no_name(folder,
         corner = np.asarray(data.ImagePositionPatient, float) * (-1, -1, 1)
         found = label.affine @ (0, label.shape[1] - 1, place, 1)  # the first voxel of the slice
         np.testing.assert_allclose(found[:3], corner, atol=1e-4)
-    texts = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    series = out / "series.csv"  # its purpose is to lead back; nobody else may read it
+    assert [row["SeriesInstanceUID"] for row in rows_of(series)] == ["1.2.3.4", "1.2.9"]
+    assert {row["StudyInstanceUID"] for row in rows_of(series)} == {"1.2.3"}
+    assert rows_of(series)[0]["case"] == name
+    assert series.stat().st_mode & 0o777 == 0o600
+    texts = [path.read_bytes() for path in folder.rglob("*") if path.is_file() and path != series]
+    assert not [word for word in (NAME, "Roe", PATIENT) if word in series.read_text()]
     texts.append(gzip.decompress((out / f"{name}.nii.gz").read_bytes()))
     texts += [text.encode() for text in (caplog.text, str(no.value), *map(str, out.iterdir()))]
     for secret in (NAME, "Roe", PATIENT, "1.2.3.4", "19700101"):
@@ -508,6 +516,47 @@ def test_probabilities_of_unsheared_series_are_refused(folder, tmp_path):
     options = {"uneven": "refuse", "unshear": True}
     with pytest.raises(ValueError, match="own voxels; set unshear=False"):
         predict.run(configure(tmp_path / "dicom", dicom=options, probabilities=True), folder)
+
+
+def test_a_seg_for_the_archive_comes_on_request_and_is_the_only_file_that_names_anyone(
+    folder, tmp_path, caplog
+):
+    caplog.set_level(logging.DEBUG)
+
+    def complete(k, data):
+        data.FrameOfReferenceUID, data.StudyID = "1.2.3.8", "7"
+
+    images = tmp_path / "images"
+    as_dicom(images / NAME, head(), spacing_mm=SPACING, tilt_deg=14.0, change=complete)
+    nib.save(stored_as("LAS"), images / "ID_1.nii.gz")
+    predict.run(configure(images, dicom={"seg": "binary"}), folder)
+    out = folder / "predictions"
+    (made,) = (out / "seg").iterdir()
+    name = made.name.removesuffix(".dcm")
+    seg = highdicom.seg.segread(made)
+    assert seg.PatientName == NAME
+    assert [item.SegmentLabel for item in seg.SegmentSequence] == list(CLASSES[1:])
+    label = np.asanyarray(nib.load(out / f"{name}.nii.gz").dataobj).T
+    (case,) = dicom_cases.scans(images, uneven="refuse", unshear=False)
+    slices = [item.instance for item in dicom_series.arrange(case.image).slices]
+    found = seg.get_pixels_by_source_instance(
+        slices, combine_segments=True, assert_missing_frames_are_empty=True
+    )
+    np.testing.assert_array_equal(found[:, ::-1], label)
+    assert label.any()
+    others = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p != made}
+    for path in list(others):
+        if path.name.endswith(".gz"):
+            others[path] = gzip.decompress(others[path])
+    said = [*others.values(), caplog.text.encode(), *(str(path).encode() for path in others)]
+    assert not [text for text in said for word in (NAME, "Roe", PATIENT) if word.encode() in text]
+
+    before = made.stat().st_mtime_ns
+    predict.run(configure(images, dicom={"seg": "binary"}, overwrite=False), folder)
+    assert made.stat().st_mtime_ns == before
+    predict.run(configure(images, dicom={"seg": "fractional"}, overwrite=False), folder)
+    assert highdicom.seg.segread(made).SegmentationType == "FRACTIONAL"
+    assert not list(out.glob("*.npz"))
 
 
 def test_one_slice_is_no_scan(tmp_path):

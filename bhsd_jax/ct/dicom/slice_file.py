@@ -105,7 +105,7 @@ def headers(path: Path) -> list[Slice]:
     """
     try:
         with _quiet(), path.open("rb") as file:
-            data = _read(file, stop_before_pixels=True, specific_tags=list(_TAGS))
+            data = read(file, stop_before_pixels=True, specific_tags=list(_TAGS))
             left = path.stat().st_size - file.tell()
             whole = _is_whole(data, left)
             return [replace(item, whole=whole) for item in _slices(path, data)]
@@ -134,7 +134,7 @@ def planes(path: Path, wanted: Sequence[int | None], *, unwrap: bool = True) -> 
     """
     try:
         with _quiet(), path.open("rb") as file:
-            data = _read(file)
+            data = read(file)
             _require_decoder(data.file_meta.TransferSyntaxUID)
             if None in wanted:
                 stored = np.asarray(data.pixel_array)
@@ -149,8 +149,11 @@ def planes(path: Path, wanted: Sequence[int | None], *, unwrap: bool = True) -> 
         raise Refusal(Kind.SERIES_DAMAGED, text) from None
 
 
-def _read(file: BinaryIO, **options: Any) -> Any:
-    """A data set; one without file meta group gets the transfer syntax it is written in."""
+def read(file: BinaryIO, **options: Any) -> Any:
+    """A data set; one without file meta group gets the transfer syntax it is written in.
+
+    Warnings and errors are pydicom's, which quote values: for callers that hold them back.
+    """
     bare = _is_bare(file.read(132))
     file.seek(0)
     data = _pydicom().dcmread(file, force=bare, **options)

@@ -1,0 +1,59 @@
+"""What a segment of a DICOM SEG is, in the codes of SNOMED CT; by the name of its class.
+
+A bleed is a Hemorrhage, as in TotalSegmentator's table, at the place that its name says. The places
+are those of DICOM's own context groups. These have no code for the spaces above and below the dura,
+so that epidural and subdural bleeds share a place, and label and description tell them apart.
+
+Source: TotalSegmentator 2.18.0, `totalsegmentator_snomed_mapping.csv`, row
+`intracerebral_hemorrhage`; DICOM PS3.16, CID 5, 7140, 7150, 7151 and 7159, as in pydicom 3.0.
+"""
+
+from dataclasses import dataclass
+
+Code = tuple[str, str]  # value in SNOMED CT, meaning
+
+ABNORMAL: Code = ("49755003", "Morphologically Altered Structure")
+_HEMORRHAGE: Code = ("50960005", "Hemorrhage")
+_EDEMA: Code = ("79654002", "Edema")
+_LESION: Code = ("52988006", "Lesion")
+_BRAIN: Code = ("12738006", "Brain")
+_VENTRICLE: Code = ("35764002", "Brain ventricle")
+_SUBARACHNOID: Code = ("33930006", "Cranial Subarachnoid Space")
+_DURA: Code = ("18545000", "Dura mater")
+_HEAD: Code = ("69536005", "Head")
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the voxels of a class show."""
+
+    description: str
+    kind: Code
+    place: Code
+    rgb: tuple[int, int, int]  # in which viewers draw it
+
+
+_KNOWN = {
+    "EDH": Meaning("epidural hemorrhage", _HEMORRHAGE, _DURA, (255, 159, 28)),
+    "IPH": Meaning("intraparenchymal hemorrhage", _HEMORRHAGE, _BRAIN, (220, 0, 0)),
+    "IVH": Meaning("intraventricular hemorrhage", _HEMORRHAGE, _VENTRICLE, (25, 211, 243)),
+    "SAH": Meaning("subarachnoid hemorrhage", _HEMORRHAGE, _SUBARACHNOID, (171, 99, 250)),
+    "SDH": Meaning("subdural hemorrhage", _HEMORRHAGE, _DURA, (0, 204, 150)),
+    "EAH": Meaning("extra-axial hemorrhage", _HEMORRHAGE, _DURA, (255, 159, 28)),
+    "EDEMA": Meaning("edema", _EDEMA, _BRAIN, (255, 236, 130)),
+    "ANY": Meaning("intracranial hemorrhage", _HEMORRHAGE, _BRAIN, (220, 0, 0)),
+}
+_SYNONYMS = {
+    "OEDEMA": "EDEMA",
+    "ICH": "IPH",
+    **dict.fromkeys(
+        ("HEMORRHAGE", "HAEMORRHAGE", "BLEEDING", "BLEED", "INTRACEREBRAL_HEMORRHAGE"), "ANY"
+    ),
+}
+
+
+def of(name: str) -> Meaning:
+    """The meaning of a class; of a name that is not known, a lesion in the head."""
+    upper = name.upper()
+    found = _KNOWN.get(_SYNONYMS.get(upper, upper))
+    return found or Meaning(name, _LESION, _HEAD, (200, 200, 200))

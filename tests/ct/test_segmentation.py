@@ -1,0 +1,299 @@
+"""DICOM SEG: the same voxels in every reader, on the original instances, in a real archive."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+
+import highdicom
+import nibabel as nib
+import numpy as np
+import pytest
+from dicom_files import NAME, PATIENT, write_series
+from enhanced_files import write_enhanced
+from pydicom import dcmread
+
+from bhsd_jax.ct.dicom import segment_codes, segmentation
+from bhsd_jax.ct.dicom import series as dicom_series
+from bhsd_jax.datasets import dicom as dicom_cases
+from bhsd_jax.volume import HEMORRHAGE
+
+SHAPE = (9, 20, 18)  # slices, rows, columns
+UNEVEN = np.cumsum([0, 4, 4, 4, 4, 1.1, 7, 7, 7])
+FRAME = "1.2.3.9"
+MAKER = segmentation.Maker("supervised on made up")
+SBIN = os.environ["PATH"] + ":/usr/sbin:/sbin"  # where Debian has Orthanc
+
+
+def complete(k, data):
+    """What headers of a real scanner have besides."""
+    data.FrameOfReferenceUID, data.SeriesNumber = FRAME, 3
+    data.StudyDate, data.StudyTime, data.StudyID, data.AccessionNumber = "20260102", "1200", "7", ""
+    data.PatientSex = "O"
+    if k % 2:  # a type 2 attribute: it may be empty
+        data.SliceThickness = 5
+
+
+def label_of(shape=SHAPE, seed=0):
+    """Every class somewhere, one of them nowhere; [slice, row, column] of the files."""
+    label = np.zeros(shape, np.uint8)
+    label[2:6, 3:11, 2:9] = 2
+    label[4:7, 5:8, 4:13] = 3
+    label[0, 15:18, 1:4] = 5
+    label[8, 1:3, 14:17] = 1
+    noise = np.random.default_rng(seed).random(shape) < 0.02
+    return np.where(noise, np.uint8(1), label)
+
+
+def make(folder, kind="plain", change=complete):
+    tilt = 18.5 if "tilted" in kind else 0.0
+    places = UNEVEN if "uneven" in kind else None
+    source = folder.parent / "plain" if "enhanced" in kind else folder
+    paths = write_series(
+        source, np.full(SHAPE, 30), tilt_deg=tilt, places=places, change=change, series="1.2.3.5"
+    )
+    if "enhanced" in kind:
+        order = [4, 0, 8, 2, 1, 7, 3, 6, 5]  # frames in any order
+        paths = write_enhanced(folder / "one.dcm", [paths[k] for k in order])
+    return paths
+
+
+def series_of(folder):
+    (case,) = dicom_cases.scans(folder, uneven="refuse", unshear=False)
+    return case.image
+
+
+def write(folder, path, label, **options):
+    settings = {"kind": "binary", "maker": MAKER} | options
+    segmentation.write(path, series_of(folder), label[:, ::-1], HEMORRHAGE, **settings)
+    return path
+
+
+def reread(path, series, *, fractional=False):
+    """Voxels on the series' slices in order, by instance or by frame, as highdicom gives them."""
+    seg = highdicom.seg.segread(path)
+    slices = dicom_series.arrange(series).slices
+    how = {"combine_segments": not fractional, "assert_missing_frames_are_empty": True}
+    if slices[0].frame is None:
+        return seg.get_pixels_by_source_instance([item.instance for item in slices], **how)
+    frames = [item.frame + 1 for item in slices]
+    return seg.get_pixels_by_source_frame(slices[0].instance, frames, **how)
+
+
+@pytest.mark.parametrize("shape", ["binary", "labelmap"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "tilted", "uneven", "tilted, uneven", "enhanced", "enhanced, tilted, uneven"]
+)
+def test_every_voxel_is_read_back_on_its_instance(tmp_path, kind, shape):
+    make(tmp_path / "dicom", kind)
+    label = label_of()
+    path = write(tmp_path / "dicom", tmp_path / "seg" / "a.dcm", label, kind=shape)
+    np.testing.assert_array_equal(reread(path, series_of(tmp_path / "dicom")), label)
+    assert segmentation.is_whole(path, shape)
+    assert not segmentation.is_whole(path, "fractional")
+    path.write_bytes(path.read_bytes()[:-40])
+    assert not segmentation.is_whole(path, shape)
+
+
+def test_fractional_has_the_probabilities(tmp_path):
+    make(tmp_path / "dicom", "tilted")
+    scores = np.random.default_rng(0).normal(size=(6, *SHAPE)).astype(np.float32)
+    scores = np.exp(scores) / np.exp(scores).sum(0)
+    before = scores.copy()
+    path = write(
+        tmp_path / "dicom",
+        tmp_path / "a.dcm",
+        scores.argmax(0).astype(np.uint8),
+        kind="fractional",
+        probabilities=scores[:, :, ::-1],
+    )
+    found = reread(path, series_of(tmp_path / "dicom"), fractional=True)
+    np.testing.assert_allclose(np.moveaxis(found, -1, 0), scores[1:], atol=0.5 / 255 + 1e-6)
+    np.testing.assert_array_equal(scores, before)
+
+
+def test_segments_carry_codes_places_and_who_made_them_and_the_patient_of_the_study(tmp_path):
+    paths = make(tmp_path / "dicom")
+    data = dcmread(write(tmp_path / "dicom", tmp_path / "a.dcm", label_of()))
+    source = dcmread(paths[0])
+    for name in ("PatientName", "PatientID", "StudyInstanceUID", "FrameOfReferenceUID"):
+        assert data.get(name) == source.get(name), "else it cannot be filed with the study"
+    assert data.SeriesInstanceUID != source.SeriesInstanceUID
+    assert data.SeriesNumber == 9003
+    (referred,) = data.ReferencedSeriesSequence
+    assert referred.SeriesInstanceUID == source.SeriesInstanceUID
+    instances = {dcmread(path).SOPInstanceUID for path in paths}
+    assert {r.ReferencedSOPInstanceUID for r in referred.ReferencedInstanceSequence} == instances
+    found = {}
+    for item in data.SegmentSequence:
+        (category,) = item.SegmentedPropertyCategoryCodeSequence
+        (kind,) = item.SegmentedPropertyTypeCodeSequence
+        (place,) = item.AnatomicRegionSequence
+        assert category.CodeValue == "49755003"
+        assert kind.CodingSchemeDesignator == place.CodingSchemeDesignator == "SCT"
+        assert item.SegmentAlgorithmType == "AUTOMATIC"
+        assert item.SegmentAlgorithmName == MAKER.name
+        found[item.SegmentLabel] = kind.CodeValue, place.CodeMeaning, item.SegmentDescription
+    assert found == {
+        "EDH": ("50960005", "Dura mater", "epidural hemorrhage"),
+        "IPH": ("50960005", "Brain", "intraparenchymal hemorrhage"),
+        "IVH": ("50960005", "Brain ventricle", "intraventricular hemorrhage"),
+        "SAH": ("50960005", "Cranial Subarachnoid Space", "subarachnoid hemorrhage"),
+        "SDH": ("50960005", "Dura mater", "subdural hemorrhage"),
+    }
+    assert segment_codes.of("oedema").kind == segment_codes.of("Edema").kind
+    assert segment_codes.of("bleeding").description == "intracranial hemorrhage"
+    assert segment_codes.of("tumor") == segment_codes.Meaning(
+        "tumor", ("52988006", "Lesion"), ("69536005", "Head"), (200, 200, 200)
+    )
+
+
+def test_a_scan_without_any_bleed_has_a_seg_that_says_so(tmp_path):
+    make(tmp_path / "dicom")
+    path = write(tmp_path / "dicom", tmp_path / "a.dcm", np.zeros(SHAPE, np.uint8))
+    assert not reread(path, series_of(tmp_path / "dicom")).any()
+
+
+def test_a_name_in_another_alphabet_arrives_whole(tmp_path):
+    def name(k, data):
+        complete(k, data)
+        data.SpecificCharacterSet, data.PatientName = "ISO_IR 100", "Müller^Jürgen"
+
+    make(tmp_path / "dicom", change=name)
+    data = dcmread(write(tmp_path / "dicom", tmp_path / "a.dcm", label_of()))
+    assert data.PatientName == "Müller^Jürgen"
+
+
+def test_headers_that_nothing_can_refer_to_are_refused_without_a_name(tmp_path):
+    def lose(k, data):
+        complete(k, data)
+        del data.FrameOfReferenceUID
+
+    make(tmp_path / NAME, change=lose)
+    with pytest.raises(ValueError, match="series 1: its headers lack FrameOfReferenceUID") as no:
+        write(tmp_path / NAME, tmp_path / "a.dcm", label_of())
+
+    def odd(k, data):
+        complete(k, data)
+        data.StudyDate = f"{NAME} was here"
+
+    make(tmp_path / "odd", change=odd)
+    with pytest.raises(ValueError, match="no SEG can refer to its headers") as strange:
+        write(tmp_path / "odd", tmp_path / "a.dcm", label_of())
+
+    paths = write_series(tmp_path / "plain", np.full(SHAPE, 30), change=complete)
+    write_enhanced(tmp_path / "parts" / "x", paths, parts=2)
+    with pytest.raises(ValueError, match=r"several files \(a concatenation\) takes no SEG"):
+        write(tmp_path / "parts", tmp_path / "a.dcm", label_of())
+    assert not (tmp_path / "a.dcm").exists()
+    for error in (no, strange):
+        assert not any(word in str(error.value) for word in (NAME, PATIENT, str(tmp_path)))
+        assert error.value.__cause__ is None
+    with pytest.raises(ValueError, match="one of binary, labelmap, fractional; got 'both'"):
+        write(tmp_path / "odd", tmp_path / "a.dcm", label_of(), kind="both")
+
+
+@pytest.mark.skipif(not shutil.which("dciodvfy"), reason="no dciodvfy (Debian's dicom3tools)")
+@pytest.mark.parametrize("shape", ["binary", "fractional"])
+@pytest.mark.parametrize("kind", ["tilted, uneven", "enhanced"])
+def test_dciodvfy_finds_no_error(tmp_path, kind, shape):
+    make(tmp_path / "dicom", kind)
+    label = label_of()
+    scores = np.stack([label == k for k in range(6)]).astype(np.float32)
+    path = tmp_path / "a.dcm"
+    write(tmp_path / "dicom", path, label, kind=shape, probabilities=scores[:, :, ::-1])
+    done = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, check=False)
+    said = (done.stdout + done.stderr).splitlines()
+    assert [line for line in said if line.startswith("Error")] == []
+    assert "Segmentation" in said
+
+
+@pytest.mark.skipif(not shutil.which("segimage2itkimage"), reason="no dcmqi (pip install dcmqi)")
+@pytest.mark.parametrize("shape", ["binary", "labelmap"])
+def test_dcmqi_reads_the_same_voxels(tmp_path, shape):
+    """Of an upright, even series: dcmqi makes volumes, and refuses what is none."""
+    make(tmp_path / "dicom")
+    label = label_of()
+    path = write(tmp_path / "dicom", tmp_path / "a.dcm", label, kind=shape)
+    words = ["--inputDICOM", path, "--outputDirectory", tmp_path, "--outputType", "nii"]
+    subprocess.run(["segimage2itkimage", "--mergeSegments", *map(str, words)], check=True)
+    (made,) = tmp_path.glob("*.nii.gz")
+    found = nib.load(made)
+    voxels = np.asanyarray(found.dataobj).T
+    first = dcmread(next(iter(sorted((tmp_path / "dicom").iterdir()))))
+    assert voxels.shape[1:] == (int(first.Rows), int(first.Columns))
+    counts = np.bincount(label.ravel(), minlength=6)[1:]
+    np.testing.assert_array_equal(np.bincount(voxels.ravel(), minlength=6)[1:], counts)
+    ours = dicom_series.arrange(series_of(tmp_path / "dicom")).affine
+    for k in range(1, 6):
+        if counts[k - 1]:
+            middle = np.append(np.argwhere(label[:, ::-1] == k).mean(0), 1)
+            theirs = np.append(np.argwhere(voxels == k).mean(0)[::-1], 1)
+            np.testing.assert_allclose((found.affine @ theirs)[:3], (ours @ middle)[:3], atol=1e-3)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """A running Orthanc; what it answers to a path."""
+    program = shutil.which("Orthanc", path=SBIN)
+    if program is None:
+        pytest.skip("no Orthanc (Debian's package orthanc)")
+    ports = []
+    for _ in range(2):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            ports.append(server.getsockname()[1])
+    settings = {
+        "StorageDirectory": str(tmp_path / "storage"),
+        "IndexDirectory": str(tmp_path / "storage"),
+        "HttpPort": ports[0],
+        "DicomPort": ports[1],
+        "RemoteAccessAllowed": False,
+        "AuthenticationEnabled": False,
+        "Plugins": [],
+    }
+    (tmp_path / "orthanc.json").write_text(json.dumps(settings))
+
+    def ask(path, body=None):
+        request = urllib.request.Request(f"http://127.0.0.1:{ports[0]}/{path}", data=body)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.read()
+
+    with (tmp_path / "log").open("wb") as log:
+        running = subprocess.Popen(
+            [program, str(tmp_path / "orthanc.json")], stdout=log, stderr=log
+        )
+        try:
+            for _ in range(200):
+                try:
+                    ask("system")
+                    break
+                except OSError:
+                    assert running.poll() is None, (tmp_path / "log").read_text()
+                    time.sleep(0.1)
+            yield ask
+        finally:
+            running.terminate()
+            running.wait(20)
+
+
+@pytest.mark.parametrize("shape", ["binary", "labelmap"])
+def test_orthanc_files_it_with_the_study_and_gives_it_back(tmp_path, archive, shape):
+    paths = make(tmp_path / "dicom", "tilted, uneven")
+    label = label_of()
+    path = write(tmp_path / "dicom", tmp_path / "a.dcm", label, kind=shape)
+    stored = [json.loads(archive("instances", file.read_bytes())) for file in (*paths, path)]
+    assert {one["Status"] for one in stored} == {"Success"}
+    assert len({one["ParentStudy"] for one in stored}) == 1, "one study with that of the scanner"
+    study = json.loads(archive(f"studies/{stored[0]['ParentStudy']}"))
+    assert len(study["Series"]) == 2
+    kinds = {
+        json.loads(archive(f"series/{one}"))["MainDicomTags"]["Modality"] for one in study["Series"]
+    }
+    assert kinds == {"CT", "SEG"}
+    (tmp_path / "back.dcm").write_bytes(archive(f"instances/{stored[-1]['ID']}/file"))
+    found = reread(tmp_path / "back.dcm", series_of(tmp_path / "dicom"))
+    np.testing.assert_array_equal(found, label)
