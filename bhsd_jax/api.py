@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -19,7 +20,10 @@ from bhsd_jax.ct import geometry, nifti, nifti_header
 from bhsd_jax.ct.prepare import prepare_volume
 from bhsd_jax.ct.probabilities import Probabilities
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Grid, Volume
+from bhsd_jax.report import notebook
+from bhsd_jax.report.viewer import Viewer
+from bhsd_jax.verbs.shown import Entry, of_arrays
+from bhsd_jax.volume import Case, Grid, Volume
 
 
 class Predictor:
@@ -122,6 +126,33 @@ def read_scan(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """
     volume = nifti.read(path)
     return volume.voxels.transpose(2, 1, 0), volume.affine[:, [2, 1, 0, 3]]
+
+
+def show(
+    voxels: np.ndarray,
+    affine: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+) -> Any:
+    """NiiVue's widget for a notebook: the scan in the brain window, its bleeds in their colors.
+
+    Args:
+        voxels: [i, j, k], as for `Predictor`.
+        affine: From (i, j, k, 1) to mm, RAS+.
+        labels: What `Predictor` has made of it.
+        classes: `Predictor.classes`.
+
+    Raises:
+        ValueError: If the extra `viewer` is not installed, or the arrays do not fit.
+    """
+    volume = _volume(voxels, affine)
+    if np.shape(labels) != np.shape(voxels):
+        raise UserError(f"labels have shape {np.shape(labels)}, the scan {np.shape(voxels)}")
+    case = Case(volume.case, volume.case, Path(volume.case), None, "test")
+    entry = Entry(case, Path(case.id), "scan", {})
+    label = np.asarray(labels, np.uint8).transpose(2, 1, 0)
+    around = Viewer("", "", "", tuple(classes)[1:])
+    return notebook.widget(of_arrays(entry, volume, [label]), around)
 
 
 def _volume(voxels: np.ndarray, affine: np.ndarray) -> Volume:

@@ -114,6 +114,13 @@ def as_nifti(voxels: Num[np.ndarray, "D H W"], spacing_mm: Millimeters) -> bytes
     return nifti.to_bytes(Volume(turned, affine, "scan"))
 
 
+def compact(image: Num[np.ndarray, "D H W"]) -> Num[np.ndarray, "D H W"]:
+    """HU as int16, for tenths of them are noise; other intensities as they are."""
+    if image.dtype.kind != "f" or np.abs(image).max() < 1000:
+        return image
+    return np.rint(np.clip(image, -32768, 32767)).astype(np.int16)
+
+
 def _head(title: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -124,10 +131,11 @@ def _head(title: str) -> str:
 
 
 def _volumes(scan: Shown, number: int) -> Iterable[str]:
-    image = scan.image
-    if image.dtype.kind == "f" and np.abs(image).max() >= 1000:  # HU: tenths are noise
-        image = np.rint(np.clip(image, -32768, 32767)).astype(np.int16)
-    masks = {"image": image, "prediction": scan.prediction, "reference": scan.reference}
+    masks = {
+        "image": compact(scan.image),
+        "prediction": scan.prediction,
+        "reference": scan.reference,
+    }
     for name, voxels in masks.items():
         if voxels is not None:
             packed = base64.b64encode(as_nifti(voxels, scan.spacing_mm)).decode()

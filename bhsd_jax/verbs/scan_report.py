@@ -13,6 +13,7 @@ import numpy as np
 from bhsd_jax import __version__
 from bhsd_jax.assemble import data
 from bhsd_jax.assemble.run import Run
+from bhsd_jax.ct import geometry
 from bhsd_jax.platform import files
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
@@ -62,7 +63,7 @@ def write(run: Run, out: Path, cases: Mapping[str, Case], *, strict: bool = Fals
     entries = [dataclasses.replace(entry, name=names[entry.name]) for entry in entries]
     _write_names(out, entries)
     wanted = run.config.report.viewer if strict else niivue.available()
-    title = run.config.report.title or f"{len(entries)} scans, {run.config.name}"
+    title = f"New scans, read by {run.config.name}"
     subtitle = _subtitle(run, found, len(entries))
     page = Page(
         title=title,
@@ -99,6 +100,8 @@ def _read(out: Path) -> _Predicted:
 def _entry(run: Run, out: Path, row: Mapping[str, Any], cases: Mapping[str, Case]) -> Entry:
     case = dataclasses.replace(cases[row["case"]], label=None)
     flags = (row["warning"],) if row.get("warning") else ()
+    if abs(row.get("tilt_deg") or 0) > geometry.LEAST_TILT_DEG:
+        flags = (*flags, f"gantry tilted by {abs(row['tilt_deg']):.1f} degrees")
     ml = {name: float(row["ml"].get(name, 0.0)) for name in run.classes[1:]}
     return Entry(case, out / f"{row['case']}.nii.gz", row["case"], ml, flags=flags)
 
@@ -120,17 +123,21 @@ def _write_names(out: Path, entries: Sequence[Entry]) -> None:
 
 def _subtitle(run: Run, found: _Predicted, scans: int) -> str:
     return (
-        f"{scans} scans without references. Objective {run.config.objective['name']}, backbone "
+        f"{_count(scans)} without references. Objective {run.config.objective['name']}, backbone "
         f"{run.config.model['name']}, checkpoint of step {found.facts['step']}, trained on "
         f"{run.plan.dataset}."
     )
+
+
+def _count(scans: int) -> str:
+    return f"{scans} scans" if scans > 1 else "1 scan"
 
 
 def _headline(entries: Sequence[Entry]) -> tuple[tuple[str, str], ...]:
     totals = [sum(entry.ml.values()) for entry in entries]
     bleeding = [total for total in totals if total > 0]
     return (
-        (str(len(entries)), "scans"),
+        (str(len(entries)), "scans" if len(entries) > 1 else "scan"),
         (str(len(bleeding)), "of them with some bleed drawn"),
         (f"{max(totals):.1f} mL", "in the scan with most"),
     )
@@ -158,14 +165,15 @@ def _sections(
         (
             entry.name,
             *(f"{entry.ml[name]:.1f}" for name in classes),
-            f"{sum(entry.ml.values()):.1f}",
+            *([f"{sum(entry.ml.values()):.1f}"] if len(classes) > 1 else []),
             "; ".join(entry.flags),
         )
         for entry in entries
     )
     hidden = [entry.name != entry.label_map.name.removesuffix(".nii.gz") for entry in entries]
     links = {} if any(hidden) else {e.name: e.label_map.name for e in entries}
-    columns = ("scan", *(f"{name} (mL)" for name in classes), "all (mL)", "to note")
+    merged = ("all (mL)",) if len(classes) > 1 else ()
+    columns = ("scan", *(f"{name} (mL)" for name in classes), *merged, "to note")
     words = [f"{pages.NAMES} beside this page leads from the names to the label maps."]
     if viewer_too:
         words.append("{Scroll through the scans|viewer.html}.")

@@ -1,6 +1,6 @@
 """Scans with their label maps, upright and in the axes of a reading room, for pages."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,11 +48,17 @@ def read(run: Run, entry: Entry) -> Shown:
     ct = run.plan.modality == "ct"
     if ct and not run.plan.normalize_first:
         voxels = hu.repair(voxels)[0]
-    affine = volume.affine
-    upright, made = shear.unshear(voxels, affine, fill=float(voxels.min()))
-    if upright is not voxels:
-        labels = [shear.unshear_label(label, affine) for label in labels]
-        flags = (*flags, "tilted gantry: shown upright")
+    return of_arrays(entry, Volume(voxels, volume.affine, entry.name), labels, flags)
+
+
+def of_arrays(
+    entry: Entry, volume: Volume, labels: Sequence[np.ndarray], flags: tuple[str, ...] = ()
+) -> Shown:
+    """A scan in memory with its label map and, where there is one, the reference, [D H W] each."""
+    upright, made = shear.unshear(volume.voxels, volume.affine, fill=float(volume.voxels.min()))
+    if upright is not volume.voxels:
+        labels = [shear.unshear_label(label, volume.affine) for label in labels]
+        flags = (*flags, "shown upright")
     order, flip = geometry.canonical(made)
     image, *masks = (geometry.turn(array, order, flip) for array in (upright, *labels))
     spacing = np.linalg.norm(made[:3, :3], axis=0)

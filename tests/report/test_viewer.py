@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.report import niivue, viewer
+from bhsd_jax.report import niivue, notebook, viewer
 
 SPACING = (5.0, 2.0, 2.0)
 CLASSES = ("IPH", "SDH")
@@ -257,3 +257,21 @@ def test_a_package_without_niivue_in_it_is_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"widget\.js: holds no NiiVue.*ipyniivue 2\.4\.4"):
         niivue.module()
     niivue.module.cache_clear()
+
+
+@needs_niivue
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ipywidgets
+def test_the_notebooks_widget_holds_what_the_page_holds():
+    found = notebook.widget(SCANS[0], PAGE)
+    scan, bleeds = found.volumes
+    assert (scan.cal_min, scan.cal_max) == (0, 80)
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(bytes(scan.data)))
+    np.testing.assert_array_equal(np.asanyarray(image.dataobj), tiny_run.head(0, (60, 70, 12)))
+    mask = nib.Nifti1Image.from_bytes(gzip.decompress(bytes(bleeds.data)))
+    assert (np.asanyarray(mask.dataobj)[LEFT] == 2).all()
+    lut = np.asarray(bleeds.colormap_label.lut).reshape(-1, 4)
+    assert lut[:3, 3].tolist() == [0, 255, 255]
+    assert f"#{bytes(lut[2, :3].astype(np.uint8)).hex()}" == viewer.color("SDH", 1)
+    assert found.opts.is_radiological_convention
+    with pytest.raises(UserError, match="third has no reference"):
+        notebook.widget(SCANS[2], PAGE, reference=True)

@@ -205,15 +205,17 @@
       const [left, top, width, height] = leftTopWidthHeight.map((value) => value / dpr);
       placed(sides[0], "side", left + 12, top + height / 2);
       placed(sides[1], "side", left + width - 12, top + height / 2);
-      placed(sides[2], "side", left + width / 2, top + 12);
-      placed(sides[3], "side", left + width / 2, top + height - 12);
+      if (height > 70) { // a stack of few slices is no higher
+        placed(sides[2], "side", left + width / 2, top + 12);
+        placed(sides[3], "side", left + width / 2, top + height - 12);
+      }
       const at = [left + width / 2, top + height / 2];
       const [from, to] = [at, [at[0] + 20, at[1]]].map(([x, y]) =>
         nv.frac2mm(nv.canvasPos2frac([x * dpr, y * dpr])));
       const mm = Math.hypot(from[0] - to[0], from[1] - to[1], from[2] - to[2]) / 20;
       const cm = [5, 2, 1].find((one) => (10 * one) / mm < 0.5 * width);
       if (!(mm > 0) || !cm) return;
-      const bar = placed(`${cm} cm`, "bar", left + 14, top + height - 30);
+      const bar = placed(`${cm} cm`, "bar", left + 26, top + height - 30);
       bar.style.width = `${(10 * cm) / mm}px`;
     });
   };
@@ -291,6 +293,7 @@
         () => state.window === one.name, () => act.window(one.name)));
     button("bleeds", "Bleeds", "all on or off, key B", () => state.bleeds, act.bleeds);
     page.classes.forEach((one, index) => {
+      if (page.classes.length === 1) return;
       const made = button("bleeds", one.name, `${one.name} on or off`,
         () => state.bleeds && !state.off.includes(index), () => act.bleed(index));
       const chip = element("span", undefined, "chip");
