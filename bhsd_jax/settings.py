@@ -327,6 +327,9 @@ class Predict:
         "also write report.html, and viewer.html where the extra `viewer` is installed, beside the "
         "label maps",
     ] = False
+    postprocessing: Annotated[
+        str, "JSON file of what is done to label maps, as launch/folds writes it; empty: nothing"
+    ] = ""
     overwrite: Annotated[bool, "False: keep label maps that are there, go on with the rest"] = True
     show_ids: Annotated[
         bool | None, "names of scans in outputs; None: NIfTI's, but not DICOM's"

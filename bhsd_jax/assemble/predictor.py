@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry, hu, own_slices, probabilities, scan, shear, upright
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.own_slices import OwnSlices
-from bhsd_jax.ct.prepare import hu_doubts, prepare_case
+from bhsd_jax.ct.prepare import Prepared, hu_doubts, prepare_case
 from bhsd_jax.ct.probabilities import Probabilities
 from bhsd_jax.infer import ensemble
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
+from bhsd_jax.metrics import postprocessing
 from bhsd_jax.platform import allocator, budget, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import mesh as meshes
@@ -69,6 +71,7 @@ class Predictor:
     others: tuple["Predictor", ...] = ()  # of further runs, averaged with this one's networks
     seg: str = ""  # also write a DICOM SEG of this kind, of series
     maker: segmentation.Maker = segmentation.Maker("bhsd_jax")  # noqa: RUF009 - it is frozen
+    rules: tuple[postprocessing.Rule, ...] = ()  # applied to every label map
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
         """Writes `target`, its probabilities if asked for, and what `upright` says where needed.
@@ -84,30 +87,37 @@ class Predictor:
         for text in prepared.warnings:
             level = logging.WARNING if text in prepared.doubts else logging.INFO
             logger.log(level, "%s: %s", name, text)
-        image, grid = prepared.image, prepared.grid
-        affine = np.asarray(grid.native_affine)
-        own = own_slices.of(case.image, grid.native_shape, affine)
-        seg = self.seg if isinstance(case.image, Series) else ""
-        needed = self.probabilities or seg == "fractional" or self.others or upright.is_needed(own)
-        chances = None
-        if needed or not own.is_on(grid):
-            logits = self.logits(image, name)
-            if self.probabilities or seg == "fractional":
-                chances = own.probabilities(logits, grid)
-            if self.probabilities and chances is not None:
-                self.chances(chances, own.affine).save(_probabilities(target))
-            label = own.label(logits, grid)
-            if upright.is_needed(own):
-                upright.write(target, case.image, own, label, logits, grid)
-        else:  # voxel by voxel the network's own, so that no logits need be kept
-            label = geometry.label_from_grid(self._likeliest(image, name), grid)
-        if isinstance(case.image, Series) and seg:
-            how = {"kind": seg, "maker": self.maker, "probabilities": chances}
-            place = segmentation.place(target)
-            segmentation.write(place, case.image, label, self.classes, **how)
+        affine = np.asarray(prepared.grid.native_affine)
+        own = own_slices.of(case.image, prepared.grid.native_shape, affine)
+        label = self._answer(case, own, prepared, target, name)
         scan.write(target, label, like=scan.native(case.image))
         seconds = time.monotonic() - begun
         return self._row(case, name, own, label, affine, seconds, prepared.doubts)
+
+    def _answer(
+        self, case: Case, own: OwnSlices, prepared: Prepared, target: Path, name: str
+    ) -> UInt8[np.ndarray, "N H W"]:
+        """The label map; what belongs beside it is written."""
+        grid, finish = prepared.grid, partial(postprocessing.apply, rules=self.rules)
+        series = case.image if isinstance(case.image, Series) else None
+        fractional = series is not None and self.seg == "fractional"
+        needed = self.probabilities or fractional or self.others or upright.is_needed(own)
+        chances = None
+        if needed or not own.is_on(grid):
+            logits = self.logits(prepared.image, name)
+            label = finish(own.label(logits, grid))
+            if self.probabilities or fractional:
+                chances = own.probabilities(logits, grid)
+            if self.probabilities and chances is not None:
+                self.chances(chances, own.affine).save(_probabilities(target))
+            if upright.is_needed(own):
+                upright.write(target, case.image, own, label, logits, grid, finish)
+        else:  # voxel by voxel the network's own, so that no logits need be kept
+            label = finish(geometry.label_from_grid(self._likeliest(prepared.image, name), grid))
+        if series is not None and self.seg:
+            how = {"kind": self.seg, "maker": self.maker, "probabilities": chances}
+            segmentation.write(segmentation.place(target), series, label, self.classes, **how)
+        return label
 
     def logits(self, image: np.ndarray, name: str) -> Float[np.ndarray, "K D H W"]:
         """Logits of a prepared scan [D H W], of all networks together.

@@ -8,6 +8,7 @@ the patient, and the affine is the sform with code 1, without a qform that a rea
 Source: ITK 5.4, `itkNiftiImageIO.cxx`, which accepts a sform whose axes' cosines are below 1e-4.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,16 +49,18 @@ def write(
     exact: UInt8[np.ndarray, "N H W"],
     logits: Float[np.ndarray, "K _ _ _"],
     grid: Grid,
+    finish: Callable[[np.ndarray], np.ndarray] = lambda label: label,
 ) -> None:
     """Writes the pair beside the exact label map, which belongs at `target`.
 
-    `own` are the scan's slices, and the logits lie on the grid of what was read of them.
+    `own` are the scan's slices, and the logits lie on the grid of what was read of them; `finish`
+    is what was done to their likeliest classes to make the exact label map.
 
     Raises:
         ValueError: If the scan has become unreadable, or the shapes do not fit.
         faults.WriteError: If the system says no, such as on a full disk.
     """
-    label = exact if own.is_even else own.even_label(logits, grid)
+    label = exact if own.is_even else finish(own.even_label(logits, grid))
     volume, _ = scan.read(replace(image, unshear=False) if isinstance(image, Series) else image)
     if label.shape == own.read_shape:  # else it was moved already, before the network saw it
         label = shear.move_label(label, own.read_affine)

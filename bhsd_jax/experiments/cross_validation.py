@@ -71,11 +71,6 @@ def tally(candidate: Candidate, workers: Pool, rules: tuple[Rule, ...]) -> Tally
     return np.stack([counts[case] for case in candidate.cases])
 
 
-def rules_to_json(rules: Sequence[Rule], classes: Sequence[str]) -> dict[str, list[list[str]]]:
-    """The rules by the names of their classes, as `predict.postprocessing` reads them."""
-    return {"keep_largest": [[classes[index] for index in rule] for rule in rules]}
-
-
 def _together(a: Candidate, b: Candidate) -> Candidate:
     mine, theirs = ({case.comparison.case: case for case in one.cases} for one in (a, b))
     odd = sorted(mine.keys() ^ theirs.keys())

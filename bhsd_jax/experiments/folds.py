@@ -115,7 +115,7 @@ def _choose(candidates: Sequence[Candidate]) -> dict[str, Any]:
         "best": best.name,
         "cases": len(best.cases),
         "runs": [str(run.workdir) for run in best.runs],
-        "postprocessing": cross_validation.rules_to_json(taken, best.classes),
+        "postprocessing": postprocessing.to_json(taken, best.classes),
         "tried": [
             {
                 "keep_largest": [best.classes[index] for index in trial.rule],
@@ -176,13 +176,16 @@ def _removal(found: Mapping[str, Any]) -> Section:
 
 
 def _usage(out: Path, found: Mapping[str, Any]) -> Section:
-    command = ["bhsd", "predict", found["runs"][0], "--images=FOLDER", "--out=LABELS"]
+    first, *others = found["runs"]
+    command = ["bhsd", "predict", first, "--images=FOLDER", "--out=LABELS"]
+    if others:
+        command.append(f"--predict.runs={','.join(others)}")
+    if " + " not in found["best"]:
+        command.append("--predict.combine=logits")  # as nnU-Net does with the folds of one config
     if found["postprocessing"]["keep_largest"]:
-        command.append(f"--config.predict.postprocessing={out / 'postprocessing.json'}")
-    runs = "; ".join(found["runs"])
-    return Section(
-        "How to use it", (f"Runs of the best: {runs}.", f"One of them: {shlex.join(command)}")
-    )
+        command.append(f"--predict.postprocessing={out / 'postprocessing.json'}")
+    words = "All runs of the best together, where memory does for their networks one by one:"
+    return Section("How to use it", (words, shlex.join(command)))
 
 
 def _finished(run: Trial) -> bool:

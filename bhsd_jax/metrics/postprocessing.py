@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from scipy import ndimage
+
+from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 
 Rule = tuple[int, ...]  # classes that keep, as one mask, their largest component
 Tally = Int[np.ndarray, "cases classes 3"]  # tp, fp, fn; the background comes first
@@ -36,6 +40,29 @@ def keep_largest(label: UInt8[np.ndarray, "_ _ _"], rule: Rule) -> UInt8[np.ndar
     sizes = np.bincount(components.ravel())
     sizes[0] = 0
     return np.where(mask & (sizes != sizes.max())[components], 0, label).astype(label.dtype)
+
+
+def load(path: Path, classes: Sequence[str]) -> tuple[Rule, ...]:
+    """The rules of a JSON file like {"keep_largest": [["EDH", "SDH"], ["SAH"]]}.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UserError: If it holds something else, or a class that is not a foreground class.
+    """
+    stored = files.read_json(path, remedy="choose another predict.postprocessing")
+    try:
+        named = [tuple(rule) for rule in stored["keep_largest"]]
+        return tuple(tuple(classes.index(name, 1) for name in rule) for rule in named)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f'{path}: wants {{"keep_largest": [[class, ...], ...]}} of the classes '
+            f"{', '.join(classes[1:])}; got {stored}"
+        ) from error
+
+
+def to_json(rules: Sequence[Rule], classes: Sequence[str]) -> dict[str, list[list[str]]]:
+    """The rules by the names of their classes, as `load` reads them."""
+    return {"keep_largest": [[classes[index] for index in rule] for rule in rules]}
 
 
 def apply(label: UInt8[np.ndarray, "_ _ _"], rules: Sequence[Rule]) -> UInt8[np.ndarray, "_ _ _"]:

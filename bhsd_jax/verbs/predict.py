@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct.dicom import segmentation, slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
+from bhsd_jax.metrics import postprocessing
 from bhsd_jax.platform import faults, files
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
@@ -58,12 +59,16 @@ def run(config: Config, workdir: Path) -> None:
     cases = find_scans(config, workdir)
     _require_possible(settings, cases)
     run = Run.of(config, workdir)
+    rules: tuple[postprocessing.Rule, ...] = ()
+    if settings.postprocessing:
+        rules = postprocessing.load(Path(settings.postprocessing), run.classes)
     out = Path(settings.out or workdir / "predictions")
     files.open_folder(out)
     files.sweep(out)
     predictor.share_cores(run)
     processes.say_devices()
     predict, members = ensemble.open_runs(run, settings.runs)
+    predict = replace(predict, rules=rules)
     names = output_names(cases, workdir, settings)
     if barrier.place()[0] == 0:
         dicom_cases.write_series(out, cases, names)
@@ -71,7 +76,7 @@ def run(config: Config, workdir: Path) -> None:
     _log_estimate(predict, len(mine))
     found = _gather(out, _predict_all(predict, mine, names, out, settings.overwrite), names)
     if found is not None:
-        facts = _facts(run, members)
+        facts = _facts(run, members) | postprocessing.to_json(rules, run.classes)
         try:
             _conclude(out, found, facts, len(cases))
         finally:

@@ -57,3 +57,17 @@ def test_nothing_is_removed_that_some_class_needs():
     trials = postprocessing.decide(tally_of([reference] * 2, [predicted] * 2), 4)
     assert [trial.rule for trial in trials] == [(1, 2, 3), (1,), (2,), (3,)]
     assert [trial.taken for trial in trials] == [False, True, False, False]
+
+
+def test_rules_come_from_a_file_by_the_names_of_classes(tmp_path):
+    classes = ("background", "EDH", "SAH")
+    path = tmp_path / "postprocessing.json"
+    rules = ((1, 2), (2,))
+    path.write_text(json.dumps(postprocessing.to_json(rules, classes)))
+    assert postprocessing.load(path, classes) == rules
+    for wrong in ({"keep_largest": [["SDH"]]}, {"keep_largest": [["background"]]}, {}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r'wants \{"keep_largest".* classes EDH, SAH; got'):
+            postprocessing.load(path, classes)
+    with pytest.raises(FileNotFoundError):
+        postprocessing.load(tmp_path / "none.json", classes)
