@@ -2,11 +2,12 @@
 
 python tools/record_published_metrics.py brats FOLDER
 python tools/record_published_metrics.py others FOLDER
+python tools/record_published_metrics.py medpy_0_4 .
 
 Each in an environment of its own. `brats`: a checkout of github.com/rachitsaluja/BraTS-2023-Metrics
 at 43c9052, with numpy 1.24.3, pandas 1.5.3, scipy 1.11.1, nibabel 5.1.0 and connected-components-3d
 3.12.1. `others`: one of github.com/codecat0/MBH-Seg-25 at 69f3f0c, with torch, monai 1.6.1, medpy
-0.5.2 and panoptica 2.1.7.
+0.5.2 and panoptica 2.1.7. `medpy_0_4`: medpy 0.4.0 with numpy 1.23.5 and scipy 1.10.1.
 """
 
 import importlib.util
@@ -196,11 +197,20 @@ def record_others(folder):
     return found
 
 
+def record_medpy_0_4(_):
+    """The older ASSD of every pair."""
+    return {"medpy_0_4": np.array([of_medpy(*pair(number))[2:] for number in range(PAIRS)])}
+
+
 def main() -> None:
     """Writes tests/golden/published_*.npz."""
     warnings.simplefilter("ignore")
     which, folder = sys.argv[1], Path(sys.argv[2])
-    found = {"brats": record_brats, "others": record_others}[which](folder)
+    found = {
+        "brats": record_brats,
+        "others": record_others,
+        "medpy_0_4": record_medpy_0_4,
+    }[which](folder)
     np.savez_compressed(OUT / f"published_{which}.npz", **found)
     print({name: value.shape for name, value in found.items() if "/" not in name})
     print((OUT / f"published_{which}.npz").stat().st_size, "bytes")

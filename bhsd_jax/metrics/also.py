@@ -70,19 +70,22 @@ def medpy(
     """HD95, ASD and ASSD in mm, over edge voxels that count the same; NaN if a mask is empty.
 
     HD95 pools the distances of both directions before it takes their percentile, and ASSD before it
-    takes their mean; ASD goes from the prediction to the reference. medpy itself refuses empty
-    masks; SSL4MIS counts them as 0.
+    takes their mean; up to medpy 0.4 that was the mean of both directions' means, `assd_0_4`. ASD
+    goes from the prediction to the reference. medpy itself refuses empty masks; SSL4MIS counts them
+    as 0.
 
-    Source: medpy 0.5.2, `metric.binary.hd95`, `asd(result, reference)`, `assd`.
+    Source: medpy 0.5.2 (and 0.4.0), `metric.binary.hd95`, `asd(result, reference)`, `assd`.
     """
     edges = surface.edge_distances(reference, predicted, spacing_mm, single=False)
     if any(edges.empty):
-        return dict.fromkeys(("medpy_hd95_mm", "medpy_asd_mm", "medpy_assd_mm"), math.nan)
+        names = ("hd95", "asd", "assd", "assd_0_4")
+        return {f"medpy_{name}_mm": math.nan for name in names}
     pooled = np.concatenate([edges.to_predicted_mm, edges.to_reference_mm])
     return {
         "medpy_hd95_mm": float(np.percentile(pooled, 95)),
         "medpy_asd_mm": surface.average_distance(edges)[1],
         "medpy_assd_mm": surface.average_symmetric_distance(edges),
+        "medpy_assd_0_4_mm": sum(surface.average_distance(edges)) / 2,
     }
 
 

@@ -109,9 +109,10 @@ def _also(
     if "raters" in job.wanted.names:
         raters, more = _sets(job, place, image)
         answers += more
-    several = not job.binary and len(job.classes) > 2
-    masks = {name: index for index, name in enumerate(job.classes) if index and several}
-    single = ANY if job.binary or several else job.classes[-1]
+    foreground = list(job.classes[1:])
+    several = not job.binary and len(foreground) > 1
+    masks = {name: index for index, name in enumerate(foreground, start=1) if several}
+    single = ANY if job.binary or several else foreground[0]
     for name, index in {**masks, single: 0}.items():
 
         def mask(label: np.ndarray, index: int = index) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Scores under other names equal those of the packages that own the names, on 30 mask pairs each.
 
-`tools/record_published_metrics.py` recorded them: MONAI 1.6.1, medpy 0.5.2, panoptica 2.1.7,
-BraTS-2023-Metrics 43c9052 and the evaluation in codecat0/MBH-Seg-25 69f3f0c. The first three pairs
-are empty on both sides or on one; spacings are those of thick slices, cubes and others.
+`tools/record_published_metrics.py` recorded them: MONAI 1.6.1, medpy 0.5.2 and 0.4.0, panoptica
+2.1.7, BraTS-2023-Metrics 43c9052 and the evaluation in codecat0/MBH-Seg-25 69f3f0c. The first three
+pairs are empty on both sides or on one; spacings are those of thick slices, cubes and others.
 """
 
 import math
@@ -22,11 +22,10 @@ CHALLENGES = ({"dilation": 3, "least_mm3": 50.0}, {"dilation": 1, "least_mm3": 2
 def pairs(request):
     """Reference, prediction and spacing of every pair, and the scores by package."""
     folder = request.config.rootpath / "tests" / "golden"
-    with (
-        np.load(folder / "published_others.npz") as file,
-        np.load(folder / "published_brats.npz") as more,
-    ):
-        found = dict(file) | dict(more)
+    found = {}
+    for name in ("others", "brats", "medpy_0_4"):
+        with np.load(folder / f"published_{name}.npz") as file:
+            found |= dict(file)
     shape = found["shape"]
     assert shape[0] == PAIRS
     count = np.prod(shape)
@@ -59,14 +58,17 @@ def test_the_pairs_are_empty_anisotropic_and_various(pairs):
 def test_medpy(pairs):
     rows, found = pairs
     ours = [list(also.medpy(a, b, tuple(spacing)).values()) for a, b, spacing in rows]
-    assert farthest(ours, found["medpy"]) < DOUBLE
+    assert farthest(ours, np.concatenate([found["medpy"], found["medpy_0_4"]], 1)) < DOUBLE
+    both = found["medpy"][3:]
+    assert np.abs(both[:, 2] - found["medpy_0_4"][3:, 0]).max() > 0.1, "two quantities of one name"
 
 
 def test_monai(pairs):
     rows, found = pairs
     wanted = also.Also(("monai",))
     ours = [list(also.of_masks(a, b, tuple(spacing), wanted).values()) for a, b, spacing in rows]
-    assert farthest(ours, found["monai"]) < SINGLE
+    # Its place among 500 distances is reckoned in single precision: 3e-5 of the way to the next.
+    assert farthest(ours, found["monai"]) < 5e-6
 
 
 def test_pooled_and_separate_directions_are_far_apart(pairs):

@@ -66,7 +66,7 @@ def test_every_score_stands_under_its_name(tree):
     # Columns 4 to 7 of the majority against 6 to 9, each voxel 10 mm: distances 20 10 0 0 twice.
     assert edh["medpy_hd95_mm"] == pytest.approx(np.percentile([20, 10, 0, 0] * 2, 95))
     assert edh["monai_hd95_mm"] == pytest.approx(np.percentile([20, 10, 0, 0], 95))
-    assert edh["medpy_asd_mm"] == edh["medpy_assd_mm"] == pytest.approx(7.5)
+    assert edh["medpy_asd_mm"] == edh["medpy_assd_mm"] == edh["medpy_assd_0_4_mm"] == 7.5
     assert edh["brats_lesion_dice"] == pytest.approx(0.5)
     assert (edh["panoptica_pq"], edh["panoptica_fp"]) == (0.0, 1.0), "an IoU of 1/3 is no match"
     # Dice of raters 1 and 2, and of 3, with both answers: 1/2 and 6/7, and 4/7 and 1.
