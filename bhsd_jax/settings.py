@@ -189,6 +189,9 @@ class Train:
     remat: Annotated[
         Literal["none", "blocks"], "recompute activations per stage in the backward pass"
     ] = "none"
+    trackers: Annotated[
+        tuple[Literal["wandb", "mlflow"], ...], "besides TensorBoard; extras of these names"
+    ] = ()
     profile: Annotated[str, 'steps to trace for xprof, like "10:15", into <run>/profile'] = ""
 
 
@@ -268,18 +271,16 @@ class Predict:
         "names from the objective (student, teacher, a, b; ensemble: a and b), averaged; (): the "
         "one it deploys",
     ] = ()
-    runs: Annotated[
-        tuple[str, ...],
-        "folders of further runs, folds say, whose scans are prepared alike: the mean of the "
-        "probabilities of all",
-    ] = ()
-    probabilities: Annotated[
-        bool, "also write <case>_probabilities.npz, with names of classes and axes, and the affine"
+    runs: Annotated[tuple[str, ...], "folders of further runs, averaged with this one"] = ()
+    probabilities: Annotated[bool, "also write <case>_probabilities.npz"] = False
+    calibrated: Annotated[bool, "probabilities at the temperature of `calibrate`"] = False
+    confidence: Annotated[
+        bool,
+        "also measure how far networks, or one and its answer to the mirrored scan, disagree: for "
+        "review.csv, which scans to look at or to outline first",
     ] = False
     report: Annotated[
-        bool,
-        "also write report.html, and viewer.html where the extra `viewer` is installed, beside the "
-        "label maps",
+        bool, "also write report.html, and viewer.html with the extra `viewer`, into `out`"
     ] = False
     overwrite: Annotated[bool, "False: keep label maps that are there, go on with the rest"] = True
     show_ids: Annotated[
@@ -315,13 +316,9 @@ class Report:
     show_ids: Annotated[bool, "call scans by their names instead of salted hashes"] = False
     compare: Annotated[tuple[str, ...], "folders of other runs"] = ()
     images: Annotated[
-        str,
-        "what `predict` was given as images: a report of these scans, which need no references, "
-        "beside their label maps; empty: of the run's own evaluation",
+        str, "as `predict` was given: a report of these scans, without references"
     ] = ""
-    predictions: Annotated[
-        str, "folder of the label maps of `images`; empty: <run>/predictions"
-    ] = ""
+    predictions: Annotated[str, "label maps of `images`; empty: <run>/predictions"] = ""
     viewer: Annotated[
         bool, "also write viewer.html, to scroll through the scans; needs the extra `viewer`"
     ] = False

@@ -1,5 +1,6 @@
 """Networks of a run, and everything between a scan's file and its label map."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from jaxtyping import Float
 
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
+from bhsd_jax.assemble.trust import Trust
 from bhsd_jax.ct import geometry, hu, probabilities, scan, shear
 from bhsd_jax.ct.prepare import hu_doubts, prepare_case
 from bhsd_jax.ct.probabilities import Probabilities
@@ -42,6 +44,8 @@ class ScanVolumes:
     ml: Mapping[str, float]  # by foreground class
     tilt_corrected: bool = False  # they are the affine's times the cosine of the tilt
     warning: str = ""  # why the scan may not be in HU, or what was undone so that it is
+    unlike: str = ""  # how it is unlike the training data
+    disagreement: float | None = None  # of the networks, 0 to 1; None: not asked for
 
     def flat(self) -> dict[str, Any]:
         """One value per column."""
@@ -49,7 +53,8 @@ class ScanVolumes:
         seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
         total = f"{sum(self.ml.values()):.4f}"
         tilt = {"tilt_deg": f"{self.tilt_deg:.2f}", "tilt_corrected": int(self.tilt_corrected)}
-        last = {"seconds": seconds, "warning": self.warning}
+        last = {"seconds": seconds, "warning": self.warning, "unlike": self.unlike}
+        last["disagreement"] = "" if self.disagreement is None else f"{self.disagreement:.4f}"
         return {"case": self.case, **volumes, "all_ml": total, **tilt, **last}
 
 
@@ -64,6 +69,8 @@ class Predictor:
     classes: tuple[str, ...]
     probabilities: bool  # also write them
     others: tuple["Predictor", ...] = ()  # of further runs, averaged with this one's networks
+    temperature: float = 1.0  # of the probabilities
+    trust: Trust | None = None  # says how far to trust a label map; None: nothing is said
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
         """Writes `target`, and its probabilities if asked for.
@@ -85,7 +92,9 @@ class Predictor:
         label = geometry.argmax_from_grid(logits, prepared.grid)
         scan.write(target, label, like=case.image)
         affine = np.asarray(prepared.grid.native_affine)
-        return self._row(case, name, label, affine, time.monotonic() - begun, prepared.doubts)
+        measures = self.trust.of(prepared.image, prepared.grid) if self.trust else None
+        row = self._row(case, name, label, affine, time.monotonic() - begun, prepared.doubts)
+        return dataclasses.replace(row, **vars(measures)) if measures else row
 
     def logits(self, image: np.ndarray, name: str) -> Float[np.ndarray, "K D H W"]:
         """Logits of a prepared scan [D H W], of all networks together.
@@ -113,7 +122,8 @@ class Predictor:
 
     def chances(self, logits: Float[np.ndarray, "K D H W"], grid: Grid) -> Probabilities:
         """Class probabilities on the scan's own voxels."""
-        values = geometry.probabilities_from_grid(logits, grid).transpose(0, 3, 2, 1)
+        scaled = logits if self.temperature == 1 else logits / np.float32(self.temperature)
+        values = geometry.probabilities_from_grid(scaled, grid).transpose(0, 3, 2, 1)
         return Probabilities(values, self.classes, np.asarray(grid.native_affine)[:, [2, 1, 0, 3]])
 
     def finished(self, case: Case, target: Path, name: str) -> ScanVolumes | None:
