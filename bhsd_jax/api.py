@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from bhsd_jax.assemble import ensemble, predictor
+from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.ct import geometry, nifti, nifti_header
 from bhsd_jax.ct.prepare import prepare_volume
 from bhsd_jax.ct.probabilities import Probabilities
@@ -34,7 +35,7 @@ class Predictor:
     after `warm_up` none of them waits for the network to be compiled.
     """
 
-    def __init__(self, networks: predictor.Predictor, members: tuple[ensemble.Member, ...]):
+    def __init__(self, networks: predictor.Predictor, members: tuple[Member, ...]):
         self._networks, self.members = networks, members
 
     @classmethod
@@ -113,7 +114,7 @@ class Prediction:
     @cached_property
     def probabilities(self) -> Probabilities:
         """Probabilities of all classes with their names and the affine; `save` writes a file."""
-        values = geometry.probabilities_from_grid(self._logits, self._grid)
+        values = geometry.probabilities_from_grid(self._networks.tempered(self._logits), self._grid)
         return self._networks.chances(values, np.asarray(self._grid.native_affine))
 
 

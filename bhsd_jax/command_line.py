@@ -43,7 +43,7 @@ VERBS = {  # in the order of the pipeline: what each does, the groups it reads, 
         "label maps of scans, on their own voxels",
         ("predict", "infer", "mesh"),
         (
-            "bhsd predict runs/cps --images=/data/new_scans --out=/data/label_maps",
+            "bhsd predict runs/cps /data/new_scans /data/label_maps",
             "bhsd predict runs/cps --checkpoint=last --infer.mirror=False",
         ),
     ),
@@ -60,6 +60,16 @@ VERBS = {  # in the order of the pipeline: what each does, the groups it reads, 
         ("report",),
         ("bhsd report runs/cps", "bhsd report runs/cps --compare=runs/suponly,runs/ict"),
     ),
+    "calibrate": (
+        "fits one temperature for the probabilities to the validation scans: calibration.json",
+        ("predict", "infer"),
+        ("bhsd calibrate runs/cps", "bhsd calibrate runs/cps --config.infer.mirror=False"),
+    ),
+    "info": (
+        "prints what a run is: classes, spacing, windows, license, training data, scores",
+        (),
+        ("bhsd info runs/cps", "bhsd info runs/cps --json"),
+    ),
     "config": (
         "prints the resolved config, a field a line",
         (),
@@ -73,8 +83,18 @@ EXIT_CODES = {
     75: "asked to stop, saved: start the same command again to go on",
     130: "interrupted",
 }
+_PLACES = {"predict": ("images", "out")}  # what words after the run folder stand for
 _FREE = ("data", "model", "objective", "optimizer")  # their fields are those of what they name
-_OWN_FLAGS = ("config", "workdir", "v", "verbosity", "alsologtostderr", "logtostderr", "log_dir")
+_OWN_FLAGS = (
+    "config",
+    "workdir",
+    "json",
+    "v",
+    "verbosity",
+    "alsologtostderr",
+    "logtostderr",
+    "log_dir",
+)
 _WIDTH = 100
 
 
@@ -106,15 +126,32 @@ def parse(words: Sequence[str], version: str) -> Command:
     if verb not in VERBS:
         raise UsageError(f"no verb {verb}{_near(verb, VERBS)}; there are {', '.join(VERBS)}")
     if "workdir" in given:
-        folders.append(given["workdir"])
-    if len(folders) > 1:
-        raise UsageError(f"{verb} takes one run folder; got {' and '.join(folders)}")
-    if folders:
-        given["workdir"] = folders[0]
+        folders.insert(0, given["workdir"])
+    given |= _places(verb, folders, given)
+    if "json" in given and verb != "info":
+        raise UsageError("--json is for `bhsd info`")
     # The file first: its fields are known only when it has been read.
     flags = {"config": _config_of(verb, given)}
     flags |= {_full_name(name, verb): given[name] for name in given if name != "config"}
     return Command(verb, tuple(f"--{name}={value}" for name, value in flags.items()))
+
+
+def _places(verb: str, words: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+    """Flags that the words after the verb stand for: the run folder, then what the verb takes."""
+    fields = _PLACES.get(verb, ())
+    if len(words) > 1 + len(fields):
+        if not fields:
+            raise UsageError(f"{verb} takes one run folder; got {' and '.join(words)}")
+        takes = ", ".join(fields)
+        raise UsageError(f"{verb} takes a run folder, {takes}; got {' and '.join(words)}")
+    found = dict(zip(("workdir", *fields), words, strict=False))
+    for name in fields:
+        twice = {name, f"{verb}.{name}", f"config.{verb}.{name}"} & given.keys()
+        if name in found and twice:
+            raise UsageError(
+                f"{verb}: {found[name]} and --{min(twice, key=len)} both name {name}; leave one out"
+            )
+    return found
 
 
 def find_config(given: str) -> str:
@@ -253,7 +290,8 @@ def _verb_help(verb: str) -> Iterator[str]:
     common: Any = importlib.import_module("bhsd_jax.configs.common")
 
     what, groups, examples = VERBS[verb]
-    yield f"bhsd {verb} [RUN] [--config=NAME:WORDS] [--FIELD=VALUE ...]"
+    places = "".join(f" [{name.upper()}]" for name in _PLACES.get(verb, ()))
+    yield f"bhsd {verb} [RUN]{places} [--config=NAME:WORDS] [--FIELD=VALUE ...]"
     yield f"  {what}"
     yield ""
     yield "Examples:"

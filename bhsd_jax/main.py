@@ -27,6 +27,7 @@ _DEFECT = (
 )
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config.name>.")
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object (`bhsd info`).")
 
 
 def main(verb: str) -> None:
@@ -35,18 +36,19 @@ def main(verb: str) -> None:
     try:
         config = Settings.of(_CONFIG.value)  # here it shows if the file could not be read
         workdir = Path(_WORKDIR.value or f"runs/{config.name}")
-        if verb in ("predict", "evaluate", "report"):
+        if verb in ("predict", "evaluate", "report", "calibrate", "info"):
             config = trained.as_trained(config, workdir)
+        told = _told(verb, config, workdir)
     except (OSError, ValueError) as error:
         sys.exit(f"{verb}: {_last(error)}")
-    if verb == "config":
-        _print("".join(f"{line}\n" for line in command_line.config_lines(config)))
+    if told:
+        _print(told)
         return
     standard_logging.getLogger("bhsd_jax").info("%s, run folder %s", verb, workdir)
     try:
         if verb == "train":  # until the training itself heeds it there is nothing to save
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(cluster.TRY_AGAIN))
-        if verb in ("train", "predict"):
+        if verb in ("train", "predict", "calibrate"):
             startup.prepare()
         files.sweep(workdir)
         importlib.import_module(f"bhsd_jax.verbs.{verb}").run(config, workdir)
@@ -56,6 +58,16 @@ def main(verb: str) -> None:
         reason = _reason(error, workdir)
         logging.debug("%s", error, exc_info=True)
         _end(f"{verb}: {reason}" if reason else f"{traceback.format_exc()}{_DEFECT}", 1)
+
+
+def _told(verb: str, config: Settings, workdir: Path) -> str:
+    """What a verb prints that does nothing else; empty for the others."""
+    if verb == "config":
+        return "".join(f"{line}\n" for line in command_line.config_lines(config))
+    if verb == "info":
+        info: Any = importlib.import_module("bhsd_jax.verbs.info")
+        return info.text(config, workdir, as_json=_JSON.value)
+    return ""
 
 
 def _print(text: str) -> None:

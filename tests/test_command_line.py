@@ -128,7 +128,7 @@ def test_later_verbs_know_the_run_from_any_folder_and_refuse_another_config(bhsd
         (["predict", "--config=cps", "--infer.mirror_axes=3,4"], 1, "got (3, 4)"),
         (["predict", "--config=cps", "--infer.mirror_axes=None"], 1, "got None"),
         (["predict", "nowhere"], 2, "nowhere holds no config.json"),
-        (["predict", "a", "b", "--config=cps"], 2, "one run folder; got a and b"),
+        (["evaluate", "a", "b", "--config=cps"], 2, "one run folder; got a and b"),
     ],
 )
 def test_what_is_misspelt_is_one_line_before_jax_is_imported(bhsd, words, code, want):

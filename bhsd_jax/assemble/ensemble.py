@@ -3,11 +3,11 @@
 import dataclasses
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bhsd_jax.assemble import predictor
+from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.platform.errors import UserError
@@ -17,15 +17,6 @@ _PREPARATION = (  # fields of a plan that decide what a network is given of a sc
     *("classes", "modality", "spacing_mm", "transpose", "axes", "crop_hu"),
     *("normalize_first", "use_mask_for_norm", "repaired", "law"),
 )
-
-
-@dataclass(frozen=True)
-class Member:
-    """What of a run takes part in a prediction."""
-
-    folder: Path
-    step: int
-    networks: tuple[str, ...]
 
 
 def run_of(folder: str | Path, *, infer: Infer | None = None, **predict: Any) -> Run:

@@ -1,5 +1,6 @@
 """Networks of a run, and everything between a scan's file and its label map."""
 
+import dataclasses
 import logging
 import math
 import time
@@ -16,6 +17,7 @@ from jaxtyping import Float, UInt8
 
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
+from bhsd_jax.assemble.trust import Trust
 from bhsd_jax.ct import geometry, hu, own_slices, probabilities, scan, shear, upright
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.own_slices import OwnSlices
@@ -47,6 +49,8 @@ class ScanVolumes:
     ml: Mapping[str, float]  # by foreground class
     tilt_corrected: bool = False  # they are the affine's times the cosine of the tilt
     warning: str = ""  # why the scan may not be in HU, or what was undone so that it is
+    unlike: str = ""  # how it is unlike the training data
+    disagreement: float | None = None  # of the networks, 0 to 1; None: not asked for
 
     def flat(self) -> dict[str, Any]:
         """One value per column."""
@@ -54,7 +58,8 @@ class ScanVolumes:
         seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
         total = f"{sum(self.ml.values()):.4f}"
         tilt = {"tilt_deg": f"{self.tilt_deg:.2f}", "tilt_corrected": int(self.tilt_corrected)}
-        last = {"seconds": seconds, "warning": self.warning}
+        last = {"seconds": seconds, "warning": self.warning, "unlike": self.unlike}
+        last["disagreement"] = "" if self.disagreement is None else f"{self.disagreement:.4f}"
         return {"case": self.case, **volumes, "all_ml": total, **tilt, **last}
 
 
@@ -72,6 +77,8 @@ class Predictor:
     seg: str = ""  # also write a DICOM SEG of this kind, of series
     maker: segmentation.Maker = segmentation.Maker("bhsd_jax")  # noqa: RUF009 - it is frozen
     rules: tuple[postprocessing.Rule, ...] = ()  # applied to every label map
+    temperature: float = 1.0  # of the probabilities
+    trust: Trust | None = None  # says how far to trust a label map; None: nothing is said
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
         """Writes `target`, its probabilities if asked for, and what `upright` says where needed.
@@ -92,7 +99,9 @@ class Predictor:
         label = self._answer(case, own, prepared, target, name)
         scan.write(target, label, like=scan.native(case.image))
         seconds = time.monotonic() - begun
-        return self._row(case, name, own, label, affine, seconds, prepared.doubts)
+        row = self._row(case, name, own, label, affine, seconds, prepared.doubts)
+        measures = self.trust.of(prepared.image, prepared.grid) if self.trust else None
+        return dataclasses.replace(row, **vars(measures)) if measures else row
 
     def _answer(
         self, case: Case, own: OwnSlices, prepared: Prepared, target: Path, name: str
@@ -107,7 +116,7 @@ class Predictor:
             logits = self.logits(prepared.image, name)
             label = finish(own.label(logits, grid))
             if self.probabilities or fractional:
-                chances = own.probabilities(logits, grid)
+                chances = own.probabilities(self.tempered(logits), grid)
             if self.probabilities and chances is not None:
                 self.chances(chances, own.affine).save(_probabilities(target))
             if upright.is_needed(own):
@@ -135,6 +144,10 @@ class Predictor:
             )
             for one in (self, *self.others)
         )
+
+    def tempered(self, logits: Float[np.ndarray, "K D H W"]) -> Float[np.ndarray, "K D H W"]:
+        """Logits of which the softmax is calibrated."""
+        return logits if self.temperature == 1 else logits / np.float32(self.temperature)
 
     def chances(self, values: Float[np.ndarray, "K D H W"], affine: np.ndarray) -> Probabilities:
         """Class probabilities on a scan's own voxels, as files of them have the axes."""

@@ -144,6 +144,22 @@ def curves_png(series: Sequence[tuple[str, Sequence[tuple[int, float]]]], axis_t
     return _png(figure)
 
 
+def reliability_png(curves: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
+    """Share of voxels that bleed against the probability given, one line per title."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
+    axis.plot([0, 1], [0, 1], color=_FAINT, lw=1, zorder=0)
+    for (title, points), color in zip(curves.items(), (_FAINT, PREDICTION, _INK), strict=False):
+        axis.plot(*zip(*points, strict=True), color=color, marker="o", ms=4, label=title)
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1)
+    axis.set_aspect("equal")
+    axis.set_xlabel("probability of bleeding")
+    axis.set_ylabel("share of voxels that bleed")
+    axis.legend(loc="upper left", fontsize=8, frameon=False)
+    return _png(figure)
+
+
 def overlay_png(case: Overlay, *, slices: int = 3) -> bytes:
     """The plain slice with most of the lesion, then it and its neighbors with both contours."""
     plt = _pyplot()

@@ -131,6 +131,16 @@ def listing(folder: Path, step: int) -> Listing:
     return Listing(step, facts["dice"], facts["bytes"], {name: value for value, name in pairs})
 
 
+def digest(folder: Path, step: int) -> str:
+    """SHA-256 that stands for a checkpoint: of the lines of its list that name files.
+
+    `grep -v '^#' SHA256SUMS | sha256sum` says the same.
+    """
+    lines = (folder / str(step) / SUMS).read_text().splitlines(keepends=True)
+    named = "".join(line for line in lines if not line.startswith("#"))
+    return hashlib.sha256(named.encode()).hexdigest()
+
+
 def require_intact(folder: Path, step: int) -> Listing:
     """Compares every file of a step with its list.
 

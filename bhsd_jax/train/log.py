@@ -1,12 +1,11 @@
 """What a run says while it trains: `metrics.jsonl`, a progress line, the NaN stop."""
 
-import importlib.util
 import json
 import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 from bhsd_jax.platform import files, machine, step_log
 from bhsd_jax.train.means import Means
 from bhsd_jax.train.speed import Speed
+from bhsd_jax.train.trackers import Tracker
 from bhsd_jax.types import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Log:
         writes: bool = True,
         speed: Speed | None = None,
         means: Mapping[str, Any] | None = None,
+        tracked: Sequence[Tracker] = (),
     ):
         self.means = Means(means)
         self.path, self.steps, self.writes, self.speed = path, steps, writes, speed
@@ -50,7 +51,7 @@ class Log:
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_after(path, resumed_at)
-        self.board = _tensorboard(path.parent / "events") if writes else None
+        self.tracked = tracked
 
     def count(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Takes in what the step reports, for the next line; does not wait for it."""
@@ -102,11 +103,14 @@ class Log:
         elapsed = round(time.monotonic() - self.started, 1)  # of this process
         line = json.dumps({"step": step, **clean, "time/elapsed_s": elapsed})
         files.append(self.path, line + "\n")
-        if self.board is not None:
-            for key, value in clean.items():
-                if value is not None:
-                    self.board.add_scalar(key, value, step)
-            self.board.flush()
+        finite = {key: value for key, value in clean.items() if value is not None}
+        for tracker in self.tracked:
+            tracker.write(step, finite)
+
+    def close(self) -> None:
+        """No line comes after it."""
+        for tracker in self.tracked:
+            tracker.close()
 
 
 @contextmanager
@@ -131,13 +135,6 @@ def heartbeat(what: str) -> Iterator[None]:
 def _drop_after(path: Path, step: int) -> None:
     kept = [record for record in step_log.read(path) if record["step"] <= step]
     files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def _tensorboard(folder: Path):
-    """A writer if the extra `tensorboard` is installed."""
-    if importlib.util.find_spec("tensorboardX") is None:
-        return None
-    return importlib.import_module("tensorboardX").SummaryWriter(str(folder))
 
 
 def _clock(seconds: float) -> str:

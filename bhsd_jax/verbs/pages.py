@@ -5,12 +5,15 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from bhsd_jax.assemble import calibrated
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.metrics import scores
 from bhsd_jax.platform import step_log
-from bhsd_jax.report import viewer
-from bhsd_jax.report.page import NOTICE
+from bhsd_jax.report import figures, viewer
+from bhsd_jax.report.page import NOTICE, Picture, Section
+from bhsd_jax.report.result_tables import Table
 from bhsd_jax.verbs import shown
 from bhsd_jax.verbs.shown import Entry
 
@@ -39,6 +42,35 @@ def unfinished(run: Run) -> tuple[str, ...]:
         f"This training is not finished: {steps[-1]} of {wanted} steps are logged. Figures of the "
         "finished run will differ; the verb `train` goes on where it stopped.",
     )
+
+
+def calibration(run: Run) -> Section | None:
+    """Reliability curve and Brier score, where `calibrate` has measured them."""
+    found = calibrated.read(run.folder)
+    if found is None:
+        return None
+    titles = {"before": "as trained", "after": f"temperature {found['temperature']:.2f}"}
+    rows = tuple(
+        (
+            title,
+            *(f"{found[name][key]:.5f}" for key in ("brier", "nll", "error")),
+        )
+        for name, title in titles.items()
+    )
+    columns = ("", "Brier score", "negative log-likelihood", "calibration error")
+    words = (
+        f"On {found['voxels']} voxels drawn from {found['scans']} validation scans, to which the "
+        "temperature was fitted. Where the curve lies below the diagonal the network is too sure. "
+        "The temperature changes no label map; --calibrated=True applies it to probabilities."
+    )
+    parts: list[Any] = [words, Table(columns, rows)]
+    if figures.available():
+        curves = {
+            title: [(one["mean"], one["observed"]) for one in found[name]["bins"]]
+            for name, title in titles.items()
+        }
+        parts.append(Picture(figures.reliability_png(curves), "Reliability of the probabilities."))
+    return Section("Calibration", tuple(parts))
 
 
 def write_viewer(run: Run, rows: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> None:

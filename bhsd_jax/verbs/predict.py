@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import data, ensemble, predictor
-from bhsd_jax.assemble.ensemble import Member
+from bhsd_jax.assemble import calibrated, data, ensemble, manifest, predictor, trust
+from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.predictor import Predictor, ScanVolumes
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct.dicom import segmentation, slice_file
@@ -22,7 +22,7 @@ from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config, DicomSeries, Predict, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
-from bhsd_jax.verbs import parts, scan_report
+from bhsd_jax.verbs import parts, review, scan_report
 from bhsd_jax.volume import Case, Series
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,10 @@ def run(config: Config, workdir: Path) -> None:
     processes.say_devices()
     predict, members = ensemble.open_runs(run, settings.runs)
     predict = replace(predict, rules=rules)
+    if settings.calibrated:
+        predict = replace(predict, temperature=calibrated.temperature(workdir, members))
+    parts_of = [(p.window, p.networks, p.fill) for p in (predict, *predict.others)]
+    predict = replace(predict, trust=trust.make(run, parts_of if settings.confidence else ()))
     names = output_names(cases, workdir, settings)
     if barrier.place()[0] == 0:
         dicom_cases.write_series(out, cases, names)
@@ -126,6 +130,7 @@ def _conclude(out: Path, found: Found, facts: Mapping[str, Any], scans: int) -> 
     try:
         write_records(out / "skipped.csv", skipped, line_end="\n")
         _write_tables(out, found.rows)
+        review.write(out, found.rows)
         doubtful = {row.case: row.warning for row in found.rows if row.warning}
         files.write_json(out / "predictions.json", {**facts, "doubtful": doubtful})
     except faults.WriteError as error:
@@ -240,6 +245,7 @@ def _predict_all(
 ) -> Found:
     """Predicts one after the other; where there is one process, tables grow as it goes."""
     found = Found()
+    earlier = {} if overwrite else review.earlier(out)
     begun = time.monotonic()
     alone = barrier.place() == (0, 1)
     for index, case in enumerate(cases, start=1):
@@ -247,7 +253,9 @@ def _predict_all(
         target = out / f"{name}.nii.gz"
         try:
             row = None if overwrite else predict.finished(case, target, name)
-            if row is None:
+            if row is not None:
+                row = review.recall(row, earlier)
+            else:
                 with heartbeat(f"scan {index} of {len(cases)}, {name}"):
                     row = predict(case, target, name)
             found.rows.append(row)
@@ -298,4 +306,5 @@ def _facts(run: Run, members: Sequence[Member]) -> dict[str, Any]:
         "tile_step": config.infer.step,
         "trained_on": run.plan.dataset,
         "license": run.plan.license,
+        **manifest.of_prediction(run, members),
     }

@@ -69,6 +69,7 @@ def run(config: Config, workdir: Path) -> None:
         _results(summary),
         _overlays(run, rows, names) if config.report.overlays else None,
         _agreement(rows),
+        pages.calibration(run),
         _training(workdir),
         _comparison(config.report.compare, summary, config.name),
         _every_scan(run, rows, names),

@@ -20,7 +20,7 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures, niivue, viewer
 from bhsd_jax.report.page import Page, Picture, Section, save
 from bhsd_jax.report.result_tables import Table
-from bhsd_jax.verbs import pages, shown
+from bhsd_jax.verbs import pages, review, shown
 from bhsd_jax.verbs.shown import Entry
 from bhsd_jax.volume import Case
 
@@ -102,8 +102,12 @@ def _entry(run: Run, out: Path, row: Mapping[str, Any], cases: Mapping[str, Case
     flags = (row["warning"],) if row.get("warning") else ()
     if abs(row.get("tilt_deg") or 0) > geometry.LEAST_TILT_DEG:
         flags = (*flags, f"gantry tilted by {abs(row['tilt_deg']):.1f} degrees")
+    if row.get("unlike"):
+        flags = (*flags, f"unlike the training data: {row['unlike']}")
     ml = {name: float(row["ml"].get(name, 0.0)) for name in run.classes[1:]}
-    return Entry(case, out / f"{row['case']}.nii.gz", row["case"], ml, flags=flags)
+    score = review.score(row.get("disagreement"), row.get("unlike") or "")
+    place = out / f"{row['case']}.nii.gz"
+    return Entry(case, place, row["case"], ml, review=score, flags=flags)
 
 
 def _names(run: Run, cases: Mapping[str, Case]) -> dict[str, str]:
@@ -178,6 +182,9 @@ def _sections(
     if viewer_too:
         words.append("{Scroll through the scans|viewer.html}.")
     sections = [Section("By volume", (" ".join(words), Table(columns, rows, links)))]
+    first = [entry for entry in entries if entry.review]
+    if first:
+        sections.append(_review(first))
     pictures = _pictures(run, entries) if run.config.report.overlays else []
     if pictures:
         sections.append(Section("Largest bleeds", (_LEGEND, *pictures)))
@@ -187,6 +194,19 @@ def _sections(
         )
         sections.append(Section("Not predicted", (Table(("scan", "reason"), reasons),)))
     return sections
+
+
+def _review(entries: Sequence[Entry]) -> Section:
+    listed = sorted(entries, key=lambda entry: -(entry.review or 0))[:_PICTURES]
+    rows = tuple(
+        (entry.name, f"{(entry.review or 0) % 1:.2f}", "; ".join(entry.flags)) for entry in listed
+    )
+    words = (
+        "Scans unlike the training data come first, then those on which the networks, or a network "
+        "and its answer to the mirrored scan, disagree most: 0 is one answer, 1 is no voxel in "
+        "common. Where outlines are to be drawn, these teach the network most."
+    )
+    return Section("Review these first", (words, Table(("scan", "disagreement", "why"), rows)))
 
 
 def _renamed(row: Mapping[str, str], names: Mapping[str, str]) -> str:

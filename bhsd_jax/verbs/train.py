@@ -29,7 +29,7 @@ from bhsd_jax.report import figures
 from bhsd_jax.settings import Config, Settings, Train, under_todays_names
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.train import mesh as meshes
-from bhsd_jax.train import processes
+from bhsd_jax.train import processes, trackers
 from bhsd_jax.train.checkpoint import Checkpoints
 from bhsd_jax.train.log import Log, heartbeat
 from bhsd_jax.train.loop import Every, Interrupted, fit
@@ -55,6 +55,7 @@ def run(config: Config, workdir: Path) -> None:
     """
     config = Settings.of(config)
     span = Span.parse(config.train.profile, config.train.steps)
+    trackers.require(config.train.trackers)
     parts.join(config)
     # The plan of the shards, and not the run's own: a checkpoint of another plan is refused.
     run = Run.of(config, workdir, Plan.load(data.shards_folder(config, workdir)))
@@ -91,6 +92,7 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
     train_step, flops = program.build_step(recipe, state, mesh, workdir)
     on_devices = Timed(map(partial(meshes.to_devices, mesh=mesh), batches))
     speed = program.speed(recipe, mesh, on_devices, flops)
+    tracked = _trackers(run, position) if writes else ()
     log = Log(
         workdir / "metrics.jsonl",
         steps,
@@ -98,6 +100,7 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
         writes=writes,
         speed=speed,
         means=saved.get("means"),
+        tracked=tracked,
     )
     validation = Validation.of(run, roles.val, recipe, log, mesh, asked)
     record = _recorder(checkpoints, log, position)
@@ -113,7 +116,17 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
     finally:
         checkpoints.close()
         record()
+        log.close()
     logger.info("trained %d steps; the run is %s", steps, workdir)
+
+
+def _trackers(run: Run, position: int) -> tuple[trackers.Tracker, ...]:
+    """Those of the config; they are told what is trained, and no path."""
+    told = ("model", "objective", "loss", "slice_loss", "optimizer", "split", "input", "train")
+    every = run.config.to_dict()
+    facts = {name: every[name] for name in told} | {"seed": run.config.seed}
+    named = run.config.train.trackers
+    return trackers.start(named, run.folder, position, run.config.name, facts)
 
 
 def _actions(

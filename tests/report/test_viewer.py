@@ -61,7 +61,7 @@ def page(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tab(page, tmp_path_factory):
     """The page, open."""
-    with browser.Browser(tmp_path_factory.mktemp("profile"), (760, 520)) as opened:
+    with browser.Browser(tmp_path_factory.mktemp("profile"), (1000, 640)) as opened:
         opened.open(page.as_uri())
         opened.wait(READY)
         yield opened

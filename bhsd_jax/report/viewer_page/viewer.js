@@ -205,7 +205,7 @@
       const [left, top, width, height] = leftTopWidthHeight.map((value) => value / dpr);
       placed(sides[0], "side", left + 12, top + height / 2);
       placed(sides[1], "side", left + width - 12, top + height / 2);
-      if (height > 70) { // a stack of few slices is no higher
+      if (height > 44) { // a stack of few slices is no higher
         placed(sides[2], "side", left + width / 2, top + 12);
         placed(sides[3], "side", left + width / 2, top + height - 12);
       }

@@ -1,0 +1,57 @@
+"""What a prediction was made with: versions, the weights' digest, options. Needs no JAX of its own.
+
+Nothing in it names a folder or a file of the user: such names may be a patient's.
+"""
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bhsd_jax import __version__
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.train import checkpoint_files
+
+
+@dataclass(frozen=True)
+class Member:
+    """What of a run takes part in a prediction."""
+
+    folder: Path
+    step: int
+    networks: tuple[str, ...]
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "nibabel", "pydicom")
+_PLACES = ("images", "out", "runs", "show_ids", "overwrite", "report")  # no options of the answer
+
+
+def of_prediction(run: Run, members: Sequence[Member]) -> dict[str, Any]:
+    """Fields for `predictions.json`, all plain."""
+    options = {
+        name: value
+        for name, value in dataclasses.asdict(run.config.predict).items()
+        if name not in _PLACES
+    }
+    return {
+        "versions": versions(),
+        "weights_sha256": [
+            checkpoint_files.digest(member.folder / "checkpoints", member.step)
+            for member in members
+        ],
+        "options": {"predict": options, "infer": dataclasses.asdict(run.config.infer)},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of this package, Python and the libraries that decide numbers, as far as installed."""
+    found = {"bhsd_jax": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

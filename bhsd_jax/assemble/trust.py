@@ -1,0 +1,80 @@
+"""What a reader should know before a label map is trusted: disagreement, and unlike scans."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bhsd_jax.assemble import data
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.ct import unlike
+from bhsd_jax.infer.sliding import SlidingWindow
+from bhsd_jax.metrics.agreement import mean_pairwise_dice
+from bhsd_jax.types import Params
+from bhsd_jax.volume import Grid, Plan
+
+_LEFT_RIGHT = 2  # the axis W of a prepared scan
+
+
+@dataclass(frozen=True)
+class View:
+    """One network as it answers alone, without mirrored versions."""
+
+    window: SlidingWindow
+    network: Params
+    fill: float
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Measures of one run's answers."""
+
+    plan: Plan
+    seen: unlike.Seen | None
+    views: tuple[View, ...] = ()  # none: disagreement is not wanted
+
+    def of(self, image: np.ndarray, grid: Grid) -> "Measures":
+        """Of a prepared scan [D H W]."""
+        told = "; ".join(unlike.sentences(image, grid, self.plan, self.seen))
+        return Measures(told, self._disagreement(image) if self.views else None)
+
+    def _disagreement(self, image: np.ndarray) -> float:
+        """1 less the mean Dice of all bleeding, over pairs of networks.
+
+        A single network is compared with its own answer to the scan's left-right mirror image.
+        """
+        masks = [_mask(view, image) for view in self.views]
+        if len(masks) == 1:
+            masks.append(np.flip(_mask(self.views[0], np.flip(image, _LEFT_RIGHT)), _LEFT_RIGHT))
+        return 1 - mean_pairwise_dice(masks)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is said of one scan."""
+
+    unlike: str  # the training data, how; empty: as far as known it is not
+    disagreement: float | None  # 0: all answers are the same; 1: no voxel in common
+
+
+def make(run: Run, networks: Sequence[tuple[SlidingWindow, Sequence[Params], float]]) -> Trust:
+    """The measures of a run.
+
+    Args:
+        run: Whose data set says what was seen.
+        networks: Window, networks and fill value of all that answer together; none: disagreement
+            is not wanted.
+    """
+    views = [
+        View(dataclasses.replace(window, mirror=False), network, fill)
+        for window, members, fill in networks
+        for network in members
+    ]
+    folders = (run.folder, data.shards_folder(run.config, run.folder).parent)
+    return Trust(run.plan, unlike.Seen.load(folders), tuple(views))
+
+
+def _mask(view: View, image: np.ndarray) -> np.ndarray:
+    channels = np.ascontiguousarray(image)[..., None].astype(np.float32)
+    return view.window.labels([view.network], channels, fill=view.fill) > 0

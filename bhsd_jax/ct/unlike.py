@@ -1,0 +1,76 @@
+"""Whether a scan is of the kind that a run was trained on: spacing, field of view, HU."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bhsd_jax.platform import files
+from bhsd_jax.volume import Grid, Millimeters, Plan
+
+_SLACK = 1.25  # times what was seen is still like it
+_LEAST_SHARE = 0.05  # of the crop's voxels that have the intensities of brain and bleeds
+_AXES = ("slices", "rows", "columns")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Ranges over the scans that a data set had when it was prepared, canonical axes."""
+
+    spacing_mm: tuple[Millimeters, Millimeters]  # least and most
+    field_mm: tuple[Millimeters, Millimeters]
+
+    @classmethod
+    def load(cls, folders: Sequence[Path]) -> "Seen | None":
+        """From `integrity.json` in the first of the folders that has one that says it."""
+        for folder in folders:
+            found = files.recall_json(folder / "integrity.json", _parse, remove=False)
+            if found is not None:
+                return found
+        return None
+
+
+def sentences(image: np.ndarray, grid: Grid, plan: Plan, seen: Seen | None) -> tuple[str, ...]:
+    """What is unlike the training data about a prepared scan; () where nothing is known to be.
+
+    Spacing and field of view are compared with the ranges of the prepared data set, a quarter
+    beyond which still counts as like it. Of a CT in HU at least 5 % of the crop must have
+    intensities between the plan's 0.5 % and 99.5 % of bleeding voxels, where brain lies too.
+
+    Args:
+        image: [D H W] as `prepare_case` gives it.
+        grid: Its way back to the scan's own voxels.
+        plan: Of the run.
+        seen: Ranges; None: they are not known, as of imported weights.
+    """
+    told = []
+    if seen is not None and plan.transpose == (0, 1, 2):
+        told += _outside("spacing", "mm", grid.native_spacing_mm, seen.spacing_mm)
+        told += _outside("field of view", "mm", grid.native_extent_mm, seen.field_mm)
+    if plan.modality == "ct" and not plan.normalize_first:
+        low, _, _, high = plan.foreground
+        share = float(np.mean((image >= low) & (image <= high)))
+        if share < _LEAST_SHARE:
+            told.append(f"{100 * share:.1f} % of the head lie in {low:.0f} to {high:.0f} HU")
+    return tuple(told)
+
+
+def _outside(
+    what: str, unit: str, values: Millimeters, seen: tuple[Millimeters, Millimeters]
+) -> list[str]:
+    least, most = seen
+    return [
+        f"{what} of {axis} {value:.3g} {unit}, seen {low:.3g} to {high:.3g}"
+        for axis, value, low, high in zip(_AXES, values, least, most, strict=True)
+        if not low / _SLACK <= value <= high * _SLACK
+    ]
+
+
+def _parse(data: Mapping[str, Any]) -> Seen:
+    spacing, field = (
+        tuple(tuple(map(float, data[name][end])) for end in ("min", "max"))
+        for name in ("spacing_mm", "field_mm")
+    )
+    return Seen(spacing, field)  # pyright: ignore[reportArgumentType]

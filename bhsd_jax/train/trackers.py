@@ -1,0 +1,131 @@
+"""Where the figures of a training go besides `metrics.jsonl`: one small interface for all of them.
+
+TensorBoard's event files are always written. Weights & Biases and MLflow are extras, named in
+`train.trackers`; both read where to send what from their own environment variables, such as
+`WANDB_MODE=offline` and `MLFLOW_TRACKING_URI`.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from bhsd_jax.platform.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_PROJECT = "bhsd_jax"
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Takes figures of one step after the other."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Finite figures of a step, by names such as `train/loss`; a step may come in parts."""
+        ...
+
+    def close(self) -> None:
+        """Nothing comes after it; what is kept back is written."""
+        ...
+
+
+class TensorBoard:
+    """Event files in a folder; those of a resumed run hide what comes after its first step."""
+
+    def __init__(self, folder: Path, resumed_at: int):
+        library = importlib.import_module("tensorboardX")
+        purge = resumed_at + 1 if resumed_at else None
+        self.writer = library.SummaryWriter(str(folder), purge_step=purge)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases; the same folder goes on with the same run."""
+
+    def __init__(self, folder: Path, name: str, facts: Mapping[str, Any]):
+        library = importlib.import_module("wandb")
+        called = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+        self.run = library.init(
+            project=_PROJECT,
+            name=name,
+            id=called,
+            resume="allow",
+            dir=str(folder),
+            config=dict(facts),
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MLflow:
+    """A run of MLflow, in the experiment `bhsd_jax` unless `MLFLOW_EXPERIMENT_NAME` says so."""
+
+    def __init__(self, folder: Path, name: str, facts: Mapping[str, Any]):
+        library = importlib.import_module("mlflow")
+        self.client = library.MlflowClient()
+        experiment = library.environment_variables.MLFLOW_EXPERIMENT_NAME.get() or _PROJECT
+        found = self.client.get_experiment_by_name(experiment)
+        number = found.experiment_id if found else self.client.create_experiment(experiment)
+        place = folder / "mlflow_run"
+        if place.is_file():
+            self.run = place.read_text().strip()
+        else:
+            self.run = self.client.create_run(number, run_name=name).info.run_id
+            self.client.log_dict(self.run, dict(facts), "config.json")
+            place.write_text(self.run)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self.client.log_metric(self.run, key, value, step=step)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.run)
+
+
+_EXTRAS = {"wandb": ("wandb", WeightsAndBiases), "mlflow": ("mlflow", MLflow)}
+
+
+def require(names: Sequence[str]) -> None:
+    """Refuses a tracker whose extra is not installed, before anything is trained.
+
+    Raises:
+        ValueError: Names the extra.
+    """
+    for name in names:
+        if importlib.util.find_spec(_EXTRAS[name][0]) is None:
+            raise UserError(f"config.train.trackers: {name} is not there; install bhsd-jax[{name}]")
+
+
+def start(
+    names: Sequence[str], folder: Path, resumed_at: int, name: str, facts: Mapping[str, Any]
+) -> tuple[Tracker, ...]:
+    """TensorBoard, and those named.
+
+    Args:
+        names: Of `train.trackers`.
+        folder: Of the run.
+        resumed_at: The step it goes on from; 0: from its beginning.
+        name: Of the run, for a reader.
+        facts: What it is trained with; no path and no name of a scan is in it.
+
+    Raises:
+        ValueError: As `require`.
+    """
+    require(names)
+    others = [_EXTRAS[one][1](folder, name, facts) for one in names]
+    return TensorBoard(folder / "events", resumed_at), *others

@@ -1,0 +1,87 @@
+"""`calibrate`: one temperature for a run's probabilities, fitted on its validation scans."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bhsd_jax.assemble import calibrated, ensemble, predictor
+from bhsd_jax.assemble.predictor import Predictor
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.ct.prepare import prepare_case
+from bhsd_jax.metrics import calibration
+from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.settings import Config, Settings
+from bhsd_jax.train import barrier
+from bhsd_jax.verbs import predict
+from bhsd_jax.volume import Case
+
+logger = logging.getLogger(__name__)
+
+_VOXELS = 100_000  # drawn of a scan
+
+
+def run(config: Config, workdir: Path) -> None:
+    """Writes `calibration.json` into the run folder.
+
+    Raises:
+        FileNotFoundError: If there is no plan or checkpoint.
+        ValueError: If there are no validation scans with masks, or several processes.
+    """
+    config = Settings.of(config)
+    if barrier.place()[1] > 1:
+        raise UserError("calibrate runs in one process; leave the others out")
+    settings = dataclasses.replace(config.predict, images="", split="val")
+    config = dataclasses.replace(config, predict=settings)
+    opened = Run.of(config, workdir)
+    cases = _cases(opened, workdir)
+    predictor.share_cores(opened)
+    predict_, members = ensemble.open_runs(opened, settings.runs)
+    drawn = [_draw(predict_, case, opened) for case in cases]
+    logits = np.concatenate([one for one, _ in drawn])
+    labels = np.concatenate([one for _, one in drawn])
+    fitted = calibration.fit_temperature(logits, labels)
+    before = calibration.measure(logits, labels, 1.0)
+    after = calibration.measure(logits, labels, fitted)
+    made: dict[str, Any] = {
+        "temperature": fitted,
+        "networks": calibrated.key(members),
+        "split": "val",
+        "scans": len(cases),
+        "voxels": len(labels),
+        "before": dataclasses.asdict(before),
+        "after": dataclasses.asdict(after),
+    }
+    files.write_json(workdir / calibrated.NAME, made)
+    logger.info(
+        "temperature %.3f on %d scans: Brier score %.5f to %.5f, calibration error %.5f to %.5f",
+        *(fitted, len(cases), before.brier, after.brier, before.error, after.error),
+    )
+
+
+def _cases(opened: Run, workdir: Path) -> list[Case]:
+    masks = {case.id: case.label for case in opened.data_set.cases()}
+    found = [
+        dataclasses.replace(case, label=masks[case.id])
+        for case in predict.find_scans(opened.config, workdir)
+        if masks[case.id] is not None
+    ]
+    if not found:
+        raise UserError("split val: none of its scans has a mask to calibrate with")
+    return found
+
+
+def _draw(predict_: Predictor, case: Case, opened: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [N K] and classes [N] of voxels of the prepared scan, drawn without replacement."""
+    prepared = prepare_case(case, opened.plan, source_sha256="not needed")
+    assert prepared.label is not None  # as chosen above
+    label = prepared.label.astype(np.int64)
+    if opened.config.split.binary:
+        label = np.minimum(label, 1)
+    logits = predict_.logits(prepared.image, "a validation scan")
+    random = np.random.default_rng(0)
+    chosen = random.permutation(label.size)[:_VOXELS]
+    return logits.reshape(len(logits), -1)[:, chosen].T, label.ravel()[chosen]

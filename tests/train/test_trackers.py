@@ -1,0 +1,109 @@
+"""Figures of a training reach every tracker, without a network."""
+
+import importlib.util
+import json
+import struct
+import sys
+import types
+
+import pytest
+
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.train import trackers
+from bhsd_jax.train.log import Log
+
+FACTS = {"seed": 3, "model": {"name": "nnunet.PlainConvUNet"}}
+
+
+def missing(name):
+    return importlib.util.find_spec(name) is None
+
+
+def scalars(folder):
+    """(step, tag, value) of all event files, in the order they were written."""
+    from tensorboardX.proto import event_pb2
+
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            if event.session_log.status == 1:
+                found.append((event.step, "start", 0.0))
+    return found
+
+
+def log_to(folder, tracked, resumed_at=0):
+    log = Log(folder / "metrics.jsonl", 10, resumed_at, tracked=tracked)
+    log.write(resumed_at + 1, {"train/loss": 0.5, "val/dice/SDH": float("nan")})
+    log.write(resumed_at + 2, {"train/loss": 0.25})
+    log.close()
+
+
+def test_tensorboard_is_always_written_and_purged_on_resuming(tmp_path):
+    log_to(tmp_path, trackers.start((), tmp_path, 0, "run", FACTS))
+    assert scalars(tmp_path / "events") == [
+        (1, "train/loss", 0.5),
+        (2, "train/loss", 0.25),
+    ], "what is not a number is left out"
+    log_to(tmp_path, trackers.start((), tmp_path, 1, "run", FACTS), resumed_at=1)
+    steps = [step for step, tag, _ in scalars(tmp_path / "events") if tag == "start"]
+    assert steps == [2], "TensorBoard hides step 2 and later of before"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_what_is_not_installed_is_named_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    for name in ("wandb", "mlflow"):
+        with pytest.raises(UserError, match=rf"install bhsd-jax\[{name}\]"):
+            trackers.require((name,))
+    trackers.require(())
+
+
+def test_weights_and_biases_is_told_steps_and_goes_on_with_the_same_run(tmp_path, monkeypatch):
+    """Against a stand-in that keeps what it is told; the real one is below."""
+    told = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end")
+    )
+    library = types.ModuleType("wandb")
+    library.init = lambda **options: told.append(options) or run
+    library.__spec__ = importlib.util.spec_from_loader("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    for _ in range(2):
+        log_to(tmp_path, trackers.start(("wandb",), tmp_path, 0, "run", FACTS))
+    first, again = (one for one in told if isinstance(one, dict))
+    assert first["id"] == again["id"]
+    assert (first["resume"], first["config"], first["name"]) == ("allow", FACTS, "run")
+    assert told[1:4] == [(1, {"train/loss": 0.5}), (2, {"train/loss": 0.25}), "end"]
+
+
+@pytest.mark.skipif(missing("wandb"), reason="the extra `wandb` is missing")
+@pytest.mark.filterwarnings("ignore")
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log_to(tmp_path, trackers.start(("wandb",), tmp_path, 0, "run", FACTS))
+    (kept,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"train/loss" in kept.read_bytes()
+
+
+@pytest.mark.skipif(missing("mlflow"), reason="the extra `mlflow` is missing")
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_offline_goes_on_with_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    log_to(tmp_path, trackers.start(("mlflow",), tmp_path, 0, "run", FACTS))
+    log_to(tmp_path, trackers.start(("mlflow",), tmp_path, 2, "run", FACTS), resumed_at=2)
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    number = client.get_experiment_by_name("bhsd_jax").experiment_id
+    (run,) = client.search_runs([number])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(one.step, one.value) for one in history] == [(1, 0.5), (2, 0.25), (3, 0.5), (4, 0.25)]
+    assert run.info.run_name == "run"

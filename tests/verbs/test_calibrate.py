@@ -1,0 +1,92 @@
+"""A temperature is fitted on validation, stored with the run, shown, and used on request."""
+
+import dataclasses
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import tiny_run
+
+from bhsd_jax.assemble import calibrated, data, ensemble, predictor
+from bhsd_jax.ct import probabilities
+from bhsd_jax.datasets.splits import Roles
+from bhsd_jax.metrics import calibration
+from bhsd_jax.report.page import Picture
+from bhsd_jax.verbs import calibrate, pages, predict
+from bhsd_jax.volume import Case
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run with two validation scans; one of the two has a mask."""
+    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+    made = tiny_run.make(tmp_path / "run")
+    voxels = tiny_run.head()
+    label = np.where(voxels > 90, 2, np.where(voxels > 60, 1, 0)).astype(np.uint8)
+    for name, array in (("scan", voxels), ("mask", label)):
+        nib.save(nib.Nifti1Image(array, tiny_run.upright()), tmp_path / f"{name}.nii.gz")
+    scan, mask = tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz"
+
+    class Small:
+        name, classes, modality, license = "tiny", tiny_run.CLASSES, "ct", "CC0"
+
+        def cases(self):
+            yield Case("a", "a", scan, mask, "train")
+            yield Case("b", "b", scan, None, "train")
+
+    roles = Roles(train=(), unlabeled=(), val=("a", "b"), test=())
+    monkeypatch.setattr(data, "data_set", lambda config, workdir: Small())
+    monkeypatch.setattr(data, "roles", lambda config, workdir: (roles, []))
+    return made
+
+
+def test_a_temperature_makes_probabilities_fit_and_is_used_on_request(run, tmp_path):
+    opened = ensemble.run_of(run)
+    predict_one = dataclasses.replace(
+        opened.config.predict, images=str(tmp_path / "scan.nii.gz"), probabilities=True
+    )
+    on = dataclasses.replace(predict_one, calibrated=True)
+    with pytest.raises(ValueError, match="run the verb `calibrate` first"):
+        predict.run(dataclasses.replace(opened.config, predict=on), run)
+    calibrate.run(opened.config, run)
+    found = json.loads((run / "calibration.json").read_text())
+    assert found["scans"] == 1
+    assert found["voxels"] == 7 * 26 * 20, "all voxels of a small scan"
+    assert found["after"]["nll"] < found["before"]["nll"] - 1e-3, "a random network is off"
+    written = {}
+    for name, settings in (("off", predict_one), ("on", on)):
+        settings = dataclasses.replace(settings, out=str(tmp_path / name))
+        predict.run(dataclasses.replace(opened.config, predict=settings), run)
+        written[name] = probabilities.load(tmp_path / name / "scan_probabilities.npz").values
+        label = (tmp_path / name / "scan.nii.gz").read_bytes()
+        written[f"{name} label"] = label
+    assert written["on label"] == written["off label"]
+    before, after = (written[name].astype(np.float64) for name in ("off", "on"))
+    inside = (before.min(0) > 0.02) & (after.min(0) > 0.02)  # float16 below is coarse
+    assert inside.sum() > 100
+    odds = [np.log(one[1][inside] / one[0][inside]) for one in (before, after)]
+    np.testing.assert_allclose(odds[0] / found["temperature"], odds[1], atol=0.05)
+
+    section = pages.calibration(opened)
+    assert section is not None
+    assert isinstance(section.parts[-1], Picture)
+    assert f"{found['after']['brier']:.5f}" in section.parts[1].to_markdown()
+
+    found["networks"][0]["weights_sha256"] = "0"
+    (run / "calibration.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="fitted to other networks"):
+        predict.run(dataclasses.replace(opened.config, predict=on), run)
+    (run / "calibration.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"calibration\.json: damaged.*`calibrate`"):
+        calibrated.read(run)
+
+
+def test_without_masks_there_is_nothing_to_fit(run, monkeypatch):
+    opened = ensemble.run_of(run)
+    roles = Roles(train=(), unlabeled=(), val=("b",), test=())
+    monkeypatch.setattr(data, "roles", lambda config, workdir: (roles, []))
+    with pytest.raises(ValueError, match="none of its scans has a mask"):
+        calibrate.run(opened.config, run)
+    assert pages.calibration(opened) is None
+    assert calibration.BINS == 10
