@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from bhsd_jax.assemble.recipe import Recipe
 from bhsd_jax.build import build
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Train
@@ -16,10 +16,11 @@ from bhsd_jax.types import TrainState
 logger = logging.getLogger(__name__)
 
 
-def begin_with(asked: Train, recipe: Recipe, drawn: TrainState) -> TrainState:
+def begin_with(asked: Train, drawn: TrainState, twins: Sequence[str] = ()) -> TrainState:
     """The state of step 0 with the network that another run deploys, if `asked.weights` names one.
 
-    A moving average begins as a copy. Twins begin alike but for what `asked.weights_leave` names.
+    A moving average begins as a copy. The networks `twins` begin alike but for what
+    `asked.weights_leave` names.
 
     Raises:
         ValueError: If the folder is no run, or its network has nothing in common with this one.
@@ -37,7 +38,7 @@ def begin_with(asked: Train, recipe: Recipe, drawn: TrainState) -> TrainState:
     begun = transfer(
         drawn.params,
         next(iter(networks.values())),
-        twins=recipe.parts.objective.twins,
+        twins=twins,
         leave=asked.weights_leave,
     )
     logger.info(

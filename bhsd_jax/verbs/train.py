@@ -199,7 +199,7 @@ def _start(
         with heartbeat("initializing the network"):
             # Drawn whole, then spread: the draw must not depend on the mesh.
             drawn = jax.jit(recipe.init, out_shardings=meshes.replicated(mesh))(key)
-            drawn = begin_with(config.train, recipe, drawn)
+            drawn = begin_with(config.train, drawn, recipe.parts.objective.twins)
             return jax.jit(lambda state: state, out_shardings=shardings)(drawn), 0
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +26,6 @@ def drawn(params, ema):
     return TrainState(jnp.zeros((), jnp.int32), params, (), ema, jax.random.key(0))
 
 
-def recipe(twins=()):
-    return SimpleNamespace(parts=SimpleNamespace(objective=SimpleNamespace(twins=twins)))
-
-
 @pytest.fixture
 def trained(tmp_path):
     """A run of CPS, of which network a is deployed."""
@@ -43,13 +38,13 @@ def trained(tmp_path):
 
 def test_network_and_average_begin_with_what_the_run_deploys(trained, caplog):
     caplog.set_level("INFO")
-    state = begin_with(Train(weights=str(trained)), recipe(), drawn(network(0.0), network(0.0)))
+    state = begin_with(Train(weights=str(trained)), drawn(network(0.0), network(0.0)))
     for params in (state.params, state.ema):
         assert params["encoder_0"]["kernel"].min() == 1
         assert params["head_0"]["kernel"].max() == 0
     assert "1 of 2 parameter arrays are taken; drawn: head_0/kernel" in caplog.text
     whole = dataclasses.replace(Train(), weights=str(trained), weights_leave=())
-    state = begin_with(whole, recipe(), drawn(network(0.0), None))
+    state = begin_with(whole, drawn(network(0.0), None))
     assert state.params["head_0"]["kernel"].min() == 1
     assert state.ema is None
 
@@ -57,8 +52,8 @@ def test_network_and_average_begin_with_what_the_run_deploys(trained, caplog):
 def test_twins_begin_with_one_network_and_heads_of_their_own(trained):
     state = begin_with(
         Train(weights=str(trained)),
-        recipe(("a", "b")),
         drawn({"a": network(5.0), "b": network(6.0)}, None),
+        ("a", "b"),
     )
     assert [state.params[t]["encoder_0"]["kernel"][0, 0] for t in "ab"] == [1, 1]
     assert [state.params[t]["head_0"]["kernel"][0, 0] for t in "ab"] == [5, 6]
@@ -66,6 +61,6 @@ def test_twins_begin_with_one_network_and_heads_of_their_own(trained):
 
 def test_nothing_asked_changes_nothing_and_no_run_is_refused(tmp_path):
     state = drawn(network(0.0), None)
-    assert begin_with(Train(), recipe(), state) is state
+    assert begin_with(Train(), state) is state
     with pytest.raises(UserError, match=r"config\.json is not there; name the folder of a trained"):
-        begin_with(Train(weights=str(tmp_path)), recipe(), state)
+        begin_with(Train(weights=str(tmp_path)), state)
