@@ -17,7 +17,7 @@ from bhsd_jax.configs.tables import PaperTable, TableRow
 
 from bhsd_jax.configs import common, tables
 
-STEPS = 800
+STEPS = 1600
 DECAY = 0.98  # of moving averages: they remember 50 steps
 _WORDS = ("data=msd", "task=1")
 # Which slices show a class is taken from the withheld masks, and so exact up to the last slice.
@@ -53,11 +53,10 @@ TABLE = FewMasks(
         "cps": _row("CPS", "cps"),
         "cps_cutmix": _row("CPS with CutMix", "cps_cutmix"),
         "w2s": _row("Weak to strong with CutMix", "w2s", ema_decay=DECAY),
+        "bcp": _row("Bidirectional copy-paste", "bcp", ema_decay=DECAY),
         "ict": _row("Interpolation consistency", "ict", ema_decay=DECAY),
         "entropy": _row("Entropy minimization", "entropy"),
-        "mean_teacher_slices": _row(
-            "Mean teacher with slice labels", "mean_teacher", _SLICES, ema_decay=DECAY
-        ),
+        "w2s_slices": _row("Weak to strong with slice labels", "w2s", _SLICES, ema_decay=DECAY),
         "pretrained": _masks("Masks alone, pretrained"),
         # Half of the scans in either stream, so that all of them come equally often.
         "pretrain": TableRow("Pretraining", "pretrain", _WORDS, fields={"split.labeled": 0.5}),
@@ -79,9 +78,9 @@ TABLE = FewMasks(
         "infer.mirror": False,
         "report.overlays": False,
         "train.steps": STEPS,
-        "train.validate_every": 200,
+        "train.validate_every": 400,
         "train.save_every": STEPS,
-        "train.log_every": 200,
+        "train.log_every": 400,
         # Left and right are mirror images of each other; front and back, top and bottom are not.
         "augment.spatial": (
             {"name": "spatial.Affine", "rotation_p": 0.2, "scale_p": 0.2, "scale": (0.7, 1.4)},

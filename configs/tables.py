@@ -118,7 +118,8 @@ def _set(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> None:
 def _shrink(config: ml_collections.ConfigDict) -> None:
     """Most of a smoke run is compiling and starting processes; this leaves little else."""
     common.smoke(config)
-    config.data.update(test=6, bleeding=SMOKE_BLEEDING)
+    if config.data.name == "synthetic.Synthetic":
+        config.data.update(test=6, bleeding=SMOKE_BLEEDING)
     config.preprocess.processes = 1
     config.augment.spatial = ({"name": "spatial.Mirror", "p": 0.5},)
     config.augment.intensity = ({"name": "intensity.GaussianNoise", "p": 0.1},)
