@@ -275,6 +275,9 @@ class Predict:
         "one it deploys",
     ] = ()
     probabilities: Annotated[bool, "also write <case>_probabilities.npz"] = False
+    present_ml: Annotated[
+        float, "from how many mL on a scan is said to have a kind of bleed", NOT_NEGATIVE
+    ] = 0.1
     overwrite: Annotated[bool, "False: keep label maps that are there, go on with the rest"] = True
     show_ids: Annotated[
         bool | None, "names of scans in outputs; None: NIfTI's, but not DICOM's"

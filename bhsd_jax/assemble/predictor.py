@@ -3,8 +3,8 @@
 import io
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble import measured, wiring
+from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import hu, own_slices, scan, shear, upright
 from bhsd_jax.ct.dicom import segmentation
@@ -33,27 +34,6 @@ _SAY_EVERY_S = 30.0  # how far a long scan is; a sign of life comes more often
 
 
 @dataclass(frozen=True)
-class ScanVolumes:
-    """One line of `volumes.csv`."""
-
-    case: str
-    tilt_deg: float  # gantry; 0 for MR
-    seconds: float | None  # None: the label map was there already
-    ml: Mapping[str, float]  # by foreground class
-    tilt_corrected: bool = False  # they are the affine's times the cosine of the tilt
-    warning: str = ""  # why the scan may not be in HU, or what was undone so that it is
-
-    def flat(self) -> dict[str, Any]:
-        """One value per column."""
-        volumes = {f"{name}_ml": f"{value:.4f}" for name, value in self.ml.items()}
-        seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
-        total = f"{sum(self.ml.values()):.4f}"
-        tilt = {"tilt_deg": f"{self.tilt_deg:.2f}", "tilt_corrected": int(self.tilt_corrected)}
-        last = {"seconds": seconds, "warning": self.warning}
-        return {"case": self.case, **volumes, "all_ml": total, **tilt, **last}
-
-
-@dataclass(frozen=True)
 class Predictor:
     """Networks, and everything between a file and its label map."""
 
@@ -63,6 +43,7 @@ class Predictor:
     plan: Plan
     classes: tuple[str, ...]
     probabilities: bool  # also write them
+    present_ml: float = 0.0  # from how much on a scan is said to have a bleed
     seg: str = ""  # also write a DICOM SEG of this kind, of series
     maker: segmentation.Maker = segmentation.Maker("bhsd_jax")  # noqa: RUF009 - it is frozen
 
@@ -162,7 +143,9 @@ class Predictor:
         corrected = hu.tilt_corrected(affine, table_feed=feed)
         volumes = own.volumes_ml(label, len(self.classes), table_feed=feed)
         ml = dict(zip(self.classes[1:], volumes[1:], strict=True))
-        return ScanVolumes(name, float(tilt), seconds, ml, corrected, "; ".join(doubts))
+        found = [asdict(one) for one in measured.lesions(case, own, label, self.plan, self.classes)]
+        told = "; ".join(doubts)
+        return ScanVolumes(name, float(tilt), seconds, ml, corrected, told, found, self.present_ml)
 
 
 def load(run: Run) -> tuple[int, dict[str, Params]]:
@@ -234,6 +217,7 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         plan=run.plan,
         classes=run.classes,
         probabilities=config.predict.probabilities,
+        present_ml=config.predict.present_ml,
         seg=config.predict.dicom.seg,
         maker=segmentation.Maker(f"{config.objective['name']} on {run.plan.dataset}"),
     )
