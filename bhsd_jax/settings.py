@@ -108,6 +108,9 @@ class Predict:
     postprocessing: Annotated[
         str, "JSON file of what is done to label maps, as launch/folds writes it; empty: nothing"
     ] = ""
+    present_ml: Annotated[
+        float, "from how many mL on a scan is said to have a kind of bleed", NOT_NEGATIVE
+    ] = 0.1
     overwrite: Annotated[bool, "False: keep label maps that are there, go on with the rest"] = True
     show_ids: Annotated[
         bool | None, "names of scans in outputs; None: NIfTI's, but not DICOM's"

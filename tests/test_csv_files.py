@@ -32,3 +32,18 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path, disk):
         csv_files.write_csv(folder / "t.csv", ("a",), [("x" * 2**17,)])
     assert (folder / "t.csv").read_bytes() == before
     assert [path.name for path in folder.iterdir()] == ["t.csv"]
+
+
+def test_no_name_is_a_formula_for_a_spreadsheet_and_numbers_stay(tmp_path):
+    rows = [
+        {"case": name, "=ml": "-1.5", "x": -2.0}
+        for name in ("=1+1", "@SUM(A1)", "+cmd", "-cmd", "\tx", "ID_1", "-3", "")
+    ]
+    csv_files.write_records(tmp_path / "a.csv", rows, harmless=True)
+    with (tmp_path / "a.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["case"] for row in found] == [
+        *("'=1+1", "'@SUM(A1)", "'+cmd", "'-cmd", "'\tx", "ID_1", "-3", ""),
+    ]
+    assert {row["'=ml"] for row in found} == {"-1.5"}
+    assert {row["x"] for row in found} == {"-2.0"}

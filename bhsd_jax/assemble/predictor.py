@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble import measured, wiring
+from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.trust import Trust
 from bhsd_jax.ct import geometry, hu, own_slices, probabilities, scan, shear, upright
@@ -40,30 +41,6 @@ _SAY_EVERY_S = 30.0  # how far a long scan is; a sign of life comes more often
 
 
 @dataclass(frozen=True)
-class ScanVolumes:
-    """One line of `volumes.csv`."""
-
-    case: str
-    tilt_deg: float  # gantry; 0 for MR
-    seconds: float | None  # None: the label map was there already
-    ml: Mapping[str, float]  # by foreground class
-    tilt_corrected: bool = False  # they are the affine's times the cosine of the tilt
-    warning: str = ""  # why the scan may not be in HU, or what was undone so that it is
-    unlike: str = ""  # how it is unlike the training data
-    disagreement: float | None = None  # of the networks, 0 to 1; None: not asked for
-
-    def flat(self) -> dict[str, Any]:
-        """One value per column."""
-        volumes = {f"{name}_ml": f"{value:.4f}" for name, value in self.ml.items()}
-        seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
-        total = f"{sum(self.ml.values()):.4f}"
-        tilt = {"tilt_deg": f"{self.tilt_deg:.2f}", "tilt_corrected": int(self.tilt_corrected)}
-        last = {"seconds": seconds, "warning": self.warning, "unlike": self.unlike}
-        last["disagreement"] = "" if self.disagreement is None else f"{self.disagreement:.4f}"
-        return {"case": self.case, **volumes, "all_ml": total, **tilt, **last}
-
-
-@dataclass(frozen=True)
 class Predictor:
     """Networks, and everything between a file and its label map."""
 
@@ -74,6 +51,7 @@ class Predictor:
     classes: tuple[str, ...]
     probabilities: bool  # also write them
     others: tuple["Predictor", ...] = ()  # of further runs, averaged with this one's networks
+    present_ml: float = 0.0  # from how much on a scan is said to have a bleed
     seg: str = ""  # also write a DICOM SEG of this kind, of series
     maker: segmentation.Maker = segmentation.Maker("bhsd_jax")  # noqa: RUF009 - it is frozen
     rules: tuple[postprocessing.Rule, ...] = ()  # applied to every label map
@@ -229,7 +207,10 @@ class Predictor:
         corrected = hu.tilt_corrected(affine, table_feed=feed)
         volumes = own.volumes_ml(label, len(self.classes), table_feed=feed)
         ml = dict(zip(self.classes[1:], volumes[1:], strict=True))
-        return ScanVolumes(name, float(tilt), seconds, ml, corrected, "; ".join(doubts))
+        found = [asdict(one) for one in measured.lesions(case, own, label, self.plan, self.classes)]
+        told = "; ".join(doubts)
+        facts = {"lesions": found, "present_ml": self.present_ml}
+        return ScanVolumes(name, float(tilt), seconds, ml, corrected, told, **facts)
 
 
 def load(run: Run) -> tuple[int, dict[str, Params]]:
@@ -313,6 +294,7 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         plan=run.plan,
         classes=run.classes,
         probabilities=config.predict.probabilities,
+        present_ml=config.predict.present_ml,
         seg=config.predict.dicom.seg,
         maker=segmentation.Maker(f"{config.objective['name']} on {run.plan.dataset}"),
     )

@@ -39,6 +39,11 @@ class OwnSlices:
         return on and self.is_even and not self.unshear
 
     @property
+    def steps(self) -> Float64[np.ndarray, " N"]:
+        """Where the planes lie, in slice steps of the affine."""
+        return self.places_mm / _step_mm(self.affine)
+
+    @property
     def widths_mm(self) -> Float64[np.ndarray, " N"]:
         """What each slice stands for, along the normal."""
         steps = np.diff(self.places_mm)

@@ -154,7 +154,7 @@ def write_series(folder: Path, cases: Sequence[Case], names: Mapping[str, str]) 
             name = names[case.id]
             rows.append({"case": name, "StudyInstanceUID": study, "SeriesInstanceUID": series})
     path = folder / "series.csv"
-    write_records(path, rows, line_end="\n")
+    write_records(path, rows, line_end="\n", harmless=True)
     if rows:
         path.chmod(0o600)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from bhsd_jax.assemble import calibrated, data, ensemble, manifest, predictor, trust
 from bhsd_jax.assemble.manifest import Member
-from bhsd_jax.assemble.predictor import Predictor, ScanVolumes
+from bhsd_jax.assemble.measured import ScanVolumes
+from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct.dicom import segmentation, slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
@@ -128,7 +129,7 @@ def _conclude(out: Path, found: Found, facts: Mapping[str, Any], scans: int) -> 
     skipped = [{"case": name, "reason": reason} for name, reason in found.skipped.items()]
     unwritten = ""
     try:
-        write_records(out / "skipped.csv", skipped, line_end="\n")
+        write_records(out / "skipped.csv", skipped, line_end="\n", harmless=True)
         _write_tables(out, found.rows)
         review.write(out, found.rows)
         doubtful = {row.case: row.warning for row in found.rows if row.warning}
@@ -284,9 +285,13 @@ def _predict_all(
 
 
 def _write_tables(out: Path, rows: Sequence[ScanVolumes]) -> None:
-    write_records(out / "volumes.csv", [row.flat() for row in rows], line_end="\n")
-    listed = [vars(row) | {"ml": dict(row.ml)} for row in rows]
-    files.write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
+    lesions = [lesion for row in rows for lesion in row.lesion_rows()]
+    for name, records in (("volumes", [row.flat() for row in rows]), ("lesions", lesions)):
+        write_records(out / f"{name}.csv", records, line_end="\n", harmless=True)
+    head: dict[str, Any] = {"notice": NOTICE, "unit": "mL"}
+    if rows:
+        head["present_from_ml"] = rows[0].present_ml
+    files.write_json(out / "volumes.json", head | {"scans": [row.listed() for row in rows]})
 
 
 def _facts(run: Run, members: Sequence[Member]) -> dict[str, Any]:

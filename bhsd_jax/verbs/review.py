@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble.predictor import ScanVolumes
+from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.platform import files
 from bhsd_jax.platform.csv_files import write_records
 

@@ -1,6 +1,7 @@
 """Prediction on the scans' own grids, and the verb on a real, tiny run folder."""
 
 import csv
+import dataclasses
 import gzip
 import json
 import logging
@@ -212,6 +213,25 @@ def test_probabilities_lie_on_the_scan_and_agree_with_the_label_map(tmp_path):
     np.testing.assert_array_equal(found.argmax(0).T, np.asanyarray(label.dataobj))
 
 
+def test_the_sides_and_sizes_of_the_two_bleeds_are_told(tmp_path):
+    """The one of class 1 lies to the right of the middle (x grows to the right), above it."""
+    voxels = np.kron(head(), np.ones((4, 4, 1), np.int16))  # wide enough for a head
+    _, _, row = predicted(tmp_path, nib.Nifti1Image(voxels, upright()), present_ml=0.5)
+    told = row.bleeds()
+    assert {name: told[name]["side"] for name in told} == {"IPH": "right", "SDH": "left"}
+    assert row.flat()["IPH_side"] == "right"
+    assert told["IPH"]["present"]
+    assert told["IPH"]["first_slice"] > told["SDH"]["first_slice"]
+    for name in CLASSES[1:]:
+        assert sum(one["ml"] for one in row.lesions if one["name"] == name) == pytest.approx(
+            row.ml[name]
+        )
+    less = dataclasses.replace(row, present_ml=1e6)
+    assert {less.flat()[f"{name}_present"] for name in CLASSES[1:]} == {"no"}
+    none = dataclasses.replace(row, lesions=(), ml={"IPH": 0.0}, present_ml=0.0)
+    assert none.flat()["IPH_present"] == "no", "nothing is never there"
+
+
 # The verb, on a run folder with a random network.
 
 
@@ -294,7 +314,7 @@ def test_tables_say_what_was_done(folder, scans, caplog):
     out = folder / "predictions"
     assert {path.name for path in out.iterdir()} == {
         *("ID_1.nii.gz", "ID_2.nii.gz"),
-        *("volumes.csv", "volumes.json", "predictions.json"),
+        *("volumes.csv", "volumes.json", "lesions.csv", "predictions.json"),
     }
     facts = json.loads((out / "predictions.json").read_text())
     assert facts["step"] == 0
@@ -316,6 +336,23 @@ def test_tables_say_what_was_done(folder, scans, caplog):
         )
     listed = json.loads((out / "volumes.json").read_text())["scans"]
     assert listed[0]["ml"]["IPH"] == pytest.approx(float(rows[0]["IPH_ml"]), abs=1e-4)
+    lesions = rows_of(out / "lesions.csv")
+    assert [row["case"] for row in lesions] == sorted(row["case"] for row in lesions)
+    for row, scan in zip(rows, listed, strict=True):
+        for name in CLASSES[1:]:
+            own = [r for r in lesions if (r["case"], r["class"]) == (row["case"], name)]
+            assert int(row[f"{name}_lesions"]) == len(own) == scan["bleeds"][name]["lesions"]
+            assert sum(float(r["ml"]) for r in own) == pytest.approx(
+                float(row[f"{name}_ml"]), abs=1e-4 * (len(own) + 1)
+            )
+            if own:
+                assert row[f"{name}_first_slice"] == str(min(int(r["first_slice"]) for r in own))
+                assert float(row[f"{name}_diameter_mm"]) == max(
+                    float(r["diameter_mm"]) for r in own
+                )
+            there = float(row[f"{name}_ml"]) >= 0.1
+            assert row[f"{name}_present"] == ("yes" if there else "no")
+        assert row["present_from_ml"] == "0.1"
 
 
 def test_a_scan_that_is_not_in_hu_is_marked_in_every_output_or_refused(folder, scans, caplog):
@@ -640,6 +677,7 @@ def test_a_disk_that_is_full_at_some_scan_keeps_what_there_is_and_says_so(
     whole = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
     sizes = {name: -(-len(content) // 4096) * 4 for name, content in whole.items()}
     room = sum(sizes[f"ID_1{end}"] for end in (".nii.gz", "_probabilities.npz"))
+    room += 2 * sizes["lesions.csv"]  # the old one and the new one
     shutil.rmtree(place / "out")
     disk(f"size={room + 40}k", again=True)
     with pytest.raises(ValueError, match=r"ID_2.*no space left on the device") as caught:
@@ -648,7 +686,7 @@ def test_a_disk_that_is_full_at_some_scan_keeps_what_there_is_and_says_so(
     assert f"1 of 3 label maps are in {place / 'out'}, the tables tell of them; with" in said
     assert "\n" not in said
     found = {path.name for path in (place / "out").iterdir()}
-    tables = {"volumes.csv", "volumes.json", "predictions.json", "skipped.csv"}
+    tables = {"volumes.csv", "volumes.json", "lesions.csv", "predictions.json", "skipped.csv"}
     assert found == {"ID_1.nii.gz", "ID_1_probabilities.npz", *tables}
     assert [row["case"] for row in rows_of(place / "out" / "volumes.csv")] == ["ID_1"]
     skipped = rows_of(place / "out" / "skipped.csv")

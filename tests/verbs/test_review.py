@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 
 from bhsd_jax.assemble import ensemble, predictor, trust
-from bhsd_jax.assemble.predictor import ScanVolumes
+from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.ct import unlike
 from bhsd_jax.ct.prepare import prepare_volume
 from bhsd_jax.infer.sliding import SlidingWindow
