@@ -2,7 +2,8 @@
 
 The objective of `configs/w2s.py:preset=bcp` under its own name: a box of every unlabeled patch is
 pasted into a labeled one and the other way round; the rest is `w2s.WeakToStrong`'s.
-Claim: CLAIM
+Claim: 2.4 points above masks alone on MSD Hippocampus with 8 masks, where an `ema_decay` of 0.98
+fitted 1600 steps (tools/LAB_BOOK.md).
 Cost: 3.3 times the supervised step of as many labeled patches.
 Run:  python -m bhsd_jax.main train --config=configs/bcp.py:data=bhsd --workdir=runs/bcp
 """
@@ -12,7 +13,6 @@ import ml_collections
 from bhsd_jax.configs import common
 
 PRESETS = {
-    # A weight of 1 and a memory of a sixteenth of the training are what was tried.
     "recommended": {"weight": 1.0, "ramp": 0.4, "ema_decay": 0.99, "pairing": "labeled"},
 }
 
