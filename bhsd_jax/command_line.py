@@ -247,8 +247,9 @@ def _config_of(verb: str, given: Mapping[str, str]) -> str:
 
 
 def _near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    found = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {found[0]}?" if found else ""
+    found = [name for name in known if name.endswith(f".{word.strip('-')}")]
+    found = sorted(found) or difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {' or '.join(found)}?" if found else ""
 
 
 def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

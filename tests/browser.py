@@ -30,19 +30,15 @@ class Browser:
         ours_read, theirs_write = os.pipe()
         theirs_read, ours_write = os.pipe()
 
-        def place():  # in the child: where --remote-debugging-pipe looks for them
-            os.dup2(theirs_read, 100)
-            os.dup2(theirs_write, 101)
-            os.dup2(100, 3)
-            os.dup2(101, 4)
-
+        # The shell puts the pipes where --remote-debugging-pipe looks for them.
+        place = f'exec 100<&{theirs_read} 101>&{theirs_write} && exec "$@" 3<&100 4>&101'
         self.process = subprocess.Popen(
             [
+                *("bash", "-c", place, "bash"),
                 *(find(), *_FLAGS, "--remote-debugging-pipe", f"--user-data-dir={folder}"),
                 *(f"--window-size={size[0]},{size[1]}", "about:blank"),
             ],
-            preexec_fn=place,
-            close_fds=False,
+            pass_fds=(theirs_read, theirs_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

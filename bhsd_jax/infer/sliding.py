@@ -237,7 +237,7 @@ class SlidingWindow:
 
         def apply(
             params: Params, image: Float[Array, "B D H W C"], flips: Bool[Array, "B 3"]
-        ) -> Float[Array, "B K D H W"]:
+        ) -> Float[Array, "B K d h w"]:
             logits = self.forward(params, turned(image, flips, 0))[0]
             classes_first = jnp.moveaxis(logits.astype(jnp.float32), -1, 1)
             return turned(classes_first, flips, 1)
@@ -254,7 +254,8 @@ class SlidingWindow:
     @cached_property
     def _home(self) -> Sharding:
         """Where they are added up: on one device, for on others the sums would be copies."""
-        return SingleDeviceSharding(self.mesh.devices.flat[0] if self.mesh else jax.devices()[0])
+        own = self.mesh.local_devices if self.mesh else jax.local_devices()
+        return SingleDeviceSharding(own[0])
 
     def _replicate(self, tree: Params) -> Params:
         """To the devices; what lies there already (sharded parameters, say) is left as it is."""

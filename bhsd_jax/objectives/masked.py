@@ -1,5 +1,6 @@
 """Masked-image modeling: hidden blocks of a patch are filled in from what is around them."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -53,10 +54,16 @@ class MaskedModeling(SingleModel):
 def blocks(
     key: PRNGKeyArray, image: Float[Array, "B D H W C"], block: Shape, share: float
 ) -> Bool[Array, "B D H W"]:
-    """True in a random `share` of the blocks of every patch; those at the upper ends may be cut."""
+    """True in a random `share` of the blocks of every patch, in one at least.
+
+    Blocks at the upper ends may be cut.
+    """
     batch, *size = image.shape[:4]
     counts = [-(-n // side) for n, side in zip(size, block, strict=True)]
-    mask = jax.random.bernoulli(key, share, (batch, *counts))
+    number = math.prod(counts)
+    order = jnp.argsort(jax.random.uniform(key, (batch, number)))
+    hidden = jnp.argsort(order) < max(1, round(share * number))
+    mask = hidden.reshape(batch, *counts)
     for axis, (n, side) in enumerate(zip(size, block, strict=True), start=1):
         mask = jax.lax.slice_in_dim(jnp.repeat(mask, side, axis), 0, n, axis=axis)
     return mask

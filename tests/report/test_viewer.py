@@ -146,7 +146,8 @@ def test_the_scale_bar_is_as_long_as_it_says(tab):
     columns = np.nonzero(colored(image, "SDH"))[1]
     width = columns.max() - columns.min() + 1  # the bleed is 8 voxels of 2 mm wide
     centimeters = int(bar[0].split()[0])
-    assert bar[1] / (10 * centimeters) == pytest.approx(width / 16, rel=0.06)
+    # The colors of the outermost voxels are blended with what is beside them.
+    assert 16 * bar[1] / (10 * centimeters) == pytest.approx(width, abs=4)
 
 
 @needs_niivue

@@ -146,6 +146,8 @@ def test_a_training_begins_there_and_its_average_too(tmp_path):
 def test_imported_weights_are_no_training_to_go_on_with(tmp_path):
     save_networks(tmp_path / "run" / "checkpoints", drawn(UNET), config={}, plan={})
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", config={}, plan={})
+    parts, image = make_parts(Supervised()), make_batch().image
+    state = jax.eval_shape(lambda key: init_state(parts, image, key), jax.random.key(0))
     with pytest.raises(ValueError, match=r"use another --workdir and --train\.init_from=.*run"):
-        checkpoints.restore(None)
+        checkpoints.restore(state)
     checkpoints.close()

@@ -251,7 +251,7 @@ def test_printed_numbers_say_what_is_not_defined():
 def test_what_a_process_has_scored_survives_a_trip_through_a_file(tree, tmp_path):
     """With nan, inf and the histogram of the baseline."""
     data, run = tree
-    jobs = evaluate._jobs(Settings.of(configure(data, baseline=True)), run)
+    jobs = evaluate.comparisons(Settings.of(configure(data, baseline=True)), run)
     for scored in evaluate._score(jobs, 1).values():
         files.write_json(tmp_path / "part.json", scored.to_json())
         back = Scored.from_json(files.read_json(tmp_path / "part.json"))

@@ -134,7 +134,7 @@ def test_an_unknown_name_lists_the_known_ones(tree):
 
 def test_scores_survive_a_trip_through_a_file(tree):
     data, run = tree
-    jobs = evaluate._jobs(Settings.of(configure(data, also=("medpy", "monai"))), run)
+    jobs = evaluate.comparisons(Settings.of(configure(data, also=("medpy", "monai"))), run)
     (scored,) = evaluate._score(jobs, 1).values()
     back = Scored.from_json(json.loads(json.dumps(scored.to_json())))
     assert repr(back.beside) == repr(scored.beside)

@@ -201,7 +201,9 @@ def test_both_streams_take_cases_as_the_config_says(cases):
         once &= (labeled[ord("a") :][:4] == 2).all() and (unlabeled[ord("e") :][:8] == 1).all()
     assert once == (cases == "in_turn")
     config.input.cases = "shuffled"
-    with pytest.raises(ValueError, match=r"input\.cases must be with_replacement or in_turn; got"):
+    with pytest.raises(
+        ValueError, match=r"input\.cases must be with_replacement or in_turn or two_stream; got"
+    ):
         make_recipe(config, PLAN)
 
 
