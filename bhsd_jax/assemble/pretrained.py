@@ -88,7 +88,7 @@ def _of_run(folder: Path) -> Found:
     step, params, ema = load_networks(folder / "checkpoints", "best")
     objective = build("bhsd_jax.objectives", config["objective"])
     networks = objective.deployable(params, ema)
-    flat = {name: traverse_util.flatten_dict(tree, sep="/") for name, tree in networks.items()}
+    flat: Any = {name: traverse_util.flatten_dict(tree, sep="/") for name, tree in networks.items()}
     return Found(f"{folder}, step {step}", flat)
 
 

@@ -59,13 +59,13 @@ def blocks(
     A block is at most half of the patch along each axis. Blocks at the upper ends may be cut.
     """
     batch, *size = image.shape[:4]
-    block = tuple(min(side, max(1, n // 2)) for n, side in zip(size, block, strict=True))
-    counts = [-(-n // side) for n, side in zip(size, block, strict=True)]
+    sides = [min(side, max(1, n // 2)) for n, side in zip(size, block, strict=True)]
+    counts = [-(-n // side) for n, side in zip(size, sides, strict=True)]
     number = math.prod(counts)
     order = jnp.argsort(jax.random.uniform(key, (batch, number)))
     hidden = jnp.argsort(order) < min(max(1, round(share * number)), max(1, number - 1))
     mask = hidden.reshape(batch, *counts)
-    for axis, (n, side) in enumerate(zip(size, block, strict=True), start=1):
+    for axis, (n, side) in enumerate(zip(size, sides, strict=True), start=1):
         mask = jax.lax.slice_in_dim(jnp.repeat(mask, side, axis), 0, n, axis=axis)
     return mask
 
