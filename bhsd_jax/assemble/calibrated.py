@@ -7,7 +7,6 @@ from typing import Any
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.train import checkpoint_files
 
 NAME = "calibration.json"
 _KEYS = ("temperature", "networks", "before", "after", "scans", "voxels")
@@ -17,10 +16,7 @@ _AGAIN = "run the verb `calibrate` again"
 def key(members: Sequence[Member]) -> list[dict[str, Any]]:
     """Which networks a temperature is for: digests of their checkpoints, and their names."""
     return [
-        {
-            "weights_sha256": checkpoint_files.digest(member.folder / "checkpoints", member.step),
-            "networks": list(member.networks),
-        }
+        {"weights_sha256": member.weights_sha256, "networks": list(member.networks)}
         for member in members
     ]
 

@@ -24,6 +24,11 @@ class Member:
     step: int
     networks: tuple[str, ...]
 
+    @property
+    def weights_sha256(self) -> str:
+        """What stands for its checkpoint."""
+        return checkpoint_files.digest(self.folder / "checkpoints", self.step)
+
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "nibabel", "pydicom")
 _PLACES = ("images", "out", "runs", "show_ids", "overwrite", "report")  # no options of the answer
@@ -38,10 +43,7 @@ def of_prediction(run: Run, members: Sequence[Member]) -> dict[str, Any]:
     }
     return {
         "versions": versions(),
-        "weights_sha256": [
-            checkpoint_files.digest(member.folder / "checkpoints", member.step)
-            for member in members
-        ],
+        "weights_sha256": [member.weights_sha256 for member in members],
         "options": {"predict": options, "infer": dataclasses.asdict(run.config.infer)},
     }
 

@@ -12,8 +12,6 @@ from bhsd_jax.metrics import measure
 from bhsd_jax.metrics.measure import Lesion
 from bhsd_jax.volume import Case, Plan, Volume
 
-_ONE_SIDE = 0.9  # of a class's volume: less is on both
-
 
 @dataclass(frozen=True)
 class ScanVolumes:
@@ -126,9 +124,9 @@ def _side(own: Sequence[Mapping[str, Any]]) -> str:
     share = {"left": 0.0, "both": 0.5, "right": 1.0}
     right = sum(lesion["ml"] * share[lesion["side"]] for lesion in own)
     right /= sum(lesion["ml"] for lesion in own)
-    if right >= _ONE_SIDE:
+    if right >= measure.ONE_SIDE:
         return "right"
-    return "left" if right <= 1 - _ONE_SIDE else "both"
+    return "left" if right <= 1 - measure.ONE_SIDE else "both"
 
 
 def _rounded(value: float | None, digits: int) -> str:

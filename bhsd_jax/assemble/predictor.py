@@ -96,7 +96,7 @@ class Predictor:
             if self.probabilities or fractional:
                 chances = own.probabilities(self.tempered(logits), grid)
             if self.probabilities and chances is not None:
-                self.chances(chances, own.affine).save(_probabilities(target))
+                self.chances(chances, own.affine).save(probabilities.beside(target))
             if upright.is_needed(own):
                 upright.write(target, case.image, own, label, logits, grid, finish)
         else:  # voxel by voxel the network's own, so that no logits need be kept
@@ -154,7 +154,7 @@ class Predictor:
             ValueError: If the scan is broken.
             FileNotFoundError: If there is no such scan.
         """
-        wanted = [target, _probabilities(target)] if self.probabilities else [target]
+        wanted = [target, probabilities.beside(target)] if self.probabilities else [target]
         if not all(path.is_file() for path in wanted):
             return None
         place = scan.native(case.image)
@@ -325,7 +325,3 @@ class Teller:
         if time.monotonic() - self.said > _SAY_EVERY_S:
             self.said = time.monotonic()
             logger.info("%s: tile %d of %d", self.name, done, total)
-
-
-def _probabilities(target: Path) -> Path:
-    return target.with_name(target.name.removesuffix(".nii.gz") + "_probabilities.npz")

@@ -66,15 +66,13 @@ def make(run: Run, networks: Sequence[tuple[SlidingWindow, Sequence[Params], flo
         networks: Window, networks and fill value of all that answer together; none: disagreement
             is not wanted.
     """
-    views = [
-        View(dataclasses.replace(window, mirror=False), network, fill)
-        for window, members, fill in networks
-        for network in members
-    ]
+    views: list[View] = []
+    for window, members, fill in networks:
+        plain = dataclasses.replace(window, mirror=False)  # one, so that it is compiled once
+        views += [View(plain, network, fill) for network in members]
     folders = (run.folder, data.shards_folder(run.config, run.folder).parent)
     return Trust(run.plan, unlike.Seen.load(folders), tuple(views))
 
 
 def _mask(view: View, image: np.ndarray) -> np.ndarray:
-    channels = np.ascontiguousarray(image)[..., None].astype(np.float32)
-    return view.window.labels([view.network], channels, fill=view.fill) > 0
+    return view.window.labels([view.network], image[..., None], fill=view.fill) > 0

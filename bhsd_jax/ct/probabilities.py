@@ -39,6 +39,11 @@ class Probabilities:
         files.write_bytes(path, data.getvalue())
 
 
+def beside(label_map: Path) -> Path:
+    """Where the probabilities of a label map lie."""
+    return label_map.with_name(label_map.name.removesuffix(".nii.gz") + "_probabilities.npz")
+
+
 def load(path: str | Path) -> Probabilities:
     """Reads what `Probabilities.save` has written; values are float16.
 

@@ -84,7 +84,7 @@ def _together(a: Candidate, b: Candidate) -> Candidate:
 
 
 def _average(a: Case, b: Case) -> Case:
-    paths = tuple(_probabilities(case.comparison.predicted) for case in (a, b))
+    paths = tuple(probabilities.beside(case.comparison.predicted) for case in (a, b))
     for path in paths:
         if not path.is_file():
             raise UserError(
@@ -92,10 +92,6 @@ def _average(a: Case, b: Case) -> Case:
                 "--no-ensembles"
             )
     return Case(a.comparison, paths)
-
-
-def _probabilities(label: Path) -> Path:
-    return label.with_name(label.name.removesuffix(".nii.gz") + "_probabilities.npz")
 
 
 def _count(case: Case, rules: tuple[Rule, ...]) -> Int[np.ndarray, "classes 3"]:

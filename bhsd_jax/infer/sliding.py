@@ -314,9 +314,9 @@ def _to_host(top: int, value: Array, broken: Array | int, box: Box) -> tuple[sli
         )
     d, h, w = box
     begin = max(top, d.start)
-    end = min(top + value.shape[-3], d.stop)
-    rows = slice(begin - d.start, max(end, begin) - d.start)
-    return rows, np.asarray(value)[..., begin - top : max(end, begin) - top, h, w]
+    end = max(begin, min(top + value.shape[-3], d.stop))
+    rows = slice(begin - d.start, end - d.start)
+    return rows, np.asarray(value)[..., begin - top : end - top, h, w]
 
 
 def _flip(value: Array, flips: Bool[Array, " 3"], first: int) -> Array:

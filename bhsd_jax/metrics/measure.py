@@ -7,8 +7,9 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Bool, Float, UInt8
 
-_TOUCHING = np.ones((3, 3, 3), bool)  # 26 neighbors, as lesions are told apart in `lesion`
-_ONE_SIDE = 0.9  # of a lesion's voxels: less is on both
+from bhsd_jax.metrics import lesion
+
+ONE_SIDE = 0.9  # of a lesion's voxels, or of a class's volume: less is on both
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,12 @@ def lesions(
         mask = label == value
         if not mask.any():
             continue
-        parts, count = scipy.ndimage.label(mask, _TOUCHING)  # pyright: ignore[reportGeneralTypeIssues]
-        boxes = scipy.ndimage.find_objects(parts)
+        parts, _ = lesion.components(mask)
         own = [
             _measure(name, parts[box] == number, box[0].start, box, slices, midline)
-            for number, box in enumerate(boxes[:count], start=1)
+            for number, box in enumerate(scipy.ndimage.find_objects(parts), start=1)
         ]
-        found += sorted(own, key=lambda lesion: (-lesion.ml, lesion.first_slice, lesion.center_mm))
+        found += sorted(own, key=lambda one: (-one.ml, one.first_slice, one.center_mm))
     return found
 
 
@@ -135,9 +135,9 @@ def _side(
     if midline is None:
         return ""
     right = weight[world @ midline[:3] + midline[3] > 0].sum() / weight.sum()
-    if right >= _ONE_SIDE:
+    if right >= ONE_SIDE:
         return "right"
-    return "left" if right <= 1 - _ONE_SIDE else "both"
+    return "left" if right <= 1 - ONE_SIDE else "both"
 
 
 def _corners(plane: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "n 2"]:

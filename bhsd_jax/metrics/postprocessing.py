@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from scipy import ndimage
 
+from bhsd_jax.metrics import lesion
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 
 Rule = tuple[int, ...]  # classes that keep, as one mask, their largest component
 Tally = Int[np.ndarray, "cases classes 3"]  # tp, fp, fn; the background comes first
-_NEIGHBORS = np.ones((3, 3, 3), bool)  # two voxels that share a corner are one component
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,11 @@ def keep_largest(label: UInt8[np.ndarray, "_ _ _"], rule: Rule) -> UInt8[np.ndar
     Source: nnU-Net v2.8.1, `remove_all_but_largest_component_from_segmentation`.
     """
     mask = np.isin(label, rule)
-    components, count = ndimage.label(mask, _NEIGHBORS)  # pyright: ignore[reportGeneralTypeIssues]
-    if count < 2:
+    components, sizes = lesion.components(mask)
+    if len(sizes) < 2:
         return label
-    sizes = np.bincount(components.ravel())
-    sizes[0] = 0
-    return np.where(mask & (sizes != sizes.max())[components], 0, label).astype(label.dtype)
+    removed = np.append(False, sizes < sizes.max())
+    return np.where(removed[components], 0, label).astype(label.dtype)
 
 
 def load(path: Path, classes: Sequence[str]) -> tuple[Rule, ...]:

@@ -11,6 +11,7 @@ from bhsd_jax.assemble import calibrated
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.metrics import scores
 from bhsd_jax.platform import step_log
+from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.report import figures, viewer
 from bhsd_jax.report.page import NOTICE, Picture, Section
 from bhsd_jax.report.result_tables import Table
@@ -30,6 +31,16 @@ def folder(run: Run) -> Path:
 def beside(path: Path, folder: Path) -> str:
     """A path as it is reached from a folder."""
     return os.path.relpath(path, folder).replace(os.sep, "/")
+
+
+def write_names(out: Path, places: Mapping[str, str]) -> None:
+    """Writes `names.csv`, which leads from names on a page to label maps, seen from the folder.
+
+    Raises:
+        faults.WriteError: If the system says no.
+    """
+    listed = [{"name": name, "label_map": place} for name, place in places.items()]
+    write_records(out / NAMES, listed, line_end="\n")
 
 
 def unfinished(run: Run) -> tuple[str, ...]:

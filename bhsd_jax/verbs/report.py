@@ -15,7 +15,6 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry, hu, scan
 from bhsd_jax.metrics import scores
 from bhsd_jax.platform import files, step_log
-from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.report import figures
 from bhsd_jax.report.page import Page, Picture, Section, save
 from bhsd_jax.report.result_tables import (
@@ -110,8 +109,7 @@ def _every_scan(run: Run, rows: Sequence[Mapping[str, str]], names: Mapping[str,
     folder = pages.folder(run)
     paths = {names[row["case"]]: folder / f"{row['case']}.nii.gz" for row in rows}
     shown = {name: pages.beside(path, run.folder) for name, path in paths.items()}
-    listed = [{"name": name, "label_map": place} for name, place in shown.items()]
-    write_records(run.folder / pages.NAMES, listed, line_end="\n")
+    pages.write_names(run.folder, shown)
     links = shown if run.config.report.show_ids else {}
     words = [f"{pages.NAMES} in the run folder leads from these names to the label maps."]
     if run.config.report.viewer:

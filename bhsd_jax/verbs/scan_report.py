@@ -15,7 +15,6 @@ from bhsd_jax.assemble import data
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry
 from bhsd_jax.platform import files
-from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures, niivue, viewer
 from bhsd_jax.report.page import Page, Picture, Section, save
@@ -61,7 +60,7 @@ def write(run: Run, out: Path, cases: Mapping[str, Case], *, strict: bool = Fals
         raise UserError(f"{out}: none of these scans was predicted there; {_AGAIN}")
     names = _names(run, cases)
     entries = [dataclasses.replace(entry, name=names[entry.name]) for entry in entries]
-    _write_names(out, entries)
+    pages.write_names(out, {one.name: one.label_map.name for one in entries})
     wanted = run.config.report.viewer if strict else niivue.available()
     title = f"New scans, read by {run.config.name}"
     subtitle = _subtitle(run, found, len(entries))
@@ -118,11 +117,6 @@ def _names(run: Run, cases: Mapping[str, Case]) -> dict[str, str]:
     open_ = sorted(name for name, case in cases.items() if name == case.id)
     short = data.short_names(open_, run.folder, run.config.report.show_ids) if open_ else {}
     return {name: short.get(name, name) for name in cases}
-
-
-def _write_names(out: Path, entries: Sequence[Entry]) -> None:
-    listed = [{"name": e.name, "label_map": e.label_map.name} for e in entries]
-    write_records(out / pages.NAMES, listed, line_end="\n")
 
 
 def _subtitle(run: Run, found: _Predicted, scans: int) -> str:

@@ -5,11 +5,8 @@ to be filed with a study. It is the one output that does; it is written only whe
 The place for highdicom.
 """
 
-import contextlib
 import io
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +84,7 @@ def write(
             raise ValueError("a fractional SEG needs probabilities on the slices")
         voxels = np.moveaxis(probabilities[1:], 0, -1)
     try:
-        with _quiet():
+        with slice_file.quiet():
             sources, frames = _sources(stack, voxels[:, ::-1], series)
             made = _make(sources, frames, classes, kind, maker)
             data = io.BytesIO()
@@ -105,7 +102,7 @@ def write(
 def is_whole(path: Path, kind: str) -> bool:
     """Whether there is a SEG of this kind that can be read."""
     try:
-        with _quiet(), path.open("rb") as file:
+        with slice_file.quiet(), path.open("rb") as file:
             data = _highdicom().seg.segread(file)
             bits = data.Rows * data.Columns * data.NumberOfFrames * data.BitsAllocated
             return str(data.SegmentationType).lower() == kind and 8 * len(data.PixelData) >= bits
@@ -249,19 +246,3 @@ def _highdicom() -> Any:
             "a DICOM SEG needs highdicom: install the extra, pip install 'bhsd-jax[dicom]'"
         ) from error
     return highdicom
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, no log of either package: both quote values of the header."""
-    logs = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
-    before = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(logs, before, strict=True):
-            log.setLevel(level)

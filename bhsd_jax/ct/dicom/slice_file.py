@@ -104,7 +104,7 @@ def headers(path: Path) -> list[Slice]:
         ModuleNotFoundError: If pydicom is not installed.
     """
     try:
-        with _quiet(), path.open("rb") as file:
+        with quiet(), path.open("rb") as file:
             data = read(file, stop_before_pixels=True, specific_tags=list(_TAGS))
             left = path.stat().st_size - file.tell()
             whole = _is_whole(data, left)
@@ -133,7 +133,7 @@ def planes(path: Path, wanted: Sequence[int | None], *, unwrap: bool = True) -> 
     Source: the RSNA 2019 hemorrhage data, in which a part of the scans is stored so.
     """
     try:
-        with _quiet(), path.open("rb") as file:
+        with quiet(), path.open("rb") as file:
             data = read(file)
             _require_decoder(data.file_meta.TransferSyntaxUID)
             if None in wanted:
@@ -178,17 +178,19 @@ def _pydicom() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, no log: both quote values of the header, and names are among them."""
-    log = logging.getLogger("pydicom")
-    before = log.level
-    log.setLevel(logging.CRITICAL + 1)
+def quiet() -> Iterator[None]:
+    """No warnings, no log of either package: both quote values of the header, names among them."""
+    logs = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
 
 
 def _slices(path: Path, data: Any) -> list[Slice]:
