@@ -1,5 +1,6 @@
 """Exported networks: StableHLO in a process of JAX alone, safetensors back into a run."""
 
+import dataclasses
 import json
 import runpy
 import subprocess
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
 from bhsd_jax.assemble import predictor, wiring
 from bhsd_jax.assemble.run import Run
@@ -17,31 +19,19 @@ from bhsd_jax.configs import common, from_run
 from bhsd_jax.torch_weights import importing
 from bhsd_jax.train.checkpoint import save_networks
 from bhsd_jax.verbs import export
-from bhsd_jax.volume import Network, Plan
+from bhsd_jax.volume import Plan
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TILE = (4, 8, 8)
-PLAN = Plan(
-    dataset="tiny",
-    classes=("background", "IPH", "SDH"),
-    modality="ct",
-    spacing_mm=(5.0, 2.0, 2.0),
-    transpose=(0, 1, 2),
-    crop_hu=-200.0,
-    foreground=(10.0, 60.0, 20.0, 110.0),
-    median_shape=(7, 24, 20),
-    network=Network(
+PLAN = dataclasses.replace(
+    tiny_run.PLAN,
+    network=dataclasses.replace(
+        tiny_run.PLAN.network,
         patch=TILE,
-        batch=1,
         features=(4, 6),
         strides=((1, 1, 1), (2, 2, 2)),
-        kernels=((1, 3, 3), (3, 3, 3)),
         convs_encoder=(1, 2),
-        convs_decoder=(1,),
-        batch_dice=False,
     ),
-    source_sha256="",
-    license="CC0",
 )
 ALONE = """
 import sys

@@ -22,6 +22,7 @@ import pytest
 from dicom_files import NAME, PATIENT, write_series
 from nibabel import orientations
 from pydicom import dcmread
+from tiny_run import CLASSES, PLAN, TILE
 
 from bhsd_jax.assemble import data, predictor, wiring
 from bhsd_jax.assemble.run import Run
@@ -36,36 +37,11 @@ from bhsd_jax.platform import faults, files
 from bhsd_jax.settings import Settings
 from bhsd_jax.train.checkpoint import save_networks
 from bhsd_jax.verbs import evaluate, predict
-from bhsd_jax.volume import Case, Network, Plan
+from bhsd_jax.volume import Case
 
 ROOT = Path(__file__).parents[2]
 DEAD = 2**22 + 1  # above the largest number of a process
 SPACING = (5.0, 2.0, 2.0)  # D H W
-CLASSES = ("background", "IPH", "SDH")
-TILE = (4, 16, 16)
-NETWORK = Network(
-    patch=TILE,
-    batch=1,
-    features=(4, 8),
-    strides=((1, 1, 1), (1, 2, 2)),
-    kernels=((1, 3, 3), (3, 3, 3)),
-    convs_encoder=(1, 1),
-    convs_decoder=(1,),
-    batch_dice=False,
-)
-PLAN = Plan(
-    dataset="tiny",
-    classes=CLASSES,
-    modality="ct",
-    spacing_mm=SPACING,
-    transpose=(0, 1, 2),
-    crop_hu=-200.0,
-    foreground=(10.0, 60.0, 20.0, 110.0),
-    median_shape=(7, 24, 20),
-    network=NETWORK,
-    source_sha256="",
-    license="CC0",
-)
 
 
 def find_scans(config, folder):
