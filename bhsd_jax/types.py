@@ -73,7 +73,7 @@ class Learner:
     params: Params
     ema: Params | None
     step: Int[Array, ""]
-    steps: int  # length of the whole training
+    steps: Int[Array, ""] | int  # length of the whole training
     # (function, its arguments, each by twin) -> its results by twin: what runs the networks of an
     # objective with twins, for they may lie on different devices.
     each_twin: Callable[..., dict[str, Any]] = in_turn

@@ -2,11 +2,14 @@
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from bhsd_jax.assemble.recipe import Recipe
 from bhsd_jax.platform import allocator, budget, files
@@ -14,7 +17,7 @@ from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.train.speed import Speed, Timed, peak_flops
 from bhsd_jax.train.step import TrainStep, make_train_step
-from bhsd_jax.types import TrainState
+from bhsd_jax.types import Batch, Metrics, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -24,18 +27,22 @@ def build_step(
 ) -> tuple[TrainStep, float]:
     """Compiles the train step ahead of time; returns it and its FLOP per device.
 
-    What it costs is in the log before step 1, and in `cost.json` of the run folder.
+    The length of the training goes in as a number: the compiled program, which the compilation
+    cache keeps, is the same for every length. What it costs is in the log before step 1, and in
+    `cost.json` of the run folder.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    batches = meshes.batch_shardings(mesh, recipe.abstract_batch())
+    length = jax.device_put(np.int32(recipe.parts.steps), meshes.replicated(mesh))
     step = jax.jit(
-        make_train_step(recipe.parts),
-        in_shardings=(shardings, meshes.batch_shardings(mesh, recipe.abstract_batch())),
+        of_any_length(recipe),
+        in_shardings=(shardings, batches, length.sharding),
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
     )
     begun = time.monotonic()
     with heartbeat("compiling the train step"):
-        compiled = step.lower(state, recipe.abstract_batch()).compile()
+        compiled = step.lower(state, recipe.abstract_batch(), length).compile()
     seconds = time.monotonic() - begun
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     working, devices = getattr(memory, "temp_size_in_bytes", 0), len(mesh.local_devices)
@@ -62,7 +69,16 @@ def build_step(
             "compile_s": seconds,
         }
         files.write_json(workdir / "cost.json", known)  # of one step; read where runs are compared
-    return compiled, cost.get("flops", float("nan"))
+    return lambda state, batch: compiled(state, batch, length), cost.get("flops", float("nan"))
+
+
+def of_any_length(recipe: Recipe) -> Callable[..., tuple[TrainState, Metrics]]:
+    """(state, batch, steps of the whole training) -> what the train step returns."""
+
+    def train_step(state: TrainState, batch: Batch, steps: Array) -> tuple[TrainState, Metrics]:
+        return make_train_step(recipe.parts_over(steps))(state, batch)
+
+    return train_step
 
 
 def _require_memory(memory: Any, mesh: Mesh) -> None:

@@ -1,9 +1,11 @@
 """From a config to the parts of a train step, and every check that comes before compiling it."""
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,6 +48,8 @@ class Recipe:
     """All of a training that does not change from step to step."""
 
     parts: Parts
+    # (steps of the training) -> learning rate by step, and the optimizer that follows it
+    rates: Callable[[Any], tuple[Any, Any]]
     cut: Cut
     raw_type: Any  # of the images in the shards: int16 HU, or float32
     channels: int  # of the network's input
@@ -73,6 +77,11 @@ class Recipe:
             (self.unlabeled, self.cut.source[0], self.slices.columns), jnp.int8
         )
 
+    def parts_over(self, steps: jax.Array) -> Parts:
+        """The parts of a training of so many steps, a traced number inside a jitted step."""
+        schedule, optimizer = self.rates(steps)
+        return dataclasses.replace(self.parts, steps=steps, schedule=schedule, optimizer=optimizer)
+
     def init(self, key: jax.Array) -> TrainState:
         """State at step 0; to be jitted."""
         return init_state(self.parts, jnp.zeros((1, *self.cut.patch, self.channels)), key)
@@ -90,7 +99,8 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
     config, plan = run.config, run.plan
     objective = wiring.objective(config)
     spatial, intensity = make_chains(run, mesh)
-    schedule, optimizer = _optimizer(config, parts=bool(objective.twins))
+    rates = partial(_optimizer, config, parts=bool(objective.twins))
+    schedule, optimizer = rates(config.train.steps)
     terms, slices = _slice_labels(run)
     # MR has no HU to tell the head by: its slices are followed by all voxels of the scan.
     of_scan = slices is not None and plan.modality != "ct"
@@ -132,6 +142,7 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
     )
     return Recipe(
         parts=parts,
+        rates=rates,
         cut=cut,
         raw_type=jnp.float32 if plan.normalized_before else jnp.int16,
         channels=run.normalization.channels,
@@ -302,8 +313,8 @@ def _slice_labels(run: Run) -> tuple[SliceTerms | None, Slices | None]:
     return terms, slices
 
 
-def _optimizer(config: Settings, *, parts: bool) -> tuple[Any, Any]:
+def _optimizer(config: Settings, steps: Any, *, parts: bool) -> tuple[Any, Any]:
     spec = {k: v for k, v in config.optimizer.items() if v is not None}
     timing = {k: spec.pop(k) for k in _TIMING if k in spec}
-    schedule = make_schedule(timing.pop("schedule"), steps=config.train.steps, **timing)
+    schedule = make_schedule(timing.pop("schedule"), steps=steps, **timing)
     return schedule, make_optimizer(spec.pop("name"), schedule, parts=parts, **spec)

@@ -78,11 +78,11 @@ class Ramp:
         """The ramp that the fields of an objective describe."""
         return cls(objective.weight, objective.ramp, objective.staircase, objective.ramp_steps)
 
-    def at(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+    def at(self, step: Int[Array, ""], steps: Int[Array, ""] | int) -> Float[Array, ""]:
         """The weight at a step of a training of `steps`."""
-        length = self.length or self.fraction * steps
-        if length <= 0:
+        if self.length <= 0 and self.fraction <= 0:
             return self.weight * jnp.ones(())
+        length = self.length or self.fraction * steps
         held = (step // self.staircase) * self.staircase
         t = jnp.clip(held / length, 0.0, 1.0)
         return self.weight * jnp.exp(-5.0 * (1.0 - t) ** 2)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Params
@@ -12,7 +13,7 @@ def make_schedule(
     schedule: str,
     *,
     lr: float,
-    steps: int,
+    steps: Int[Array, ""] | int,
     power: float = 0.9,
     warmup: float = 0,
     hold: int = 1,
@@ -27,15 +28,16 @@ def make_schedule(
     that its last rates have all their digits. A `lag` of 1 gives every step the rate of the one
     before, as where a script sets the rate after the step and with that step's number.
 
+    `steps` may be a traced number: one program then serves trainings of any length.
+
     Source: MONAI research-contributions `LinearWarmupCosineAnnealingLR`, whose `hold` is an epoch.
 
     Raises:
-        ValueError: If the name is unknown, or the warm-up is as long as the training.
+        ValueError: If the name is unknown, or the warm-up is as long as the training; the latter
+            cannot be told of a traced length.
     """
-    warmup = round(warmup * steps if warmup < 1 else warmup)
-    if not 0 <= warmup < steps:
-        raise UserError(f"optimizer.warmup is {warmup} of {steps} steps; make it shorter")
-    length = steps - warmup
+    rise = _warmup(warmup, steps)
+    length = steps - rise
 
     def cosine(t):
         return 0.5 * (1 + jnp.cos(jnp.pi * t))
@@ -54,14 +56,24 @@ def make_schedule(
     def rate(step):
         step = jnp.maximum(step - lag, 0) if lag else step
         held = (step // hold) * hold
-        passed = steps - held if schedule == "poly_left" else held - warmup
+        passed = steps - held if schedule == "poly_left" else held - rise
         t = jnp.clip(passed / length, 0.0, 1.0)
-        rising = (step + 1) / (warmup + 1)
+        rising = (step + 1) / (rise + 1)
         if schedule == "warmup_cosine":
-            rising = jnp.minimum(held / max(1, warmup - hold), 1.0)
-        return jnp.where(step < warmup, lr * rising, lr * shape(t))
+            rising = jnp.minimum(held / jnp.maximum(1, rise - hold), 1.0)
+        return jnp.where(step < rise, lr * rising, lr * shape(t))
 
     return rate
+
+
+def _warmup(warmup: float, steps: Array | int) -> Array | int:
+    """Steps of the warm-up, of which a value below 1 is a share of the training."""
+    if not isinstance(steps, int):
+        return jnp.round(warmup * steps).astype(int) if 0 < warmup < 1 else round(warmup)
+    rise = round(warmup * steps if warmup < 1 else warmup)
+    if not 0 <= rise < steps:
+        raise UserError(f"optimizer.warmup is {rise} of {steps} steps; make it shorter")
+    return rise
 
 
 def make_optimizer(

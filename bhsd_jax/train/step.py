@@ -38,7 +38,7 @@ class Parts:
     segmentation: Callable[..., Array]  # (logits, label) -> supervised loss
     augment: Callable[[PRNGKeyArray, Batch], Batch]  # raw batch -> normalized, augmented patches
     view: Callable[[PRNGKeyArray, Array], Array]  # a fresh intensity draw
-    steps: int  # of the whole training
+    steps: Int[Array, ""] | int  # of the whole training
     accumulate: int = 1  # parts in which a batch goes through the network: `_in_parts`
     mesh: Mesh | None = None  # where state and batch lie; None: on one device, or over `data` alone
 

@@ -1,5 +1,6 @@
 """Learning rates and updates against nnU-Net's numbers and PyTorch's rule written out."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,6 +43,27 @@ def test_warmup_cosine_gives_monais_rates():
         )  # float32 near 1 + cos
     held = make_schedule("warmup_cosine", lr=1.0, steps=300, warmup=90, hold=30)
     assert [float(held(i)) for i in (0, 29, 30, 60, 90)] == pytest.approx([0, 0, 0.5, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"schedule": "poly", "hold": 25},
+        {"schedule": "poly_left", "lag": 1},
+        {"schedule": "cosine", "warmup": 0.13},
+        {"schedule": "warmup_cosine", "warmup": 40, "hold": 10},
+        {"schedule": "constant"},
+    ],
+)
+def test_a_length_known_only_at_run_time_gives_the_rates_of_one_known_before(fields):
+    @jax.jit
+    def rates(steps, at):
+        return make_schedule(lr=0.01, steps=steps, **fields)(at)
+
+    for steps in (150, 1000):
+        at = jnp.arange(steps + 5)
+        want = jax.jit(make_schedule(lr=0.01, steps=steps, **fields))(at)
+        np.testing.assert_allclose(rates(steps, at), want, rtol=1e-6, atol=1e-9)
 
 
 def test_adamw_is_pytorchs():

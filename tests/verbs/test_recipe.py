@@ -10,6 +10,7 @@ import pytest
 
 from bhsd_jax.assemble import recipe as recipes
 from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble.program import of_any_length
 from bhsd_jax.assemble.recipe import make_augment
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
@@ -18,6 +19,7 @@ from bhsd_jax.configs import cps, mean_teacher, supervised
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Decoded
 from bhsd_jax.models import cotr, nnformer, unetr
+from bhsd_jax.objectives.common import Ramp
 from bhsd_jax.settings import Settings
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.train import mesh as meshes
@@ -113,6 +115,33 @@ def test_eight_devices_train_to_the_numbers_of_one():
     assert "all-reduce" in text
     for other in ("all-gather", "all-to-all", "collective-permute"):
         assert other not in text
+
+
+def test_trainings_of_any_length_share_one_program():
+    """And each has the rate and the ramp of its own length."""
+
+    def recipe_of(steps):
+        config = config_of(cps)
+        config.train.steps = steps
+        return make_recipe(config, PLAN)
+
+    recipe = recipe_of(10)
+    state = jax.jit(recipe.init)(jax.random.key(0))
+    state = dataclasses.replace(state, step=jnp.int32(2))
+    batch = raw_batch(recipe, 0)
+    step = jax.jit(of_any_length(recipe))
+    short, long = (step(state, batch, jnp.int32(steps))[1] for steps in (10, 1000))
+    lowered = [
+        jax.jit(of_any_length(recipe_of(steps))).lower(state, batch, jnp.int32(steps)).as_text()
+        for steps in (10, 1000)
+    ]
+    assert lowered[0] == lowered[1]
+    for metrics, steps in ((short, 10), (long, 1000)):
+        parts = recipe_of(steps).parts
+        assert float(metrics["lr"]) == pytest.approx(float(parts.schedule(jnp.int32(2))), rel=1e-5)
+        want = Ramp.of(parts.objective).at(jnp.int32(2), steps)
+        assert float(metrics["weight"]) == pytest.approx(float(want), rel=1e-5)
+    assert float(short["weight"]) > 2 * float(long["weight"])
 
 
 def test_fewer_labeled_cases_than_patches_fill_no_batch_of_two_streams():
