@@ -46,9 +46,9 @@ def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
     """Counts the multiply-adds of all convolutions and matrix products of `function(*arguments)`.
 
     A convolution has (values put out) x (input channels) x (kernel voxels), taps on the padding
-    included. Norms, activations, gathers, interpolations and additions of biases do not count.
-    Of a part written once per platform, the version for accelerators counts. Arguments may be
-    abstract.
+    included; those on the zeros that a stride puts between values do not count, nor do norms,
+    activations, gathers, interpolations and additions of biases. Of a part written once per
+    platform, the version for accelerators counts. Arguments may be abstract.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -69,7 +69,8 @@ def _count(jaxpr: Any) -> int:
         if name == "conv_general_dilated":
             kernel = equation.invars[1].aval
             features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            total += equation.outvars[0].aval.size * kernel.size // features
+            values = equation.outvars[0].aval.size // math.prod(params["lhs_dilation"])
+            total += values * kernel.size // features
         elif name == "dot_general":
             (summed, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
