@@ -61,7 +61,7 @@ def _load(path: Path) -> tuple[Map, np.ndarray]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Bounds of what slice labels bring")
     parser.add_argument("predictions", type=Path, help="folder of label maps, *.nii.gz")
     parser.add_argument("references", type=Path, help="folder of masks of the same names")
     parser.add_argument("--classes", default="1", help="values of the classes, such as 1,2")

@@ -13,6 +13,7 @@ from typing import Any
 from bhsd_jax.experiments import launch, queue, study
 from bhsd_jax.experiments.queue import Stopped, Trial
 from bhsd_jax.experiments.study import Heading, Study
+from bhsd_jax.experiments.turned import write_coronal
 from bhsd_jax.platform import cluster, files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report.comparison import Line
@@ -21,6 +22,8 @@ from bhsd_jax.report.points import NONE, duration, interval, signed, with_sd
 from bhsd_jax.report.result_tables import Table
 
 logger = logging.getLogger(__name__)
+
+_TURNED = (16, 12, 12)  # the patch of the table, where slices are coronal planes
 
 
 def cli(arguments: Sequence[str]) -> int:
@@ -34,6 +37,9 @@ def cli(arguments: Sequence[str]) -> int:
         raise UserError("study_hippocampus: runs on this machine; --slurm is for the tables")
     paths = launch.enter_home(options, "out", "shards", "data")
     table = importlib.import_module("bhsd_jax.configs.hippocampus").TABLE
+    if options.plane == "coronal":
+        options.out = options.out / "coronal"
+        options.data = write_coronal(Path(options.data), options.out / "scans")
     again = [sys.executable, "-m", "bhsd_jax.experiments.hippocampus", *arguments, *paths]
     studies = {masks: make_study(table, options, masks) for masks in launch.seeds(options.masks)}
     code = 0
@@ -91,6 +97,7 @@ def _trial(
     if row in table.pretrained:
         given.append(f"--config.train.init_from={_pretraining(options, seed)}")
         given.append("--config.train.init_leave=('head',)")
+    given += [f"--config.input.patch={_TURNED}"] if options.plane == "coronal" else []
     given += launch.overrides(options.override)
     shards = options.shards or str(options.out / "shards")
     return launch.make_run(row, seed, given, out, shards)
@@ -174,6 +181,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("data", help="folder of MSD Task04, with dataset.json")
     parser.add_argument("--masks", default="8", help="numbers of masks, such as 4,8,16; default 8")
     parser.add_argument("--rows", help="separated by commas; default all")
+    parser.add_argument(
+        "--plane",
+        choices=("axial", "coronal"),
+        default="axial",
+        help="which planes are slices, of which slice labels tell; coronal ones from a turned copy",
+    )
     parser.add_argument("--smoke", action="store_true", help="four steps a run")
     parser.add_argument("--minutes", type=float, help="stop after so long; resumable")
     launch.add_options(parser)

@@ -3,13 +3,16 @@
 import json
 import time
 
+import nibabel as nib
+import numpy as np
 import pytest
 from bhsd_jax.configs.hippocampus import TABLE
 
-from bhsd_jax.experiments import hippocampus, queue
+from bhsd_jax.experiments import hippocampus, queue, turned
 from bhsd_jax.experiments.children import running
 from bhsd_jax.experiments.queue import Stopped
 from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
 
@@ -116,3 +119,31 @@ def test_what_others_begin_with_is_trained_once(tmp_path, monkeypatch):
     assert not done
     hippocampus._pretrain(TABLE, options(tmp_path, "--rows=masks,pretrained", "--seeds=3"))
     assert done == ["shards", (tmp_path / "pretraining" / "seed3", 3)]
+
+
+def test_coronal_slices_are_the_same_voxels_turned(tmp_path):
+    rng, affine = np.random.default_rng(0), np.diag([-1.0, 2, 3, 1])
+    source, target = tmp_path / "axial", tmp_path / "coronal"
+    for part in ("imagesTr", "labelsTr"):
+        (source / part).mkdir(parents=True)
+        voxels = rng.integers(0, 90, (4, 5, 6)).astype(np.int16)
+        image = nib.Nifti1Image(voxels, affine)
+        image.header.set_slope_inter(0.5, 3)
+        nib.save(image, source / part / "scan_1.nii.gz")
+    (source / "dataset.json").write_text("{}")
+    assert turned.write_coronal(source, target) == target
+    for part in ("imagesTr", "labelsTr"):
+        before, after = (
+            nib.Nifti1Image.load(place / part / "scan_1.nii.gz") for place in (source, target)
+        )
+        np.testing.assert_array_equal(before.get_fdata(), after.get_fdata())
+        assert nib.aff2axcodes(before.affine) == ("L", "A", "S")
+        assert nib.aff2axcodes(after.affine) == ("L", "S", "P")
+        np.testing.assert_allclose(after.get_sform(), after.get_qform(), atol=1e-6)
+    made = study(tmp_path, 4, "--plane=coronal", "--rows=w2s", "--seeds=0")
+    assert [run.config.input.patch for run in made.runs] == [(16, 12, 12)]
+
+
+def test_a_folder_of_another_layout_is_not_turned(tmp_path):
+    with pytest.raises(UserError, match=r"no dataset\.json, or no \*\.nii\.gz in imagesTr"):
+        turned.write_coronal(tmp_path, tmp_path / "coronal")
