@@ -91,6 +91,13 @@ class OwnSlices:
             return label
         return shear.shear_label(label, self.read_affine, self.read_shape, self.places)
 
+    def on_planes(self, label: UInt8[np.ndarray, "N H W"]) -> UInt8[np.ndarray, "D H W"]:
+        """A label map of the slices on the planes of the volume: of each the nearest slice."""
+        if self.places is None:
+            return label
+        planes = np.arange(self.read_shape[0])
+        return label[np.abs(planes[:, None] - self.places).argmin(1)]
+
     def even_label(
         self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid
     ) -> UInt8[np.ndarray, "D _ _"]:
