@@ -64,3 +64,19 @@ def require_arguments(name: str, made: Callable[..., Any], arguments: Collection
     unknown = sorted(set(arguments) - set(accepted))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         raise UserError(f"{name}: unknown {', '.join(unknown)}; it takes {', '.join(accepted)}")
+
+
+def require_members(made: Any, protocol: type, how: str) -> None:
+    """Refuses an object that lacks a part of a protocol; `how` says where parts may come from.
+
+    Raises:
+        ValueError: Lists what it lacks.
+    """
+    asked = [name for name in {**protocol.__annotations__, **vars(protocol)} if name[0] != "_"]
+    lacking = [name for name in asked if not hasattr(made, name)]
+    if lacking:
+        kind = type(made)
+        raise UserError(
+            f"{kind.__module__}.{kind.__qualname__}: no {', '.join(lacking)}; it needs all that "
+            f"{protocol.__module__}.{protocol.__qualname__} has{how}"
+        )

@@ -93,7 +93,8 @@ WORDS = {
 }
 ABOUT = {  # the words for a reader
     "smoke": "every verb takes seconds",
-    "data=synthetic": f"or {', '.join(word for word in DATA if word != 'synthetic')}",
+    "data=synthetic": f"or {', '.join(word for word in DATA if word != 'synthetic')}, or a class "
+    "as <module>.<Class>",
     "backbone=nnunet": f"or {', '.join(b for b in backbones.BACKBONES if b != 'nnunet')}, or a "
     "class as <module>.<Class>",
     "recipe=published": "optimizer and schedule of the backbone's authors; or nnunet: nnU-Net's",
@@ -165,7 +166,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.seed = 0
     config.preset = words["preset"]  # read by experiment files
     config.task = words["task"]  # likewise
-    config.data = dict(DATA[words["data"]])
+    config.data = dict(DATA.get(words["data"], {"name": words["data"], "root": ""}))
     config.preprocess = _preprocess(words["data"])
     config.split = _split(words["labels"]) | TASKS[words["task"]]
     config.input = _group(settings.Input)
@@ -254,8 +255,11 @@ def parse_arg(arg: str) -> dict:
             known = ", ".join(k if isinstance(v, bool) else f"{k}=..." for k, v in WORDS.items())
             raise UserError(f"config argument {part!r} is not known; words are {known}")
         words[word] = value if equals else True
-    if words["data"] not in DATA:
-        raise UserError(f"data={words['data']} is not known; choose from {', '.join(DATA)}")
+    if words["data"] not in DATA and "." not in words["data"]:  # a class is found by name, later
+        raise UserError(
+            f"data={words['data']} is not known; choose from {', '.join(DATA)}, or name a class as "
+            "<module>.<Class>"
+        )
     if words["task"] not in TASKS:
         raise UserError(f"task={words['task']} is not known; choose from 1, 2, 3")
     inference(words["infer"])

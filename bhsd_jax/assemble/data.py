@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from bhsd_jax.build import build, find
+from bhsd_jax.build import build, find, require_members
 from bhsd_jax.datasets import splits, splits_file
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
@@ -21,7 +21,12 @@ def shards_folder(config: Settings, workdir: Path) -> Path:
 
 
 def data_set(config: Settings, workdir: Path) -> Dataset:
-    """The data set as downloaded; the synthetic one lies in the run folder by default."""
+    """The data set as downloaded; the synthetic one lies in the run folder by default.
+
+    Raises:
+        ValueError: If the config names an unknown class or argument, no root, or a class that
+            lacks a part.
+    """
     spec = dict(config.data)
     if not spec.get("root"):
         if not spec["name"].startswith("synthetic."):
@@ -30,7 +35,9 @@ def data_set(config: Settings, workdir: Path) -> Dataset:
     made = find("bhsd_jax.datasets", spec["name"])
     if "salt" in inspect.signature(made).parameters and not spec.get("salt"):
         spec["salt"] = _salt(shards_folder(config, workdir))  # its names are those in the shards
-    return build("bhsd_jax.datasets", spec)
+    found = build("bhsd_jax.datasets", spec)
+    require_members(found, Dataset, "")
+    return found
 
 
 def roles(config: Settings, workdir: Path) -> tuple[splits.Roles, list[str]]:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.build import build, find, require_arguments
+from bhsd_jax.build import build, find, require_arguments, require_members
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
+from bhsd_jax.types import Objective
 
 _MODELS = "bhsd_jax.models"
 
@@ -41,8 +42,15 @@ def model(run: Run) -> Any:
 
 
 def objective(config: Settings) -> Any:
-    """The training objective that the config names (`types.Objective`)."""
-    return build("bhsd_jax.objectives", config.objective)
+    """The training objective that the config names (`types.Objective`).
+
+    Raises:
+        ValueError: If the config names an unknown class or argument, or the class lacks a part.
+    """
+    made = build("bhsd_jax.objectives", config.objective)
+    how = "; objectives.common.SingleModel brings all but `loss`"
+    require_members(made, Objective, how)
+    return made
 
 
 def compute_type(precision: str) -> Any:

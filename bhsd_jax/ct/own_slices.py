@@ -1,9 +1,11 @@
 """From the network's answer to a plane for each slice that the scanner made, and what it holds.
 
 A series at uneven steps is read as a volume of even ones, since a network knows no others. What it
-says of that volume is brought straight to the place of every slice, between two planes by linear
-interpolation of the logits. Each slice stands for the tissue halfway to the slices beside it; the
-first and the last reach as far out as in.
+says of that volume is brought straight to the place of every slice, between planes by monotone
+cubic interpolation of every class's logit less that of background: a straight line between planes
+would cut off what bulges, 0.8 % of a round bleed 5 cm high at planes of 5 mm, and a curve that
+swings beyond its two planes would show a class where neither has it. Each slice stands for the
+tissue halfway to the slices beside it; the first and the last reach as far out as in.
 """
 
 from dataclasses import dataclass, replace
@@ -89,6 +91,13 @@ class OwnSlices:
             return label
         return shear.shear_label(label, self.read_affine, self.read_shape, self.places)
 
+    def on_planes(self, label: UInt8[np.ndarray, "N H W"]) -> UInt8[np.ndarray, "D H W"]:
+        """A label map of the slices on the planes of the volume: of each the nearest slice."""
+        if self.places is None:
+            return label
+        planes = np.arange(self.read_shape[0])
+        return label[np.abs(planes[:, None] - self.places).argmin(1)]
+
     def even_label(
         self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid
     ) -> UInt8[np.ndarray, "D _ _"]:
@@ -143,10 +152,10 @@ def _argmax_at(
     """As `geometry.argmax_from_grid`, at these places along the first native axis."""
     if not 1 <= len(logits) <= 256:
         raise ValueError(f"want 1 to 256 classes; got {len(logits)}")
-    best = _scores_at(logits[0], grid, places)
+    best = _zeros(grid, places)
     winner = np.zeros(best.shape, np.uint8)
     for index in range(1, len(logits)):
-        score = _scores_at(logits[index], grid, places)
+        score = _margins_at(logits[index] - logits[0], grid, places)
         np.copyto(winner, index, where=score > best)
         np.maximum(best, score, out=best)
     label = np.zeros((len(places), *grid.native_shape[1:]), np.uint8)
@@ -159,7 +168,8 @@ def _probabilities_at(
 ) -> Float32[np.ndarray, "K N H W"]:
     found = np.zeros((len(logits), len(places), *grid.native_shape[1:]), np.float32)
     found[0] = 1
-    scores = np.stack([_scores_at(one, grid, places) for one in logits])
+    margins = [_margins_at(one - logits[0], grid, places) for one in logits[1:]]
+    scores = np.stack([_zeros(grid, places), *margins])
     scores = np.exp(scores - scores.max(0))
     scores /= scores.sum(0)
     for one, score in zip(found, scores, strict=True):
@@ -167,23 +177,60 @@ def _probabilities_at(
     return found
 
 
-def _scores_at(
-    logits: Float[np.ndarray, "_ _ _"], grid: Grid, places: Float64[np.ndarray, " N"]
+def _zeros(grid: Grid, places: Float64[np.ndarray, " N"]) -> Float32[np.ndarray, "_ _ _"]:
+    """The margin of background over itself, on the slices inside the crop, in native order."""
+    _, inside, _, _ = _along(grid, places)
+    shape = [grid.cropped_shape[axis] for axis in np.argsort(grid.order)]
+    return np.zeros((len(inside), *shape[1:]), np.float32)
+
+
+def _margins_at(
+    margins: Float[np.ndarray, "_ _ _"], grid: Grid, places: Float64[np.ndarray, " N"]
 ) -> Float32[np.ndarray, "_ _ _"]:
-    """One class on the slices inside the crop, in native order."""
+    """One class's logits less background's on the slices inside the crop, in native order."""
     along, inside, start, count = _along(grid, places)
     shape = list(grid.cropped_shape)
-    shape[along] = logits.shape[along]  # across the slices it is blended below
+    shape[along] = margins.shape[along]  # across the slices it is interpolated below
     axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
-    planes = resample.resample_linear(logits, (shape[0], shape[1], shape[2]), axis)
+    planes = resample.resample_linear(margins, (shape[0], shape[1], shape[2]), axis)
     back = np.argsort(grid.order)
     planes = np.flip(planes, tuple(a for a in range(3) if grid.flip[a])).transpose(back)
     place = (places[inside] - start + 0.5) * len(planes) / count - 0.5
-    place = np.clip(place, 0, len(planes) - 1)
-    below = np.minimum(place.astype(int), max(len(planes) - 2, 0))
-    share = (place - below).astype(np.float32)[:, None, None]
-    above = np.minimum(below + 1, len(planes) - 1)
-    return (1 - share) * planes[below] + share * planes[above]
+    return between(planes, np.clip(place, 0, len(planes) - 1))
+
+
+def between(
+    planes: Float[np.ndarray, "D H W"], places: Float64[np.ndarray, " N"]
+) -> Float32[np.ndarray, "N H W"]:
+    """Planes at places 0..D-1 by monotone cubic interpolation; never beyond the two beside one.
+
+    Source: Fritsch and Butland 1984, SIAM J. Sci. Stat. Comput. 5(2); as SciPy's
+    `PchipInterpolator` but at the ends, where the curve keeps the slope of its chord.
+    """
+    return np.stack([_at(planes, place) for place in places])
+
+
+def _at(planes: Float[np.ndarray, "D H W"], place: float) -> Float32[np.ndarray, "H W"]:
+    last = len(planes) - 1
+    below = min(int(place), max(last - 1, 0))
+    share = np.float32(place - below)
+    if not share:
+        return planes[below].astype(np.float32)
+    rise = planes[below + 1] - planes[below]
+    before = planes[below] - planes[below - 1] if below else rise
+    after = planes[below + 2] - planes[below + 1] if below + 1 < last else rise
+    first, second = _slope(before, rise), _slope(rise, after)
+    cubic = share * (first + second - 2 * rise) + 3 * rise - 2 * first - second
+    return planes[below] + share * (first + share * cubic)
+
+
+def _slope(
+    before: Float[np.ndarray, "H W"], after: Float[np.ndarray, "H W"]
+) -> Float[np.ndarray, "H W"]:
+    """At a plane: the harmonic mean of the rises beside it, 0 at a peak or in a trough."""
+    alike = before * after > 0
+    total = np.where(alike, before + after, 1)
+    return np.where(alike, 2 * before * after / total, 0)
 
 
 def _along(grid: Grid, places: Float64[np.ndarray, " N"]) -> tuple[int, np.ndarray, int, int]:

@@ -32,7 +32,7 @@ h1 { line-height: 1.2; margin-bottom: .2rem } h2 { margin-top: 2.4rem }
 table { border-collapse: collapse; margin: .8rem 0; font-size: .92rem;
   font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right }
-th:first-child, td:first-child { text-align: left } th { vertical-align: bottom }
+th:first-child, td:first-child, .words { text-align: left } th { vertical-align: bottom }
 .wide { overflow-x: auto } img { max-width: 100%; height: auto }
 figure { margin: 1.2rem 0 } figcaption, .note { color: var(--soft); font-size: .9rem }
 .key { display: inline-block; width: 1.1em; height: .35em; margin: 0 .3em .2em 0 }

@@ -13,11 +13,15 @@ CONVENTIONS = {  # key in summary.json -> column title, what it means
     "pooled": ("pooled", "one count over all scans; large lesions dominate"),
     "both-empty=1": ("both empty = 1", "a scan correctly left empty counts as 1"),
 }
+WORDS = ("to note", "why", "reason")  # titles of columns that hold sentences
 
 
 @dataclass(frozen=True)
 class Table:
-    """Column titles and rows of text; the first column is a name, the others are numbers."""
+    """Column titles and rows of text; the first column is a name, the others are numbers.
+
+    Columns whose title is in `WORDS` hold sentences and begin on the left.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -25,10 +29,15 @@ class Table:
 
     def to_html(self) -> str:
         """A `<table>`; every text is escaped."""
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in self.columns)
+        kinds = [' class="words"' if title in WORDS else "" for title in self.columns]
+        heads = zip(self.columns, kinds, strict=True)
+        head = "".join(f"<th{kind}>{html.escape(title)}</th>" for title, kind in heads)
         body = "".join(
             f"<tr><td>{self._name(row[0])}</td>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+            + "".join(
+                f"<td{kind}>{html.escape(cell)}</td>"
+                for cell, kind in zip(row[1:], kinds[1:], strict=True)
+            )
             + "</tr>"
             for row in self.rows
         )
@@ -36,7 +45,8 @@ class Table:
 
     def to_markdown(self) -> str:
         """A pipe table."""
-        lines = [self.columns, ("---",) + ("---:",) * (len(self.columns) - 1)]
+        sides = ("---" if title in WORDS else "---:" for title in self.columns[1:])
+        lines = [self.columns, ("---", *sides)]
         lines += [(self._named(row[0]), *row[1:]) for row in self.rows]
         return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
 

@@ -104,9 +104,10 @@ def _entry(run: Run, out: Path, row: Mapping[str, Any], cases: Mapping[str, Case
     if row.get("unlike"):
         flags = (*flags, f"unlike the training data: {row['unlike']}")
     ml = {name: float(row["ml"].get(name, 0.0)) for name in run.classes[1:]}
-    score = review.score(row.get("disagreement"), row.get("unlike") or "")
+    apart = row.get("disagreement")
+    score = review.score(apart, row.get("unlike") or "")
     place = out / f"{row['case']}.nii.gz"
-    return Entry(case, place, row["case"], ml, review=score, flags=flags)
+    return Entry(case, place, row["case"], ml, disagreement=apart, review=score, flags=flags)
 
 
 def _names(run: Run, cases: Mapping[str, Case]) -> dict[str, str]:
@@ -193,7 +194,12 @@ def _sections(
 def _review(entries: Sequence[Entry]) -> Section:
     listed = sorted(entries, key=lambda entry: -(entry.review or 0))[:_PICTURES]
     rows = tuple(
-        (entry.name, f"{(entry.review or 0) % 1:.2f}", "; ".join(entry.flags)) for entry in listed
+        (
+            entry.name,
+            "not measured" if entry.disagreement is None else f"{entry.disagreement:.2f}",
+            "; ".join(entry.flags),
+        )
+        for entry in listed
     )
     words = (
         "Scans unlike the training data come first, then those on which the networks, or a network "

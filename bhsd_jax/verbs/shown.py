@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import geometry, hu, scan, shear
+from bhsd_jax.ct import geometry, hu, own_slices, scan, shear
+from bhsd_jax.ct.own_slices import OwnSlices
 from bhsd_jax.report import viewer
 from bhsd_jax.report.viewer import Shown, Viewer
-from bhsd_jax.volume import Case, Volume
+from bhsd_jax.volume import Case, Label, Volume
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Entry:
     name: str  # on the page
     ml: Mapping[str, float]
     dice: float | None = None
+    disagreement: float | None = None  # of the networks, 0 to 1; None: not measured
     review: float | None = None
     flags: tuple[str, ...] = field(default=())
 
@@ -38,13 +41,21 @@ def scans(run: Run, entries: Iterable[Entry]) -> Iterator[Shown]:
 
 
 def read(run: Run, entry: Entry) -> Shown:
-    """One scan: sheared stacks are set upright, wraps known from real CT are undone."""
+    """One scan: sheared stacks are set upright, wraps known from real CT are undone.
+
+    Of a series at uneven steps the even planes are shown that the network saw, each with the label
+    of the nearest slice.
+    """
     place = scan.native(entry.case.image)
     volume, _ = scan.read(place)
-    labels = [_label(run, entry.label_map, entry, volume)]
+    d, h, w = volume.voxels.shape
+    own = own_slices.of(place, (d, h, w), volume.affine)
+    labels = [_label(run, entry.label_map, entry, volume, own)]
     if entry.case.label is not None:
-        labels.append(_label(run, entry.case.label, entry, volume))
+        labels.append(_label(run, entry.case.label, entry, volume, own))
     voxels, flags = volume.voxels, entry.flags
+    if not own.is_even:
+        flags = (*flags, f"{own.shape[0]} slices at uneven steps, shown on {d} even planes")
     ct = run.plan.modality == "ct"
     if ct and not run.plan.normalize_first:
         voxels = hu.repair(voxels)[0]
@@ -80,7 +91,12 @@ def around(run: Run, title: str, subtitle: str, notice: str, count: int) -> View
     return Viewer(title, subtitle, notice, run.classes[1:], windows, unit, count)
 
 
-def _label(run: Run, place: object, entry: Entry, volume: Volume) -> np.ndarray:
+def _label(
+    run: Run, place: Label, entry: Entry, volume: Volume, own: OwnSlices
+) -> UInt8[np.ndarray, "D H W"]:
+    """A label map on the planes of the volume; it lies on the scan's own slices."""
+    like = volume if own.is_even else own.blank(volume.case)
     where = scan.native(entry.case.image)
-    found, _ = scan.read_label(place, where, volume, num_classes=None)  # pyright: ignore[reportArgumentType]
-    return (found.voxels > 0).astype(np.uint8) if len(run.classes) == 2 else found.voxels
+    found, _ = scan.read_label(place, where, like, num_classes=None)
+    label = own.on_planes(found.voxels)
+    return (label > 0).astype(np.uint8) if len(run.classes) == 2 else label

@@ -11,6 +11,7 @@ import SimpleITK as sitk  # noqa: N813
 from dicom_files import write_series
 from enhanced_files import write_enhanced
 from pydicom import dcmread
+from scipy.interpolate import PchipInterpolator
 from test_predict import CLASSES, PLAN, TILE
 
 from bhsd_jax.assemble import predictor
@@ -165,6 +166,47 @@ def test_a_planted_bleed_comes_back_on_every_slice_with_its_volume(tmp_path, kin
             sitk.ReadImage(str(target))
     pair[1].unlink()
     assert run.finished(case, target, "scan") is None, "the pair belongs to it"
+
+
+@pytest.mark.parametrize("kind", ["tilted, uneven", "enhanced, uneven"])
+@pytest.mark.parametrize(("step_mm", "sure_mm"), [(5.0, math.inf), (4.0, 2.0), (5.0, 6.0)])
+def test_thick_planes_of_the_network_cost_no_volume(tmp_path, monkeypatch, kind, step_mm, sure_mm):
+    """Closed form and slices both; with logits that stop to grow where the network is sure."""
+    depth = inside
+    clipped = lambda *at: np.clip(depth(*at), -sure_mm, sure_mm)  # noqa: E731
+    monkeypatch.setitem(globals(), "inside", clipped)
+    headers = make(tmp_path / "dicom", kind, POSTERIOR_FOSSA)
+    plan = dataclasses.replace(PLANNED, spacing_mm=(step_mm, 1.5, 1.5))
+    row, *_, center = predict(tmp_path / "dicom", tmp_path / "out" / "scan.nii.gz", plan=plan)
+    want = integral_ml(on_slices(headers, center), headers)
+    assert row.ml["IPH"] == pytest.approx(want, rel=0.003)
+    assert row.ml["IPH"] == pytest.approx(4 / 3 * math.pi * HALF_AXES.prod() / 1000, rel=0.004)
+
+
+def test_what_lies_between_planes_is_scipys_monotone_cubic_and_never_beyond_them():
+    planes = np.random.default_rng(0).normal(size=(9, 5, 6)).astype(np.float32)
+    places = np.linspace(1, 7, 50)
+    want = PchipInterpolator(np.arange(9), planes)(places)
+    np.testing.assert_allclose(own_slices.between(planes, places), want, atol=1e-6)
+    places = np.linspace(0, 8, 70)
+    found, below = own_slices.between(planes, places), planes[np.floor(places).astype(int)]
+    above = planes[np.ceil(places).astype(int)]
+    assert (found >= np.minimum(below, above) - 1e-6).all()
+    assert (found <= np.maximum(below, above) + 1e-6).all()
+    np.testing.assert_array_equal(own_slices.between(planes[:1], np.zeros(2)), planes[[0, 0]])
+    lines = (1 - 0.3) * planes[:1] + 0.3 * planes[1:2]
+    np.testing.assert_allclose(own_slices.between(planes[:2], np.array([0.3])), lines, atol=1e-6)
+
+
+def test_what_is_added_to_all_logits_of_a_voxel_changes_nothing(tmp_path):
+    make(tmp_path / "dicom", "uneven", POSTERIOR_FOSSA)
+    _, run, case, _ = predict(tmp_path / "dicom", tmp_path / "one.nii.gz")
+    grid = prepare_case(case, PLANNED).grid
+    volume, _ = scan.read(case.image)
+    own = own_slices.of(case.image, volume.voxels.shape, volume.affine)
+    logits = run.window.logits(None, np.zeros(grid.shape), fill=0, progress=None)
+    more = np.random.default_rng(0).normal(0, 9, grid.shape).astype(np.float32)
+    np.testing.assert_array_equal(own.label(logits + more, grid), own.label(logits, grid))
 
 
 def test_the_upright_scan_shows_what_the_scanner_saw_at_its_place(tmp_path):

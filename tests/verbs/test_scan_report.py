@@ -127,6 +127,33 @@ def test_a_sheared_scan_is_shown_upright_with_its_bleeds_on_it(run, tmp_path):
     assert found.spacing_mm == pytest.approx((distance, 2, 2))
 
 
+@needs_niivue
+def test_slices_at_uneven_steps_are_shown_on_even_planes_with_their_bleeds(run, tmp_path):
+    """A block of 60 HU in slices at 4 and 8 mm; its label map has a plane for each of them."""
+    places = np.cumsum([0.0, *[4.0] * 6, *[8.0] * 5])
+    voxels = np.full((12, 48, 40), -1000)
+    voxels[:, 4:-4, 4:-4] = 20
+    voxels[3:9, 20:30, 10:20] = 60
+    write_series(tmp_path / "in", voxels, tilt_deg=12.0, spacing_mm=(4.0, 2.0, 2.0), places=places)
+    out = tmp_path / "out"
+    predict.run(config_of(run, tmp_path / "in", out, report=True), run)
+    assert "12 slices at uneven steps, shown on 17 even planes" in (out / "viewer.html").read_text()
+    (target,) = out.glob("*.nii.gz")
+    label = nib.load(target)
+    exact = np.asanyarray(label.dataobj)
+    drawn = np.zeros_like(exact)
+    drawn[10:20, 18:28, 3:9] = 1  # [column, row from below, slice]
+    nib.save(nib.Nifti1Image(drawn, label.affine), target)
+    (case,) = predict.find_scans(config_of(run, tmp_path / "in", out), run)
+    found = shown.read(ensemble.run_of(run), shown.Entry(case, target, "a", {}))
+    assert found.image.shape == found.prediction.shape
+    planes = np.flatnonzero((found.prediction > 0).any((1, 2)))
+    assert planes.tolist() == list(range(3, 12)), "12 to 44 mm, of two as near the lower"
+    inside = found.image[found.prediction > 0]
+    assert np.median(inside) == 60
+    assert (inside >= 40).mean() > 0.9
+
+
 def test_a_training_that_is_not_at_its_end_says_so(run, tmp_path):
     opened = ensemble.run_of(run)
     assert pages.unfinished(opened) == (), "weights that were imported have no log"
