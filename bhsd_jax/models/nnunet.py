@@ -178,7 +178,8 @@ class ConvStage(nn.Module):
 class ResidualStage(nn.Module):
     """Residual blocks in a row; the first may be strided and change the channels.
 
-    The last norm before each addition starts at zero, so that a block starts as its shortcut.
+    With `zero_last` the last norm before each addition starts at zero, so that a block starts as
+    its shortcut.
 
     Source: He et al. 2019, arXiv:1812.01187 (ResNet-D: the shortcut pools, then projects).
     """
@@ -188,6 +189,7 @@ class ResidualStage(nn.Module):
     blocks: int
     strides: Triple
     inner: int | None  # channels inside a bottleneck block; None: a block of two convolutions
+    zero_last: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D H W C"]) -> Float[Array, "B d h w F"]:
@@ -196,7 +198,8 @@ class ResidualStage(nn.Module):
         return x
 
     def _block(self, x: Array, strides: Triple, name: str) -> Array:
-        last = {"features": self.features, "slope": None, "scale_init": nn.initializers.zeros}
+        start = nn.initializers.zeros if self.zero_last else nn.initializers.ones
+        last = {"features": self.features, "slope": None, "scale_init": start}
         pointwise = functools.partial(self.unit, kernel=(1, 1, 1))
         if self.inner is None:
             out = self.unit(features=self.features, strides=strides, name=f"{name}_conv1")(x)

@@ -39,6 +39,8 @@ def test_every_network_of_the_benchmark_has_a_reference():
     assert set(references()) == {
         *("PlainConvUNet", "ResidualEncoderUNet", "UNETR", "SwinUNETR", "CoTr", "nnFormer"),
         "DeepMedic",
+        *("Primus", "PrimusV2"),
+        *(f"Primus{version}{size}" for version in ("", "V2") for size in "SBML"),
     }
 
 
