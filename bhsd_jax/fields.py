@@ -103,6 +103,18 @@ def complete(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     return filled
 
 
+def with_defaults(saved: Mapping[str, Any], group: type) -> dict[str, Any]:
+    """Dictionaries that an older version wrote: what it lacked is at the group's defaults."""
+    filled = dict(saved)
+    for part, kind, _ in _parts(group):
+        if dataclasses.is_dataclass(kind):
+            inner = filled.get(part.name, {})
+            filled[part.name] = with_defaults(inner, typing.cast(type, kind))
+        elif part.default is not dataclasses.MISSING:
+            filled.setdefault(part.name, part.default)
+    return filled
+
+
 def tuples(value: Any) -> Any:
     """Lists back to tuples, as they were before they went through a JSON file."""
     if isinstance(value, Mapping):

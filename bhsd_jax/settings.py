@@ -6,6 +6,7 @@ means nothing is refused before JAX is imported. How a network is trained is in 
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -175,6 +176,15 @@ RENAMED = {"weak": "slice_loss"}  # groups, by what older versions called them
 def under_todays_names(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved config, whichever version wrote it, with its groups as they are called now."""
     return {RENAMED.get(name, name): value for name, value in saved.items()}
+
+
+def as_saved_today(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config as this version writes it, to be compared with one of today.
+
+    Fields that its version did not have are at their defaults, which change nothing.
+    """
+    filled = fields.with_defaults(under_todays_names(saved), Settings)
+    return json.loads(json.dumps(filled))
 
 
 @dataclass(frozen=True)

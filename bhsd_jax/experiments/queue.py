@@ -25,7 +25,7 @@ from bhsd_jax.experiments.children import Call, Stopped, running
 from bhsd_jax.experiments.places import Place
 from bhsd_jax.platform import cluster, files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.settings import Settings, under_todays_names
+from bhsd_jax.settings import Settings, as_saved_today
 from bhsd_jax.train import checkpoint_files
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def plain(config: Settings) -> dict:
 
 def _saved(path: Path) -> dict:
     """The config of a run folder."""
-    return under_todays_names(json.loads(path.read_text()))
+    return as_saved_today(json.loads(path.read_text()))
 
 
 def is_finished(run: Trial) -> bool:

@@ -26,7 +26,7 @@ from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
 from bhsd_jax.platform import budget, cluster, files, step_log
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures
-from bhsd_jax.settings import Config, Settings, Train, under_todays_names
+from bhsd_jax.settings import Config, Settings, Train, as_saved_today
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes, trackers
@@ -203,7 +203,7 @@ def _open_run(run: Run) -> Checkpoints:
         recorded={line[SAVED] for line in lines if SAVED in line},
     )
     if checkpoints.latest() is not None:
-        for field in fields.differences(under_todays_names(checkpoints.config()), plain):
+        for field in fields.differences(as_saved_today(checkpoints.config()), plain):
             if not field.startswith(_ELSEWHERE):
                 logger.warning("resuming with another value of config.%s", field)
     elif lines:

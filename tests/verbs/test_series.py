@@ -50,6 +50,20 @@ def test_a_folder_of_another_config_is_refused_and_named(make, finish):
         queue.is_finished(run)
 
 
+def test_a_run_of_a_version_with_fewer_fields_is_still_finished(make, finish):
+    run = make("--rows=cps", "--seeds=0").runs[0]
+    finish(run, [(1, 0, 0)])
+    saved = json.loads((run.workdir / "config.json").read_text())
+    del saved["input"]["crop"], saved["train"]["init_leave"], saved["predict"]["dicom"]
+    saved["weak"] = saved.pop("slice_loss")
+    files.write_json(run.workdir / "config.json", saved)
+    (run.workdir / "summary.json").touch()
+    assert queue.is_finished(run)
+    chosen = make("--rows=cps", "--seeds=0", "-o", "input.crop=uniform").runs[0]
+    with pytest.raises(ValueError, match=r"input\.crop \(nnunet -> uniform\)"):
+        queue.is_finished(chosen)
+
+
 def test_where_things_lie_and_how_fast_they_go_does_not_matter(make, finish):
     run = make("--rows=cps", "--seeds=0").runs[0]
     finish(run, [(1, 0, 0)])
