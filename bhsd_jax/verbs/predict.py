@@ -12,6 +12,7 @@ from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
+from bhsd_jax.ct import scan
 from bhsd_jax.ct.dicom import segmentation, slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.bhsd import scans as nifti_files
@@ -64,6 +65,8 @@ def run(config: Config, workdir: Path) -> None:
     if settings.postprocessing:
         rules = postprocessing.load(Path(settings.postprocessing), run.classes)
     out = Path(settings.out or workdir / "predictions")
+    names = output_names(cases, workdir, settings)
+    _require_apart(out, cases, names)
     files.open_folder(out)
     files.sweep(out)
     predictor.share_cores(run)
@@ -74,7 +77,6 @@ def run(config: Config, workdir: Path) -> None:
         predict = replace(predict, temperature=calibrated.temperature(workdir, members))
     parts_of = [(p.window, p.networks, p.fill) for p in (predict, *predict.others)]
     predict = replace(predict, trust=trust.make(run, parts_of if settings.confidence else ()))
-    names = output_names(cases, workdir, settings)
     if barrier.place()[0] == 0:
         dicom_cases.write_series(out, cases, names)
     mine = parts.own(cases)
@@ -103,6 +105,18 @@ def _require_possible(settings: Predict, cases: Sequence[Case]) -> None:
             raise UserError(
                 f"config.predict.{flag}: probabilities of unsheared series would not lie on the "
                 "series' own voxels; set unshear=False, or leave them out"
+            )
+
+
+def _require_apart(out: Path, cases: Sequence[Case], names: Mapping[str, str]) -> None:
+    """Refuses to write a label map in place of a scan."""
+    scans = {file.resolve() for case in cases for file in scan.files(case.image)}
+    for name in names.values():
+        target = out / f"{name}.nii.gz"
+        if target.resolve() in scans:
+            raise UserError(
+                f"{target}: a scan, which its label map would replace; name another folder with "
+                "config.predict.out"
             )
 
 

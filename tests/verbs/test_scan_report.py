@@ -12,6 +12,7 @@ import tiny_run
 from dicom_files import NAME, PATIENT, write_series
 
 from bhsd_jax.assemble import ensemble, predictor
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import niivue
 from bhsd_jax.report.page import Page, Picture, Section, save
 from bhsd_jax.report.result_tables import Table
@@ -102,6 +103,23 @@ def test_the_verb_report_makes_it_later_and_shows_names_where_it_may(run, scans,
     (out / "volumes.json").unlink()
     with pytest.raises(FileNotFoundError, match="run the verb `predict` first"):
         report.run(dataclasses.replace(config, report=asked), run)
+
+
+@pytest.mark.parametrize("name", ["ID_1.nii.gz", "ID_1_0000.nii.gz"])
+def test_no_label_map_takes_the_place_of_a_scan(run, tmp_path, name):
+    """`bhsd predict RUN FOLDER FOLDER`; also where one scan's label map has another's name."""
+    nib.save(nib.Nifti1Image(tiny_run.head(), tiny_run.upright()), tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = (tmp_path / name).read_bytes()
+    config = config_of(run, tmp_path, tmp_path / "link")
+    if "_0000" in name:
+        predict.run(config, run)
+        assert (tmp_path / "ID_1.nii.gz").is_file()
+    else:
+        with pytest.raises(UserError, match=r"ID_1\.nii\.gz: a scan, which its label map would re"):
+            predict.run(config, run)
+        assert {path.name for path in tmp_path.iterdir()} == {name, "link"}
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_a_sheared_scan_is_shown_upright_with_its_bleeds_on_it(run, tmp_path):
