@@ -159,6 +159,7 @@ def _plan(
         license=dataset.license,
         source_sha256=_source_sha256(facts),
         planner=settings.planner,
+        memory_gb=settings.memory_gb,
         spacing_mm=tuple(settings.spacing_mm) if settings.spacing_mm else None,
         crop_hu=_crop_hu(dataset, settings),
     )
