@@ -91,6 +91,8 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
             size = settings.cases_per_shard
             jobs = shard_jobs.divide(folder, records, cases, facts, plan, size)
             splits_file.keep(folder, folds)
+            trained_on = {f.case: f.patient for f in facts if f.split == "train" and f.voxels}
+            splits_file.offer(workdir, dataset, folds, trained_on)
             skipped |= _write_all(folder, jobs, share, workers, facts)
             _write_ledger(ledger, skipped)
     if skipped:
