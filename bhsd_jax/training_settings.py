@@ -24,6 +24,9 @@ class Preprocess:
     planner: Annotated[
         Literal["default", "resenc_m", "resenc_l", "resenc_xl"], "nnU-Net's planner"
     ] = "default"
+    memory_gb: Annotated[
+        float | None, "GPU to plan for; None: the planner's own, 8, 8, 24 or 40 GB", COUNT
+    ] = None
     plan: Annotated[
         str, "a plans.json of nnU-Net to take instead, spacing and all; empty: make one"
     ] = ""

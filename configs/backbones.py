@@ -79,6 +79,7 @@ _SMOKE = {  # thin networks that still have every part, by class
         "ffn": 32,
     },
     "nnformer.NNFormer": {"embed": 8, "depths": (1, 1, 1, 1), "heads": (1, 2, 2, 4)},
+    "primus.Primus": {"width": 24, "heads": 2, "layers": 2},
     "nnunet.PlainConvUNet": {"features": (8, 16)},
     "nnunet.ResidualEncoderUNet": {"features": (8, 16)},
 }

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax.datasets.splits import FOLDS, kfold
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
@@ -68,6 +69,20 @@ def keep(folder: Path, folds: Folds) -> None:
         files.write_json(folder / NAME, rows)
     else:
         (folder / NAME).unlink(missing_ok=True)
+
+
+def offer(folder: Path, dataset: Any, folds: Folds, patients: Mapping[str, str]) -> None:
+    """Writes the folds in use to a run folder, as nnU-Net takes them beside its preprocessed data.
+
+    A user's own, or the five of `patients`, the training cases with a mask and whose they are. Only
+    for a data set in nnU-Net's layout: names of others may say who was scanned.
+
+    Raises:
+        faults.WriteError: If the system says no, such as on a full disk.
+    """
+    if hasattr(dataset, "splits_file"):
+        enough = len(patients) >= FOLDS
+        keep(folder, folds or (tuple(kfold(patients, patients=patients)) if enough else ()))
 
 
 def _fold(path: Path, index: int, entry: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

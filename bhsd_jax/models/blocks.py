@@ -10,16 +10,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bhsd_jax.models.conv import Conv, Triple
-from bhsd_jax.models.norms import InstanceNorm
+from bhsd_jax.models.norms import InstanceNorm, make_norm
 from bhsd_jax.platform.errors import UserError
 
 _THICK = 3  # ratio of the coarsest spacing to the finest
 
 
 class ConvUnit(nn.Module):
-    """Convolution, instance normalization, leaky ReLU.
+    """Convolution, normalization, leaky ReLU.
 
-    The convolution's bias is a parameter but not added: the norm takes it out again.
+    Before an instance norm the convolution's bias is a parameter but not added: the norm takes it
+    out again. A batch norm has the statistics that it was trained with, and is for prediction.
     """
 
     features: int
@@ -31,18 +32,24 @@ class ConvUnit(nn.Module):
     slope: float | None = 0.01  # below zero; None: no activation
     dtype: DTypeLike = jnp.float32
     scale_init: Callable[..., Any] = nn.initializers.ones
+    norm: str = "instance"  # or "batch"
 
     @nn.compact
     def __call__(self, image: Float[Array, "B D H W C"]) -> Float[Array, "B d h w F"]:
+        batch = self.norm == "batch"
         conv = Conv(
             self.features,
             self.kernel,
             self.strides,
             self.use_bias,
             self.dtype,
-            idle_bias=True,
+            idle_bias=not batch,
             name="conv",
         )
+        if batch:
+            spec = ("batch", {"eps": self.epsilon, "affine": self.affine})
+            out = make_norm(spec, False, self.dtype, "norm")(conv(image))
+            return out if self.slope is None else nn.leaky_relu(out, self.slope)
         norm = InstanceNorm(
             self.epsilon, self.affine, self.dtype, self.scale_init, self.slope, name="norm"
         )

@@ -24,6 +24,7 @@ from bhsd_jax.volume import Millimeters, Network
 _STRIDES = ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
 _KERNELS = ((1, 3, 3),) * 3 + ((3, 3, 3),) * 4
 _BLOCKS = (1, 3, 4, 6, 6, 6, 6)
+NORMS = ("instance", "batch")
 
 
 class PlainConvUNet(nn.Module):
@@ -48,6 +49,7 @@ class PlainConvUNet(nn.Module):
     conv_bias: bool = True
     epsilon: float = 1e-5  # of the norm
     affine: bool = True  # of the norm
+    norm: str = "instance"  # "batch", of nnUNetTrainerBN, has fixed statistics: to predict with
     slope: float = 0.01
     dtype: DTypeLike = jnp.float32  # of the computation; parameters and logits are float32
     remat: str = "none"  # "blocks": recompute each stage in the backward pass
@@ -115,6 +117,7 @@ class ResidualEncoderUNet(nn.Module):
     conv_bias: bool = True
     epsilon: float = 1e-5
     affine: bool = True
+    norm: str = "instance"  # "batch", of nnUNetTrainerBN, has fixed statistics: to predict with
     slope: float = 0.01
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
@@ -248,6 +251,8 @@ def _decode(net: Any, skips: list[Array]) -> Logits:
 
 
 def _unit(net: Any, kernel: Triple) -> functools.partial:
+    if net.norm not in NORMS:
+        raise UserError(f"{type(net).__name__}: norm must be {' or '.join(NORMS)}; got {net.norm}")
     return functools.partial(
         ConvUnit,
         kernel=kernel,
@@ -255,6 +260,7 @@ def _unit(net: Any, kernel: Triple) -> functools.partial:
         epsilon=net.epsilon,
         affine=net.affine,
         slope=net.slope,
+        norm=net.norm,
         dtype=net.dtype,
     )
 

@@ -27,13 +27,15 @@ def make_plan(
     license: str,
     source_sha256: str,
     planner: str = "default",
+    memory_gb: float | None = None,
     spacing_mm: Millimeters | None = None,
     crop_hu: float | None = None,
 ) -> Plan:
     """Decides spacing, axis order, network and normalization from the training cases.
 
-    `spacing_mm` pins the target in canonical axes; None leaves it to nnU-Net's rule. CT without
-    air, which may have been clipped, does not count for the intensities if there is other.
+    `memory_gb` is the GPU to plan for; None leaves it to the planner. `spacing_mm` pins the target
+    in canonical axes; None leaves it to nnU-Net's rule. CT without air, which may have been
+    clipped, does not count for the intensities if there is other.
 
     Raises:
         ValueError: If there is no training case with a mask, or all masks are empty.
@@ -69,6 +71,7 @@ def make_plan(
             spacings,
             shapes,
             planner=planner,
+            memory_gb=memory_gb,
             spacing_mm=np.asarray(target),
             transpose=transpose,
             num_classes=len(classes),

@@ -157,6 +157,7 @@ def network_for(
     shapes: Numbers,
     *,
     planner: str = "default",
+    memory_gb: float | None = None,
     spacing_mm: Numbers | None = None,
     transpose: Sequence[int] | None = None,
     num_classes: int = 2,
@@ -173,6 +174,7 @@ def network_for(
         num_classes=num_classes,
         spacing_mm=spacing_mm,
         transpose=transpose,
+        memory_gb=memory_gb,
     )
     if "3d_fullres" not in plans["configurations"]:
         raise UserError("network_for: the median scan is a single slice; 3D networks need more")

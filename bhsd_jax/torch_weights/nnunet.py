@@ -24,7 +24,7 @@ MODULES = (PlainConvUNet, ResidualEncoderUNet)
 _ALIASES = (  # the same tensor under a second name; a conv unit lists its parts once more
     (r"^decoder\.encoder\.", "encoder."),
     (r"\.all_modules\.0\.", ".conv."),
-    (r"\.all_modules\.1\.", ".norm."),
+    (r"\.all_modules\.[12]\.", ".norm."),  # 2 where a dropout, which has no weights, comes before
 )
 _SHARED = ("input_channels", "n_stages", "features_per_stage", "kernel_sizes", "strides")
 _SHARED += ("num_classes", "n_conv_per_stage_decoder")
@@ -32,6 +32,7 @@ _REQUIRED = {
     "PlainConvUNet": (*_SHARED, "n_conv_per_stage"),
     "ResidualEncoderUNet": (*_SHARED, "n_blocks_per_stage"),
 }
+_NORMS = {"InstanceNorm3d": "instance", "BatchNorm3d": "batch"}
 _OPTIONAL = (
     "conv_bias",
     "deep_supervision",
@@ -52,7 +53,7 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
     _require_supported(reference, arguments)
     residual = reference == "ResidualEncoderUNet"
     stages = arguments["n_stages"]
-    given = arguments.get("norm_op_kwargs") or {}
+    given, norm = arguments.get("norm_op_kwargs") or {}, str(_name(arguments["norm_op"]))
     fields = {
         "num_classes": arguments["num_classes"],
         "features": _each(arguments["features_per_stage"], stages),
@@ -63,7 +64,8 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
         "deep_supervision": bool(arguments["deep_supervision"]),
         "conv_bias": bool(arguments["conv_bias"]),
         "epsilon": _number(given.get("eps", 1e-5)),
-        "affine": bool(given.get("affine", False)),
+        "norm": _NORMS[norm],
+        "affine": bool(given.get("affine", norm == "BatchNorm3d")),
         "slope": _slope(arguments),
     }
     if residual:
@@ -114,7 +116,7 @@ def constructor_of(module: Any, channels: int) -> tuple[str, dict[str, Any]]:
         "strides": [list(stride) for stride in nnunet.strides_of(module)],
         "n_conv_per_stage_decoder": list(nnunet.counts(module, "convs_decoder", stages - 1)[::-1]),
         "conv_bias": module.conv_bias,
-        "norm_op": "torch.nn.InstanceNorm3d",
+        "norm_op": f"torch.nn.{next(n for n, ours in _NORMS.items() if ours == module.norm)}",
         "norm_op_kwargs": {"eps": module.epsilon, "affine": module.affine},
         "nonlin": "torch.nn.LeakyReLU",
         "nonlin_kwargs": {"negative_slope": module.slope, "inplace": True},
@@ -190,7 +192,10 @@ def _decoder(module: UNet) -> dict[str, Weight]:
 def _unit(module: UNet, source: str, target: str, bias: bool | None = None) -> dict[str, Weight]:
     bias = module.conv_bias if bias is None else bias
     weights = layout.layer(f"{source}.conv", f"{target}/conv", layout.CONV, bias=bias)
-    return weights | (layout.norm(f"{source}.norm", f"{target}/norm") if module.affine else {})
+    weights |= layout.norm(f"{source}.norm", f"{target}/norm") if module.affine else {}
+    if module.norm == "batch":
+        weights |= layout.running_statistics(f"{source}.norm", f"{target}/norm")
+    return weights
 
 
 def _canonical(name: str) -> str:
@@ -200,7 +205,12 @@ def _canonical(name: str) -> str:
 
 
 def _is_unused(module: UNet, name: str) -> bool:
-    """Heads of lower stages exist in every file, but count only under deep supervision."""
+    """Heads of lower stages exist in every file, but count only under deep supervision.
+
+    A batch norm counts the batches it has seen, on which nothing depends.
+    """
+    if module.norm == "batch" and name.endswith(".norm.num_batches_tracked"):
+        return True
     lower = len(module.features) - 2
     match = re.fullmatch(r"decoder\.seg_layers\.(\d+)\.(weight|bias)", name)
     return match is not None and int(match[1]) < lower
@@ -208,11 +218,13 @@ def _is_unused(module: UNet, name: str) -> bool:
 
 def _require_supported(reference: str, arguments: Mapping[str, Any]) -> None:
     norm = arguments.get("norm_op_kwargs") or {}
+    batch = _name(arguments.get("norm_op")) == "BatchNorm3d"
     choices = {  # argument: what it is, what is supported
         "conv_op": (_name(arguments.get("conv_op", "Conv3d")), ("Conv3d",)),
-        "norm_op": (_name(arguments.get("norm_op")), ("InstanceNorm3d",)),
-        "track_running_stats": (norm.get("track_running_stats", False), (False,)),
-        "dropout_op": (arguments.get("dropout_op"), (None,)),
+        "norm_op": (_name(arguments.get("norm_op")), tuple(_NORMS)),
+        "track_running_stats": (norm.get("track_running_stats", batch), (batch,)),
+        # Nothing is dropped in prediction.
+        "dropout_op": (_name(arguments.get("dropout_op")), (None, "Dropout3d", "Dropout")),
         "nonlin": (_name(arguments.get("nonlin")), ("LeakyReLU", "ReLU")),
         "nonlin_first": (arguments.get("nonlin_first", False), (False,)),
         "block": (_name(arguments.get("block")), (None, "BasicBlockD", "BottleneckD")),

@@ -79,6 +79,9 @@ def from_nnunet(weights: WeightsFile, path: Path) -> Source:
     configuration = given.get("configuration", "3d_fullres")
     plan = trained.plan_of(plans, dataset, configuration, digest(path))
     reference, constructor = trained.network_of(plans, dataset, configuration)
+    if any(name.endswith(".norm.running_var") for name in weights.state):
+        # nnUNetTrainerBN puts batch norms in the place of those that its plans name.
+        constructor |= {"norm_op": "BatchNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True}}
     axes = weights.beside.get("inference_allowed_mirroring_axes")
     return Source(reference, constructor, plan, tuple(int(axis) for axis in axes or ()))
 
@@ -95,8 +98,7 @@ def require_named_network(source: Source, weights: WeightsFile, path: Path) -> N
     if not unknown:
         return
     trainer = weights.beside.get("trainer_name", "its trainer")
-    batch_norm = all("running_" in name or "num_batches" in name for name in unknown)
-    kind = "one with batch norms" if batch_norm else f"another one, with {unknown[0]}"
+    kind = f"another one, with {unknown[0]}"
     raise UserError(
         f"{path}: {trainer} has built {kind} instead of the {source.reference} that the plans "
         "name; such networks are not supported"

@@ -91,6 +91,8 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
             size = settings.cases_per_shard
             jobs = shard_jobs.divide(folder, records, cases, facts, plan, size)
             splits_file.keep(folder, folds)
+            trained_on = {f.case: f.patient for f in facts if f.split == "train" and f.voxels}
+            splits_file.offer(workdir, dataset, folds, trained_on)
             skipped |= _write_all(folder, jobs, share, workers, facts)
             _write_ledger(ledger, skipped)
     if skipped:
@@ -159,6 +161,7 @@ def _plan(
         license=dataset.license,
         source_sha256=_source_sha256(facts),
         planner=settings.planner,
+        memory_gb=settings.memory_gb,
         spacing_mm=tuple(settings.spacing_mm) if settings.spacing_mm else None,
         crop_hu=_crop_hu(dataset, settings),
     )

@@ -72,6 +72,27 @@ def test_head_ct_plans_file_is_nnunets_to_the_last_key(golden, name, kind):
     assert as_json(ours) == theirs
 
 
+@pytest.mark.parametrize("name", ["hippocampus", "head_ct", "isotropic", "tiny"])
+def test_every_key_of_the_residual_presets_is_nnunets(golden, name):
+    found = load(golden, "resenc_presets")["fingerprints"][name]
+    assert {"resenc_m", "resenc_l", "resenc_xl"} < found["plans"].keys()
+    for preset, theirs in found["plans"].items():
+        kind, _, memory_gb = preset.partition("@")
+        ours = planner.make_plans(
+            found["spacings"],
+            found["shapes"],
+            planner=kind,
+            modality=found["modality"],
+            num_classes=found["num_classes"],
+            cases=found["cases"],
+            relative_size=found["relative_size"],
+            foreground=found["foreground"],
+            dataset=theirs["dataset_name"],
+            memory_gb=float(memory_gb) if memory_gb else None,
+        )
+        assert as_json(ours) == theirs, preset
+
+
 def test_small_mr_plans_file_is_nnunets_to_the_last_key(golden):
     theirs = load(golden, "full_Hippocampus_nnUNetPlans")
     ours = planner.make_plans(

@@ -390,6 +390,15 @@ def test_a_pinned_spacing_is_given_in_canonical_axes_and_planned_coarsest_first(
     assert plan.median_shape == (24, 40, 56)
 
 
+def test_the_plan_is_for_the_gpu_that_is_asked_for():
+    facts = facts_of([(5.0, 0.5, 0.5)] * 2, [(32, 512, 512)] * 2, [[1.0], [2.0]])
+    own, large = (
+        make_plan(facts, planner="resenc_m", memory_gb=gb, **MADE).network for gb in (None, 24)
+    )
+    assert own.patch == (20, 256, 256)
+    assert large.patch == (28, 384, 384)
+
+
 @pytest.mark.parametrize(
     ("sizes", "modality", "masked"),
     [

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bhsd_jax.datasets import splits_file
+from bhsd_jax.datasets import splits, splits_file
 from bhsd_jax.datasets.msd import MSD
 
 V1 = {
@@ -277,6 +277,20 @@ def test_folds_beside_the_data_set_are_the_users(nnunet, tmp_path):
     assert splits_file.load(shards / splits_file.NAME) == ()
     ignoring = MSD(nnunet, ignore=("a_0001",))
     assert splits_file.beside(ignoring, list(ignoring.cases()))[0] == (("b_2",), ())
+
+
+def test_folds_are_offered_to_nnunet_where_the_layout_is_its_own(nnunet, tmp_path):
+    patients = {f"c_{i}": f"c_{i}" for i in range(12)}
+    path = tmp_path / splits_file.NAME
+    splits_file.offer(tmp_path, MSD(nnunet), (), patients)
+    assert splits_file.load(path) == tuple(splits.kfold(patients))
+    own = ((("a",), ("b",)),)
+    splits_file.offer(tmp_path, MSD(nnunet), own, patients)
+    assert splits_file.load(path) == own
+    splits_file.offer(tmp_path, MSD(nnunet), (), {"c_1": "c_1"})
+    assert not path.exists()
+    splits_file.offer(tmp_path, object(), own, patients)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

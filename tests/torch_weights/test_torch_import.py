@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bhsd_jax.torch_weights import importing, nnunet
+from bhsd_jax.models.nnunet import PlainConvUNet
+from bhsd_jax.torch_weights import exporting, importing, nnunet
 
 CASES = ("nnunet_plain_2", "nnunet_resenc_2")
 
@@ -53,6 +54,37 @@ def test_outputs_and_gradients_are_those_of_the_reference(case, golden):
         # A bias before a norm has no gradient but rounding: 1e-6 is far below every other norm.
         np.testing.assert_allclose(
             np.linalg.norm(leaf), about["param_grad_l2"][name], rtol=1e-3, atol=1e-6, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("case", ["nnunet_plain_bn", "nnunet_resenc_bn"])
+def test_networks_with_batch_norms_and_dropout_predict_as_the_reference(case, golden):
+    about, arrays, state = _read(golden, case)
+    module, variables = importing.load(about["backbone"], about["constructor_args"], state)
+    assert module.norm == "batch"
+    image = np.moveaxis(arrays["input"], 1, -1).astype(np.float32)
+    apply = jax.jit(lambda v, x: module.apply(v, x, train=False))
+    found = apply(variables, image)
+    assert len(found) == 2
+    for index, ours in enumerate(found):
+        assert _relative(np.moveaxis(ours, -1, 1), arrays[f"output/{index}"]) < 2e-5
+    given = about["backbone"], about["constructor_args"]
+    out = exporting.dump(*given, variables)
+    assert {n for n in state if "all_modules" not in n} - out.keys() == {
+        n for n in state if n.endswith(".norm.num_batches_tracked")
+    }
+    for name in out.keys() & state.keys():
+        np.testing.assert_array_equal(out[name], state[name], err_msg=name)
+
+
+def test_another_norm_is_refused(golden):
+    about, _, _ = _read(golden, "nnunet_plain_bn")
+    arguments = about["constructor_args"] | {"norm_op": "torch.nn.GroupNorm"}
+    with pytest.raises(ValueError, match=r"norm_op='GroupNorm' \(supported: .*BatchNorm3d"):
+        nnunet.from_torch("PlainConvUNet", arguments)
+    with pytest.raises(ValueError, match="norm must be instance or batch; got group"):
+        PlainConvUNet(2, features=(4, 8), norm="group").init(
+            jax.random.key(0), jnp.zeros((1, 8, 8, 8, 1)), train=False
         )
 
 

@@ -1,5 +1,6 @@
 """Preprocessing by a plans.json of nnU-Net, and the network that is trained from it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
 from bhsd_jax.models.nnunet import blocks_of
-from bhsd_jax.nnunet import trained
+from bhsd_jax.nnunet import planner, trained
 from bhsd_jax.shards import store
 from bhsd_jax.torch_weights.recipe import recipe_of
 from bhsd_jax.verbs import preprocess
@@ -105,6 +106,22 @@ def test_blocks_of_a_residual_plan_reach_the_network(golden):
         wiring.model(Run.of(config, Path("run"), plan)).blocks_encoder
         == config.model.blocks_encoder
     )
+
+
+@pytest.mark.parametrize("preset", ["resenc_m", "resenc_xl"])
+def test_a_residual_preset_is_planned_prepared_and_built(data, tmp_path, preset):
+    config = common.get_config("data=msd,backbone=nnunet_resenc")
+    config.data.root = str(data)
+    config.preprocess.planner = preset
+    preprocess.run(config, tmp_path / "run")
+    plan = store.Shards(tmp_path / "run" / "shards").plan
+    spacing, shape = ((1.0, 1.0, 1.0),) * 3, ((20, 24, 18),) * 3
+    theirs = planner.make_plans(spacing, shape, planner=preset, modality="mr", num_classes=3)
+    network, *_ = planner.from_nnunet_plans(theirs)
+    assert plan.network == dataclasses.replace(network, batch_dice=plan.network.batch_dice)
+    assert plan.network.residual
+    model = wiring.model(Run.of(config, Path("run"), plan))
+    assert blocks_of(model) == network.convs_encoder == (1, 3, 4)[: len(network.features)]
 
 
 def test_a_plan_of_blocks_is_refused_by_the_plain_network(golden):

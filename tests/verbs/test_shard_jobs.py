@@ -103,6 +103,7 @@ def test_the_folds_of_a_user_go_with_the_shards(data, tmp_path):
     given = [{"train": names[k + 1 :], "val": names[k : k + 1]} for k in range(6)]
     (data / "splits_final.json").write_text(json.dumps(given))
     preprocess.run(config, run)
+    assert json.loads((run / "splits_final.json").read_text()) == given
     config.split.fold = 5
     roles, notes = of_config.roles(Settings.of(config), run)
     assert (roles.train, roles.val, roles.test) == (("h_6",), ("h_5",), ("h_7", "h_8"))
@@ -118,7 +119,11 @@ def test_the_folds_of_a_user_go_with_the_shards(data, tmp_path):
     (data / "splits_final.json").unlink()
     preprocess.run(config, run)
     config.split.fold = 4
-    assert len(of_config.roles(Settings.of(config), run)[0].train) == 6, "nnU-Net's five again"
+    roles, _ = of_config.roles(Settings.of(config), run)
+    assert len(roles.train) == 6, "nnU-Net's five again"
+    offered = json.loads((run / "splits_final.json").read_text())
+    assert len(offered) == 5
+    assert offered[4] == {"train": list(roles.train), "val": list(roles.val)}
 
 
 def contents(workdir):
