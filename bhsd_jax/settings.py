@@ -38,7 +38,9 @@ class Preprocess:
     plan: Annotated[
         str, "a plans.json of nnU-Net to take instead, spacing and all; empty: make one"
     ] = ""
-    configuration: Annotated[str, "of that plans.json: 3d_fullres or 3d_lowres"] = "3d_fullres"
+    configuration: Annotated[
+        str, "of nnU-Net's plan, that one or ours: 3d_fullres, 3d_lowres or 2d"
+    ] = "3d_fullres"
     crop_hu: Annotated[
         float | None,
         "box of the largest component above this many HU; None: nnU-Net's non-zero voxels",
@@ -270,6 +272,12 @@ class Predict:
     ] = ()
     probabilities: Annotated[bool, "also write <case>_probabilities.npz"] = False
     overwrite: Annotated[bool, "False: keep label maps that are there, go on with the rest"] = True
+    part_id: Annotated[
+        int, "which of num_parts jobs this is, from 0: it predicts every num_parts-th", NOT_NEGATIVE
+    ] = 0
+    num_parts: Annotated[
+        int, "jobs on one folder of label maps; each has its tables in <out>/part_I_of_N", COUNT
+    ] = 1
     show_ids: Annotated[
         bool | None, "names of scans in outputs; None: NIfTI's, but not DICOM's"
     ] = None

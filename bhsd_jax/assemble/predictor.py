@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +15,17 @@ import numpy as np
 
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import geometry, hu, scan, shear
+from bhsd_jax.ct import formats, geometry, hu, scan, shear
 from bhsd_jax.ct.prepare import hu_doubts, prepare_case
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
+from bhsd_jax.labels import Labels
 from bhsd_jax.platform import allocator, budget, files, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
 from bhsd_jax.train.checkpoint import load_networks, load_statistics
 from bhsd_jax.types import Params
-from bhsd_jax.volume import Case, Plan
+from bhsd_jax.volume import Case, Grid, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +42,18 @@ class ScanVolumes:
     ml: Mapping[str, float]  # by foreground class
     tilt_corrected: bool = False  # they are the affine's times the cosine of the tilt
     warning: str = ""  # why the scan may not be in HU, or what was undone so that it is
+    all_ml: float | None = None  # of regions, which overlap: of all together
+
+    @property
+    def total_ml(self) -> float:
+        """Of all classes, or of all regions together."""
+        return sum(self.ml.values()) if self.all_ml is None else self.all_ml
 
     def flat(self) -> dict[str, Any]:
         """One value per column."""
         volumes = {f"{name}_ml": f"{value:.4f}" for name, value in self.ml.items()}
         seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
-        total = f"{sum(self.ml.values()):.4f}"
+        total = f"{self.total_ml:.4f}"
         tilt = {"tilt_deg": f"{self.tilt_deg:.2f}", "tilt_corrected": int(self.tilt_corrected)}
         last = {"seconds": seconds, "warning": self.warning}
         return {"case": self.case, **volumes, "all_ml": total, **tilt, **last}
@@ -59,7 +67,7 @@ class Predictor:
     networks: Sequence[Params]  # variables, all collections
     fill: float  # raw image value outside the scan
     plan: Plan
-    classes: tuple[str, ...]
+    labels: Labels
     probabilities: bool  # also write them
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
@@ -78,22 +86,30 @@ class Predictor:
             logger.log(level, "%s: %s", name, text)
         # Sums of logits, and their copy for the resampling to the scan's own voxels.
         budget.require_memory(
-            2 * 4 * len(self.classes) * prepared.image.size,
-            f"a scan of {' x '.join(map(str, prepared.image.shape))} voxels at "
+            2 * 4 * self.labels.outputs * math.prod(prepared.grid.shape),
+            f"a scan of {' x '.join(map(str, prepared.grid.shape))} voxels at "
             f"{' x '.join(f'{mm:.3g}' for mm in self.plan.spacing_mm)} mm",
             "use a machine that has more, or crop the scan",
         )
-        image = prepared.image[..., None].astype(np.float32)
+        image = prepared.channels_last.astype(np.float32)
         logits = self.window.logits(
             self.networks, image, fill=self.fill, progress=Teller(name).tiles
         )
         if self.probabilities:
-            chances = geometry.probabilities_from_grid(logits, prepared.grid)
+            chances = self._chances(logits, prepared.grid)
             _write_npz(_probabilities(target), chances.astype(np.float16))
-        label = geometry.argmax_from_grid(logits, prepared.grid)
+        if self.labels.regions:
+            label = geometry.regions_from_grid(logits, prepared.grid, self.labels)
+        else:
+            label = geometry.argmax_from_grid(logits, prepared.grid)
         scan.write(target, label, like=case.image)
         affine = np.asarray(prepared.grid.native_affine)
         return self._row(case, name, label, affine, time.monotonic() - begun, prepared.doubts)
+
+    def _chances(self, logits: np.ndarray, grid: Grid) -> np.ndarray:
+        if self.labels.regions:
+            return geometry.region_probabilities_from_grid(logits, grid)
+        return geometry.probabilities_from_grid(logits, grid)
 
     def finished(self, case: Case, target: Path, name: str) -> ScanVolumes | None:
         """The row of a scan whose files are all there and whole, else None.
@@ -110,11 +126,12 @@ class Predictor:
         place = scan.native(case.image)
         image, _ = scan.read(place)
         try:
-            label, notes = scan.read_label(target, place, image, num_classes=len(self.classes))
+            values = len(self.labels.classes)
+            label, notes = scan.read_label(target, place, image, num_classes=values)
             if notes:
                 raise UserError(f"{target}: {notes[0]}")
             if self.probabilities:
-                _check_npz(wanted[1], (len(self.classes), *label.voxels.shape))
+                _check_npz(wanted[1], (self.labels.outputs, *label.voxels.shape))
         except UserError as error:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
@@ -132,15 +149,15 @@ class Predictor:
         seconds: float | None,
         doubts: Sequence[str],
     ) -> ScanVolumes:
-        counts = np.bincount(label.ravel(), minlength=len(self.classes))
+        counts = np.bincount(label.ravel(), minlength=len(self.labels.classes))
         ct = self.plan.modality == "ct"
         feed = case.table_feed and ct
         each = hu.voxel_ml(affine, table_feed=feed)
         tilt = shear.gantry_deg(affine) if ct else 0.0
         corrected = hu.tilt_corrected(affine, table_feed=feed)
-        volumes = zip(self.classes[1:], counts[1:], strict=True)
-        ml = {c: float(n * each) for c, n in volumes}
-        return ScanVolumes(name, float(tilt), seconds, ml, corrected, "; ".join(doubts))
+        ml = {c: float(counts[list(v)].sum() * each) for c, v in self.labels.targets}
+        together = float(counts[1:].sum() * each) if self.labels.regions else None
+        return ScanVolumes(name, float(tilt), seconds, ml, corrected, "; ".join(doubts), together)
 
 
 def load(run: Run) -> tuple[int, dict[str, Params]]:
@@ -200,17 +217,19 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         run.patch,
         step=config.infer.step,
         mirror=config.infer.mirror,
-        mirror_axes=config.infer.mirror_axes,
+        # Of a single slice the mirrored version is the slice.
+        mirror_axes=tuple(axis for axis in config.infer.mirror_axes if run.patch[axis] > 1),
         tiles_per_call=config.infer.tiles,
         # Of several processes each predicts scans of its own.
         mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,
+        regions=bool(run.labels.regions),
     )
     return Predictor(
         window=window,
         networks=networks,
         fill=normalization.pad_value(config.input.pad),
         plan=run.plan,
-        classes=run.classes,
+        labels=run.labels,
         probabilities=config.predict.probabilities,
     )
 
@@ -243,7 +262,8 @@ class Teller:
 
 
 def _probabilities(target: Path) -> Path:
-    return target.with_name(target.name.removesuffix(".nii.gz") + "_probabilities.npz")
+    stem = formats.case_name(target.name.removesuffix(".nii.gz"))
+    return target.with_name(f"{stem}_probabilities.npz")
 
 
 def _check_npz(path: Path, shape: tuple[int, ...]) -> None:

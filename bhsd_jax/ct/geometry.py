@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 from jaxtyping import Float, Float32, Num, Shaped, UInt8
-from scipy import ndimage, optimize
+from scipy import ndimage, optimize, special
 
 from bhsd_jax.ct import resample
 from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.labels import Labels
 from bhsd_jax.volume import Grid, Millimeters, Shape, Volume, bounding_box
 
 # Where an axis runs in the world (x to the right, y anterior, z superior), by its letter.
@@ -216,6 +217,44 @@ def probabilities_from_grid(
         total += box
     for box in inside:
         box /= total
+    return native
+
+
+def regions_from_grid(
+    logits: Float[np.ndarray, "R _ _ _"], grid: Grid, labels: Labels
+) -> UInt8[np.ndarray, "_ _ _"]:
+    """The label map of regions on the scan's own voxels; 0 outside the crop.
+
+    A voxel is in a region whose probability is above one half; later regions are written over
+    earlier ones.
+
+    Raises:
+        ValueError: If the shape is not the grid's.
+
+    Source: nnU-Net v2.8.1, `LabelManager.convert_probabilities_to_segmentation`.
+    """
+    _check_shape(logits.shape[1:], grid.shape, "prepared")
+    axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
+    back = (resample.resample_linear(one, grid.cropped_shape, axis) for one in logits)
+    native = np.zeros(grid.native_shape, np.uint8)
+    native_box(native, grid)[...] = labels.assemble(one > 0 for one in back)
+    return native
+
+
+def region_probabilities_from_grid(
+    logits: Float[np.ndarray, "R _ _ _"], grid: Grid
+) -> Float32[np.ndarray, "R _ _ _"]:
+    """Probability of every region on the scan's own voxels; 0 outside the crop.
+
+    Raises:
+        ValueError: If the shape is not the grid's.
+    """
+    _check_shape(logits.shape[1:], grid.shape, "prepared")
+    axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
+    native = np.zeros((len(logits), *grid.native_shape), np.float32)
+    for one, whole in zip(logits, native, strict=True):
+        back = resample.resample_linear(one, grid.cropped_shape, axis)
+        native_box(whole, grid)[...] = special.expit(back)
     return native
 
 

@@ -48,6 +48,7 @@ class SlidingWindow:
     tiles_per_call: int | None = None  # None: as many as fit
     law: str = "nnunet"  # of tile positions and weights: a key of `tiles.LAWS`
     mesh: Mesh | None = None  # the tiles of a call are spread over all its devices
+    regions: bool = False  # outputs are regions, each with a probability of its own (sigmoid)
 
     def __post_init__(self) -> None:
         if self.law not in tiles.LAWS:
@@ -72,7 +73,7 @@ class SlidingWindow:
         """Logits of every voxel, classes first, as resampling to the scan wants them.
 
         For several networks (twins, folds, different backbones alike) the logarithm of the mean of
-        their softmax: its softmax is that mean.
+        their softmax: its softmax is that mean. Of regions likewise, by sigmoid.
 
         Args:
             networks: Parameters, one entry per network.
@@ -119,8 +120,9 @@ class SlidingWindow:
             logits = self._single(self._replicate(params), on_device, size, report)
             if len(networks) == 1:
                 return logits, (d, h, w)
-            mean = _add_softmax(mean, logits)
-        return _log_mean(mean, len(networks)), (d, h, w)
+            mean = (_add_sigmoid if self.regions else _add_softmax)(mean, logits)
+        average = _logit_mean if self.regions else _log_mean
+        return average(mean, len(networks)), (d, h, w)
 
     def _single(
         self,
@@ -290,6 +292,22 @@ def _add_softmax(
 @jax.jit
 def _log_mean(total: Float[Array, "K D H W"], count: Int[Array, ""]) -> Float[Array, "K D H W"]:
     return jnp.log(jnp.maximum(total / count, jnp.finfo(jnp.float32).tiny))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add_sigmoid(
+    total: Float[Array, "R D H W"] | None, logits: Float[Array, "R D H W"]
+) -> Float[Array, "R D H W"]:
+    probability = jax.nn.sigmoid(logits)
+    return probability if total is None else total + probability
+
+
+@jax.jit
+def _logit_mean(total: Float[Array, "R D H W"], count: Int[Array, ""]) -> Float[Array, "R D H W"]:
+    # No farther from 0 and 1 than float32 is exact near 1: the logits stay finite.
+    least = jnp.finfo(jnp.float32).eps
+    mean = jnp.clip(total / count, least, 1 - least)
+    return jnp.log(mean) - jnp.log1p(-mean)
 
 
 @jax.jit

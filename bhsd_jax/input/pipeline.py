@@ -49,15 +49,17 @@ class Cut:
     foreground: float = 0.33  # share of labeled patches centered on a labeled voxel
     binary: bool = False  # all classes become 1
     masked: bool = False  # unlabeled patches say which of their voxels lie in the scan
+    annotated: bool = False  # masks leave voxels out; the last list of positions is of the others
+    label_type: str = "int8"  # of labels and -1; "int16" for values above 127
 
 
 class Stream:
-    """Element i: one patch, a dict of `image` [D H W 1] and what is known of it.
+    """Element i: one patch, a dict of `image` [D H W C] and what is known of it.
 
     Its case is drawn with replacement (nnU-Net) or, `in_turn`, comes once in every pass over the
     cases (SSL4MIS' `TwoStreamBatchSampler`; here a pass may end amid a batch and loses no case).
 
-    A labeled patch has `label` int8 [D H W], -1 outside the scan. An unlabeled one has, given
+    A labeled patch has `label` [D H W], -1 outside the scan. An unlabeled one has, given
     `slices`, `slice_labels` int8 [D C], and if the cut is `masked` `inside` int8 [D H W], 1 or -1.
     """
 
@@ -94,16 +96,16 @@ class Stream:
             case.shape,
             self.cut.source,
             self.cut.patch,
-            case.foreground if forced else None,
+            self._centers(case.foreground, forced),
         )
         start, stop = sampling.inside(corner, self.cut.source, case.shape)
         raw, label = case.patch(start, stop)
         image = sampling.paste(raw, start, corner, self.cut.source, self.cut.fill)
-        element = {"image": image[..., None]}
+        element = {"image": image if image.ndim == 4 else image[..., None]}
         if self.labeled:
             if label is None:
                 raise UserError(f"{self.cases}: a labeled case has no mask in the shards")
-            label = label.astype(np.int8)
+            label = label.astype(self.cut.label_type)
             if self.cut.binary:
                 label = (label > 0).astype(np.int8)
             element["label"] = sampling.paste(label, start, corner, self.cut.source, -1)
@@ -113,9 +115,23 @@ class Stream:
             rows = self.slices.rows(*labels, case.shape, corner, self.cut.source)
             element["slice_labels"] = rows
         if self.cut.masked:
-            within = np.ones(raw.shape, np.int8)
+            within = np.ones(raw.shape[:3], np.int8)
             element["inside"] = sampling.paste(within, start, corner, self.cut.source, -1)
         return element
+
+    def _centers(
+        self, positions: Sequence[np.ndarray], forced: bool
+    ) -> Sequence[np.ndarray] | None:
+        """Where the patch is to be centered; None: anywhere.
+
+        Where masks leave voxels out, every labeled patch is centered on one that is annotated.
+
+        Source: nnU-Net v2.8.1, `nnUNetDataLoader.get_bbox`.
+        """
+        if not (self.cut.annotated and self.labeled):
+            return positions if forced else None
+        classes = positions[:-1] if forced else ()
+        return classes if any(map(len, classes)) else positions[-1:]
 
 
 class Batches:
@@ -193,7 +209,7 @@ class Cache:
 class Decoded:
     """A case in memory, read like one of the shards."""
 
-    image: np.ndarray  # [D H W]
+    image: np.ndarray  # [D H W], or [D H W C]
     label: np.ndarray | None
     foreground: tuple[np.ndarray, ...]
     slice_labels: tuple[tuple[int, ...], ...] | None = None
@@ -202,7 +218,7 @@ class Decoded:
     @property
     def shape(self) -> Shape:
         """Of the scan."""
-        d, h, w = self.image.shape
+        d, h, w = self.image.shape[:3]
         return d, h, w
 
     @property

@@ -12,15 +12,16 @@ import numpy as np
 
 from bhsd_jax.assemble import data
 from bhsd_jax.ct import hu, scan
-from bhsd_jax.datasets.bhsd import scans
-from bhsd_jax.metrics import scores, summary, threshold
+from bhsd_jax.datasets.image_files import scans
+from bhsd_jax.labels import Labels
+from bhsd_jax.metrics import nnunet_summary, scores, summary, threshold
 from bhsd_jax.platform import files, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Progress, Workers
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier
 from bhsd_jax.verbs import parts
-from bhsd_jax.volume import Case, Image, Label, Plan, Volume
+from bhsd_jax.volume import Case, Image, Label, Plan, Volume, labels_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,12 @@ class Comparison:
     nsd_mm: float
     baseline: bool
     table_feed: bool = False  # as `Case.table_feed`
+    labels: Labels | None = None  # None: plain classes
+
+    @property
+    def meaning(self) -> Labels:
+        """Of the values in the files."""
+        return self.labels or Labels(self.classes)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Scored:
     merged: scores.ClassScore  # all classes as one
     histogram: threshold.Histogram | None  # for the threshold, if asked for
     warnings: list[str]
+    voxels: int = 0  # that the reference annotates
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, floats with all their digits."""
@@ -76,6 +84,7 @@ class Scored:
                 np.array(bins["bleeding"]), np.array(bins["inside"]), bins["mask"]
             ),
             data["warnings"],
+            data["voxels"],
         )
 
 
@@ -86,7 +95,7 @@ def run(config: Config, workdir: Path) -> None:
 
     `cases.csv` has a row per case and class, `cases_binary.csv` one per case with all classes
     merged; `summary.json` has the means under every convention. What is not defined is `nan` in
-    the tables and null in the summary.
+    the tables and null in the summary. `summary_nnunet.json` has nnU-Net's schema.
 
     Raises:
         FileNotFoundError: If predictions or references are missing; lists them.
@@ -104,7 +113,7 @@ def run(config: Config, workdir: Path) -> None:
         logger.warning("%s", text)
     rows = [row for scored in done for row in scored.rows]
     merged = [scored.merged for scored in done]
-    classes = (ANY,) if config.split.binary else jobs[0].classes[1:]
+    classes = (ANY,) if config.split.binary else jobs[0].meaning.names[1:]
     found = _summary(config, rows, merged, classes)
     if config.evaluate.baseline:
         histograms = [scored.histogram for scored in done if scored.histogram is not None]
@@ -112,6 +121,8 @@ def run(config: Config, workdir: Path) -> None:
     scores.write_csv(workdir / "cases.csv", rows)
     scores.write_csv(workdir / "cases_binary.csv", merged)
     files.write_json(workdir / "summary.json", summary.without_nan(found))
+    if not config.split.binary:
+        _write_nnunet(workdir / "summary_nnunet.json", jobs, done)
     for line in table(found):
         logger.info("%s", line)
 
@@ -124,17 +135,22 @@ def score_case(job: Comparison) -> Scored:
     """
     place = scan.native(job.image or scan.files(job.reference)[0])
     image, _ = scan.read(place)
-    classes = len(job.classes)
-    reference, found = scan.read_label(job.reference, place, image, num_classes=classes)
-    predicted, more = scan.read_label(job.predicted, place, image, num_classes=classes)
+    labels = job.meaning
+    reference, found = scan.read_label(job.reference, place, image, num_classes=labels.values)
+    predicted, more = scan.read_label(job.predicted, place, image, num_classes=labels.values)
     feed = job.table_feed and job.modality == "ct"
     voxel_ml = hu.voxel_ml(image.affine, table_feed=feed)
     corrected = hu.tilt_corrected(image.affine, table_feed=feed)
     about = scores.Scan(job.case, job.patient, image.spacing_mm, voxel_ml, corrected)
     names = (job.classes[0], ANY)
     both = [np.minimum(label.voxels, 1) for label in (reference, predicted)]
+    if labels.ignore is not None:
+        both = [mask * labels.annotated(reference.voxels) for mask in both]
     merged = scores.score(both[0], both[1], about, names, job.nsd_mm)[0]
-    if job.binary or len(job.classes) == 2:
+    if not labels.plain:
+        voxels = reference.voxels, predicted.voxels
+        rows = scores.score_targets(*voxels, about, labels, job.nsd_mm)
+    elif job.binary or len(job.classes) == 2:
         rows = [merged if job.binary else dataclasses.replace(merged, name=job.classes[1])]
     else:
         rows = scores.score(reference.voxels, predicted.voxels, about, job.classes, job.nsd_mm)
@@ -143,11 +159,22 @@ def score_case(job: Comparison) -> Scored:
         merged,
         _histogram(image, both[0] > 0) if job.baseline else None,
         [f"{job.case}: {finding}" for finding in (*found, *more)],
+        int(np.count_nonzero(labels.annotated(reference.voxels))),
     )
 
 
 def _histogram(image: Volume, mask: np.ndarray) -> threshold.Histogram:
     return threshold.histogram(hu.repair(image.voxels)[0], mask, image.spacing_mm)
+
+
+def _write_nnunet(path: Path, jobs: Sequence[Comparison], done: Sequence[Scored]) -> None:
+    """The scores once more, in the schema of nnU-Net's summary.json."""
+    cases = []
+    for job, scored in zip(jobs, done, strict=True):
+        places = str(scan.files(job.reference)[0]), str(job.predicted)
+        rows = {row.name: row for row in scored.rows}
+        cases.append(nnunet_summary.CaseFiles(*places, scored.voxels, rows))
+    nnunet_summary.write(path, cases, jobs[0].meaning)
 
 
 def table(found: Mapping[str, Any]) -> list[str]:
@@ -194,6 +221,7 @@ def _jobs(config: Settings, workdir: Path) -> list[Comparison]:
             reference=reference,
             image=image,
             classes=known.classes,
+            labels=known.labels if isinstance(known, Plan) else labels_of(known),
             modality=known.modality,
             binary=config.split.binary,
             nsd_mm=config.evaluate.nsd_mm,

@@ -10,9 +10,10 @@ from typing import Any
 from bhsd_jax.assemble import data, predictor
 from bhsd_jax.assemble.predictor import Predictor, ScanVolumes
 from bhsd_jax.assemble.run import Run
+from bhsd_jax.ct import formats, scan
 from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
-from bhsd_jax.datasets.bhsd import scans as nifti_files
+from bhsd_jax.datasets import image_files
 from bhsd_jax.platform import faults, files
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
@@ -21,7 +22,7 @@ from bhsd_jax.settings import Config, DicomSeries, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.verbs import parts
-from bhsd_jax.volume import Case, Series
+from bhsd_jax.volume import Case, Plan, Series
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def run(config: Config, workdir: Path) -> None:
     settings = config.predict
     parts.join(config)
     logger.warning("%s", NOTICE)
-    cases = find_scans(config, workdir)
+    cases = _part(find_scans(config, workdir), settings)
     if settings.probabilities and any(
         isinstance(c.image, Series) and c.image.unshear for c in cases
     ):
@@ -72,11 +73,13 @@ def run(config: Config, workdir: Path) -> None:
     predict = predictor.make_predictor(run, list(networks.values()))
     names = _names(cases, workdir, settings)
     mine = parts.own(cases)
+    tables = _tables(out, settings)
     _log_estimate(predict, len(mine))
-    found = _gather(out, _predict_all(predict, mine, names, out, settings.overwrite), names)
+    predicted = _predict_all(predict, mine, names, out, tables, settings.overwrite)
+    found = _gather(out, predicted, names)
     if found is not None:
         facts = _facts(run, step, tuple(networks))
-        _conclude(out, found, facts, len(cases))
+        _conclude(tables, found, facts, len(cases))
 
 
 def _gather(out: Path, found: Found, names: Mapping[str, str]) -> Found | None:
@@ -123,6 +126,33 @@ def _conclude(out: Path, found: Found, facts: Mapping[str, Any], scans: int) -> 
     logger.info("%d label maps in %s", len(found.rows), out)
 
 
+def _part(cases: list[Case], settings: Any) -> list[Case]:
+    """The scans of this job, of several that share the work.
+
+    Raises:
+        ValueError: If there is no such job, or it has no scan.
+    """
+    part, parts_in_all = settings.part_id, settings.num_parts
+    if part >= parts_in_all:
+        raise UserError(f"config.predict.part_id is 0..{parts_in_all - 1}; got {part}")
+    chosen = cases[part::parts_in_all]
+    if not chosen:
+        raise UserError(
+            f"config.predict.num_parts is {parts_in_all}, of {len(cases)} scans; part {part} has "
+            "none: ask for fewer parts"
+        )
+    return chosen
+
+
+def _tables(out: Path, settings: Any) -> Path:
+    """Where the tables go: each of several jobs writes its own."""
+    if settings.num_parts == 1:
+        return out
+    folder = out / f"part_{settings.part_id}_of_{settings.num_parts}"
+    files.open_folder(folder)
+    return folder
+
+
 def find_scans(config: Settings, workdir: Path) -> list[Case]:
     """The scans to predict, sorted: a file, a folder's, or a split of the data set.
 
@@ -139,28 +169,36 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
     path = Path(settings.images)
     series: list[Case] = []
     if path.is_dir():
-        files = {n: f for n, f in nifti_files(path).items() if not slice_file.is_dicom(f)}
+        listed = image_files.scans(path)
+        files = {n: f for n, f in listed.items() if not slice_file.is_dicom(f)}
         series = _series(path, files, settings.dicom)
     elif path.is_file() and slice_file.is_dicom(path):
         raise UserError(
             f"{path}: one DICOM file is one slice or one part; name the folder of the series"
         )
     elif path.is_file():
-        files = {path.name.removesuffix(".gz").removesuffix(".nii"): path}
+        name = path.name.removesuffix(".gz").removesuffix(".nii")
+        files = {formats.case_name(name): path}
     else:
         raise FileNotFoundError(f"{path}: no such file or folder; look at config.predict.images")
     if not files and not series:
         raise FileNotFoundError(
             f"{path}: no NIfTI file and no DICOM CT series in it; look at config.predict.images"
         )
-    short = {name.removesuffix("_0000"): file for name, file in files.items()}
-    chosen = short if len(short) == len(files) else files
+    chosen = image_files.group(files, _channels(workdir))
     found = [Case(name, name, file, None, "test") for name, file in sorted(chosen.items())]
     if {case.id for case in found} & {case.id for case in series}:
         raise UserError(
             f"{path}: a NIfTI file and a DICOM folder have one name; rename or move one of them"
         )
     return found + series
+
+
+def _channels(workdir: Path) -> int:
+    """Files or colors that make one scan for the run's network; 1 where there is no run yet."""
+    if not (workdir / "plan.json").is_file():
+        return 1
+    return max(len(Plan.load(workdir).channels), 1)
 
 
 def _series(path: Path, beside: Mapping[str, Path], how: DicomSeries) -> list[Case]:
@@ -213,6 +251,7 @@ def _predict_all(
     cases: Sequence[Case],
     names: Mapping[str, str],
     out: Path,
+    tables: Path,
     overwrite: bool,
 ) -> Found:
     """Predicts one after the other; where there is one process, tables grow as it goes."""
@@ -221,7 +260,7 @@ def _predict_all(
     alone = barrier.place() == (0, 1)
     for index, case in enumerate(cases, start=1):
         name = names[case.id]
-        target = out / f"{name}.nii.gz"
+        target = out / f"{name}{scan.ending(case.image)}"
         try:
             row = None if overwrite else predict.finished(case, target, name)
             if row is None:
@@ -229,7 +268,7 @@ def _predict_all(
                     row = predict(case, target, name)
             found.rows.append(row)
             if alone:
-                _write_tables(out, found.rows)
+                _write_tables(tables, found.rows)
         except faults.WriteError as error:
             found.fault = faults.explain(error) or str(error)
             logger.error("scan %d of %d, %s: %s", index, len(cases), name, found.fault)
@@ -241,7 +280,7 @@ def _predict_all(
             continue
         left = (time.monotonic() - begun) / index * (len(cases) - index)
         took = "there already" if row.seconds is None else f"{row.seconds:.1f} s"
-        volume = sum(row.ml.values())
+        volume = row.total_ml
         logger.info(
             "scan %d of %d, %s: %.1f mL, %s, %.0f s left",
             *(index, len(cases), name, volume, took, left),
@@ -255,6 +294,9 @@ def _predict_all(
 def _write_tables(out: Path, rows: Sequence[ScanVolumes]) -> None:
     write_records(out / "volumes.csv", [row.flat() for row in rows], line_end="\n")
     listed = [vars(row) | {"ml": dict(row.ml)} for row in rows]
+    for row in listed:
+        if row["all_ml"] is None:  # of classes it is their sum
+            del row["all_ml"]
     files.write_json(out / "volumes.json", {"notice": NOTICE, "unit": "mL", "scans": listed})
 
 
@@ -265,7 +307,7 @@ def _facts(run: Run, step: int, networks: tuple[str, ...]) -> dict[str, Any]:
         "notice": NOTICE,
         "step": step,
         "networks": networks,
-        "classes": run.classes,
+        "classes": run.labels.names,
         "split": None if config.predict.images else config.predict.split,
         "mirror": config.infer.mirror_axes if config.infer.mirror else (),
         "tile": run.patch,
