@@ -1,6 +1,7 @@
 """The plan of a data set, from what was measured of its training cases."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -65,27 +66,19 @@ def make_plan(
     statistics = [_statistics(one) for one in drawn.reshape(len(drawn), -1).T]
     labels = labels or Labels(classes)
     masked = uses_mask(modality, [fact.relative_size for fact in facts])
-    if configuration != FULL:
-        theirs = make_plans(
-            spacings,
-            shapes,
-            planner=planner,
-            spacing_mm=np.asarray(target),
-            transpose=transpose,
-            num_classes=planned_labels(labels),
-        )
+    fitting = {
+        "planner": planner,
+        "spacing_mm": np.asarray(target),
+        "transpose": transpose,
+        "num_classes": planned_labels(labels),
+    }
+    if configuration == FULL:
+        network = network_for(spacings, shapes, **fitting)
+    else:
+        theirs = make_plans(spacings, shapes, **fitting)
         network, spacing, _ = from_nnunet_plans(theirs, configuration)
         a, b, c = (spacing[transpose.index(axis)] for axis in range(3))
         target = a, b, c
-    else:
-        network = network_for(
-            spacings,
-            shapes,
-            planner=planner,
-            spacing_mm=np.asarray(target),
-            transpose=transpose,
-            num_classes=planned_labels(labels),
-        )
     planar = configuration == PLANAR
     resampled = [_resampled(fact, target, transpose[0] if planar else None) for fact in facts]
     median = np.median(resampled, axis=0)
@@ -105,14 +98,20 @@ def make_plan(
         license=license,
         notes=notes,
         use_mask_for_norm=masked and not channels,
-        channels=tuple(
-            Channel(name, scheme, measured, masked and scheme == Z_SCORES)
-            for (name, scheme), measured in zip(channels, statistics, strict=bool(channels))
-        ),
+        channels=_channels(channels, statistics, masked),
         regions=labels.regions,
         region_order=labels.region_order,
         ignore=labels.ignore,
         planar=planar,
+    )
+
+
+def _channels(
+    named: Sequence[tuple[str, str]], statistics: Sequence[Any], masked: bool
+) -> tuple[Channel, ...]:
+    return tuple(
+        Channel(name, scheme, measured, masked and scheme == Z_SCORES)
+        for (name, scheme), measured in zip(named, statistics, strict=bool(named))
     )
 
 
