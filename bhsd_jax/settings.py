@@ -96,6 +96,9 @@ class Predict:
     probabilities: Annotated[
         bool, "also write <case>_probabilities.npz, with names of classes and axes, and the affine"
     ] = False
+    nnunet_probabilities: Annotated[
+        bool, "also write <case>.npz and <case>.pkl, as nnU-Net's save_probabilities"
+    ] = False
     calibrated: Annotated[bool, "probabilities at the temperature of `calibrate`"] = False
     confidence: Annotated[
         bool,

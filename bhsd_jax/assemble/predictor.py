@@ -28,6 +28,7 @@ from bhsd_jax.infer import ensemble
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import postprocessing
+from bhsd_jax.nnunet import saved_probabilities
 from bhsd_jax.platform import allocator, budget, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import mesh as meshes
@@ -59,6 +60,7 @@ class Predictor:
     temperature: float = 1.0  # of the probabilities
     trust: Trust | None = None  # says how far to trust a label map; None: nothing is said
     meaning: Labels | None = None  # of outputs and values; None: plain classes
+    nnunet_probabilities: bool = False  # also write them as nnU-Net does
 
     @property
     def labels(self) -> Labels:
@@ -95,15 +97,18 @@ class Predictor:
         grid, finish = prepared.grid, partial(postprocessing.apply, rules=self.rules)
         series = case.image if isinstance(case.image, Series) else None
         fractional = series is not None and self.seg == "fractional"
-        needed = self.probabilities or fractional or self.others or upright.is_needed(own)
+        asked = self.probabilities or fractional or self.nnunet_probabilities
+        needed = asked or self.others or upright.is_needed(own)
         chances = None
         if needed or not own.is_on(grid):
             logits = self.logits(prepared.channels_last, name)
             label = finish(own.label(logits, grid, self.labels))
-            if self.probabilities or fractional:
+            if asked:
                 chances = own.probabilities(self.tempered(logits), grid, self.labels)
             if self.probabilities and chances is not None:
                 self.chances(chances, own.affine).save(probabilities.beside(target))
+            if self.nnunet_probabilities and chances is not None:
+                saved_probabilities.write(target, case.image, grid, chances)
             if upright.is_needed(own):
                 upright.write(target, case.image, own, label, logits, grid, self.labels, finish)
         else:  # voxel by voxel the network's own, so that no logits need be kept
@@ -181,6 +186,9 @@ class Predictor:
         except UserError as error:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
+            return None
+        shape = self.labels.outputs, *label.voxels.shape
+        if self.nnunet_probabilities and not saved_probabilities.is_whole(target, shape):
             return None
         seg = segmentation.place(target)
         if self.seg and isinstance(case.image, Series) and not segmentation.is_whole(seg, self.seg):
@@ -312,6 +320,7 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         seg=config.predict.dicom.seg,
         maker=segmentation.Maker(f"{config.objective['name']} on {run.plan.dataset}"),
         meaning=run.labels,
+        nnunet_probabilities=config.predict.nnunet_probabilities,
     )
 
 

@@ -112,6 +112,18 @@ def write(path: Path, label: UInt8[np.ndarray, "D H W"], like: Path) -> None:
     _save(path, lambda place: itk.WriteImage(made, str(place), True))
 
 
+def planar_place(path: Path) -> dict[str, tuple[float, ...]] | None:
+    """ITK's spacing, origin and direction of a file of two axes that has them; None of another."""
+    if ending(path) not in _ITK:
+        return None
+    image = _image(_library("SimpleITK", path), path)
+    if image.GetDimension() != 2:
+        return None
+    names = ("spacing", "origin", "direction")
+    values = image.GetSpacing(), image.GetOrigin(), image.GetDirection()
+    return {name: tuple(value) for name, value in zip(names, values, strict=True)}
+
+
 def _read_itk(path: Path, kind: str) -> tuple[Num[np.ndarray, "..."], Float[np.ndarray, "4 4"]]:
     itk = _library("SimpleITK", path)
     image = _image(itk, path)

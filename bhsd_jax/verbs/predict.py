@@ -105,6 +105,7 @@ def _require_possible(settings: Predict, cases: Sequence[Case]) -> None:
         return
     for asked, flag in (
         (settings.probabilities, "probabilities"),
+        (settings.nnunet_probabilities, "nnunet_probabilities"),
         (settings.dicom.seg == "fractional", "dicom.seg=fractional"),
     ):
         if asked:
@@ -115,8 +116,13 @@ def _require_possible(settings: Predict, cases: Sequence[Case]) -> None:
 
 
 def _require_classes(run: Run) -> None:
-    """Refuses what is not defined for regions."""
+    """Refuses what is not defined for regions, and what nnU-Net's reader would misplace."""
     settings = run.config.predict
+    if settings.nnunet_probabilities and run.plan.axes not in ("file", "SPL"):
+        raise UserError(
+            f"config.predict.nnunet_probabilities: the plan's axes are {run.plan.axes}, those of a "
+            "reader that turns scans, which is not supported; leave them out"
+        )
     if not run.labels.regions:
         return
     for asked, flag in (
