@@ -31,8 +31,9 @@ class Predictor:
     """Networks of one or several runs, applied to scans in memory.
 
     Arrays are [i, j, k] with an affine from (i, j, k, 1) to mm in RAS+, as nibabel has them, in
-    whatever direction the axes run. CT is in HU. Any number of threads may use one predictor;
-    after `warm_up` none of them waits for the network to be compiled.
+    whatever direction the axes run; of several input channels [i, j, k, channel]. CT is in HU. Any
+    number of threads may use one predictor; after `warm_up` none of them waits for the network to
+    be compiled.
     """
 
     def __init__(self, networks: predictor.Predictor, members: tuple[Member, ...]):
@@ -76,7 +77,8 @@ class Predictor:
     def warm_up(self) -> None:
         """Compiles the networks, by applying them to a scan of one tile."""
         for one in (self._networks, *self._networks.others):
-            blank = np.full((*one.window.tile, 1), one.fill, np.float32)
+            channels = max(len(one.plan.channels), 1)
+            blank = np.full((*one.window.tile, channels), one.fill, np.float32)
             one.window.logits(one.networks, blank, fill=one.fill)
 
     def __call__(self, voxels: np.ndarray, affine: np.ndarray) -> UInt8[np.ndarray, "I J K"]:
@@ -90,8 +92,9 @@ class Predictor:
 
     def predict(self, voxels: np.ndarray, affine: np.ndarray) -> "Prediction":
         """The networks' answer, of which label map and probabilities can be had; as a call is."""
-        volume = _volume(voxels, affine)
-        image, grid, findings = prepare_volume(volume, self._networks.plan)
+        plan = self._networks.plan
+        volume, *further = _channels(voxels, affine, len(plan.channels))
+        image, grid, findings = prepare_volume(volume, plan, further)
         logits = self._networks.logits(image, volume.case)
         return Prediction(self._networks, logits, grid, tuple(one.text for one in findings))
 
@@ -107,14 +110,15 @@ class Prediction:
 
     @cached_property
     def labels(self) -> UInt8[np.ndarray, "I J K"]:
-        """The likeliest class of every voxel."""
-        label = geometry.argmax_from_grid(self._logits, self._grid)
+        """The likeliest class of every voxel, or the regions it is in."""
+        label = geometry.label_of_logits(self._logits, self._grid, self._networks.labels)
         return np.ascontiguousarray(label.transpose(2, 1, 0))
 
     @cached_property
     def probabilities(self) -> Probabilities:
-        """Probabilities of all classes with their names and the affine; `save` writes a file."""
-        values = geometry.probabilities_from_grid(self._networks.tempered(self._logits), self._grid)
+        """Of all classes or regions, with their names and the affine; `save` writes a file."""
+        tempered, meaning = self._networks.tempered(self._logits), self._networks.labels
+        values = geometry.probabilities_of_logits(tempered, self._grid, meaning)
         return self._networks.chances(values, np.asarray(self._grid.native_affine))
 
 
@@ -154,6 +158,18 @@ def show(
     label = np.asarray(labels, np.uint8).transpose(2, 1, 0)
     around = Viewer("", "", "", tuple(classes)[1:])
     return notebook.widget(of_arrays(entry, volume, [label]), around)
+
+
+def _channels(voxels: np.ndarray, affine: np.ndarray, count: int) -> list[Volume]:
+    """The channels of a scan in memory, of which the network takes so many; 0 is one."""
+    voxels = np.asarray(voxels)
+    if count < 2:
+        return [_volume(voxels, affine)]
+    if voxels.ndim != 4 or voxels.shape[3] != count:
+        raise UserError(
+            f"the network takes {count} channels, [i, j, k, {count}]; got {voxels.shape}"
+        )
+    return [_volume(one, affine) for one in np.moveaxis(voxels, 3, 0)]
 
 
 def _volume(voxels: np.ndarray, affine: np.ndarray) -> Volume:

@@ -44,6 +44,7 @@ class Kind(enum.StrEnum):
     SPACING = "impossible spacing"
     AFFINE = "impossible affine"
     TOO_LARGE = "spacing that makes a scan too large"
+    CHANNELS = "channels that do not go together"
 
     # Of a mask.
     MASK_EMPTY = "empty mask"

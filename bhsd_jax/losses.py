@@ -98,6 +98,18 @@ def soft_dice(
     truth = jax.nn.one_hot(label, logits.shape[-1], dtype=jnp.float32)
     if not background:
         prob, truth = prob[..., 1:], truth[..., 1:]
+    return _coefficient(prob, truth, valid, batch=batch, squared=squared, smooth=smooth)
+
+
+def _coefficient(
+    prob: Float[Array, "B D H W C"],
+    truth: Float[Array, "B D H W C"],
+    valid: Bool[Array, "B D H W"] | None,
+    *,
+    batch: bool,
+    squared: bool,
+    smooth: tuple[float, float],
+) -> Float[Array, "*rows C"]:
     if valid is not None:
         prob, truth = prob * valid[..., None], truth * valid[..., None]
     axes = (0, 1, 2, 3) if batch else (1, 2, 3)
@@ -181,6 +193,50 @@ class DiceCE:
             return label, None
         valid = label != self.ignore
         return jnp.where(valid, label, 0), valid
+
+
+@dataclass(frozen=True)
+class DiceBCE(DiceCE):
+    """Binary cross entropy plus soft Dice loss of regions, which may overlap.
+
+    Every output is a region, the union of some values of the label map. Voxels to ignore count in
+    neither part; where there may be any, the cross entropy is the sum over regions, else the mean.
+
+    Source: nnU-Net v2.8.1, `DC_and_BCE_loss`.
+    """
+
+    regions: tuple[tuple[int, ...], ...] = ()  # values of each output
+
+    def cross_entropy(
+        self, logits: Float[Array, "B D H W R"], label: Int[Array, "B D H W"]
+    ) -> Scalar:
+        """The cross-entropy part, unweighted."""
+        label, valid = self._split(label)
+        x, truth = logits.astype(jnp.float32), self._truth(label)
+        nats = jnp.maximum(x, 0) - x * truth + jnp.log1p(jnp.exp(-jnp.abs(x)))
+        if valid is None:
+            return nats.mean()
+        return (nats * valid[..., None]).sum() / jnp.maximum(valid.sum(), 1e-8)
+
+    def dice(self, logits: Float[Array, "B D H W R"], label: Int[Array, "B D H W"]) -> Scalar:
+        """The Dice part, unweighted."""
+        label, valid = self._split(label)
+        below = self.smooth if self.smooth_denominator is None else self.smooth_denominator
+        coefficient = _coefficient(
+            jax.nn.sigmoid(logits.astype(jnp.float32)),
+            self._truth(label),
+            valid,
+            batch=self.batch_dice,
+            squared=self.squared,
+            smooth=(self.smooth, below),
+        )
+        return (float(self.from_one) - coefficient).mean()
+
+    def _truth(self, label: Int[Array, "B D H W"]) -> Float[Array, "B D H W R"]:
+        regions = [
+            jnp.stack([label == value for value in values]).any(0) for values in self.regions
+        ]
+        return jnp.stack(regions, axis=-1).astype(jnp.float32)
 
 
 def head_weights(heads: int) -> tuple[float, ...]:

@@ -97,6 +97,9 @@ class Predict:
     probabilities: Annotated[
         bool, "also write <case>_probabilities.npz, with names of classes and axes, and the affine"
     ] = False
+    nnunet_probabilities: Annotated[
+        bool, "also write <case>.npz and <case>.pkl, as nnU-Net's save_probabilities"
+    ] = False
     calibrated: Annotated[bool, "probabilities at the temperature of `calibrate`"] = False
     confidence: Annotated[
         bool,
@@ -113,6 +116,12 @@ class Predict:
         float, "from how many mL on a scan is said to have a kind of bleed", NOT_NEGATIVE
     ] = 0.1
     overwrite: Annotated[bool, "False: keep label maps that are there, go on with the rest"] = True
+    part_id: Annotated[
+        int, "which of num_parts jobs this is, from 0: it predicts every num_parts-th", NOT_NEGATIVE
+    ] = 0
+    num_parts: Annotated[
+        int, "jobs on one folder of label maps; each has its tables in <out>/part_I_of_N", COUNT
+    ] = 1
     show_ids: Annotated[
         bool | None, "names of scans in outputs; None: NIfTI's, but not DICOM's"
     ] = None

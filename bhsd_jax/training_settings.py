@@ -30,7 +30,9 @@ class Preprocess:
     plan: Annotated[
         str, "a plans.json of nnU-Net to take instead, spacing and all; empty: make one"
     ] = ""
-    configuration: Annotated[str, "of that plans.json: 3d_fullres or 3d_lowres"] = "3d_fullres"
+    configuration: Annotated[
+        str, "of nnU-Net's plan, that one or ours: 3d_fullres, 3d_lowres or 2d"
+    ] = "3d_fullres"
     crop_hu: Annotated[
         float | None,
         "box of the largest component above this many HU; None: nnU-Net's non-zero voxels",

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from bhsd_jax.defects import Finding
+from bhsd_jax.labels import Labels, Region
 from bhsd_jax.platform import files
 
 Shape = tuple[int, int, int]
@@ -121,7 +122,15 @@ class Masks:
     values: tuple[int, ...] = ()  # class by value in the files; (): as they are
 
 
-Image = Path | Series  # where a scan lies
+@dataclass(frozen=True)
+class Channels:
+    """A scan of several input channels: one file each, or one file that holds them all."""
+
+    files: tuple[Path, ...]  # in the order of the channels
+    count: int  # of channels
+
+
+Image = Path | Series | Channels  # where a scan lies
 Label = Path | Masks  # where its label map lies
 
 
@@ -166,6 +175,16 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Channel:
+    """How one of several input channels is normalized, before it is resampled."""
+
+    name: str
+    scheme: str  # nnU-Net's class: a key of `ct.channels.SCHEMES`
+    foreground: tuple[float, float, float, float]  # 0.5 %, mean, std, 99.5 % inside labels
+    masked: bool = False  # z-scores of the voxels where a channel is not 0; all others stay 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """What preprocessing decided and did: facts about the shards, which training never changes."""
 
@@ -187,6 +206,16 @@ class Plan:
     use_mask_for_norm: bool = False  # MR: z-scores of the non-zero voxels; all others stay 0
     repaired: bool = False  # with `normalize_first`: CT is put into HU all the same
     law: str = "faces"  # of resampling, see `Grid`; with "centers" nothing is cropped
+    channels: tuple[Channel, ...] = ()  # of scans that have several, or another normalization
+    regions: tuple[Region, ...] = ()  # as in `Labels`, and so the next two
+    region_order: tuple[int, ...] = ()
+    ignore: int | None = None
+    planar: bool = False  # 2D: slices stay as far apart as they are, and patches are single ones
+
+    @property
+    def labels(self) -> Labels:
+        """What the values of its label maps mean."""
+        return Labels(self.classes, self.regions, self.region_order, self.ignore)
 
     @property
     def normalized_before(self) -> bool:
@@ -194,16 +223,21 @@ class Plan:
         return self.normalize_first or self.modality == "mr"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        return dataclasses.asdict(self)
+        """Plain lists and numbers; what few plans have is left out of the others."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in _RARE or v != _RARE[k]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Plan":
         """Undoes `to_json`, also after a trip through a JSON file."""
         values = dict(data)
         network = {key: _tuples(value) for key, value in values.pop("network").items()}
+        channels = tuple(
+            Channel(**{key: _tuples(value) for key, value in one.items()})
+            for one in values.pop("channels", ())
+        )
         values = {key: _tuples(value) for key, value in values.items()}
-        return cls(network=Network(**network), **values)
+        return cls(network=Network(**network), channels=channels, **values)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -221,11 +255,16 @@ class Plan:
         return files.read_json(path, cls.from_json, remedy=remedy)
 
 
+_RARE = {"channels": (), "regions": (), "region_order": (), "ignore": None, "planar": False}
+
+
 @runtime_checkable
 class Dataset(Protocol):
     """A data set on disk, as each module in `datasets/` offers it.
 
-    One that looks for defects has `survey() -> Survey` too; `cases` are then the survey's.
+    One that looks for defects has `survey() -> Survey` too; `cases` are then the survey's. One that
+    has more than plain classes has `labels: Labels`, and one whose scans have several channels
+    `channels: tuple[tuple[str, str], ...]`, name and normalization of each.
     """
 
     name: str
@@ -236,6 +275,12 @@ class Dataset(Protocol):
     def cases(self) -> Iterator[Case]:
         """All cases, sorted by id; unique ids; patients disjoint across splits."""
         ...
+
+
+def labels_of(dataset: Dataset) -> Labels:
+    """What the values of a data set's label maps mean."""
+    found = getattr(dataset, "labels", None)  # of a folder, the name of a preset
+    return found if isinstance(found, Labels) else Labels(tuple(dataset.classes))
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:

@@ -33,8 +33,8 @@ class Normalization:
         if min(self.scale) <= 0 or any(a >= b for a, b in zip(self.low, self.high, strict=True)):
             raise UserError(f"Normalization: needs scale > 0 and low < high; got {self}")
 
-    def __call__(self, image: Num[Array, "*B D H W 1"]) -> Float[Array, "*B D H W C"]:
-        """Float32 channels of a raw image; any leading axes."""
+    def __call__(self, image: Num[Array, "*B D H W c"]) -> Float[Array, "*B D H W C"]:
+        """Float32 channels of a raw image of one channel, or of as many; any leading axes."""
         import jax.numpy as jnp  # here, because verbs that only name the channels need no JAX
 
         low, high, shift, scale = (
@@ -72,13 +72,14 @@ class Normalization:
 
     @classmethod
     def from_plan(
-        cls, modality: str, foreground: tuple[float, float, float, float]
+        cls, modality: str, foreground: tuple[float, float, float, float], channels: int = 1
     ) -> "Normalization":
         """nnU-Net's: CT by the statistics of the lesions, MR not at all (stored z-scored).
 
         Args:
             modality: "ct" or "mr".
             foreground: 0.5 percentile, mean, standard deviation, 99.5 percentile.
+            channels: Of a stored scan; for "mr".
 
         Raises:
             ValueError: If the modality is another.
@@ -86,7 +87,8 @@ class Normalization:
         Source: nnU-Net v2 2.8.1, `CTNormalization`.
         """
         if modality == "mr":
-            return cls((-math.inf,), (math.inf,), (0.0,), (1.0,))
+            kept = ((-math.inf,), (math.inf,), (0.0,), (1.0,))
+            return cls(*(field * channels for field in kept))
         if modality != "ct":
             raise UserError(f"windows: no modality {modality!r}; choose 'ct' or 'mr'")
         low, mean, deviation, high = (float(value) for value in foreground)

@@ -31,7 +31,16 @@ class Member:
 
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "nibabel", "pydicom")
-_PLACES = ("images", "out", "runs", "show_ids", "overwrite", "report")  # no options of the answer
+_PLACES = (
+    "images",
+    "out",
+    "runs",
+    "show_ids",
+    "overwrite",
+    "report",
+    "part_id",
+    "num_parts",
+)  # no options of the answer
 
 
 def of_prediction(run: Run, members: Sequence[Member]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from bhsd_jax.ct import midline, plausibility, scan
 from bhsd_jax.ct.own_slices import OwnSlices
+from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import measure
 from bhsd_jax.metrics.measure import Lesion
 from bhsd_jax.volume import Case, Plan, Volume
@@ -27,12 +28,18 @@ class ScanVolumes:
     disagreement: float | None = None  # of the networks, 0 to 1; None: not asked for
     lesions: Sequence[Mapping[str, Any]] = field(default=())  # fields of `measure.Lesion`
     present_ml: float = 0.0  # from how much on a class is said to be there; never of nothing
+    all_ml: float | None = None  # of all regions together, which overlap; None: their sum
+
+    @property
+    def total_ml(self) -> float:
+        """Of all classes, or of all regions together."""
+        return sum(self.ml.values()) if self.all_ml is None else self.all_ml
 
     def flat(self) -> dict[str, Any]:
         """One value per column."""
         volumes = {f"{name}_ml": f"{value:.4f}" for name, value in self.ml.items()}
         seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
-        total = f"{sum(self.ml.values()):.4f}"
+        total = f"{self.total_ml:.4f}"
         tilt = {"tilt_deg": f"{self.tilt_deg:.2f}", "tilt_corrected": int(self.tilt_corrected)}
         last = {"seconds": seconds, "warning": self.warning, "unlike": self.unlike}
         last["disagreement"] = "" if self.disagreement is None else f"{self.disagreement:.4f}"
@@ -52,6 +59,8 @@ class ScanVolumes:
         """The same for `volumes.json`, numbers with all their digits."""
         plain = {one.name: getattr(self, one.name) for one in fields(self)}
         del plain["lesions"], plain["present_ml"]
+        if self.all_ml is None:  # their sum says as much
+            del plain["all_ml"]
         return plain | {"ml": dict(self.ml), "bleeds": self.bleeds()}
 
     def bleeds(self) -> dict[str, dict[str, Any]]:
@@ -96,9 +105,9 @@ class ScanVolumes:
 
 
 def lesions(
-    case: Case, own: OwnSlices, label: np.ndarray, plan: Plan, classes: Sequence[str]
+    case: Case, own: OwnSlices, label: np.ndarray, plan: Plan, labels: Labels
 ) -> list[Lesion]:
-    """The lesions of a label map on the scan's own slices; sides of head CT only.
+    """The lesions of every class or region on the scan's own slices; sides of head CT only.
 
     Raises:
         ValueError: If the scan has become unreadable.
@@ -107,7 +116,14 @@ def lesions(
         return []
     feed = case.table_feed and plan.modality == "ct"
     slices = measure.Slices(own.affine, own.steps, own.widths_mm, own.slice_ml(table_feed=feed))
-    return measure.lesions(label, classes, slices, _midline(case, plan))
+    middle = _midline(case, plan)
+    if not labels.regions:
+        return measure.lesions(label, labels.names, slices, middle)
+    found = []
+    for (name, _), mask in zip(labels.targets, labels.masks(label), strict=True):
+        named = (labels.names[0], name)
+        found += measure.lesions(mask.astype(np.uint8), named, slices, middle)
+    return found
 
 
 def _midline(case: Case, plan: Plan) -> np.ndarray | None:

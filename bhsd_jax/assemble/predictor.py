@@ -26,7 +26,9 @@ from bhsd_jax.ct.prepare import Prepared, hu_doubts, prepare_case
 from bhsd_jax.ct.probabilities import Probabilities
 from bhsd_jax.infer import ensemble
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
+from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import postprocessing
+from bhsd_jax.nnunet import saved_probabilities
 from bhsd_jax.platform import allocator, budget, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import mesh as meshes
@@ -48,7 +50,7 @@ class Predictor:
     networks: Sequence[Params]  # variables, all collections
     fill: float  # raw image value outside the scan
     plan: Plan
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # by value in label maps, background first
     probabilities: bool  # also write them
     others: tuple["Predictor", ...] = ()  # of further runs, averaged with this one's networks
     present_ml: float = 0.0  # from how much on a scan is said to have a bleed
@@ -57,6 +59,13 @@ class Predictor:
     rules: tuple[postprocessing.Rule, ...] = ()  # applied to every label map
     temperature: float = 1.0  # of the probabilities
     trust: Trust | None = None  # says how far to trust a label map; None: nothing is said
+    meaning: Labels | None = None  # of outputs and values; None: plain classes
+    nnunet_probabilities: bool = False  # also write them as nnU-Net does
+
+    @property
+    def labels(self) -> Labels:
+        """What the network's outputs and the values of label maps mean."""
+        return self.meaning or Labels(self.classes)
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
         """Writes `target`, its probabilities if asked for, and what `upright` says where needed.
@@ -78,7 +87,7 @@ class Predictor:
         scan.write(target, label, like=scan.native(case.image))
         seconds = time.monotonic() - begun
         row = self._row(case, name, own, label, affine, seconds, prepared.doubts)
-        measures = self.trust.of(prepared.image, prepared.grid) if self.trust else None
+        measures = self.trust.of(prepared.channels_last, prepared.grid) if self.trust else None
         return dataclasses.replace(row, **vars(measures)) if measures else row
 
     def _answer(
@@ -88,59 +97,64 @@ class Predictor:
         grid, finish = prepared.grid, partial(postprocessing.apply, rules=self.rules)
         series = case.image if isinstance(case.image, Series) else None
         fractional = series is not None and self.seg == "fractional"
-        needed = self.probabilities or fractional or self.others or upright.is_needed(own)
+        asked = self.probabilities or fractional or self.nnunet_probabilities
+        needed = asked or self.others or upright.is_needed(own)
         chances = None
         if needed or not own.is_on(grid):
-            logits = self.logits(prepared.image, name)
-            label = finish(own.label(logits, grid))
-            if self.probabilities or fractional:
-                chances = own.probabilities(self.tempered(logits), grid)
+            logits = self.logits(prepared.channels_last, name)
+            label = finish(own.label(logits, grid, self.labels))
+            if asked:
+                chances = own.probabilities(self.tempered(logits), grid, self.labels)
             if self.probabilities and chances is not None:
                 self.chances(chances, own.affine).save(probabilities.beside(target))
+            if self.nnunet_probabilities and chances is not None:
+                saved_probabilities.write(target, case.image, grid, chances)
             if upright.is_needed(own):
-                upright.write(target, case.image, own, label, logits, grid, finish)
+                upright.write(target, case.image, own, label, logits, grid, self.labels, finish)
         else:  # voxel by voxel the network's own, so that no logits need be kept
-            label = finish(geometry.label_from_grid(self._likeliest(prepared.image, name), grid))
+            likeliest = self._likeliest(prepared.channels_last, name)
+            label = finish(geometry.label_from_grid(likeliest, grid))
         if series is not None and self.seg:
             how = {"kind": self.seg, "maker": self.maker, "probabilities": chances}
             segmentation.write(segmentation.place(target), series, label, self.classes, **how)
         return label
 
     def logits(self, image: np.ndarray, name: str) -> Float[np.ndarray, "K D H W"]:
-        """Logits of a prepared scan [D H W], of all networks together.
+        """Logits of a prepared scan [D H W C], of all networks together.
 
         Raises:
             ValueError: If there is not enough memory, or the output is not finite.
         """
         self._require_memory(image, len(image) * (2 if self.others else 1))
         tell = Teller(name).tiles
-        mean = ensemble.MEANS[self.window.combine]
+        mean = ensemble.mean_for(self.window.combine, regions=bool(self.labels.regions))
         return mean(
             (
-                one.window.logits(one.networks, image[..., None], fill=one.fill, progress=tell),
+                one.window.logits(one.networks, image, fill=one.fill, progress=tell),
                 len(one.networks),
             )
             for one in (self, *self.others)
         )
 
     def tempered(self, logits: Float[np.ndarray, "K D H W"]) -> Float[np.ndarray, "K D H W"]:
-        """Logits of which the softmax is calibrated."""
+        """Logits of which the softmax, or of regions the sigmoid, is calibrated."""
         return logits if self.temperature == 1 else logits / np.float32(self.temperature)
 
     def chances(self, values: Float[np.ndarray, "K D H W"], affine: np.ndarray) -> Probabilities:
         """Class probabilities on a scan's own voxels, as files of them have the axes."""
-        return Probabilities(values.transpose(0, 3, 2, 1), self.classes, affine[:, [2, 1, 0, 3]])
+        named = self.labels.output_names
+        return Probabilities(values.transpose(0, 3, 2, 1), named, affine[:, [2, 1, 0, 3]])
 
     def _likeliest(self, image: np.ndarray, name: str) -> UInt8[np.ndarray, "D H W"]:
         self._require_memory(image, 2 * self.window.tile[0])
         tell = Teller(name).tiles
-        return self.window.labels(self.networks, image[..., None], fill=self.fill, progress=tell)
+        return self.window.labels(self.networks, image, fill=self.fill, progress=tell)
 
     def _require_memory(self, image: np.ndarray, rows: int) -> None:
         """Refuses a scan for the logits of which there is no room, before it is begun."""
         budget.require_memory(
-            4 * len(self.classes) * rows * math.prod(image.shape[1:]),
-            f"a scan of {' x '.join(map(str, image.shape))} voxels at "
+            4 * self.labels.outputs * rows * math.prod(image.shape[1:3]),
+            f"a scan of {' x '.join(map(str, image.shape[:3]))} voxels at "
             f"{' x '.join(f'{mm:.3g}' for mm in self.plan.spacing_mm)} mm",
             "use a machine that has more, or crop the scan",
         )
@@ -173,6 +187,9 @@ class Predictor:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
             return None
+        shape = self.labels.outputs, *label.voxels.shape
+        if self.nnunet_probabilities and not saved_probabilities.is_whole(target, shape):
+            return None
         seg = segmentation.place(target)
         if self.seg and isinstance(case.image, Series) and not segmentation.is_whole(seg, self.seg):
             return None
@@ -184,11 +201,12 @@ class Predictor:
     def _check(self, path: Path, label: Volume) -> None:
         """Refuses a file of probabilities that is damaged, or of another scan or run."""
         found = probabilities.load(path)
-        shape = len(self.classes), *label.voxels.shape[::-1]
-        if found.values.shape != shape or found.classes != self.classes:
+        named = self.labels.output_names
+        shape = len(named), *label.voxels.shape[::-1]
+        if found.values.shape != shape or found.classes != named:
             raise UserError(
                 f"{path}: holds {', '.join(found.classes)} {found.values.shape}, not "
-                f"{', '.join(self.classes)} {shape}"
+                f"{', '.join(named)} {shape}"
             )
 
     def _row(
@@ -206,10 +224,12 @@ class Predictor:
         tilt = shear.gantry_deg(affine) if ct else 0.0
         corrected = hu.tilt_corrected(affine, table_feed=feed)
         volumes = own.volumes_ml(label, len(self.classes), table_feed=feed)
-        ml = dict(zip(self.classes[1:], volumes[1:], strict=True))
-        found = [asdict(one) for one in measured.lesions(case, own, label, self.plan, self.classes)]
+        ml = {name: sum(volumes[v] for v in values) for name, values in self.labels.targets}
+        found = [asdict(one) for one in measured.lesions(case, own, label, self.plan, self.labels)]
         told = "; ".join(doubts)
-        facts = {"lesions": found, "present_ml": self.present_ml}
+        facts: dict[str, Any] = {"lesions": found, "present_ml": self.present_ml}
+        if self.labels.regions:
+            facts["all_ml"] = sum(volumes[1:])
         return ScanVolumes(name, float(tilt), seconds, ml, corrected, told, **facts)
 
 
@@ -279,13 +299,15 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         run.patch,
         step=config.infer.step,
         mirror=config.infer.mirror,
-        mirror_axes=config.infer.mirror_axes,
+        # Of a single slice the mirrored version is the slice.
+        mirror_axes=tuple(axis for axis in config.infer.mirror_axes if run.patch[axis] > 1),
         tiles_per_call=config.infer.tiles,
         law=config.infer.law,
         margin=margin,
         combine=config.predict.combine,
         # Of several processes each predicts scans of its own.
         mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,
+        regions=run.labels.region_order,
     )
     return Predictor(
         window=window,
@@ -297,6 +319,8 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         present_ml=config.predict.present_ml,
         seg=config.predict.dicom.seg,
         maker=segmentation.Maker(f"{config.objective['name']} on {run.plan.dataset}"),
+        meaning=run.labels,
+        nnunet_probabilities=config.predict.nnunet_probabilities,
     )
 
 

@@ -20,7 +20,8 @@ from bhsd_jax.build import build, find
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Cut
 from bhsd_jax.input.slices import Slices
-from bhsd_jax.losses import DiceCE
+from bhsd_jax.labels import Labels
+from bhsd_jax.losses import DiceBCE, DiceCE
 from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
@@ -52,6 +53,7 @@ class Recipe:
     rates: Callable[[Any], tuple[Any, Any]]
     cut: Cut
     raw_type: Any  # of the images in the shards: int16 HU, or float32
+    raw_channels: int  # of the images in the shards
     channels: int  # of the network's input
     labeled: int  # patches per step, all devices together
     unlabeled: int
@@ -64,9 +66,11 @@ class Recipe:
             return jax.ShapeDtypeStruct((count, *self.cut.source, *channel), kind)
 
         return Batch(
-            image=rows(self.labeled, self.raw_type, 1),
-            label=rows(self.labeled, jnp.int8),
-            unlabeled=rows(self.unlabeled, self.raw_type, 1) if self.unlabeled else None,
+            image=rows(self.labeled, self.raw_type, self.raw_channels),
+            label=rows(self.labeled, self.cut.label_type),
+            unlabeled=rows(self.unlabeled, self.raw_type, self.raw_channels)
+            if self.unlabeled
+            else None,
             slice_labels=self._slice_labels() if self.unlabeled and self.slices else None,
             inside=rows(self.unlabeled, jnp.int8) if self.unlabeled and self.cut.masked else None,
         )
@@ -116,7 +120,7 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
         objective=objective,
         optimizer=optimizer,
         schedule=schedule,
-        segmentation=DiceCE(**loss),
+        segmentation=_segmentation(loss, run.labels),
         augment=make_augment(
             run.normalization,
             spatial,
@@ -139,17 +143,28 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
         masked=config.input.outside == "masked" or of_scan,
         uniform=config.input.crop == "uniform",
         rot_flip=config.input.rot_flip,
+        annotated=run.labels.ignore is not None,
+        label_type="int8" if run.labels.values <= 128 else "int16",
     )
     return Recipe(
         parts=parts,
         rates=rates,
         cut=cut,
         raw_type=jnp.float32 if plan.normalized_before else jnp.int16,
+        raw_channels=run.raw_channels,
         channels=run.normalization.channels,
         labeled=run.labeled,
         unlabeled=run.unlabeled,
         slices=slices,
     )
+
+
+def _segmentation(settings: dict[str, Any], labels: Labels) -> DiceCE:
+    """The supervised loss of classes, or of regions."""
+    if not labels.regions:
+        return DiceCE(**settings, ignore=labels.ignore)
+    regions = tuple(values for _, values in labels.regions)
+    return DiceBCE(**settings, ignore=labels.ignore, regions=regions)
 
 
 def make_chains(run: Run, mesh: Mesh | None = None) -> tuple[SpatialChain, IntensityChain]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bhsd_jax.assemble import data
 from bhsd_jax.datasets.splits import Roles
+from bhsd_jax.labels import Labels
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.shards.store import Shards
@@ -46,6 +47,7 @@ class Run:
             own = folder / "plan.json"
             plan = Plan.load(own if own.is_file() else data.shards_folder(config, folder))
         d, h, w = config.input.patch or plan.network.patch
+        _require_plain_labels(config, plan)
         return cls(
             folder=folder,
             config=config,
@@ -55,6 +57,17 @@ class Run:
             labeled=config.input.labeled or plan.network.batch,
             unlabeled=config.input.unlabeled,
         )
+
+    @property
+    def raw_channels(self) -> int:
+        """Channels of a scan as it lies in the shards."""
+        return max(len(self.plan.channels), 1)
+
+    @property
+    def labels(self) -> Labels:
+        """What the values of label maps mean, and what the network is asked for."""
+        plain = self.plan.labels
+        return Labels(self.classes) if self.config.split.binary else plain
 
     @cached_property
     def normalization(self) -> Normalization:
@@ -70,8 +83,8 @@ class Run:
             return Normalization(*bounds, (0.0,), (1.0,))
         if windows == "plan":
             modality = "mr" if plan.normalize_first else plan.modality
-            return Normalization.from_plan(modality, plan.foreground)
-        if plan.normalize_first:
+            return Normalization.from_plan(modality, plan.foreground, self.raw_channels)
+        if plan.normalize_first or plan.channels:
             raise UserError(
                 "config.windows: this plan normalizes first, nothing is left in HU; 'plan'"
             )
@@ -91,3 +104,25 @@ class Run:
     def roles(self) -> tuple[Roles, list[str]]:
         """Case ids for training, validation and test; and a note on each wish that was adjusted."""
         return data.roles(self.config, self.folder)
+
+
+def _require_plain_labels(config: Settings, plan: Plan) -> None:
+    """Refuses what is not defined for regions, nor where masks leave voxels out.
+
+    Raises:
+        ValueError: Names the field.
+    """
+    if plan.labels.plain:
+        return
+    what = "regions" if plan.regions else f"a label to ignore, {plan.ignore}"
+    if config.split.binary:
+        raise UserError(
+            f"config.split.binary merges classes, but the masks of this data set have {what}; "
+            "set split.binary=False, or give it plain labels"
+        )
+    if config.input.unlabeled:
+        raise UserError(
+            f"config.input.unlabeled is {config.input.unlabeled}, but the masks of this data set "
+            f"have {what}: only supervised training is defined for them; set input.unlabeled=0 and "
+            "objective.name=supervised.Supervised"
+        )

@@ -35,7 +35,8 @@ class Trust:
     views: tuple[View, ...] = ()  # none: disagreement is not wanted
 
     def of(self, image: np.ndarray, grid: Grid) -> "Measures":
-        """Of a prepared scan [D H W]."""
+        """Of a prepared scan [D H W C], or [D H W] of one channel."""
+        image = image if image.ndim == 4 else image[..., None]
         told = "; ".join(unlike.sentences(image, grid, self.plan, self.seen))
         return Measures(told, self._disagreement(image) if self.views else None)
 
@@ -75,4 +76,4 @@ def make(run: Run, networks: Sequence[tuple[SlidingWindow, Sequence[Params], flo
 
 
 def _mask(view: View, image: np.ndarray) -> np.ndarray:
-    return view.window.labels([view.network], image[..., None], fill=view.fill) > 0
+    return view.window.labels([view.network], image, fill=view.fill) > 0

@@ -15,6 +15,7 @@ from scipy.special import softmax
 from bhsd_jax.assemble.recipe import Recipe
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.infer.sliding import SlidingWindow
+from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import overlap
 from bhsd_jax.platform import allocator
 from bhsd_jax.shards.store import Shards
@@ -38,7 +39,7 @@ class Validation:
     fill: tuple[float, ...]
     shards: Shards
     cases: Sequence[str]
-    classes: tuple[str, ...]
+    labels: Labels
     binary: bool
     log: Log
     asked: Callable[[], bool]  # whether the run is to stop; processes ask equally often
@@ -69,6 +70,7 @@ class Validation:
             law=config.infer.law,
             # Of several processes each has a case of its own, which the others cannot wait for.
             mesh=mesh if mesh.size > 1 and jax.process_count() == 1 else None,
+            regions=run.labels.region_order,
         )
         return cls(
             window=window,
@@ -78,11 +80,16 @@ class Validation:
             fill=run.normalization.fill(config.input.pad),
             shards=run.shards,
             cases=tuple(cases)[: config.train.validate_cases],
-            classes=run.classes,
+            labels=run.labels,
             binary=config.split.binary,
             log=log,
             asked=asked,
         )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Background, then what is scored."""
+        return self.labels.names
 
     def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Writes Dice by nnU-Net's rule, averaged over cases.
@@ -154,9 +161,11 @@ class Validation:
     def _case(self, networks: dict[str, Params], case: str) -> np.ndarray:
         """Dice [network, foreground class]; the twins' ensemble comes last."""
         prepared = self.shards.load(case)
-        image = np.asarray(self.normalize(prepared.image[..., None]))
+        image = np.asarray(self.normalize(prepared.channels_last))
         assert prepared.label is not None  # validation cases have masks
         reference = np.minimum(prepared.label, 1) if self.binary else prepared.label
+        if not self.labels.plain:
+            return self._targets(networks, image, prepared.label)
         predicted, together = [], 0.0
         for name, params in networks.items():
             if name not in self.twins:
@@ -170,6 +179,18 @@ class Validation:
         return np.stack(
             [overlap.dice_per_class(each, reference, len(self.classes)) for each in predicted]
         )
+
+    def _targets(
+        self, networks: dict[str, Params], image: np.ndarray, reference: np.ndarray
+    ) -> np.ndarray:
+        """The same where outputs are regions, or masks leave voxels out."""
+        rows = []
+        for params in networks.values():
+            logits = self.window.logits([params], image, fill=self.fill)
+            predicted = self.labels.of_logits(logits)
+            counts = overlap.count_targets(reference, predicted, self.labels)
+            rows.append([each.dice for each in counts])
+        return np.array(rows)
 
 
 def _mean(values: Any) -> float:

@@ -34,7 +34,7 @@ def model(run: Run) -> Any:
         offered["patch"] = run.patch
     accepted = inspect.signature(made).parameters
     fields = {k: v for k, v in offered.items() if k in accepted} | spec
-    fields["num_classes"] = len(run.classes)
+    fields["num_classes"] = run.labels.outputs
     require_arguments(f"{_MODELS}.{name}", made, fields)
     if for_plan is None:
         return made(**fields)

@@ -1,6 +1,7 @@
 """From a scan's own voxels to the prepared grid, and exactly back."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float, Float32, Num, Shaped, UInt8
@@ -8,6 +9,7 @@ from scipy import ndimage, optimize, special
 
 from bhsd_jax.ct import centers, resample
 from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.labels import Labels
 from bhsd_jax.volume import Grid, Millimeters, Shape, Volume, bounding_box
 
 # Where an axis runs in the world (x to the right, y anterior, z superior), by its letter.
@@ -242,6 +244,54 @@ def _nearest_center(
     sizes = turned.shape, grid.native_spacing_mm, grid.spacing_mm
     turned[...] = centers.from_centers(voxels, *sizes, grid.flip, outside)
     return native
+
+
+def label_of_logits(
+    logits: Float[np.ndarray, "K _ _ _"], grid: Grid, labels: Labels | None = None
+) -> UInt8[np.ndarray, "_ _ _"]:
+    """The label map on the scan's own voxels; 0 outside the crop.
+
+    Of classes `argmax_from_grid`'s. A voxel is in a region whose probability is above one half;
+    later regions are written over earlier ones.
+
+    Raises:
+        ValueError: If the shape is not the grid's, or there are more than 256 classes.
+
+    Source: nnU-Net v2.8.1, `LabelManager.convert_probabilities_to_segmentation`.
+    """
+    if labels is None or not labels.regions:
+        return argmax_from_grid(logits, grid)
+    native = np.zeros(grid.native_shape, np.uint8)
+    native_box(native, grid)[...] = labels.assemble(one > 0 for one in _cropped(logits, grid))
+    return native
+
+
+def probabilities_of_logits(
+    logits: Float[np.ndarray, "K _ _ _"], grid: Grid, labels: Labels | None = None
+) -> Float32[np.ndarray, "K _ _ _"]:
+    """Probability of every class or region on the scan's own voxels.
+
+    Outside the crop background is 1, of classes; regions are 0.
+
+    Raises:
+        ValueError: If the shape is not the grid's.
+    """
+    if labels is None or not labels.regions:
+        return probabilities_from_grid(logits, grid)
+    native = np.zeros((len(logits), *grid.native_shape), np.float32)
+    for one, whole in zip(_cropped(logits, grid), native, strict=True):
+        native_box(whole, grid)[...] = special.expit(one)
+    return native
+
+
+def _cropped(
+    logits: Float[np.ndarray, "K _ _ _"], grid: Grid
+) -> Iterator[Float[np.ndarray, "_ _ _"]]:
+    """Each channel on the scan's voxels inside the crop."""
+    _check_shape(logits.shape[1:], grid.shape, "prepared")
+    axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
+    for one in logits:
+        yield resample.resample_linear(one, grid.cropped_shape, axis)
 
 
 def _crop_box(

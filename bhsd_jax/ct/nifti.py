@@ -58,6 +58,22 @@ def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Volume:
     return Volume(voxels=voxels, affine=affine, case=case_name(path))
 
 
+def read_channels(
+    path: str | Path, channels: int, *, max_bytes: int = MAX_BYTES
+) -> tuple[Volume, ...]:
+    """Reads one scan whose fourth axis is that of its channels: a volume for each, as by `read`.
+
+    Raises:
+        Refusal: As by `read`; or if it has another number of channels.
+        FileNotFoundError: If there is no such file.
+    """
+    path = Path(path)
+    with _naming(path):
+        header, voxels = _load(path, max_bytes, channels)
+        affine = nifti_header.affine(header)
+    return tuple(Volume(voxels=one, affine=affine, case=case_name(path)) for one in voxels)
+
+
 def read_label(
     path: str | Path, image: Volume, *, num_classes: int | None
 ) -> tuple[Volume, list[Finding]]:
@@ -125,12 +141,15 @@ def repairs(path: Path) -> list[Finding]:
         return nifti_header.repairs(nifti_header.parse(stream))
 
 
-def write(path: str | Path, voxels: Num[np.ndarray, "D H W"], like: str | Path) -> None:
+def write(
+    path: str | Path, voxels: Num[np.ndarray, "D H W"], like: str | Path, channels: int = 1
+) -> None:
     """Writes `voxels`, in the native order of the scan file `like`, onto the grid of that file.
 
     All geometry fields are copied bit for bit, so that any reader places both alike; nothing else
     is: no text, no extension, no scale factors. Gzip by suffix, without a time stamp: equal input
-    gives equal bytes. The file appears whole or not at all; missing folders are made.
+    gives equal bytes. `channels` are those along the fourth axis of `like`. The file appears whole
+    or not at all; missing folders are made.
 
     Raises:
         ValueError: If the shapes differ, `like` is no NIfTI, or NIfTI cannot hold the type.
@@ -139,7 +158,7 @@ def write(path: str | Path, voxels: Num[np.ndarray, "D H W"], like: str | Path) 
     like = Path(like)
     with _naming(like), _stream(like) as (stream, _):
         source = nifti_header.parse(stream)
-        shape = nifti_header.shape(source)
+        shape = nifti_header.shape(source, channels)
     if voxels.shape != shape:
         raise UserError(f"{path}: voxels have shape {voxels.shape}, but {like} has {shape}")
     header = type(source)(endianness="<")
@@ -202,10 +221,13 @@ def _stream(path: Path) -> Iterator[tuple[BufferedIOBase, int]]:
             yield unpacked, size * _DEFLATE_RATIO
 
 
-def _load(path: Path, max_bytes: int) -> tuple[Nifti1Header, np.ndarray]:
+def _load(path: Path, max_bytes: int, channels: int = 1) -> tuple[Nifti1Header, np.ndarray]:
+    """Header and voxels: [D H W], or [C D H W] of several channels."""
     with _stream(path) as (stream, room):
         header = nifti_header.parse(stream)
-        shape, dtype = nifti_header.shape(header), nifti_header.voxel_type(header)
+        shape: tuple[int, ...] = nifti_header.shape(header, channels)
+        shape = (channels, *shape) if channels > 1 else shape
+        dtype = nifti_header.voxel_type(header)
         offset = nifti_header.offset(header)
         wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if offset + wanted > max_bytes:
@@ -263,6 +285,15 @@ def _scaled(voxels: np.ndarray, header: Nifti1Header) -> np.ndarray:
         text = f"{broken} of {voxels.size} voxels are not finite numbers"
         raise Refusal(Kind.NOT_FINITE, text)
     return scaled
+
+
+def as_classes(voxels: np.ndarray, num_classes: int | None) -> UInt8[np.ndarray, "_ _ _"]:
+    """Whole numbers in 0..num_classes-1 (None: 0..255), as uint8.
+
+    Raises:
+        Refusal: If a value is none; lists the values.
+    """
+    return _as_classes(voxels, 256 if num_classes is None else num_classes, _INTEGER)
 
 
 def _as_classes(voxels: np.ndarray, num_classes: int, off: float) -> UInt8[np.ndarray, "_ _ _"]:

@@ -46,16 +46,21 @@ def first_offset(header: Nifti1Header) -> int:
     return _KINDS[int(header["sizeof_hdr"])][2]
 
 
-def shape(header: Nifti1Header) -> Shape:
-    """D, H, W; further axes of size 1 are dropped.
+def shape(header: Nifti1Header, channels: int = 1) -> Shape:
+    """D, H, W; further axes of size 1 are dropped, and the fourth where it is that of channels.
 
     Raises:
-        Refusal: If the scan is not 3D, or a size is not positive.
+        Refusal: If the scan is not 3D, has another number of channels, or a size is not positive.
     """
     rank, *sizes = (int(n) for n in header["dim"])
     if rank in range(1, 8):
         sizes = sizes[:rank]
-    if not 3 <= rank <= 7 or any(n != 1 for n in sizes[3:]):
+    fourth = sizes[3] if rank >= 4 else 1
+    if channels > 1 and fourth != channels:
+        text = f"expected {channels} channels along a fourth axis; sizes are {tuple(sizes)}"
+        raise Refusal(Kind.AXES, text)
+    further = sizes[4:] if channels > 1 else sizes[3:]
+    if not 3 <= rank <= 7 or any(n != 1 for n in further):
         raise Refusal(Kind.AXES, f"not a 3D scan: dim is {rank}, sizes {tuple(sizes)}")
     if min(sizes) < 1:
         raise Refusal(Kind.AXES, f"sizes must be positive; got {tuple(sizes)}")

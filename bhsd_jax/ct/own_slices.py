@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int, Num, UInt8
+from scipy import special
 
 from bhsd_jax.ct import geometry, hu, resample, shear
 from bhsd_jax.ct.dicom import series as dicom_series
+from bhsd_jax.labels import Labels
 from bhsd_jax.volume import Grid, Image, Series, Shape, Volume
 
 
@@ -75,18 +77,20 @@ class OwnSlices:
         """A volume of zeros on these slices, for readers of label maps; it takes no memory."""
         return Volume(np.broadcast_to(np.uint8(0), self.shape), self.affine, case)
 
-    def label(self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid) -> UInt8[np.ndarray, "N H W"]:
-        """The likeliest class on every slice; of logits on the grid of the volume.
+    def label(
+        self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid, labels: Labels | None = None
+    ) -> UInt8[np.ndarray, "N H W"]:
+        """The likeliest class on every slice, or its regions; of logits on the grid of the volume.
 
-        Where each plane is a slice it is `geometry.argmax_from_grid`'s.
+        Where each plane is a slice it is `geometry.label_of_logits`'.
 
         Raises:
             ValueError: If the shapes do not fit.
         """
         if self.places is None:
-            label = geometry.argmax_from_grid(logits, grid)
+            label = geometry.label_of_logits(logits, grid, labels)
         else:
-            label = _argmax_at(logits, grid, self.places)
+            label = _label_at(logits, grid, self.places, labels)
         if not self.unshear:
             return label
         return shear.shear_label(label, self.read_affine, self.read_shape, self.places)
@@ -99,22 +103,23 @@ class OwnSlices:
         return label[np.abs(planes[:, None] - self.places).argmin(1)]
 
     def even_label(
-        self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid
+        self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid, labels: Labels | None = None
     ) -> UInt8[np.ndarray, "D _ _"]:
         """As `label`, on the even planes of the volume, unsheared if that was; of uneven scans."""
-        return _argmax_at(logits, grid, np.arange(self.read_shape[0], dtype=np.float64))
+        every = np.arange(self.read_shape[0], dtype=np.float64)
+        return _label_at(logits, grid, every, labels)
 
     def probabilities(
-        self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid
+        self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid, labels: Labels | None = None
     ) -> Float32[np.ndarray, "K N _ _"]:
-        """Class probabilities on every slice; those of unsheared volumes stay unsheared.
+        """Class or region probabilities on every slice; unsheared volumes' stay unsheared.
 
         Raises:
             ValueError: If the shapes do not fit.
         """
         if self.places is None:
-            return geometry.probabilities_from_grid(logits, grid)
-        return _probabilities_at(logits, grid, self.places)
+            return geometry.probabilities_of_logits(logits, grid, labels)
+        return _probabilities_at(logits, grid, self.places, labels)
 
 
 def of(image: Image, shape: Shape, affine: Float64[np.ndarray, "4 4"]) -> OwnSlices:
@@ -146,10 +151,18 @@ def _step_mm(affine: Float[np.ndarray, "4 4"]) -> float:
     return abs(float(affine[:3, 0] @ across)) / float(np.linalg.norm(across))
 
 
-def _argmax_at(
-    logits: Float[np.ndarray, "K _ _ _"], grid: Grid, places: Float64[np.ndarray, " N"]
+def _label_at(
+    logits: Float[np.ndarray, "K _ _ _"],
+    grid: Grid,
+    places: Float64[np.ndarray, " N"],
+    labels: Labels | None,
 ) -> UInt8[np.ndarray, "N H W"]:
-    """As `geometry.argmax_from_grid`, at these places along the first native axis."""
+    """As `geometry.label_of_logits`, at these places along the first native axis."""
+    label = np.zeros((len(places), *grid.native_shape[1:]), np.uint8)
+    if labels is not None and labels.regions:
+        inside = (_margins_at(one, grid, places) > 0 for one in logits)
+        _put(label, labels.assemble(inside), grid, places)
+        return label
     if not 1 <= len(logits) <= 256:
         raise ValueError(f"want 1 to 256 classes; got {len(logits)}")
     best = _zeros(grid, places)
@@ -158,20 +171,25 @@ def _argmax_at(
         score = _margins_at(logits[index] - logits[0], grid, places)
         np.copyto(winner, index, where=score > best)
         np.maximum(best, score, out=best)
-    label = np.zeros((len(places), *grid.native_shape[1:]), np.uint8)
     _put(label, winner, grid, places)
     return label
 
 
 def _probabilities_at(
-    logits: Float[np.ndarray, "K _ _ _"], grid: Grid, places: Float64[np.ndarray, " N"]
+    logits: Float[np.ndarray, "K _ _ _"],
+    grid: Grid,
+    places: Float64[np.ndarray, " N"],
+    labels: Labels | None,
 ) -> Float32[np.ndarray, "K N H W"]:
     found = np.zeros((len(logits), len(places), *grid.native_shape[1:]), np.float32)
-    found[0] = 1
-    margins = [_margins_at(one - logits[0], grid, places) for one in logits[1:]]
-    scores = np.stack([_zeros(grid, places), *margins])
-    scores = np.exp(scores - scores.max(0))
-    scores /= scores.sum(0)
+    if labels is not None and labels.regions:
+        scores = special.expit(np.stack([_margins_at(one, grid, places) for one in logits]))
+    else:
+        found[0] = 1
+        margins = [_margins_at(one - logits[0], grid, places) for one in logits[1:]]
+        scores = np.stack([_zeros(grid, places), *margins])
+        scores = np.exp(scores - scores.max(0))
+        scores /= scores.sum(0)
     for one, score in zip(found, scores, strict=True):
         _put(one, score, grid, places)
     return found
@@ -187,7 +205,7 @@ def _zeros(grid: Grid, places: Float64[np.ndarray, " N"]) -> Float32[np.ndarray,
 def _margins_at(
     margins: Float[np.ndarray, "_ _ _"], grid: Grid, places: Float64[np.ndarray, " N"]
 ) -> Float32[np.ndarray, "_ _ _"]:
-    """One class's logits less background's on the slices inside the crop, in native order."""
+    """One class's logits less background's, or a region's, on the slices inside the crop."""
     along, inside, start, count = _along(grid, places)
     shape = list(grid.cropped_shape)
     shape[along] = margins.shape[along]  # across the slices it is interpolated below

@@ -2,14 +2,15 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
-from bhsd_jax.ct import geometry, hu, nifti, plausibility, scan, shear, slice_labels
-from bhsd_jax.ct.foreground import SEED, foreground_positions
+from bhsd_jax.ct import channels, geometry, hu, nifti, plausibility, scan, shear, slice_labels
+from bhsd_jax.ct.foreground import SEED, foreground_positions, target_positions
 from bhsd_jax.defects import Finding, Kind, Refusal, said_of, texts
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Shape, Volume
 
@@ -28,7 +29,8 @@ class Facts:
     intensity: tuple[float, float, float]  # minimum, median, maximum of the file, before repairs
     voxels: tuple[int, ...]  # per class of the file's mask, background first; () without one
     volume_ml: tuple[float, ...]  # the same; see `tilt_corrected`
-    foreground: np.ndarray  # float32 [n]: drawn intensities inside the mask; n = 0 if it is empty
+    foreground: np.ndarray  # float32 [n], of several channels [n C]: drawn intensities inside the
+    # mask; n = 0 if it is empty
     source_sha256: str
     findings: tuple[Finding, ...]  # repairs and oddities
     field_mm: Millimeters = (0.0, 0.0, 0.0)  # extent of the whole scan, canonical axes
@@ -53,14 +55,21 @@ class Prepared:
     bleeding: bool | None
     slice_labels: tuple[tuple[int, ...], ...] | None
     """Like `Case.slice_labels`, but one row per slice of the prepared array."""
-    image: np.ndarray  # [D H W] int16 HU, or float32 z-scores
+    image: np.ndarray  # [D H W] int16 HU, or float32 normalized; [D H W C] of several channels
     label: np.ndarray | None  # uint8 [D H W]
     grid: Grid
-    foreground: tuple[np.ndarray, ...]  # per foreground class: int32 [n 3] voxel positions
+    foreground: tuple[np.ndarray, ...]  # per foreground class or region: int32 [n 3] voxel
+    # positions; then of all that is annotated, where not everything is
     volume_ml: tuple[float, ...] = ()  # per class, background first; of the native grid
     source_sha256: str = ""  # of the files the case was made from
     warnings: tuple[str, ...] = ()  # repairs and oddities; not in the record
     doubts: tuple[str, ...] = ()  # those of them that anyone who uses the scan has to know
+    values: int = 0  # that its mask may hold; 0: background and one per entry of `foreground`
+
+    @property
+    def channels_last(self) -> np.ndarray:
+        """The image [D H W C], however many channels there are."""
+        return self.image if self.image.ndim == 4 else self.image[..., None]
 
 
 def fingerprint_case(
@@ -78,26 +87,29 @@ def fingerprint_case(
 
     Source: nnU-Net v2, `DatasetFingerprintExtractor` (crop, then sample).
     """
-    raw, found = scan.read(case.image)
+    every, found = scan.read_channels(case.image)
+    raw = every[0]
     volume, label, more = _read(case, raw, num_classes=num_classes, modality=modality)
     found += more
     if modality == "ct" and isinstance(case.image, Path):  # a series' positions are exact
         found += hu.tilt_findings(volume.affine, table_feed=case.table_feed)
     # The target spacing does not matter here: only the crop and the native spacing are used.
-    grid = geometry.locate(volume, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
+    shown = channels.union((volume, *every[1:]))
+    grid = geometry.locate(shown, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
     slice_labels.align(case, grid, num_classes)
     found += nifti.remarks(case.image, case.label)
     counts: tuple[int, ...] = ()
     drawn = np.zeros(0, np.float32)
     if label is not None:
         counts = tuple(np.bincount(label.ravel(), minlength=num_classes).tolist())
-        cropped = geometry.native_box(label, grid)
-        inside = geometry.native_box(volume.voxels, grid)[cropped > 0]
-        if inside.size < sum(counts[1:]):
-            text = f"{sum(counts[1:]) - inside.size} labeled voxels lie outside the cropped scan"
+        labeled = geometry.native_box(label, grid) > 0
+        seen = (volume,) if len(every) == 1 else every
+        inside = [geometry.native_box(one.voxels, grid)[labeled] for one in seen]
+        if inside[0].size < sum(counts[1:]):
+            text = f"{sum(counts[1:]) - inside[0].size} labeled voxels lie outside the cropped scan"
             found.append(Finding(Kind.MASK_OUTSIDE, "kept", text))
-        if inside.size:
-            drawn = np.random.default_rng(SEED).choice(inside, samples).astype(np.float32)
+        if inside[0].size:
+            drawn = _drawn(inside, samples)
         else:
             found.append(Finding(Kind.MASK_EMPTY, "kept", "the mask is empty"))
     feed = case.table_feed and modality == "ct"
@@ -117,7 +129,7 @@ def fingerprint_case(
         source_sha256=source_digest(case),
         findings=tuple(replace(finding, case=case.id) for finding in found),
         field_mm=grid.native_extent_mm,
-        voxels_sha256=hashlib.sha256(np.ascontiguousarray(raw.voxels).data).hexdigest(),
+        voxels_sha256=_voxels_digest(every),
         order=grid.order,
         relative_size=math.prod(grid.cropped_shape) / volume.voxels.size,
         tilt_corrected=hu.tilt_corrected(volume.affine, table_feed=feed),
@@ -136,13 +148,14 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         ValueError: If a file is broken, or image and mask do not belong together.
         FileNotFoundError: If a file is not there.
     """
-    classes = len(plan.classes)
-    raw, found = scan.read(case.image)
+    values = plan.labels.values
+    every, found = scan.read_channels(case.image)
+    raw = every[0]
     as_it_lies = plan.normalize_first and not plan.repaired
     volume, label, more = _read(
-        case, raw, num_classes=classes, modality=plan.modality, as_it_lies=as_it_lies
+        case, raw, num_classes=values, modality=plan.modality, as_it_lies=as_it_lies
     )
-    image, grid = _on_grid(volume, plan)
+    image, grid = _on_grid((volume, *every[1:]), plan)
     prepared_label, volume_ml = None, ()
     if plan.modality == "ct" and isinstance(case.image, Path):
         more = [*more, *hu.tilt_findings(volume.affine, table_feed=case.table_feed)]
@@ -150,18 +163,19 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         prepared_label = geometry.to_grid(label, grid, "label").astype(np.uint8)
         feed = case.table_feed and plan.modality == "ct"
         voxel_ml = hu.voxel_ml(volume.affine, table_feed=feed)
-        counts = np.bincount(label.ravel(), minlength=classes)
+        counts = np.bincount(label.ravel(), minlength=values)
         volume_ml = tuple(float(count * voxel_ml) for count in counts)
     return Prepared(
         case=case.id,
         patient=case.patient,
         split=case.split,
         bleeding=_bleeding(case, label, plan.modality),
-        slice_labels=slice_labels.of_case(case, grid, prepared_label, classes),
+        slice_labels=slice_labels.of_case(case, grid, prepared_label, len(plan.classes)),
         image=image,
         label=prepared_label,
         grid=grid,
-        foreground=foreground_positions(prepared_label, classes),
+        foreground=_positions(prepared_label, plan),
+        values=0 if plan.labels.plain else values,
         volume_ml=volume_ml,
         source_sha256=source_sha256 or source_digest(case),
         warnings=tuple(texts([*found, *more])),
@@ -169,11 +183,18 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     )
 
 
-def prepare_volume(volume: Volume, plan: Plan) -> tuple[np.ndarray, Grid, tuple[Finding, ...]]:
+def prepare_volume(
+    volume: Volume, plan: Plan, further: Sequence[Volume] = ()
+) -> tuple[np.ndarray, Grid, tuple[Finding, ...]]:
     """A scan in memory as `prepare_case` would prepare it from a file without a mask.
 
+    Args:
+        volume: The scan, or its first channel.
+        plan: Of the run.
+        further: Its other channels, voxel on voxel.
+
     Returns:
-        The image [D H W], the way back to the scan's own voxels, and what was found or repaired.
+        The image [D H W C], the way back to the scan's own voxels, and what was found or repaired.
 
     Raises:
         ValueError: If it is no scan of the plan's kind; names `volume.case`.
@@ -183,8 +204,8 @@ def prepare_volume(volume: Volume, plan: Plan) -> tuple[np.ndarray, Grid, tuple[
     ready, _, found = _read(
         case, volume, num_classes=classes, modality=plan.modality, as_it_lies=as_it_lies
     )
-    image, grid = _on_grid(ready, plan)
-    return image, grid, tuple(found)
+    image, grid = _on_grid((ready, *further), plan)
+    return image if image.ndim == 4 else image[..., None], grid, tuple(found)
 
 
 def hu_doubts(voxels: np.ndarray, plan: Plan) -> tuple[str, ...]:
@@ -209,6 +230,33 @@ def source_digest(case: Case) -> str:
     return total.hexdigest()
 
 
+def _target_spacing(volume: Volume, plan: Plan) -> Millimeters:
+    """The plan's; of a 2D plan, the distance of the slices is the scan's own."""
+    if not plan.planar:
+        return plan.spacing_mm
+    order, _ = geometry.canonical(volume.affine, plan.axes)
+    return volume.spacing_mm[order[plan.transpose[0]]], *plan.spacing_mm[1:]
+
+
+def _positions(label: np.ndarray | None, plan: Plan) -> tuple[np.ndarray, ...]:
+    if plan.labels.plain:
+        return foreground_positions(label, len(plan.classes))
+    return target_positions(label, plan.labels)
+
+
+def _drawn(inside: Sequence[np.ndarray], samples: int) -> np.ndarray:
+    """Intensities drawn from each channel with replacement, at the same voxels in all."""
+    drawn = [np.random.default_rng(SEED).choice(one, samples).astype(np.float32) for one in inside]
+    return drawn[0] if len(drawn) == 1 else np.stack(drawn, axis=-1)
+
+
+def _voxels_digest(every: Sequence[Volume]) -> str:
+    total = hashlib.sha256()
+    for one in every:
+        total.update(np.ascontiguousarray(one.voxels).data)
+    return total.hexdigest()
+
+
 def _read(
     case: Case, raw: Volume, *, num_classes: int, modality: str, as_it_lies: bool = False
 ) -> tuple[Volume, np.ndarray | None, list[Finding]]:
@@ -228,16 +276,19 @@ def _read(
     return replace(raw, voxels=voxels), label, [*found, *repairs]
 
 
-def _on_grid(volume: Volume, plan: Plan) -> tuple[np.ndarray, Grid]:
-    """The image of a scan that was repaired, as training reads it, and where it lies."""
+def _on_grid(every: Sequence[Volume], plan: Plan) -> tuple[np.ndarray, Grid]:
+    """All channels of a scan that was repaired, as training reads it, and where it lies."""
+    volume = every[0]
     grid = geometry.locate(
-        volume,
-        spacing_mm=plan.spacing_mm,
+        channels.union(every),
+        spacing_mm=_target_spacing(volume, plan),
         transpose=plan.transpose,
         crop_hu=plan.crop_hu,
         axes=plan.axes,
         law=plan.law,
     )
+    if plan.channels or len(every) > 1:
+        return channels.prepare(every, grid, plan.channels), grid
     if not plan.normalized_before:
         image = geometry.to_grid(volume.voxels, grid, "image")
         exact = plan.law == geometry.CENTERS

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from bhsd_jax.ct import formats
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 
@@ -16,10 +17,10 @@ AXES = ("class", "k", "j", "i")
 
 @dataclass(frozen=True, eq=False)
 class Probabilities:
-    """Probabilities of all classes on the scan's own voxels."""
+    """Probabilities of all classes, or of all regions, on the scan's own voxels."""
 
     values: Float[np.ndarray, "K I J K3"]  # class, then the scan's axes in nibabel's order
-    classes: tuple[str, ...]  # by index, background first
+    classes: tuple[str, ...]  # by index, background first; or names of the regions
     affine: Float[np.ndarray, "4 4"]  # voxel (i, j, k, 1) -> world (x, y, z, 1) in mm, RAS+
 
     def save(self, path: str | Path) -> None:
@@ -41,7 +42,8 @@ class Probabilities:
 
 def beside(label_map: Path) -> Path:
     """Where the probabilities of a label map lie."""
-    return label_map.with_name(label_map.name.removesuffix(".nii.gz") + "_probabilities.npz")
+    stem = formats.case_name(label_map.name.removesuffix(".nii.gz"))
+    return label_map.with_name(f"{stem}_probabilities.npz")
 
 
 def load(path: str | Path) -> Probabilities:

@@ -7,22 +7,27 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from bhsd_jax.ct import geometry, hu, masks, nifti, shear
+from bhsd_jax.ct import channels, formats, geometry, hu, masks, nifti, shear
 from bhsd_jax.ct.dicom import series as dicom_series
-from bhsd_jax.defects import Finding, Kind, Refusal, kind_of
+from bhsd_jax.defects import Finding, Kind, Refusal, kind_of, said_of
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Image, Label, Masks, Series, Volume
+from bhsd_jax.volume import Channels, Image, Label, Masks, Series, Volume
 
 _OFF_GRID_MM = 0.1  # how far a mask's voxels may lie from the series'
 
 
 def read(image: Image) -> tuple[Volume, list[Finding]]:
-    """The scan as the network is to see it, and what was found on the way.
+    """The scan as the network is to see it, and what was found on the way; its first channel.
 
     Raises:
         ValueError: If it is broken, or lies in no grid; names the file, or the series.
         FileNotFoundError: If there is no such file.
     """
+    if isinstance(image, Channels):
+        every, found = read_channels(image)
+        return every[0], found
+    if isinstance(image, Path) and formats.ending(image):
+        return formats.read(image), []
     if not isinstance(image, Series):
         return nifti.read(image), nifti.repairs(image)
     volume, found = dicom_series.read(image)
@@ -33,6 +38,24 @@ def read(image: Image) -> tuple[Volume, list[Finding]]:
             found.append(Finding(Kind.UNSHEARED, "kept", text))
         volume = replace(volume, voxels=voxels, affine=affine)
     return volume, found
+
+
+def read_channels(image: Image) -> tuple[tuple[Volume, ...], list[Finding]]:
+    """All channels of a scan, on one grid; as `read`."""
+    if not isinstance(image, Channels):
+        volume, found = read(image)
+        return (volume,), found
+    if len(image.files) == 1:
+        file = image.files[0]
+        read_all = formats.read_channels if formats.ending(file) else nifti.read_channels
+        every, found = read_all(file, image.count), []
+    else:
+        parts = [read(path) for path in image.files]
+        every, found = tuple(v for v, _ in parts), [one for _, more in parts for one in more]
+    try:
+        return every, [*found, *channels.require_alike(every)]
+    except Refusal as error:
+        raise said_of(called(image), error) from error
 
 
 def native(image: Image) -> Image:
@@ -74,7 +97,15 @@ def write(path: str | Path, label: UInt8[np.ndarray, "D H W"], like: Image) -> N
         ValueError: If shapes differ, or the scan has become unreadable.
     """
     if not isinstance(like, Series):
-        nifti.write(path, label, like=like)
+        file, count = (like, 1) if isinstance(like, Path) else (like.files[0], like.count)
+        if formats.ending(path):
+            formats.write(Path(path), label, file)
+        elif formats.ending(file):
+            volume, _ = read(like)
+            nifti.write_volume(path, Volume(label, volume.affine, volume.case))
+        else:
+            one_file = not isinstance(like, Path) and len(like.files) == 1
+            nifti.write(path, label, file, count if one_file else 1)
         return
     stack = dicom_series.arrange(like)
     if like.unshear:
@@ -90,6 +121,8 @@ def write(path: str | Path, label: UInt8[np.ndarray, "D H W"], like: Image) -> N
 
 def called(image: Image) -> str:
     """What messages call it."""
+    if isinstance(image, Channels):
+        return str(image.files[0])
     return image.name if isinstance(image, Series) else str(image)
 
 
@@ -102,6 +135,9 @@ def digest(place: Image | Label) -> bytes:
     """SHA-256 of all that decides what is read from it."""
     if isinstance(place, Path):
         return file_digest(place)
+    if isinstance(place, Channels):
+        parts = (file_digest(path) for path in place.files)
+        return hashlib.sha256(b"".join((f"{place.count} channels".encode(), *parts))).digest()
     if isinstance(place, Series):
         which = f" {place.part}" if place.part else ""
         total = hashlib.sha256(f"{place.uneven} {place.unshear}{which}".encode())
@@ -121,6 +157,8 @@ def file_digest(path: Path) -> bytes:
 def _read_label(
     path: Path, image: Image, volume: Volume, num_classes: int | None
 ) -> tuple[Volume, list[Finding]]:
+    if formats.ending(path):
+        return _read_other(path, volume, num_classes), []
     if not isinstance(image, Series):
         return nifti.read_label(path, volume, num_classes=num_classes)
     try:
@@ -150,6 +188,25 @@ def _read_label(
     if image.unshear:
         turned = shear.unshear_label(turned, affine)
     return Volume(turned, volume.affine, volume.case), found
+
+
+def _read_other(path: Path, volume: Volume, num_classes: int | None) -> Volume:
+    """A label map in a format that is not NIfTI, on the voxels of its scan."""
+    voxels = formats.read(path).voxels
+    if voxels.shape != volume.voxels.shape:
+        text = f"{path}: label has shape {voxels.shape}, but its image {volume.voxels.shape}"
+        raise Refusal(Kind.MASK_SHAPE, text)
+    try:
+        label = nifti.as_classes(voxels, num_classes)
+    except Refusal as error:
+        raise said_of(path, error) from error
+    return Volume(label, volume.affine, volume.case)
+
+
+def ending(image: Image) -> str:
+    """Of the label maps that belong to a scan: its own; of DICOM and any NIfTI, .nii.gz."""
+    file = None if isinstance(image, Series) else files(image)[0]
+    return (file and formats.ending(file)) or ".nii.gz"
 
 
 def _onto(label: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray | None:

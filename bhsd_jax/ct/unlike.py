@@ -40,7 +40,7 @@ def sentences(image: np.ndarray, grid: Grid, plan: Plan, seen: Seen | None) -> t
     intensities between the plan's 0.5 % and 99.5 % of bleeding voxels, where brain lies too.
 
     Args:
-        image: [D H W] as `prepare_case` gives it.
+        image: [D H W C] as `prepare_case` gives it, or without C.
         grid: Its way back to the scan's own voxels.
         plan: Of the run.
         seen: Ranges; None: they are not known, as of imported weights.

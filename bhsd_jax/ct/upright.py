@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from bhsd_jax.ct import nifti, scan, shear
+from bhsd_jax.ct import formats, nifti, scan, shear
 from bhsd_jax.ct.own_slices import OwnSlices
+from bhsd_jax.labels import Labels
 from bhsd_jax.volume import Grid, Image, Series, Volume
 
 FOLDER = "upright"
@@ -26,7 +27,7 @@ _ROUNDED = 1e-3  # cosine between rows and columns whose directions were rounded
 
 def pair(target: Path) -> tuple[Path, Path]:
     """Where the scan and the label map go that belong to the exact label map at `target`."""
-    name = target.name.removesuffix(".gz").removesuffix(".nii")
+    name = formats.case_name(target.name.removesuffix(".gz").removesuffix(".nii"))
     folder = target.parent / FOLDER
     return folder / f"{name}_scan.nii.gz", folder / f"{name}_labels.nii.gz"
 
@@ -49,18 +50,19 @@ def write(
     exact: UInt8[np.ndarray, "N H W"],
     logits: Float[np.ndarray, "K _ _ _"],
     grid: Grid,
+    labels: Labels | None = None,
     finish: Callable[[np.ndarray], np.ndarray] = lambda label: label,
 ) -> None:
     """Writes the pair beside the exact label map, which belongs at `target`.
 
-    `own` are the scan's slices, and the logits lie on the grid of what was read of them; `finish`
-    is what was done to their likeliest classes to make the exact label map.
+    `own` are the scan's slices, and the logits lie on the grid of what was read of them; `labels`
+    say what they mean, and `finish` is what was done to the likeliest to make the exact label map.
 
     Raises:
         ValueError: If the scan has become unreadable, or the shapes do not fit.
         faults.WriteError: If the system says no, such as on a full disk.
     """
-    label = exact if own.is_even else finish(own.even_label(logits, grid))
+    label = exact if own.is_even else finish(own.even_label(logits, grid, labels))
     volume, _ = scan.read(replace(image, unshear=False) if isinstance(image, Series) else image)
     if label.shape == own.read_shape:  # else it was moved already, before the network saw it
         label = shear.move_label(label, own.read_affine)

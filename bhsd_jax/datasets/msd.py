@@ -3,27 +3,34 @@
 import functools
 import json
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax.ct import formats
 from bhsd_jax.datasets import splits_file
+from bhsd_jax.labels import Labels
+from bhsd_jax.nnunet import dataset_json
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Case
+from bhsd_jax.volume import Case, Channels
 
-# Names of channels to which nnU-Net gives neither z-scores nor the statistics of CT.
+Pairs = dict[str, tuple[Path | Channels | None, Path | None]]  # image and mask by case
+
 _DATASET = 'is {"<case>": {"images": ["<file>"], "label": "<file>"}, ...}'
-_OTHERWISE = ("nonorm", "rescale_to_0_1", "rgb_to_0_1")
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})")  # nnU-Net's names of images
+_OF_MODALITY = (["CTNormalization"], [dataset_json.Z_SCORES])  # one channel, usual normalization
 
 
 @dataclass(frozen=True)
 class MSD:
     """One task folder with a `dataset.json`, of the Decathlon (v1) or of nnU-Net (v2).
 
-    One channel only. Cases of `imagesTs` are "test", with masks where `labelsTs` has them. Every
-    case counts as its own patient, since the format knows none. Where `dataset.json` lists its
-    training cases, only those are taken. A `splits_final.json` beside it holds the folds.
+    Cases of `imagesTs` are "test", with masks where `labelsTs` has them. Every case counts as its
+    own patient, since the format knows none. Where `dataset.json` lists its training cases, only
+    those are taken. A `splits_final.json` beside it holds the folds. Every one of several channels
+    has a file (`<case>_0000`, `<case>_0001`, ...); or one file has all, along a fourth axis.
 
     Source: nnU-Net v2, documentation/dataset_format.md.
     """
@@ -31,12 +38,24 @@ class MSD:
     root: str | Path
     modality: str = "auto"  # "ct", "mr" (any z-scores), or "auto": by the channel's name
     ignore: tuple[str, ...] = ()  # case ids to leave out, such as images that lost their mask
+    channels: tuple[tuple[str, str], ...] = field(default=(), init=False)
+    """Name and normalization of each, where there are several, or one has another than usual."""
 
     def __post_init__(self):
         if self.modality not in ("auto", "ct", "mr"):
             raise UserError(f"MSD: modality is auto, ct or mr; got {self.modality!r}")
+        if self.modality == "ct" and len(self._channels) > 1:
+            raise UserError(
+                f"{self._json}: scans of {len(self._channels)} channels are normalized by the names"
+                " of the channels; leave data.modality out"
+            )
         if self.modality == "auto":
-            object.__setattr__(self, "modality", self._named_modality())
+            one_of_ct = [scheme for _, scheme in self._channels] == ["CTNormalization"]
+            object.__setattr__(self, "modality", "ct" if one_of_ct else "mr")
+            if [scheme for _, scheme in self._channels] not in _OF_MODALITY:
+                object.__setattr__(self, "channels", self._channels)
+        elif len(self._channels) > 1:
+            object.__setattr__(self, "channels", self._channels)
 
     @property
     def name(self) -> str:
@@ -54,32 +73,25 @@ class MSD:
         return Path(self.root) / splits_file.NAME
 
     @functools.cached_property
-    def classes(self) -> tuple[str, ...]:
-        """Names by label value.
+    def labels(self) -> Labels:
+        """What the values of its masks mean.
 
         Raises:
-            ValueError: If values are not 0, 1, 2, ... or a label is a region.
+            ValueError: If they are not as nnU-Net wants them.
         """
-        labels = self._facts.get("labels", {})
-        if all(str(key).isdigit() for key in labels):
-            labels = {name: value for value, name in labels.items()}  # v1: value -> name
-        try:
-            by_value = {int(value): str(name) for name, value in labels.items()}
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{self._json}: labels must be single values; got {labels}") from error
-        if "ignore" in labels or sorted(by_value) != list(range(len(labels))) or not labels:
-            raise UserError(
-                f"{self._json}: label values must be 0 (background), 1, 2, ... without gaps and "
-                f"without an ignore label; got {labels}"
-            )
-        return tuple(by_value[value] for value in range(len(by_value)))
+        return dataset_json.labels(self._facts, str(self._json))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names by label value."""
+        return self.labels.classes
 
     def cases(self) -> Iterator[Case]:
         """All cases, sorted by id.
 
         Raises:
             FileNotFoundError: If `dataset.json` or `imagesTr` is not there.
-            ValueError: If an image has no mask or a mask no image, or there are several channels.
+            ValueError: If an image has no mask or a mask no image, or channels are missing.
         """
         train = self._training()
         test = self._pairs("imagesTs", "labelsTs") if self._folder("imagesTs").is_dir() else {}
@@ -93,7 +105,7 @@ class MSD:
         ]
         yield from sorted(cases, key=lambda case: case.id)
 
-    def _training(self) -> dict[str, tuple[Path | None, Path | None]]:
+    def _training(self) -> Pairs:
         """Image and mask by case, where `dataset.json` says they lie; else by folder and name.
 
         Source: nnU-Net v2.8.1, `get_filenames_of_train_images_and_targets` (key "dataset"); the
@@ -106,16 +118,16 @@ class MSD:
             image, label = pairs.get(id, (None, None))
             # Lists made for other tools name images without the suffix of the channel.
             if (path := self._place(item["image"])).is_file():
-                image = path
+                image = self._image(id, [path])
             if item.get("label"):
                 label = self._at(item["label"])
             if image is not None:
                 pairs[id] = (image, label)
         return pairs
 
-    def _described(self, listed: Any) -> dict[str, tuple[Path | None, Path | None]]:
+    def _described(self, listed: Any) -> Pairs:
         """The cases of nnU-Net's key "dataset": `{case: {"images": [...], "label": ...}}`."""
-        pairs: dict[str, tuple[Path | None, Path | None]] = {}
+        pairs: Pairs = {}
         if not isinstance(listed, dict) or not listed:
             raise UserError(f"{self._json}: `dataset` {_DATASET}; got {listed!r:.60}")
         for id, item in listed.items():
@@ -129,12 +141,14 @@ class MSD:
                 raise UserError(
                     f"{self._json}: case {id!r} of `dataset`: it {_DATASET}; got {item!r:.60}"
                 )
-            if len(item["images"]) != 1 or "/" in id:
+            if len(item["images"]) not in (1, len(self._channels)) or "/" in id:
                 raise UserError(
-                    f"{self._json}: case {id!r} of `dataset` has {len(item['images'])} images; one "
-                    "channel is supported, and a name without slashes"
+                    f"{self._json}: case {id!r} of `dataset` has {len(item['images'])} images; it "
+                    f"needs one or {len(self._channels)}, as many as there are channels, and a "
+                    "name without slashes"
                 )
-            pairs[id] = (self._at(item["images"][0]), self._at(item["label"]))
+            images = [self._at(name) for name in item["images"]]
+            pairs[id] = (self._image(id, images), self._at(item["label"]))
         return pairs
 
     def _at(self, name: str) -> Path:
@@ -151,22 +165,16 @@ class MSD:
     def _place(self, name: str) -> Path:
         return Path(self.root) / os.path.expandvars(name)
 
-    def _named_modality(self) -> str:
-        """What the channel's name means to nnU-Net: CT, or z-scores of every scan.
-
-        Raises:
-            ValueError: If the name asks for a normalization that is not supported.
-
-        Source: nnU-Net v2.8.1, `get_normalization_scheme` and its map of channel names.
-        """
-        name = self._channel
-        if name.casefold() in _OTHERWISE:
+    def _image(self, id: str, files: list[Path]) -> Path | Channels:
+        """One scan in its files."""
+        if len(self._channels) == 1:
+            return files[0]
+        if len(files) not in (1, len(self._channels)):
             raise UserError(
-                f"{self._json}: channel {name!r} asks for a normalization that is not supported "
-                f"(nor are others of {', '.join(_OTHERWISE)}); rename it for z-scores, or set "
-                "data.modality"
+                f"{self.root}: {id} has {len(files)} of {len(self._channels)} channels: "
+                f"{_some([path.name for path in files])}; put the missing files there"
             )
-        return "ct" if name.casefold() == "ct" else "mr"
+        return Channels(tuple(files), len(self._channels))
 
     @property
     def _json(self) -> Path:
@@ -189,15 +197,12 @@ class MSD:
     def _ending(self) -> str:
         return str(self._facts.get("file_ending", ".nii.gz"))
 
-    @property
-    def _channel(self) -> str:
-        channels = self._facts.get("channel_names") or self._facts.get("modality") or {}
-        if len(channels) != 1:
-            raise UserError(
-                f"{self._json}: one channel is supported, got {channels or 'none'}; split the "
-                "channels into data sets of their own"
-            )
-        return str(next(iter(channels.values())))
+    @functools.cached_property
+    def _channels(self) -> tuple[tuple[str, str], ...]:
+        found = dataset_json.channels(self._facts)
+        if not found:
+            raise UserError(f"{self._json}: names no channel; add channel_names, as nnU-Net has it")
+        return found
 
     @functools.cached_property
     def _listed(self) -> dict[str, dict[str, Any]]:
@@ -225,32 +230,48 @@ class MSD:
         stem = file.removesuffix(self._ending)
         return stem.removesuffix("_0000") if image and self._is_v2 else stem
 
-    def _scans(self, folder: Path, *, image: bool) -> dict[str, Path]:
+    def _files(self, folder: Path) -> list[Path]:
         if not folder.is_dir():
-            return {}
-        files = [
+            return []
+        return [
             path
             for path in sorted(folder.iterdir())
             if path.name.endswith(self._ending) and not path.name.startswith(".")
         ]
-        if image and self._is_v2:
-            wrong = [p.name for p in files if not p.name.endswith(f"_0000{self._ending}")]
-            if wrong:
-                raise UserError(
-                    f"{folder}: {_some(wrong)}: expected <case>_0000{self._ending}, the one channel"
-                )
-        paths = {self._id(path.name, image=image): path for path in files}
-        return {id: path for id, path in paths.items() if id not in self.ignore}
 
-    def _pairs(self, images: str, labels: str) -> dict[str, tuple[Path | None, Path | None]]:
-        image = self._scans(self._folder(images), image=True)
-        label = self._scans(self._folder(labels), image=False)
+    def _images(self, folder: Path) -> dict[str, Path | Channels]:
+        """Scans by case: of v2 by names that end in the number of a channel."""
+        parts: dict[str, list[Path]] = {}
+        wrong = []
+        for path in self._files(folder):
+            stem = path.name.removesuffix(self._ending)
+            match = _CHANNEL.fullmatch(stem) if self._is_v2 else None
+            if self._is_v2 and (not match or int(match["number"]) >= len(self._channels)):
+                wrong.append(path.name)
+            else:
+                parts.setdefault(match["case"] if match else stem, []).append(path)
+        if wrong:
+            last = len(self._channels) - 1
+            which = f"to _{last:04d}, the channels" if last else "the one channel"
+            raise UserError(
+                f"{folder}: {_some(wrong)}: expected <case>_0000{self._ending}, {which}"
+            )
+        kept = {id: files for id, files in parts.items() if id not in self.ignore}
+        return {id: self._image(id, files) for id, files in kept.items()}
+
+    def _pairs(self, images: str, labels: str) -> Pairs:
+        image = self._images(self._folder(images))
+        masks = {self._id(p.name, image=False): p for p in self._files(self._folder(labels))}
+        label = {id: path for id, path in masks.items() if id not in self.ignore}
         return {id: (image.get(id), label.get(id)) for id in sorted({*image, *label})}
 
     def _check(self, train: dict, test: dict) -> None:
         """Refuses what a silent choice would hide."""
-        if self._ending not in (".nii.gz", ".nii"):
-            raise UserError(f"{self._json}: file_ending {self._ending!r}; only NIfTI is read")
+        if self._ending not in (".nii.gz", ".nii") and not formats.ending(self._ending):
+            raise UserError(
+                f"{self._json}: file_ending {self._ending!r}; only NIfTI is read, and "
+                f"{', '.join(formats.ENDINGS)}"
+            )
         if not any(image for image, _ in train.values()):
             raise FileNotFoundError(
                 f"{self._folder('imagesTr')}: no images that end in {self._ending}"

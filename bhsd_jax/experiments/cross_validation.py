@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from bhsd_jax.ct import probabilities, scan
 from bhsd_jax.experiments.queue import Trial
+from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import overlap, postprocessing
 from bhsd_jax.metrics.postprocessing import Rule, Tally
 from bhsd_jax.platform.errors import UserError
@@ -39,7 +40,7 @@ class Candidate:
     def classes(self) -> tuple[str, ...]:
         """Background first; what is scored, so that a binary run has two."""
         first = self.cases[0].comparison
-        return (first.classes[0], evaluate.ANY) if first.binary else first.classes
+        return (first.classes[0], evaluate.ANY) if first.binary else first.meaning.names
 
 
 def candidate(name: str, runs: Sequence[Trial]) -> Candidate:
@@ -99,24 +100,35 @@ def _count(case: Case, rules: tuple[Rule, ...]) -> Int[np.ndarray, "classes 3"]:
     one = case.comparison
     place = scan.native(one.image or scan.files(one.reference)[0])
     image, _ = scan.read(place)
-    number = len(one.classes)
-    reference = scan.read_label(one.reference, place, image, num_classes=number)[0].voxels
+    labels = one.meaning
+    reference = scan.read_label(one.reference, place, image, num_classes=labels.values)[0].voxels
     if case.probabilities:
-        predicted = _likeliest(case.probabilities)
+        predicted = _likeliest(case.probabilities, labels)
     else:
-        predicted = scan.read_label(one.predicted, place, image, num_classes=number)[0].voxels
+        found, _ = scan.read_label(one.predicted, place, image, num_classes=labels.values)
+        predicted = found.voxels
     if one.binary:
-        reference, predicted, number = np.minimum(reference, 1), np.minimum(predicted, 1), 2
-    counts = overlap.count(reference, postprocessing.apply(predicted, rules), number)
-    return np.array([(each.tp, each.fp, each.fn) for each in counts])
+        reference, predicted = np.minimum(reference, 1), np.minimum(predicted, 1)
+        labels = Labels((labels.classes[0], evaluate.ANY))
+    predicted = postprocessing.apply(predicted, tuple(map(labels.values_of, rules)))
+    if labels.plain:
+        counts = overlap.count(reference, predicted, len(labels.classes))
+        return np.array([(each.tp, each.fp, each.fn) for each in counts])
+    targets = overlap.count_targets(reference, predicted, labels)
+    return np.array([(0, 0, 0), *((each.tp, each.fp, each.fn) for each in targets)])
 
 
-def _likeliest(paths: Sequence[Path]) -> np.ndarray:
-    """The class of the highest mean probability; the first of equals."""
+def _likeliest(paths: Sequence[Path], labels: Labels) -> np.ndarray:
+    """The class of the highest mean probability, the first of equals; or the regions above half."""
     total = 0.0
     for path in paths:
         total = total + probabilities.load(path).values.astype(np.float32)
-    return np.argmax(total, axis=0).astype(np.uint8).transpose(2, 1, 0)  # files hold i, j, k
+    mean = np.asarray(total)
+    if labels.regions:
+        label = labels.assemble(one > len(paths) / 2 for one in mean)
+    else:
+        label = np.argmax(mean, axis=0).astype(np.uint8)
+    return label.transpose(2, 1, 0)  # files hold i, j, k
 
 
 def mean_dice(counts: Tally, classes: Sequence[str]) -> Mapping[str, float]:

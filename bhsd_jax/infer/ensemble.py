@@ -1,9 +1,10 @@
 """Logits of several groups of networks on one prepared scan to those of all of them together."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Float
+from scipy import special
 
 
 def mean_of_probabilities(
@@ -17,6 +18,21 @@ def mean_of_probabilities(
     Raises:
         ValueError: If there is no part.
     """
+    return _mean_of(parts, _softmax, _log)
+
+
+def mean_of_regions(
+    parts: Iterable[tuple[Float[np.ndarray, "R D H W"], int]],
+) -> Float[np.ndarray, "R D H W"]:
+    """The same of regions, each of which has a probability of its own: their sigmoid."""
+    return _mean_of(parts, special.expit, _logit)
+
+
+def _mean_of(
+    parts: Iterable[tuple[np.ndarray, int]],
+    probability: Callable[[np.ndarray], np.ndarray],
+    inverse: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
     total, count, first = None, 0, None
     for logits, networks in parts:
         if total is None and first is None:
@@ -24,14 +40,14 @@ def mean_of_probabilities(
             continue
         if total is None:
             assert first is not None  # the part before this one
-            total, first = _softmax(first) * count, None
-        total += _softmax(logits) * networks
+            total, first = probability(first) * count, None
+        total += probability(logits) * networks
         count += networks
     if total is None:
         if first is None:
             raise ValueError("mean of probabilities: no networks")
         return first
-    return np.log(np.maximum(total / count, np.finfo(np.float32).tiny))
+    return inverse(total / count)
 
 
 def mean_of_logits(
@@ -52,6 +68,20 @@ def mean_of_logits(
 
 
 MEANS = {"probabilities": mean_of_probabilities, "logits": mean_of_logits}
+
+
+def mean_for(combine: str, *, regions: bool) -> Callable[..., np.ndarray]:
+    """That of `MEANS`, for classes or for regions."""
+    return mean_of_regions if regions and combine == "probabilities" else MEANS[combine]
+
+
+def _log(mean: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(mean, np.finfo(np.float32).tiny))
+
+
+def _logit(mean: np.ndarray) -> np.ndarray:
+    least = np.finfo(np.float32).eps  # so that the logits stay finite
+    return special.logit(np.clip(mean, least, 1 - least))
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -50,6 +50,7 @@ class SlidingWindow:
     margin: Shape = (0, 0, 0)  # voxels around a tile that `forward` takes and gives no logits of
     combine: str = "probabilities"  # of several networks the mean of these, or of their "logits"
     mesh: Mesh | None = None  # the tiles of a call are spread over all its devices
+    regions: tuple[int, ...] = ()  # outputs are regions (sigmoid): the value each writes in turn
 
     def __post_init__(self) -> None:
         if self.law not in tiles.LAWS:
@@ -79,7 +80,7 @@ class SlidingWindow:
 
         For several networks (twins, folds, different backbones alike) the logarithm of the mean of
         their softmax, whose softmax is that mean; or, as nnU-Net has it for folds, the mean of
-        their logits.
+        their logits. Of regions it is the same of their sigmoid.
 
         Args:
             networks: Parameters, one entry per network.
@@ -107,10 +108,12 @@ class SlidingWindow:
     ) -> UInt8[np.ndarray, "D H W"]:
         """The most likely class of every voxel; arguments and errors are those of `logits`.
 
-        Logits of the whole volume are held nowhere.
+        Of regions those of a probability above one half, later ones over earlier ones. Logits of
+        the whole volume are held nowhere.
         """
         found = np.empty(image.shape[:3], np.uint8)
-        for rows, label in self._in_rows(networks, image, fill, progress, _most_likely):
+        finish = partial(_written, values=self.regions) if self.regions else _most_likely
+        for rows, label in self._in_rows(networks, image, fill, progress, finish):
             found[rows] = label
         return found
 
@@ -136,12 +139,17 @@ class SlidingWindow:
         for parts in zip(*slabs, strict=True):
             logits = [logits for _, logits, _ in parts]
             broken = sum(n for *_, n in parts)
-            mean = _mean(logits) if self.combine == "logits" else _log_mean(logits)
+            mean = self._mean(logits)
             ready, waiting = waiting, (parts[0][0], finish(mean), broken)
             if ready:
                 yield _to_host(*ready, (d, h, w))
         assert waiting, "every volume has a tile"
         yield _to_host(*waiting, (d, h, w))
+
+    def _mean(self, logits: Sequence[Array]) -> Array:
+        if self.combine == "logits":
+            return _mean(logits)
+        return _logit_mean(logits) if self.regions else _log_mean(logits)
 
     def _canvas(
         self,
@@ -339,6 +347,27 @@ def _log_mean(logits: Sequence[Float[Array, "K D H W"]]) -> Float[Array, "K D H 
     probability = [jax.nn.softmax(one, axis=0) for one in logits]
     mean = sum(probability[1:], probability[0]) / len(probability)
     return jnp.log(jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
+
+
+@jax.jit
+def _logit_mean(logits: Sequence[Float[Array, "R D H W"]]) -> Float[Array, "R D H W"]:
+    """The logit of the mean of their sigmoid; of one network what it gives."""
+    if len(logits) == 1:
+        return logits[0]
+    probability = [jax.nn.sigmoid(one) for one in logits]
+    mean = sum(probability[1:], probability[0]) / len(probability)
+    # No farther from 0 and 1 than float32 is exact near 1: the logits stay finite.
+    least = jnp.finfo(jnp.float32).eps
+    mean = jnp.clip(mean, least, 1 - least)
+    return jnp.log(mean) - jnp.log1p(-mean)
+
+
+@partial(jax.jit, static_argnames="values")
+def _written(logits: Float[Array, "R D H W"], values: tuple[int, ...]) -> UInt8[Array, "D H W"]:
+    label = jnp.zeros(logits.shape[1:], jnp.uint8)
+    for one, value in zip(logits, values, strict=True):
+        label = jnp.where(one > 0, jnp.uint8(value), label)
+    return label
 
 
 @jax.jit

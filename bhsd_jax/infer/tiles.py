@@ -152,6 +152,8 @@ def bucket(size: Sequence[int], tile: Sequence[int]) -> Shape:
 
 
 def _even(size: int, tile: int, step: float) -> tuple[int, ...]:
+    if tile == 1:  # slice by slice: none needs a second answer
+        return tuple(range(size))
     slack = max(size - tile, 0)
     count = math.ceil(slack / (tile * step)) + 1
     gap = slack / max(count - 1, 1)

@@ -52,16 +52,18 @@ class Cut:
     masked: bool = False  # unlabeled patches say which of their voxels lie in the scan
     uniform: bool = False  # patches that need show no foreground: SSL4MIS' law, not nnU-Net's
     rot_flip: bool = False  # the scan is turned first, by a `Turn.draw`
+    annotated: bool = False  # masks leave voxels out; the last list of positions is of the others
+    label_type: str = "int8"  # of labels and -1; "int16" for values above 127
 
 
 class Stream:
-    """Element i: one patch, a dict of `image` [D H W 1] and what is known of it.
+    """Element i: one patch, a dict of `image` [D H W C] and what is known of it.
 
     Its case is drawn with replacement (nnU-Net) or, `in_turn`, comes once in every pass over the
     cases, which may end amid a batch and loses no case. With `epoch`, a number of batches, the
     order is `sampling.two_stream`'s.
 
-    A labeled patch has `label` int8 [D H W], -1 outside the scan. An unlabeled one has, given
+    A labeled patch has `label` [D H W], -1 outside the scan. An unlabeled one has, given
     `slices`, `slice_labels` int8 [D C], and if the cut is `masked` `inside` int8 [D H W], 1 or -1.
     """
 
@@ -97,11 +99,12 @@ class Stream:
         def whole(part: np.ndarray, fill: float | int) -> np.ndarray:
             return turn(sampling.paste(part, start, corner, source, fill))
 
-        element = {"image": whole(raw, self.cut.fill)[..., None]}
+        image = whole(raw, self.cut.fill)
+        element = {"image": image if image.ndim == 4 else image[..., None]}
         if self.labeled:
             if label is None:
                 raise UserError(f"{self.cases}: a labeled case has no mask in the shards")
-            label = label.astype(np.int8)
+            label = label.astype(self.cut.label_type)
             if self.cut.binary:
                 label = (label > 0).astype(np.int8)
             element["label"] = whole(label, -1)
@@ -111,7 +114,7 @@ class Stream:
             rows = self.slices.rows(*labels, case.shape, corner, source)
             element["slice_labels"] = rows
         if self.cut.masked:
-            element["inside"] = whole(np.ones(raw.shape, np.int8), -1)
+            element["inside"] = whole(np.ones(raw.shape[:3], np.int8), -1)
         return element
 
     def _case(self, rng: np.random.Generator, index: int) -> int:
@@ -129,12 +132,27 @@ class Stream:
         """First voxel and size of what is cut from the scan as it lies on disk."""
         cut, shape = self.cut, turn.shape(case.shape)
         forced = self.labeled and sampling.is_forced(index % self.batch, self.batch, cut.foreground)
-        if cut.uniform and not forced:
+        centers = self._centers(case.foreground, forced)
+        if cut.uniform and centers is None:
             corner = sampling.uniform_corner(rng, shape, cut.source, cut.patch)
         else:
-            points = turn.points(case.foreground, shape) if forced else None
+            points = None if centers is None else turn.points(centers, shape)
             corner = sampling.corner(rng, shape, cut.source, cut.patch, points)
         return turn.corner(corner, cut.source, shape), turn.shape(cut.source)
+
+    def _centers(
+        self, positions: Sequence[np.ndarray], forced: bool
+    ) -> Sequence[np.ndarray] | None:
+        """Where the patch is to be centered; None: anywhere.
+
+        Where masks leave voxels out, every labeled patch is centered on one that is annotated.
+
+        Source: nnU-Net v2.8.1, `nnUNetDataLoader.get_bbox`.
+        """
+        if not (self.cut.annotated and self.labeled):
+            return positions if forced else None
+        classes = positions[:-1] if forced else ()
+        return classes if any(map(len, classes)) else positions[-1:]
 
 
 class Batches:
@@ -212,7 +230,7 @@ class Cache:
 class Decoded:
     """A case in memory, read like one of the shards."""
 
-    image: np.ndarray  # [D H W]
+    image: np.ndarray  # [D H W], or [D H W C]
     label: np.ndarray | None
     foreground: tuple[np.ndarray, ...]
     slice_labels: tuple[tuple[int, ...], ...] | None = None
@@ -221,7 +239,7 @@ class Decoded:
     @property
     def shape(self) -> Shape:
         """Of the scan."""
-        d, h, w = self.image.shape
+        d, h, w = self.image.shape[:3]
         return d, h, w
 
     @property

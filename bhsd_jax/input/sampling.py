@@ -112,12 +112,15 @@ def corner(
 def paste(
     patch: np.ndarray, start: Shape, corner: Shape, cut: Shape, fill: float | int
 ) -> np.ndarray:
-    """An array of size `cut` at `corner`, holding `patch`, which begins at `start`; else `fill`."""
-    if patch.shape == cut:
+    """An array of size `cut` at `corner`, holding `patch`, which begins at `start`; else `fill`.
+
+    Further axes of `patch`, such as that of channels, stay as they are.
+    """
+    if patch.shape[:3] == cut:
         return patch
-    whole = np.full(cut, fill, patch.dtype)
+    whole = np.full((*cut, *patch.shape[3:]), fill, patch.dtype)
     place = tuple(
-        slice(s - c, s - c + n) for s, c, n in zip(start, corner, patch.shape, strict=True)
+        slice(s - c, s - c + n) for s, c, n in zip(start, corner, patch.shape[:3], strict=True)
     )
     whole[place] = patch
     return whole

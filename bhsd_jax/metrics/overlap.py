@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Integer, UInt8
+
+from bhsd_jax.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,30 @@ def dice_per_class(
     """Dice of every foreground class; NaN for a class that is in neither."""
     counts = count(reference, predicted, num_classes)
     return np.array([each.dice for each in counts[1:]])
+
+
+def count_targets(
+    reference: UInt8[np.ndarray, "..."], predicted: UInt8[np.ndarray, "..."], labels: Labels
+) -> tuple[Counts, ...]:
+    """Counts per class or region, over the voxels that the reference annotates.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Source: nnU-Net v2.8.1, `compute_metrics`.
+    """
+    if reference.shape != predicted.shape:
+        raise ValueError(
+            f"overlap: reference has shape {reference.shape}, prediction {predicted.shape}"
+        )
+    seen = labels.annotated(reference)
+    found, total = [], int(np.count_nonzero(seen))
+    for truth, guess in zip(labels.masks(reference), labels.masks(predicted), strict=True):
+        tp = int(np.count_nonzero(truth & guess & seen))
+        fn = int(np.count_nonzero(truth & seen)) - tp
+        fp = int(np.count_nonzero(guess & seen)) - tp
+        found.append(Counts(tp, fp, fn, total - tp - fp - fn))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

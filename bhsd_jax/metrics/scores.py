@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import lesion, overlap, surface
 from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
@@ -75,6 +76,23 @@ def score(
         _row(reference == index, predicted == index, counts[index], scan, name, nsd_mm)
         for index, name in enumerate(classes)
         if index
+    ]
+
+
+def score_targets(
+    reference: Label, predicted: Label, scan: Scan, labels: Labels, nsd_mm: float
+) -> list[ClassScore]:
+    """One row per class or region, over the voxels that the reference annotates.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    seen = labels.annotated(reference)
+    counts = overlap.count_targets(reference, predicted, labels)
+    masks = zip(labels.masks(reference), labels.masks(predicted), strict=True)
+    return [
+        _row(truth & seen, guess & seen, each, scan, name, nsd_mm)
+        for (truth, guess), each, (name, _) in zip(masks, counts, labels.targets, strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.nnunet import plans_json
 from bhsd_jax.nnunet.planner import from_nnunet_plans
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Plan, Shape
+from bhsd_jax.volume import Channel, Plan, Shape
 
 _RESAMPLING = "resample_data_or_seg_to_shape"
 
@@ -47,48 +47,74 @@ def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configur
         plan: Ours, from the same facts.
         facts: Of the training cases.
         plans: NnU-Net's, as `read` gives it.
-        configuration: Such as "3d_fullres" or "3d_lowres".
+        configuration: Such as "3d_fullres", "3d_lowres" or "2d".
 
     Raises:
         ValueError: If the configuration cannot be used, or asks for another normalization.
     """
     network, spacing_mm, files = from_nnunet_plans(plans, configuration)
     settings = plans_json.resolve(plans, configuration)
-    _check_normalization(settings, plan.modality)
+    _check_normalization(settings, plan)
+    planar = plans_json.is_planar(settings)
     order = _order(facts)
     first, second, third = (order.index(axis) for axis in files)
     transpose = first, second, third
-    intensity = plans.get("foreground_intensity_properties_per_channel", {}).get("0", {})
-    statistics = plan.foreground
-    if all(name in intensity for name in plans_json.STATISTICS):
-        low, mean, std, high = (float(intensity[name]) for name in plans_json.STATISTICS)
-        statistics = low, mean, std, high
+    intensities = plans.get("foreground_intensity_properties_per_channel", {})
+    statistics = _statistics(intensities, 0, plan.foreground)
     return dataclasses.replace(
         plan,
         spacing_mm=spacing_mm,
         transpose=transpose,
         network=network,
         foreground=statistics,
-        median_shape=_median_shape(facts, spacing_mm, transpose),
+        median_shape=_median_shape(facts, spacing_mm, transpose, planar),
         notes=_notes(plans, settings, configuration, own=statistics is plan.foreground),
         use_mask_for_norm=_mask(settings, plan),
+        channels=_channels(settings, plan, intensities),
+        planar=planar,
     )
 
 
-def _check_normalization(settings: Mapping[str, Any], modality: str) -> None:
-    wanted = [plans_json.NORMALIZATION[modality]]
+def _statistics(
+    intensities: Mapping[str, Any], channel: int, own: tuple[float, float, float, float]
+) -> tuple[float, float, float, float]:
+    """The file's of a channel, if it has all of them; else our own."""
+    given = intensities.get(str(channel), {})
+    if not all(name in given for name in plans_json.STATISTICS):
+        return own
+    low, mean, std, high = (float(given[name]) for name in plans_json.STATISTICS)
+    return low, mean, std, high
+
+
+def _check_normalization(settings: Mapping[str, Any], plan: Plan) -> None:
+    own = [channel.scheme for channel in plan.channels]
+    wanted = own or [plans_json.NORMALIZATION[plan.modality]]
     schemes = list(settings.get("normalization_schemes", wanted))
     if schemes != wanted:
+        many = f"{len(own)} channels" if own else "one channel"
         raise UserError(
-            f"nnU-Net plans: normalization {schemes}, but scans of this data set (one channel, "
-            f"{modality}) get {wanted}; look at config.data.modality"
+            f"nnU-Net plans: normalization {schemes}, but scans of this data set ({many}, "
+            f"{plan.modality}) get {wanted}; look at config.data.modality"
         )
 
 
 def _mask(settings: Mapping[str, Any], plan: Plan) -> bool:
     """What the file says of its one channel, else what we have decided; no mask for CT."""
     said = settings.get("use_mask_for_norm", [plan.use_mask_for_norm])
-    return plan.modality == "mr" and any(said)
+    return plan.modality == "mr" and any(said) and not plan.channels
+
+
+def _channels(
+    settings: Mapping[str, Any], plan: Plan, intensities: Mapping[str, Any]
+) -> tuple[Channel, ...]:
+    """Ours with the file's masks and statistics."""
+    masks = settings.get("use_mask_for_norm") or [one.masked for one in plan.channels]
+    return tuple(
+        dataclasses.replace(
+            one, masked=bool(masked), foreground=_statistics(intensities, index, one.foreground)
+        )
+        for index, (one, masked) in enumerate(zip(plan.channels, masks, strict=False))
+    )
 
 
 def _order(facts: Sequence[Facts]) -> Shape:
@@ -101,9 +127,17 @@ def _order(facts: Sequence[Facts]) -> Shape:
     return orders[0]
 
 
-def _median_shape(facts: Sequence[Facts], spacing_mm: Sequence[float], transpose: Shape) -> Shape:
+def _median_shape(
+    facts: Sequence[Facts], spacing_mm: Sequence[float], transpose: Shape, planar: bool
+) -> Shape:
     a, b, c = (float(spacing_mm[transpose.index(axis)]) for axis in range(3))
-    shapes = [resampled_shape(fact.shape, fact.spacing_mm, (a, b, c)) for fact in facts]
+    shapes = []
+    for fact in facts:
+        wanted = [a, b, c]
+        if planar:  # slices are not resampled across
+            wanted[transpose[0]] = fact.spacing_mm[transpose[0]]
+        d, h, w = wanted
+        shapes.append(resampled_shape(fact.shape, fact.spacing_mm, (d, h, w)))
     median = np.median(shapes, axis=0)
     depth, height, width = (round(float(median[axis])) for axis in transpose)
     return depth, height, width

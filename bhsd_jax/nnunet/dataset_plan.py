@@ -1,13 +1,18 @@
 """The plan of a data set, from what was measured of its training cases."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.defects import Kind
+from bhsd_jax.labels import Labels
+from bhsd_jax.nnunet.dataset_json import Z_SCORES, planned_labels
 from bhsd_jax.nnunet.planner import (
+    from_nnunet_plans,
+    make_plans,
     network_for,
     spacing_warnings,
     target_spacing,
@@ -15,7 +20,9 @@ from bhsd_jax.nnunet.planner import (
     uses_mask,
 )
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Millimeters, Plan
+from bhsd_jax.volume import Channel, Millimeters, Plan, Shape
+
+FULL, PLANAR = "3d_fullres", "2d"
 
 
 def make_plan(
@@ -30,12 +37,17 @@ def make_plan(
     memory_gb: float | None = None,
     spacing_mm: Millimeters | None = None,
     crop_hu: float | None = None,
+    labels: Labels | None = None,
+    channels: Sequence[tuple[str, str]] = (),
+    configuration: str = "3d_fullres",
 ) -> Plan:
     """Decides spacing, axis order, network and normalization from the training cases.
 
     `memory_gb` is the GPU to plan for; None leaves it to the planner. `spacing_mm` pins the target
     in canonical axes; None leaves it to nnU-Net's rule. CT without air, which may have been
-    clipped, does not count for the intensities if there is other.
+    clipped, does not count for the intensities if there is other. `labels` are those that are more
+    than `classes`; `channels` are names and normalizations of scans that have several, or another
+    normalization than the modality's.
 
     Raises:
         ValueError: If there is no training case with a mask, or all masks are empty.
@@ -53,8 +65,25 @@ def make_plan(
     notes = () if spacing_mm else tuple(spacing_warnings(spacings, shapes))
     target = spacing_mm or target_spacing(spacings, shapes)
     transpose = transpose_for(np.asarray(target))
-    low, high = np.percentile(drawn, (0.5, 99.5))
-    resampled = [resampled_shape(fact.shape, fact.spacing_mm, target) for fact in facts]
+    statistics = [_statistics(one) for one in drawn.reshape(len(drawn), -1).T]
+    labels = labels or Labels(classes)
+    masked = uses_mask(modality, [fact.relative_size for fact in facts])
+    fitting = {
+        "planner": planner,
+        "memory_gb": memory_gb,
+        "spacing_mm": np.asarray(target),
+        "transpose": transpose,
+        "num_classes": planned_labels(labels),
+    }
+    if configuration == FULL:
+        network = network_for(spacings, shapes, **fitting)
+    else:
+        theirs = make_plans(spacings, shapes, **fitting)
+        network, spacing, _ = from_nnunet_plans(theirs, configuration)
+        a, b, c = (spacing[transpose.index(axis)] for axis in range(3))
+        target = a, b, c
+    planar = configuration == PLANAR
+    resampled = [_resampled(fact, target, transpose[0] if planar else None) for fact in facts]
     median = np.median(resampled, axis=0)
     depth, height, width = (round(float(median[axis])) for axis in transpose)
     d, h, w = (float(target[axis]) for axis in transpose)
@@ -65,22 +94,40 @@ def make_plan(
         spacing_mm=(d, h, w),
         transpose=transpose,
         crop_hu=crop_hu,
-        foreground=(float(low), float(drawn.mean()), float(drawn.std()), float(high)),
+        foreground=statistics[0],
         median_shape=(depth, height, width),
-        network=network_for(
-            spacings,
-            shapes,
-            planner=planner,
-            memory_gb=memory_gb,
-            spacing_mm=np.asarray(target),
-            transpose=transpose,
-            num_classes=len(classes),
-        ),
+        network=network,
         source_sha256=source_sha256,
         license=license,
         notes=notes,
-        use_mask_for_norm=uses_mask(modality, [fact.relative_size for fact in facts]),
+        use_mask_for_norm=masked and not channels,
+        channels=_channels(channels, statistics, masked),
+        regions=labels.regions,
+        region_order=labels.region_order,
+        ignore=labels.ignore,
+        planar=planar,
     )
+
+
+def _channels(
+    named: Sequence[tuple[str, str]], statistics: Sequence[Any], masked: bool
+) -> tuple[Channel, ...]:
+    return tuple(
+        Channel(name, scheme, measured, masked and scheme == Z_SCORES)
+        for (name, scheme), measured in zip(named, statistics, strict=bool(named))
+    )
+
+
+def _resampled(fact: Facts, target: Millimeters, kept: int | None) -> Shape:
+    """Voxels of a case at the target spacing; along the axis `kept`, as many as it has."""
+    a, b, c = (fact.spacing_mm[axis] if axis == kept else target[axis] for axis in range(3))
+    return resampled_shape(fact.shape, fact.spacing_mm, (a, b, c))
+
+
+def _statistics(drawn: np.ndarray) -> tuple[float, float, float, float]:
+    """Of one channel: 0.5 percentile, mean, standard deviation, 99.5 percentile."""
+    low, high = np.percentile(drawn, (0.5, 99.5))
+    return float(low), float(drawn.mean()), float(drawn.std()), float(high)
 
 
 def _in_full_range(facts: Sequence[Facts]) -> Sequence[Facts]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bhsd_jax.nnunet import plans_json
 from bhsd_jax.nnunet.plans_json import Request, triple
-from bhsd_jax.nnunet.topology import planner_named, pool, widths
+from bhsd_jax.nnunet.topology import Planner, planner_named, pool, widths
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Millimeters, Network, Shape
 
@@ -89,6 +89,7 @@ def make_plans(
     planner: str = "default",
     modality: str = "ct",
     num_channels: int = 1,
+    schemes: Sequence[str] = (),
     num_classes: int = 2,
     spacing_mm: Numbers | None = None,
     transpose: Sequence[int] | None = None,
@@ -106,6 +107,7 @@ def make_plans(
         planner: A key of `topology.PLANNERS`.
         modality: "ct" or "mr"; decides the normalization only.
         num_channels: Of a scan.
+        schemes: Normalization of every channel, where the modality does not say it.
         num_classes: Background included.
         spacing_mm: Pins the target spacing.
         transpose: Pins the order of axes.
@@ -130,9 +132,8 @@ def make_plans(
         memory_gb=memory_gb or chosen.memory_gb,
         num_classes=num_classes,
         cases=cases or len(spacing),
-        modality=modality,
-        num_channels=num_channels,
-        masked=uses_mask(modality, [relative_size]),
+        schemes=tuple(schemes) or (plans_json.NORMALIZATION[modality],) * num_channels,
+        masked=uses_mask("mr" if schemes else modality, [relative_size]),
     )
     median = _median_shape(spacing, shape, target)[forward].tolist()
     return {
@@ -177,7 +178,10 @@ def network_for(
         memory_gb=memory_gb,
     )
     if "3d_fullres" not in plans["configurations"]:
-        raise UserError("network_for: the median scan is a single slice; 3D networks need more")
+        raise UserError(
+            "network_for: the median scan is a single slice; 3D networks need more: set "
+            "preprocess.configuration=2d"
+        )
     return from_nnunet_plans(plans)[0]
 
 
@@ -191,14 +195,17 @@ def topology(
     max_stages: int | None = None,
     base_features: int = 32,
     max_features: int = 320,
+    planar: bool = False,
 ) -> Network:
-    """Applies nnU-Net's pooling rule to a patch somebody chose.
+    """Applies nnU-Net's pooling rule to a patch somebody chose; `planar` to one of its slices.
 
     Raises:
         ValueError: If an axis of the patch is no multiple of the network's total stride (names the
             nearest patch that is), or the planner is not known.
     """
     spacing, size = _three(spacing_mm, "spacing_mm"), _three(patch, "patch")
+    if planar:
+        return _planar_topology(spacing, size, planner_named(planner), batch, batch_dice)
     pooling = pool(spacing, size, max_stages)
     if pooling.patch != size:
         raise UserError(
@@ -220,6 +227,29 @@ def topology(
     )
 
 
+def _planar_topology(
+    spacing: Millimeters, size: Millimeters, chosen: Planner, batch: int, batch_dice: bool
+) -> Network:
+    pooling = pool(spacing[1:], size[1:])
+    if size[0] != 1 or pooling.patch != size[1:]:
+        raise UserError(
+            f"topology: a 2D network takes patches of one slice, such as {(1, *pooling.patch)}; "
+            f"got {tuple(round(n) for n in size)}"
+        )
+    stages = len(pooling.strides)
+    return Network(
+        patch=plans_json.with_slice(pooling.patch),
+        batch=batch,
+        features=widths(stages, axes=2),
+        strides=tuple(plans_json.with_slice(stride) for stride in pooling.strides),
+        kernels=tuple(plans_json.with_slice(kernel) for kernel in pooling.kernels),
+        convs_encoder=chosen.encoder(stages),
+        convs_decoder=chosen.decoder(stages),
+        batch_dice=batch_dice,
+        residual=chosen.residual,
+    )
+
+
 def for_patch(network: Network, patch: Shape, spacing_mm: Millimeters) -> Network:
     """The network as planned, or for another patch the topology of the default planner.
 
@@ -230,7 +260,10 @@ def for_patch(network: Network, patch: Shape, spacing_mm: Millimeters) -> Networ
     """
     if tuple(patch) == network.patch:
         return network
-    changed = topology(spacing_mm, patch, batch=network.batch, batch_dice=network.batch_dice)
+    planar = bool(network.kernels) and all(kernel[0] == 1 for kernel in network.kernels)
+    changed = topology(
+        spacing_mm, patch, batch=network.batch, batch_dice=network.batch_dice, planar=planar
+    )
     if not network.residual:
         return changed
     stages = len(changed.features)
@@ -251,13 +284,16 @@ def from_nnunet_plans(
     nnU-Net's reader gives them: k, j, i.
 
     Raises:
-        ValueError: If the configuration is missing or incomplete, not 3D, needs a coarser network's
-            output, or is another network than the plain or the residual-encoder U-Net.
+        ValueError: If the configuration is missing or incomplete, needs a coarser network's output,
+            or is another network than the plain or the residual-encoder U-Net.
     """
     settings = plans_json.resolve(plans, configuration)
     try:
         network = plans_json.network(settings)
-        d, h, w = (float(s) for s in settings["spacing"])
+        spacing = list(settings["spacing"])
+        if plans_json.is_planar(settings):  # only so that there is a number: it is never used
+            spacing.insert(0, plans["original_median_spacing_after_transp"][0])
+        d, h, w = (float(s) for s in spacing)
         first, second, third = (int(axis) for axis in plans["transpose_forward"])
     except KeyError as error:
         raise UserError(

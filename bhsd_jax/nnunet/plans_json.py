@@ -44,8 +44,7 @@ class Request:
     memory_gb: float
     num_classes: int  # background included
     cases: int
-    modality: str  # a key of `NORMALIZATION`
-    num_channels: int
+    schemes: tuple[str, ...]  # normalization of each channel
     masked: bool  # z-scores inside the non-zero mask
 
 
@@ -117,8 +116,10 @@ def _planned(
         "patch_size": list(pooling.patch),
         "median_image_size_in_voxels": list(median),
         "spacing": list(spacing),
-        "normalization_schemes": [NORMALIZATION[request.modality]] * request.num_channels,
-        "use_mask_for_norm": [request.masked] * request.num_channels,
+        "normalization_schemes": list(request.schemes),
+        "use_mask_for_norm": [
+            request.masked and scheme == NORMALIZATION["mr"] for scheme in request.schemes
+        ],
         **_resampling(),
         "architecture": _architecture(planner, pooling),
         "batch_dice": name == "2d",
@@ -175,26 +176,28 @@ def resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def network(settings: Mapping[str, Any]) -> Network:
-    """Reads the 3D U-Net of a resolved configuration, as nnU-Net 2.0 to 2.8 spell it.
+    """Reads the U-Net of a resolved configuration, as nnU-Net 2.0 to 2.8 spell it.
+
+    A 2D network is the 3D one of patches of one slice, with kernels and strides of 1 across it.
 
     Raises:
         KeyError: If a setting is missing.
-        ValueError: If it is another network than the plain or the residual-encoder U-Net, not 3D,
-            or takes a coarser network's output as input.
+        ValueError: If it is another network than the plain or the residual-encoder U-Net, or takes
+            a coarser network's output as input.
     """
     unet, arguments = architecture(settings)
     previous = settings.get("previous_stage")
-    if unet not in _ENCODER or len(settings["patch_size"]) != 3 or previous:
+    if unet not in _ENCODER or len(settings["patch_size"]) not in (2, 3) or previous:
         raise UserError(
-            f"nnU-Net plans: need a 3D {' or '.join(_ENCODER)} that is no second stage; "
-            f"got {unet}, patch {settings['patch_size']}, previous stage {previous}"
+            f"nnU-Net plans: need a 2D or 3D {' or '.join(_ENCODER)} that is no second stage of a "
+            f"cascade; got {unet}, patch {settings['patch_size']}, previous stage {previous}"
         )
     return Network(
-        patch=triple(settings["patch_size"]),
+        patch=with_slice(settings["patch_size"]),
         batch=int(settings["batch_size"]),
         features=tuple(arguments["features_per_stage"]),
-        strides=tuple(triple(stride) for stride in arguments["strides"]),
-        kernels=tuple(triple(kernel) for kernel in arguments["kernel_sizes"]),
+        strides=tuple(with_slice(stride) for stride in arguments["strides"]),
+        kernels=tuple(with_slice(kernel) for kernel in arguments["kernel_sizes"]),
         convs_encoder=tuple(arguments[_ENCODER[unet]]),
         convs_decoder=tuple(arguments["n_conv_per_stage_decoder"]),
         batch_dice=bool(settings["batch_dice"]),
@@ -227,6 +230,16 @@ def _older(settings: Mapping[str, Any]) -> dict[str, Any]:
         "n_conv_per_stage_decoder": settings["n_conv_per_stage_decoder"],
     }
     return {"network_class_name": unet, "arch_kwargs": arguments}
+
+
+def is_planar(settings: Mapping[str, Any]) -> bool:
+    """Whether a resolved configuration is 2D: slices on their own, as far apart as they are."""
+    return len(settings["patch_size"]) == 2
+
+
+def with_slice(values: Sequence[float]) -> Shape:
+    """Three whole numbers; of two, those of a slice, the first is 1."""
+    return triple(values if len(values) == 3 else (1, *values))
 
 
 def triple(values: Sequence[float]) -> Shape:

@@ -7,14 +7,17 @@ made here say so, so that a network sees what it was trained on.
 from collections.abc import Mapping
 from typing import Any
 
-from bhsd_jax.nnunet import plans_json
+from bhsd_jax.ct.channels import SCHEMES
+from bhsd_jax.nnunet import dataset_json, plans_json
 from bhsd_jax.nnunet.planner import from_nnunet_plans
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Plan
+from bhsd_jax.volume import Channel, Plan
 
 _AXES = {  # by reader: what its arrays' axes are
     "SimpleITKIO": "file",
     "NibabelIO": "file",
+    "NaturalImage2DIO": "file",
+    "Tiff3DIO": "file",
     "NibabelIOWithReorient": "SAR",  # to R, A, S, then in the order z, y, x
 }
 _MODALITIES = {scheme: modality for modality, scheme in plans_json.NORMALIZATION.items()}
@@ -27,34 +30,37 @@ def plan_of(
     """What prediction must know of the data, as nnU-Net's own prediction does it.
 
     Raises:
-        ValueError: Lists everything that has no counterpart here: several channels, regions,
-            other normalizations, readers, or ways to resample; or the network does.
+        ValueError: Lists everything that has no counterpart here: other normalizations, readers,
+            or ways to resample; or the network does.
     """
     network, spacing, transpose = from_nnunet_plans(plans, configuration)
     settings = plans_json.resolve(plans, configuration)
     _require_supported(plans, dataset, settings)
-    modality = _MODALITIES[settings["normalization_schemes"][0]]
-    measured = plans.get("foreground_intensity_properties_per_channel") or {}
-    if modality == "ct" and "0" not in measured:
-        raise UserError("nnU-Net plans: CTNormalization, but no foreground intensities of it")
-    first = measured.get("0", {})
-    low, mean, std, high = (float(first.get(name, 0)) for name in plans_json.STATISTICS)
+    channels = _channels_of(plans, dataset, settings)
+    modality = _MODALITIES.get(channels[0].scheme, "mr") if len(channels) == 1 else "mr"
+    usual = len(channels) == 1 and channels[0].scheme in _MODALITIES
+    labels = dataset_json.labels(dataset, "nnU-Net dataset.json")
     return Plan(
         dataset=str(plans.get("dataset_name") or dataset.get("name", "nnU-Net")),
-        classes=classes_of(dataset),
+        classes=labels.classes,
         modality=modality,
         spacing_mm=spacing,
         transpose=transpose,
         crop_hu=None,
-        foreground=(low, mean, std, high),
-        median_shape=plans_json.triple(settings["median_image_size_in_voxels"]),
+        foreground=channels[0].foreground,
+        median_shape=plans_json.with_slice(settings["median_image_size_in_voxels"]),
         network=network,
         source_sha256=source_sha256,
         license=str(dataset.get("licence") or dataset.get("license") or ""),
         notes=(f"imported from nnU-Net, configuration {configuration}",),
         axes=_AXES[plans["image_reader_writer"]],
         normalize_first=True,
-        use_mask_for_norm=modality == "mr" and any(settings["use_mask_for_norm"]),
+        use_mask_for_norm=usual and modality == "mr" and channels[0].masked,
+        channels=() if usual else channels,
+        regions=labels.regions,
+        region_order=labels.region_order,
+        ignore=labels.ignore,
+        planar=plans_json.is_planar(settings),
     )
 
 
@@ -66,37 +72,43 @@ def network_of(
     Raises:
         ValueError: If there is no such configuration, or labels or channels are not given.
     """
-    reference, arguments = plans_json.architecture(plans_json.resolve(plans, configuration))
+    settings = plans_json.resolve(plans, configuration)
+    reference, arguments = plans_json.architecture(settings)
+    if plans_json.is_planar(settings):
+        arguments = _with_slices(arguments)
     given = {
-        "input_channels": len(_channels(dataset)),
-        "num_classes": len(classes_of(dataset)),
+        "input_channels": len(dataset_json.channels(dataset)),
+        "num_classes": dataset_json.labels(dataset, "nnU-Net dataset.json").outputs,
         "deep_supervision": True,
     }
     return reference, {**arguments, **given}
 
 
-def classes_of(dataset: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names by class index, background first; an `ignore` label is none.
-
-    Raises:
-        ValueError: If labels are regions, or not numbered 0, 1, 2, ...
-    """
-    labels = {k: v for k, v in (dataset.get("labels") or {}).items() if k != "ignore"}
-    try:
-        index = {int(value): str(name) for name, value in labels.items()}
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"nnU-Net dataset.json: a label is one number, regions are not known; got {labels}"
-        ) from error
-    if not index or sorted(index) != list(range(len(labels))):
-        raise UserError(
-            f"nnU-Net dataset.json: labels must be numbered 0, 1, 2, ...; got {labels or 'none'}"
-        )
-    return tuple(index[i] for i in range(len(index)))
+def _with_slices(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A 2D network as the 3D one that treats every slice alone."""
+    made = dict(arguments)
+    for name in ("kernel_sizes", "strides"):
+        made[name] = [list(plans_json.with_slice(values)) for values in made[name]]
+    for name in ("conv_op", "norm_op"):
+        made[name] = str(made[name]).replace("2d", "3d")
+    return made
 
 
-def _channels(dataset: Mapping[str, Any]) -> Mapping[str, Any]:
-    return dataset.get("channel_names") or dataset.get("modality") or {}
+def _channels_of(
+    plans: Mapping[str, Any], dataset: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[Channel, ...]:
+    """Normalization of every channel, with the statistics of those that need them."""
+    measured = plans.get("foreground_intensity_properties_per_channel") or {}
+    masks = settings["use_mask_for_norm"]
+    named = dataset_json.channels(dataset)
+    made = []
+    for index, scheme in enumerate(settings["normalization_schemes"]):
+        if scheme == "CTNormalization" and str(index) not in measured:
+            raise UserError("nnU-Net plans: CTNormalization, but no foreground intensities of it")
+        first = measured.get(str(index), {})
+        low, mean, std, high = (float(first.get(name, 0)) for name in plans_json.STATISTICS)
+        made.append(Channel(named[index][0], scheme, (low, mean, std, high), bool(masks[index])))
+    return tuple(made)
 
 
 def _require_supported(
@@ -104,9 +116,10 @@ def _require_supported(
 ) -> None:
     schemes = settings["normalization_schemes"]
     wrong = []
-    if len(_channels(dataset)) != 1 or len(schemes) != 1:
-        wrong.append(f"one channel per scan; got {len(_channels(dataset))}")
-    wrong += [f"{s} (known: {', '.join(_MODALITIES)})" for s in schemes if s not in _MODALITIES]
+    if not len(dataset_json.channels(dataset)) == len(schemes) > 0:
+        channels = len(dataset_json.channels(dataset))
+        wrong.append(f"{channels} channels in dataset.json, {len(schemes)} in the plans")
+    wrong += [f"{s} (known: {', '.join(SCHEMES)})" for s in schemes if s not in SCHEMES]
     reader = plans.get("image_reader_writer")
     if reader not in _AXES:
         wrong.append(f"reader {reader} (known: {', '.join(_AXES)})")

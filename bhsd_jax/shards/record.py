@@ -40,7 +40,7 @@ class Reader:
 
     @property
     def foreground(self) -> tuple[np.ndarray, ...]:
-        """Voxel positions int32 [n 3] per foreground class; a class that is absent has n = 0."""
+        """Voxel positions int32 [n 3] per list of `Prepared`; a class that is absent has n = 0."""
         return self._positions
 
     @functools.cached_property
@@ -72,7 +72,7 @@ class Reader:
         )
         if any(part.start == part.stop for part in box):
             empty = tuple(part.stop - part.start for part in box)
-            image = np.zeros(empty, self._image.dtype)
+            image = np.zeros((*empty, *self._image.shape[3:]), self._image.dtype)
             return image, None if self._label is None else np.zeros(empty, np.uint8)
         return self._image[box], None if self._label is None else self._label[box]
 
@@ -90,7 +90,7 @@ def pack(case: Prepared) -> tuple[dict[str, Any], bytes]:
         "split": case.split,
         "bleeding": case.bleeding,
         "slice_labels": case.slice_labels,
-        "shape": list(case.image.shape),
+        "shape": list(case.image.shape[:3]),
         "dtype": str(case.image.dtype),
         "grid": case.grid.to_json(),
         "has_label": case.label is not None,
@@ -129,7 +129,13 @@ def unpack(reader: Reader) -> Prepared:
         foreground=reader.foreground,
         volume_ml=tuple(header["volume_ml"]),
         source_sha256=header["source_sha256"],
+        values=_values(header),
     )
+
+
+def _values(header: dict[str, Any]) -> int:
+    counted, usual = len(header["voxels"]), len(header["foreground"]) + 1
+    return 0 if counted in (0, usual) else counted
 
 
 def _split(record: bytes, place: str) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -161,9 +167,9 @@ def damaged(place: str, reason: str) -> UserError:
 
 def _compress(array: np.ndarray) -> bytes:
     chunks = blocks = None
-    if array.ndim == 3:
-        chunks = tuple(map(min, array.shape, _CHUNK))
-        blocks = tuple(map(min, chunks, _BLOCK))
+    if array.ndim >= 3:
+        chunks = tuple(map(min, array.shape, (*_CHUNK, *array.shape[3:])))
+        blocks = tuple(map(min, chunks, (*_BLOCK, *array.shape[3:])))
     parameters = blosc2.CParams(
         codec=blosc2.Codec.ZSTD,
         clevel=5,
@@ -193,7 +199,9 @@ def _stack(foreground: tuple[np.ndarray, ...]) -> np.ndarray:
 def _count(case: Prepared) -> list[int]:
     if case.label is None:
         return []
-    return np.bincount(case.label.ravel(), minlength=len(case.foreground) + 1).tolist()
+    return np.bincount(
+        case.label.ravel(), minlength=case.values or len(case.foreground) + 1
+    ).tolist()
 
 
 def _digest(array: np.ndarray | None) -> str:

@@ -14,11 +14,18 @@ class Layout:
     to_torch: Callable[[np.ndarray], np.ndarray]
 
 
+def _deep(kernel: np.ndarray) -> np.ndarray:
+    """A kernel of slices is one of depth 1."""
+    return kernel[:, :, None] if kernel.ndim == 4 else kernel
+
+
 SAME = Layout(np.asarray, np.asarray)
 # (out, in, D, H, W) <-> [D H W in out].
-CONV = Layout(lambda w: w.transpose(2, 3, 4, 1, 0), lambda k: k.transpose(4, 3, 0, 1, 2))
+CONV = Layout(lambda w: _deep(w).transpose(2, 3, 4, 1, 0), lambda k: k.transpose(4, 3, 0, 1, 2))
 # (in, out, D, H, W) <-> [D H W in out]; not mirrored, see `models.conv.conv_transpose`.
-CONV_TRANSPOSE = Layout(lambda w: w.transpose(2, 3, 4, 0, 1), lambda k: k.transpose(3, 4, 0, 1, 2))
+CONV_TRANSPOSE = Layout(
+    lambda w: _deep(w).transpose(2, 3, 4, 0, 1), lambda k: k.transpose(3, 4, 0, 1, 2)
+)
 # (out, in) <-> [in out].
 LINEAR = Layout(lambda w: w.T, lambda k: k.T)
 # A convolution one voxel wide, which is a linear layer here: (out, in, 1, 1, 1) <-> [in out].

@@ -37,6 +37,11 @@ def run(config: Config, workdir: Path) -> None:
     settings = dataclasses.replace(config.predict, images="", split="val")
     config = dataclasses.replace(config, predict=settings)
     opened = Run.of(config, workdir)
+    if opened.labels.regions:
+        raise UserError(
+            "calibrate: a temperature is of classes that exclude each other, but this network "
+            "answers with regions"
+        )
     cases = _cases(opened, workdir)
     predictor.share_cores(opened)
     predict_, members = ensemble.open_runs(opened, settings.runs)
@@ -81,7 +86,9 @@ def _draw(predict_: Predictor, case: Case, opened: Run) -> tuple[np.ndarray, np.
     label = prepared.label.astype(np.int64)
     if opened.config.split.binary:
         label = np.minimum(label, 1)
-    logits = predict_.logits(prepared.image, "a validation scan")
+    logits = predict_.logits(prepared.channels_last, "a validation scan")
     random = np.random.default_rng(0)
-    chosen = random.permutation(label.size)[:_VOXELS]
+    chosen = random.permutation(label.size)
+    annotated = opened.labels.annotated(prepared.label).ravel()
+    chosen = chosen[annotated[chosen]][:_VOXELS]
     return logits.reshape(len(logits), -1)[:, chosen].T, label.ravel()[chosen]

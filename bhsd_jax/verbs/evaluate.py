@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.assemble import data
-from bhsd_jax.datasets.bhsd import scans
-from bhsd_jax.metrics import also, scores, summary, threshold
+from bhsd_jax.ct import scan
+from bhsd_jax.datasets.image_files import scans
+from bhsd_jax.metrics import also, nnunet_summary, scores, summary, threshold
 from bhsd_jax.platform import files, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Progress, Workers
@@ -17,7 +18,7 @@ from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier
 from bhsd_jax.verbs import parts
 from bhsd_jax.verbs.scoring import ANY, Comparison, Scored, score_case
-from bhsd_jax.volume import Case, Image, Label, Masks, Plan
+from bhsd_jax.volume import Case, Image, Label, Masks, Plan, labels_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def run(config: Config, workdir: Path) -> None:
 
     `cases.csv` has a row per case and class, `cases_binary.csv` one per case with all classes
     merged; `summary.json` has the means under every convention. What is not defined is `nan` in
-    the tables and null in the summary.
+    the tables and null in the summary. `summary_nnunet.json` has nnU-Net's schema.
 
     Raises:
         FileNotFoundError: If predictions or references are missing; lists them.
@@ -53,7 +54,7 @@ def run(config: Config, workdir: Path) -> None:
         logger.warning("%s", text)
     rows = [row for scored in done for row in scored.rows]
     merged = [scored.merged for scored in done]
-    classes = (ANY,) if config.split.binary else jobs[0].classes[1:]
+    classes = (ANY,) if config.split.binary else jobs[0].meaning.names[1:]
     found = _summary(config, rows, merged, classes)
     if config.evaluate.baseline:
         histograms = [scored.histogram for scored in done if scored.histogram is not None]
@@ -65,8 +66,20 @@ def run(config: Config, workdir: Path) -> None:
     scores.write_csv(workdir / "cases.csv", rows)
     scores.write_csv(workdir / "cases_binary.csv", merged)
     files.write_json(workdir / "summary.json", summary.without_nan(found))
+    if not config.split.binary:
+        _write_nnunet(workdir / "summary_nnunet.json", jobs, done)
     for line in table(found):
         logger.info("%s", line)
+
+
+def _write_nnunet(path: Path, jobs: Sequence[Comparison], done: Sequence[Scored]) -> None:
+    """The scores once more, in the schema of nnU-Net's summary.json."""
+    cases = []
+    for job, scored in zip(jobs, done, strict=True):
+        places = str(scan.files(job.reference)[0]), str(job.predicted)
+        rows = {row.name: row for row in scored.rows}
+        cases.append(nnunet_summary.CaseFiles(*places, scored.voxels, rows))
+    nnunet_summary.write(path, cases, jobs[0].meaning)
 
 
 def table(found: Mapping[str, Any]) -> list[str]:
@@ -123,6 +136,7 @@ def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
             reference=reference,
             image=image,
             classes=known.classes,
+            labels=known.labels if isinstance(known, Plan) else labels_of(known),
             modality=known.modality,
             binary=config.split.binary,
             nsd_mm=config.evaluate.nsd_mm,

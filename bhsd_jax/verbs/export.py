@@ -61,7 +61,7 @@ def stablehlo(
     flat: Any = traverse_util.flatten_dict(variables, sep="/")
     forward = _forward(model, run.normalization if normalize else None)
     (batch,) = jax.export.symbolic_shape("b")
-    channels = 1 if normalize else run.normalization.channels
+    channels = run.raw_channels if normalize else run.normalization.channels
     image = jax.ShapeDtypeStruct((batch, *run.patch, channels), jnp.float32)
     if weights_apart:
         shapes = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in flat.items()}
@@ -141,7 +141,7 @@ def _facts(run: Run, step: int, name: str) -> dict[str, Any]:
         "notice": NOTICE,
         "license": plan.license,
         "trained_on": plan.dataset,
-        "classes": run.classes,
+        "classes": run.labels.names,
         "patch": run.patch,
         "spacing_mm": plan.spacing_mm,
         "axes": plan.axes,

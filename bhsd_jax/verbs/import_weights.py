@@ -83,7 +83,8 @@ def from_nnunet(weights: WeightsFile, path: Path) -> Source:
         # nnUNetTrainerBN puts batch norms in the place of those that its plans name.
         constructor |= {"norm_op": "BatchNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True}}
     axes = weights.beside.get("inference_allowed_mirroring_axes")
-    return Source(reference, constructor, plan, tuple(int(axis) for axis in axes or ()))
+    first = 1 if plan.planar else 0  # of a 2D network's axes among ours
+    return Source(reference, constructor, plan, tuple(first + int(axis) for axis in axes or ()))
 
 
 def require_named_network(source: Source, weights: WeightsFile, path: Path) -> None:
@@ -234,9 +235,9 @@ def _require_fit(run: Run, source: Source, module: Any, *, channels: int) -> Non
     given = run.normalization.channels
     odd = [n for n, step in zip(patch, module.stride, strict=True) if n % step]
     wrong = []
-    if len(plan.classes) != module.num_classes:
+    if plan.labels.outputs != module.num_classes:
         wrong.append(
-            f"it has {module.num_classes} classes, but {len(plan.classes)} names are given"
+            f"it has {module.num_classes} classes, but {plan.labels.outputs} names are given"
         )
     if given != channels:
         wrong.append(f"it takes {channels} channels, but the normalization gives {given}")

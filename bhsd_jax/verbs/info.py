@@ -33,7 +33,9 @@ def facts(run: Run) -> dict[str, Any]:
     """Everything that `info` says, plain."""
     config, plan = run.config, run.plan
     windows = config.windows
-    if windows == "plan":
+    if windows == "plan" and plan.channels:
+        windows = {one.name: one.scheme for one in plan.channels}
+    elif windows == "plan":
         low, mean, std, high = plan.foreground
         windows = {"clip": [low, high], "mean": mean, "std": std}
     else:
@@ -41,7 +43,7 @@ def facts(run: Run) -> dict[str, Any]:
     return {
         "name": config.name,
         "notice": NOTICE,
-        "classes": list(run.classes),
+        "classes": list(run.labels.names),
         "modality": plan.modality,
         "spacing_mm": list(plan.spacing_mm),
         "axes": plan.axes,

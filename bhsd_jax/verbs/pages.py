@@ -9,6 +9,7 @@ from typing import Any
 
 from bhsd_jax.assemble import calibrated
 from bhsd_jax.assemble.run import Run
+from bhsd_jax.ct import formats
 from bhsd_jax.metrics import scores
 from bhsd_jax.platform import step_log
 from bhsd_jax.platform.csv_files import write_records
@@ -26,6 +27,13 @@ NAMES, VIEWER = "names.csv", "viewer.html"
 def folder(run: Run) -> Path:
     """Where the label maps lie that were evaluated."""
     return Path(run.config.evaluate.predictions or run.folder / "predictions")
+
+
+def label_map(run: Run, case: str) -> Path:
+    """Of one scan, in whatever format it is there; else where NIfTI would be."""
+    endings = (".nii.gz", *formats.ENDINGS)
+    places = [folder(run) / f"{case}{ending}" for ending in endings]
+    return next((path for path in places if path.is_file()), places[0])
 
 
 def beside(path: Path, folder: Path) -> str:
@@ -103,7 +111,7 @@ def write_viewer(run: Run, rows: Sequence[Mapping[str, str]], names: Mapping[str
         ml.setdefault(row["case"], {})[row["class"]] = float(row["volume_pred_ml"])
     entries = [
         Entry(
-            *(cases[case], folder(run) / f"{case}.nii.gz", names[case], volumes),
+            *(cases[case], label_map(run, case), names[case], volumes),
             dice=None if math.isnan(dice.get(case, math.nan)) else dice[case],
         )
         for case, volumes in ml.items()

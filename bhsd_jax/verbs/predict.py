@@ -7,24 +7,24 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import calibrated, data, ensemble, manifest, predictor, trust
+from bhsd_jax.assemble import calibrated, ensemble, manifest, predictor, trust
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import scan
-from bhsd_jax.ct.dicom import segmentation, slice_file
+from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.datasets import dicom as dicom_cases
-from bhsd_jax.datasets.bhsd import scans as nifti_files
 from bhsd_jax.metrics import postprocessing
 from bhsd_jax.platform import faults, files
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report.page import NOTICE
-from bhsd_jax.settings import Config, DicomSeries, Predict, Settings
+from bhsd_jax.settings import Config, Predict, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.verbs import parts, review, scan_report
+from bhsd_jax.verbs.chosen_scans import find_scans, output_names, part
 from bhsd_jax.volume import Case, Series
 
 logger = logging.getLogger(__name__)
@@ -58,12 +58,13 @@ def run(config: Config, workdir: Path) -> None:
     settings = config.predict
     parts.join(config)
     logger.warning("%s", NOTICE)
-    cases = find_scans(config, workdir)
+    cases = part(find_scans(config, workdir), settings)
     _require_possible(settings, cases)
     run = Run.of(config, workdir)
+    _require_classes(run)
     rules: tuple[postprocessing.Rule, ...] = ()
     if settings.postprocessing:
-        rules = postprocessing.load(Path(settings.postprocessing), run.classes)
+        rules = postprocessing.load(Path(settings.postprocessing), run.labels.names)
     out = Path(settings.out or workdir / "predictions")
     names = output_names(cases, workdir, settings)
     _require_apart(out, cases, names)
@@ -72,7 +73,7 @@ def run(config: Config, workdir: Path) -> None:
     predictor.share_cores(run)
     processes.say_devices()
     predict, members = ensemble.open_runs(run, settings.runs)
-    predict = replace(predict, rules=rules)
+    predict = replace(predict, rules=tuple(run.labels.values_of(rule) for rule in rules))
     if settings.calibrated:
         predict = replace(predict, temperature=calibrated.temperature(workdir, members))
     parts_of = [(p.window, p.networks, p.fill) for p in (predict, *predict.others)]
@@ -80,12 +81,14 @@ def run(config: Config, workdir: Path) -> None:
     if barrier.place()[0] == 0:
         dicom_cases.write_series(out, cases, names)
     mine = parts.own(cases)
+    tables = _tables(out, settings)
     _log_estimate(predict, len(mine))
-    found = _gather(out, _predict_all(predict, mine, names, out, settings.overwrite), names)
+    predicted = _predict_all(predict, mine, names, out, tables, settings.overwrite)
+    found = _gather(out, predicted, names)
     if found is not None:
-        facts = _facts(run, members) | postprocessing.to_json(rules, run.classes)
+        facts = _facts(run, members) | postprocessing.to_json(rules, run.labels.names)
         try:
-            _conclude(out, found, facts, len(cases))
+            _conclude(out, tables, found, facts, len(cases))
         finally:
             if settings.report and not found.fault:
                 scan_report.write(run, out, {names[case.id]: case for case in cases})
@@ -95,10 +98,15 @@ def _require_possible(settings: Predict, cases: Sequence[Case]) -> None:
     """Refuses what would only fail after the network has run."""
     if settings.dicom.seg:
         segmentation.require()
+    if settings.report and settings.num_parts > 1:
+        raise UserError(
+            "config.predict.report: a job of several knows only its own scans; set report=False"
+        )
     if not any(isinstance(case.image, Series) and case.image.unshear for case in cases):
         return
     for asked, flag in (
         (settings.probabilities, "probabilities"),
+        (settings.nnunet_probabilities, "nnunet_probabilities"),
         (settings.dicom.seg == "fractional", "dicom.seg=fractional"),
     ):
         if asked:
@@ -111,12 +119,33 @@ def _require_possible(settings: Predict, cases: Sequence[Case]) -> None:
 def _require_apart(out: Path, cases: Sequence[Case], names: Mapping[str, str]) -> None:
     """Refuses to write a label map in place of a scan."""
     scans = {file.resolve() for case in cases for file in scan.files(case.image)}
-    for name in names.values():
-        target = out / f"{name}.nii.gz"
+    for case in cases:
+        target = out / f"{names[case.id]}{scan.ending(case.image)}"
         if target.resolve() in scans:
             raise UserError(
                 f"{target}: a scan, which its label map would replace; name another folder with "
                 "config.predict.out"
+            )
+
+
+def _require_classes(run: Run) -> None:
+    """Refuses what is not defined for regions, and what nnU-Net's reader would misplace."""
+    settings = run.config.predict
+    if settings.nnunet_probabilities and run.plan.axes not in ("file", "SPL"):
+        raise UserError(
+            f"config.predict.nnunet_probabilities: the plan's axes are {run.plan.axes}, those of a "
+            "reader that turns scans, which is not supported; leave them out"
+        )
+    if not run.labels.regions:
+        return
+    for asked, flag in (
+        (settings.calibrated, "calibrated: the temperature"),
+        (settings.dicom.seg == "fractional", "dicom.seg=fractional: a fractional SEG"),
+    ):
+        if asked:
+            raise UserError(
+                f"config.predict.{flag} is of classes that exclude each other, but this network "
+                "answers with regions; leave it out"
             )
 
 
@@ -126,8 +155,8 @@ def _gather(out: Path, found: Found, names: Mapping[str, str]) -> Found | None:
     if together is None:
         return None
     every = [
-        Found([ScanVolumes(**row) for row in part["rows"]], part["skipped"], part["fault"])
-        for part in together
+        Found([ScanVolumes(**row) for row in one["rows"]], one["skipped"], one["fault"])
+        for one in together
     ]
     rows = {row.case: row for one in every for row in one.rows}
     skipped = {name: reason for one in every for name, reason in one.skipped.items()}
@@ -138,108 +167,40 @@ def _gather(out: Path, found: Found, names: Mapping[str, str]) -> Found | None:
     )
 
 
-def _conclude(out: Path, found: Found, facts: Mapping[str, Any], scans: int) -> None:
+def _conclude(out: Path, tables: Path, found: Found, facts: Mapping[str, Any], scans: int) -> None:
     """Writes the tables, and raises if a scan was skipped or the machine said no."""
     skipped = [{"case": name, "reason": reason} for name, reason in found.skipped.items()]
     unwritten = ""
     try:
-        write_records(out / "skipped.csv", skipped, line_end="\n", harmless=True)
-        _write_tables(out, found.rows)
-        review.write(out, found.rows)
+        write_records(tables / "skipped.csv", skipped, line_end="\n", harmless=True)
+        _write_tables(tables, found.rows)
+        review.write(tables, found.rows)
         doubtful = {row.case: row.warning for row in found.rows if row.warning}
-        files.write_json(out / "predictions.json", {**facts, "doubtful": doubtful})
+        files.write_json(tables / "predictions.json", {**facts, "doubtful": doubtful})
     except faults.WriteError as error:
         unwritten = faults.explain(error) or str(error)
     if found.fault or unwritten:
-        tables = "their tables are not complete" if unwritten else "the tables tell of them"
+        state = "their tables are not complete" if unwritten else "the tables tell of them"
         raise UserError(
             f"{found.fault or unwritten}. {len(found.rows)} of {scans} label maps are in {out}, "
-            f"{tables}; with --config.predict.overwrite=False the same command goes on from there"
+            f"{state}; with --config.predict.overwrite=False the same command goes on from there"
         )
     if found.skipped:
         name, reason = next(iter(found.skipped.items()))
         raise UserError(
-            f"{len(found.skipped)} of {scans} scans skipped, see {out / 'skipped.csv'}; "
+            f"{len(found.skipped)} of {scans} scans skipped, see {tables / 'skipped.csv'}; "
             f"{name}: {reason}"
         )
     logger.info("%d label maps in %s", len(found.rows), out)
 
 
-def find_scans(config: Settings, workdir: Path) -> list[Case]:
-    """The scans to predict, sorted: a file, a folder's, or a split of the data set.
-
-    NIfTI files of a folder itself, and every DICOM CT series anywhere below it. nnU-Net's channel
-    suffix `_0000` is not part of a case's name.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder, or no scan in it.
-        ValueError: If the split is unknown, empty, or names scans the data set does not have.
-    """
-    settings = config.predict
-    if not settings.images:
-        return _split_scans(config, workdir, settings.split)
-    path = Path(settings.images)
-    series: list[Case] = []
-    if path.is_dir():
-        files = {n: f for n, f in nifti_files(path).items() if not slice_file.is_dicom(f)}
-        series = _series(path, files, settings.dicom)
-    elif path.is_file() and slice_file.is_dicom(path):
-        raise UserError(
-            f"{path}: one DICOM file is one slice or one part; name the folder of the series"
-        )
-    elif path.is_file():
-        files = {path.name.removesuffix(".gz").removesuffix(".nii"): path}
-    else:
-        raise FileNotFoundError(f"{path}: no such file or folder; look at config.predict.images")
-    if not files and not series:
-        raise FileNotFoundError(
-            f"{path}: no NIfTI file and no DICOM CT series in it; look at config.predict.images"
-        )
-    short = {name.removesuffix("_0000"): file for name, file in files.items()}
-    chosen = short if len(short) == len(files) else files
-    found = [Case(name, name, file, None, "test") for name, file in sorted(chosen.items())]
-    if {case.id for case in found} & {case.id for case in series}:
-        raise UserError(
-            f"{path}: a NIfTI file and a DICOM folder have one name; rename or move one of them"
-        )
-    return found + series
-
-
-def _series(path: Path, beside: Mapping[str, Path], how: DicomSeries) -> list[Case]:
-    """DICOM series of a folder; beside NIfTI files, images of no series are but a warning."""
-    try:
-        return dicom_cases.scans(path, uneven=how.uneven, unshear=how.unshear)
-    except UserError as error:
-        if not beside:
-            raise
-        logger.warning("%s", error)
-        return []
-
-
-def output_names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:
-    """What outputs are called; by default DICOM's own names are hidden, NIfTI's are not."""
-    hide = settings.show_ids is False, settings.show_ids is not True and bool(settings.images)
-    hidden = {c.id for c in cases if hide[isinstance(c.image, Series)]}
-    short = data.short_names(sorted(hidden), workdir, show_ids=False) if hidden else {}
-    return {case.id: short.get(case.id, case.id) for case in cases}
-
-
-def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
-    if split not in ("val", "test"):
-        raise UserError(f"config.predict.split is val or test; got {split!r}")
-    roles, _ = data.roles(config, workdir)
-    known = {case.id: case for case in data.data_set(config, workdir).cases()}
-    wanted = getattr(roles, split)
-    missing = [case for case in wanted if case not in known]
-    if missing or not wanted:
-        raise UserError(
-            f"split {split}: {len(missing)} of its {len(wanted)} scans are not in the data set; "
-            "set config.predict.split, or name files with config.predict.images"
-        )
-    return [
-        Case(case, case, known[case].image, None, split, table_feed=known[case].table_feed)
-        for case in wanted
-    ]
+def _tables(out: Path, settings: Any) -> Path:
+    """Where the tables go: each of several jobs writes its own."""
+    if settings.num_parts == 1:
+        return out
+    folder = out / f"part_{settings.part_id}_of_{settings.num_parts}"
+    files.open_folder(folder)
+    return folder
 
 
 def _log_estimate(predict: Predictor, scans: int) -> None:
@@ -256,16 +217,17 @@ def _predict_all(
     cases: Sequence[Case],
     names: Mapping[str, str],
     out: Path,
+    tables: Path,
     overwrite: bool,
 ) -> Found:
     """Predicts one after the other; where there is one process, tables grow as it goes."""
     found = Found()
-    earlier = {} if overwrite else review.earlier(out)
+    earlier = {} if overwrite else review.earlier(tables)
     begun = time.monotonic()
     alone = barrier.place() == (0, 1)
     for index, case in enumerate(cases, start=1):
         name = names[case.id]
-        target = out / f"{name}.nii.gz"
+        target = out / f"{name}{scan.ending(case.image)}"
         try:
             row = None if overwrite else predict.finished(case, target, name)
             if row is not None:
@@ -275,7 +237,7 @@ def _predict_all(
                     row = predict(case, target, name)
             found.rows.append(row)
             if alone:
-                _write_tables(out, found.rows)
+                _write_tables(tables, found.rows)
         except faults.WriteError as error:
             found.fault = faults.explain(error) or str(error)
             logger.error("scan %d of %d, %s: %s", index, len(cases), name, found.fault)
@@ -287,7 +249,7 @@ def _predict_all(
             continue
         left = (time.monotonic() - begun) / index * (len(cases) - index)
         took = "there already" if row.seconds is None else f"{row.seconds:.1f} s"
-        volume = sum(row.ml.values())
+        volume = row.total_ml
         logger.info(
             "scan %d of %d, %s: %.1f mL, %s, %.0f s left",
             *(index, len(cases), name, volume, took, left),
@@ -318,7 +280,7 @@ def _facts(run: Run, members: Sequence[Member]) -> dict[str, Any]:
         "networks": own.networks,
         **({"averaged_with": listed} if others else {}),
         "combine": config.predict.combine if others or len(own.networks) > 1 else None,
-        "classes": run.classes,
+        "classes": run.labels.names,
         "split": None if config.predict.images else config.predict.split,
         "mirror": config.infer.mirror_axes if config.infer.mirror else (),
         "tile": run.patch,

@@ -21,8 +21,8 @@ from bhsd_jax.ct.integrity import checkup, facts_file
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, prepare_case
 from bhsd_jax.datasets import splits_file
 from bhsd_jax.defects import Finding, in_line, refused
-from bhsd_jax.nnunet import adoption
-from bhsd_jax.nnunet.dataset_plan import make_plan
+from bhsd_jax.nnunet import adoption, plans_json
+from bhsd_jax.nnunet.dataset_plan import FULL, PLANAR, make_plan
 from bhsd_jax.nnunet.planner import from_nnunet_plans
 from bhsd_jax.platform import budget, csv_files, files, machine
 from bhsd_jax.platform.errors import UserError
@@ -32,7 +32,7 @@ from bhsd_jax.shards import jobs as shard_jobs
 from bhsd_jax.shards import store
 from bhsd_jax.shards.jobs import ShardJob, Share
 from bhsd_jax.verbs import parts
-from bhsd_jax.volume import Case, Dataset, Plan
+from bhsd_jax.volume import Case, Dataset, Plan, labels_of
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,11 @@ def _crop_hu(dataset: Dataset, settings: Any) -> float | None:
 
 def _nnunet(settings: Any) -> dict[str, Any] | None:
     """NnU-Net's plan if one is named, refused here if it cannot be used with any data."""
+    if "cascade" in settings.configuration:
+        raise UserError(
+            f"config.preprocess.configuration: {settings.configuration}, the second stage of "
+            "nnU-Net's 3D cascade, is not supported; take 3d_fullres, 3d_lowres or 2d"
+        )
     if not settings.plan:
         return None
     plans = adoption.read(settings.plan)
@@ -164,6 +169,9 @@ def _plan(
         memory_gb=settings.memory_gb,
         spacing_mm=tuple(settings.spacing_mm) if settings.spacing_mm else None,
         crop_hu=_crop_hu(dataset, settings),
+        labels=labels_of(dataset),
+        channels=getattr(dataset, "channels", ()),
+        configuration=_configuration(settings, theirs),
     )
     if theirs:
         plan = adoption.adopt(plan, training, theirs, settings.configuration)
@@ -172,6 +180,15 @@ def _plan(
     for note in plan.notes:
         logger.warning("%s", note)
     return plan
+
+
+def _configuration(settings: Any, theirs: Mapping[str, Any] | None) -> str:
+    """What is planned of our own, before a file's plan takes its place."""
+    if theirs is None:
+        return settings.configuration
+    return (
+        PLANAR if plans_json.is_planar(plans_json.resolve(theirs, settings.configuration)) else FULL
+    )
 
 
 def _look(
@@ -185,7 +202,7 @@ def _look(
     look = functools.partial(
         _fingerprint,
         known_facts=known_facts,
-        num_classes=len(dataset.classes),
+        num_classes=labels_of(dataset).values,
         modality=dataset.modality,
         crop_hu=crop_hu,
     )
@@ -244,7 +261,8 @@ def _write_all(
 
 def _require_disk(folder: Path, cases: Set[str], facts: Sequence[Facts], plan: Plan) -> None:
     """Refuses to begin where the shards cannot fit, however well they compress."""
-    bytes_per_voxel = (4 if plan.normalized_before else 2) + 1  # the image, and the mask
+    channels = max(len(plan.channels), 1)
+    bytes_per_voxel = (4 if plan.normalized_before else 2) * channels + 1  # image and mask
     target = math.prod(plan.spacing_mm)
     voxels = sum(
         math.prod(fact.shape) * math.prod(fact.spacing_mm) / target

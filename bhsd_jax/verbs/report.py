@@ -106,8 +106,7 @@ def _every_scan(run: Run, rows: Sequence[Mapping[str, str]], names: Mapping[str,
 
     Names that hide something must not link to it: `names.csv` stays where the files are.
     """
-    folder = pages.folder(run)
-    paths = {names[row["case"]]: folder / f"{row['case']}.nii.gz" for row in rows}
+    paths = {names[row["case"]]: pages.label_map(run, row["case"]) for row in rows}
     shown = {name: pages.beside(path, run.folder) for name, path in paths.items()}
     pages.write_names(run.folder, shown)
     links = shown if run.config.report.show_ids else {}
@@ -185,7 +184,7 @@ def _overlays(
         "of a row is the slice without contours. Slices are shown as in a reading room: the "
         "patient's right is on the left, and slice 1 is the lowest."
     ]
-    for index, name in enumerate(run.classes[1:], start=1):
+    for name, values in run.labels.targets:
         scored = [r for r in rows if r["class"] == name and float(r["voxels_ref"])]
         scored.sort(key=lambda row: float(row["dice"]))
         picks = {"worst": 0, "median": len(scored) // 2, "best": len(scored) - 1}
@@ -193,7 +192,7 @@ def _overlays(
         for word, row in reversed(shown.values()):
             if cases[row["case"]].label is None:
                 continue
-            overlay = _overlay(cases[row["case"]], folder, run, index)
+            overlay = _overlay(cases[row["case"]], folder, run, values)
             caption = (
                 f"{name}, {word} of {len(scored)}: scan {names[row['case']]}, "
                 f"Dice {number(float(row['dice']))}, reference "
@@ -204,14 +203,15 @@ def _overlays(
     return Section("What it looks like", tuple(parts))
 
 
-def _overlay(case: Case, folder: Path, run: Run, index: int) -> figures.Overlay:
+def _overlay(case: Case, folder: Path, run: Run, values: tuple[int, ...]) -> figures.Overlay:
     place = scan.native(case.image)
     volume, _ = scan.read(place)
     assert case.label is not None  # the caller has looked
     masks = []
-    for path in (case.label, folder / f"{case.id}.nii.gz"):
+    for path in (case.label, folder / f"{case.id}{scan.ending(case.image)}"):
         label, _ = scan.read_label(path, place, volume, num_classes=None)
-        masks.append(label.voxels > 0 if run.config.split.binary else label.voxels == index)
+        binary = run.config.split.binary
+        masks.append(label.voxels > 0 if binary else np.isin(label.voxels, values))
     order, flip = geometry.canonical(volume.affine)
     voxels = hu.repair(volume.voxels)[0] if run.plan.modality == "ct" else volume.voxels
     image, reference, predicted = (geometry.turn(a, order, flip) for a in (voxels, *masks))

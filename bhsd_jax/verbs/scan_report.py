@@ -13,7 +13,7 @@ import numpy as np
 from bhsd_jax import __version__
 from bhsd_jax.assemble import data
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import geometry
+from bhsd_jax.ct import formats, geometry, scan
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures, niivue, viewer
@@ -92,7 +92,7 @@ def _read(out: Path) -> _Predicted:
     if (out / "skipped.csv").is_file():
         with (out / "skipped.csv").open(newline="") as file:
             skipped = list(csv.DictReader(file))
-    rows = sorted(listed, key=lambda row: -sum(row["ml"].values()))
+    rows = sorted(listed, key=lambda row: -row.get("all_ml", sum(row["ml"].values())))
     return _Predicted(tuple(rows), facts, tuple(skipped))
 
 
@@ -103,11 +103,17 @@ def _entry(run: Run, out: Path, row: Mapping[str, Any], cases: Mapping[str, Case
         flags = (*flags, f"gantry tilted by {abs(row['tilt_deg']):.1f} degrees")
     if row.get("unlike"):
         flags = (*flags, f"unlike the training data: {row['unlike']}")
-    ml = {name: float(row["ml"].get(name, 0.0)) for name in run.classes[1:]}
-    apart = row.get("disagreement")
+    ml = {name: float(row["ml"].get(name, 0.0)) for name in run.labels.names[1:]}
+    apart, together = row.get("disagreement"), row.get("all_ml")
     score = review.score(apart, row.get("unlike") or "")
-    place = out / f"{row['case']}.nii.gz"
-    return Entry(case, place, row["case"], ml, disagreement=apart, review=score, flags=flags)
+    place = out / f"{row['case']}{scan.ending(case.image)}"
+    return Entry(
+        *(case, place, row["case"], ml),
+        all_ml=together,
+        disagreement=apart,
+        review=score,
+        flags=flags,
+    )
 
 
 def _names(run: Run, cases: Mapping[str, Case]) -> dict[str, str]:
@@ -133,7 +139,7 @@ def _count(scans: int) -> str:
 
 
 def _headline(entries: Sequence[Entry]) -> tuple[tuple[str, str], ...]:
-    totals = [sum(entry.ml.values()) for entry in entries]
+    totals = [entry.total_ml for entry in entries]
     bleeding = [total for total in totals if total > 0]
     return (
         (str(len(entries)), "scans" if len(entries) > 1 else "scan"),
@@ -159,17 +165,17 @@ def _sections(
     names: Mapping[str, str],
     viewer_too: bool,
 ) -> list[Section]:
-    classes = run.classes[1:]
+    classes = run.labels.names[1:]
     rows = tuple(
         (
             entry.name,
             *(f"{entry.ml[name]:.1f}" for name in classes),
-            *([f"{sum(entry.ml.values()):.1f}"] if len(classes) > 1 else []),
+            *([f"{entry.total_ml:.1f}"] if len(classes) > 1 else []),
             "; ".join(entry.flags),
         )
         for entry in entries
     )
-    hidden = [entry.name != entry.label_map.name.removesuffix(".nii.gz") for entry in entries]
+    hidden = [entry.name != _stem(entry.label_map) for entry in entries]
     links = {} if any(hidden) else {e.name: e.label_map.name for e in entries}
     merged = ("all (mL)",) if len(classes) > 1 else ()
     columns = ("scan", *(f"{name} (mL)" for name in classes), *merged, "to note")
@@ -189,6 +195,10 @@ def _sections(
         )
         sections.append(Section("Not predicted", (Table(("scan", "reason"), reasons),)))
     return sections
+
+
+def _stem(label_map: Path) -> str:
+    return formats.case_name(label_map.name.removesuffix(".nii.gz"))
 
 
 def _review(entries: Sequence[Entry]) -> Section:
@@ -224,7 +234,7 @@ def _pictures(run: Run, entries: Sequence[Entry]) -> list[Picture]:
     if not figures.available():
         return []
     drawn = []
-    for entry in [e for e in entries if sum(e.ml.values()) > 0][:_PICTURES]:
+    for entry in [e for e in entries if e.total_ml > 0][:_PICTURES]:
         one = shown.read(run, entry)
         mask = one.prediction > 0
         low, high = np.percentile(one.image, (2, 99.5))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax.ct import hu, scan
+from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import also, scores, threshold
 from bhsd_jax.volume import Image, Label, Masks, Volume
 
@@ -32,6 +33,12 @@ class Comparison:
     table_feed: bool = False  # as `Case.table_feed`
     wanted: also.Also | None = None  # scores beside the headline's
     answers: tuple[Path, ...] = ()  # more label maps of the case, for `raters`
+    labels: Labels | None = None  # None: plain classes
+
+    @property
+    def meaning(self) -> Labels:
+        """Of the values in the files."""
+        return self.labels or Labels(self.classes)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Scored:
     histogram: threshold.Histogram | None  # for the threshold, if asked for
     warnings: list[str]
     beside: list[also.AlsoScore] = dataclasses.field(default_factory=list)
+    voxels: int = 0  # that the reference annotates
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, floats with all their digits."""
@@ -65,6 +73,7 @@ class Scored:
             ),
             data["warnings"],
             [also.AlsoScore(**row) for row in data["beside"]],
+            data["voxels"],
         )
 
 
@@ -76,17 +85,22 @@ def score_case(job: Comparison) -> Scored:
     """
     place = scan.native(job.image or scan.files(job.reference)[0])
     image, _ = scan.read(place)
-    classes = len(job.classes)
-    reference, found = scan.read_label(job.reference, place, image, num_classes=classes)
-    predicted, more = scan.read_label(job.predicted, place, image, num_classes=classes)
+    labels = job.meaning
+    reference, found = scan.read_label(job.reference, place, image, num_classes=labels.values)
+    predicted, more = scan.read_label(job.predicted, place, image, num_classes=labels.values)
     feed = job.table_feed and job.modality == "ct"
     voxel_ml = hu.voxel_ml(image.affine, table_feed=feed)
     corrected = hu.tilt_corrected(image.affine, table_feed=feed)
     about = scores.Scan(job.case, job.patient, image.spacing_mm, voxel_ml, corrected)
     names = (job.classes[0], ANY)
-    both = [np.minimum(label.voxels, 1) for label in (reference, predicted)]
+    seen = labels.annotated(reference.voxels)
+    annotated = [np.where(seen, label.voxels, 0) for label in (reference, predicted)]
+    both = [np.minimum(label, 1) for label in annotated]
     merged = scores.score(both[0], both[1], about, names, job.nsd_mm)[0]
-    if job.binary or len(job.classes) == 2:
+    if not labels.plain:
+        voxels = reference.voxels, predicted.voxels
+        rows = scores.score_targets(*voxels, about, labels, job.nsd_mm)
+    elif job.binary or len(job.classes) == 2:
         rows = [merged if job.binary else dataclasses.replace(merged, name=job.classes[1])]
     else:
         rows = scores.score(reference.voxels, predicted.voxels, about, job.classes, job.nsd_mm)
@@ -95,7 +109,8 @@ def score_case(job: Comparison) -> Scored:
         merged,
         _histogram(image, both[0] > 0) if job.baseline else None,
         [f"{job.case}: {finding}" for finding in (*found, *more)],
-        _also(job, place, image, reference.voxels, predicted.voxels) if job.wanted else [],
+        _also(job, place, image, *annotated) if job.wanted else [],
+        int(np.count_nonzero(seen)),
     )
 
 
@@ -109,14 +124,14 @@ def _also(
     if "raters" in job.wanted.names:
         raters, more = _sets(job, place, image)
         answers += more
-    foreground = list(job.classes[1:])
-    several = not job.binary and len(foreground) > 1
-    masks = {name: index for index, name in enumerate(foreground, start=1) if several}
-    single = ANY if job.binary or several else foreground[0]
-    for name, index in {**masks, single: 0}.items():
+    targets = dict(job.meaning.targets)
+    several = not job.binary and len(targets) > 1
+    single = ANY if job.binary or several else next(iter(targets))
+    every: dict[str, tuple[int, ...]] = {**(targets if several else {}), single: ()}
+    for name, values in every.items():
 
-        def mask(label: np.ndarray, index: int = index) -> np.ndarray:
-            return label == index if index else label > 0
+        def mask(label: np.ndarray, values: tuple[int, ...] = values) -> np.ndarray:
+            return np.isin(label, values) if values else label > 0
 
         pair = mask(reference), mask(predicted)
         found[name] = also.of_masks(*pair, image.spacing_mm, job.wanted)
@@ -137,7 +152,7 @@ def _sets(
     raters = [Masks((file,), "first", values) for file in job.reference.files]
 
     def read(label: Label) -> np.ndarray:
-        return scan.read_label(label, place, image, num_classes=len(job.classes))[0].voxels
+        return scan.read_label(label, place, image, num_classes=job.meaning.values)[0].voxels
 
     return [read(label) for label in raters], [read(path) for path in job.answers]
 

@@ -1,7 +1,7 @@
 """Scans with their label maps, upright and in the axes of a reading room, for pages."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,13 @@ class Entry:
     dice: float | None = None
     disagreement: float | None = None  # of the networks, 0 to 1; None: not measured
     review: float | None = None
+    all_ml: float | None = None  # of regions, which overlap: of all together
     flags: tuple[str, ...] = field(default=())
+
+    @property
+    def total_ml(self) -> float:
+        """Of all classes, or of all regions together."""
+        return sum(self.ml.values()) if self.all_ml is None else self.all_ml
 
 
 def scans(run: Run, entries: Iterable[Entry]) -> Iterator[Shown]:
@@ -59,6 +65,8 @@ def read(run: Run, entry: Entry) -> Shown:
     ct = run.plan.modality == "ct"
     if ct and not run.plan.normalize_first:
         voxels = hu.repair(voxels)[0]
+    if run.labels.regions:
+        entry = replace(entry, ml=_by_value(run, labels[0], volume))
     return of_arrays(entry, Volume(voxels, volume.affine, entry.name), labels, flags)
 
 
@@ -89,6 +97,14 @@ def around(run: Run, title: str, subtitle: str, notice: str, count: int) -> View
     windows = viewer.CT_WINDOWS if ct and not run.plan.normalize_first else viewer.NO_WINDOWS
     unit = "HU" if ct else ""
     return Viewer(title, subtitle, notice, run.classes[1:], windows, unit, count)
+
+
+def _by_value(run: Run, label: np.ndarray, volume: Volume) -> dict[str, float]:
+    """Milliliters of every value of a label map, which the page colors; regions overlap."""
+    counts = np.bincount(label.ravel(), minlength=len(run.classes)) * hu.voxel_ml(
+        volume.affine, table_feed=False
+    )
+    return dict(zip(run.classes[1:], map(float, counts[1:]), strict=True))
 
 
 def _label(

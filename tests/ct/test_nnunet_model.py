@@ -81,26 +81,26 @@ def test_files_before_2_4_give_the_same_network(plans):
 def test_everything_without_a_counterpart_is_listed(plans):
     settings = plans["configurations"][FULL]
     settings |= {
-        "normalization_schemes": ["RescaleTo01Normalization", "CTNormalization"],
+        "normalization_schemes": ["Own", "CTNormalization", "CTNormalization"],
         "resampling_fn_probabilities": "resample_torch_fornnunet",
         "preprocessor_name": "Own",
     }
-    plans["image_reader_writer"] = "Tiff3DIO"
+    plans["image_reader_writer"] = "OwnIO"
     two = DATASET | {"channel_names": {"0": "CT", "1": "PET"}}
     with pytest.raises(ValueError, match="not supported") as caught:
         trained.plan_of(plans, two, FULL, "")
-    for part in ("one channel", "RescaleTo01", "Tiff3DIO", "Own", "resample_torch_fornnunet"):
+    for part in ("2 channels", "Own (known", "OwnIO (known", "Own", "resample_torch_fornnunet"):
         assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ({"background": 0, "whole": [1, 2]}, "regions"),
-        ({"background": 0, "a": 2}, "numbered 0, 1, 2"),
-        ({}, "got none"),
+        ({"background": 0, "whole": [1, 2]}, "regions_class_order"),
+        ({"background": 0, "a": 2}, "without gaps"),
+        ({}, "without gaps"),
     ],
 )
-def test_regions_and_gaps_are_refused(labels, said):
+def test_labels_that_say_too_little_are_refused(plans, labels, said):
     with pytest.raises(ValueError, match=said):
-        trained.classes_of(DATASET | {"labels": labels})
+        trained.plan_of(plans, DATASET | {"labels": labels}, FULL, "")

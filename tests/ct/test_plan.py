@@ -314,7 +314,7 @@ def test_a_configuration_inherits_and_its_own_settings_win(golden):
     ("configuration", "settings", "message"),
     [
         ("nothing", {}, "no usable configuration nothing; there are 2d, 3d_fullres"),
-        ("2d", {}, "need a 3D"),
+        ("long", {"inherits_from": "2d", "patch_size": [1, 2, 3, 4]}, "need a 2D or 3D"),
         ("loop", {"inherits_from": "loop"}, "loop -> loop"),
         ("next", {"inherits_from": "3d_fullres", "previous_stage": "low"}, "previous stage low"),
         ("empty", {"spacing": [1, 1, 1]}, "says nothing of"),

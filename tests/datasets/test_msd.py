@@ -95,12 +95,19 @@ def test_a_channel_is_ct_by_its_whole_name(nnunet, name, modality):
     assert MSD(nnunet).modality == modality
 
 
-@pytest.mark.parametrize("name", ["noNorm", "rescale_to_0_1", "rgb_to_0_1"])
-def test_a_normalization_that_is_not_supported_is_named(nnunet, name):
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("noNorm", "NoNormalization"),
+        ("rescale_to_0_1", "RescaleTo01Normalization"),
+        ("rgb_to_0_1", "RGBTo01Normalization"),
+    ],
+)
+def test_a_channel_may_ask_for_another_normalization(nnunet, name, scheme):
     describe(nnunet, V2 | {"channel_names": {"0": name}})
-    with pytest.raises(ValueError, match=f"channel '{name}' asks for a normalization"):
-        MSD(nnunet)
-    assert MSD(nnunet, modality="mr").modality == "mr", "unless the user says what it is"
+    assert (MSD(nnunet).modality, MSD(nnunet).channels) == ("mr", ((name, scheme),))
+    assert MSD(nnunet, modality="mr").channels == (), "unless the user says what it is"
+    assert MSD(nnunet).classes == ("background", "brain", "lesion")
 
 
 def test_masks_of_test_images_are_used_where_there_are_any(decathlon, touch):
@@ -207,25 +214,43 @@ def test_a_listed_case_that_is_not_there_is_an_error_unless_ignored(decathlon):
     assert len(list(MSD(decathlon, ignore=("h_2",)).cases())) == 2
 
 
-def test_several_channels_are_refused_by_description_and_by_file(nnunet, touch):
+def test_every_channel_has_a_file_of_its_own(nnunet, touch):
     touch(nnunet / "imagesTr" / "b_2_0001.nii.gz")
     with pytest.raises(ValueError, match=r"b_2_0001\.nii\.gz: expected <case>_0000"):
         list(MSD(nnunet).cases())
-    describe(nnunet, V2 | {"channel_names": {"0": "FLAIR", "1": "T1"}})
-    with pytest.raises(ValueError, match="one channel is supported"):
-        MSD(nnunet)
+    describe(nnunet, V2 | {"channel_names": {"0": "FLAIR", "1": "CT", "2": "T1"}})
+    assert MSD(nnunet).modality == "mr", "normalized before it is resampled"
+    assert MSD(nnunet).channels == (
+        ("FLAIR", "ZScoreNormalization"),
+        ("CT", "CTNormalization"),
+        ("T1", "ZScoreNormalization"),
+    )
+    with pytest.raises(ValueError, match="b_2 has 2 of 3 channels"):
+        list(MSD(nnunet).cases())
+    touch(nnunet / "imagesTr" / "b_2_0002.nii.gz")
+    one, two = MSD(nnunet).cases()
+    names = [f"b_2_000{number}.nii.gz" for number in range(3)]
+    assert [path.name for path in two.image.files] == names
+    assert (len(one.image.files), one.image.count) == (1, 3), "along the fourth axis of its file"
+    touch(nnunet / "imagesTr" / "b_2_0003.nii.gz")
+    with pytest.raises(ValueError, match=r"_0000\.nii\.gz, to _0002, the"):
+        list(MSD(nnunet).cases())
+    with pytest.raises(ValueError, match=r"leave data\.modality out"):
+        MSD(nnunet, modality="ct")
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
         ({"background": 0, "a": 2}, "without gaps"),
-        ({"background": 0, "a": 1, "ignore": 2}, "ignore label"),
-        ({"background": 0, "whole": [1, 2], "core": 2}, "single values"),
+        ({"background": 0, "a": 1, "ignore": 3}, "the value after the highest, 2"),
+        ({"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order"),
+        ({"background": 0, "whole": [1, "x"]}, "or lists of them"),
+        ({"background": 0} | {f"c{n}": n for n in range(1, 257)}, "go up to 255"),
         ({}, "without gaps"),
     ],
 )
-def test_labels_that_are_no_plain_list_of_classes_are_refused(nnunet, labels, message):
+def test_labels_that_nnunet_would_not_take_are_refused(nnunet, labels, message):
     describe(nnunet, V2 | {"labels": labels})
     with pytest.raises(ValueError, match=message):
         _ = MSD(nnunet).classes
@@ -237,7 +262,7 @@ def test_missing_descriptions_and_images_say_where_to_point(tmp_path, nnunet):
     describe(nnunet, V2 | {"file_ending": ".nii"})
     with pytest.raises(FileNotFoundError, match=r"no images that end in \.nii"):
         list(MSD(nnunet).cases())
-    describe(nnunet, V2 | {"file_ending": ".mha"})
+    describe(nnunet, V2 | {"file_ending": ".npy"})
     with pytest.raises(ValueError, match="only NIfTI"):
         list(MSD(nnunet).cases())
 

@@ -27,7 +27,7 @@ from bhsd_jax.volume import Case
 
 _DECODERS = (  # of NIfTI; of DICOM, and what may be installed beside it for compressed voxels
     *("nibabel", "pydicom", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg"),
-    *("pylibjpeg-rle", "pyjpegls", "python-gdcm", "pillow"),
+    *("pylibjpeg-rle", "pyjpegls", "python-gdcm", "pillow", "SimpleITK", "tifffile"),
 )
 
 
@@ -129,7 +129,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 def sources() -> list[Path]:
     """The code that reads and judges scans: this room, and the words it shares with others."""
     room = Path(__file__).parents[1]
-    return sorted([*room.rglob("*.py"), *(room.parent / f"{n}.py" for n in ("defects", "volume"))])
+    return sorted(
+        [*room.rglob("*.py"), *(room.parent / f"{n}.py" for n in ("defects", "labels", "volume"))]
+    )
 
 
 @functools.cache

@@ -1,0 +1,219 @@
+"""Scans and label maps in the other formats that nnU-Net reads: .mha, .nrrd, .gipl, .tif, .png.
+
+Read by SimpleITK (ITK's readers) and tifffile, which the extra `formats` brings. A 2D picture is a
+scan of one slice. Axes are [D, H, W] as everywhere; where a format states no place in space, they
+run to S, P and L.
+"""
+
+import importlib
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Num, UInt8
+
+from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.volume import Millimeters, Volume
+
+_ITK = (".mha", ".nrrd", ".gipl")
+_PICTURES = (".png", ".bmp")  # 2D, gray or in color
+_TIFF = (".tif", ".tiff")  # 2D, or 3D with its spacing in a JSON file beside it
+ENDINGS = (*_ITK, *_PICTURES, *_TIFF)
+_PICTURE_MM = (999.0, 1.0, 1.0)  # nnU-Net's spacing of a picture
+_SLICE_FACTOR = 999.0  # by nnU-Net, of the larger spacing of a 2D image, as its distance of slices
+_COLORS = (3, 4)
+_TO_RAS = np.diag([-1.0, -1.0, 1.0])  # ITK's world is LPS
+
+
+def ending(path: str | Path) -> str:
+    """The ending of a file in one of these formats; "" of any other."""
+    name = Path(path).name.casefold()
+    return next((end for end in ENDINGS if name.endswith(end)), "")
+
+
+def case_name(path: str | Path) -> str:
+    """The file's name without that ending."""
+    name = Path(path).name
+    return name[: len(name) - len(ending(name))]
+
+
+def read_channels(path: Path, channels: int = 1) -> tuple[Volume, ...]:
+    """One scan of so many channels: a fourth axis, or colors.
+
+    Raises:
+        Refusal: If the file is damaged, has other axes or channels, or holds what is no number.
+        UserError: If a library is missing; names the extra.
+        FileNotFoundError: If there is no such file.
+
+    Source: nnU-Net v2.8.1, `SimpleITKIO`, `NaturalImage2DIO`, `Tiff3DIO`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    kind = ending(path)
+    voxels, affine = _read_tiff(path) if kind in _TIFF else _read_itk(path, kind)
+    if voxels.ndim == 3:
+        voxels = voxels[None]
+    if voxels.ndim != 4 or len(voxels) != channels:
+        raise Refusal(
+            Kind.AXES,
+            f"{path}: expected {channels} channel{'s' if channels > 1 else ''} of D, H, W; got "
+            f"{voxels.shape}",
+        )
+    if voxels.dtype.kind not in "iuf" or min(voxels.shape) == 0:
+        raise Refusal(Kind.NO_NUMBERS, f"{path}: holds {voxels.dtype}{voxels.shape}")
+    if voxels.dtype.kind == "f":
+        voxels = voxels.astype(np.float32)
+        if not np.isfinite(voxels).all():
+            raise Refusal(Kind.NOT_FINITE, f"{path}: holds voxels that are not finite numbers")
+    return tuple(Volume(np.ascontiguousarray(one), affine, case_name(path)) for one in voxels)
+
+
+def read(path: Path) -> Volume:
+    """One scan of one channel; as `read_channels`."""
+    return read_channels(path)[0]
+
+
+def write(path: Path, label: UInt8[np.ndarray, "D H W"], like: Path) -> None:
+    """Writes a label map in the format of its own ending, at the place of the scan `like`.
+
+    Raises:
+        UserError: If the shapes differ, or the format cannot hold the label map.
+        Refusal: As by `read_channels`.
+        faults.WriteError: If the system says no, such as on a full disk.
+    """
+    kind = ending(path)
+    if kind in _TIFF:
+        tifffile = _library("tifffile", path)
+        spacing = _tiff_spacing(like) or (1.0, 1.0, 1.0)
+        flat = label[0] if len(label) == 1 and not _tiff_spacing(like) else label
+        _save(path, lambda place: tifffile.imwrite(place, flat, compression="zlib"))
+        if flat is label:
+            files.write_json(path.with_suffix(".json"), {"spacing": list(spacing)})
+        return
+    itk = _library("SimpleITK", path)
+    if kind in _PICTURES:
+        if len(label) != 1:
+            raise UserError(f"{path}: a picture holds one slice; got {label.shape}")
+        _save(path, lambda place: itk.WriteImage(itk.GetImageFromArray(label[0]), str(place)))
+        return
+    source = _image(itk, like)
+    flat = label[0] if source.GetDimension() == 2 else label
+    made = itk.GetImageFromArray(flat)
+    if source.GetDimension() == 4:
+        size = [*source.GetSize()[:3], 0]
+        source = itk.Extract(source, size, [0, 0, 0, 0])
+    made.CopyInformation(source)
+    _save(path, lambda place: itk.WriteImage(made, str(place), True))
+
+
+def planar_place(path: Path) -> dict[str, tuple[float, ...]] | None:
+    """ITK's spacing, origin and direction of a file of two axes that has them; None of another."""
+    if ending(path) not in _ITK:
+        return None
+    image = _image(_library("SimpleITK", path), path)
+    if image.GetDimension() != 2:
+        return None
+    names = ("spacing", "origin", "direction")
+    values = image.GetSpacing(), image.GetOrigin(), image.GetDirection()
+    return {name: tuple(value) for name, value in zip(names, values, strict=True)}
+
+
+def _read_itk(path: Path, kind: str) -> tuple[Num[np.ndarray, "..."], Float[np.ndarray, "4 4"]]:
+    itk = _library("SimpleITK", path)
+    image = _image(itk, path)
+    voxels = itk.GetArrayFromImage(image)
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        voxels = np.moveaxis(voxels, -1, 0)
+    if image.GetDimension() == 2:
+        voxels = voxels[..., None, :, :]
+        spacing = image.GetSpacing()
+        apart = _SLICE_FACTOR * max(spacing)
+        if kind in _PICTURES:
+            return voxels, _upright(_PICTURE_MM)
+        return voxels, _upright((apart, spacing[1], spacing[0]))
+    return voxels, _affine(image)
+
+
+def _affine(image: Any) -> Float[np.ndarray, "4 4"]:
+    """(d, h, w, 1) to RAS+ mm, of an image of three axes or four."""
+    axes = image.GetDimension()
+    direction = np.array(image.GetDirection()).reshape(axes, axes)[:3, :3]
+    columns = _TO_RAS @ direction * np.abs(np.array(image.GetSpacing()[:3]))
+    affine = np.eye(4)
+    affine[:3, :3] = columns[:, ::-1]
+    affine[:3, 3] = _TO_RAS @ np.array(image.GetOrigin()[:3])
+    return affine
+
+
+def _upright(spacing_mm: Sequence[float]) -> Float[np.ndarray, "4 4"]:
+    d, h, w = spacing_mm
+    affine = np.zeros((4, 4))
+    affine[2, 0], affine[1, 1], affine[0, 2], affine[3, 3] = d, -h, -w, 1
+    return affine
+
+
+def _read_tiff(path: Path) -> tuple[Num[np.ndarray, "..."], Float[np.ndarray, "4 4"]]:
+    tifffile = _library("tifffile", path)
+    try:
+        voxels = tifffile.imread(path)
+    except Exception as error:  # a parser of its own, which raises anything
+        raise Refusal(Kind.UNREADABLE, f"{path}: damaged ({error}); fetch it again") from error
+    if voxels.ndim == 2:
+        return voxels[None], _upright(_PICTURE_MM)
+    if voxels.ndim == 3 and voxels.shape[-1] in _COLORS:
+        return np.moveaxis(voxels, -1, 0)[:, None], _upright(_PICTURE_MM)
+    return voxels, _upright(_tiff_spacing(path) or (1.0, 1.0, 1.0))
+
+
+def _tiff_spacing(path: Path) -> Millimeters | None:
+    """D, H, W from `<case>.json` beside a scan or its label map; None if there is none.
+
+    Raises:
+        Refusal: If the file is there, but says something else.
+    """
+    stem = case_name(path)
+    short = stem[:-5] if stem[-5:-4] == "_" and stem[-4:].isdigit() else stem
+    beside = next((p for n in (stem, short) if (p := path.with_name(f"{n}.json")).is_file()), None)
+    if beside is None:
+        return None
+    try:
+        d, h, w = (float(value) for value in json.loads(beside.read_text())["spacing"])
+        if not all(0 < value < np.inf for value in (d, h, w)):
+            raise ValueError(f"got {d, h, w}")
+    except (ValueError, TypeError, KeyError) as error:
+        text = f'{beside}: expected {{"spacing": [d, h, w]}} in mm, all positive ({error})'
+        raise Refusal(Kind.SPACING, text) from error
+    return d, h, w
+
+
+def _image(itk: Any, path: Path) -> Any:
+    itk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        return itk.ReadImage(str(path))
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        last = lines[-1].strip() if lines else "no reason given"
+        raise Refusal(Kind.UNREADABLE, f"{path}: cannot be read ({last})") from error
+
+
+def _save(path: Path, write: Any) -> None:
+    """By a library that writes files only: into a folder of its own, then in place as a whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / f"label{ending(path)}"
+        write(place)
+        files.write_bytes(path, place.read_bytes())
+
+
+def _library(name: str, path: Path) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{path}: needs {name}; install it with: pip install 'bhsd-jax[formats]'"
+        ) from error

@@ -1,0 +1,57 @@
+"""Scans and label maps of a folder by case, in any format, with a file per channel or one for all.
+
+nnU-Net calls channel 1 of a case `<case>_0001` and the file's ending.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from bhsd_jax.ct import formats
+from bhsd_jax.datasets import bhsd
+from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.volume import Channels
+
+_NUMBERED = re.compile(r"(?P<case>.+)_(?P<number>\d{4})")
+
+
+def scans(folder: Path) -> dict[str, Path]:
+    """Files by name without ending, sorted.
+
+    Raises:
+        Refusal: If one cannot be used, such as two files of one name.
+    """
+    found = dict(bhsd.scans(folder))
+    for path in sorted(folder.iterdir()):
+        if not formats.ending(path) or path.name.startswith(".") or not path.is_file():
+            continue
+        name = formats.case_name(path)
+        if name in found:
+            text = f"{folder}: {found[name].name} and {path.name} are one case; keep one"
+            raise Refusal(Kind.NAME_TWICE, text)
+        found[name] = path
+    return dict(sorted(found.items()))
+
+
+def group(files: Mapping[str, Path], channels: int) -> dict[str, Path | Channels]:
+    """Scans by case: the number of a channel is no part of a case's name.
+
+    Raises:
+        UserError: If a case has another number of files than one or `channels`; names it.
+    """
+    if channels == 1:
+        short = {name.removesuffix("_0000"): path for name, path in files.items()}
+        return dict(short if len(short) == len(files) else files)
+    parts: dict[str, list[Path]] = {}
+    for name, path in sorted(files.items()):
+        match = _NUMBERED.fullmatch(name)
+        parts.setdefault(match["case"] if match else name, []).append(path)
+    for case, paths in parts.items():
+        if len(paths) not in (1, channels):
+            names = ", ".join(path.name for path in paths)
+            raise UserError(
+                f"{case}: the network takes {channels} channels, <case>_0000 to "
+                f"_{channels - 1:04d}; got {names}"
+            )
+    return {case: Channels(tuple(paths), channels) for case, paths in parts.items()}

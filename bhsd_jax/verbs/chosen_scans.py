@@ -1,0 +1,120 @@
+"""Which scans `predict` is to predict, and what their outputs are called."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bhsd_jax.assemble import data
+from bhsd_jax.ct import formats
+from bhsd_jax.ct.dicom import slice_file
+from bhsd_jax.datasets import dicom as dicom_cases
+from bhsd_jax.datasets import image_files
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.settings import DicomSeries, Settings
+from bhsd_jax.volume import Case, Plan, Series
+
+logger = logging.getLogger(__name__)
+
+
+def find_scans(config: Settings, workdir: Path) -> list[Case]:
+    """The scans to predict, sorted: a file, a folder's, or a split of the data set.
+
+    NIfTI files of a folder itself, and every DICOM CT series anywhere below it. nnU-Net's channel
+    suffix `_0000` is not part of a case's name.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, or no scan in it.
+        ValueError: If the split is unknown, empty, or names scans the data set does not have.
+    """
+    settings = config.predict
+    if not settings.images:
+        return _split_scans(config, workdir, settings.split)
+    path = Path(settings.images)
+    series: list[Case] = []
+    if path.is_dir():
+        listed = image_files.scans(path)
+        files = {n: f for n, f in listed.items() if not slice_file.is_dicom(f)}
+        series = _series(path, files, settings.dicom)
+    elif path.is_file() and slice_file.is_dicom(path):
+        raise UserError(
+            f"{path}: one DICOM file is one slice or one part; name the folder of the series"
+        )
+    elif path.is_file():
+        name = path.name.removesuffix(".gz").removesuffix(".nii")
+        files = {formats.case_name(name): path}
+    else:
+        raise FileNotFoundError(f"{path}: no such file or folder; look at config.predict.images")
+    if not files and not series:
+        raise FileNotFoundError(
+            f"{path}: no NIfTI file and no DICOM CT series in it; look at config.predict.images"
+        )
+    chosen = image_files.group(files, _channels(workdir))
+    found = [Case(name, name, file, None, "test") for name, file in sorted(chosen.items())]
+    if {case.id for case in found} & {case.id for case in series}:
+        raise UserError(
+            f"{path}: a NIfTI file and a DICOM folder have one name; rename or move one of them"
+        )
+    return found + series
+
+
+def _channels(workdir: Path) -> int:
+    """Files or colors that make one scan for the run's network; 1 where there is no run yet."""
+    if not (workdir / "plan.json").is_file():
+        return 1
+    return max(len(Plan.load(workdir).channels), 1)
+
+
+def _series(path: Path, beside: Mapping[str, Path], how: DicomSeries) -> list[Case]:
+    """DICOM series of a folder; beside NIfTI files, images of no series are but a warning."""
+    try:
+        return dicom_cases.scans(path, uneven=how.uneven, unshear=how.unshear)
+    except UserError as error:
+        if not beside:
+            raise
+        logger.warning("%s", error)
+        return []
+
+
+def output_names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:
+    """What outputs are called; by default DICOM's own names are hidden, NIfTI's are not."""
+    hide = settings.show_ids is False, settings.show_ids is not True and bool(settings.images)
+    hidden = {c.id for c in cases if hide[isinstance(c.image, Series)]}
+    short = data.short_names(sorted(hidden), workdir, show_ids=False) if hidden else {}
+    return {case.id: short.get(case.id, case.id) for case in cases}
+
+
+def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
+    if split not in ("val", "test"):
+        raise UserError(f"config.predict.split is val or test; got {split!r}")
+    roles, _ = data.roles(config, workdir)
+    known = {case.id: case for case in data.data_set(config, workdir).cases()}
+    wanted = getattr(roles, split)
+    missing = [case for case in wanted if case not in known]
+    if missing or not wanted:
+        raise UserError(
+            f"split {split}: {len(missing)} of its {len(wanted)} scans are not in the data set; "
+            "set config.predict.split, or name files with config.predict.images"
+        )
+    return [
+        Case(case, case, known[case].image, None, split, table_feed=known[case].table_feed)
+        for case in wanted
+    ]
+
+
+def part(cases: list[Case], settings: Any) -> list[Case]:
+    """The scans of this job, of several that share the work.
+
+    Raises:
+        ValueError: If there is no such job, or it has no scan.
+    """
+    own, parts_in_all = settings.part_id, settings.num_parts
+    if own >= parts_in_all:
+        raise UserError(f"config.predict.part_id is 0..{parts_in_all - 1}; got {own}")
+    chosen = cases[own::parts_in_all]
+    if not chosen:
+        raise UserError(
+            f"config.predict.num_parts is {parts_in_all}, of {len(cases)} scans; part {own} has "
+            "none: ask for fewer parts"
+        )
+    return chosen

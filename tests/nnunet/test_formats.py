@@ -1,0 +1,160 @@
+"""Scans in other formats than NIfTI: read, planned and prepared as by nnU-Net, and written back."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from nnunet_raw import Reference, config
+
+from bhsd_jax.ct import formats, nifti, scan
+from bhsd_jax.datasets import image_files
+from bhsd_jax.datasets.msd import MSD
+from bhsd_jax.nnunet import planner
+from bhsd_jax.shards import store
+from bhsd_jax.verbs import chosen_scans, preprocess
+from bhsd_jax.volume import Channels, Plan, Volume
+
+itk = pytest.importorskip("SimpleITK", reason="the extra `formats` is not installed")
+tifffile = pytest.importorskip("tifffile", reason="the extra `formats` is not installed")
+
+
+def write(reference, folder, ending):
+    """The raw data set in the files that nnU-Net has read."""
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    for case in reference.cases:
+        image, label = reference.arrays[f"{case}_image"], reference.arrays[f"{case}_label"]
+        spacing = reference.arrays[f"{case}_spacing"].tolist()
+        if ending == ".png":
+            colors = itk.GetImageFromArray(np.moveaxis(image[:, 0], 0, -1), isVector=True)
+            itk.WriteImage(colors, str(folder / "imagesTr" / f"{case}_0000.png"))
+            itk.WriteImage(
+                itk.GetImageFromArray(label[0]), str(folder / "labelsTr" / f"{case}.png")
+            )
+            continue
+        parts = {f"imagesTr/{case}_{c:04d}{ending}": one for c, one in enumerate(image)}
+        for name, voxels in (parts | {f"labelsTr/{case}{ending}": label}).items():
+            if ending == ".tif":
+                tifffile.imwrite(folder / name, voxels)
+                beside = (folder / name).with_name(f"{case}.json")
+                beside.write_text(json.dumps({"spacing": spacing}))
+            else:
+                made = itk.GetImageFromArray(voxels)
+                made.SetSpacing(spacing[::-1])
+                made.SetOrigin((5.0, -7.0, 3.0))
+                made.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, 1))
+                itk.WriteImage(made, str(folder / name), True)
+    (folder / "dataset.json").write_text(json.dumps(reference.dataset))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["png", "mha", "tif"])
+def prepared(request, tmp_path_factory):
+    reference = Reference.load(request.path.parents[1] / "golden", request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    root = write(reference, folder / "raw", f".{request.param}")
+    (folder / "plans.json").write_text(json.dumps(reference.plans))
+    configuration = "2d" if request.param == "png" else "3d_fullres"
+    preprocess.run(config(root, folder / "plans.json", configuration), folder / "run")
+    return request.param, configuration, reference, folder
+
+
+def test_voxels_are_nnunets(prepared):
+    _, configuration, reference, folder = prepared
+    found = store.Shards(folder / "run" / "shards").load("c0")
+    image, label = found.channels_last, found.label
+    want = np.moveaxis(reference.arrays[f"c0_{configuration}"], 0, -1)
+    seg = np.maximum(reference.arrays[f"c0_{configuration}_seg"][0], 0)
+    # nnU-Net leaves axes as they lie in the file, ours run as a radiologist looks at slices.
+    turned = tuple(axis for axis in range(3) if found.grid.flip[axis])
+    assert np.abs(np.flip(image, turned) - want).max() < 1e-5
+    assert (np.flip(label, turned) == seg).all()
+
+
+def test_the_plan_is_nnunets(prepared):
+    _, configuration, reference, folder = prepared
+    own = config(folder / "raw")
+    own.preprocess.configuration = configuration
+    preprocess.run(own, folder / "own")
+    plan = Plan.load(folder / "own" / "shards")
+    assert (plan.network, plan.spacing_mm, plan.transpose) == planner.from_nnunet_plans(
+        reference.plans, configuration
+    )
+
+
+def test_a_label_map_comes_back_as_it_was_written(prepared, tmp_path):
+    kind, _, reference, folder = prepared
+    (case, *_) = MSD(folder / "raw").cases()
+    volume, _ = scan.read(case.image)
+    label = reference.arrays["c0_label"]
+    target = tmp_path / f"c0{scan.ending(case.image)}"
+    assert target.suffix == f".{kind}"
+    scan.write(target, label, like=case.image)
+    found, notes = scan.read_label(target, case.image, volume, num_classes=3)
+    assert (found.voxels == label).all()
+    assert not notes
+    np.testing.assert_allclose(formats.read(target).affine, volume.affine, atol=1e-9)
+    assert image_files.scans(tmp_path) == {"c0": target}
+    scan.write(tmp_path / "c0.nii.gz", label, like=case.image)
+    np.testing.assert_allclose(nifti.read(tmp_path / "c0.nii.gz").affine, volume.affine, atol=1e-4)
+    with pytest.raises(ValueError, match=r"label values must be integers in 0\.\.1"):
+        scan.read_label(target, case.image, volume, num_classes=2)
+    with pytest.raises(ValueError, match="label has shape"):
+        scan.read_label(target, case.image, Volume(volume.voxels[:, 1:], volume.affine, ""),
+                        num_classes=3)  # fmt: skip
+
+
+def test_single_slices_need_a_2d_plan(golden, tmp_path):
+    root = write(Reference.load(golden, "png"), tmp_path / "raw", ".png")
+    with pytest.raises(ValueError, match=r"preprocess\.configuration=2d"):
+        preprocess.run(config(root), tmp_path / "run")
+
+
+def test_an_image_is_where_itk_says(tmp_path):
+    """Any direction cosines: each voxel's place in the patient."""
+    made = itk.GetImageFromArray(np.arange(24, dtype=np.int16).reshape(2, 3, 4))
+    made.SetSpacing((0.5, 0.75, 3.0))
+    made.SetOrigin((-20.0, 11.0, 4.0))
+    made.SetDirection((0, 0, 1, 0.6, -0.8, 0, 0.8, 0.6, 0))
+    for ending in (".mha", ".nrrd"):
+        itk.WriteImage(made, str(tmp_path / f"a{ending}"))
+        found = formats.read(tmp_path / f"a{ending}")
+        assert found.voxels.dtype == np.int16
+        for d, h, w in ((0, 0, 0), (1, 2, 3), (1, 0, 2)):
+            x, y, z = made.TransformIndexToPhysicalPoint((w, h, d))
+            np.testing.assert_allclose((found.affine @ (d, h, w, 1))[:3], (-x, -y, z), atol=1e-6)
+
+
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
+    (tmp_path / "a.mha").write_bytes(b"ObjectType = Image\nNDims = 3\n")
+    with pytest.raises(ValueError, match=r"a\.mha: cannot be read"):
+        formats.read(tmp_path / "a.mha")
+    (tmp_path / "a.tif").write_bytes(b"II*\0")
+    with pytest.raises(ValueError, match=r"a\.tif: damaged"):
+        formats.read(tmp_path / "a.tif")
+    tifffile.imwrite(tmp_path / "b.tif", np.zeros((2, 8, 8), np.uint8))
+    (tmp_path / "b.json").write_text('{"spacing": [1, 0, 1]}')
+    with pytest.raises(ValueError, match=r"b\.json: expected .*all positive"):
+        formats.read(tmp_path / "b.tif")
+    (tmp_path / "b.json").unlink()
+    with pytest.raises(ValueError, match="expected 3 channels"):
+        formats.read_channels(tmp_path / "b.tif", 3)
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(ValueError, match=r"needs tifffile; .*bhsd-jax\[formats\]"):
+        formats.read(tmp_path / "b.tif")
+
+
+def test_a_folder_to_predict_is_grouped_by_channel(tmp_path):
+    for name in ("a_0000.png", "a_0001.png", "b_0000.mha", "b_0001.mha", "notes.txt"):
+        (tmp_path / name).touch()
+    files = image_files.scans(tmp_path)
+    assert list(files) == ["a_0000", "a_0001", "b_0000", "b_0001"]
+    assert image_files.group(files, 2) == {
+        "a": Channels((files["a_0000"], files["a_0001"]), 2),
+        "b": Channels((files["b_0000"], files["b_0001"]), 2),
+    }
+    with pytest.raises(ValueError, match="a: the network takes 3 channels"):
+        image_files.group(files, 3)
+    assert list(image_files.group({"a_0000": tmp_path / "x"}, 1)) == ["a"]
+    assert chosen_scans._channels(tmp_path) == 1
