@@ -273,7 +273,7 @@ def require_matching(run: Run, recipe: Recipe, roles: Roles, mesh: Mesh) -> None
         raise UserError(
             f"objective {config.objective['name']} uses no unlabeled patches; set input.unlabeled=0"
         )
-    _warn_of_slow_average(recipe.parts.objective.ema_decay, recipe.parts.steps)
+    _warn_of_slow_average(recipe.parts.objective.ema_decay, config.train.steps)
     rows, accumulate = recipe.cut.patch[1], recipe.parts.accumulate
     meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, rows, accumulate)
     _require_twins(config, recipe, mesh)
