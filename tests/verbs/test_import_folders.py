@@ -45,10 +45,15 @@ def noisy(state, seed):
     """Other weights, each under its first name alone; variances stay positive."""
     random = np.random.default_rng(seed)
     return {
-        name: torch.tensor(value + abs(random.normal(0, 0.3, value.shape)).astype(np.float32))
+        name: torch.tensor(value + _noise(random, name, value.shape))
         for name, value in state.items()
         if "all_modules" not in name and not name.startswith("decoder.encoder.")
     }
+
+
+def _noise(random, name, shape):
+    drawn = random.normal(0, 0.3, shape).astype(np.float32)
+    return abs(drawn) if "var" in name else drawn
 
 
 def networks_of(run):
