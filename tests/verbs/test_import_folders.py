@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def test_blast_ct_becomes_one_run_of_all_its_networks(tmp_path, monkeypatch, cap
     found = np.asanyarray(nib.load(run / "predictions" / "a.nii.gz").dataobj).transpose(2, 1, 0)
     image = ((2 * np.clip(voxels, -15, 100) - 85) / 115).astype(np.float32)
     after = (-np.array(image.shape)) % 6
-    padded = np.pad(image, [(6, 6 + n) for n in after], mode="edge")[None, ..., None]
+    padded = jnp.asarray(np.pad(image, [(6, 6 + n) for n in after], mode="edge")[None, ..., None])
     constructor = DEEPMEDIC | {"input_channels": 1, "num_classes": 3}
     module = importing.load("DeepMedic", constructor, weights("DeepMedic", constructor)[2])[0]
     apply = jax.jit(lambda v: jax.nn.softmax(module.apply(v, padded, train=False)[0]))
