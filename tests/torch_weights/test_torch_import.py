@@ -132,9 +132,9 @@ def test_everything_wrong_with_the_weights_is_in_one_message(golden):
 
 def test_arguments_without_a_counterpart_are_listed(golden):
     about, _, _ = _read(golden, "nnunet_plain_2")
-    arguments = about["constructor_args"] | {"norm_op": "BatchNorm3d", "nonlin_first": True, "x": 1}
+    arguments = about["constructor_args"] | {"norm_op": "GroupNorm", "nonlin_first": True, "x": 1}
     del arguments["strides"]
-    with pytest.raises(ValueError, match=r"norm_op='BatchNorm3d'.*nonlin_first.*x is.*strides is"):
+    with pytest.raises(ValueError, match=r"norm_op='GroupNorm'.*nonlin_first.*x is.*strides is"):
         importing.load("PlainConvUNet", arguments, {})
 
 

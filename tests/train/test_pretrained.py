@@ -134,7 +134,11 @@ def test_a_training_begins_there_and_its_average_too(tmp_path):
     state = jax.jit(lambda key: init_state(parts, make_batch().image, key))(jax.random.key(0))
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), state.params)
     cut = Cut(patch=(4, 4, 4), source=(4, 4, 4), fill=0.0)
-    recipe = Recipe(parts, cut, jnp.float32, 1, 2, 0, None)
+
+    def rates(_):
+        return parts.schedule, parts.optimizer
+
+    recipe = Recipe(parts, rates, cut, jnp.float32, 1, 1, 2, 0, None)
     config = Train(init_from=saved_run(tmp_path, ones, SUPERVISED))
     begun = train._begun_from(config, recipe, state, meshes.make_mesh(devices=jax.devices()[:1]))
     assert jax.tree.all(jax.tree.map(lambda leaf: bool((leaf == 1).all()), begun.params))
