@@ -1,6 +1,7 @@
 """Cross pseudo supervision with CutMix: beyond the paper, on its Task 2.
 
-Claim: none yet; the authors of CPS report it as their stronger variant on natural images.
+Claim: 1.7 points above masks alone on MSD Hippocampus with 8 masks, where CPS has 1.1
+(tools/LAB_BOOK.md).
 Cost: 4.7 times the supervised step of as many labeled patches (CPS: 4).
 Run:  python -m bhsd_jax.main train --config=configs/cps_cutmix.py:data=bhsd --workdir=runs/cutmix
 """
