@@ -22,11 +22,12 @@ def score(folder: Path, truths: Path, cases: Sequence[str], classes: Sequence[in
         if said.shape != true.shape or not np.allclose(said.affine, true.affine, atol=1e-3):
             raise ValueError(f"{folder / case}: other voxels than its truth's")
         a, b = (np.asarray(image.dataobj) for image in (said, true))
-        rows.append([_dice(a == value, b == value) for value in classes])
+        rows.append([dice(a == value, b == value) for value in classes])
     return np.array(rows)
 
 
-def _dice(a: np.ndarray, b: np.ndarray) -> float:
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two masks; 1 where both are empty."""
     total = a.sum() + b.sum()
     return float(2 * (a & b).sum() / total) if total else 1.0
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from bench_dice import dice
 from jaxtyping import Int
 
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis across it, in RAS order
@@ -45,13 +46,8 @@ def bounds(pairs: Sequence[tuple[Map, Map]], classes: Sequence[int], axis: int) 
             want = true == value
             if want.any() or (said == value).any():
                 masks = (said == value, *mend(said, true, value, axis))
-                row[:, k] = [_dice(mask, want) for mask in masks]
+                row[:, k] = [dice(mask, want) for mask in masks]
     return np.nanmean(rows, 0)
-
-
-def _dice(a: np.ndarray, b: np.ndarray) -> float:
-    total = a.sum() + b.sum()
-    return 2 * float((a & b).sum()) / total if total else 1.0
 
 
 def _load(path: Path) -> tuple[Map, np.ndarray]:
@@ -83,9 +79,9 @@ def main() -> None:
     print(f"{len(pairs)} scans, Dice x 100 of classes {given.classes}, mean in brackets")
     for plane, axis in PLANES.items():
         kinds = ("as it is", "absent classes removed", "missed slices drawn")
-        for kind, dice in zip(kinds, 100 * bounds(pairs, classes, axis), strict=True):
-            each = "  ".join(f"{value:.2f}" for value in dice)
-            print(f"{plane:<9} {kind:<23} {each}  ({dice.mean():.2f})")
+        for kind, scores in zip(kinds, 100 * bounds(pairs, classes, axis), strict=True):
+            each = "  ".join(f"{value:.2f}" for value in scores)
+            print(f"{plane:<9} {kind:<23} {each}  ({scores.mean():.2f})")
 
 
 if __name__ == "__main__":

@@ -62,12 +62,10 @@ def label_to_centers(
 ) -> Shaped[np.ndarray, "_ _ _"]:
     """The class of the nearest voxel; 0 outside."""
     label = _begun_outside(label, flip, 0)
-    nearest, inside = [], np.ones((1, 1, 1), bool)
-    for axis in range(3):
-        index = _nearest(label.shape[axis], shape[axis], new_mm[axis], old_mm[axis])
-        inside = inside & _along(index >= 0, axis)
-        nearest.append(np.maximum(index, 0))
-    return np.where(inside, label[np.ix_(*nearest)], label.dtype.type(0))
+    indices = [
+        _nearest(label.shape[axis], shape[axis], new_mm[axis], old_mm[axis]) for axis in range(3)
+    ]
+    return _taken(label, indices, 0)
 
 
 def from_centers(
@@ -79,14 +77,12 @@ def from_centers(
     outside: float = 0,
 ) -> Shaped[np.ndarray, "_ _ _"]:
     """The nearest voxel of the grid at every voxel of the turned scan."""
-    indices, inside = [], np.ones((1, 1, 1), bool)
+    indices = []
     for axis in range(3):
         # Of one voxel more than the scan has: the first or the last is the one outside.
         index = _nearest(voxels.shape[axis], native_shape[axis] + 1, native_mm[axis], mm[axis])
-        index = index[1:] if flip[axis] else index[:-1]
-        inside = inside & _along(index >= 0, axis)
-        indices.append(np.maximum(index, 0))
-    return np.where(inside, voxels[np.ix_(*indices)], voxels.dtype.type(outside))
+        indices.append(index[1:] if flip[axis] else index[:-1])
+    return _taken(voxels, indices, outside)
 
 
 def _begun_outside(voxels: np.ndarray, flip: _Flip, outside: float) -> np.ndarray:
@@ -102,6 +98,13 @@ def _nearest(old: int, new: int, new_mm: float, old_mm: float) -> Int[np.ndarray
     """Of `old` voxels, the one nearest to each of `new`; -1 beyond them."""
     place = np.arange(new) * (new_mm / old_mm)
     return np.where(place < old - 0.5, np.floor(place + 0.5).astype(np.int64), -1)
+
+
+def _taken(voxels: np.ndarray, indices: Sequence[np.ndarray], outside: float) -> np.ndarray:
+    """The voxels at these indices along every axis; `outside` where an index is -1."""
+    d, h, w = (_along(index >= 0, axis) for axis, index in enumerate(indices))
+    found = voxels[np.ix_(*(np.maximum(index, 0) for index in indices))]
+    return np.where(d & h & w, found, voxels.dtype.type(outside))
 
 
 def _along(values: np.ndarray, axis: int) -> np.ndarray:

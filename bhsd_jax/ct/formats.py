@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Num, UInt8
 
+from bhsd_jax.ct import nifti
 from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
@@ -41,6 +42,11 @@ def case_name(path: str | Path) -> str:
     """The file's name without that ending."""
     name = Path(path).name
     return name[: len(name) - len(ending(name))]
+
+
+def stem(path: str | Path) -> str:
+    """The name of a scan or label map without its ending, in NIfTI or in one of these formats."""
+    return case_name(nifti.case_name(path))
 
 
 def read_channels(path: Path, channels: int = 1) -> tuple[Volume, ...]:

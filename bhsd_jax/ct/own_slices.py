@@ -187,9 +187,7 @@ def _probabilities_at(
     else:
         found[0] = 1
         margins = [_margins_at(one - logits[0], grid, places) for one in logits[1:]]
-        scores = np.stack([_zeros(grid, places), *margins])
-        scores = np.exp(scores - scores.max(0))
-        scores /= scores.sum(0)
+        scores = special.softmax(np.stack([_zeros(grid, places), *margins]), axis=0)
     for one, score in zip(found, scores, strict=True):
         _put(one, score, grid, places)
     return found

@@ -42,8 +42,7 @@ class Probabilities:
 
 def beside(label_map: Path) -> Path:
     """Where the probabilities of a label map lie."""
-    stem = formats.case_name(label_map.name.removesuffix(".nii.gz"))
-    return label_map.with_name(f"{stem}_probabilities.npz")
+    return label_map.with_name(f"{formats.stem(label_map)}_probabilities.npz")
 
 
 def load(path: str | Path) -> Probabilities:

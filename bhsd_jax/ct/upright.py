@@ -27,7 +27,7 @@ _ROUNDED = 1e-3  # cosine between rows and columns whose directions were rounded
 
 def pair(target: Path) -> tuple[Path, Path]:
     """Where the scan and the label map go that belong to the exact label map at `target`."""
-    name = formats.case_name(target.name.removesuffix(".gz").removesuffix(".nii"))
+    name = formats.stem(target)
     folder = target.parent / FOLDER
     return folder / f"{name}_scan.nii.gz", folder / f"{name}_labels.nii.gz"
 

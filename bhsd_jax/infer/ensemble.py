@@ -1,6 +1,7 @@
 """Logits of several groups of networks on one prepared scan to those of all of them together."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +19,7 @@ def mean_of_probabilities(
     Raises:
         ValueError: If there is no part.
     """
-    return _mean_of(parts, _softmax, _log)
+    return _mean_of(parts, partial(special.softmax, axis=0), _log)
 
 
 def mean_of_regions(
@@ -82,8 +83,3 @@ def _log(mean: np.ndarray) -> np.ndarray:
 def _logit(mean: np.ndarray) -> np.ndarray:
     least = np.finfo(np.float32).eps  # so that the logits stay finite
     return special.logit(np.clip(mean, least, 1 - least))
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    raised = np.exp(logits - logits.max(axis=0))
-    return raised / raised.sum(axis=0)

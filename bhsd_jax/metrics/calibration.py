@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import optimize
+from scipy import optimize, special
 
 BINS = 10
 _LIMITS = 0.05, 20.0  # of the temperature
@@ -54,8 +54,7 @@ def measure(
 ) -> Calibration:
     """Scores of voxels at a temperature; class 0 is background."""
     scaled = logits.astype(np.float64) / temperature
-    probabilities = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    probabilities = special.softmax(scaled, axis=1)
     truth = np.eye(logits.shape[1])[labels]
     bins = reliability(1 - probabilities[:, 0], labels > 0)
     off = sum(one.count * abs(one.mean - one.observed) for one in bins)

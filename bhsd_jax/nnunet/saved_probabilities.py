@@ -23,7 +23,7 @@ _TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
 def pair(target: Path) -> tuple[Path, Path]:
     """Where they go that belong to the label map at `target`."""
-    stem = formats.case_name(target.name.removesuffix(".nii.gz"))
+    stem = formats.stem(target)
     return target.with_name(f"{stem}.npz"), target.with_name(f"{stem}.pkl")
 
 

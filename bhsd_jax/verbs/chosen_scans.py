@@ -41,8 +41,7 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
             f"{path}: one DICOM file is one slice or one part; name the folder of the series"
         )
     elif path.is_file():
-        name = path.name.removesuffix(".gz").removesuffix(".nii")
-        files = {formats.case_name(name): path}
+        files = {formats.stem(path): path}
     else:
         raise FileNotFoundError(f"{path}: no such file or folder; look at config.predict.images")
     if not files and not series:

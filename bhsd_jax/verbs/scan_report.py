@@ -175,7 +175,7 @@ def _sections(
         )
         for entry in entries
     )
-    hidden = [entry.name != _stem(entry.label_map) for entry in entries]
+    hidden = [entry.name != formats.stem(entry.label_map) for entry in entries]
     links = {} if any(hidden) else {e.name: e.label_map.name for e in entries}
     merged = ("all (mL)",) if len(classes) > 1 else ()
     columns = ("scan", *(f"{name} (mL)" for name in classes), *merged, "to note")
@@ -195,10 +195,6 @@ def _sections(
         )
         sections.append(Section("Not predicted", (Table(("scan", "reason"), reasons),)))
     return sections
-
-
-def _stem(label_map: Path) -> str:
-    return formats.case_name(label_map.name.removesuffix(".nii.gz"))
 
 
 def _review(entries: Sequence[Entry]) -> Section:

@@ -1,16 +1,13 @@
 """Whole folders of networks: nnU-Net's with all folds, BLAST-CT's with its config."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
-from test_import_torch import DATASET, PLAIN, TILE, plans
+from test_import_torch import DATASET, PLAIN, TILE, plans, run_tool
 from test_imported import weights
 
 from bhsd_jax.assemble import predictor
@@ -22,7 +19,6 @@ from bhsd_jax.volume import Plan
 
 torch = pytest.importorskip("torch", reason="needs the extra torch-import")
 
-TOOL = Path(__file__).parents[2] / "tools" / "import_torch.py"
 UNET = PLAIN | {"input_channels": 1, "num_classes": 3, "deep_supervision": True}
 DEEPMEDIC = {
     "scale_factors": [[3, 3, 3], [1, 1, 1]],
@@ -35,11 +31,6 @@ DEEPMEDIC = {
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
-
-
-def run_tool(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["import_torch.py", *map(str, arguments)])
-    runpy.run_path(str(TOOL), run_name="__main__")
 
 
 def noisy(state, seed):
