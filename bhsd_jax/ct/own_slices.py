@@ -6,6 +6,10 @@ cubic interpolation of every class's logit less that of background: a straight l
 would cut off what bulges, 0.8 % of a round bleed 5 cm high at planes of 5 mm, and a curve that
 swings beyond its two planes would show a class where neither has it. Each slice stands for the
 tissue halfway to the slices beside it; the first and the last reach as far out as in.
+
+A series at even steps is answered in the same way where nnU-Net would give each slice the nearest
+of the network's thicker planes: of a round bleed 2 cm high on slices of 2.5 mm, planes of 5 mm
+would add 1.6 %. A file is answered as nnU-Net answers it.
 """
 
 from dataclasses import dataclass, replace
@@ -31,6 +35,7 @@ class OwnSlices:
     read_shape: Shape  # of the volume, before it was unsheared
     read_affine: Float64[np.ndarray, "4 4"]
     unshear: bool  # the volume was unsheared when it was read
+    smooth: bool = False  # never the nearest plane alone, also where every plane is a slice
 
     @property
     def is_even(self) -> bool:
@@ -82,15 +87,16 @@ class OwnSlices:
     ) -> UInt8[np.ndarray, "N H W"]:
         """The likeliest class on every slice, or its regions; of logits on the grid of the volume.
 
-        Where each plane is a slice it is `geometry.label_of_logits`'.
+        Where each plane of a file is a slice it is `geometry.label_of_logits`'.
 
         Raises:
             ValueError: If the shapes do not fit.
         """
-        if self.places is None:
+        places = self._places(grid)
+        if places is None:
             label = geometry.label_of_logits(logits, grid, labels)
         else:
-            label = _label_at(logits, grid, self.places, labels)
+            label = _label_at(logits, grid, places, labels)
         if not self.unshear:
             return label
         return shear.shear_label(label, self.read_affine, self.read_shape, self.places)
@@ -117,9 +123,21 @@ class OwnSlices:
         Raises:
             ValueError: If the shapes do not fit.
         """
-        if self.places is None:
+        places = self._places(grid)
+        if places is None:
             return geometry.probabilities_of_logits(logits, grid, labels)
-        return _probabilities_at(logits, grid, self.places, labels)
+        return _probabilities_at(logits, grid, places, labels)
+
+    def _places(self, grid: Grid) -> Float64[np.ndarray, " N"] | None:
+        """Where logits on this grid are wanted; None: where nnU-Net's law has them."""
+        if self.places is not None or not self.smooth or grid.law == geometry.CENTERS:
+            return self.places
+        # Elsewhere nnU-Net's law is linear along the slices too, and keeps what is planted.
+        axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
+        along = grid.order.index(0)
+        if axis != along or grid.shape[along] == grid.cropped_shape[along]:
+            return None
+        return np.arange(self.read_shape[0], dtype=np.float64)
 
 
 def of(image: Image, shape: Shape, affine: Float64[np.ndarray, "4 4"]) -> OwnSlices:
@@ -135,7 +153,8 @@ def of(image: Image, shape: Shape, affine: Float64[np.ndarray, "4 4"]) -> OwnSli
     read = (stack.shape, stack.affine, image.unshear)
     if stack.is_even or not image.own_slices:
         places_mm = np.arange(stack.shape[0]) * _step_mm(stack.affine)
-        return OwnSlices(stack.shape, stack.affine, places_mm, None, *read)
+        smooth = image.own_slices
+        return OwnSlices(stack.shape, stack.affine, places_mm, None, *read, smooth)
     own = (len(stack.slices), stack.shape[1], stack.shape[2])
     return OwnSlices(own, stack.own_affine, stack.places_mm, stack.places, *read)
 

@@ -129,11 +129,7 @@ def predict(folder, target, *, center=None, headers=None, plan=PLANNED, unshear=
 def test_a_planted_bleed_comes_back_on_every_slice_with_its_volume(tmp_path, kind, places, unshear):
     headers = make(tmp_path / "dicom", kind, places)
     target = tmp_path / "out" / "scan.nii.gz"
-    plan = PLANNED
-    if places is EVEN:  # nnU-Net's law picks slices, so that other steps would shift the bleed
-        step = 5.0 if unshear else 5 / math.cos(math.radians(18.5))
-        plan = dataclasses.replace(plan, spacing_mm=(step, 1.5, 1.5))
-    row, run, case, center = predict(tmp_path / "dicom", target, unshear=unshear, plan=plan)
+    row, run, case, center = predict(tmp_path / "dicom", target, unshear=unshear)
     label = nib.load(target)
     assert label.shape == (80, 96, 21)
     found = np.asanyarray(label.dataobj).T[:, ::-1] == 1  # [slice, row, column] of the files
@@ -181,6 +177,23 @@ def test_thick_planes_of_the_network_cost_no_volume(tmp_path, monkeypatch, kind,
     want = integral_ml(on_slices(headers, center), headers)
     assert row.ml["IPH"] == pytest.approx(want, rel=0.003)
     assert row.ml["IPH"] == pytest.approx(4 / 3 * math.pi * HALF_AXES.prod() / 1000, rel=0.004)
+
+
+@pytest.mark.parametrize("kind", ["plain", "tilted", "enhanced, tilted"])
+def test_thin_even_slices_get_their_own_answer_not_the_nearest_planes(tmp_path, monkeypatch, kind):
+    monkeypatch.setitem(globals(), "HALF_AXES", np.array([28.0, 26.0, 9.5]))
+    headers = make(tmp_path / "dicom", kind, np.arange(21) * 2.5)
+    plan = dataclasses.replace(PLANNED, spacing_mm=(5.0, 1.5, 1.5))
+    target = tmp_path / "scan.nii.gz"
+    row, *_, center = predict(tmp_path / "dicom", target, plan=plan, probabilities=True)
+    want = on_slices(headers, center)
+    assert row.ml["IPH"] == pytest.approx(integral_ml(want, headers), rel=0.005)
+    found = np.asanyarray(nib.load(target).dataobj).T[:, ::-1] == 1
+    assert 2 * (found & want).sum() / (found.sum() + want.sum()) > 0.98
+    chances = np.load(tmp_path / "scan_probabilities.npz")["probabilities"].astype(np.float32)
+    label = np.asanyarray(nib.load(target).dataobj).T
+    sure = np.abs(chances[0] - chances[1]) > 1e-2
+    np.testing.assert_array_equal(chances.argmax(0)[sure], label[sure])
 
 
 def test_what_lies_between_planes_is_scipys_monotone_cubic_and_never_beyond_them():
