@@ -8,8 +8,9 @@ PlainConvUNet, or MONAI's SwinUNETR (`--preset swin`), under nnU-Net's loss. `--
 U-Net's convolutions one by one instead. `--peer-python` names an interpreter that has those
 packages; "none" measures ours alone.
 
-On a GPU both sides compute in bfloat16 (`--dtype float32` changes both) and the peer goes through
-torch.compile. What may be tried there, and what is expected of it for the `bhsd` preset:
+On a GPU both sides compute in bfloat16 (`--dtype float32` changes both, `--peer-dtype` the peer, by
+torch.autocast) and the peer goes through torch.compile. What may be tried there, and what is
+expected of it for the `bhsd` preset:
 `--pad-input 8` (the first convolution then fits the matrix units: 2 % of the step),
 `--remat blocks` (half of the activations' memory for a third more arithmetic: slower),
 `--xla-flags=--xla_gpu_enable_latency_hiding_scheduler=true` (nothing, on one GPU),
@@ -72,6 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="patches; default: the preset's")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation")
+    parser.add_argument("--peer-dtype", choices=("float32", "bfloat16"), help="default: as ours")
     parser.add_argument("--xla-flags", action="append", default=[])
     parser.add_argument("--peer-format", choices=("default", "channels_last"), default="default")
     parser.add_argument("--peer-python", default=sys.executable)
@@ -85,6 +87,7 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
     """With the defaults that depend on others."""
     if args.dtype is None:
         args.dtype = "float32" if args.device == "cpu" else "bfloat16"
+    args.peer_dtype = args.peer_dtype or args.dtype
     return args
 
 

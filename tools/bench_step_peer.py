@@ -78,7 +78,7 @@ def setup_step(args) -> tuple[dict, bench_pair.Jobs]:
         net.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5
     )
     run_net = torch.compile(net) if args.device == "gpu" else net
-    narrow = args.dtype == "bfloat16"
+    narrow = args.peer_dtype == "bfloat16"
     kind = "cuda" if args.device == "gpu" else "cpu"
 
     def step() -> float:
@@ -109,7 +109,7 @@ def setup_layers(args) -> tuple[dict, bench_pair.Jobs]:
     """Every distinct convolution without bias, and with its two gradients."""
     preset, jobs = PRESETS[args.preset], {}
     device, layout = place(args)
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, args.peer_dtype)
     for index, layer in enumerate(distinct(preset)):
         shape = (args.batch or preset.batch, layer.channels, *layer.size)
         image = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=layout)

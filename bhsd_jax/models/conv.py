@@ -3,7 +3,8 @@
 XLA:CPU runs 3-D convolutions, their input gradients (`lhs_dilation`) and their weight gradients in
 slow generic code, but 2-D convolutions and matrix products in tuned libraries. So on a CPU, and
 only there, the three passes are composed of those (`conv_cpu`); every other platform gets XLA's own
-convolution. The choice falls when a program is lowered, so one jaxpr serves all platforms.
+convolution. The choice falls when a program is lowered, so one jaxpr serves all platforms. bfloat16
+is multiplied as such where the processor can (`conv_bfloat16`), elsewhere in float32.
 """
 
 import functools
@@ -17,9 +18,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from bhsd_jax.models import conv_cpu
+from bhsd_jax.models import conv_bfloat16, conv_cpu
 from bhsd_jax.models.conv_cpu import Padding, Triple
 from bhsd_jax.models.initializers import he_normal, he_normal_transpose
+from bhsd_jax.platform import processor
 
 _AXES_3D = ("NDHWC", "DHWIO", "NDHWC")
 _ONE: Triple = (1, 1, 1)
@@ -32,12 +34,12 @@ def conv3d(
     strides: Triple = _ONE,
     padding: Padding = _NO_PADDING,
 ) -> Float[Array, "B d h w F"]:
-    """Cross-correlation with zero padding, in the type of `image`; CPUs compute in float32.
+    """Cross-correlation with zero padding, in the type of `image`; CPUs sum in float32.
 
     Differentiable once, in reverse mode. Kernel and image have one type, as `lax` demands.
     """
     if kernel.shape[:3] == strides == _ONE and not any(map(any, padding)):
-        return _on_cpu_in_float32(_pointwise)(image, kernel[0, 0, 0])
+        return _on_cpu(_pointwise)(image, kernel[0, 0, 0])
     return _conv(image, kernel, strides, padding)
 
 
@@ -110,7 +112,7 @@ def _spread(image: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def _blocks(image: Array, kernel: Array) -> Array:
-    return _on_cpu_in_float32(_spread)(image, kernel)
+    return _on_cpu(_spread)(image, kernel)
 
 
 def _blocks_forward(image: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -132,28 +134,38 @@ def _blocks_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array
         return to_kernel.reshape(kernel.shape[3], *kernel.shape[:3], -1).transpose(1, 2, 3, 0, 4)
 
     return (
-        _on_cpu_in_float32(image_grad)(grad, kernel),
-        lax.platform_dependent(grad, image, cpu=_in_float32(cpu_kernel_grad), default=kernel_grad),
+        _on_cpu(image_grad)(grad, kernel),
+        lax.platform_dependent(grad, image, cpu=_cpu(cpu_kernel_grad), default=kernel_grad),
     )
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-def _on_cpu_in_float32(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Library calls exist for float32 only; bfloat16 on a CPU would fall back to plain loops."""
+def _on_cpu(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Library calls for float32; of bfloat16, XLA:CPU would make plain loops."""
 
     def apply(*arrays: Array) -> Array:
         if arrays[0].dtype == jnp.float32:
             return function(*arrays)
-        return lax.platform_dependent(*arrays, cpu=_in_float32(function), default=function)
+        return lax.platform_dependent(*arrays, cpu=_cpu(function), default=function)
 
     return apply
 
 
-def _in_float32(function: Callable[..., Array]) -> Callable[..., Array]:
+def _cpu(function: Callable[..., Array], *, channels: int = 0) -> Callable[..., Array]:
+    """Computed from float32, or from bits of bfloat16 where that is faster; rounded to the type.
+
+    `channels` are the fewest of image and output; 0 where the function does not take bits.
+    """
+
     def apply(*arrays: Array) -> Array:
-        return function(*(a.astype(jnp.float32) for a in arrays)).astype(arrays[0].dtype)
+        narrow = channels < conv_bfloat16.LEAST_CHANNELS
+        if arrays[0].dtype != jnp.bfloat16 or narrow or not processor.multiplies_bfloat16():
+            given = [a.astype(jnp.float32) for a in arrays]
+        else:
+            given = [conv_bfloat16.bits(a) for a in arrays]
+        return function(*given).astype(arrays[0].dtype)
 
     return apply
 
@@ -168,7 +180,7 @@ def _conv(image: Array, kernel: Array, strides: Triple, padding: Padding) -> Arr
     return lax.platform_dependent(
         image,
         kernel,
-        cpu=_in_float32(functools.partial(conv_cpu.convolve, **static)),
+        cpu=_cpu(functools.partial(conv_cpu.convolve, **static), channels=min(kernel.shape[3:])),
         default=functools.partial(_native, **static),
     )
 
@@ -180,6 +192,7 @@ def _forward(image: Array, kernel: Array, strides: Triple, padding: Padding):
 def _backward(strides: Triple, padding: Padding, residuals: tuple[Array, Array], grad: Array):
     image, kernel = residuals
     native = functools.partial(_native, strides=strides, padding=padding)
+    fewest = min(kernel.shape[3:])
 
     def native_image_grad(grad: Array, kernel: Array) -> Array:
         return jax.linear_transpose(lambda x: native(x, kernel), image)(grad)[0]
@@ -195,10 +208,10 @@ def _backward(strides: Triple, padding: Padding, residuals: tuple[Array, Array],
 
     return (
         lax.platform_dependent(
-            grad, kernel, cpu=_in_float32(cpu_image_grad), default=native_image_grad
+            grad, kernel, cpu=_cpu(cpu_image_grad, channels=fewest), default=native_image_grad
         ),
         lax.platform_dependent(
-            grad, image, cpu=_in_float32(cpu_kernel_grad), default=native_kernel_grad
+            grad, image, cpu=_cpu(cpu_kernel_grad, channels=fewest), default=native_kernel_grad
         ),
     )
 

@@ -1,8 +1,9 @@
 """The three passes of a 3-D convolution as sums of 2-D convolutions: what XLA:CPU runs fast.
 
 Plain functions with no gradients of their own; `conv` ties them together. Shapes are those of
-`conv.conv3d`, everything is float32. Every reshape keeps the batch axis the leading factor, so that
-a batch sharded over devices stays where it is.
+`conv.conv3d`, results are float32; so are the arrays given, or all of them are the bits of bfloat16
+(`conv_bfloat16`). Every reshape keeps the batch axis the leading factor, so that a batch sharded
+over devices stays where it is.
 """
 
 import functools
@@ -14,7 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-Triple = tuple[int, int, int]  # along D, H, W
+from bhsd_jax.models import conv_bfloat16
+from bhsd_jax.models.conv_bfloat16 import Triple
+
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # voxels before and after
 
 _ONE: Triple = (1, 1, 1)
@@ -23,7 +26,12 @@ _AXES = ("NHWC", "HWIO", "NHWC")
 
 
 def convolve(image: Array, kernel: Array, strides: Triple, padding: Padding) -> Array:
-    """The sum over depth taps of 2-D convolutions, with depth folded into the batch."""
+    """The sum over depth taps of 2-D convolutions, with depth folded into the batch.
+
+    Of bits of bfloat16 it is a sum of matrix products.
+    """
+    if image.dtype == jnp.uint16:
+        return conv_bfloat16.convolve(_pad(image, padding), kernel, strides)
     inside = [(max(a, 0), max(b, 0)) for a, b in padding[1:]]
     # 2-D convolutions with negative padding leave the library; those margins are cut here.
     cut = [(min(a, 0), min(b, 0)) for a, b in padding[1:]]
@@ -57,7 +65,7 @@ def image_grad(
     for phase in itertools.product(*map(range, strides)):
         part = _phase_grad(grad, kernel, strides, padding, size, phase)
         phases.append(
-            jnp.zeros((len(grad), *whole, kernel.shape[3]), grad.dtype)
+            jnp.zeros((len(grad), *whole, kernel.shape[3]))
             if part is None
             else _pad(part, tuple((0, a - b) for a, b in zip(whole, part.shape[1:4], strict=True)))
         )
@@ -152,13 +160,15 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
             parts = [part] * taps[2]
             rights = [_shift(right, 2, s, part.shape[3]) for s in shifts]
         products = [
-            parts[w][d : d + planes, :, h : h + height].swapaxes(0, 1).reshape(channels, -1)
-            @ rights[w].reshape(-1, features)
+            conv_bfloat16.multiply(
+                parts[w][d : d + planes, :, h : h + height].swapaxes(0, 1).reshape(channels, -1),
+                rights[w].reshape(-1, features),
+            )
             for d, h, w in itertools.product(*map(range, taps))
         ]
         return jnp.stack(products)
 
-    total = jnp.zeros((math.prod(taps), channels, features), grad.dtype)
+    total = jnp.zeros((math.prod(taps), channels, features))
     total = lax.fori_loop(0, depth // planes, lambda i, total: total + block(i), total)
     return total.reshape(*taps, channels, features)
 

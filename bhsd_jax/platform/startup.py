@@ -1,13 +1,12 @@
 """What is settled before JAX starts: where compiled programs are kept, and how memory is used."""
 
-import hashlib
 import importlib.util
 import mmap
 import os
 import platform
 from pathlib import Path
 
-from bhsd_jax.platform import allocator
+from bhsd_jax.platform import allocator, processor
 
 _SCHEDULER, _LEAST_MEMORY = "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -47,13 +46,4 @@ def _jaxlib_knows(*words: str) -> bool:
 def cache_folder() -> Path:
     """Folder of compiled programs; one per kind of processor, as home folders may be shared."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "bhsd_jax" / f"{platform.machine()}-{_processor()}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [platform.processor()]
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
-    return hashlib.sha256(features.encode()).hexdigest()[:8]
+    return root / "bhsd_jax" / f"{platform.machine()}-{processor.digest()}"

@@ -1,0 +1,111 @@
+"""Convolutions of bfloat16 on a CPU: exact products of rounded values, summed in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bhsd_jax.models import conv_bfloat16, conv_cpu
+from bhsd_jax.models.conv import conv3d
+from bhsd_jax.platform import processor
+
+SAME = ((1, 1), (1, 1), (1, 1))
+
+
+@pytest.fixture(params=[True, False], ids=["bits", "float32"])
+def multiplied(request, monkeypatch):
+    """With and without such instructions; products of bits are right everywhere, if slower."""
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: request.param)
+    return request.param
+
+
+def arrays(size, kernel, channels=9, features=10, batch=2):
+    keys = jax.random.split(jax.random.key(3))
+    image = jax.random.normal(keys[0], (batch, *size, channels), jnp.bfloat16)
+    return image, jax.random.normal(keys[1], (*kernel, channels, features), jnp.bfloat16)
+
+
+def native(image, kernel, strides, padding):
+    axes = ("NDHWC", "DHWIO", "NDHWC")
+    return lax.conv_general_dilated(image, kernel, strides, padding, dimension_numbers=axes)
+
+
+CASES = [
+    ((5, 6, 7), (3, 3, 3), (1, 1, 1), SAME),
+    ((3, 7, 6), (1, 3, 3), (1, 2, 2), ((0, 0), (1, 1), (1, 1))),
+    ((5, 8, 7), (3, 3, 3), (2, 2, 2), SAME),
+    ((6, 5, 9), (2, 4, 5), (3, 1, 2), ((0, 1), (2, 1), (4, 0))),
+    ((4, 5, 3), (3, 1, 3), (2, 2, 1), ((3, 4), (1, 0), (0, 5))),
+    ((7, 7, 7), (3, 3, 3), (2, 2, 2), ((-1, 1), (1, -1), (-1, -1))),
+    ((1, 1, 2), (3, 3, 3), (2, 2, 2), SAME),
+    ((2, 6, 2050), (1, 3, 3), (1, 1, 1), SAME),  # wider than a block
+    ((3, 70, 40), (3, 3, 3), (1, 1, 1), SAME),  # several blocks of rows
+    ((12, 20, 17), (3, 3, 3), (1, 2, 1), SAME),  # several blocks of planes
+]
+
+
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), CASES)
+def test_output_and_both_gradients_are_those_of_the_rounded_values(size, kernel, strides, padding):
+    image, weight = arrays(size, kernel, batch=1)
+    image_bits, kernel_bits = map(conv_bfloat16.bits, (image, weight))
+    with jax.default_matmul_precision("highest"):
+        wide = image.astype(jnp.float32), weight.astype(jnp.float32)
+        want, pull = jax.vjp(lambda x, k: native(x, k, strides, padding), *wide)
+        grad = jnp.sin(jnp.arange(want.size, dtype=jnp.float32)).reshape(want.shape)
+        grad = grad.astype(jnp.bfloat16)
+        wanted = want, *pull(grad.astype(jnp.float32))
+    grad = conv_bfloat16.bits(grad)
+    got = (
+        conv_cpu.convolve(image_bits, kernel_bits, strides, padding),
+        conv_cpu.image_grad(grad, kernel_bits, strides, padding, size),
+        conv_cpu.kernel_grad(grad, image_bits, strides, padding, kernel),
+    )
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-5 * float(abs(theirs).max()))
+
+
+def test_the_layer_rounds_once_with_and_without_the_instructions(multiplied):
+    image, kernel = arrays((3, 6, 5), (3, 3, 3))
+    run = lambda x, k: conv3d(x, k, (1, 1, 1), SAME)  # noqa: E731
+    got = jax.jit(run)(image, kernel)
+    assert got.dtype == jnp.bfloat16
+    want = native(image.astype(jnp.float32), kernel.astype(jnp.float32), (1, 1, 1), SAME)
+    # Half a unit in the last place of 8 bits, and what the order of float32 sums may turn.
+    np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-8, atol=1e-4)
+    text = jax.jit(run).lower(image, kernel).as_text()
+    assert ("stablehlo.convolution" in text) == (not multiplied)
+    grads = jax.jit(jax.grad(lambda x, k: run(x, k).astype(jnp.float32).sum(), (0, 1)))
+    assert [g.dtype for g in grads(image, kernel)] == [jnp.bfloat16] * 2
+
+
+def test_few_channels_are_convolved_in_float32(monkeypatch):
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: True)
+    image, kernel = arrays((3, 6, 5), (3, 3, 3), channels=1)
+    text = jax.jit(lambda x, k: conv3d(x, k, (1, 1, 1), SAME)).lower(image, kernel).as_text()
+    assert "stablehlo.convolution" in text
+
+
+def test_a_batch_over_devices_stays_where_it_is(monkeypatch):
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: True)
+    devices = jax.devices()
+    image, kernel = arrays((4, 6, 8), (3, 3, 3), batch=len(devices))
+    mesh = Mesh(np.array(devices), ("batch",))
+    spread = jax.device_put(image, NamedSharding(mesh, PartitionSpec("batch")))
+    run = jax.jit(
+        jax.grad(lambda x, k: (conv3d(x, k, (1, 1, 1), SAME) ** 2).mean(dtype=jnp.float32))
+    )
+    text = run.lower(spread, kernel).compile().as_text()
+    assert text is not None
+    assert "all-gather" not in text
+    np.testing.assert_array_equal(run(spread, kernel), run(image, kernel))
+
+
+def test_float32_is_multiplied_as_before():
+    left, right = (jax.random.normal(jax.random.key(i), s) for i, s in ((0, (6, 7)), (1, (7, 5))))
+    np.testing.assert_array_equal(conv_bfloat16.multiply(left, right), left @ right)
+    bits = [conv_bfloat16.bits(a) for a in (left, right)]
+    rounded = [np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (left, right)]
+    np.testing.assert_allclose(conv_bfloat16.multiply(*bits), rounded[0] @ rounded[1], atol=1e-5)
