@@ -22,7 +22,7 @@ from bhsd_jax.assemble.trust import Trust
 from bhsd_jax.ct import geometry, hu, own_slices, probabilities, scan, shear, upright
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.own_slices import OwnSlices
-from bhsd_jax.ct.prepare import Prepared, hu_doubts, prepare_case
+from bhsd_jax.ct.prepare import Prepared, doubts_of, hu_doubts, prepare_case
 from bhsd_jax.ct.probabilities import Probabilities
 from bhsd_jax.infer import ensemble
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
@@ -172,7 +172,7 @@ class Predictor:
         if not all(path.is_file() for path in wanted):
             return None
         place = scan.native(case.image)
-        seen, _ = scan.read(case.image)
+        seen, read = scan.read(case.image)
         d, h, w = seen.voxels.shape
         own = own_slices.of(case.image, (d, h, w), seen.affine)
         try:
@@ -195,7 +195,7 @@ class Predictor:
             return None
         if upright.is_needed(own) and not all(path.is_file() for path in upright.pair(target)):
             return None
-        doubts = hu_doubts(seen.voxels, self.plan)
+        doubts = *doubts_of(read), *hu_doubts(seen.voxels, self.plan)
         return self._row(case, name, own, label.voxels, seen.affine, None, doubts)
 
     def _check(self, path: Path, label: Volume) -> None:
@@ -304,6 +304,7 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         tiles_per_call=config.infer.tiles,
         law=config.infer.law,
         margin=margin,
+        unit=model.stride if any(margin) else None,
         combine=config.predict.combine,
         # Of several processes each predicts scans of its own.
         mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,
