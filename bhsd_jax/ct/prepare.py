@@ -138,7 +138,13 @@ def fingerprint_case(
     )
 
 
-def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared:
+def prepare_case(
+    case: Case,
+    plan: Plan,
+    *,
+    source_sha256: str = "",
+    seen: tuple[tuple[Volume, ...], list[Finding]] | None = None,
+) -> Prepared:
     """Reads, repairs, crops, resamples and normalizes one case as the plan says.
 
     CT stays in HU, rounded to int16; windows are applied in training. MR is brought to zero mean
@@ -146,12 +152,18 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     over its non-zero voxels where the plan says `use_mask_for_norm`; so is CT clipped and scaled
     where the plan says `normalize_first`, and not repaired unless it says `repaired` too.
 
+    Args:
+        case: To read.
+        plan: Of the run.
+        source_sha256: Of the case's files, if it is known already.
+        seen: What `scan.read_channels` gave of its image, if it was read already.
+
     Raises:
         ValueError: If a file is broken, or image and mask do not belong together.
         FileNotFoundError: If a file is not there.
     """
     values = plan.labels.values
-    every, found = scan.read_channels(case.image)
+    every, found = seen or scan.read_channels(case.image)
     raw = every[0]
     as_it_lies = plan.normalize_first and not plan.repaired
     volume, label, more = _read(
