@@ -113,9 +113,9 @@ def _shown_box(
 ) -> tuple[slice, slice, slice]:
     """Rows and columns of patient, table or label, and some air around; all slices."""
     low, high = float(voxels.min()), float(np.percentile(voxels, 99.5))
-    seen = (voxels > low + _AIR * (high - low)).any(0)
+    seen: np.ndarray = np.any(voxels > low + _AIR * (high - low), axis=0)
     for label in labels:
-        seen |= (label > 0).any(0)
+        seen |= np.any(label > 0, axis=0)
     box = bounding_box(seen) or (slice(0, seen.shape[0]), slice(0, seen.shape[1]))
     spacing = np.linalg.norm(affine[:3, 1:3], axis=0)
     rows, columns = (
