@@ -526,6 +526,16 @@ def test_a_slice_of_a_broken_header_is_told_of_the_series_beside_it(tmp_path):
     assert texts(group.findings) == ["left out: 1 image of a header that cannot be read"]
 
 
+def test_a_scan_that_was_read_on_its_own_voxels_is_not_read_again(tmp_path):
+    write_series(tmp_path, block(), tilt_deg=TILT)
+    volume, _ = read(tmp_path)
+    assert scan.read_native(series_of(tmp_path), volume) is volume
+    upright, _ = read(tmp_path, unshear=True)
+    own = scan.read_native(series_of(tmp_path, unshear=True), upright)
+    assert upright.voxels.shape != volume.voxels.shape
+    np.testing.assert_array_equal(own.voxels, volume.voxels)
+
+
 def test_a_folder_without_dicom_has_no_series_and_no_reason(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
     assert dicom_series.find(tmp_path) == []
