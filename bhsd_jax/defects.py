@@ -96,6 +96,7 @@ class Kind(enum.StrEnum):
     LEFT_OUT_COLOR = "left out: # images in color"
     LEFT_OUT_POSITION = "left out: # images without a usable position"
     LEFT_OUT_SPACING = "left out: # images without a pixel spacing"
+    LEFT_OUT_SIZE = "left out: # images of a pixel spacing of # or less"
     LEFT_OUT_ORIENTATION = "left out: # images without a usable orientation"
     LEFT_OUT_EMPTY = "left out: # images without voxels"
     LEFT_OUT_ALONE = "left out: # images alone in its series"
@@ -104,6 +105,10 @@ class Kind(enum.StrEnum):
     LEFT_OUT_PROJECTION = "left out: # images a projection of a volume"
     LEFT_OUT_MAP = "left out: # images a map of another measure than HU"
     LEFT_OUT_PLACE = "left out: # images at one place with all others of its series"
+    NO_DICOM = (
+        "# named like slices but no DICOM, the first is file # in the order of names: look at it; "
+        "if it was a slice, fetch the series again, for the scan lacks it"
+    )
     DERIVED = "images derived from others, such as a reformat"
     # Why a series becomes no volume.
     NO_SLICE = "file that is no slice of a CT volume"

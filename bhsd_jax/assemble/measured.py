@@ -105,9 +105,16 @@ class ScanVolumes:
 
 
 def lesions(
-    case: Case, own: OwnSlices, label: np.ndarray, plan: Plan, labels: Labels
+    case: Case,
+    own: OwnSlices,
+    label: np.ndarray,
+    plan: Plan,
+    labels: Labels,
+    seen: Volume | None = None,
 ) -> list[Lesion]:
     """The lesions of every class or region on the scan's own slices; sides of head CT only.
+
+    `seen` is what `scan.read` gave of the scan, if it was read already.
 
     Raises:
         ValueError: If the scan has become unreadable.
@@ -116,7 +123,7 @@ def lesions(
         return []
     feed = case.table_feed and plan.modality == "ct"
     slices = measure.Slices(own.affine, own.steps, own.widths_mm, own.slice_ml(table_feed=feed))
-    middle = _midline(case, plan)
+    middle = _midline(case, plan, seen)
     if not labels.regions:
         return measure.lesions(label, labels.names, slices, middle)
     found = []
@@ -126,10 +133,10 @@ def lesions(
     return found
 
 
-def _midline(case: Case, plan: Plan) -> np.ndarray | None:
+def _midline(case: Case, plan: Plan, seen: Volume | None) -> np.ndarray | None:
     if plan.modality != "ct":
         return None
-    volume: Volume = scan.read(scan.native(case.image))[0]
+    volume = scan.read_native(case.image, seen)
     voxels, _ = plausibility.settle(volume.voxels)
     return midline.of(voxels, volume.affine)
 

@@ -22,7 +22,7 @@ from bhsd_jax.assemble.trust import Trust
 from bhsd_jax.ct import geometry, hu, own_slices, probabilities, scan, shear, upright
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.own_slices import OwnSlices
-from bhsd_jax.ct.prepare import Prepared, hu_doubts, prepare_case
+from bhsd_jax.ct.prepare import Prepared, doubts_of, hu_doubts, prepare_case
 from bhsd_jax.ct.probabilities import Probabilities
 from bhsd_jax.infer import ensemble
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
@@ -77,21 +77,28 @@ class Predictor:
         """
         begun = time.monotonic()
         # The function of `preprocess`: what the network sees cannot differ from training.
-        prepared = prepare_case(case, self.plan, source_sha256="not needed")
+        every, found = scan.read_channels(case.image)
+        prepared = prepare_case(case, self.plan, source_sha256="not needed", seen=(every, found))
         for text in prepared.warnings:
             level = logging.WARNING if text in prepared.doubts else logging.INFO
             logger.log(level, "%s: %s", name, text)
         affine = np.asarray(prepared.grid.native_affine)
         own = own_slices.of(case.image, prepared.grid.native_shape, affine)
-        label = self._answer(case, own, prepared, target, name)
+        label = self._answer(case, own, prepared, target, name, every[0])
         scan.write(target, label, like=scan.native(case.image))
         seconds = time.monotonic() - begun
-        row = self._row(case, name, own, label, affine, seconds, prepared.doubts)
+        row = self._row(case, name, own, label, every[0], seconds, prepared.doubts)
         measures = self.trust.of(prepared.channels_last, prepared.grid) if self.trust else None
         return dataclasses.replace(row, **vars(measures)) if measures else row
 
     def _answer(
-        self, case: Case, own: OwnSlices, prepared: Prepared, target: Path, name: str
+        self,
+        case: Case,
+        own: OwnSlices,
+        prepared: Prepared,
+        target: Path,
+        name: str,
+        seen: Volume,
     ) -> UInt8[np.ndarray, "N H W"]:
         """The label map; what belongs beside it is written."""
         grid, finish = prepared.grid, partial(postprocessing.apply, rules=self.rules)
@@ -110,7 +117,8 @@ class Predictor:
             if self.nnunet_probabilities and chances is not None:
                 saved_probabilities.write(target, case.image, grid, chances)
             if upright.is_needed(own):
-                upright.write(target, case.image, own, label, logits, grid, self.labels, finish)
+                means = self.labels, finish
+                upright.write(target, case.image, own, label, logits, grid, *means, seen)
         else:  # voxel by voxel the network's own, so that no logits need be kept
             likeliest = self._likeliest(prepared.channels_last, name)
             label = finish(geometry.label_from_grid(likeliest, grid))
@@ -172,7 +180,7 @@ class Predictor:
         if not all(path.is_file() for path in wanted):
             return None
         place = scan.native(case.image)
-        seen, _ = scan.read(case.image)
+        seen, read = scan.read(case.image)
         d, h, w = seen.voxels.shape
         own = own_slices.of(case.image, (d, h, w), seen.affine)
         try:
@@ -195,8 +203,8 @@ class Predictor:
             return None
         if upright.is_needed(own) and not all(path.is_file() for path in upright.pair(target)):
             return None
-        doubts = hu_doubts(seen.voxels, self.plan)
-        return self._row(case, name, own, label.voxels, seen.affine, None, doubts)
+        doubts = *doubts_of(read), *hu_doubts(seen.voxels, self.plan)
+        return self._row(case, name, own, label.voxels, seen, None, doubts)
 
     def _check(self, path: Path, label: Volume) -> None:
         """Refuses a file of probabilities that is damaged, or of another scan or run."""
@@ -215,17 +223,18 @@ class Predictor:
         name: str,
         own: OwnSlices,
         label: np.ndarray,
-        affine: np.ndarray,
+        seen: Volume,
         seconds: float | None,
         doubts: Sequence[str],
     ) -> ScanVolumes:
         ct = self.plan.modality == "ct"
         feed = case.table_feed and ct
-        tilt = shear.gantry_deg(affine) if ct else 0.0
-        corrected = hu.tilt_corrected(affine, table_feed=feed)
+        tilt = shear.gantry_deg(seen.affine) if ct else 0.0
+        corrected = hu.tilt_corrected(seen.affine, table_feed=feed)
         volumes = own.volumes_ml(label, len(self.classes), table_feed=feed)
         ml = {name: sum(volumes[v] for v in values) for name, values in self.labels.targets}
-        found = [asdict(one) for one in measured.lesions(case, own, label, self.plan, self.labels)]
+        meant = self.plan, self.labels
+        found = [asdict(one) for one in measured.lesions(case, own, label, *meant, seen)]
         told = "; ".join(doubts)
         facts: dict[str, Any] = {"lesions": found, "present_ml": self.present_ml}
         if self.labels.regions:
@@ -304,6 +313,7 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         tiles_per_call=config.infer.tiles,
         law=config.infer.law,
         margin=margin,
+        unit=model.stride if any(margin) else None,
         combine=config.predict.combine,
         # Of several processes each predicts scans of its own.
         mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,

@@ -1,19 +1,25 @@
 """BLAST-CT's law of resampling: grids whose first voxel centers coincide. NumPy only.
 
 A scan is turned to run to superior, posterior and left, and gets the spacing of the network from
-the center of its first voxel on; intensities are linear in between, and those of integer scans
-lose their fraction. Label maps take the nearest voxel. Where an axis runs the other way in the
-file, BLAST-CT begins one voxel beyond the scan: there its lowest intensity goes on, and the scan's
-last voxel is never seen.
+the center of its first voxel on; intensities are linear in between. Label maps take the nearest
+voxel. Where an axis runs the other way in the file, BLAST-CT begins one voxel beyond the scan:
+there its lowest intensity goes on, and the scan's last voxel is never seen.
 
-Source: commit ccfa6ef of biomedia-mira/blast-ct, `nifti/rescale.py`, `nifti/savers.py`, with the
-interpolators of SimpleITK 2.5.7.
+Integers lose their fraction in either step, and in the first one voxels that should be as they
+were lose 1 HU: SimpleITK finds their places by way of the world, and rounding puts many just
+before the voxel. Networks were trained on such scans. The places are computed here in ITK's order
+of additions, so that scans along the axes of the world come out as BLAST-CT's program has them,
+to the last bit. Those of a turned scan get the same rounding as if it were not turned, and differ
+by 1 HU in some voxels.
+
+Source: commit ccfa6ef of biomedia-mira/blast-ct, `nifti/rescale.py`, `nifti/savers.py`, with
+SimpleITK 2.5.7 (`ResampleImageFilter::LinearThreadedGenerateData`, linear interpolation).
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int, Num, Shaped
+from jaxtyping import Float64, Int, Num, Shaped
 
 from bhsd_jax.volume import Millimeters, Shape
 
@@ -34,23 +40,71 @@ def to_centers(
     old_mm: Millimeters,
     new_mm: Millimeters,
     flip: _Flip,
+    *,
+    origin_mm: Millimeters = (0.0, 0.0, 0.0),
+    order: tuple[int, int, int] = (0, 1, 2),
 ) -> Num[np.ndarray, "_ _ _"]:
-    """Linear in between; integers lose their fraction. `flip`: axes that the file has reversed."""
+    """Linear in between; integers lose their fraction.
+
+    Args:
+        voxels: Of the turned scan.
+        shape: To get.
+        old_mm: Spacing of the scan.
+        new_mm: Spacing to get.
+        flip: Axes that the file has reversed.
+        origin_mm: Where the file's first voxel lies, along superior, posterior and left.
+        order: Which axis of the file, slices first, each axis is; the file's last one is
+            interpolated first.
+    """
     lowest = float(voxels.min())
-    voxels = _begun_outside(voxels, flip, lowest)
-    whole = voxels.dtype if np.issubdtype(voxels.dtype, np.integer) else None
-    out, inside = voxels.astype(np.float64), np.ones((1, 1, 1), bool)
-    for axis in (2, 1, 0):  # the order in which ITK adds up, so that rounding is the same
-        old = voxels.shape[axis]
-        place = np.arange(shape[axis]) * (new_mm[axis] / old_mm[axis])
+    in_file = np.flip(voxels, tuple(axis for axis in range(3) if flip[axis]))
+    turned = []
+    for axis, (n, mm) in enumerate(zip(voxels.shape, old_mm, strict=True)):
+        sign = -1.0 if flip[axis] else 1.0
+        begun = origin_mm[axis] + (sign * (n * mm) if flip[axis] else 0.0)
+        turned.append(_places(n, mm, begun, origin_mm[axis], sign / mm, along_rows=axis == 2))
+    first_to_last = sorted(range(3), key=lambda axis: -order[axis])
+    upright = _linear(in_file, turned, first_to_last, lowest)
+    places = []
+    for axis, (n, mm) in enumerate(zip(shape, new_mm, strict=True)):
+        begun = origin_mm[axis] - (voxels.shape[axis] * old_mm[axis] if flip[axis] else 0.0)
+        places.append(_places(n, mm, begun, begun, 1 / old_mm[axis], along_rows=axis == 2))
+    return _linear(upright, places, (2, 1, 0), lowest)
+
+
+def _places(
+    count: int, mm: float, begun: float, origin: float, per_mm: float, *, along_rows: bool
+) -> Float64[np.ndarray, " n"]:
+    """Where voxels lie, counted in voxels of the scan from its `origin` on, as ITK rounds it.
+
+    Along rows ITK finds the first and the one behind the last, and divides what is in between.
+    """
+    index = np.array([0.0, count]) if along_rows else np.arange(float(count))
+    found = (mm * index + begun - origin) * per_mm
+    if not along_rows:
+        return found
+    return found[0] + np.arange(float(count)) / count * (found[1] - found[0])
+
+
+def _linear(
+    voxels: np.ndarray, places: Sequence[np.ndarray], order: Sequence[int], outside: float
+) -> np.ndarray:
+    """At these places of every axis, one axis of `order` after another; integers are truncated."""
+    kind, inside = voxels.dtype, np.ones((1, 1, 1), bool)
+    out = voxels.astype(np.float64)
+    for axis in order:  # ITK's, so that rounding is the same
+        old, place = voxels.shape[axis], places[axis]
         low = np.clip(np.floor(place).astype(np.int64), 0, old - 1)
-        share = place - low
+        share = np.maximum(place - low, 0)
         share[low == old - 1] = 0
-        first, second = out.take(low, axis), out.take(np.minimum(low + 1, old - 1), axis)
-        out = first + (second - first) * _along(share, axis)
-        inside = inside & _along(place < old - 0.5, axis)
-    out = np.where(inside, out, lowest)
-    return out.astype(np.float32) if whole is None else np.trunc(out).astype(whole)
+        first = out.take(low, axis)
+        if share.any():
+            second = out.take(np.minimum(low + 1, old - 1), axis)
+            first += (second - first) * _along(share, axis)
+        out = first
+        inside = inside & _along((place >= -0.5) & (place < old - 0.5), axis)
+    out = np.where(inside, out, outside)
+    return np.trunc(out).astype(kind) if np.issubdtype(kind, np.integer) else out.astype(np.float32)
 
 
 def label_to_centers(

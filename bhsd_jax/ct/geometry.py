@@ -150,9 +150,13 @@ def to_grid(voxels: Num[np.ndarray, "_ _ _"], grid: Grid, kind: str) -> Num[np.n
     cropped = native_box(voxels, grid)
     axis = resample.separate_axis(grid.native_spacing_mm, grid.spacing_mm)
     if grid.law == CENTERS and kind in ("image", "label"):
-        resampled = centers.to_centers if kind == "image" else centers.label_to_centers
         sizes = grid.shape, grid.native_spacing_mm, grid.spacing_mm
-        return resampled(cropped, *sizes, grid.flip)
+        if kind == "label":
+            return centers.label_to_centers(cropped, *sizes, grid.flip)
+        x, y, z = (row[3] for row in grid.native_affine[:3])
+        return centers.to_centers(
+            cropped, *sizes, grid.flip, origin_mm=(z, -y, -x), order=grid.order
+        )
     if kind == "image":
         return np.ascontiguousarray(resample.resample_image(cropped, grid.shape, axis))
     if kind == "label":

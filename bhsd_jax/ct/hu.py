@@ -17,8 +17,10 @@ _ORTHOGONAL = 1e-3  # largest cosine between two axes that count as perpendicula
 _ALONG_X = math.cos(math.radians(1.0))  # an axis this close to x has not been turned away from it
 
 
-def repair(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W"], list[Finding]]:
-    """Undoes the wraps known from real head CT and clips to what 12 bits can hold.
+def repair(
+    voxels: Num[np.ndarray, "D H W"], *, clip: bool = True
+) -> tuple[Float32[np.ndarray, "D H W"], list[Finding]]:
+    """Undoes the wraps known from real head CT and, with `clip`, clips to what 12 bits can hold.
 
     In this order: a scan stored as unsigned 12 bits (nothing negative, nothing above 4096), where
     all below 0 HU came out near +3000, if that makes air of the edges of its slices; metal wrapped
@@ -50,7 +52,7 @@ def repair(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W
         done.append(Finding(Kind.WRAP, "repaired", f"16-bit wrap undone in {count} voxels"))
     low = int(np.count_nonzero(repaired < LOWEST_HU))
     high = int(np.count_nonzero(repaired > HIGHEST_HU))
-    if low or high:
+    if clip and (low or high):
         np.clip(repaired, LOWEST_HU, HIGHEST_HU, out=repaired)
         text = f"clipped to {LOWEST_HU:.0f}..{HIGHEST_HU:.0f} HU: {low} voxels below, {high} above"
         done += [

@@ -52,8 +52,10 @@ _REMEDY = (
 )
 
 
-def settle(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W"], list[Finding]]:
-    """The scan in HU, clipped to 12 bits, and what was undone or is doubtful.
+def settle(
+    voxels: Num[np.ndarray, "D H W"], *, clip: bool = True
+) -> tuple[Float32[np.ndarray, "D H W"], list[Finding]]:
+    """The scan in HU, with `clip` clipped to 12 bits, and what was undone or is doubtful.
 
     The input is not changed.
 
@@ -62,7 +64,7 @@ def settle(voxels: Num[np.ndarray, "D H W"]) -> tuple[Float32[np.ndarray, "D H W
     """
     shifted, found = _undo_unsigned(voxels)
     shifted, more = _undo_offset(shifted)
-    repaired, most = hu.repair(shifted)
+    repaired, most = hu.repair(shifted, clip=clip)
     found += [*more, *most]
     step = _step(voxels)
     before, after = shifted.ravel()[::step], repaired.ravel()[::step]

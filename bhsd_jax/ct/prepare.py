@@ -14,6 +14,8 @@ from bhsd_jax.ct.foreground import SEED, foreground_positions, target_positions
 from bhsd_jax.defects import Finding, Kind, Refusal, said_of, texts
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Shape, Volume
 
+_DOUBTFUL = (*plausibility.KINDS, Kind.NO_DICOM)
+
 
 @dataclass(frozen=True, eq=False)
 class Facts:
@@ -136,7 +138,13 @@ def fingerprint_case(
     )
 
 
-def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared:
+def prepare_case(
+    case: Case,
+    plan: Plan,
+    *,
+    source_sha256: str = "",
+    seen: tuple[tuple[Volume, ...], list[Finding]] | None = None,
+) -> Prepared:
     """Reads, repairs, crops, resamples and normalizes one case as the plan says.
 
     CT stays in HU, rounded to int16; windows are applied in training. MR is brought to zero mean
@@ -144,16 +152,22 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
     over its non-zero voxels where the plan says `use_mask_for_norm`; so is CT clipped and scaled
     where the plan says `normalize_first`, and not repaired unless it says `repaired` too.
 
+    Args:
+        case: To read.
+        plan: Of the run.
+        source_sha256: Of the case's files, if it is known already.
+        seen: What `scan.read_channels` gave of its image, if it was read already.
+
     Raises:
         ValueError: If a file is broken, or image and mask do not belong together.
         FileNotFoundError: If a file is not there.
     """
     values = plan.labels.values
-    every, found = scan.read_channels(case.image)
+    every, found = seen or scan.read_channels(case.image)
     raw = every[0]
     as_it_lies = plan.normalize_first and not plan.repaired
     volume, label, more = _read(
-        case, raw, num_classes=values, modality=plan.modality, as_it_lies=as_it_lies
+        case, raw, num_classes=values, modality=plan.modality, as_it_lies=as_it_lies, law=plan.law
     )
     image, grid = _on_grid((volume, *every[1:]), plan)
     prepared_label, volume_ml = None, ()
@@ -179,7 +193,7 @@ def prepare_case(case: Case, plan: Plan, *, source_sha256: str = "") -> Prepared
         volume_ml=volume_ml,
         source_sha256=source_sha256 or source_digest(case),
         warnings=tuple(texts([*found, *more])),
-        doubts=tuple(texts(f for f in [*found, *more] if f.kind in plausibility.KINDS)),
+        doubts=doubts_of([*found, *more]),
     )
 
 
@@ -202,10 +216,20 @@ def prepare_volume(
     case = Case(volume.case, volume.case, Path(volume.case), None, "test")
     classes, as_it_lies = len(plan.classes), plan.normalize_first and not plan.repaired
     ready, _, found = _read(
-        case, volume, num_classes=classes, modality=plan.modality, as_it_lies=as_it_lies
+        case,
+        volume,
+        num_classes=classes,
+        modality=plan.modality,
+        as_it_lies=as_it_lies,
+        law=plan.law,
     )
     image, grid = _on_grid((ready, *further), plan)
     return image if image.ndim == 4 else image[..., None], grid, tuple(found)
+
+
+def doubts_of(findings: Sequence[Finding]) -> tuple[str, ...]:
+    """What those of them say that anyone who uses the scan has to know."""
+    return tuple(texts(found for found in findings if found.kind in _DOUBTFUL))
 
 
 def hu_doubts(voxels: np.ndarray, plan: Plan) -> tuple[str, ...]:
@@ -258,9 +282,18 @@ def _voxels_digest(every: Sequence[Volume]) -> str:
 
 
 def _read(
-    case: Case, raw: Volume, *, num_classes: int, modality: str, as_it_lies: bool = False
+    case: Case,
+    raw: Volume,
+    *,
+    num_classes: int,
+    modality: str,
+    as_it_lies: bool = False,
+    law: str = "faces",
 ) -> tuple[Volume, np.ndarray | None, list[Finding]]:
-    """A scan whose CT is in HU, its label, and what was found; or a scan `as_it_lies`."""
+    """A scan whose CT is in HU, its label, and what was found; or a scan `as_it_lies`.
+
+    By BLAST-CT's law padding and metal are not clipped, and integers stay integers.
+    """
     label, found = None, []
     if case.label is not None:
         mask, found = scan.read_label(case.label, case.image, raw, num_classes=num_classes)
@@ -270,9 +303,11 @@ def _read(
     if as_it_lies:
         return raw, label, [*found, *plausibility.doubts(raw.voxels)]
     try:
-        voxels, repairs = plausibility.settle(raw.voxels)
+        voxels, repairs = plausibility.settle(raw.voxels, clip=law != geometry.CENTERS)
     except Refusal as error:
         raise said_of(scan.called(case.image), error) from error
+    if law == geometry.CENTERS and np.issubdtype(raw.voxels.dtype, np.integer):
+        voxels = np.rint(voxels).astype(np.int32)
     return replace(raw, voxels=voxels), label, [*found, *repairs]
 
 

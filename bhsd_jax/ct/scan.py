@@ -63,6 +63,12 @@ def native(image: Image) -> Image:
     return replace(image, unshear=False) if isinstance(image, Series) else image
 
 
+def read_native(image: Image, seen: Volume | None = None) -> Volume:
+    """The scan on its own voxels; `seen`, which `read` gave of it, if it is on those already."""
+    own = native(image)
+    return seen if seen is not None and own == image else read(own)[0]
+
+
 def read_label(
     label: Label, image: Image, volume: Volume, *, num_classes: int | None
 ) -> tuple[Volume, list[Finding]]:

@@ -9,7 +9,6 @@ Source: ITK 5.4, `itkNiftiImageIO.cxx`, which accepts a sform whose axes' cosine
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,18 +51,20 @@ def write(
     grid: Grid,
     labels: Labels | None = None,
     finish: Callable[[np.ndarray], np.ndarray] = lambda label: label,
+    seen: Volume | None = None,
 ) -> None:
     """Writes the pair beside the exact label map, which belongs at `target`.
 
     `own` are the scan's slices, and the logits lie on the grid of what was read of them; `labels`
-    say what they mean, and `finish` is what was done to the likeliest to make the exact label map.
+    say what they mean, `finish` is what was done to the likeliest to make the exact label map, and
+    `seen` is what `scan.read` gave of the scan, if it was read already.
 
     Raises:
         ValueError: If the scan has become unreadable, or the shapes do not fit.
         faults.WriteError: If the system says no, such as on a full disk.
     """
     label = exact if own.is_even else finish(own.even_label(logits, grid, labels))
-    volume, _ = scan.read(replace(image, unshear=False) if isinstance(image, Series) else image)
+    volume = scan.read_native(image, seen)
     if label.shape == own.read_shape:  # else it was moved already, before the network saw it
         label = shear.move_label(label, own.read_affine)
     voxels = _moved(volume.voxels, own.read_affine, hounsfield=isinstance(image, Series))

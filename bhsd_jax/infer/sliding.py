@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import jax
@@ -48,6 +48,8 @@ class SlidingWindow:
     tiles_per_call: int | None = None  # None: as many as fit
     law: str = "nnunet"  # of tile positions and weights: a key of `tiles.LAWS`
     margin: Shape = (0, 0, 0)  # voxels around a tile that `forward` takes and gives no logits of
+    unit: Shape | None = None  # given if the margin is all that a voxel depends on: multiples of it
+    # are tiles too, and of a volume that ends early in its last tiles shorter ones are taken
     combine: str = "probabilities"  # of several networks the mean of these, or of their "logits"
     mesh: Mesh | None = None  # the tiles of a call are spread over all its devices
     regions: tuple[int, ...] = ()  # outputs are regions (sigmoid): the value each writes in turn
@@ -66,7 +68,7 @@ class SlidingWindow:
 
     def count(self, size: Sequence[int]) -> int:
         """Tiles one network sees for a volume of size D H W, mirrored versions counted too."""
-        return len(self._places(size))
+        return len(self._fitted(size)._places(size))
 
     def logits(
         self,
@@ -91,8 +93,8 @@ class SlidingWindow:
         Raises:
             ValueError: If there is no network, or one gives NaN or infinite logits.
         """
-        found = np.empty((0,), np.float32)
-        for rows, logits in self._in_rows(networks, image, fill, progress, lambda value: value):
+        found, window = np.empty((0,), np.float32), self._fitted(image.shape[:3])
+        for rows, logits in window._in_rows(networks, image, fill, progress, lambda value: value):
             if not found.size:
                 found = np.empty((len(logits), *image.shape[:3]), np.float32)
             found[:, rows] = logits
@@ -113,9 +115,21 @@ class SlidingWindow:
         """
         found = np.empty(image.shape[:3], np.uint8)
         finish = partial(_written, values=self.regions) if self.regions else _most_likely
-        for rows, label in self._in_rows(networks, image, fill, progress, finish):
+        window = self._fitted(image.shape[:3])
+        for rows, label in window._in_rows(networks, image, fill, progress, finish):
             found[rows] = label
         return found
+
+    def _fitted(self, size: Sequence[int]) -> "SlidingWindow":
+        """With the tile for a volume of that size; compiled once for every such tile."""
+        if self.unit is None:
+            return self
+        tile = tiles.shortened(size, self.tile, self.unit)
+        return self._of_tile.setdefault(tile, replace(self, tile=tile))
+
+    @cached_property
+    def _of_tile(self) -> "dict[Shape, SlidingWindow]":
+        return {self.tile: self}
 
     def _in_rows(
         self,

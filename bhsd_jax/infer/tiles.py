@@ -122,6 +122,20 @@ def padding_after(size: Sequence[int], tile: Sequence[int]) -> Pads:
     return tuple((0, -n % k) for n, k in zip(size, tile, strict=True))
 
 
+def shortened(size: Sequence[int], tile: Sequence[int], unit: Sequence[int]) -> Shape:
+    """The smallest tile, a multiple of `unit`, of which no more are needed than of `tile`.
+
+    For tiles side by side that bring all their context along: what they give does not depend on
+    their size, and what lies beyond the volume is computed for nothing.
+    """
+    counts = (math.ceil(n / k) for n, k in zip(size, tile, strict=True))
+    d, h, w = (
+        min(math.ceil(n / count / u) * u, k)
+        for n, k, u, count in zip(size, tile, unit, counts, strict=True)
+    )
+    return d, h, w
+
+
 @dataclass(frozen=True)
 class Law:
     """One way to lay tiles and to weigh them."""

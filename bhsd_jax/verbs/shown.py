@@ -12,7 +12,10 @@ from bhsd_jax.ct import geometry, hu, own_slices, scan, shear
 from bhsd_jax.ct.own_slices import OwnSlices
 from bhsd_jax.report import viewer
 from bhsd_jax.report.viewer import Shown, Viewer
-from bhsd_jax.volume import Case, Label, Volume
+from bhsd_jax.volume import Case, Label, Volume, bounding_box
+
+_AIR = 0.2  # of the way from the lowest to the highest intensity: below it is air
+_MARGIN_MM = 10.0
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,16 @@ def read(run: Run, entry: Entry) -> Shown:
 def of_arrays(
     entry: Entry, volume: Volume, labels: Sequence[np.ndarray], flags: tuple[str, ...] = ()
 ) -> Shown:
-    """A scan in memory with its label map and, where there is one, the reference, [D H W] each."""
+    """A scan in memory with its label map and, where there is one, the reference, [D H W] each.
+
+    A sheared one gets wider when its slices are moved over each other: rows and columns that show
+    nothing but air and what was added are left out. Slices keep their numbers.
+    """
     upright, made = shear.unshear(volume.voxels, volume.affine, fill=float(volume.voxels.min()))
     if upright is not volume.voxels:
         labels = [shear.unshear_label(label, volume.affine) for label in labels]
+        box = _shown_box(upright, labels, made)
+        upright, labels = upright[box], [label[box] for label in labels]
         flags = (*flags, "shown upright")
     order, flip = geometry.canonical(made)
     image, *masks = (geometry.turn(array, order, flip) for array in (upright, *labels))
@@ -97,6 +106,25 @@ def around(run: Run, title: str, subtitle: str, notice: str, count: int) -> View
     windows = viewer.CT_WINDOWS if ct and not run.plan.normalize_first else viewer.NO_WINDOWS
     unit = "HU" if ct else ""
     return Viewer(title, subtitle, notice, run.classes[1:], windows, unit, count)
+
+
+def _shown_box(
+    voxels: np.ndarray, labels: Sequence[np.ndarray], affine: np.ndarray
+) -> tuple[slice, slice, slice]:
+    """Rows and columns of patient, table or label, and some air around; all slices."""
+    low, high = float(voxels.min()), float(np.percentile(voxels, 99.5))
+    seen: np.ndarray = np.any(voxels > low + _AIR * (high - low), axis=0)
+    for label in labels:
+        seen |= np.any(label > 0, axis=0)
+    box = bounding_box(seen) or (slice(0, seen.shape[0]), slice(0, seen.shape[1]))
+    spacing = np.linalg.norm(affine[:3, 1:3], axis=0)
+    rows, columns = (
+        slice(max(part.start - margin, 0), part.stop + margin)
+        for part, margin in zip(
+            box, np.ceil(_MARGIN_MM / spacing).astype(int).tolist(), strict=True
+        )
+    )
+    return slice(None), rows, columns
 
 
 def _by_value(run: Run, label: np.ndarray, volume: Volume) -> dict[str, float]:

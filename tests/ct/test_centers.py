@@ -1,9 +1,12 @@
 """Grids whose first voxel centers coincide, as BLAST-CT resamples scans with SimpleITK."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import tiny_run
 
-from bhsd_jax.ct import centers, geometry
+from bhsd_jax.ct import centers, geometry, prepare
 from bhsd_jax.volume import Volume
 
 NEW = (1.0, 1.0, 1.0)
@@ -98,3 +101,63 @@ def test_the_same_as_simpleitk(affine):
     logits = 9.0 * (np.arange(4)[:, None, None, None] == label)
     ours = geometry.argmax_from_grid(logits.astype(np.float32), grid)
     np.testing.assert_array_equal(ours, sitk.GetArrayFromImage(back))
+
+
+# Axes of the file (x, y, z) along left, posterior and superior, as signed columns.
+LAYOUTS = {
+    "upright": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "to anterior": ((1, 0, 0), (0, -1, 0), (0, 0, 1)),
+    "to anterior and right, downward": ((-1, 0, 0), (0, -1, 0), (0, 0, -1)),
+    "coronal": ((1, 0, 0), (0, 0, 1), (0, -1, 0)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_integers_are_those_of_simpleitk_to_the_last_bit(layout, seed):
+    """Both steps with the fraction lost in each, and the 1 HU that rounding takes in the first."""
+    sitk = pytest.importorskip("SimpleITK", reason="needs the package SimpleITK")
+    random = np.random.default_rng(seed)
+    voxels = random.integers(-1500, 2000, (9, 23, 31)).astype(np.int16)
+    spacing = np.float32(random.choice([0.4, 0.488281, 0.957, 2.5, 5.627], 3)).astype(float)
+    origin = np.float32(random.normal(0, 150, 3)).astype(float)
+    turn = np.array(LAYOUTS[layout], float).T
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(origin.tolist())
+    image.SetDirection(turn.ravel().tolist())
+    behind = abs(turn).argmax(1)
+    size, extent = np.array(image.GetSize())[behind], np.array(image.GetSize()) * spacing
+    upright = sitk.Image(size.tolist(), image.GetPixelID())
+    upright.SetSpacing(spacing[behind].tolist())
+    upright.SetOrigin((origin + np.minimum(turn, 0) @ extent).tolist())
+    lowest = float(voxels.min())
+    upright = sitk.Resample(image, upright, sitk.Transform(), sitk.sitkLinear, lowest)
+    to_ras = np.diag([-1.0, -1.0, 1.0])
+    affine = np.eye(4)
+    affine[:3, :3] = (to_ras @ turn @ np.diag(spacing))[:, ::-1]
+    affine[:3, 3] = to_ras @ origin
+    scan = Volume(voxels, affine, "a")
+    grid = grid_of(scan)
+    fine = sitk.Image(grid.shape[::-1], image.GetPixelID())
+    fine.SetOrigin(upright.GetOrigin())
+    want = sitk.Resample(upright, fine, sitk.Transform(), sitk.sitkLinear, lowest)
+    found = geometry.to_grid(voxels, grid, "image")
+    assert found.dtype == np.int16
+    np.testing.assert_array_equal(found, sitk.GetArrayFromImage(want))
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+def test_neither_padding_nor_metal_is_clipped(kind):
+    """BLAST-CT does not clip: between padding and skin other limits would give other values."""
+    voxels = np.full((4, 16, 16), -2000, kind)
+    voxels[:, 2:-2, 2:-2] = -1000
+    voxels[:, 4:-4, 4:-4] = 35
+    voxels[2, 8, 8] = 9000
+    affine = np.array([[0, 0, -1, 9], [0, -1, 0, 4], [2, 0, 0, -3], [0, 0, 0, 1.0]])
+    plan = replace(tiny_run.PLAN, law=geometry.CENTERS, spacing_mm=NEW, axes="SPL")
+    image, _, found = prepare.prepare_volume(Volume(voxels, affine, "a"), plan)
+    assert image.dtype == (np.int32 if kind is np.int16 else np.float32)
+    assert (image.min(), image.max()) == (-2000, 9000)
+    assert image[3, 8, 8, 0] == (4517 if kind is np.int16 else 4517.5)
+    assert not found

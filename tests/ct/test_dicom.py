@@ -5,16 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_run
 from dicom_files import NAME, PATIENT, block, store, write_series
 from pydicom import dcmread
 from pydicom.uid import JPEGLosslessSV1, RLELossless
 from turned import stored
 
-from bhsd_jax.ct import hu, nifti, plausibility, scan, shear
+from bhsd_jax.ct import hu, nifti, plausibility, prepare, scan, shear
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.defects import Kind, kind_of, texts
-from bhsd_jax.volume import Masks, Series, Volume
+from bhsd_jax.volume import Case, Masks, Series, Volume
 
 TILT = 18.5
 
@@ -489,6 +490,7 @@ def test_another_pixel_size_is_another_series(tmp_path):
     [
         ("ImagePositionPatient", None, "6 images without a usable position"),
         ("PixelSpacing", None, "6 images without a pixel spacing"),
+        ("PixelSpacing", [0, 0], "6 images of a pixel spacing of 0 or less"),
         ("Modality", "MR", "6 images of another kind than CT"),
     ],
 )
@@ -496,6 +498,42 @@ def test_where_no_image_is_of_a_volume_the_reason_is_given(tmp_path, tag, value,
     write_series(tmp_path, block(), change=lambda index, data: setattr(data, tag, value))
     with pytest.raises(ValueError, match=f"no CT volume in its DICOM files; left out: {reason}"):
         dicom_series.find(tmp_path)
+
+
+@pytest.mark.parametrize("at", [0, 5])
+@pytest.mark.parametrize("content", [b"", bytes(range(256)) * 20])
+def test_a_slice_at_an_end_that_is_no_dicom_any_more_is_told(tmp_path, at, content):
+    names = [f"IM{k:03}" for k in range(6)]
+    paths = write_series(tmp_path, block(), names=names)
+    (tmp_path / "notes.txt").write_text("nothing")
+    (tmp_path / "Thumbs.db").write_bytes(b"nothing")
+    (group,) = dicom_series.find(tmp_path)
+    assert not group.findings
+    paths[at].write_bytes(content)
+    (group,) = dicom_series.find(tmp_path)
+    (found,) = group.findings
+    assert found.kind is Kind.NO_DICOM
+    assert f"1 named like slices but no DICOM, the first is file {at + 1} in the" in found.text
+    assert read(tmp_path)[0].voxels.shape[0] == 5
+    case = Case("a", "a", series_of(tmp_path), None, "test")
+    assert prepare.prepare_case(case, tiny_run.PLAN).doubts == (found.text,)
+
+
+def test_a_slice_of_a_broken_header_is_told_of_the_series_beside_it(tmp_path):
+    paths = write_series(tmp_path, block())
+    paths[0].write_bytes(b"\0" * 128 + b"DICM" + b"\7" * 900)
+    (group,) = dicom_series.find(tmp_path)
+    assert texts(group.findings) == ["left out: 1 image of a header that cannot be read"]
+
+
+def test_a_scan_that_was_read_on_its_own_voxels_is_not_read_again(tmp_path):
+    write_series(tmp_path, block(), tilt_deg=TILT)
+    volume, _ = read(tmp_path)
+    assert scan.read_native(series_of(tmp_path), volume) is volume
+    upright, _ = read(tmp_path, unshear=True)
+    own = scan.read_native(series_of(tmp_path, unshear=True), upright)
+    assert upright.voxels.shape != volume.voxels.shape
+    np.testing.assert_array_equal(own.voxels, volume.voxels)
 
 
 def test_a_folder_without_dicom_has_no_series_and_no_reason(tmp_path):

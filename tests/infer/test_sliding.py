@@ -288,6 +288,26 @@ def test_tiles_with_a_margin_side_by_side_are_the_whole_volume():
     assert window.count((12, 8, 18)) == 9
 
 
+def test_tiles_are_shortened_where_a_volume_ends_early_in_the_last_ones():
+    seen = []
+
+    def forward(params, image):
+        seen.append(image.shape[1:4])
+        return summed(params, image)
+
+    margin = {"mirror": False, "law": "adjacent", "margin": (1, 1, 1), "tiles_per_call": 1}
+    window = SlidingWindow(forward, (6, 8, 8), unit=(3, 4, 2), **margin)
+    sizes = [(3, 8, 9), (2, 7, 10), (13, 20, 8), (6, 8, 8)]
+    for size in sizes:
+        image = volume(*size)
+        padded = jnp.pad(image, ((1, 1), (1, 1), (1, 1), (0, 0)), mode="edge")
+        want = np.moveaxis(np.asarray(summed({}, padded[None])[0][0]), -1, 0)
+        np.testing.assert_allclose(window.logits([{}], image), want, atol=1e-4)
+    # Of 9 or 10 columns the two tiles need 6, of 20 rows the three tiles 8; compiled once each.
+    assert seen == [(5, 10, 8), (8, 10, 10)]
+    assert [window.count(size) for size in sizes] == [2, 2, 9, 1]
+
+
 def test_of_several_networks_the_mean_of_logits_or_of_probabilities():
     image, others = volume(4, 8, 6), {"scale": np.array([3.0, 0.0, -1.0], np.float32)}
     one, two = (np.moveaxis(np.asarray(pointwise(p, image)[0]), -1, 0) for p in (PARAMS, others))

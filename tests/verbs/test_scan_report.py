@@ -143,6 +143,8 @@ def test_a_sheared_scan_is_shown_upright_with_its_bleeds_on_it(run, tmp_path):
     np.testing.assert_array_equal(found.prediction > 0, found.image > 0)
     distance = abs(np.linalg.det(affine[:3, :3])) / 4  # between the slices
     assert found.spacing_mm == pytest.approx((distance, 2, 2))
+    # The bar of 5 x 5 voxels and 10 mm around it, of 60 rows and the 19 that the shear adds.
+    assert found.image.shape == found.prediction.shape == (20, 15, 15)
 
 
 @needs_niivue

@@ -26,6 +26,7 @@ class Flaw(enum.StrEnum):
     COLOR = "in color"
     POSITION = "without a usable position"
     SPACING = "without a pixel spacing"
+    SIZE = "of a pixel spacing of 0 or less"
     ORIENTATION = "without a usable orientation"
     EMPTY = "without voxels"
     ALONE = "alone in its series"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bhsd_jax.ct import hu
-from bhsd_jax.ct.dicom import grouping, slice_file
+from bhsd_jax.ct.dicom import grouping, no_slice, slice_file
 from bhsd_jax.ct.dicom import stack as dicom_stack
 from bhsd_jax.ct.dicom.grouping import Group, Left
 from bhsd_jax.ct.dicom.image_kind import Flaw
@@ -25,6 +25,7 @@ _LEFT_OUT = {
     Flaw.COLOR: Kind.LEFT_OUT_COLOR,
     Flaw.POSITION: Kind.LEFT_OUT_POSITION,
     Flaw.SPACING: Kind.LEFT_OUT_SPACING,
+    Flaw.SIZE: Kind.LEFT_OUT_SIZE,
     Flaw.ORIENTATION: Kind.LEFT_OUT_ORIENTATION,
     Flaw.EMPTY: Kind.LEFT_OUT_EMPTY,
     Flaw.ALONE: Kind.LEFT_OUT_ALONE,
@@ -60,20 +61,25 @@ def survey(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) ->
     Raises:
         ValueError: If there are DICOM images, but all of them are left out; says why.
     """
-    slices = []
-    left = Left()
-    for path in _files(root):
-        if not wanted(path):
+    slices: list[Slice] = []
+    broken, others = list[Path](), list[Path]()
+    for path in filter(wanted, _files(root)):
+        if not slice_file.is_dicom(path):
+            others.append(path)
             continue
         try:
             slices += slice_file.headers(path)
         except UserError:
-            left[str(path.parent), Flaw.HEADER] += 1
+            broken.append(path)
+    studies = {item.file.parent: grouping.study(item) for item in reversed(slices)}
+    left = Left()
+    for path in broken:
+        left[studies.get(path.parent, str(path.parent)), Flaw.HEADER] += 1
     groups = grouping.split(sorted(slices, key=lambda item: item.file), left)
     if left and not groups:
         raise UserError(f"{root}: no CT volume in its DICOM files; {_told(left)}")
     groups.sort(key=lambda group: group.first.file)
-    return _with_findings(groups, left)
+    return _with_findings([no_slice.with_findings(group, others) for group in groups], left)
 
 
 def read(series: Series) -> tuple[Volume, list[Finding]]:
@@ -203,7 +209,7 @@ def _files(root: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)
-            if not name.startswith(".") and name != "DICOMDIR" and slice_file.is_dicom(path):
+            if not name.startswith(".") and name != "DICOMDIR":
                 yield path
 
 

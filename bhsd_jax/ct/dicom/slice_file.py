@@ -248,8 +248,10 @@ def _slice(path: Path, data: Any) -> Slice:
     position = tuple(float(value) for value in data.get("ImagePositionPatient"))
     if not all(map(math.isfinite, (*orientation, rows, columns, *position))):
         return replace(known, flaw=Flaw.POSITION)
+    if min(rows, columns) <= 0:
+        return replace(known, flaw=Flaw.SIZE)
     across = np.asarray(orientation).reshape(2, 3)
-    if min(rows, columns) <= 0 or np.abs(across @ across.T - np.eye(2)).max() > _UNIT:
+    if np.abs(across @ across.T - np.eye(2)).max() > _UNIT:
         return replace(known, flaw=Flaw.ORIENTATION)
     return replace(
         known,
