@@ -1,6 +1,7 @@
 """Whole folders of networks: nnU-Net's with all folds, BLAST-CT's with its config."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def model(tmp_path):
 
 def test_all_folds_become_one_run_that_averages_logits(tmp_path, monkeypatch, capsys, model):
     run, images = tmp_path / "run", tmp_path / "images"
-    run_tool(monkeypatch, model, run)
+    run_tool(monkeypatch, model, run, "--folds", "0", "1", "all")
     said = capsys.readouterr().out
     assert "PlainConvUNet, 3 networks, mean of logits" in said
     assert "License of these weights: CC BY 4.0" in said
@@ -97,6 +98,15 @@ def test_all_folds_become_one_run_that_averages_logits(tmp_path, monkeypatch, ca
     logits = np.mean([np.asarray(apply(v))[0] for v in networks.values()], axis=0)
     assert len(np.unique(logits.argmax(-1))) > 1
     assert (found != logits.argmax(-1)).mean() < 1e-3  # the two best may be equal to rounding
+
+
+def test_fold_all_is_taken_if_it_is_named_or_the_only_one(model):
+    # It was trained on the cases that validate the others, and nnU-Net leaves it out as well.
+    assert list(import_folders.from_nnunet(model).members) == ["fold_0", "fold_1"]
+    assert list(import_folders.from_nnunet(model, ["all"]).members) == ["fold_all"]
+    for fold in ("fold_0", "fold_1"):
+        shutil.rmtree(model / fold)
+    assert list(import_folders.from_nnunet(model).members) == ["fold_all"]
 
 
 def test_folds_are_chosen_and_must_be_of_one_model(tmp_path, monkeypatch, model):
