@@ -110,7 +110,7 @@ class Predict:
         bool, "also write report.html, and viewer.html with the extra `viewer`, into `out`"
     ] = False
     postprocessing: Annotated[
-        str, "JSON file of what is done to label maps, as launch/folds writes it; empty: nothing"
+        str, "JSON file of what is done to label maps, of launch/folds or nnU-Net; empty: nothing"
     ] = ""
     present_ml: Annotated[
         float, "from how many mL on a scan is said to have a kind of bleed", NOT_NEGATIVE

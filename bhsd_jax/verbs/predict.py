@@ -62,9 +62,7 @@ def run(config: Config, workdir: Path) -> None:
     _require_possible(settings, cases)
     run = Run.of(config, workdir)
     _require_classes(run)
-    rules: tuple[postprocessing.Rule, ...] = ()
-    if settings.postprocessing:
-        rules = postprocessing.load(Path(settings.postprocessing), run.labels.names)
+    rules = _rules(run)
     out = Path(settings.out or workdir / "predictions")
     names = output_names(cases, workdir, settings)
     _require_apart(out, cases, names)
@@ -92,6 +90,13 @@ def run(config: Config, workdir: Path) -> None:
         finally:
             if settings.report and not found.fault:
                 scan_report.write(run, out, {names[case.id]: case for case in cases})
+
+
+def _rules(run: Run) -> tuple[postprocessing.Rule, ...]:
+    """What is done to label maps, in numbers of targets."""
+    path, labels = run.config.predict.postprocessing, run.labels
+    values = [labels.values_of([index]) for index in range(len(labels.names))]
+    return postprocessing.load(Path(path), labels.names, values) if path else ()
 
 
 def _require_possible(settings: Predict, cases: Sequence[Case]) -> None:
