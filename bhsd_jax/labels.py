@@ -23,6 +23,7 @@ class Labels:
     regions: tuple[Region, ...] = ()  # in the order of the network's outputs; (): classes
     region_order: tuple[int, ...] = ()  # value that each region writes, later ones over earlier
     ignore: int | None = None  # the value after the last class
+    listed: tuple[str, ...] = ()  # regions of one value that dataset.json has as a list, [3]
 
     @property
     def values(self) -> int:

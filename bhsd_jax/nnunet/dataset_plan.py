@@ -105,6 +105,7 @@ def make_plan(
         regions=labels.regions,
         region_order=labels.region_order,
         ignore=labels.ignore,
+        listed=labels.listed,
         planar=planar,
     )
 

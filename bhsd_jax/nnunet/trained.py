@@ -62,6 +62,7 @@ def plan_of(
         regions=labels.regions,
         region_order=labels.region_order,
         ignore=labels.ignore,
+        listed=labels.listed,
         planar=plans_json.is_planar(settings),
     )
 
