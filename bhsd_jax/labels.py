@@ -81,6 +81,12 @@ class Labels:
         assert label is not None, "there is a region"
         return label
 
+    def of_chances(self, chances: Float[np.ndarray, "K ..."]) -> UInt8[np.ndarray, "..."]:
+        """The class of the highest probability, the first of equals; or the regions above half."""
+        if self.regions:
+            return self.assemble(one > 0.5 for one in chances)
+        return np.argmax(chances, axis=0).astype(np.uint8)
+
     def of_logits(self, logits: Float[np.ndarray, "K ..."]) -> UInt8[np.ndarray, "..."]:
         """The likeliest class, or the regions whose probability is above one half."""
         if not self.regions:

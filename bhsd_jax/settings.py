@@ -88,7 +88,7 @@ class Predict:
     ] = ()
     runs: Annotated[
         tuple[str, ...],
-        "folders of further runs, folds say, whose scans are prepared alike: all are averaged",
+        "folders of further runs, folds say: all are averaged, those prepared in another way last",
     ] = ()
     combine: Annotated[
         Literal["probabilities", "logits"],

@@ -70,7 +70,8 @@ def run(config: Config, workdir: Path) -> None:
     files.sweep(out)
     predictor.share_cores(run)
     processes.say_devices()
-    predict, members = ensemble.open_runs(run, settings.runs)
+    predict, members = ensemble.open_runs(run, settings.runs, apart=True)
+    _require_alike(predict, settings)
     predict = replace(predict, rules=tuple(run.labels.values_of(rule) for rule in rules))
     if settings.calibrated:
         predict = replace(predict, temperature=calibrated.temperature(workdir, members))
@@ -154,6 +155,16 @@ def _require_classes(run: Run) -> None:
             )
 
 
+def _require_alike(predict: Predictor, settings: Predict) -> None:
+    """Refuses what needs the logits of all runs on one grid."""
+    for asked, flag in ((settings.calibrated, "calibrated"), (settings.confidence, "confidence")):
+        if asked and predict.apart:
+            raise UserError(
+                f"config.predict.{flag} is of runs whose scans are prepared alike, but those of "
+                "config.predict.runs are not; leave it out"
+            )
+
+
 def _gather(out: Path, found: Found, names: Mapping[str, str]) -> Found | None:
     """What all processes have found, in the order of the scans; None but in the first process."""
     together = parts.gather(out, "predict", asdict(found))
@@ -211,7 +222,8 @@ def _tables(out: Path, settings: Any) -> Path:
 def _log_estimate(predict: Predictor, scans: int) -> None:
     """So that nobody waits for days unknowing: on a CPU a large tile takes most of a minute."""
     shape = predict.plan.median_shape
-    tiles = sum(p.window.count(shape) * len(p.networks) for p in (predict, *predict.others))
+    groups = [each for one in (predict, *predict.apart) for each in (one, *one.others)]
+    tiles = sum(p.window.count(shape) * len(p.networks) for p in groups)
     share = 2 ** len(predict.window.mirror_axes)
     hint = f"; infer.mirror=False needs one in {share}" if predict.window.mirror else ""
     logger.info("%d scans, about %d tiles each, %d in all%s", scans, tiles, scans * tiles, hint)
