@@ -248,7 +248,7 @@ def _config_of(verb: str, given: Mapping[str, str]) -> str:
 
 def _near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     found = [name for name in known if name.endswith(f".{word.strip('-')}")]
-    found = sorted(found) or difflib.get_close_matches(word, known, n=1)
+    found = sorted(set(found)) or difflib.get_close_matches(word, known, n=1)
     return f", did you mean {' or '.join(found)}?" if found else ""
 
 

@@ -23,6 +23,7 @@ class Labels:
     regions: tuple[Region, ...] = ()  # in the order of the network's outputs; (): classes
     region_order: tuple[int, ...] = ()  # value that each region writes, later ones over earlier
     ignore: int | None = None  # the value after the last class
+    listed: tuple[str, ...] = ()  # regions of one value that dataset.json has as a list, [3]
 
     @property
     def values(self) -> int:
@@ -79,6 +80,12 @@ class Labels:
             label[mask] = value
         assert label is not None, "there is a region"
         return label
+
+    def of_chances(self, chances: Float[np.ndarray, "K ..."]) -> UInt8[np.ndarray, "..."]:
+        """The class of the highest probability, the first of equals; or the regions above half."""
+        if self.regions:
+            return self.assemble(one > 0.5 for one in chances)
+        return np.argmax(chances, axis=0).astype(np.uint8)
 
     def of_logits(self, logits: Float[np.ndarray, "K ..."]) -> UInt8[np.ndarray, "..."]:
         """The likeliest class, or the regions whose probability is above one half."""

@@ -88,7 +88,7 @@ class Predict:
     ] = ()
     runs: Annotated[
         tuple[str, ...],
-        "folders of further runs, folds say, whose scans are prepared alike: all are averaged",
+        "folders of further runs, folds say: all are averaged, those prepared in another way last",
     ] = ()
     combine: Annotated[
         Literal["probabilities", "logits"],
@@ -110,7 +110,7 @@ class Predict:
         bool, "also write report.html, and viewer.html with the extra `viewer`, into `out`"
     ] = False
     postprocessing: Annotated[
-        str, "JSON file of what is done to label maps, as launch/folds writes it; empty: nothing"
+        str, "JSON file of what is done to label maps, of launch/folds or nnU-Net; empty: nothing"
     ] = ""
     present_ml: Annotated[
         float, "from how many mL on a scan is said to have a kind of bleed", NOT_NEGATIVE
@@ -218,8 +218,8 @@ class Settings:
     model: Annotated[Spec, "a class in bhsd_jax/models and its arguments; None comes from the plan"]
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        "compute type; auto is bfloat16 on GPU and TPU, else float32. bfloat16 also pays on CPUs that "
-        "have instructions for it (AVX512-BF16, AMX): two thirds of the time and memory",
+        "compute type; auto is bfloat16 on GPU and TPU, else float32. bfloat16 pays on CPUs that "
+        "have instructions for it (AVX512-BF16, AMX), too: two thirds of the time and memory",
     ]
     loss: Loss
     objective: Annotated[Spec, "a class in bhsd_jax/objectives and its arguments"]

@@ -210,12 +210,13 @@ class Plan:
     regions: tuple[Region, ...] = ()  # as in `Labels`, and so the next two
     region_order: tuple[int, ...] = ()
     ignore: int | None = None
+    listed: tuple[str, ...] = ()  # as in `Labels`
     planar: bool = False  # 2D: slices stay as far apart as they are, and patches are single ones
 
     @property
     def labels(self) -> Labels:
         """What the values of its label maps mean."""
-        return Labels(self.classes, self.regions, self.region_order, self.ignore)
+        return Labels(self.classes, self.regions, self.region_order, self.ignore, self.listed)
 
     @property
     def normalized_before(self) -> bool:
@@ -255,7 +256,14 @@ class Plan:
         return files.read_json(path, cls.from_json, remedy=remedy)
 
 
-_RARE = {"channels": (), "regions": (), "region_order": (), "ignore": None, "planar": False}
+_RARE = {
+    "channels": (),
+    "regions": (),
+    "region_order": (),
+    "ignore": None,
+    "listed": (),
+    "planar": False,
+}
 
 
 @runtime_checkable

@@ -121,6 +121,7 @@ def test_later_verbs_know_the_run_from_any_folder_and_refuse_another_config(bhsd
         ),
         (["train", "--config=cps", "--train.step=3"], 2, "did you mean train.steps?"),
         (["train", "--config=cps", "--config.train.step=3"], 2, "did you mean train.steps?"),
+        (["train", "--config=cps", "--plan=a"], 2, "--plan, did you mean preprocess.plan?"),
         (["train", "--config=cps", "--objective.wieght=3"], 2, 'Did you mean "weight"'),
         (["train", "--config=cps", "--train.steps=many"], 2, "train.steps=many"),
         (["train", "--config=cps", "--train.steps=0"], 1, "must be 1 or more; got 0"),

@@ -2,12 +2,13 @@
 
     python tools/import_torch.py fold_0/checkpoint_final.pth runs/imported
     python tools/import_torch.py nnUNetTrainer__nnUNetPlans__3d_fullres runs/folds --folds 0 1 2
+    python tools/import_torch.py nnUNetTrainer__nnUNetPlans__3d_fullres runs/all --folds all
     python tools/import_torch.py blast-ct/blast_ct/data runs/blast
     python tools/import_torch.py swin.safetensors runs/swin --reference SwinUNETR \
         --constructor '{"in_channels": 1, "out_channels": 2, "downsample": "legacy"}' \
         --patch 96 96 96 --spacing-mm 1 1 1 --axes RAS --window -100 200 --classes background IPH
 
-A checkpoint of nnU-Net v2, the folder of a fold, or that of a model with all its folds needs
+A checkpoint of nnU-Net v2, the folder of a fold, or that of a model with its numbered folds needs
 nothing more: network, plan and normalization come from it, and `predict` gives nnU-Net's own label
 maps. Nor does a folder of BLAST-CT's networks with its config.json. UNETR and SwinUNETR of MONAI,
 CoTr and nnFormer (as nnFormer/synapse, /acdc, /tumor) need the rest of the options, and so
@@ -148,7 +149,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", type=Path, help="file of weights, or folder of a fold or a model")
     add("out", type=Path, help="folder of the run to write")
-    add("--folds", nargs="+", default=(), metavar="N", help="of nnU-Net's model; default all")
+    folds = "of nnU-Net's model, or `all` for fold_all; default: those with a number"
+    add("--folds", nargs="+", default=(), metavar="N", help=folds)
     add(
         "--reference", help="PlainConvUNet, ResidualEncoderUNet, UNETR, SwinUNETR, CoTr, nnFormer/*"
     )

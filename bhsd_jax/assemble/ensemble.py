@@ -19,6 +19,8 @@ _PREPARATION = (  # fields of a plan that decide what a network is given of a sc
     *("channels", "regions", "region_order", "ignore", "planar"),
 )
 
+_MEANING = ("classes", "regions", "region_order")  # fields that decide what a label map says
+
 
 def run_of(folder: str | Path, *, infer: Infer | None = None, **predict: Any) -> Run:
     """The run in a folder, with the config it was trained with.
@@ -39,27 +41,45 @@ def run_of(folder: str | Path, *, infer: Infer | None = None, **predict: Any) ->
     return Run.of(config, Path(folder))
 
 
-def open_runs(run: Run, more: Sequence[str | Path] = ()) -> tuple[Predictor, tuple[Member, ...]]:
+def open_runs(
+    run: Run, more: Sequence[str | Path] = (), *, apart: bool = False
+) -> tuple[Predictor, tuple[Member, ...]]:
     """The predictor of a run, together with those of other folders.
 
-    All networks count alike. The first run says how volumes are predicted.
+    All networks whose scans are prepared alike count alike. With `apart` there may be several such
+    groups, a 2D and a 3D network say, which count alike whatever their sizes. The first run says
+    how volumes are predicted, but for the mirrored axes of runs that are prepared in another way.
 
     Raises:
         FileNotFoundError: If a run has no checkpoint, or a folder is not one of a run.
-        ValueError: If a checkpoint is not of its config, or scans are prepared for a run in
-            another way than for the first.
+        ValueError: If a checkpoint is not of its config, scans are prepared for a run in another
+            way than for the first and `apart` is not set, or label maps mean something else.
     """
     first, member = _open(run)
-    opened = [(first, member)]
+    members, groups = [member], [(run, [first])]
     for folder in more:
         # Its own networks of its own best checkpoint: steps of different runs are not alike.
         chosen = run.config.predict.checkpoint
         which = chosen if chosen in ("best", "last") else "best"
         other = run_of(folder, infer=run.config.infer, checkpoint=which)
-        _require_alike(run, other)
-        opened.append(_open(other))
-    together = dataclasses.replace(first, others=tuple(one for one, _ in opened[1:]))
-    return together, tuple(member for _, member in opened)
+        _require_alike(run, other, _MEANING if apart else _fields(run))
+        alike = next((own for first, own in groups if not _unlike(first, other)), None)
+        if alike is None:
+            other = _with_own_mirrors(other, folder)
+            groups.append((other, alike := []))
+        made, member = _open(other)
+        alike.append(made)
+        members.append(member)
+    one, *others = (dataclasses.replace(own[0], others=tuple(own[1:])) for _, own in groups)
+    return dataclasses.replace(one, apart=tuple(others)), tuple(members)
+
+
+def _with_own_mirrors(run: Run, folder: str | Path) -> Run:
+    """The run mirrors along the axes that it was trained with, if at all."""
+    infer, own = run.config.infer, run_of(folder).config.infer
+    mirror = infer.mirror and own.mirror
+    infer = dataclasses.replace(infer, mirror=mirror, mirror_axes=own.mirror_axes, law=own.law)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, infer=infer))
 
 
 def _open(run: Run) -> tuple[Predictor, Member]:
@@ -68,13 +88,24 @@ def _open(run: Run) -> tuple[Predictor, Member]:
     return made, Member(run.folder, step, tuple(networks))
 
 
-def _require_alike(first: Run, other: Run) -> None:
-    fields = (*_PREPARATION, *(("foreground",) if first.plan.normalize_first else ()))
+def _fields(run: Run) -> tuple[str, ...]:
+    return (*_PREPARATION, *(("foreground",) if run.plan.normalize_first else ()))
+
+
+def _unlike(first: Run, other: Run, fields: Sequence[str] = ()) -> tuple[str, Any, Any] | None:
+    """What of two runs differs first, by default in how scans are prepared; None: nothing."""
+    fields = fields or _fields(first)
     pairs = [(name, getattr(first.plan, name), getattr(other.plan, name)) for name in fields]
     pairs.append(("classes", first.classes, other.classes))
-    for name, ours, theirs in pairs:
-        if ours != theirs:
-            raise UserError(
-                f"{other.folder}: {name} of its plan is {theirs}, that of {first.folder} {ours}; "
-                "only runs whose scans are prepared alike can be averaged"
-            )
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
+
+
+def _require_alike(first: Run, other: Run, fields: Sequence[str]) -> None:
+    odd = _unlike(first, other, fields)
+    if odd:
+        name, ours, theirs = odd
+        alike = "that mean the same" if fields == _MEANING else "whose scans are prepared alike"
+        raise UserError(
+            f"{other.folder}: {name} of its plan is {theirs}, that of {first.folder} {ours}; "
+            f"only runs {alike} can be averaged"
+        )

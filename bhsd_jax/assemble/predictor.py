@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from bhsd_jax.assemble import measured, wiring
 from bhsd_jax.assemble.measured import ScanVolumes
@@ -53,6 +53,7 @@ class Predictor:
     classes: tuple[str, ...]  # by value in label maps, background first
     probabilities: bool  # also write them
     others: tuple["Predictor", ...] = ()  # of further runs, averaged with this one's networks
+    apart: tuple["Predictor", ...] = ()  # of runs whose scans are prepared in another way
     present_ml: float = 0.0  # from how much on a scan is said to have a bleed
     seg: str = ""  # also write a DICOM SEG of this kind, of series
     maker: segmentation.Maker = segmentation.Maker("bhsd_jax")  # noqa: RUF009 - it is frozen
@@ -107,25 +108,63 @@ class Predictor:
         asked = self.probabilities or fractional or self.nnunet_probabilities
         needed = asked or self.others or upright.is_needed(own)
         chances = None
-        if needed or not own.is_on(grid):
+        if self.apart:
+            chances = self._mean_chances(case, own, prepared, name)
+            label = finish(self.labels.of_chances(chances))
+        elif needed or not own.is_on(grid):
             logits = self.logits(prepared.channels_last, name)
             label = finish(own.label(logits, grid, self.labels))
             if asked:
                 chances = own.probabilities(self.tempered(logits), grid, self.labels)
-            if self.probabilities and chances is not None:
-                self.chances(chances, own.affine).save(probabilities.beside(target))
-            if self.nnunet_probabilities and chances is not None:
-                saved_probabilities.write(target, case.image, grid, chances)
             if upright.is_needed(own):
                 means = self.labels, finish
                 upright.write(target, case.image, own, label, logits, grid, *means, seen)
         else:  # voxel by voxel the network's own, so that no logits need be kept
             likeliest = self._likeliest(prepared.channels_last, name)
             label = finish(geometry.label_from_grid(likeliest, grid))
+        if chances is not None:
+            self._save(chances, own, grid, case, target)
         if series is not None and self.seg:
             how = {"kind": self.seg, "maker": self.maker, "probabilities": chances}
             segmentation.write(segmentation.place(target), series, label, self.classes, **how)
         return label
+
+    def _save(
+        self,
+        chances: Float32[np.ndarray, "K N H W"],
+        own: OwnSlices,
+        grid: geometry.Grid,
+        case: Case,
+        target: Path,
+    ) -> None:
+        """Writes probabilities beside the label map, in the formats that are asked for."""
+        if self.probabilities:
+            self.chances(chances, own.affine).save(probabilities.beside(target))
+        if self.nnunet_probabilities:
+            saved_probabilities.write(target, case.image, grid, chances)
+
+    def _mean_chances(
+        self, case: Case, own: OwnSlices, prepared: Prepared, name: str
+    ) -> Float32[np.ndarray, "K N H W"]:
+        """Mean probabilities on the scan's own voxels, of groups of runs that are prepared alike.
+
+        Source: nnU-Net v2.8.1, `ensemble_folders`: every configuration counts once.
+
+        Raises:
+            ValueError: If the scan needs an upright pair, which is made of logits on one grid.
+        """
+        if upright.is_needed(own):
+            raise UserError(
+                f"{name}: its slices are tilted or uneven, which needs runs whose scans are "
+                "prepared alike; leave the others out of config.predict.runs"
+            )
+        logits = self.logits(prepared.channels_last, name)
+        mean = own.probabilities(logits, prepared.grid, self.labels)
+        for one in self.apart:
+            again = prepare_case(case, one.plan, source_sha256="not needed")
+            logits = one.logits(again.channels_last, name)
+            mean += own.probabilities(logits, again.grid, self.labels)
+        return mean / np.float32(1 + len(self.apart))
 
     def logits(self, image: np.ndarray, name: str) -> Float[np.ndarray, "K D H W"]:
         """Logits of a prepared scan [D H W C], of all networks together.

@@ -25,6 +25,7 @@ from bhsd_jax.volume import Millimeters, Volume
 _ITK = (".mha", ".nrrd", ".gipl")
 _PICTURES = (".png", ".bmp")  # 2D, gray or in color
 _TIFF = (".tif", ".tiff")  # 2D, or 3D with its spacing in a JSON file beside it
+_PALETTE = ".bmp"  # ITK reads its grays as three colors
 ENDINGS = (*_ITK, *_PICTURES, *_TIFF)
 _PICTURE_MM = (999.0, 1.0, 1.0)  # nnU-Net's spacing of a picture
 _SLICE_FACTOR = 999.0  # by nnU-Net, of the larger spacing of a 2D image, as its distance of slices
@@ -136,6 +137,8 @@ def _read_itk(path: Path, kind: str) -> tuple[Num[np.ndarray, "..."], Float[np.n
     voxels = itk.GetArrayFromImage(image)
     if image.GetNumberOfComponentsPerPixel() > 1:
         voxels = np.moveaxis(voxels, -1, 0)
+        if kind == _PALETTE and (voxels == voxels[:1]).all():
+            voxels = voxels[0]
     if image.GetDimension() == 2:
         voxels = voxels[..., None, :, :]
         spacing = image.GetSpacing()

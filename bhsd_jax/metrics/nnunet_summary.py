@@ -34,7 +34,7 @@ def make(cases: Sequence[CaseFiles], labels: Labels) -> dict[str, Any]:
 
     What is not defined is NaN, as there.
     """
-    keys = {name: _key(values) for name, values in labels.targets}
+    keys = {name: _key(values, name in labels.listed) for name, values in labels.targets}
     per_case = [
         {
             "metrics": {key: _metrics(case.rows[name], case.voxels) for name, key in keys.items()},
@@ -60,8 +60,9 @@ def write(path: Path, cases: Sequence[CaseFiles], labels: Labels) -> None:
     files.write_text(path, json.dumps(make(cases, labels), indent=4, sort_keys=True))
 
 
-def _key(values: tuple[int, ...]) -> str:
-    return str(values[0]) if len(values) == 1 else str(values)
+def _key(values: tuple[int, ...], listed: bool) -> str:
+    """As Python writes what dataset.json has: `3` and `[3]` are two."""
+    return str(values[0]) if len(values) == 1 and not listed else str(values)
 
 
 def _metrics(row: ClassScore, voxels: int) -> dict[str, float]:

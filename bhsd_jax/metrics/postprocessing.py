@@ -1,8 +1,9 @@
 """Removing all but the largest component, where cross-validation shows that it helps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -13,6 +14,8 @@ from bhsd_jax.platform.errors import UserError
 
 Rule = tuple[int, ...]  # classes that keep, as one mask, their largest component
 Tally = Int[np.ndarray, "cases classes 3"]  # tp, fp, fn; the background comes first
+
+_THEIRS = "remove_all_but_largest_component_from_segmentation"  # the one function nnU-Net has
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,47 @@ def keep_largest(label: UInt8[np.ndarray, "_ _ _"], rule: Rule) -> UInt8[np.ndar
     return np.where(removed[components], 0, label).astype(label.dtype)
 
 
-def load(path: Path, classes: Sequence[str]) -> tuple[Rule, ...]:
-    """The rules of a JSON file like {"keep_largest": [["EDH", "SDH"], ["SAH"]]}.
+def load(
+    path: Path, classes: Sequence[str], values: Sequence[Sequence[int]] | None = None
+) -> tuple[Rule, ...]:
+    """The rules of a JSON file: of `launch/folds`, or the `postprocessing.json` of nnU-Net.
+
+    The first is like {"keep_largest": [["EDH", "SDH"], ["SAH"]]}; nnU-Net's names values of label
+    maps. `values` are those of each of `classes`, which are regions; None: their numbers.
+
+    Source: nnU-Net v2.8.1, `determine_postprocessing`, for its file.
 
     Raises:
         FileNotFoundError: If there is no such file.
         UserError: If it holds something else, or a class that is not a foreground class.
     """
     stored = files.read_json(path, remedy="choose another predict.postprocessing")
+    values = values or [(index,) for index in range(len(classes))]
     try:
+        if "postprocessing_kwargs" in stored:
+            return _of_nnunet(stored, values)
         named = [tuple(rule) for rule in stored["keep_largest"]]
         return tuple(tuple(classes.index(name, 1) for name in rule) for rule in named)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f'{path}: wants {{"keep_largest": [[class, ...], ...]}} of the classes '
-            f"{', '.join(classes[1:])}; got {stored}"
+            f"{', '.join(classes[1:])}; got {stored!s:.300}"
         ) from error
+
+
+def _of_nnunet(stored: Mapping[str, Any], values: Sequence[Sequence[int]]) -> tuple[Rule, ...]:
+    """Rules that name values of label maps, as one value or a list, by our numbers of classes."""
+    if set(stored["postprocessing_fns"]) - {_THEIRS}:
+        raise ValueError("a function that is not known")
+    rules = []
+    for arguments in stored["postprocessing_kwargs"]:
+        given = arguments["labels_or_regions"]
+        wanted = set(given if isinstance(given, list) else [given])
+        rule = tuple(i for i, own in enumerate(values) if i and set(own) <= wanted)
+        if set().union(*(values[index] for index in rule)) != wanted:
+            raise ValueError("values of no class")
+        rules.append(rule)
+    return tuple(rules)
 
 
 def to_json(rules: Sequence[Rule], classes: Sequence[str]) -> dict[str, list[list[str]]]:

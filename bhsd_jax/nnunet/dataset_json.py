@@ -1,6 +1,7 @@
 """What a dataset.json of nnU-Net or of the Decathlon says of labels and channels."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from bhsd_jax.labels import Labels, Region
@@ -65,7 +66,9 @@ def labels(facts: Mapping[str, Any], place: str) -> Labels:
     if not several:
         by_value = {values[0]: name for name, values in named.items()}
         return Labels(tuple(by_value[value] for value in known), ignore=last)
-    return _with_regions(named, top, last, facts.get("regions_class_order"), place)
+    found = _with_regions(named, top, last, facts.get("regions_class_order"), place)
+    one = [name for name, values in found.regions if len(values) == 1]
+    return replace(found, listed=tuple(name for name in one if isinstance(given[name], list)))
 
 
 def planned_labels(found: Labels) -> int:

@@ -54,12 +54,14 @@ def make_plan(
     """
     if not facts:
         raise UserError(f"{dataset}: no training case with a mask; nothing to plan from")
-    drawn = np.concatenate([fact.foreground for fact in _in_full_range(facts)]).astype(np.float64)
-    if not drawn.size:
+    # Of a scan with an empty mask nothing was drawn, whatever its channels.
+    seen = [fact.foreground for fact in _in_full_range(facts) if fact.foreground.size]
+    if not seen:
         raise UserError(
             f"{dataset}: the masks of all {len(facts)} training cases are empty; some mirrors "
             "ship them so: fetch the data set from its first source"
         )
+    drawn = np.concatenate(seen).astype(np.float64)
     spacings = np.asarray([fact.spacing_mm for fact in facts])
     shapes = np.asarray([fact.shape for fact in facts])
     notes = () if spacing_mm else tuple(spacing_warnings(spacings, shapes))
@@ -105,6 +107,7 @@ def make_plan(
         regions=labels.regions,
         region_order=labels.region_order,
         ignore=labels.ignore,
+        listed=labels.listed,
         planar=planar,
     )
 

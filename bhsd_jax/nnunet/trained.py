@@ -4,6 +4,7 @@ nnU-Net takes a scan's axes as they lie in the file and normalizes before it res
 made here say so, so that a network sees what it was trained on.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ _AXES = {  # by reader: what its arrays' axes are
     "NibabelIOWithReorient": "SAR",  # to R, A, S, then in the order z, y, x
 }
 _MODALITIES = {scheme: modality for modality, scheme in plans_json.NORMALIZATION.items()}
+_PRIMUS = re.compile(r"(nnUNet)?_Primus(?P<version>(V2)?)_?(?P<size>[SBML])_")  # its trainers
 _RESAMPLING = {"data": 3, "probabilities": 1}  # what: spline order
 
 
@@ -60,21 +62,30 @@ def plan_of(
         regions=labels.regions,
         region_order=labels.region_order,
         ignore=labels.ignore,
+        listed=labels.listed,
         planar=plans_json.is_planar(settings),
     )
 
 
 def network_of(
-    plans: Mapping[str, Any], dataset: Mapping[str, Any], configuration: str
+    plans: Mapping[str, Any], dataset: Mapping[str, Any], configuration: str, trainer: str = ""
 ) -> tuple[str, dict[str, Any]]:
     """The class of the network and its constructor arguments, all heads included.
+
+    The trainers of Primus build it for the patch of the plans, whatever network those name.
+
+    Source: nnU-Net v2.8.1, `primus_trainers`.
 
     Raises:
         ValueError: If there is no such configuration, or labels or channels are not given.
     """
     settings = plans_json.resolve(plans, configuration)
     reference, arguments = plans_json.architecture(settings)
-    if plans_json.is_planar(settings):
+    if named := _PRIMUS.match(trainer):
+        reference = f"Primus{named['version']}{named['size']}"
+        arguments = {"input_shape": list(settings["patch_size"]), "patch_embed_size": [8, 8, 8]}
+        arguments |= {"drop_path_rate": 0.2, "scale_attn_inner": True, "init_values": 0.1}
+    elif plans_json.is_planar(settings):
         arguments = _with_slices(arguments)
     given = {
         "input_channels": len(dataset_json.channels(dataset)),

@@ -20,6 +20,7 @@ BLAST_CT = "BLAST-CT (Monteiro et al. 2020), trained on head CT of traumatic bra
 _BLAST_WEIGHTS = re.compile(r"model_(\d+)\.(pt|torch_model)")
 _BLAST_TILE: Shape = (60, 60, 60)  # of theirs 30: fewer voxels are computed twice, none differs
 _FOLD = re.compile(r"fold_(\d+|all)")
+_ALL = "fold_all"  # no case was kept back from it
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,12 @@ def folds(path: Path) -> dict[str, Path]:
 
 
 def from_nnunet(path: Path, wanted: Sequence[str] = ()) -> Model:
-    """All folds of nnU-Net's folder of a model, or those named; their logits are averaged.
+    """The numbered folds of nnU-Net's folder of a model, or those named; their logits are averaged.
+
+    `fold_all` was trained on what validates the others: it is taken if named, or if there is no
+    other.
+
+    Source: nnU-Net v2.8.1, `nnUNetPredictor.auto_detect_available_folds`.
 
     Raises:
         FileNotFoundError: If a fold is not there, or has no checkpoint.
@@ -45,7 +51,8 @@ def from_nnunet(path: Path, wanted: Sequence[str] = ()) -> Model:
             be read.
     """
     found = folds(path)
-    names = [f"fold_{fold}" for fold in wanted] or list(found)
+    numbered = [name for name in found if name != _ALL] or list(found)
+    names = [f"fold_{fold}" for fold in wanted] or numbered
     missing = [name for name in names if name not in found]
     if missing:
         raise FileNotFoundError(f"{path}: no {', '.join(missing)}; it has {', '.join(found)}")

@@ -78,7 +78,8 @@ def from_nnunet(weights: WeightsFile, path: Path) -> Source:
     )
     configuration = given.get("configuration", "3d_fullres")
     plan = trained.plan_of(plans, dataset, configuration, digest(path))
-    reference, constructor = trained.network_of(plans, dataset, configuration)
+    trainer = str(weights.beside.get("trainer_name", ""))
+    reference, constructor = trained.network_of(plans, dataset, configuration, trainer)
     if any(name.endswith(".norm.running_var") for name in weights.state):
         # nnUNetTrainerBN puts batch norms in the place of those that its plans name.
         constructor |= {"norm_op": "BatchNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True}}

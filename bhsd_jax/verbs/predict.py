@@ -62,9 +62,7 @@ def run(config: Config, workdir: Path) -> None:
     _require_possible(settings, cases)
     run = Run.of(config, workdir)
     _require_classes(run)
-    rules: tuple[postprocessing.Rule, ...] = ()
-    if settings.postprocessing:
-        rules = postprocessing.load(Path(settings.postprocessing), run.labels.names)
+    rules = _rules(run)
     out = Path(settings.out or workdir / "predictions")
     names = output_names(cases, workdir, settings)
     _require_apart(out, cases, names)
@@ -72,7 +70,8 @@ def run(config: Config, workdir: Path) -> None:
     files.sweep(out)
     predictor.share_cores(run)
     processes.say_devices()
-    predict, members = ensemble.open_runs(run, settings.runs)
+    predict, members = ensemble.open_runs(run, settings.runs, apart=True)
+    _require_alike(predict, settings)
     predict = replace(predict, rules=tuple(run.labels.values_of(rule) for rule in rules))
     if settings.calibrated:
         predict = replace(predict, temperature=calibrated.temperature(workdir, members))
@@ -92,6 +91,13 @@ def run(config: Config, workdir: Path) -> None:
         finally:
             if settings.report and not found.fault:
                 scan_report.write(run, out, {names[case.id]: case for case in cases})
+
+
+def _rules(run: Run) -> tuple[postprocessing.Rule, ...]:
+    """What is done to label maps, in numbers of targets."""
+    path, labels = run.config.predict.postprocessing, run.labels
+    values = [labels.values_of([index]) for index in range(len(labels.names))]
+    return postprocessing.load(Path(path), labels.names, values) if path else ()
 
 
 def _require_possible(settings: Predict, cases: Sequence[Case]) -> None:
@@ -146,6 +152,16 @@ def _require_classes(run: Run) -> None:
             raise UserError(
                 f"config.predict.{flag} is of classes that exclude each other, but this network "
                 "answers with regions; leave it out"
+            )
+
+
+def _require_alike(predict: Predictor, settings: Predict) -> None:
+    """Refuses what needs the logits of all runs on one grid."""
+    for asked, flag in ((settings.calibrated, "calibrated"), (settings.confidence, "confidence")):
+        if asked and predict.apart:
+            raise UserError(
+                f"config.predict.{flag} is of runs whose scans are prepared alike, but those of "
+                "config.predict.runs are not; leave it out"
             )
 
 
@@ -206,7 +222,8 @@ def _tables(out: Path, settings: Any) -> Path:
 def _log_estimate(predict: Predictor, scans: int) -> None:
     """So that nobody waits for days unknowing: on a CPU a large tile takes most of a minute."""
     shape = predict.plan.median_shape
-    tiles = sum(p.window.count(shape) * len(p.networks) for p in (predict, *predict.others))
+    groups = [each for one in (predict, *predict.apart) for each in (one, *one.others)]
+    tiles = sum(p.window.count(shape) * len(p.networks) for p in groups)
     share = 2 ** len(predict.window.mirror_axes)
     hint = f"; infer.mirror=False needs one in {share}" if predict.window.mirror else ""
     logger.info("%d scans, about %d tiles each, %d in all%s", scans, tiles, scans * tiles, hint)

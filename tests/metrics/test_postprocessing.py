@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import overlap, postprocessing
 
 # Six pairs of label maps for each of four sets, and what `determine_postprocessing` of nnunetv2
@@ -71,3 +72,34 @@ def test_rules_come_from_a_file_by_the_names_of_classes(tmp_path):
             postprocessing.load(path, classes)
     with pytest.raises(FileNotFoundError):
         postprocessing.load(tmp_path / "none.json", classes)
+
+
+def test_the_file_of_nnunet_names_values(tmp_path):
+    path = tmp_path / "postprocessing.json"
+    name = "remove_all_but_largest_component_from_segmentation"
+    given = [[1, 2, 3], [2, 3], 3]
+    stored = {
+        "postprocessing_fns": [name] * 3,
+        "postprocessing_kwargs": [{"labels_or_regions": one} for one in given],
+        "input_folder": {"foreground_mean": {"Dice": 0.5}},
+    }
+    path.write_text(json.dumps(stored))
+    classes = ("background", "a", "b", "c")
+    assert postprocessing.load(path, classes) == ((1, 2, 3), (2, 3), (3,))
+    regions = ((0,), (1, 2, 3), (3,), (2, 3))
+    labels = Labels(
+        ("background", "a", "b", "c"),
+        regions=(("whole", (1, 2, 3)), ("active", (3,)), ("core", (2, 3))),
+        region_order=(1, 3, 2),
+    )
+    rules = postprocessing.load(path, labels.names, regions)
+    assert [labels.values_of(rule) for rule in rules] == [(1, 2, 3), (2, 3), (3,)]
+    for wrong in ([[1, 2]], [4], ["a"]):
+        stored["postprocessing_kwargs"] = [{"labels_or_regions": one} for one in wrong]
+        path.write_text(json.dumps(stored))
+        with pytest.raises(ValueError, match="of the classes whole, active, core; got"):
+            postprocessing.load(path, labels.names, regions)
+    stored["postprocessing_fns"] = ["fill_holes"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="of the classes a, b, c; got"):
+        postprocessing.load(path, classes)

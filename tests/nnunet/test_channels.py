@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from nnunet_raw import Reference, config
 
-from bhsd_jax.ct import channels, geometry, prepare, scan
+from bhsd_jax.ct import channels, geometry, nifti, prepare, scan
 from bhsd_jax.datasets.msd import MSD
 from bhsd_jax.input.pipeline import Batches, Cut, Stream
 from bhsd_jax.nnunet import planner
@@ -61,6 +61,22 @@ def test_the_plan_is_nnunets(reference, tmp_path):
         names = ("percentile_00_5", "mean", "std", "percentile_99_5")
         np.testing.assert_allclose(channel.foreground, [want[n] for n in names], rtol=0.02)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_an_empty_mask_counts_for_the_plan_but_not_for_its_intensities(reference, tmp_path):
+    root = reference.write(tmp_path / "raw")
+    empty = Volume(np.zeros_like(reference.arrays["c1_label"]), reference.affine("c1"), "c1")
+    nifti.write_volume(root / "labelsTr" / "c1.nii.gz", empty)
+    preprocess.run(config(root), tmp_path / "run")
+    plan = Plan.load(tmp_path / "run" / "shards")
+    assert plan.network == planner.from_nnunet_plans(reference.plans)[0]
+    for index, channel in enumerate(plan.channels):
+        cases = ("c0", "c2")
+        inside = [reference.arrays[f"{case}_label"] > 0 for case in cases]
+        voxels = [reference.arrays[f"{case}_image"][index] for case in cases]
+        # As many are drawn of each.
+        means = [v[m].mean() for v, m in zip(voxels, inside, strict=True)]
+        assert channel.foreground[1] == pytest.approx(np.mean(means), rel=0.02)
 
 
 def test_prepared_voxels_are_nnunets(reference, prepared):

@@ -126,6 +126,19 @@ def test_an_image_is_where_itk_says(tmp_path):
             np.testing.assert_allclose((found.affine @ (d, h, w, 1))[:3], (-x, -y, z), atol=1e-6)
 
 
+def test_grays_of_a_bitmap_are_one_channel_and_its_colors_three(tmp_path):
+    # ITK reads three equal colors; nnunetv2 2.8.1 one channel, by imageio.
+    gray = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    itk.WriteImage(itk.GetImageFromArray(gray), str(tmp_path / "a.bmp"))
+    np.testing.assert_array_equal(formats.read(tmp_path / "a.bmp").voxels, gray[None])
+    colors = np.stack([gray, gray, gray + 1], -1)
+    itk.WriteImage(itk.GetImageFromArray(colors, isVector=True), str(tmp_path / "b.bmp"))
+    found = formats.read_channels(tmp_path / "b.bmp", 3)
+    np.testing.assert_array_equal([one.voxels[0] for one in found], np.moveaxis(colors, -1, 0))
+    with pytest.raises(ValueError, match="expected 1 channel"):
+        formats.read(tmp_path / "b.bmp")
+
+
 def test_what_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "a.mha").write_bytes(b"ObjectType = Image\nNDims = 3\n")
     with pytest.raises(ValueError, match=r"a\.mha: cannot be read"):

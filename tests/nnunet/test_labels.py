@@ -11,7 +11,7 @@ from bhsd_jax.ct import geometry, nifti
 from bhsd_jax.ct.foreground import target_positions
 from bhsd_jax.input.pipeline import Cut, Stream
 from bhsd_jax.labels import Labels
-from bhsd_jax.metrics import overlap, scores
+from bhsd_jax.metrics import nnunet_summary, overlap, scores
 from bhsd_jax.nnunet import dataset_json, planner
 from bhsd_jax.settings import Settings
 from bhsd_jax.shards import store
@@ -176,6 +176,17 @@ def test_regions_are_written_in_their_order():
     assert geometry.label_of_logits(logits, grid, TUMOR).ravel().tolist() == [1, 2, 3, 2]
     chances = geometry.probabilities_of_logits(logits, grid, TUMOR)
     np.testing.assert_allclose(chances, 1 / (1 + np.exp(-logits)), rtol=1e-6)
+
+
+def test_a_region_of_one_value_is_called_in_the_summary_as_dataset_json_has_it():
+    # nnunetv2 2.8.1 writes "(1,)" for [1] and "3" for 3.
+    given = {"background": 0, "all": [2, 1, 3], "ring": [1], "dot": 3, "ignore": 4}
+    facts = {"labels": given, "regions_class_order": [2, 1, 3]}
+    labels = dataset_json.labels(facts, "dataset.json")
+    summary = nnunet_summary.make([], labels)
+    assert list(summary["mean"]) == ["(2, 1, 3)", "(1,)", "3"]
+    plain = dataset_json.labels({"labels": {"background": [0], "a": [1], "b": 2}}, "dataset.json")
+    assert list(nnunet_summary.make([], plain)["mean"]) == ["1", "2"]
 
 
 def test_counts_leave_out_what_is_not_annotated():

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from nnunet_raw import Reference, config
+from scipy import ndimage
 
 from bhsd_jax.api import Predictor, read_scan
 from bhsd_jax.ct import formats, geometry, probabilities
@@ -99,6 +101,71 @@ def test_two_folds_of_regions_are_averaged_told_of_and_served(folds, tmp_path):
     assert row["all_ml"] == pytest.approx(np.count_nonzero(label) * voxel_ml)
     assert 0 < row["disagreement"] < 1
     assert "whole (mL)" in (out / "report.html").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_runs_prepared_in_another_way_are_averaged_on_the_scans_own_voxels(folds, tmp_path):
+    """As by nnU-Net's `ensemble_folders`, where each configuration counts once."""
+    root, one, other = folds
+    coarse = tmp_path / "coarse"
+    shutil.copytree(other, coarse)
+    plan = json.loads((coarse / "plan.json").read_text())
+    plan["spacing_mm"] = [1.4 * mm for mm in plan["spacing_mm"]]
+    (coarse / "plan.json").write_text(json.dumps(plan))
+    out, more = tmp_path / "out", (str(coarse), str(other))
+    made = settings(one, root, out, runs=more, nnunet_probabilities=True)
+    predict.run(made, one)
+    voxels = [read_scan(root / "imagesTr" / f"c0_{n:04d}.nii.gz") for n in range(2)]
+    both, affine = np.stack([v for v, _ in voxels], -1), voxels[0][1]
+    groups = [Predictor.from_run(one, other), Predictor.from_run(coarse)]
+    chances = [each.predict(both, affine).probabilities.values for each in groups]
+    assert np.abs(chances[0] - chances[1]).max() > 0.1
+    with np.load(out / "c0.npz") as stored:
+        found = stored["probabilities"].transpose(0, 3, 2, 1)
+    np.testing.assert_allclose(found, np.mean(chances, axis=0), atol=2e-6)
+    label, want = read_scan(out / "c0.nii.gz")[0], np.zeros(found.shape[1:], np.uint8)
+    for value, inside in zip((1, 2, 3), found > 0.5, strict=True):
+        want[inside] = value
+    np.testing.assert_array_equal(label, want)
+
+    with pytest.raises(
+        ValueError, match=r"spacing_mm of its plan .* prepared alike can be averaged"
+    ):
+        Predictor.from_run(one, coarse)
+    asked = dataclasses.replace(made.predict, confidence=True)
+    with pytest.raises(
+        ValueError, match=r"predict\.confidence is of runs whose scans are prepared"
+    ):
+        predict.run(dataclasses.replace(made, predict=asked), one)
+    plan["region_order"] = [3, 2, 1]
+    (coarse / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match=r"region_order of its plan .* that mean the same can be"):
+        predict.run(made, one)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_postprocessing_of_nnunet_is_applied_to_the_values_it_names(folds, tmp_path):
+    root, one, _ = folds
+    function = "remove_all_but_largest_component_from_segmentation"
+    rules = [{"labels_or_regions": [1, 2, 3]}, {"labels_or_regions": 3}]
+    stored = {"postprocessing_fns": [function] * 2, "postprocessing_kwargs": rules}
+    (tmp_path / "postprocessing.json").write_text(json.dumps(stored))
+    named = str(tmp_path / "postprocessing.json")
+    predict.run(settings(one, root, tmp_path / "out", postprocessing=named), one)
+    voxels = [read_scan(root / "imagesTr" / f"c0_{n:04d}.nii.gz") for n in range(2)]
+    both, affine = np.stack([v for v, _ in voxels], -1), voxels[0][1]
+    want = Predictor.from_run(one).predict(both, affine).labels
+    removed = 0
+    for values in ([1, 2, 3], [3]):
+        mask = np.isin(want, values)
+        parts, _ = ndimage.label(mask, np.ones((3, 3, 3)))
+        largest = np.bincount(parts[mask]).max()
+        gone = mask & (np.bincount(parts.ravel())[parts] < largest)
+        want, removed = np.where(gone, 0, want), removed + gone.sum()
+    assert removed > 0
+    np.testing.assert_array_equal(read_scan(tmp_path / "out" / "c0.nii.gz")[0], want)
+    facts = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert facts["keep_largest"] == [["whole", "core", "active"], ["active"]]
 
 
 def test_what_is_not_defined_for_regions_is_refused(folds, tmp_path):

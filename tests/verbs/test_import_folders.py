@@ -1,6 +1,7 @@
 """Whole folders of networks: nnU-Net's with all folds, BLAST-CT's with its config."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from bhsd_jax.assemble import predictor
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import from_run
 from bhsd_jax.torch_weights import importing
-from bhsd_jax.verbs import import_folders, predict
+from bhsd_jax.torch_weights.recipe import recipe_of
+from bhsd_jax.torch_weights.weights_file import WeightsFile
+from bhsd_jax.verbs import import_folders, import_weights, predict
 from bhsd_jax.volume import Plan
 
 torch = pytest.importorskip("torch", reason="needs the extra torch-import")
@@ -74,7 +77,7 @@ def model(tmp_path):
 
 def test_all_folds_become_one_run_that_averages_logits(tmp_path, monkeypatch, capsys, model):
     run, images = tmp_path / "run", tmp_path / "images"
-    run_tool(monkeypatch, model, run)
+    run_tool(monkeypatch, model, run, "--folds", "0", "1", "all")
     said = capsys.readouterr().out
     assert "PlainConvUNet, 3 networks, mean of logits" in said
     assert "License of these weights: CC BY 4.0" in said
@@ -97,6 +100,15 @@ def test_all_folds_become_one_run_that_averages_logits(tmp_path, monkeypatch, ca
     logits = np.mean([np.asarray(apply(v))[0] for v in networks.values()], axis=0)
     assert len(np.unique(logits.argmax(-1))) > 1
     assert (found != logits.argmax(-1)).mean() < 1e-3  # the two best may be equal to rounding
+
+
+def test_fold_all_is_taken_if_it_is_named_or_the_only_one(model):
+    # It was trained on the cases that validate the others, and nnU-Net leaves it out as well.
+    assert list(import_folders.from_nnunet(model).members) == ["fold_0", "fold_1"]
+    assert list(import_folders.from_nnunet(model, ["all"]).members) == ["fold_all"]
+    for fold in ("fold_0", "fold_1"):
+        shutil.rmtree(model / fold)
+    assert list(import_folders.from_nnunet(model).members) == ["fold_all"]
 
 
 def test_folds_are_chosen_and_must_be_of_one_model(tmp_path, monkeypatch, model):
@@ -150,13 +162,38 @@ def test_batch_norms_that_the_plans_do_not_name_are_taken_with_their_statistics(
 def test_a_trainer_with_another_network_is_named_in_one_line(tmp_path, monkeypatch, model):
     file = model / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(file)
-    primus = checkpoint | {"trainer_name": "nnUNet_Primus_M_Trainer"}
+    primus = checkpoint | {"trainer_name": "nnUNet_PrimusV3M_Trainer"}
     primus["network_weights"] = {f"eva.blocks.{i}.w": torch.zeros(1) for i in range(70)}
     torch.save(primus, file)
-    with pytest.raises(SystemExit, match=r"Primus_M_Trainer has built another one, with ev") as why:
+    with pytest.raises(
+        SystemExit, match=r"PrimusV3M_Trainer has built another one, with ev"
+    ) as why:
         run_tool(monkeypatch, model, tmp_path / "none")
     assert "\n" not in str(why.value)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "reference", "width"),
+    [
+        ("nnUNet_Primus_M_Trainer", "PrimusM", 864),
+        ("nnUNet_Primus_M_Trainer_BS8_2e4", "PrimusM", 864),
+        ("nnUNet_PrimusV2S_Trainer", "PrimusV2S", 396),
+        ("_Primus_L_48_BS1", "PrimusL", 1056),
+    ],
+)
+def test_the_trainers_of_primus_build_it_whatever_the_plans_name(model, trainer, reference, width):
+    file = model / "fold_0" / "checkpoint_final.pth"
+    beside = {"network_weights": 0, "init_args": {}, "trainer_name": trainer}
+    source = import_weights.from_nnunet(WeightsFile({}, beside), file)
+    recipe = recipe_of(source.reference, source.constructor)
+    own = WeightsFile(dict.fromkeys(recipe.weights, np.zeros(1, np.float32)), beside)
+    import_weights.require_named_network(source, own, file)
+    assert source.reference == reference
+    assert (recipe.module.width, recipe.module.patch) == (width, TILE)
+    # Source: nnunetv2 2.8.1, the arguments that all of these trainers give.
+    fixed = recipe.module.drop_path, recipe.module.norm_attention, recipe.module.layer_scale
+    assert fixed == (0.2, True, 0.1)
 
 
 @pytest.fixture
