@@ -16,7 +16,7 @@ from bhsd_jax.settings import Infer, Settings
 _PREPARATION = (  # fields of a plan that decide what a network is given of a scan
     *("classes", "modality", "spacing_mm", "transpose", "axes", "crop_hu"),
     *("normalize_first", "use_mask_for_norm", "repaired", "law"),
-    *("channels", "regions", "region_order", "ignore", "planar"),
+    *("channels", "regions", "region_order", "ignore", "planar", "previous_stage"),
 )
 
 

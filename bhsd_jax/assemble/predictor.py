@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from bhsd_jax.assemble import measured, wiring
 from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.trust import Trust
-from bhsd_jax.ct import geometry, hu, own_slices, probabilities, scan, shear, upright
+from bhsd_jax.ct import geometry, hu, own_slices, probabilities, saved_logits, scan, shear, upright
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.own_slices import OwnSlices
 from bhsd_jax.ct.prepare import Prepared, hu_doubts, prepare_case
@@ -48,7 +48,7 @@ class Predictor:
 
     window: SlidingWindow
     networks: Sequence[Params]  # variables, all collections
-    fill: float  # raw image value outside the scan
+    fill: float | tuple[float, ...]  # raw image value outside the scan, or one per channel
     plan: Plan
     classes: tuple[str, ...]  # by value in label maps, background first
     probabilities: bool  # also write them
@@ -61,6 +61,9 @@ class Predictor:
     trust: Trust | None = None  # says how far to trust a label map; None: nothing is said
     meaning: Labels | None = None  # of outputs and values; None: plain classes
     nnunet_probabilities: bool = False  # also write them as nnU-Net does
+    keeps_logits: bool = False  # also write them, on the network's own voxels
+    # Of a cascade: (case, its name) -> the case with the label map that its first network predicts.
+    first: Callable[[Case, str], Case] | None = None
 
     @property
     def labels(self) -> Labels:
@@ -76,6 +79,7 @@ class Predictor:
             faults.WriteError: If the system says no, such as on a full disk.
         """
         begun = time.monotonic()
+        case = case if self.first is None else self.first(case, name)
         # The function of `preprocess`: what the network sees cannot differ from training.
         prepared = prepare_case(case, self.plan, source_sha256="not needed")
         for text in prepared.warnings:
@@ -98,13 +102,15 @@ class Predictor:
         series = case.image if isinstance(case.image, Series) else None
         fractional = series is not None and self.seg == "fractional"
         asked = self.probabilities or fractional or self.nnunet_probabilities
-        needed = asked or self.others or upright.is_needed(own)
+        needed = asked or self.others or self.keeps_logits or upright.is_needed(own)
         chances = None
         if needed or not own.is_on(grid):
             logits = self.logits(prepared.channels_last, name)
             label = finish(own.label(logits, grid, self.labels))
             if asked:
                 chances = own.probabilities(self.tempered(logits), grid, self.labels)
+            if self.keeps_logits:
+                saved_logits.save(saved_logits.beside(target), logits, grid)
             if self.probabilities and chances is not None:
                 self.chances(chances, own.affine).save(probabilities.beside(target))
             if self.nnunet_probabilities and chances is not None:
@@ -168,7 +174,9 @@ class Predictor:
             ValueError: If the scan is broken.
             FileNotFoundError: If there is no such scan.
         """
-        wanted = [target, probabilities.beside(target)] if self.probabilities else [target]
+        wanted = [target]
+        wanted += [probabilities.beside(target)] if self.probabilities else []
+        wanted += [saved_logits.beside(target)] if self.keeps_logits else []
         if not all(path.is_file() for path in wanted):
             return None
         place = scan.native(case.image)
@@ -181,8 +189,7 @@ class Predictor:
             )
             if notes:
                 raise UserError(f"{target}: {notes[0]}")
-            if self.probabilities:
-                self._check(wanted[1], label)
+            self._check_beside(target, label)
         except UserError as error:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
@@ -198,8 +205,13 @@ class Predictor:
         doubts = hu_doubts(seen.voxels, self.plan)
         return self._row(case, name, own, label.voxels, seen.affine, None, doubts)
 
-    def _check(self, path: Path, label: Volume) -> None:
-        """Refuses a file of probabilities that is damaged, or of another scan or run."""
+    def _check_beside(self, target: Path, label: Volume) -> None:
+        """Refuses damaged logits, and probabilities that are damaged or of another scan or run."""
+        if self.keeps_logits:
+            saved_logits.load(saved_logits.beside(target))
+        if not self.probabilities:
+            return
+        path = probabilities.beside(target)
         found = probabilities.load(path)
         named = self.labels.output_names
         shape = len(named), *label.voxels.shape[::-1]
@@ -282,14 +294,14 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
     Raises:
         ValueError: If the networks are not the config's model.
     """
-    config, model, normalization = run.config, wiring.model(run), run.normalization
+    config, model, network_input = run.config, wiring.model(run), run.network_input
 
     def forward(variables: Params, raw: jax.Array) -> Any:
-        return model.apply(variables, normalization(raw), train=False)
+        return model.apply(variables, network_input(raw), train=False)
 
     margin = getattr(model, "margin", (0, 0, 0))  # what it takes around the voxels it answers for
     seen = (n + 2 * m for n, m in zip(run.patch, margin, strict=True))
-    sample = jax.ShapeDtypeStruct((1, *seen, normalization.channels), jnp.float32)
+    sample = jax.ShapeDtypeStruct((1, *seen, network_input.channels), jnp.float32)
     expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), sample)
     for variables in networks:
         _require_fit(variables, expected)
@@ -312,7 +324,7 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
     return Predictor(
         window=window,
         networks=networks,
-        fill=normalization.pad_value(config.input.pad),
+        fill=network_input.pad_value(config.input.pad),
         plan=run.plan,
         classes=run.classes,
         probabilities=config.predict.probabilities,
@@ -321,6 +333,7 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         maker=segmentation.Maker(f"{config.objective['name']} on {run.plan.dataset}"),
         meaning=run.labels,
         nnunet_probabilities=config.predict.nnunet_probabilities,
+        keeps_logits=config.predict.logits,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import calibrated, ensemble, manifest, predictor, trust
+from bhsd_jax.assemble import calibrated, cascade, ensemble, manifest, predictor, trust
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.predictor import Predictor
@@ -62,6 +62,7 @@ def run(config: Config, workdir: Path) -> None:
     _require_possible(settings, cases)
     run = Run.of(config, workdir)
     _require_classes(run)
+    cases, first = cascade.first_of(run, cases)
     rules: tuple[postprocessing.Rule, ...] = ()
     if settings.postprocessing:
         rules = postprocessing.load(Path(settings.postprocessing), run.labels.names)
@@ -74,10 +75,9 @@ def run(config: Config, workdir: Path) -> None:
     processes.say_devices()
     predict, members = ensemble.open_runs(run, settings.runs)
     predict = replace(predict, rules=tuple(run.labels.values_of(rule) for rule in rules))
-    if settings.calibrated:
-        predict = replace(predict, temperature=calibrated.temperature(workdir, members))
-    parts_of = [(p.window, p.networks, p.fill) for p in (predict, *predict.others)]
-    predict = replace(predict, trust=trust.make(run, parts_of if settings.confidence else ()))
+    if first is not None:
+        predict = replace(predict, first=cascade.open_first(run, first, out))
+    predict = _judged(predict, run, members)
     if barrier.place()[0] == 0:
         dicom_cases.write_series(out, cases, names)
     mine = parts.own(cases)
@@ -92,6 +92,15 @@ def run(config: Config, workdir: Path) -> None:
         finally:
             if settings.report and not found.fault:
                 scan_report.write(run, out, {names[case.id]: case for case in cases})
+
+
+def _judged(predict: Predictor, run: Run, members: Sequence[Member]) -> Predictor:
+    """With the temperature of its probabilities, and what says how far to trust a label map."""
+    settings = run.config.predict
+    if settings.calibrated:
+        predict = replace(predict, temperature=calibrated.temperature(run.folder, members))
+    parts_of = [(p.window, p.networks, p.fill) for p in (predict, *predict.others)]
+    return replace(predict, trust=trust.make(run, parts_of if settings.confidence else ()))
 
 
 def _require_possible(settings: Predict, cases: Sequence[Case]) -> None:
