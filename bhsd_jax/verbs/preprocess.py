@@ -158,7 +158,16 @@ def _of_first_stage(settings: Any, theirs: Mapping[str, Any] | None) -> dict[str
         )
     if not cascade:
         return None
-    return previous.predicted(settings.previous, "preprocess.previous", logits=True)
+    maps = previous.predicted(settings.previous, "preprocess.previous", logits=True)
+    for folder in sorted({path.parent for path in maps.values()}):
+        facts = files.recall_json(folder / "predictions.json", dict, remove=False)
+        if facts and facts.get("split") != "val":
+            logger.warning(
+                "%s: not predicted of the validation cases of its run; of scans that the first "
+                "stage was trained on it knows too much, and the second learns to trust it blindly",
+                folder,
+            )
+    return maps
 
 
 def _cascaded(found: Survey, maps: dict[str, Path] | None) -> Survey:

@@ -11,6 +11,8 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny_run
+from dicom_files import write_series
 from nnunet_raw import Reference, config
 from tiny_run import PLAN
 
@@ -25,7 +27,7 @@ from bhsd_jax.metrics import scores
 from bhsd_jax.nnunet import dataset_json, dataset_plan, planner, trained
 from bhsd_jax.objectives.supervised import Supervised
 from bhsd_jax.platform import step_log
-from bhsd_jax.settings import Settings
+from bhsd_jax.settings import DicomSeries, Settings
 from bhsd_jax.shards import store
 from bhsd_jax.torch_weights import importing
 from bhsd_jax.train.optimizer import make_optimizer, make_schedule
@@ -323,6 +325,29 @@ def test_what_a_cascade_lacks_is_said(ct, raw, tmp_path):
     made.split.binary = True
     with pytest.raises(ValueError, match=r"config.split.binary merges classes"):
         Run.of(made, run, plan)
+
+
+@pytest.mark.parametrize("unshear", [False, True])
+def test_a_tilted_series_goes_through_both_stages(tmp_path, unshear):
+    """Drawn networks; the label map of the first lies on the voxels of the series."""
+    low = tiny_run.make(tmp_path / "low")
+    plan = dataclasses.replace(PLAN, previous_stage="3d_lowres")
+    full = tiny_run.make(tmp_path / "full", seed=1, plan=plan)
+    voxels = tiny_run.head().transpose(2, 1, 0)[:, ::-1]
+    write_series(tmp_path / "ct", voxels, spacing_mm=(5.0, 2.0, 2.0), tilt_deg=14.0)
+    asked = {"images": str(tmp_path / "ct"), "dicom": DicomSeries(unshear=unshear)}
+    predict.run(settings(low, out=str(tmp_path / "first"), **asked), low)
+    out = tmp_path / "out"
+    predict.run(settings(full, out=str(out), previous=str(low), **asked), full)
+    found = [
+        nifti.read(next(folder.glob("*.nii.gz")))
+        for folder in (tmp_path / "first", out / "previous_stage", out)
+    ]
+    assert (found[0].voxels == found[1].voxels).all()
+    assert found[2].voxels.shape == voxels.shape
+    np.testing.assert_allclose(found[2].affine, found[1].affine)
+    assert len(np.unique(found[1].voxels)) > 1
+    assert (found[2].voxels != found[1].voxels).any()
 
 
 def test_folders_that_are_no_first_stage_are_refused(raw, runs, tmp_path):
