@@ -24,7 +24,7 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import notebook
 from bhsd_jax.report.viewer import Viewer
 from bhsd_jax.verbs.shown import Entry, of_arrays
-from bhsd_jax.volume import Case, Grid, Volume
+from bhsd_jax.volume import Case, Grid, Plan, Volume
 
 
 class Predictor:
@@ -77,24 +77,34 @@ class Predictor:
     def warm_up(self) -> None:
         """Compiles the networks, by applying them to a scan of one tile."""
         for one in (self._networks, *self._networks.others):
-            channels = max(len(one.plan.channels), 1)
+            channels = one.plan.scan_channels + bool(one.plan.previous_stage)
             blank = np.full((*one.window.tile, channels), one.fill, np.float32)
             one.window.logits(one.networks, blank, fill=one.fill)
 
-    def __call__(self, voxels: np.ndarray, affine: np.ndarray) -> UInt8[np.ndarray, "I J K"]:
+    def __call__(
+        self, voxels: np.ndarray, affine: np.ndarray, previous: np.ndarray | None = None
+    ) -> UInt8[np.ndarray, "I J K"]:
         """The label map of a scan, on its own voxels.
+
+        Args:
+            voxels: The scan.
+            affine: From its indices to mm.
+            previous: Of a cascade's second network, the label map [i, j, k] of the first.
 
         Raises:
             ValueError: If array or affine are none of a scan of the kind the run was trained on,
                 or the network's output is not finite.
         """
-        return self.predict(voxels, affine).labels
+        return self.predict(voxels, affine, previous).labels
 
-    def predict(self, voxels: np.ndarray, affine: np.ndarray) -> "Prediction":
+    def predict(
+        self, voxels: np.ndarray, affine: np.ndarray, previous: np.ndarray | None = None
+    ) -> "Prediction":
         """The networks' answer, of which label map and probabilities can be had; as a call is."""
         plan = self._networks.plan
         volume, *further = _channels(voxels, affine, len(plan.channels))
-        image, grid, findings = prepare_volume(volume, plan, further)
+        label = _of_first(previous, volume, plan)
+        image, grid, findings = prepare_volume(volume, plan, further, label)
         logits = self._networks.logits(image, volume.case)
         return Prediction(self._networks, logits, grid, tuple(one.text for one in findings))
 
@@ -170,6 +180,25 @@ def _channels(voxels: np.ndarray, affine: np.ndarray, count: int) -> list[Volume
             f"the network takes {count} channels, [i, j, k, {count}]; got {voxels.shape}"
         )
     return [_volume(one, affine) for one in np.moveaxis(voxels, 3, 0)]
+
+
+def _of_first(previous: np.ndarray | None, volume: Volume, plan: Plan) -> np.ndarray | None:
+    """A first network's label map as one from a file: uint8 [D, H, W]; None without a cascade."""
+    if (previous is None) == bool(plan.previous_stage):
+        raise UserError(
+            f"this network is the second of a cascade: give the label map of {plan.previous_stage}"
+            if plan.previous_stage
+            else "this network takes no label map of another"
+        )
+    if previous is None:
+        return None
+    label = np.asarray(previous).transpose(2, 1, 0)
+    if label.shape != volume.voxels.shape or not np.isin(label, range(len(plan.classes))).all():
+        raise UserError(
+            f"previous: want a label map of the scan's shape, of 0 to {len(plan.classes) - 1}; got "
+            f"{label.dtype}{np.shape(previous)}"
+        )
+    return label.astype(np.uint8)
 
 
 def _volume(voxels: np.ndarray, affine: np.ndarray) -> Volume:

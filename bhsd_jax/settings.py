@@ -86,6 +86,12 @@ class Predict:
         "names from the objective (student, teacher, a, b; ensemble: a and b), averaged; (): the "
         "one it deploys",
     ] = ()
+    previous: Annotated[
+        str,
+        "of the second network of a cascade: folder of the label maps of the first, called as the "
+        "scans are, or its run, which then predicts them; empty: <run>/previous_stage, or for "
+        "cases of the data set preprocess.previous",
+    ] = ""
     runs: Annotated[
         tuple[str, ...],
         "folders of further runs, folds say: all are averaged, those prepared in another way last",
@@ -96,6 +102,11 @@ class Predict:
     ] = "probabilities"
     probabilities: Annotated[
         bool, "also write <case>_probabilities.npz, with names of classes and axes, and the affine"
+    ] = False
+    logits: Annotated[
+        bool,
+        "also write <case>_logits.npz, on the network's own voxels: preprocess.previous takes them "
+        "for a second stage as nnU-Net's trainer does",
     ] = False
     nnunet_probabilities: Annotated[
         bool, "also write <case>.npz and <case>.pkl, as nnU-Net's save_probabilities"

@@ -31,8 +31,14 @@ class Preprocess:
         str, "a plans.json of nnU-Net to take instead, spacing and all; empty: make one"
     ] = ""
     configuration: Annotated[
-        str, "of nnU-Net's plan, that one or ours: 3d_fullres, 3d_lowres or 2d"
+        str, "of nnU-Net's plan, that one or ours: 3d_fullres, 3d_lowres, 2d or 3d_cascade_fullres"
     ] = "3d_fullres"
+    previous: Annotated[
+        tuple[str, ...],
+        "of 3d_cascade_fullres: folders of the label maps that networks of its first stage have "
+        "predicted of the training cases, each by one that was not trained on the case; or their "
+        "runs, whose predictions/ are meant",
+    ] = ()
     crop_hu: Annotated[
         float | None,
         "box of the largest component above this many HU; None: nnU-Net's non-zero voxels",
@@ -138,6 +144,12 @@ class Augment:
         {"name": "intensity.LowResolution", "p": 0.125, "zoom": (0.5, 1.0)},
         {"name": "intensity.Gamma", "p": 0.1, "gamma": (0.7, 1.5), "invert": True},
         {"name": "intensity.Gamma", "p": 0.3, "gamma": (0.7, 1.5), "invert": False},
+    )
+    previous: Annotated[
+        tuple[Spec, ...], "of the label map that the first network of a cascade has predicted"
+    ] = (
+        {"name": "cascade.BinaryOperator", "p": 0.4, "p_per_label": 0.5, "radius": (1.0, 8.0)},
+        {"name": "cascade.RemoveComponent", "p": 0.2, "p_per_label": 0.5, "largest": 0.15},
     )
 
 

@@ -149,6 +149,8 @@ class Case:
     table_feed: bool = False
     """Where the gantry was tilted, the affine is drawn upright and its slice step is the table's
     feed: a property of the data set's conversion, which no affine shows."""
+    previous: Path | None = None
+    """Label map that the first network of a cascade has predicted; None: there is no cascade."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,14 @@ class Plan:
     ignore: int | None = None
     listed: tuple[str, ...] = ()  # as in `Labels`
     planar: bool = False  # 2D: slices stay as far apart as they are, and patches are single ones
+    previous_stage: str = ""
+    """nnU-Net's configuration of the first network of a cascade, whose label map is the last
+    channel of every prepared scan; empty: there is none."""
+
+    @property
+    def scan_channels(self) -> int:
+        """Channels of a prepared scan, without a label map of a first network."""
+        return max(len(self.channels), 1)
 
     @property
     def labels(self) -> Labels:
@@ -263,6 +273,7 @@ _RARE = {
     "ignore": None,
     "listed": (),
     "planar": False,
+    "previous_stage": "",
 }
 
 

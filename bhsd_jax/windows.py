@@ -12,6 +12,47 @@ PADS = ("air", "nnunet")
 
 
 @dataclass(frozen=True)
+class CascadeInput:
+    """Of the second network of a cascade: normalized channels, then one per foreground label.
+
+    The last raw channel is the label map of the first network, -1 outside the scan.
+
+    Source: nnU-Net v2.8.1, `MoveSegAsOneHotToDataTransform`, `convert_labelmap_to_one_hot`.
+    """
+
+    normalization: "Normalization"  # of all raw channels but the last
+    raw_channels: int  # the label map's included
+    labels: int  # of the foreground: 1, 2, ...
+
+    def __call__(self, image: Num[Array, "*B D H W c"]) -> Float[Array, "*B D H W C"]:
+        """What the network sees of a raw image."""
+        import jax.numpy as jnp
+
+        scan = self.normalization(image[..., :-1])
+        return jnp.concatenate([scan, self.maps(image[..., -1])], axis=-1)
+
+    def maps(self, label: Num[Array, "*B D H W"]) -> Float[Array, "*B D H W C"]:
+        """1 where a voxel has the label of the channel, else 0."""
+        import jax.numpy as jnp
+
+        values = jnp.arange(1, self.labels + 1, dtype=label.dtype)
+        return (label[..., None] == values).astype(jnp.float32)
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels of the network."""
+        return self.normalization.channels + self.labels
+
+    def pad_value(self, kind: str) -> tuple[float, ...]:
+        """Raw value to put outside the scan, per raw channel."""
+        return (self.normalization.pad_value(kind),) * (self.raw_channels - 1) + (-1.0,)
+
+    def fill(self, kind: str) -> tuple[float, ...]:
+        """The pad value as the network sees it: one number per channel."""
+        return (*self.normalization.fill(kind), *(0.0,) * self.labels)
+
+
+@dataclass(frozen=True)
 class Normalization:
     """One clip and one affine map per input channel: (clip(x, low, high) - shift) / scale.
 

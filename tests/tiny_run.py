@@ -44,8 +44,9 @@ def make(folder, seed=0, plan=PLAN, mirror=False):
     folder = Path(folder)
     config = common.get_config()
     config.infer.update(mirror=mirror, tiles=4)
-    model = wiring.model(Run.of(config, folder, plan))
-    image = jax.ShapeDtypeStruct((1, *TILE, 1), jnp.float32)
+    run = Run.of(config, folder, plan)
+    model = wiring.model(run)
+    image = jax.ShapeDtypeStruct((1, *TILE, run.network_input.channels), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     random = np.random.default_rng(seed)
     params = jax.tree.map(

@@ -10,7 +10,8 @@
 
 A checkpoint of nnU-Net v2, the folder of a fold, or that of a model with its numbered folds needs
 nothing more: network, plan and normalization come from it, and `predict` gives nnU-Net's own label
-maps. Nor does a folder of BLAST-CT's networks with its config.json. UNETR and SwinUNETR of MONAI,
+maps; of a cascade, the first stage is imported with it from the folder beside it. Nor does a
+folder of BLAST-CT's networks with its config.json. UNETR and SwinUNETR of MONAI,
 CoTr and nnFormer (as nnFormer/synapse, /acdc, /tumor) need the rest of the options, and so
 do weights of nnU-Net's networks in safetensors or npz files. .pth and its kin need the extra
 `torch-import`; no pickle is executed.
@@ -30,19 +31,33 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     """Reads, converts, writes; says what is wrong and exits 2 where it cannot."""
     sys.path.insert(0, str(ROOT))
+    from bhsd_jax.assemble.cascade import PREVIOUS_STAGE
     from bhsd_jax.configs import common
-    from bhsd_jax.verbs import import_weights
+    from bhsd_jax.verbs import import_folders, import_weights
 
     options = parse()
+    first = None
     try:
         source, members = found(options)
+        if source.plan.previous_stage:
+            first = import_folders.first_stage(options.checkpoint, source, options.folds)
         import_weights.write_run(common.get_config(), source, members, options.out)
+        if first is not None:
+            place = options.out / PREVIOUS_STAGE
+            import_weights.write_run(common.get_config(), first.source, first.members, place)
     except (OSError, ValueError) as error:
         sys.exit(f"import: {error}")
     plan = source.plan
     patch = " x ".join(map(str, plan.network.patch))
     several = f", {len(members)} networks, mean of {source.combine}" if len(members) > 1 else ""
     print(f"{options.out}: {source.reference}{several}, patch {patch}, {', '.join(plan.classes)}")
+    if plan.previous_stage and first is None:
+        print(
+            f"There is no {plan.previous_stage} beside it: name its label maps, or its run, with "
+            "predict --previous"
+        )
+    elif plan.previous_stage:
+        print(f"{options.out / PREVIOUS_STAGE}: {plan.previous_stage}, its first stage")
     if plan.license:
         print(f"License of these weights: {plan.license}")
     print("Research use only. Not a medical device; not for diagnosis, triage or treatment.")

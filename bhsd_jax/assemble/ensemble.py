@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import predictor
+from bhsd_jax.assemble import deployed, predictor
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
@@ -16,7 +16,7 @@ from bhsd_jax.settings import Infer, Settings
 _PREPARATION = (  # fields of a plan that decide what a network is given of a scan
     *("classes", "modality", "spacing_mm", "transpose", "axes", "crop_hu"),
     *("normalize_first", "use_mask_for_norm", "repaired", "law"),
-    *("channels", "regions", "region_order", "ignore", "planar"),
+    *("channels", "regions", "region_order", "ignore", "planar", "previous_stage"),
 )
 
 _MEANING = ("classes", "regions", "region_order")  # fields that decide what a label map says
@@ -83,7 +83,7 @@ def _with_own_mirrors(run: Run, folder: str | Path) -> Run:
 
 
 def _open(run: Run) -> tuple[Predictor, Member]:
-    step, networks = predictor.load(run)
+    step, networks = deployed.load(run)
     made = predictor.make_predictor(run, list(networks.values()))
     return made, Member(run.folder, step, tuple(networks))
 

@@ -1,10 +1,10 @@
-"""Networks of a run, and everything between a scan's file and its label map."""
+"""The networks of a run, and everything between a scan's file and its label map."""
 
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from bhsd_jax.assemble import measured, wiring
 from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.trust import Trust
-from bhsd_jax.ct import geometry, hu, own_slices, probabilities, scan, shear, upright
+from bhsd_jax.ct import geometry, hu, own_slices, probabilities, saved_logits, scan, shear, upright
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.own_slices import OwnSlices
 from bhsd_jax.ct.prepare import Prepared, doubts_of, hu_doubts, prepare_case
@@ -33,7 +33,6 @@ from bhsd_jax.platform import allocator, budget, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
-from bhsd_jax.train.checkpoint import load_networks, load_statistics
 from bhsd_jax.types import Params
 from bhsd_jax.volume import Case, Plan, Series, Volume
 
@@ -48,7 +47,7 @@ class Predictor:
 
     window: SlidingWindow
     networks: Sequence[Params]  # variables, all collections
-    fill: float  # raw image value outside the scan
+    fill: float | tuple[float, ...]  # raw image value outside the scan, or one per channel
     plan: Plan
     classes: tuple[str, ...]  # by value in label maps, background first
     probabilities: bool  # also write them
@@ -62,6 +61,9 @@ class Predictor:
     trust: Trust | None = None  # says how far to trust a label map; None: nothing is said
     meaning: Labels | None = None  # of outputs and values; None: plain classes
     nnunet_probabilities: bool = False  # also write them as nnU-Net does
+    keeps_logits: bool = False  # also write them, on the network's own voxels
+    # Of a cascade: (case, its name) -> the case with the label map that its first network predicts.
+    first: Callable[[Case, str], Case] | None = None
 
     @property
     def labels(self) -> Labels:
@@ -77,6 +79,7 @@ class Predictor:
             faults.WriteError: If the system says no, such as on a full disk.
         """
         begun = time.monotonic()
+        case = case if self.first is None else self.first(case, name)
         # The function of `preprocess`: what the network sees cannot differ from training.
         every, found = scan.read_channels(case.image)
         prepared = prepare_case(case, self.plan, source_sha256="not needed", seen=(every, found))
@@ -106,7 +109,7 @@ class Predictor:
         series = case.image if isinstance(case.image, Series) else None
         fractional = series is not None and self.seg == "fractional"
         asked = self.probabilities or fractional or self.nnunet_probabilities
-        needed = asked or self.others or upright.is_needed(own)
+        needed = asked or self.others or self.keeps_logits or upright.is_needed(own)
         chances = None
         if self.apart:
             chances = self._mean_chances(case, own, prepared, name)
@@ -116,6 +119,8 @@ class Predictor:
             label = finish(own.label(logits, grid, self.labels))
             if asked:
                 chances = own.probabilities(self.tempered(logits), grid, self.labels)
+            if self.keeps_logits:
+                saved_logits.save(saved_logits.beside(target), logits, grid)
             if upright.is_needed(own):
                 means = self.labels, finish
                 upright.write(target, case.image, own, label, logits, grid, *means, seen)
@@ -215,7 +220,9 @@ class Predictor:
             ValueError: If the scan is broken.
             FileNotFoundError: If there is no such scan.
         """
-        wanted = [target, probabilities.beside(target)] if self.probabilities else [target]
+        wanted = [target]
+        wanted += [probabilities.beside(target)] if self.probabilities else []
+        wanted += [saved_logits.beside(target)] if self.keeps_logits else []
         if not all(path.is_file() for path in wanted):
             return None
         place = scan.native(case.image)
@@ -228,8 +235,7 @@ class Predictor:
             )
             if notes:
                 raise UserError(f"{target}: {notes[0]}")
-            if self.probabilities:
-                self._check(wanted[1], label)
+            self._check_beside(target, label)
         except UserError as error:
             reason = str(error).replace(str(case.image), name).replace(case.id, name)
             logger.warning("%s: predicted again, for %s", name, reason)
@@ -245,8 +251,13 @@ class Predictor:
         doubts = *doubts_of(read), *hu_doubts(seen.voxels, self.plan)
         return self._row(case, name, own, label.voxels, seen, None, doubts)
 
-    def _check(self, path: Path, label: Volume) -> None:
-        """Refuses a file of probabilities that is damaged, or of another scan or run."""
+    def _check_beside(self, target: Path, label: Volume) -> None:
+        """Refuses damaged logits, and probabilities that are damaged or of another scan or run."""
+        if self.keeps_logits:
+            saved_logits.load(saved_logits.beside(target))
+        if not self.probabilities:
+            return
+        path = probabilities.beside(target)
         found = probabilities.load(path)
         named = self.labels.output_names
         shape = len(named), *label.voxels.shape[::-1]
@@ -281,42 +292,6 @@ class Predictor:
         return ScanVolumes(name, float(tilt), seconds, ml, corrected, told, **facts)
 
 
-def load(run: Run) -> tuple[int, dict[str, Params]]:
-    """The checkpoint's step and the variables of the networks to average, by name.
-
-    "ensemble" stands for all twins.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the objective has no network of a wanted name.
-    """
-    settings = run.config.predict
-    which = settings.checkpoint
-    which = int(which) if str(which).isdigit() else which
-    step, params, ema = load_networks(run.folder / "checkpoints", which)
-    statistics = load_statistics(run.folder / "checkpoints", step)
-    objective = wiring.objective(run.config)
-    found = objective.deployable(params, ema)
-    asked = tuple(settings.networks) or tuple(found)[:1]
-    together = {"ensemble": objective.twins} if objective.twins else {}
-    wanted = [one for name in asked for one in together.get(name, (name,))]
-    unknown = [name for name in wanted if name not in found]
-    if unknown:
-        raise UserError(
-            f"config.predict.networks: no {', '.join(map(repr, unknown))}; "
-            f"this objective has {', '.join([*found, *together])}"
-        )
-    logger.info("checkpoint of step %d, network %s", step, " + ".join(wanted))
-    return step, {
-        name: {"params": found[name], **_own(statistics, name, objective.twins)} for name in wanted
-    }
-
-
-def _own(statistics: Mapping[str, Params], name: str, twins: Sequence[str]) -> dict[str, Params]:
-    """The statistics of one network, where each of several has its own."""
-    return {kind: tree[name] if name in twins else tree for kind, tree in statistics.items()}
-
-
 def share_cores(run: Run) -> None:
     """On a CPU, makes a device of every core that there is memory for a tile; before JAX starts."""
     tile = bytes_per_tile(run.patch)
@@ -330,14 +305,14 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
     Raises:
         ValueError: If the networks are not the config's model.
     """
-    config, model, normalization = run.config, wiring.model(run), run.normalization
+    config, model, network_input = run.config, wiring.model(run), run.network_input
 
     def forward(variables: Params, raw: jax.Array) -> Any:
-        return model.apply(variables, normalization(raw), train=False)
+        return model.apply(variables, network_input(raw), train=False)
 
     margin = getattr(model, "margin", (0, 0, 0))  # what it takes around the voxels it answers for
     seen = (n + 2 * m for n, m in zip(run.patch, margin, strict=True))
-    sample = jax.ShapeDtypeStruct((1, *seen, normalization.channels), jnp.float32)
+    sample = jax.ShapeDtypeStruct((1, *seen, network_input.channels), jnp.float32)
     expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), sample)
     for variables in networks:
         _require_fit(variables, expected)
@@ -361,7 +336,7 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
     return Predictor(
         window=window,
         networks=networks,
-        fill=normalization.pad_value(config.input.pad),
+        fill=network_input.pad_value(config.input.pad),
         plan=run.plan,
         classes=run.classes,
         probabilities=config.predict.probabilities,
@@ -370,6 +345,7 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         maker=segmentation.Maker(f"{config.objective['name']} on {run.plan.dataset}"),
         meaning=run.labels,
         nnunet_probabilities=config.predict.nnunet_probabilities,
+        keeps_logits=config.predict.logits,
     )
 
 

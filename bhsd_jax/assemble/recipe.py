@@ -30,6 +30,7 @@ from bhsd_jax.train.optimizer import make_optimizer, make_schedule
 from bhsd_jax.train.step import Parts, init_state
 from bhsd_jax.types import Batch, TrainState
 from bhsd_jax.volume import Plan
+from bhsd_jax.windows import CascadeInput
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
     config, plan = run.config, run.plan
     objective = wiring.objective(config)
     spatial, intensity = make_chains(run, mesh)
+    cascade = _cascade(run, mesh)
     rates = partial(_optimizer, config, parts=bool(objective.twins))
     schedule, optimizer = rates(config.train.steps)
     terms, slices = _slice_labels(run)
@@ -128,6 +130,7 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
             head_hu=_head(plan),
             of_scan=of_scan,
             masked=config.input.outside == "masked",
+            cascade=cascade,
         ),
         view=intensity,
         steps=config.train.steps,
@@ -137,7 +140,7 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
     cut = Cut(
         patch=spatial.patch,
         source=spatial.source_patch,
-        fill=run.normalization.pad_value(config.input.pad),
+        fill=run.network_input.pad_value(config.input.pad),
         foreground=config.input.foreground,
         binary=config.split.binary,
         masked=config.input.outside == "masked" or of_scan,
@@ -152,7 +155,7 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
         cut=cut,
         raw_type=jnp.float32 if plan.normalized_before else jnp.int16,
         raw_channels=run.raw_channels,
-        channels=run.normalization.channels,
+        channels=run.network_input.channels,
         labeled=run.labeled,
         unlabeled=run.unlabeled,
         slices=slices,
@@ -170,8 +173,7 @@ def _segmentation(settings: dict[str, Any], labels: Labels) -> DiceCE:
 def make_chains(run: Run, mesh: Mesh | None = None) -> tuple[SpatialChain, IntensityChain]:
     """The augmentations; on CPUs each device's patches one by one, all at once elsewhere."""
     devices = jax.device_count() if mesh is None else mesh.size
-    # One by one needs whole patches; devices that share one get them all at once.
-    shared = mesh if mesh is not None and mesh.shape["space"] == 1 < devices else None
+    shared = _shared(mesh)
     sequential = jax.default_backend() == "cpu" and (devices == 1 or shared is not None)
     fill = run.normalization.fill(run.config.input.pad)
 
@@ -189,6 +191,31 @@ def make_chains(run: Run, mesh: Mesh | None = None) -> tuple[SpatialChain, Inten
     )
 
 
+@dataclass(frozen=True)
+class Cascade:
+    """What is done with a first network's label map, once it was moved with the image."""
+
+    maps: Callable[[Any], Any]  # [B D H W] -> [B D H W C], a channel per label
+    change: IntensityChain
+
+
+def _cascade(run: Run, mesh: Mesh | None) -> Cascade | None:
+    """None if there is no first network."""
+    if not isinstance(run.network_input, CascadeInput):
+        return None
+    specs = run.config.augment.previous
+    ops = tuple(build("bhsd_jax.augment", dict(spec)) for spec in specs)
+    shared = _shared(mesh)
+    # One by one on accelerators too, for what seldom fires takes long.
+    sequential = mesh is None or mesh.size == 1 or shared is not None
+    return Cascade(run.network_input.maps, IntensityChain(ops, sequential, shared))
+
+
+def _shared(mesh: Mesh | None) -> Mesh | None:
+    """The mesh if its devices may take their patches one by one, which needs whole patches."""
+    return mesh if mesh is not None and mesh.shape["space"] == 1 < mesh.size else None
+
+
 def make_augment(
     normalize: Callable[[Any], Any],
     spatial: SpatialChain,
@@ -197,9 +224,11 @@ def make_augment(
     head_hu: float | None = None,
     of_scan: bool = False,
     masked: bool = True,
+    cascade: Cascade | None = None,
 ) -> Callable[[Any, Batch], Batch]:
     """Raw batch to patches: the labeled ones complete, the unlabeled without intensity changes.
 
+    With a `cascade` the last raw channel is a label map, which is moved as the labels are.
     Slice labels find their slices again by the voxels above `head_hu`, -200 if None, or with
     `of_scan` by all voxels in the scan. Which those are is passed on if `masked`.
     """
@@ -207,8 +236,15 @@ def make_augment(
 
     def augment(key: jax.Array, batch: Batch) -> Batch:
         spatial_key, intensity_key, free_key = jax.random.split(key, 3)
-        image, label = spatial(spatial_key, normalize(batch.image), batch.label)
+        raw = batch.image if cascade is None else batch.image[..., :-1]
+        image, label = spatial(spatial_key, normalize(raw), batch.label)
         image = intensity(intensity_key, image)
+        if cascade is not None:
+            previous = batch.image[..., -1].astype(batch.label.dtype)
+            # The same draw; the image, which nothing reads, costs nothing.
+            _, moved = spatial(spatial_key, normalize(raw), previous)
+            maps = cascade.change(jax.random.fold_in(key, 3), cascade.maps(moved))
+            image = jnp.concatenate([image, maps], axis=-1)
         if batch.unlabeled is None:
             return Batch(image, label)
         slice_labels, inside, plain = batch.slice_labels, batch.inside, normalize(batch.unlabeled)

@@ -14,7 +14,7 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.volume import Dataset, Plan, Shape
-from bhsd_jax.windows import Normalization
+from bhsd_jax.windows import CascadeInput, Normalization
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Run:
             plan = Plan.load(own if own.is_file() else data.shards_folder(config, folder))
         d, h, w = config.input.patch or plan.network.patch
         _require_plain_labels(config, plan)
+        _require_no_cascade(config, plan)
         return cls(
             folder=folder,
             config=config,
@@ -60,8 +61,8 @@ class Run:
 
     @property
     def raw_channels(self) -> int:
-        """Channels of a scan as it lies in the shards."""
-        return max(len(self.plan.channels), 1)
+        """Channels of a scan as it lies in the shards, a first network's label map included."""
+        return self.plan.scan_channels + bool(self.plan.previous_stage)
 
     @property
     def labels(self) -> Labels:
@@ -83,12 +84,20 @@ class Run:
             return Normalization(*bounds, (0.0,), (1.0,))
         if windows == "plan":
             modality = "mr" if plan.normalize_first else plan.modality
-            return Normalization.from_plan(modality, plan.foreground, self.raw_channels)
+            return Normalization.from_plan(modality, plan.foreground, plan.scan_channels)
         if plan.normalize_first or plan.channels:
             raise UserError(
                 "config.windows: this plan normalizes first, nothing is left in HU; 'plan'"
             )
         return Normalization.from_windows(windows)
+
+    @cached_property
+    def network_input(self) -> Normalization | CascadeInput:
+        """From a scan as it lies in the shards to all channels of the network."""
+        if not self.plan.previous_stage:
+            return self.normalization
+        labels = len(self.plan.classes) - 1
+        return CascadeInput(self.normalization, self.raw_channels, labels)
 
     @cached_property
     def shards(self) -> Shards:
@@ -124,5 +133,26 @@ def _require_plain_labels(config: Settings, plan: Plan) -> None:
         raise UserError(
             f"config.input.unlabeled is {config.input.unlabeled}, but the masks of this data set "
             f"have {what}: only supervised training is defined for them; set input.unlabeled=0 and "
+            "objective.name=supervised.Supervised"
+        )
+
+
+def _require_no_cascade(config: Settings, plan: Plan) -> None:
+    """Refuses what is not defined for the second network of a cascade.
+
+    Raises:
+        ValueError: Names the field.
+    """
+    if not plan.previous_stage:
+        return
+    if config.split.binary:
+        raise UserError(
+            "config.split.binary merges classes, but the second network of a cascade is given the "
+            "label maps of a first one with all of them; set split.binary=False"
+        )
+    if config.input.unlabeled:
+        raise UserError(
+            f"config.input.unlabeled is {config.input.unlabeled}, but only supervised training is "
+            "defined for the second network of a cascade; set input.unlabeled=0 and "
             "objective.name=supervised.Supervised"
         )

@@ -23,7 +23,7 @@ class View:
 
     window: SlidingWindow
     network: Params
-    fill: float
+    fill: float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,10 @@ class Measures:
     disagreement: float | None  # 0: all answers are the same; 1: no voxel in common
 
 
-def make(run: Run, networks: Sequence[tuple[SlidingWindow, Sequence[Params], float]]) -> Trust:
+def make(
+    run: Run,
+    networks: Sequence[tuple[SlidingWindow, Sequence[Params], float | tuple[float, ...]]],
+) -> Trust:
     """The measures of a run.
 
     Args:

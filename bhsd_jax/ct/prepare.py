@@ -10,6 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from bhsd_jax.ct import channels, geometry, hu, nifti, plausibility, scan, shear, slice_labels
+from bhsd_jax.ct import previous as first_stage
 from bhsd_jax.ct.foreground import SEED, foreground_positions, target_positions
 from bhsd_jax.defects import Finding, Kind, Refusal, said_of, texts
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Shape, Volume
@@ -57,7 +58,8 @@ class Prepared:
     bleeding: bool | None
     slice_labels: tuple[tuple[int, ...], ...] | None
     """Like `Case.slice_labels`, but one row per slice of the prepared array."""
-    image: np.ndarray  # [D H W] int16 HU, or float32 normalized; [D H W C] of several channels
+    image: np.ndarray  # [D H W] int16 HU, or float32 normalized; [D H W C] of several channels, of
+    # which the last is the first stage's label map where the plan has a `previous_stage`
     label: np.ndarray | None  # uint8 [D H W]
     grid: Grid
     foreground: tuple[np.ndarray, ...]  # per foreground class or region: int32 [n 3] voxel
@@ -170,6 +172,9 @@ def prepare_case(
         case, raw, num_classes=values, modality=plan.modality, as_it_lies=as_it_lies, law=plan.law
     )
     image, grid = _on_grid((volume, *every[1:]), plan)
+    if plan.previous_stage:
+        maps, of_first = first_stage.channel(case, (volume, *every[1:]), grid, plan)
+        image, found = first_stage.append(image, maps), [*found, *of_first]
     prepared_label, volume_ml = None, ()
     if plan.modality == "ct" and isinstance(case.image, Path):
         more = [*more, *hu.tilt_findings(volume.affine, table_feed=case.table_feed)]
@@ -198,7 +203,10 @@ def prepare_case(
 
 
 def prepare_volume(
-    volume: Volume, plan: Plan, further: Sequence[Volume] = ()
+    volume: Volume,
+    plan: Plan,
+    further: Sequence[Volume] = (),
+    first_label: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Grid, tuple[Finding, ...]]:
     """A scan in memory as `prepare_case` would prepare it from a file without a mask.
 
@@ -206,6 +214,7 @@ def prepare_volume(
         volume: The scan, or its first channel.
         plan: Of the run.
         further: Its other channels, voxel on voxel.
+        first_label: Of a cascade, the label map [D H W] of its first network, on the same voxels.
 
     Returns:
         The image [D H W C], the way back to the scan's own voxels, and what was found or repaired.
@@ -224,6 +233,9 @@ def prepare_volume(
         law=plan.law,
     )
     image, grid = _on_grid((ready, *further), plan)
+    if first_label is not None:
+        maps = first_stage.resampled(first_label, (ready, *further), grid, plan)
+        image = first_stage.append(image, maps)
     return image if image.ndim == 4 else image[..., None], grid, tuple(found)
 
 
@@ -251,6 +263,8 @@ def source_digest(case: Case) -> str:
     total = hashlib.sha256()
     total.update(scan.digest(case.image))
     total.update(b"-" if case.label is None else scan.digest(case.label))
+    if case.previous is not None:
+        total.update(scan.digest(case.previous))
     return total.hexdigest()
 
 

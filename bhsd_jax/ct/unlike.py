@@ -51,6 +51,7 @@ def sentences(image: np.ndarray, grid: Grid, plan: Plan, seen: Seen | None) -> t
         told += _outside("field of view", "mm", grid.native_extent_mm, seen.field_mm)
     if plan.modality == "ct" and not plan.normalize_first:
         low, _, _, high = plan.foreground
+        image = image[..., : plan.scan_channels] if image.ndim == 4 else image
         share = float(np.mean((image >= low) & (image <= high)))
         if share < _LEAST_SHARE:
             told.append(f"{100 * share:.1f} % of the head lie in {low:.0f} to {high:.0f} HU")

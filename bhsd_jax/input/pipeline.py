@@ -46,7 +46,7 @@ class Cut:
 
     patch: Shape  # what the network sees
     source: Shape  # what the spatial augmentation needs for it
-    fill: float  # raw image value outside the scan
+    fill: float | tuple[float, ...]  # raw image value outside the scan, or one per channel
     foreground: float = 0.33  # share of labeled patches centered on a labeled voxel
     binary: bool = False  # all classes become 1
     masked: bool = False  # unlabeled patches say which of their voxels lie in the scan
@@ -96,7 +96,7 @@ class Stream:
         start, stop = sampling.inside(corner, source, case.shape)
         raw, label = case.patch(start, stop)
 
-        def whole(part: np.ndarray, fill: float | int) -> np.ndarray:
+        def whole(part: np.ndarray, fill: float | tuple[float, ...]) -> np.ndarray:
             return turn(sampling.paste(part, start, corner, source, fill))
 
         image = whole(raw, self.cut.fill)

@@ -110,11 +110,16 @@ def corner(
 
 
 def paste(
-    patch: np.ndarray, start: Shape, corner: Shape, cut: Shape, fill: float | int
+    patch: np.ndarray,
+    start: Shape,
+    corner: Shape,
+    cut: Shape,
+    fill: float | tuple[float, ...],
 ) -> np.ndarray:
     """An array of size `cut` at `corner`, holding `patch`, which begins at `start`; else `fill`.
 
-    Further axes of `patch`, such as that of channels, stay as they are.
+    Further axes of `patch`, such as that of channels, stay as they are; `fill` may have a value per
+    channel.
     """
     if patch.shape[:3] == cut:
         return patch

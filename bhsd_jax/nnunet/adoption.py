@@ -72,6 +72,7 @@ def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configur
         use_mask_for_norm=_mask(settings, plan),
         channels=_channels(settings, plan, intensities),
         planar=planar,
+        previous_stage=plans_json.previous_stage(settings),
     )
 
 

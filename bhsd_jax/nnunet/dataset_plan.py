@@ -9,6 +9,7 @@ from bhsd_jax.ct.prepare import Facts
 from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.defects import Kind
 from bhsd_jax.labels import Labels
+from bhsd_jax.nnunet import plans_json
 from bhsd_jax.nnunet.dataset_json import Z_SCORES, planned_labels
 from bhsd_jax.nnunet.planner import (
     from_nnunet_plans,
@@ -22,7 +23,7 @@ from bhsd_jax.nnunet.planner import (
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Channel, Millimeters, Plan, Shape
 
-FULL, PLANAR = "3d_fullres", "2d"
+FULL, PLANAR, CASCADE = "3d_fullres", "2d", "3d_cascade_fullres"
 
 
 def make_plan(
@@ -77,11 +78,13 @@ def make_plan(
         "transpose": transpose,
         "num_classes": planned_labels(labels),
     }
+    previous_stage = ""
     if configuration == FULL:
         network = network_for(spacings, shapes, **fitting)
     else:
         theirs = make_plans(spacings, shapes, **fitting)
         network, spacing, _ = from_nnunet_plans(theirs, configuration)
+        previous_stage = plans_json.previous_stage(plans_json.resolve(theirs, configuration))
         a, b, c = (spacing[transpose.index(axis)] for axis in range(3))
         target = a, b, c
     planar = configuration == PLANAR
@@ -109,6 +112,7 @@ def make_plan(
         ignore=labels.ignore,
         listed=labels.listed,
         planar=planar,
+        previous_stage=previous_stage,
     )
 
 

@@ -284,16 +284,10 @@ def from_nnunet_plans(
     nnU-Net's reader gives them: k, j, i.
 
     Raises:
-        ValueError: If the configuration is missing or incomplete, needs a coarser network's output,
-            or is another network than the plain or the residual-encoder U-Net.
+        ValueError: If the configuration is missing or incomplete, or is another network than the
+            plain or the residual-encoder U-Net.
     """
     settings = plans_json.resolve(plans, configuration)
-    if settings.get("previous_stage"):
-        raise UserError(
-            f"nnU-Net plans: {configuration} is the second stage of a 3D cascade (previous stage "
-            f"{settings['previous_stage']}), which is not supported; take 3d_fullres, 3d_lowres or "
-            "2d"
-        )
     try:
         network = plans_json.network(settings)
         spacing = list(settings["spacing"])

@@ -182,15 +182,13 @@ def network(settings: Mapping[str, Any]) -> Network:
 
     Raises:
         KeyError: If a setting is missing.
-        ValueError: If it is another network than the plain or the residual-encoder U-Net, or takes
-            a coarser network's output as input.
+        ValueError: If it is another network than the plain or the residual-encoder U-Net.
     """
     unet, arguments = architecture(settings)
-    previous = settings.get("previous_stage")
-    if unet not in _ENCODER or len(settings["patch_size"]) not in (2, 3) or previous:
+    if unet not in _ENCODER or len(settings["patch_size"]) not in (2, 3):
         raise UserError(
-            f"nnU-Net plans: need a 2D or 3D {' or '.join(_ENCODER)} that is no second stage of a "
-            f"cascade; got {unet}, patch {settings['patch_size']}, previous stage {previous}"
+            f"nnU-Net plans: need a 2D or 3D {' or '.join(_ENCODER)}; got {unet}, patch "
+            f"{settings['patch_size']}"
         )
     return Network(
         patch=with_slice(settings["patch_size"]),
@@ -235,6 +233,11 @@ def _older(settings: Mapping[str, Any]) -> dict[str, Any]:
 def is_planar(settings: Mapping[str, Any]) -> bool:
     """Whether a resolved configuration is 2D: slices on their own, as far apart as they are."""
     return len(settings["patch_size"]) == 2
+
+
+def previous_stage(settings: Mapping[str, Any]) -> str:
+    """The configuration whose label maps a resolved one takes as input; empty: none."""
+    return str(settings.get("previous_stage") or "")
 
 
 def with_slice(values: Sequence[float]) -> Shape:

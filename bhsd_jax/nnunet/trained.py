@@ -64,6 +64,7 @@ def plan_of(
         ignore=labels.ignore,
         listed=labels.listed,
         planar=plans_json.is_planar(settings),
+        previous_stage=plans_json.previous_stage(settings),
     )
 
 
@@ -87,9 +88,12 @@ def network_of(
         arguments |= {"drop_path_rate": 0.2, "scale_attn_inner": True, "init_values": 0.1}
     elif plans_json.is_planar(settings):
         arguments = _with_slices(arguments)
+    labels = dataset_json.labels(dataset, "nnU-Net dataset.json")
+    # The second network of a cascade sees where the first has put each foreground label.
+    maps = len(labels.classes) - 1 if plans_json.previous_stage(settings) else 0
     given = {
-        "input_channels": len(dataset_json.channels(dataset)),
-        "num_classes": dataset_json.labels(dataset, "nnU-Net dataset.json").outputs,
+        "input_channels": len(dataset_json.channels(dataset)) + maps,
+        "num_classes": labels.outputs,
         "deep_supervision": True,
     }
     return reference, {**arguments, **given}

@@ -52,7 +52,8 @@ class ShardJob:
         used += ["masked"] if self.plan.use_mask_for_norm else []
         used += [["shifted", *self.shifted]] if self.shifted else []
         used += [["normalized", *self.plan.foreground]] if self.plan.repaired else []
-        rare = {k: plan[k] for k in ("channels", "regions", "ignore", "planar") if k in plan}
+        more = ("channels", "regions", "ignore", "planar", "previous_stage")
+        rare = {k: plan[k] for k in more if k in plan}
         used += [rare] if rare else []
         cases = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
         if plan["modality"] == "ct" and not all(case.table_feed for case in self.cases):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax.assemble import calibrated, ensemble, predictor
+from bhsd_jax.assemble import calibrated, cascade, ensemble, predictor
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct.prepare import prepare_case
@@ -76,7 +76,13 @@ def _cases(opened: Run, workdir: Path) -> list[Case]:
     ]
     if not found:
         raise UserError("split val: none of its scans has a mask to calibrate with")
-    return found
+    known, first = cascade.first_of(opened, found)
+    if first is not None:
+        raise UserError(
+            "calibrate: the second network of a cascade is calibrated with label maps of the first "
+            f"that are there, not with its run, {first}; predict.previous names their folder"
+        )
+    return known
 
 
 def _draw(predict_: Predictor, case: Case, opened: Run) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from bhsd_jax import windows
-from bhsd_jax.assemble import predictor, wiring
+from bhsd_jax.assemble import deployed, wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.platform import files
 from bhsd_jax.report.page import NOTICE
@@ -59,9 +59,9 @@ def stablehlo(
     step, name, variables = _network(run)
     model = wiring.model(run).clone(dtype=jnp.float32, remat="none")
     flat: Any = traverse_util.flatten_dict(variables, sep="/")
-    forward = _forward(model, run.normalization if normalize else None)
+    forward = _forward(model, run.network_input if normalize else None)
     (batch,) = jax.export.symbolic_shape("b")
-    channels = run.raw_channels if normalize else run.normalization.channels
+    channels = run.raw_channels if normalize else run.network_input.channels
     image = jax.ShapeDtypeStruct((batch, *run.patch, channels), jnp.float32)
     if weights_apart:
         shapes = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in flat.items()}
@@ -112,7 +112,7 @@ def safetensors(config: Config, workdir: Path, out: Path) -> None:
 
 
 def _network(run: Run) -> tuple[int, str, Params]:
-    step, networks = predictor.load(run)
+    step, networks = deployed.load(run)
     name, variables = next(iter(networks.items()))
     return step, name, variables
 
@@ -131,7 +131,7 @@ def _twin(run: Run) -> tuple[str, dict[str, Any]]:
     if file.is_file():
         found = weights_file.json_of(str(file))
         return found["reference"], found["constructor"]
-    return nnunet.constructor_of(wiring.model(run), run.normalization.channels)
+    return nnunet.constructor_of(wiring.model(run), run.network_input.channels)
 
 
 def _facts(run: Run, step: int, name: str) -> dict[str, Any]:

@@ -67,6 +67,26 @@ def from_nnunet(path: Path, wanted: Sequence[str] = ()) -> Model:
     return Model(source, {name: model.members["network"] for name, model in models.items()})
 
 
+def first_stage(path: Path, source: Source, wanted: Sequence[str] = ()) -> Model | None:
+    """The first network of a cascade, from the folder beside that of the second; None: not there.
+
+    Args:
+        path: The second network's folder of a model, or a fold or checkpoint in it.
+        source: Of the second network.
+        wanted: As in `from_nnunet`.
+
+    Raises:
+        FileNotFoundError: As `from_nnunet`.
+        ValueError: As `from_nnunet`.
+    """
+    for folder in (path, *path.resolve().parents[:2]):
+        trainer, _, configuration = folder.resolve().name.rpartition("__")
+        beside = folder.resolve().with_name(f"{trainer}__{source.plan.previous_stage}")
+        if trainer and configuration and folds(beside):
+            return from_nnunet(beside, wanted)
+    return None
+
+
 def one_of_nnunet(path: Path) -> Model:
     """A checkpoint of nnU-Net v2.
 

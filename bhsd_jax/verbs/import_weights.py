@@ -233,7 +233,7 @@ def _spec(module: Any) -> dict[str, Any]:
 
 def _require_fit(run: Run, source: Source, module: Any, *, channels: int) -> None:
     plan, patch = source.plan, source.plan.network.patch
-    given = run.normalization.channels
+    given = run.network_input.channels
     odd = [n for n, step in zip(patch, module.stride, strict=True) if n % step]
     wrong = []
     if plan.labels.outputs != module.num_classes:

@@ -48,6 +48,7 @@ def facts(run: Run) -> dict[str, Any]:
         "spacing_mm": list(plan.spacing_mm),
         "axes": plan.axes,
         "patch": list(run.patch),
+        **({"previous_stage": plan.previous_stage} if plan.previous_stage else {}),
         "windows": windows,
         "objective": config.objective["name"],
         "backbone": config.model["name"],

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import calibrated, ensemble, manifest, predictor, trust
+from bhsd_jax.assemble import calibrated, cascade, ensemble, manifest, predictor, trust
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.predictor import Predictor
@@ -62,6 +62,7 @@ def run(config: Config, workdir: Path) -> None:
     _require_possible(settings, cases)
     run = Run.of(config, workdir)
     _require_classes(run)
+    cases, first = cascade.first_of(run, cases)
     rules = _rules(run)
     out = Path(settings.out or workdir / "predictions")
     names = output_names(cases, workdir, settings)
@@ -73,10 +74,9 @@ def run(config: Config, workdir: Path) -> None:
     predict, members = ensemble.open_runs(run, settings.runs, apart=True)
     _require_alike(predict, settings)
     predict = replace(predict, rules=tuple(run.labels.values_of(rule) for rule in rules))
-    if settings.calibrated:
-        predict = replace(predict, temperature=calibrated.temperature(workdir, members))
-    parts_of = [(p.window, p.networks, p.fill) for p in (predict, *predict.others)]
-    predict = replace(predict, trust=trust.make(run, parts_of if settings.confidence else ()))
+    if first is not None:
+        predict = replace(predict, first=cascade.open_first(run, first, out))
+    predict = _judged(predict, run, members)
     if barrier.place()[0] == 0:
         dicom_cases.write_series(out, cases, names)
     mine = parts.own(cases)
@@ -98,6 +98,15 @@ def _rules(run: Run) -> tuple[postprocessing.Rule, ...]:
     path, labels = run.config.predict.postprocessing, run.labels
     values = [labels.values_of([index]) for index in range(len(labels.names))]
     return postprocessing.load(Path(path), labels.names, values) if path else ()
+
+
+def _judged(predict: Predictor, run: Run, members: Sequence[Member]) -> Predictor:
+    """With the temperature of its probabilities, and what says how far to trust a label map."""
+    settings = run.config.predict
+    if settings.calibrated:
+        predict = replace(predict, temperature=calibrated.temperature(run.folder, members))
+    parts_of = [(p.window, p.networks, p.fill) for p in (predict, *predict.others)]
+    return replace(predict, trust=trust.make(run, parts_of if settings.confidence else ()))
 
 
 def _require_possible(settings: Predict, cases: Sequence[Case]) -> None:
@@ -156,13 +165,18 @@ def _require_classes(run: Run) -> None:
 
 
 def _require_alike(predict: Predictor, settings: Predict) -> None:
-    """Refuses what needs the logits of all runs on one grid."""
-    for asked, flag in ((settings.calibrated, "calibrated"), (settings.confidence, "confidence")):
-        if asked and predict.apart:
+    """Refuses what needs the logits of all runs on one grid, or two stages of a run in passing."""
+    for flag in ("calibrated", "confidence", "logits"):
+        if getattr(settings, flag) and predict.apart:
             raise UserError(
                 f"config.predict.{flag} is of runs whose scans are prepared alike, but those of "
                 "config.predict.runs are not; leave it out"
             )
+    if not predict.plan.previous_stage and any(one.plan.previous_stage for one in predict.apart):
+        raise UserError(
+            "config.predict.runs has the second network of a cascade; predict with that run, and "
+            "name the others in config.predict.runs"
+        )
 
 
 def _gather(out: Path, found: Found, names: Mapping[str, str]) -> Found | None:

@@ -19,10 +19,10 @@ from bhsd_jax.assemble import data
 from bhsd_jax.ct import scan
 from bhsd_jax.ct.integrity import checkup, facts_file
 from bhsd_jax.ct.prepare import Facts, fingerprint_case, prepare_case
-from bhsd_jax.datasets import splits_file
+from bhsd_jax.datasets import previous, splits_file
 from bhsd_jax.defects import Finding, in_line, refused
 from bhsd_jax.nnunet import adoption, plans_json
-from bhsd_jax.nnunet.dataset_plan import FULL, PLANAR, make_plan
+from bhsd_jax.nnunet.dataset_plan import CASCADE, FULL, PLANAR, make_plan
 from bhsd_jax.nnunet.planner import from_nnunet_plans
 from bhsd_jax.platform import budget, csv_files, files, machine
 from bhsd_jax.platform.errors import UserError
@@ -32,7 +32,7 @@ from bhsd_jax.shards import jobs as shard_jobs
 from bhsd_jax.shards import store
 from bhsd_jax.shards.jobs import ShardJob, Share
 from bhsd_jax.verbs import parts
-from bhsd_jax.volume import Case, Dataset, Plan, labels_of
+from bhsd_jax.volume import Case, Dataset, Plan, Survey, labels_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +66,14 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
     settings = config.preprocess
     share = _share(config)
     theirs = _nnunet(settings)
+    maps = _of_first_stage(settings, theirs)
     for folder in (workdir, workdir / "looked"):
         files.sweep(folder)
     files.open_folder(workdir)
     dataset: Any = data.data_set(config, workdir)
     if hasattr(dataset, "prepare"):
         dataset.prepare()
-    found = checkup.survey(dataset)
+    found = _cascaded(checkup.survey(dataset), maps)
     cases = found.cases
     folds = splits_file.beside(dataset, cases)
     ledger = workdir / "skipped.csv"
@@ -132,16 +133,59 @@ def _crop_hu(dataset: Dataset, settings: Any) -> float | None:
 
 def _nnunet(settings: Any) -> dict[str, Any] | None:
     """NnU-Net's plan if one is named, refused here if it cannot be used with any data."""
-    if "cascade" in settings.configuration:
-        raise UserError(
-            f"config.preprocess.configuration: {settings.configuration}, the second stage of "
-            "nnU-Net's 3D cascade, is not supported; take 3d_fullres, 3d_lowres or 2d"
-        )
     if not settings.plan:
         return None
     plans = adoption.read(settings.plan)
     from_nnunet_plans(plans, settings.configuration)
     return plans
+
+
+def _of_first_stage(settings: Any, theirs: Mapping[str, Any] | None) -> dict[str, Path] | None:
+    """Label maps by case that the first networks of a cascade have predicted; None: no cascade."""
+    name = settings.configuration
+    plans = theirs and plans_json.resolve(theirs, name)
+    cascade = bool(plans_json.previous_stage(plans)) if plans else name == CASCADE
+    if not cascade and settings.previous:
+        raise UserError(
+            f"config.preprocess.previous is for a second stage, such as {CASCADE}; "
+            f"preprocess.configuration is {name}"
+        )
+    if cascade and not settings.previous:
+        raise UserError(
+            f"config.preprocess.configuration: {name} is the second stage of a 3D cascade; name "
+            "folders or runs with the first stage's label maps of the training cases in "
+            "preprocess.previous"
+        )
+    if not cascade:
+        return None
+    maps = previous.predicted(settings.previous, "preprocess.previous", logits=True)
+    for folder in sorted({path.parent for path in maps.values()}):
+        facts = files.recall_json(folder / "predictions.json", dict, remove=False)
+        if facts and facts.get("split") != "val":
+            logger.warning(
+                "%s: not predicted of the validation cases of its run; of scans that the first "
+                "stage was trained on it knows too much, and the second learns to trust it blindly",
+                folder,
+            )
+    return maps
+
+
+def _cascaded(found: Survey, maps: dict[str, Path] | None) -> Survey:
+    """Cases with what a first network has predicted of them; those without masks may lack it."""
+    if maps is None:
+        return found
+    cases, missing = previous.attach(found.cases, maps)
+    masked = {case.id for case in found.cases if case.label is not None}
+    lost = [case for case in missing if case in masked]
+    if lost:
+        raise UserError(
+            f"config.preprocess.previous: no label map of {len(lost)} of {len(masked)} cases with "
+            f"masks: {', '.join(lost[:4])}; predict them with networks of the first stage that "
+            "were not trained on them"
+        )
+    if missing:
+        logger.info("%d cases without masks are left out: no label map of them", len(missing))
+    return dataclasses.replace(found, cases=tuple(cases))
 
 
 def _plan(
@@ -261,7 +305,7 @@ def _write_all(
 
 def _require_disk(folder: Path, cases: Set[str], facts: Sequence[Facts], plan: Plan) -> None:
     """Refuses to begin where the shards cannot fit, however well they compress."""
-    channels = max(len(plan.channels), 1)
+    channels = plan.scan_channels + bool(plan.previous_stage)
     bytes_per_voxel = (4 if plan.normalized_before else 2) * channels + 1  # image and mask
     target = math.prod(plan.spacing_mm)
     voxels = sum(

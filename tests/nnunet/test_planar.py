@@ -45,7 +45,7 @@ def test_the_plan_and_the_voxels_are_nnunets(reference, tmp_path):
     assert (plan.network, plan.spacing_mm, plan.transpose) == (network, spacing, transpose)
     assert plan.median_shape[1:] == (22, 24)
     own.preprocess.configuration = "3d_cascade_fullres"
-    with pytest.raises(ValueError, match="3D cascade, is not supported"):
+    with pytest.raises(ValueError, match="second stage of a 3D cascade; name folders or runs"):
         preprocess.run(own, tmp_path / "cascade")
 
 

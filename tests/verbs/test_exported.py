@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from bhsd_jax.assemble import predictor, wiring
+from bhsd_jax.assemble import deployed, wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common, from_run
 from bhsd_jax.torch_weights import importing
@@ -134,7 +134,7 @@ def test_safetensors_come_back_as_the_same_run(run, tmp_path, monkeypatch):
     options += ["--clip", "10", "110", "--mean-std", "60", "20", "--crop-hu", "-200"]
     run_tool(monkeypatch, "import_torch.py", file, again, *options)
     config = from_run.get_config(str(again))
-    _, networks = predictor.load(Run.of(config, again))
+    _, networks = deployed.load(Run.of(config, again))
     (found,) = networks.values()
     jax.tree.map(np.testing.assert_array_equal, found, variables)
     plan = Plan.load(again)

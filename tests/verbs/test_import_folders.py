@@ -11,14 +11,14 @@ import pytest
 from test_import_torch import DATASET, PLAIN, TILE, plans, run_tool
 from test_imported import weights
 
-from bhsd_jax.assemble import predictor
+from bhsd_jax.assemble import cascade, deployed, predictor
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import from_run
 from bhsd_jax.torch_weights import importing
 from bhsd_jax.torch_weights.recipe import recipe_of
 from bhsd_jax.torch_weights.weights_file import WeightsFile
 from bhsd_jax.verbs import import_folders, import_weights, predict
-from bhsd_jax.volume import Plan
+from bhsd_jax.volume import Case, Plan
 
 torch = pytest.importorskip("torch", reason="needs the extra torch-import")
 
@@ -52,7 +52,7 @@ def _noise(random, name, shape):
 
 
 def networks_of(run):
-    return predictor.load(Run.of(from_run.get_config(str(run)), run))[1]
+    return deployed.load(Run.of(from_run.get_config(str(run)), run))[1]
 
 
 @pytest.fixture
@@ -261,3 +261,45 @@ def test_what_blast_ct_could_ask_for_beyond_this_is_refused(tmp_path, blast):
     config["data"]["transformation"] = {"IntensityWindowNormalization": window}
     with pytest.raises(ValueError, match="needs lower_bound and upper_bound"):
         import_folders.from_blast_ct(blast, config)
+
+
+def cascaded(golden, folder, configuration, which):
+    """nnU-Net's folder of one stage of the cascade in `model_cascade.npz`."""
+    known = json.loads((golden / "model_cascade.json").read_text())
+    with np.load(golden / "model_cascade.npz") as stored:
+        names = [name for name in stored.files if name.startswith(f"{which}/")]
+        state = {name.removeprefix(f"{which}/"): torch.tensor(stored[name]) for name in names}
+    model = folder / f"nnUNetTrainer__nnUNetPlans__{configuration}"
+    (model / "fold_0").mkdir(parents=True)
+    checkpoint = {
+        "network_weights": state,
+        "init_args": {"configuration": configuration, "fold": 0},
+        "trainer_name": "nnUNetTrainer",
+        "inference_allowed_mirroring_axes": (0, 1, 2),
+    }
+    torch.save(checkpoint, model / "fold_0" / "checkpoint_final.pth")
+    (model / "plans.json").write_text(json.dumps(known["plans"]))
+    (model / "dataset.json").write_text(json.dumps(known["dataset"]))
+    return model
+
+
+def test_the_second_stage_of_a_cascade_brings_the_first(golden, tmp_path, monkeypatch, capsys):
+    model = cascaded(golden, tmp_path, "3d_cascade_fullres", "trained")
+    run_tool(monkeypatch, model, tmp_path / "alone")
+    assert "There is no 3d_lowres beside it" in capsys.readouterr().out
+    cascaded(golden, tmp_path, "3d_lowres", "low")
+    for number, path in enumerate((model, model / "fold_0")):
+        folder = tmp_path / f"run{number}"
+        run_tool(monkeypatch, path, folder)
+        assert "previous_stage: 3d_lowres, its first stage" in capsys.readouterr().out
+        config = from_run.get_config(str(folder))
+        config.predict.images = "scans"
+        run = Run.of(config, folder)
+        assert run.plan.previous_stage == "3d_lowres"
+        case = Case("a", "a", tmp_path / "a.nii.gz", None, "test")
+        cases, first = cascade.first_of(run, [case])
+        assert cases == [case]
+        assert first == folder / "previous_stage"
+        stage = cascade.open_first(run, first, tmp_path / "out")
+        assert stage.predict.plan.spacing_mm[0] > run.plan.spacing_mm[0]
+        assert stage.folder == tmp_path / "out" / "previous_stage"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from bhsd_jax.assemble import predictor, wiring
+from bhsd_jax.assemble import deployed, predictor, wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import from_run
 from bhsd_jax.torch_weights import exporting, weights_file
@@ -172,7 +172,7 @@ def test_running_statistics_are_imported(tmp_path, monkeypatch):
     given = ["--reference", "SwinUNETR", "--constructor", json.dumps(BATCH_NORM), *OPTIONS]
     run = tmp_path / "run"
     run_tool(monkeypatch, tmp_path / "w.npz", run, *given, "--patch", "32", "32", "32")
-    _, networks = predictor.load(Run.of(from_run.get_config(str(run)), run))
+    _, networks = deployed.load(Run.of(from_run.get_config(str(run)), run))
     (found,) = networks.values()
     assert set(found) == {"params", "batch_stats"}
     jax.tree.map(np.testing.assert_array_equal, found, variables)
@@ -228,7 +228,7 @@ def test_npz_becomes_a_run_once(tmp_path, monkeypatch, plain):
     given = [tmp_path / "w.npz", run, "--reference", "PlainConvUNet"]
     given += ["--constructor", json.dumps(CONSTRUCTOR), *OPTIONS, "--patch", *TILE]
     run_tool(monkeypatch, *given)
-    _, networks = predictor.load(Run.of(from_run.get_config(str(run)), run))
+    _, networks = deployed.load(Run.of(from_run.get_config(str(run)), run))
     jax.tree.map(np.testing.assert_array_equal, networks, {"student": variables})
     with pytest.raises(SystemExit, match="there is a run in this folder"):
         run_tool(monkeypatch, *given)

@@ -24,7 +24,7 @@ from nibabel import orientations
 from pydicom import dcmread
 from tiny_run import CLASSES, PLAN, TILE
 
-from bhsd_jax.assemble import data, predictor, wiring
+from bhsd_jax.assemble import data, deployed, predictor, wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
 from bhsd_jax.ct import geometry
@@ -402,17 +402,17 @@ def test_twins_are_averaged_on_request(folder, scans, weights):
     (folder / "twins" / "plan.json").write_text(json.dumps(PLAN.to_json()))
     config = configure(scans / "ID_2", networks=("a", "b"))
     config.objective = {"name": "cps.CrossPseudoSupervision"}
-    _, networks = predictor.load(Run.of(config, folder / "twins"))
+    _, networks = deployed.load(Run.of(config, folder / "twins"))
     assert list(networks) == ["a", "b"]
     config.predict.networks = ("ensemble",)
-    _, networks = predictor.load(Run.of(config, folder / "twins"))
+    _, networks = deployed.load(Run.of(config, folder / "twins"))
     assert list(networks) == ["a", "b"]
     predict.run(config, folder / "twins")
     facts = json.loads((folder / "twins" / "predictions" / "predictions.json").read_text())
     assert facts["networks"] == ["a", "b"]
     config.predict.networks = ("a", "teacher")
     with pytest.raises(ValueError, match="no 'teacher'; this objective has a, b"):
-        predictor.load(Run.of(config, folder / "twins"))
+        deployed.load(Run.of(config, folder / "twins"))
 
 
 def test_a_checkpoint_of_another_network_is_refused(folder, scans):

@@ -107,7 +107,7 @@ def _place(folder: Path, case: Case) -> Path:
 
 
 def _files(case: Case) -> Iterable[Path]:
-    for source in (case.image, case.label):
+    for source in (case.image, case.label, case.previous):
         if source is None:
             continue
         if not isinstance(source, Path):  # a scan of many files lists them
