@@ -65,17 +65,21 @@ def read(group: Any, values: Any, path: str) -> Any:
 
     Args:
         group: A frozen dataclass.
-        values: Its fields by name, nested as its groups are.
+        values: Its fields by name, nested as its groups are; what is left out has its default.
         path: What to call it in errors.
 
     Raises:
-        ValueError: If a field is missing, is not known, or holds what it cannot; names it.
+        ValueError: If a field without a default is missing, one is not known, or holds what it
+            cannot; names it.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{path} is a group of fields; got {values!r}")
     names = [part.name for part in dataclasses.fields(group)]
     if unknown := sorted(values.keys() - set(names)):
         raise UserError(f"{path} has no field {unknown[0]}; it has {', '.join(names)}")
+    # Somebody's own config, written for an older version, need not know what has come since.
+    defaults = {part.name: part.default for part in dataclasses.fields(group)}
+    values = {k: v for k, v in defaults.items() if v is not dataclasses.MISSING} | dict(values)
     if missing := [name for name in names if name not in values]:
         raise UserError(f"{path}.{missing[0]} is missing; start from configs/common.py")
     found = {}

@@ -193,6 +193,17 @@ def test_a_trained_run_needs_no_config(tmp_path):
     assert command.flags[1:] == (f"--workdir={run}",)
 
 
+def test_a_config_of_ones_own_need_not_know_the_fields_that_came_since():
+    config = cps.get_config("smoke")
+    whole = Settings.of(config)
+    config.augment = {"spatial": whole.augment.spatial, "intensity": whole.augment.intensity}
+    assert Settings.of(config) == whole
+    del config.augment.spatial
+    config.augment.spatail = ()
+    with pytest.raises(ValueError, match=r"config\.augment has no field spatail"):
+        Settings.of(config)
+
+
 def test_later_verbs_read_the_config_of_the_run(tmp_path):
     config = cps.get_config("smoke")
     config.train.steps, config.objective.weight = 7, 0.125

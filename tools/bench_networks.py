@@ -10,7 +10,7 @@ _ONE, _PLANE, _ALL = (1, 1, 1), (1, 2, 2), (2, 2, 2)
 
 @dataclass(frozen=True)
 class Preset:
-    """A plain nnU-Net of two convolutions a stage, and the patches it trains on."""
+    """A network and the patches it trains on; nnU-Net's have two convolutions a stage."""
 
     features: tuple[int, ...]
     strides: tuple[Triple, ...]
@@ -19,7 +19,12 @@ class Preset:
     batch: int = 2
     channels: int = 1
     classes: int = 6
-    swin: bool = False  # a Swin-UNETR whose feature size is the first of `features` instead
+    family: str = "plain"  # or "resenc"; of "swin" and "unetr" `features` is the feature size alone
+
+    @property
+    def heads(self) -> bool:
+        """Whether it has nnU-Net's heads on every stage."""
+        return self.family in ("plain", "resenc")
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,22 @@ class Layer:
         return f"{size} {self.channels}->{self.features} {kernel}{stride}"
 
 
+BLOCKS = (1, 3, 4, 6)  # residual blocks per stage of the encoder
 _DEEP = (32, 64, 128, 256, 320, 320, 320)
 PRESETS = {
     "tiny": Preset((4, 8), (_ONE, _PLANE), (_FLAT, _CUBE), (4, 16, 16)),
-    "swin": Preset((24,), (_ONE,), (_CUBE,), (32, 96, 96), swin=True),
+    "swin": Preset((24,), (_ONE,), (_CUBE,), (32, 96, 96), family="swin"),
+    "unetr": Preset((16,), (_ONE,), (_CUBE,), (32, 96, 96), family="unetr"),
     # The first four stages of nnU-Net's plan for BHSD (5 mm slices).
     "small": Preset(_DEEP[:4], (_ONE, *(_PLANE,) * 3), (*(_FLAT,) * 3, _CUBE), (16, 128, 128)),
+    # With nnU-Net's residual encoder: 1, 3, 4 and 6 blocks.
+    "resenc": Preset(
+        _DEEP[:4],
+        (_ONE, *(_PLANE,) * 3),
+        (*(_FLAT,) * 3, _CUBE),
+        (16, 128, 128),
+        family="resenc",
+    ),
     # The same sizes with kernels that are cubes from stage 1 on, as for thinner slices.
     "small3d": Preset(
         _DEEP[:4], (_ONE, _PLANE, _ALL, _ALL), (_FLAT, *(_CUBE,) * 3), (16, 128, 128)

@@ -37,7 +37,8 @@ def processor() -> str:
     name = re.search(r"model name\s*: (.*)", text)
     flags = re.search(r"(?:flags|Features)\s*: (.*)", text)
     known = flags[1].split() if flags else []
-    widest = next((each for each in ("avx512f", "avx2", "sve", "asimd") if each in known), "")
+    sets = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
+    widest = next((each for each in sets if each in known), "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name[1] if name else 'unknown processor'}, {widest or 'no AVX'}, {cores} cores"
 

@@ -4,7 +4,8 @@
 
 A step is forward, deep-supervised Dice and cross entropy, backward, clipping, SGD with Nesterov
 momentum, on patches that lie on the device; the peer is `dynamic_network_architectures`'
-PlainConvUNet, or MONAI's SwinUNETR (`--preset swin`), under nnU-Net's loss. `--layers` compares the
+PlainConvUNet or ResidualEncoderUNet (`--preset resenc`), or MONAI's SwinUNETR or UNETR (`swin`,
+`unetr`), under nnU-Net's loss. `--layers` compares the
 U-Net's convolutions one by one instead. `--peer-python` names an interpreter that has those
 packages; "none" measures ours alone.
 
@@ -26,7 +27,7 @@ import sys
 from pathlib import Path
 
 import bench_pair
-from bench_networks import PRESETS, Layer, Preset, layers, step_flops
+from bench_networks import BLOCKS, PRESETS, Layer, Preset, layers, step_flops
 
 HERE = Path(__file__).parent
 
@@ -62,7 +63,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--pad-input", type=int, default=0, help="input channels, zeros added")
     parser.add_argument("--layers", action="store_true")
     args = completed(parser.parse_args(words))
-    if args.layers and PRESETS[args.preset].swin:
+    if args.layers and PRESETS[args.preset].family != "plain":
         parser.error("--layers lists the convolutions of a plain nnU-Net; choose another preset")
     return args
 
@@ -103,7 +104,8 @@ def compare_step(
 ) -> dict:
     """Step against step."""
     preset = PRESETS[args.preset]
-    flops = 0 if preset.swin else step_flops(preset) * (args.batch or preset.batch) / preset.batch
+    plain = preset.family == "plain"
+    flops = step_flops(preset) * (args.batch or preset.batch) / preset.batch if plain else 0
     found = bench_pair.summarize(bench_pair.take_turns(ours, peer, "step", args.rounds))
     found |= {"gflop": flops / 1e9, "facts": {"ours": ours.facts}}
     if flops:
@@ -220,18 +222,20 @@ def our_parts(args: argparse.Namespace, preset: Preset):
 
 def our_model(args: argparse.Namespace, preset: Preset):
     """The network of a preset."""
-    from bhsd_jax.models.nnunet import PlainConvUNet
+    from bhsd_jax.models.nnunet import PlainConvUNet, ResidualEncoderUNet
     from bhsd_jax.models.swin_unetr import SwinUNETR
+    from bhsd_jax.models.unetr import UNETR
 
-    if preset.swin:
+    if preset.family == "swin":
         return SwinUNETR(preset.classes, feature_size=preset.features[0], dtype=args.dtype)
-    return PlainConvUNet(
-        preset.classes,
-        features=preset.features,
-        strides=preset.strides,
-        kernels=preset.kernels,
-        dtype=args.dtype,
-    )
+    if preset.family == "unetr":
+        size = {"patch": preset.patch, "feature_size": preset.features[0]}
+        return UNETR(preset.classes, **size, dtype=args.dtype)
+    stages = {name: getattr(preset, name) for name in ("features", "strides", "kernels")}
+    if preset.family == "resenc":
+        stages["blocks_encoder"] = BLOCKS
+        return ResidualEncoderUNet(preset.classes, **stages, dtype=args.dtype)
+    return PlainConvUNet(preset.classes, **stages, dtype=args.dtype)
 
 
 def setup_layers(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:

@@ -6,9 +6,9 @@ import sys
 
 import bench_pair
 import torch
-from bench_networks import PRESETS, Preset
+from bench_networks import BLOCKS, PRESETS, Preset
 from bench_step import distinct, parse
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -28,20 +28,28 @@ def main() -> None:
 
 def network(preset: Preset, deep_supervision: bool = True) -> nn.Module:
     """The same network, with its authors' layers."""
-    if preset.swin:
+    if preset.family == "swin":
         from monai.networks.nets import SwinUNETR
 
         return SwinUNETR(preset.channels, preset.classes, feature_size=preset.features[0])
-    net = PlainConvUNet(
+    if preset.family == "unetr":
+        from monai.networks.nets import UNETR
+
+        size = {"img_size": preset.patch, "feature_size": preset.features[0]}
+        return UNETR(preset.channels, preset.classes, **size)
+    kind, blocks, convolutions = PlainConvUNet, 2, 2
+    if preset.family == "resenc":
+        kind, blocks, convolutions = ResidualEncoderUNet, BLOCKS, 1
+    net = kind(
         preset.channels,
         len(preset.features),
         preset.features,
         nn.Conv3d,
         preset.kernels,
         preset.strides,
-        2,
+        blocks,
         preset.classes,
-        2,
+        convolutions,
         conv_bias=True,
         norm_op=nn.InstanceNorm3d,
         norm_op_kwargs={"eps": 1e-5, "affine": True},
@@ -70,7 +78,7 @@ def setup_step(args) -> tuple[dict, bench_pair.Jobs]:
     weights = [0.5**i for i in range(heads)]
     if heads > 1:
         weights[-1] = 0.0
-    if preset.swin:  # one head
+    if not preset.heads:
         targets = whole
     else:
         loss_fn = DeepSupervisionWrapper(loss_fn, [w / sum(weights) for w in weights])
