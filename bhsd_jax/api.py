@@ -77,8 +77,7 @@ class Predictor:
     def warm_up(self) -> None:
         """Compiles the networks, by applying them to a scan of one tile."""
         for one in (self._networks, *self._networks.others):
-            channels = one.plan.scan_channels + bool(one.plan.previous_stage)
-            blank = np.full((*one.window.tile, channels), one.fill, np.float32)
+            blank = np.full((*one.window.tile, one.plan.raw_channels), one.fill, np.float32)
             one.window.logits(one.networks, blank, fill=one.fill)
 
     def __call__(

@@ -224,6 +224,11 @@ class Plan:
         return max(len(self.channels), 1)
 
     @property
+    def raw_channels(self) -> int:
+        """Channels of a prepared scan, a first network's label map included."""
+        return self.scan_channels + bool(self.previous_stage)
+
+    @property
     def labels(self) -> Labels:
         """What the values of its label maps mean."""
         return Labels(self.classes, self.regions, self.region_order, self.ignore, self.listed)

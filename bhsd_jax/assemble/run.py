@@ -60,11 +60,6 @@ class Run:
         )
 
     @property
-    def raw_channels(self) -> int:
-        """Channels of a scan as it lies in the shards, a first network's label map included."""
-        return self.plan.scan_channels + bool(self.plan.previous_stage)
-
-    @property
     def labels(self) -> Labels:
         """What the values of label maps mean, and what the network is asked for."""
         plain = self.plan.labels
@@ -97,7 +92,7 @@ class Run:
         if not self.plan.previous_stage:
             return self.normalization
         labels = len(self.plan.classes) - 1
-        return CascadeInput(self.normalization, self.raw_channels, labels)
+        return CascadeInput(self.normalization, self.plan.raw_channels, labels)
 
     @cached_property
     def shards(self) -> Shards:

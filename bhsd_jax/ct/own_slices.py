@@ -112,8 +112,7 @@ class OwnSlices:
         self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid, labels: Labels | None = None
     ) -> UInt8[np.ndarray, "D _ _"]:
         """As `label`, on the even planes of the volume, unsheared if that was; of uneven scans."""
-        every = np.arange(self.read_shape[0], dtype=np.float64)
-        return _label_at(logits, grid, every, labels)
+        return _label_at(logits, grid, self._every_plane, labels)
 
     def probabilities(
         self, logits: Float[np.ndarray, "K _ _ _"], grid: Grid, labels: Labels | None = None
@@ -137,6 +136,10 @@ class OwnSlices:
         along = grid.order.index(0)
         if axis != along or grid.shape[along] == grid.cropped_shape[along]:
             return None
+        return self._every_plane
+
+    @property
+    def _every_plane(self) -> Float64[np.ndarray, " D"]:
         return np.arange(self.read_shape[0], dtype=np.float64)
 
 
@@ -153,8 +156,7 @@ def of(image: Image, shape: Shape, affine: Float64[np.ndarray, "4 4"]) -> OwnSli
     read = (stack.shape, stack.affine, image.unshear)
     if stack.is_even or not image.own_slices:
         places_mm = np.arange(stack.shape[0]) * _step_mm(stack.affine)
-        smooth = image.own_slices
-        return OwnSlices(stack.shape, stack.affine, places_mm, None, *read, smooth)
+        return OwnSlices(stack.shape, stack.affine, places_mm, None, *read, image.own_slices)
     own = (len(stack.slices), stack.shape[1], stack.shape[2])
     return OwnSlices(own, stack.own_affine, stack.places_mm, stack.places, *read)
 

@@ -46,8 +46,8 @@ def _sample(image: Array, kernel: Array, strides: Triple) -> Array:
     (kd, kh, kw), features = kernel.shape[:3], kernel.shape[4]
     ends = zip(image.shape[:3], (kd, kh, kw), strides, strict=True)
     depth, height, width = ((n - k) // s + 1 for n, k, s in ends)
-    rows = _divisor(height, _VOXELS // width)
-    planes = _divisor(depth, _VOXELS // (height * width)) if rows == height else 1
+    rows = divisor(height, _VOXELS // width)
+    planes = divisor(depth, _VOXELS // (height * width)) if rows == height else 1
     shape = ((planes - 1) * strides[0] + kd, (rows - 1) * strides[1] + kh, *image.shape[2:])
     # Of each voxel the neighbors along D and W lie side by side, and are one row of a product.
     places = np.arange(math.prod(shape[:3])).reshape(shape[:3])
@@ -71,6 +71,6 @@ def _sample(image: Array, kernel: Array, strides: Triple) -> Array:
     return blocks.reshape(depth, height, width, features)
 
 
-def _divisor(number: int, most: int) -> int:
+def divisor(number: int, most: int) -> int:
     """The largest divisor that is not above `most`; 1 if that is below 1."""
     return max(n for n in range(1, number + 1) if number % n == 0 and (n == 1 or n <= most))

@@ -145,9 +145,7 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
         _shift(image, 0, before[0], depth + taps[0] - 1), 1, before[1], height + taps[1] - 1
     )
     image = image.transpose(0, 3, 1, 2)
-    planes = max(
-        n for n in range(1, depth + 1) if depth % n == 0 and (n == 1 or n * height * width <= _ROWS)
-    )
+    planes = conv_bfloat16.divisor(depth, _ROWS // (height * width))
     shifts = [tap - before[2] for tap in range(taps[2])]
     narrow = channels < features
 

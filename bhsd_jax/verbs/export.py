@@ -61,7 +61,7 @@ def stablehlo(
     flat: Any = traverse_util.flatten_dict(variables, sep="/")
     forward = _forward(model, run.network_input if normalize else None)
     (batch,) = jax.export.symbolic_shape("b")
-    channels = run.raw_channels if normalize else run.network_input.channels
+    channels = run.plan.raw_channels if normalize else run.network_input.channels
     image = jax.ShapeDtypeStruct((batch, *run.patch, channels), jnp.float32)
     if weights_apart:
         shapes = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in flat.items()}

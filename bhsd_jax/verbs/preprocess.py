@@ -305,8 +305,7 @@ def _write_all(
 
 def _require_disk(folder: Path, cases: Set[str], facts: Sequence[Facts], plan: Plan) -> None:
     """Refuses to begin where the shards cannot fit, however well they compress."""
-    channels = plan.scan_channels + bool(plan.previous_stage)
-    bytes_per_voxel = (4 if plan.normalized_before else 2) * channels + 1  # image and mask
+    bytes_per_voxel = (4 if plan.normalized_before else 2) * plan.raw_channels + 1  # image and mask
     target = math.prod(plan.spacing_mm)
     voxels = sum(
         math.prod(fact.shape) * math.prod(fact.spacing_mm) / target

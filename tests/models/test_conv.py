@@ -15,6 +15,17 @@ from bhsd_jax.models.conv import Conv, ConvTranspose, conv3d, conv_transpose
 AXES = ("NDHWC", "DHWIO", "NDHWC")
 SAME = ((1, 1), (1, 1), (1, 1))
 NONE = ((0, 0), (0, 0), (0, 0))
+CASES = [  # size, kernel, strides, padding
+    ((5, 6, 7), (3, 3, 3), (1, 1, 1), SAME),
+    ((3, 7, 6), (1, 3, 3), (1, 2, 2), ((0, 0), (1, 1), (1, 1))),
+    ((5, 8, 7), (3, 3, 3), (2, 2, 2), SAME),
+    ((6, 5, 9), (2, 4, 5), (3, 1, 2), ((0, 1), (2, 1), (4, 0))),
+    ((4, 5, 3), (3, 1, 3), (2, 2, 1), ((3, 4), (1, 0), (0, 5))),
+    ((7, 7, 7), (3, 3, 3), (2, 2, 2), ((-1, 1), (1, -1), (-1, -1))),
+    ((5, 4, 3), (1, 1, 1), (1, 1, 1), NONE),
+    ((5, 7, 2), (2, 2, 2), (4, 3, 5), NONE),
+    ((1, 1, 2), (3, 3, 3), (2, 2, 2), SAME),
+]
 
 
 def _arrays(size, kernel, dtype=jnp.float32):
@@ -35,20 +46,7 @@ def _pass_values(function, image, kernel):
     return out, *grads
 
 
-@pytest.mark.parametrize(
-    ("size", "kernel", "strides", "padding"),
-    [
-        ((5, 6, 7), (3, 3, 3), (1, 1, 1), SAME),
-        ((3, 7, 6), (1, 3, 3), (1, 2, 2), ((0, 0), (1, 1), (1, 1))),
-        ((5, 8, 7), (3, 3, 3), (2, 2, 2), SAME),
-        ((6, 5, 9), (2, 4, 5), (3, 1, 2), ((0, 1), (2, 1), (4, 0))),
-        ((4, 5, 3), (3, 1, 3), (2, 2, 1), ((3, 4), (1, 0), (0, 5))),
-        ((7, 7, 7), (3, 3, 3), (2, 2, 2), ((-1, 1), (1, -1), (-1, -1))),
-        ((5, 4, 3), (1, 1, 1), (1, 1, 1), NONE),
-        ((5, 7, 2), (2, 2, 2), (4, 3, 5), NONE),
-        ((1, 1, 2), (3, 3, 3), (2, 2, 2), SAME),
-    ],
-)
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), CASES)
 def test_conv3d_and_its_gradients_are_those_of_lax(size, kernel, strides, padding):
     image, weight = _arrays(size, kernel)
     native = functools.partial(

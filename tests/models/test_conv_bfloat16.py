@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_conv import CASES, SAME
 
 from bhsd_jax.models import conv_bfloat16, conv_cpu
 from bhsd_jax.models.conv import conv3d
 from bhsd_jax.platform import processor
-
-SAME = ((1, 1), (1, 1), (1, 1))
 
 
 @pytest.fixture(params=[True, False], ids=["bits", "float32"])
@@ -32,21 +31,14 @@ def native(image, kernel, strides, padding):
     return lax.conv_general_dilated(image, kernel, strides, padding, dimension_numbers=axes)
 
 
-CASES = [
-    ((5, 6, 7), (3, 3, 3), (1, 1, 1), SAME),
-    ((3, 7, 6), (1, 3, 3), (1, 2, 2), ((0, 0), (1, 1), (1, 1))),
-    ((5, 8, 7), (3, 3, 3), (2, 2, 2), SAME),
-    ((6, 5, 9), (2, 4, 5), (3, 1, 2), ((0, 1), (2, 1), (4, 0))),
-    ((4, 5, 3), (3, 1, 3), (2, 2, 1), ((3, 4), (1, 0), (0, 5))),
-    ((7, 7, 7), (3, 3, 3), (2, 2, 2), ((-1, 1), (1, -1), (-1, -1))),
-    ((1, 1, 2), (3, 3, 3), (2, 2, 2), SAME),
+BLOCKS = [
     ((2, 6, 2050), (1, 3, 3), (1, 1, 1), SAME),  # wider than a block
     ((3, 70, 40), (3, 3, 3), (1, 1, 1), SAME),  # several blocks of rows
     ((12, 20, 17), (3, 3, 3), (1, 2, 1), SAME),  # several blocks of planes
 ]
 
 
-@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), CASES)
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), CASES + BLOCKS)
 def test_output_and_both_gradients_are_those_of_the_rounded_values(size, kernel, strides, padding):
     image, weight = arrays(size, kernel, batch=1)
     image_bits, kernel_bits = map(conv_bfloat16.bits, (image, weight))

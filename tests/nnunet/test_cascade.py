@@ -8,31 +8,28 @@ as nnU-Net's prediction has it (-1 where the scan is 0), `previous_trained` as i
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 import tiny_run
 from dicom_files import write_series
 from nnunet_raw import Reference, config
+from test_step_losses import after_two_steps, weights
 from tiny_run import PLAN
 
 from bhsd_jax.api import Predictor, read_scan
 from bhsd_jax.assemble import cascade
-from bhsd_jax.assemble.recipe import Cascade, _segmentation, make_augment
+from bhsd_jax.assemble.recipe import Cascade, make_augment
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.ct import nifti, prepare
 from bhsd_jax.datasets.msd import MSD
 from bhsd_jax.metrics import scores
 from bhsd_jax.nnunet import dataset_json, dataset_plan, planner, trained
-from bhsd_jax.objectives.supervised import Supervised
 from bhsd_jax.platform import step_log
 from bhsd_jax.settings import DicomSeries, Settings
 from bhsd_jax.shards import store
 from bhsd_jax.torch_weights import importing
-from bhsd_jax.train.optimizer import make_optimizer, make_schedule
-from bhsd_jax.train.step import Parts, make_train_step
-from bhsd_jax.types import Batch, TrainState
+from bhsd_jax.types import Batch
 from bhsd_jax.verbs import evaluate, import_weights, predict, preprocess, train
 from bhsd_jax.volume import Case, Volume
 from bhsd_jax.windows import CascadeInput, Normalization
@@ -74,11 +71,6 @@ def cascade_config(raw):
     made = config(raw, raw.parent / "plans.json", CASCADE)
     made.preprocess.previous = (str(raw.parent / "low"),)
     return made
-
-
-def weights(arrays, which):
-    start = f"{which}/"
-    return {name.removeprefix(start): v for name, v in arrays.items() if name.startswith(start)}
 
 
 def test_the_plans_are_nnunets(reference, raw):
@@ -144,36 +136,13 @@ def test_the_losses_of_two_steps_are_nnunets(model):
     assert previous.min() == -1, "some of it lies outside"
     raw_batch = Batch(np.stack([scan, previous], axis=-1).astype(np.float32), label)
     inputs = CascadeInput(Normalization.from_plan("mr", (0, 0, 1, 0)), 2, 2)
-    schedule = make_schedule("constant", steps=10, lr=known["lr"])
-    optimizer = make_optimizer("sgd", schedule, momentum=0.99, weight_decay=3e-5, clip=12.0)
-    settings = {"smooth": 1e-5, "batch_dice": known["batch_dice"]}
-    parts = Parts(
-        model=module,
-        objective=Supervised(),
-        optimizer=optimizer,
-        schedule=schedule,
-        segmentation=_segmentation(settings, labels),
-        augment=make_augment(
-            inputs.normalization,
-            SpatialChain((), label.shape[1:]),
-            IntensityChain(()),
-            cascade=Cascade(inputs.maps, IntensityChain(())),
-        ),
-        view=lambda key, image: image,
-        steps=10,
+    augment = make_augment(
+        inputs.normalization,
+        SpatialChain((), label.shape[1:]),
+        IntensityChain(()),
+        cascade=Cascade(inputs.maps, IntensityChain(())),
     )
-    state = TrainState(
-        np.int32(0),
-        variables["params"],
-        optimizer.init(variables["params"]),
-        None,
-        jax.random.key(0),
-    )
-    step = jax.jit(make_train_step(parts))
-    found = []
-    for _ in range(2):
-        state, metrics = step(state, raw_batch)
-        found.append(float(metrics["loss"]))
+    found, _ = after_two_steps(module, variables, labels, known, raw_batch, augment)
     np.testing.assert_allclose(found, arrays["losses"], atol=1e-5)
     assert abs(found[0] - found[1]) > 1e-3, "the step has changed something"
 

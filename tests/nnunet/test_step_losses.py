@@ -24,6 +24,31 @@ def weights(arrays, which):
     return {name.removeprefix(start): v for name, v in arrays.items() if name.startswith(start)}
 
 
+def after_two_steps(module, variables, labels, known, batch, augment=lambda key, batch: batch):
+    """Both losses, and the state; of patches that are drawn already."""
+    settings = {"smooth": 1e-5, "batch_dice": known["batch_dice"]}
+    schedule = make_schedule("constant", steps=10, lr=known["lr"])
+    optimizer = make_optimizer("sgd", schedule, momentum=0.99, weight_decay=3e-5, clip=12.0)
+    parts = Parts(
+        model=module,
+        objective=Supervised(),
+        optimizer=optimizer,
+        schedule=schedule,
+        segmentation=_segmentation(settings, labels),
+        augment=augment,
+        view=lambda key, image: image,
+        steps=10,
+    )
+    params = variables["params"]
+    state = TrainState(np.int32(0), params, optimizer.init(params), None, jax.random.key(0))
+    step = jax.jit(make_train_step(parts))
+    found = []
+    for _ in range(2):
+        state, metrics = step(state, batch)
+        found.append(float(metrics["loss"]))
+    return found, state
+
+
 @pytest.mark.parametrize("name", ["two_channels", "ignore", "regions", "regions_ignore", "planar"])
 def test_the_losses_of_two_steps_are_nnunets(golden, name):
     with np.load(golden / f"model_{name}.npz") as stored:
@@ -36,26 +61,7 @@ def test_the_losses_of_two_steps_are_nnunets(golden, name):
     if image.ndim == 4:  # a patch of one slice
         image, arrays["y"] = image[:, :, None], arrays["y"][:, :, None]
     batch = Batch(np.moveaxis(image, 1, -1), np.maximum(arrays["y"][:, 0], 0))
-    settings = {"smooth": 1e-5, "batch_dice": known["batch_dice"]}
-    schedule = make_schedule("constant", steps=10, lr=known["lr"])
-    optimizer = make_optimizer("sgd", schedule, momentum=0.99, weight_decay=3e-5, clip=12.0)
-    parts = Parts(
-        model=module,
-        objective=Supervised(),
-        optimizer=optimizer,
-        schedule=schedule,
-        segmentation=_segmentation(settings, labels),
-        augment=lambda key, batch: batch,
-        view=lambda key, image: image,
-        steps=10,
-    )
-    params = variables["params"]
-    state = TrainState(np.int32(0), params, optimizer.init(params), None, jax.random.key(0))
-    step = jax.jit(make_train_step(parts))
-    found = []
-    for _ in range(2):
-        state, metrics = step(state, batch)
-        found.append(float(metrics["loss"]))
+    found, state = after_two_steps(module, variables, labels, known, batch)
     assert np.isfinite(optax.tree.norm(state.params))
     np.testing.assert_allclose(found, arrays["losses"], atol=1e-5)
     assert abs(found[0] - found[1]) > 1e-4, "the step has changed something"
