@@ -19,13 +19,15 @@ from bhsd_jax.train.processes import Preemption
 
 ROOT = Path(__file__).parents[2]
 JOIN = """
+import os
 import jax
 from bhsd_jax.platform import cluster
 from bhsd_jax.train import processes
 processes.start(cluster.find())
 if jax.distributed.is_initialized():
     processes.share_cores(4)  # does nothing: each has its own share of the batch
-print("joined", jax.process_index(), jax.process_count(), len(jax.devices()), flush=True)
+line = f"joined {jax.process_index()} {jax.process_count()} {len(jax.devices())}\\n"
+os.write(1, line.encode())  # in one piece: two processes may share the pipe
 """
 UNTIL_ASKED = """
 import time
