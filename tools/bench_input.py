@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from bhsd_jax.ct.prepare import Prepared
+from bhsd_jax.ct.prepared import Prepared
 from bhsd_jax.input.pipeline import Batches, Cache, Cut, Decoded, Stream
 from bhsd_jax.shards.store import Shards, write_index, write_shard
 from bhsd_jax.volume import Grid, Network, Plan

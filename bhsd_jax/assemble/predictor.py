@@ -22,7 +22,8 @@ from bhsd_jax.assemble.trust import Trust
 from bhsd_jax.ct import geometry, hu, own_slices, probabilities, saved_logits, scan, shear, upright
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.own_slices import OwnSlices
-from bhsd_jax.ct.prepare import Prepared, doubts_of, hu_doubts, prepare_case
+from bhsd_jax.ct.prepare import doubts_of, hu_doubts, prepare_case
+from bhsd_jax.ct.prepared import Prepared
 from bhsd_jax.ct.probabilities import Probabilities
 from bhsd_jax.infer import ensemble
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.nnunet import plans_json
 from bhsd_jax.nnunet.planner import from_nnunet_plans

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.defects import Kind
 from bhsd_jax.labels import Labels

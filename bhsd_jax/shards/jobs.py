@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.defects import Kind
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError

@@ -13,7 +13,7 @@ from typing import Any
 import blosc2
 import numpy as np
 
-from bhsd_jax.ct.prepare import Prepared
+from bhsd_jax.ct.prepared import Prepared
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Grid, Shape
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from bhsd_jax.ct.prepare import Prepared
+from bhsd_jax.ct.prepared import Prepared
 from bhsd_jax.platform import faults, files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.shards.record import SCHEMA, Reader, damaged, pack, unpack

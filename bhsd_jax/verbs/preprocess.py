@@ -18,7 +18,8 @@ from typing import Any
 from bhsd_jax.assemble import data
 from bhsd_jax.ct import scan
 from bhsd_jax.ct.integrity import checkup, facts_file
-from bhsd_jax.ct.prepare import Facts, fingerprint_case, prepare_case
+from bhsd_jax.ct.prepare import fingerprint_case, prepare_case
+from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.datasets import previous, splits_file
 from bhsd_jax.defects import Finding, in_line, refused
 from bhsd_jax.nnunet import adoption, plans_json

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from bhsd_jax.ct import prepare
+from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.nnunet import adoption, planner
 from bhsd_jax.volume import Network, Plan
 
@@ -17,7 +17,7 @@ def head_ct(golden):
 
 
 def facts(shape=(34, 512, 512), spacing=(5.0, 0.5, 0.5), order=(0, 1, 2)):
-    return prepare.Facts(
+    return Facts(
         case="a",
         patient="a",
         split="train",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bhsd_jax.ct.integrity import checkup, doctor, listing, words
-from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.defects import Finding, Kind, Refusal, refused
 
 CLASSES = ("background", "EDH", "IPH")

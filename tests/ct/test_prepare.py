@@ -6,6 +6,7 @@ import pytest
 from turned import stored
 
 from bhsd_jax.ct import geometry, hu, nifti, prepare
+from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.defects import Finding, Kind, Refusal, texts
 from bhsd_jax.nnunet.dataset_plan import make_plan
 from bhsd_jax.volume import Case, Network, Plan, Volume
@@ -346,7 +347,7 @@ def test_the_source_digest_is_that_of_the_bytes_and_notices_a_changed_mask(head)
 
 def facts_of(spacings, shapes, foreground):
     return [
-        prepare.Facts(
+        Facts(
             case=f"c{i}",
             patient=f"c{i}",
             split="train",

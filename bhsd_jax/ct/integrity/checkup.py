@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.ct.integrity import doctor, listing, words
-from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform import csv_files, files
 from bhsd_jax.platform.errors import UserError

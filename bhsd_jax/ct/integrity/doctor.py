@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.defects import Finding, Kind, Outcome
 
 _HEAD_MM = ((80.0, 300.0), (120.0, 400.0), (120.0, 400.0))  # of head CT: D, H, W; BHSD: 91..350

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform import files
 from bhsd_jax.volume import Case

@@ -7,7 +7,7 @@ import numpy as np
 
 from bhsd_jax.ct.geometry import LEAST_TILT_DEG
 from bhsd_jax.ct.integrity.doctor import Group
-from bhsd_jax.ct.prepare import Facts
+from bhsd_jax.ct.prepared import Facts
 
 _ORDER = ("train", "val", "test", "unlabeled")
 _MEASURES = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
