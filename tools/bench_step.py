@@ -22,6 +22,7 @@ expected of it for the `bhsd` preset:
 import argparse
 import functools
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -157,6 +158,7 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     """Compiles our step and runs it once."""
     import jax
 
+    from bhsd_jax.models.cost import count_parameters
     from bhsd_jax.platform import allocator
     from bhsd_jax.train import mesh as meshes
     from bhsd_jax.train.step import init_state, make_train_step
@@ -165,7 +167,9 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     preset = PRESETS[args.preset]
     parts = our_parts(args, preset)
     batch, channels = args.batch or preset.batch, max(args.pad_input, preset.channels)
-    mesh = meshes.make_mesh(batches=(batch,))
+    parameters = count_parameters(parts.model, (1, *preset.patch, channels))
+    cores = meshes.cores_in_use(parameters, batch * math.prod(preset.patch))
+    mesh = meshes.make_mesh(batches=(batch,), devices=cores)
     rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=rows)

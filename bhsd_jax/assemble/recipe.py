@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from bhsd_jax.input.pipeline import Cut
 from bhsd_jax.input.slices import Slices
 from bhsd_jax.labels import Labels
 from bhsd_jax.losses import DiceBCE, DiceCE
+from bhsd_jax.models.cost import count_parameters
 from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
@@ -92,11 +94,23 @@ class Recipe:
         return init_state(self.parts, jnp.zeros((1, *self.cut.patch, self.channels)), key)
 
 
-def make_mesh(run: Run) -> Mesh:
-    """The devices of a training, as the config arranges them and its batches fill them."""
+def make_mesh(run: Run, cores: bool = False) -> Mesh:
+    """The devices of a training, as the config arranges them and its batches fill them.
+
+    Args:
+        run: What is trained.
+        cores: Whether `processes.share_cores` made cores devices, of which fewer may be better.
+    """
     sizes = {axis: getattr(run.config.mesh, axis) for axis in meshes.AXES}
     accumulate = max(run.config.train.accumulate, 1)
-    return meshes.make_mesh(**sizes, batches=(run.labeled, run.unlabeled), accumulate=accumulate)
+    batches = (run.labeled, run.unlabeled)
+    devices = None
+    if cores and sizes == dict.fromkeys(meshes.AXES, 1) | {"data": -1}:
+        networks = len(wiring.objective(run.config).twins) or 1
+        image = (1, *run.patch, run.network_input.channels)
+        parameters = networks * count_parameters(wiring.model(run), image)
+        devices = meshes.cores_in_use(parameters, sum(batches) * math.prod(run.patch))
+    return meshes.make_mesh(**sizes, batches=batches, accumulate=accumulate, devices=devices)
 
 
 def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:

@@ -26,8 +26,7 @@ def cost(model: nn.Module, image: tuple[int, int, int, int, int]) -> Cost:
     `activation_bytes` is what autodiff keeps, before the compiler recomputes or reuses anything.
     """
     shape = jax.ShapeDtypeStruct(image, jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, shape)
+    variables = _variables(model, shape)
 
     def forward(variables: Any, image: Any) -> Any:
         """Logits, and all that the backward pass will read."""
@@ -35,11 +34,25 @@ def cost(model: nn.Module, image: tuple[int, int, int, int, int]) -> Cost:
 
     jaxpr, (logits, kept) = jax.make_jaxpr(forward, return_shape=True)(variables, shape)
     return Cost(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        parameters=_parameters(variables),
         multiply_adds=_count(jaxpr.jaxpr),
         heads=len(logits),
         activation_bytes=_bytes(kept) - _bytes(variables),
     )
+
+
+def count_parameters(model: nn.Module, image: tuple[int, int, int, int, int]) -> int:
+    """Numbers that are trained of the model for images [B D H W C]."""
+    return _parameters(_variables(model, jax.ShapeDtypeStruct(image, jnp.float32)))
+
+
+def _variables(model: nn.Module, image: jax.ShapeDtypeStruct) -> Any:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, image)
+
+
+def _parameters(variables: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
 def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:

@@ -134,7 +134,7 @@ def _why_no_accelerator() -> str:
     return ""
 
 
-def share_cores(*batches: int, most: int | None = None) -> None:
+def share_cores(*batches: int, most: int | None = None) -> bool:
     """On CPUs, splits the cores into as many devices as share batches of these sizes evenly.
 
     A device runs one operation at a time, and few operations keep all cores busy; devices with
@@ -144,15 +144,21 @@ def share_cores(*batches: int, most: int | None = None) -> None:
     Args:
         batches: Samples of a step; 0 is no batch.
         most: Devices at most, for there is only so much memory.
+
+    Returns:
+        Whether CPUs, where they are what computes, were split here.
     """
     told = jax.config.jax_num_cpu_devices >= 0  # pyright: ignore[reportAttributeAccessIssue]
     told |= _FORCED in os.environ.get("XLA_FLAGS", "")
     if told or jax.distributed.is_initialized():
-        return
+        return False
     limit = min(machine.cores(), most or machine.cores())
     share = max(n for n in range(1, limit + 1) if all(count % n == 0 for count in batches))
-    with contextlib.suppress(RuntimeError):  # devices are in use already
+    try:
         jax.config.update("jax_num_cpu_devices", share)
+    except RuntimeError:  # devices are in use already
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -59,18 +59,19 @@ def run(config: Config, workdir: Path) -> None:
     parts.join(config)
     # The plan of the shards, and not the run's own: a checkpoint of another plan is refused.
     run = Run.of(config, workdir, Plan.load(data.shards_folder(config, workdir)))
+    cores = False
     if config.mesh.model == config.mesh.space == 1:  # before anything asks for the devices
         at_once = (n // max(config.train.accumulate, 1) for n in (run.labeled, run.unlabeled))
-        processes.share_cores(*at_once)
+        cores = processes.share_cores(*at_once)
     processes.say_devices()
     workdir.mkdir(parents=True, exist_ok=True)
     with _alone(workdir), Preemption() as asked, processes.together():
-        _train(run, asked, span)
+        _train(run, asked, span, cores)
 
 
-def _train(run: Run, asked: Preemption, span: Span | None) -> None:
+def _train(run: Run, asked: Preemption, span: Span | None, cores: bool) -> None:
     workdir, steps = run.folder, run.config.train.steps
-    mesh = make_mesh(run)
+    mesh = make_mesh(run, cores)
     roles, notes = run.roles
     for note in notes:
         logger.warning("%s", note)

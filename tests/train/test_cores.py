@@ -10,11 +10,10 @@ _SHARE = """
 import os
 os.sched_getaffinity = lambda process: set(range({cores}))
 from bhsd_jax.train import processes
-processes.share_cores({arguments})
+split = processes.share_cores({arguments})
 import jax
 print(jax.device_count())
-processes.share_cores(5)
-print(jax.device_count())
+print(split, processes.share_cores(5), jax.device_count())
 """
 
 
@@ -39,4 +38,6 @@ def test_every_core_is_a_device_where_the_batch_allows(cores, arguments, environ
         text=True,
         check=True,
     )
-    assert done.stdout.split() == [str(devices)] * 2  # devices in use stay as they are
+    split = not {"JAX_NUM_CPU_DEVICES", "XLA_FLAGS"} & environment.keys()
+    # Devices in use stay as they are.
+    assert done.stdout.split() == [str(devices), str(split), "False", str(devices)]
