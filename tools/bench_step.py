@@ -161,6 +161,7 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     from bhsd_jax.models.cost import count_parameters
     from bhsd_jax.platform import allocator
     from bhsd_jax.train import mesh as meshes
+    from bhsd_jax.train import processes
     from bhsd_jax.train.step import init_state, make_train_step
     from bhsd_jax.types import Batch
 
@@ -168,8 +169,8 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     parts = our_parts(args, preset)
     batch, channels = args.batch or preset.batch, max(args.pad_input, preset.channels)
     parameters = count_parameters(parts.model, (1, *preset.patch, channels))
-    cores = meshes.cores_in_use(parameters, batch * math.prod(preset.patch))
-    mesh = meshes.make_mesh(batches=(batch,), devices=cores)
+    processes.unite_cores(parameters, batch * math.prod(preset.patch))
+    mesh = meshes.make_mesh(batches=(batch,))
     rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=rows)

@@ -28,6 +28,7 @@ from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train import processes
 from bhsd_jax.train.optimizer import make_optimizer, make_schedule
 from bhsd_jax.train.step import Parts, init_state
 from bhsd_jax.types import Batch, TrainState
@@ -94,23 +95,24 @@ class Recipe:
         return init_state(self.parts, jnp.zeros((1, *self.cut.patch, self.channels)), key)
 
 
-def make_mesh(run: Run, cores: bool = False) -> Mesh:
-    """The devices of a training, as the config arranges them and its batches fill them.
-
-    Args:
-        run: What is trained.
-        cores: Whether `processes.share_cores` made cores devices, of which fewer may be better.
-    """
-    sizes = {axis: getattr(run.config.mesh, axis) for axis in meshes.AXES}
-    accumulate = max(run.config.train.accumulate, 1)
-    batches = (run.labeled, run.unlabeled)
-    devices = None
-    if cores and sizes == dict.fromkeys(meshes.AXES, 1) | {"data": -1}:
-        networks = len(wiring.objective(run.config).twins) or 1
+def share_cores(run: Run) -> None:
+    """On a CPU, as many devices as suit the training; before anything asks for the devices."""
+    config, batches = run.config, (run.labeled, run.unlabeled)
+    if config.mesh.model > 1 or config.mesh.space > 1:
+        return
+    at_once = (count // max(config.train.accumulate, 1) for count in batches)
+    if processes.share_cores(*at_once):
+        networks = len(wiring.objective(config).twins) or 1
         image = (1, *run.patch, run.network_input.channels)
         parameters = networks * count_parameters(wiring.model(run), image)
-        devices = meshes.cores_in_use(parameters, sum(batches) * math.prod(run.patch))
-    return meshes.make_mesh(**sizes, batches=batches, accumulate=accumulate, devices=devices)
+        processes.unite_cores(parameters, sum(batches) * math.prod(run.patch))
+
+
+def make_mesh(run: Run) -> Mesh:
+    """The devices of a training, as the config arranges them and its batches fill them."""
+    sizes = {axis: getattr(run.config.mesh, axis) for axis in meshes.AXES}
+    accumulate = max(run.config.train.accumulate, 1)
+    return meshes.make_mesh(**sizes, batches=(run.labeled, run.unlabeled), accumulate=accumulate)
 
 
 def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:

@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 AXES = ("data", "model", "space", "twins")
 _SPLIT = (("model", "twins"), ("model",), ("twins",))  # of the state's leaves, best first
-_HEAVY = 100  # parameters per voxel of a step's patches
 
 
 def make_mesh(
@@ -70,24 +69,6 @@ def make_mesh(
         return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
     # A part of an accelerator's grid need not be one that JAX knows an order for.
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=kinds)
-
-
-def cores_in_use(parameters: int, voxels: int) -> Sequence[Any]:
-    """The devices that a training should use where cores were made devices: all, or the first.
-
-    Cores with patches of their own finish a step sooner, but each holds and updates the state.
-    Where that is most of the work, one device is faster in less memory; all cores serve it.
-    Measured on two cores, a step on two devices and on one: UNETR of 32 x 96 x 96 (157 parameters
-    per voxel) 5.9 s, 4.3 GB and 4.8 s, 3.3 GB; Swin-UNETR (27 per voxel) 6.5 s, 3.2 GB and 11.5 s,
-    5.2 GB.
-
-    Args:
-        parameters: Of all networks that are trained.
-        voxels: Of all patches of a step.
-    """
-    devices = jax.devices()
-    heavy = devices[0].platform == "cpu" and parameters > _HEAVY * voxels
-    return devices[:1] if heavy else devices
 
 
 def _group(model: int, space: int, twins: int) -> int:

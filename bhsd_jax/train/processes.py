@@ -13,6 +13,7 @@ from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
+from jax.extend import backend
 
 from bhsd_jax.platform import cluster, machine
 from bhsd_jax.platform.cluster import Place
@@ -20,6 +21,7 @@ from bhsd_jax.platform.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_HEAVY = 100  # parameters per voxel of a step's patches
 _FORCED = "xla_force_host_platform_device_count"
 _SILENT_S = 30  # after so long without a word a process counts as lost; JAX's default is 100
 _NOBODY = "coordinator_address should be defined"  # JAX found no cluster
@@ -159,6 +161,24 @@ def share_cores(*batches: int, most: int | None = None) -> bool:
     except RuntimeError:  # devices are in use already
         return False
     return True
+
+
+def unite_cores(parameters: int, voxels: int) -> None:
+    """Where cores were split and one device is better, makes them one again; before any array is.
+
+    Cores with patches of their own finish a step sooner, but each holds and updates the state.
+    Where that is most of the work, one device is faster in less memory; all cores serve it.
+    Measured on two cores, a step on two devices and on one: UNETR of 32 x 96 x 96 (157 parameters
+    per voxel) 5.9 s, 4.3 GB and 4.8 s, 3.3 GB; Swin-UNETR (27 per voxel) 6.5 s, 3.2 GB and 11.5 s,
+    5.2 GB.
+
+    Args:
+        parameters: Of all networks that are trained.
+        voxels: Of all patches of a step.
+    """
+    if jax.default_backend() == "cpu" and parameters > _HEAVY * voxels:
+        backend.clear_backends()
+        jax.config.update("jax_num_cpu_devices", 1)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,13 @@ from jax.sharding import Mesh
 
 from bhsd_jax import fields
 from bhsd_jax.assemble import data, pretrained, program
-from bhsd_jax.assemble.recipe import Recipe, make_mesh, make_recipe, require_matching
+from bhsd_jax.assemble.recipe import (
+    Recipe,
+    make_mesh,
+    make_recipe,
+    require_matching,
+    share_cores,
+)
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.datasets.splits import Roles
@@ -59,19 +65,16 @@ def run(config: Config, workdir: Path) -> None:
     parts.join(config)
     # The plan of the shards, and not the run's own: a checkpoint of another plan is refused.
     run = Run.of(config, workdir, Plan.load(data.shards_folder(config, workdir)))
-    cores = False
-    if config.mesh.model == config.mesh.space == 1:  # before anything asks for the devices
-        at_once = (n // max(config.train.accumulate, 1) for n in (run.labeled, run.unlabeled))
-        cores = processes.share_cores(*at_once)
+    share_cores(run)
     processes.say_devices()
     workdir.mkdir(parents=True, exist_ok=True)
     with _alone(workdir), Preemption() as asked, processes.together():
-        _train(run, asked, span, cores)
+        _train(run, asked, span)
 
 
-def _train(run: Run, asked: Preemption, span: Span | None, cores: bool) -> None:
+def _train(run: Run, asked: Preemption, span: Span | None) -> None:
     workdir, steps = run.folder, run.config.train.steps
-    mesh = make_mesh(run, cores)
+    mesh = make_mesh(run)
     roles, notes = run.roles
     for note in notes:
         logger.warning("%s", note)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +42,42 @@ def test_every_core_is_a_device_where_the_batch_allows(cores, arguments, environ
     split = not {"JAX_NUM_CPU_DEVICES", "XLA_FLAGS"} & environment.keys()
     # Devices in use stay as they are.
     assert done.stdout.split() == [str(devices), str(split), "False", str(devices)]
+
+
+_TRAINING = """
+import os, sys
+from pathlib import Path
+os.sched_getaffinity = lambda process: set(range(4))
+sys.path.insert(0, {folder!r})
+from test_recipe import PLAN, config_of
+from bhsd_jax.configs import cps
+from bhsd_jax.assemble import recipe
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.train import processes
+config = config_of(cps, labeled=4, unlabeled=4)
+config.mesh.twins = {twins}
+run = Run.of(config, Path("run"), PLAN)
+processes._HEAVY = {heavy}
+recipe.share_cores(run)
+import jax
+state = jax.eval_shape(recipe.make_recipe(run).init, jax.random.key(0))
+voxels = 8 * 4 * 16 * 16
+print(jax.device_count(), sum(leaf.size for leaf in jax.tree.leaves(state.params)) / voxels)
+"""
+
+
+def test_cores_that_would_mostly_update_copies_of_the_state_are_one_device():
+    folder = str(Path(__file__).parents[1] / "verbs")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+    def train(heavy: float, twins: int = 1) -> tuple[int, float]:
+        code = _TRAINING.format(folder=folder, heavy=heavy, twins=twins)
+        words = [sys.executable, "-c", code]
+        text = subprocess.check_output(words, env=environment | {"JAX_PLATFORMS": "cpu"}, text=True)
+        devices, share = text.split()
+        return int(devices), float(share)
+
+    devices, share = train(heavy=100)
+    assert (devices, 0 < share < 100) == (4, True)
+    assert train(share * 1.001)[0] == 4
+    assert train(share * 0.999)[0] == 1

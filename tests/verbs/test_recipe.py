@@ -1,7 +1,6 @@
 """The whole recipe of a config: network, augmentation, objective, optimizer."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 import jax
@@ -366,22 +365,6 @@ def test_the_config_arranges_the_devices_and_few_patches_use_few(caplog):
     recipe = make_recipe(config, PLAN, mesh)
     assert (recipe.parts.accumulate, recipe.parts.mesh) == (2, mesh)
     require_matching(config, recipe, ROLES, mesh)
-
-
-@pytest.mark.parametrize(("heavy", "devices"), [(1, 4), (0, 1)])
-def test_cores_that_would_mostly_update_their_own_copy_of_the_state_are_one_device(
-    heavy, devices, monkeypatch
-):
-    config = config_of(cps, labeled=4, unlabeled=4)
-    run = run_of(config)
-    recipe, voxels = make_recipe(config, PLAN), 8 * math.prod(run.patch)
-    shapes = jax.eval_shape(recipe.init, jax.random.key(0))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-    monkeypatch.setattr(meshes, "_HEAVY", parameters / voxels * (1 + 1e-6 if heavy else 1 - 1e-6))
-    assert recipes.make_mesh(run, cores=True).size == devices
-    assert recipes.make_mesh(run).size == 4
-    config.mesh.twins = 2  # devices that the config arranges stay
-    assert recipes.make_mesh(run_of(config), cores=True).size == 8
 
 
 @pytest.mark.parametrize(("experiment", "twins"), [(supervised, 2), (cps, 4)])
