@@ -259,7 +259,7 @@ def archive(tmp_path):
 
     def ask(path, body=None):
         request = urllib.request.Request(f"http://127.0.0.1:{ports[0]}/{path}", data=body)
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.read()
 
     with (tmp_path / "log").open("wb") as log:
@@ -267,7 +267,7 @@ def archive(tmp_path):
             [program, str(tmp_path / "orthanc.json")], stdout=log, stderr=log
         )
         try:
-            for _ in range(200):
+            for _ in range(3000):
                 try:
                     ask("system")
                     break
@@ -277,7 +277,7 @@ def archive(tmp_path):
             yield ask
         finally:
             running.terminate()
-            running.wait(20)
+            running.wait(120)
 
 
 @pytest.mark.parametrize("shape", ["binary", "labelmap"])

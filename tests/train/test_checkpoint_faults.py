@@ -136,7 +136,7 @@ def test_two_processes_save_and_decide_together_and_one_reads_what_they_saved(tm
         port = str(free.getsockname()[1])
     both = [start("shared", folder, str(index), "2", port) for index in range(2)]
     try:
-        told = [process.communicate(timeout=120) for process in both]
+        told = [process.communicate(timeout=600) for process in both]
     finally:
         for process in both:
             process.kill()

@@ -731,7 +731,7 @@ def test_two_processes_leave_the_files_of_one(folder, tmp_path, scans):
         )
         for index in range(2)
     ]
-    done = [process.communicate(timeout=300) for process in running]
+    done = [process.communicate(timeout=600) for process in running]
     assert [process.returncode for process in running] == [0, 0], done
     said = [text.splitlines()[-1] for text, _ in done]
     assert said[0] == str(caught.value).replace(str(references), str(tmp_path / "two"))
