@@ -24,6 +24,8 @@ jaxtyping.install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
+plain_code.compile_in_one_piece()
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

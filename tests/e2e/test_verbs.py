@@ -31,8 +31,7 @@ def environment(tmp_path_factory):
     """One compilation cache for all processes of these tests."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     eager = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-    flags = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return flags | cache | eager
+    return os.environ | cache | eager
 
 
 @pytest.fixture(scope="module")

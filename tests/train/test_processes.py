@@ -4,7 +4,6 @@ import http.server
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bhsd_jax.experiments.local import free_port
 from bhsd_jax.platform import cluster
 from bhsd_jax.train import processes
 from bhsd_jax.train.processes import Preemption
@@ -54,12 +54,6 @@ def begin(script, **more):
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def said(*started):
