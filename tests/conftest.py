@@ -55,6 +55,12 @@ def quick_compilation(monkeypatch):
 
 
 @pytest.fixture
+def full_compilation(quick_compilation):
+    """For what is read from the compiled text, and for single bits, among quick compilations."""
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def golden():
     """Folder of small reference files."""
     return GOLDEN

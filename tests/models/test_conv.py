@@ -81,7 +81,7 @@ def test_a_cpu_program_has_no_3d_convolution_and_others_have_no_2d_one():
     assert ranks["cuda"] == {5}
 
 
-def test_bfloat16_is_computed_in_float32_on_a_cpu_and_rounded_once():
+def test_bfloat16_is_computed_in_float32_on_a_cpu_and_rounded_once(full_compilation):
     image, kernel = _arrays((3, 4, 5), (3, 3, 3), jnp.bfloat16)
     run = jax.jit(lambda x, k: conv3d(x, k, (1, 1, 1), SAME))
     wide = run(image.astype(jnp.float32), kernel.astype(jnp.float32))
@@ -138,7 +138,7 @@ def test_kernels_start_as_full_normals_of_the_reference_spread(layer, fan_in, ke
     assert float(abs(kernel).max()) > 3.5 * std  # a truncated normal ends at 2.3
 
 
-def test_a_batch_sharded_over_devices_needs_only_the_all_reduce_of_the_kernel():
+def test_a_batch_sharded_over_devices_needs_only_the_all_reduce_of_the_kernel(full_compilation):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     image = jax.ShapeDtypeStruct((8, 3, 64, 64, 2), jnp.float32, sharding=rows)

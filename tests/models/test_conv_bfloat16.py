@@ -12,6 +12,8 @@ from bhsd_jax.models import conv_bfloat16, conv_cpu
 from bhsd_jax.models.conv import conv3d
 from bhsd_jax.platform import processor
 
+pytestmark = pytest.mark.usefixtures("full_compilation")
+
 
 @pytest.fixture(params=[True, False], ids=["bits", "float32"])
 def multiplied(request, monkeypatch):
