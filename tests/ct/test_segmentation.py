@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.request
@@ -19,6 +18,7 @@ from pydicom import dcmread
 from bhsd_jax.ct.dicom import segment_codes, segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.datasets import dicom as dicom_cases
+from bhsd_jax.experiments.local import free_port
 from bhsd_jax.volume import HEMORRHAGE
 
 SHAPE = (9, 20, 18)  # slices, rows, columns
@@ -241,11 +241,7 @@ def archive(tmp_path):
     program = shutil.which("Orthanc", path=SBIN)
     if program is None:
         pytest.skip("no Orthanc (Debian's package orthanc)")
-    ports = []
-    for _ in range(2):
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            ports.append(server.getsockname()[1])
+    ports = [free_port(), free_port()]
     settings = {
         "StorageDirectory": str(tmp_path / "storage"),
         "IndexDirectory": str(tmp_path / "storage"),
