@@ -70,7 +70,7 @@ class Browser:
             self.call("Browser.close")
         self.writer.close()
         self.reader.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=300)
 
     def call(self, method, **params):
         """One call and its answer; what else the browser says is kept in `said`."""
@@ -107,7 +107,7 @@ class Browser:
             raise RuntimeError(str(result["exceptionDetails"]))
         return result["result"].get("value")
 
-    def wait(self, expression, seconds=60):
+    def wait(self, expression, seconds=300):
         """Until the expression is true; returns its value."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:

@@ -1,5 +1,6 @@
 """Eight fake CPU devices, and shape annotations checked at run time."""
 
+import gc
 import pkgutil
 import subprocess
 from pathlib import Path
@@ -23,6 +24,16 @@ jaxtyping.install_import_hook(
     _CHECKED,  # an int may stand for a float, as everywhere in Python
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+plain_code.compile_in_one_piece()
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: searching it for garbage is a tenth of the time of tracing."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -50,6 +61,12 @@ def quick_compilation(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def full_compilation(quick_compilation):
+    """For what is read from the compiled text, and for single bits, among quick compilations."""
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ of by way of MLIR, which takes most of the compiler's time on CPUs. Not used whe
 of other implementations are checked.
 """
 
+import os
+
 import jaxlib
 
 # jaxlib 0.12 has no such option any more.
@@ -12,7 +14,23 @@ _EMITTERS = (
     {"xla_cpu_use_fusion_emitters": False} if jaxlib.version.__version_info__ < (0, 11) else {}
 )
 OPTIONS = {"xla_backend_optimization_level": 0, **_EMITTERS}  # of jax.jit
-ENVIRONMENT = {  # of a process
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in _EMITTERS.items()),
-}
+
+
+def environment():
+    """Of a child process; beside the flags that ours has."""
+    emitters = [f"--{name}={str(value).lower()}" for name, value in _EMITTERS.items()]
+    flags = " ".join([os.environ.get("XLA_FLAGS", ""), *emitters])
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags.strip()}
+
+
+def compile_in_one_piece():
+    """The same code from one module of LLVM, here and in child processes.
+
+    XLA makes up to 32 of them, to be compiled on as many cores. One takes a quarter less of the
+    compiler's time, and all cores have tests to run.
+    """
+    from bhsd_jax.platform import startup
+
+    name, flags = "xla_cpu_parallel_codegen_split_count", os.environ.get("XLA_FLAGS", "")
+    if name not in flags and startup._jaxlib_knows(name):
+        os.environ["XLA_FLAGS"] = f"{flags} --{name}=1".strip()

@@ -37,13 +37,12 @@ def bhsd(site, tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "__init__.py").write_text("raise ImportError('not this one')\n")
     (tmp_path / "mine.py").write_text(OWN)
-    clean = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
 
     def run(*words, code=0, **variables):
         done = subprocess.run(
             [sys.executable, "-m", "bhsd_jax.main", *words],
             cwd=tmp_path,
-            env=clean | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"} | variables,
+            env=os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"} | variables,
             capture_output=True,
             text=True,
             check=False,

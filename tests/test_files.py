@@ -149,6 +149,6 @@ def test_of_many_who_write_first_at_once_all_read_the_same(tmp_path):
         )
         for number in range(6)
     ]
-    found = {process.communicate(timeout=60)[0].strip() for process in running}
+    found = {process.communicate(timeout=300)[0].strip() for process in running}
     assert found == {(tmp_path / ".salt").read_text()}
     assert names(tmp_path) == [".salt"]

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -129,9 +130,19 @@ def _meeting(count: int) -> str:
     """An address on this machine where nobody listens; not to be reached from outside."""
     if count == 1:
         return ""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
+
+
+def free_port() -> int:
+    """A port of this machine where nobody listens.
+
+    Of those below what Linux gives to clients, none of which can take it until it is used.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise UserError("local: no free port between 20000 and 32767 on 127.0.0.1")
 
 
 def _who(meeting: str, index: int, count: int) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.request
@@ -19,6 +18,7 @@ from pydicom import dcmread
 from bhsd_jax.ct.dicom import segment_codes, segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.datasets import dicom as dicom_cases
+from bhsd_jax.experiments.local import free_port
 from bhsd_jax.volume import HEMORRHAGE
 
 SHAPE = (9, 20, 18)  # slices, rows, columns
@@ -241,11 +241,7 @@ def archive(tmp_path):
     program = shutil.which("Orthanc", path=SBIN)
     if program is None:
         pytest.skip("no Orthanc (Debian's package orthanc)")
-    ports = []
-    for _ in range(2):
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            ports.append(server.getsockname()[1])
+    ports = [free_port(), free_port()]
     settings = {
         "StorageDirectory": str(tmp_path / "storage"),
         "IndexDirectory": str(tmp_path / "storage"),
@@ -259,7 +255,7 @@ def archive(tmp_path):
 
     def ask(path, body=None):
         request = urllib.request.Request(f"http://127.0.0.1:{ports[0]}/{path}", data=body)
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.read()
 
     with (tmp_path / "log").open("wb") as log:
@@ -267,7 +263,7 @@ def archive(tmp_path):
             [program, str(tmp_path / "orthanc.json")], stdout=log, stderr=log
         )
         try:
-            for _ in range(200):
+            for _ in range(3000):
                 try:
                     ask("system")
                     break
@@ -277,7 +273,7 @@ def archive(tmp_path):
             yield ask
         finally:
             running.terminate()
-            running.wait(20)
+            running.wait(120)
 
 
 @pytest.mark.parametrize("shape", ["binary", "labelmap"])

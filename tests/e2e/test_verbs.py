@@ -31,8 +31,7 @@ def environment(tmp_path_factory):
     """One compilation cache for all processes of these tests."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     eager = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-    flags = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return flags | cache | eager
+    return os.environ | cache | eager
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,7 @@ def leaves(tree):
     return np.asarray(tree).tobytes()
 
 
-def wait_for_step(path, step, process, limit_s=300):
+def wait_for_step(path, step, process, limit_s=1200):
     """Returns when the run has logged a step past `step`."""
     begun = time.monotonic()
     while time.monotonic() - begun < limit_s:
@@ -197,7 +196,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(prepared, environment, tmp_p
     try:
         wait_for_step(tmp_path / "metrics.jsonl", 3, process)
         process.terminate()
-        assert process.wait(60) == 75
+        assert process.wait(600) == 75
     finally:
         process.kill()
     step, _, _ = load_networks(tmp_path / "checkpoints", "last")

@@ -93,7 +93,7 @@ def test_what_drops_weights_is_applied_to_them(tokens):
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
 
 
-def test_the_weights_of_all_windows_are_never_held():
+def test_the_weights_of_all_windows_are_never_held(full_compilation):
     windows, count, heads = 512, 64, 2
     x = jnp.zeros((1, windows, count, heads, 4))
     bias = jnp.zeros((heads, count, count))
@@ -102,7 +102,7 @@ def test_the_weights_of_all_windows_are_never_held():
     assert memory.temp_size_in_bytes < 4 * windows * heads * count**2
 
 
-def test_devices_that_share_a_batch_meet_once(tokens, monkeypatch):
+def test_devices_that_share_a_batch_meet_once(tokens, monkeypatch, full_compilation):
     """Over the bias, the only thing they share, and not in the loop over blocks."""
     monkeypatch.setattr(attention, "_CACHED", 1)
     query, key, value, bias, regions = tokens

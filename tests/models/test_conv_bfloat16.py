@@ -12,6 +12,8 @@ from bhsd_jax.models import conv_bfloat16, conv_cpu
 from bhsd_jax.models.conv import conv3d
 from bhsd_jax.platform import processor
 
+pytestmark = pytest.mark.usefixtures("full_compilation")
+
 
 @pytest.fixture(params=[True, False], ids=["bits", "float32"])
 def multiplied(request, monkeypatch):
@@ -21,9 +23,12 @@ def multiplied(request, monkeypatch):
 
 
 def arrays(size, kernel, channels=9, features=10, batch=2):
-    keys = jax.random.split(jax.random.key(3))
-    image = jax.random.normal(keys[0], (batch, *size, channels), jnp.bfloat16)
-    return image, jax.random.normal(keys[1], (*kernel, channels, features), jnp.bfloat16)
+    random = np.random.default_rng(3)  # JAX's would be compiled for every shape
+    image, weight = (
+        random.standard_normal(shape, np.float32)
+        for shape in ((batch, *size, channels), (*kernel, channels, features))
+    )
+    return jnp.asarray(image, jnp.bfloat16), jnp.asarray(weight, jnp.bfloat16)
 
 
 def native(image, kernel, strides, padding):
@@ -41,19 +46,26 @@ BLOCKS = [
 @pytest.mark.parametrize(("size", "kernel", "strides", "padding"), CASES + BLOCKS)
 def test_output_and_both_gradients_are_those_of_the_rounded_values(size, kernel, strides, padding):
     image, weight = arrays(size, kernel, batch=1)
-    image_bits, kernel_bits = map(conv_bfloat16.bits, (image, weight))
-    with jax.default_matmul_precision("highest"):
-        wide = image.astype(jnp.float32), weight.astype(jnp.float32)
-        want, pull = jax.vjp(lambda x, k: native(x, k, strides, padding), *wide)
-        grad = jnp.sin(jnp.arange(want.size, dtype=jnp.float32)).reshape(want.shape)
-        grad = grad.astype(jnp.bfloat16)
-        wanted = want, *pull(grad.astype(jnp.float32))
-    grad = conv_bfloat16.bits(grad)
-    got = (
-        conv_cpu.convolve(image_bits, kernel_bits, strides, padding),
-        conv_cpu.image_grad(grad, kernel_bits, strides, padding, size),
-        conv_cpu.kernel_grad(grad, image_bits, strides, padding, kernel),
-    )
+
+    @jax.jit
+    def rounded(image, weight, grad):
+        with jax.default_matmul_precision("highest"):
+            want, pull = jax.vjp(lambda x, k: native(x, k, strides, padding), image, weight)
+            return want, *pull(grad)
+
+    @jax.jit
+    def multiplied(image, weight, grad):
+        return (
+            conv_cpu.convolve(image, weight, strides, padding),
+            conv_cpu.image_grad(grad, weight, strides, padding, size),
+            conv_cpu.kernel_grad(grad, image, strides, padding, kernel),
+        )
+
+    shape = jax.eval_shape(lambda x, k: native(x, k, strides, padding), image, weight).shape
+    grad = np.sin(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape).astype(jnp.bfloat16)
+    given = [np.asarray(array) for array in (image, weight, grad)]
+    wanted = rounded(*(array.astype(np.float32) for array in given))
+    got = multiplied(*map(conv_bfloat16.bits, map(jnp.asarray, given)))
     for ours, theirs in zip(got, wanted, strict=True):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-5 * float(abs(theirs).max()))

@@ -32,7 +32,7 @@ def launch(tmp_path_factory):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         # Every process compiles. The whole square computes as a user's processes do.
-        **({} if ALL else plain_code.ENVIRONMENT),
+        **({} if ALL else plain_code.environment()),
     }
 
     elsewhere = tmp_path_factory.mktemp("elsewhere")

@@ -23,7 +23,7 @@ def _bench(script, tmp_path, *options):
     command = [sys.executable, str(TOOLS / script), "--preset", "tiny", "--peer-python", "none"]
     done = subprocess.run(
         [*command, "--rounds", "1", "--json", str(out), *options],
-        env=os.environ | plain_code.ENVIRONMENT,  # how fast the programs are is not tested
+        env=os.environ | plain_code.environment(),  # how fast the programs are is not tested
         capture_output=True,
         text=True,
         check=False,

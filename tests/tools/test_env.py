@@ -123,7 +123,7 @@ class Project:
             check=False,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
 
     def make(self, extras="", **more):

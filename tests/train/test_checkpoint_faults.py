@@ -5,7 +5,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 from checkpoint_process import EXTRA, make_state
 from test_checkpoint import abstract, bits, names
 
+from bhsd_jax.experiments.local import free_port
 from bhsd_jax.train.checkpoint import Checkpoints, load_networks
 
 HERE = Path(__file__).parent
@@ -33,10 +33,9 @@ def on_device(state):
 
 def start(*arguments):
     path = {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])}
-    plain = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, HERE / "checkpoint_process.py", *arguments]
     return subprocess.Popen(
-        command, env=plain | path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=os.environ | path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -131,12 +130,10 @@ def test_a_full_or_read_only_disk_is_said_and_the_step_before_stays(tmp_path, op
 
 def test_two_processes_save_and_decide_together_and_one_reads_what_they_saved(tmp_path):
     folder = tmp_path / "c"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     both = [start("shared", folder, str(index), "2", port) for index in range(2)]
     try:
-        told = [process.communicate(timeout=120) for process in both]
+        told = [process.communicate(timeout=600) for process in both]
     finally:
         for process in both:
             process.kill()

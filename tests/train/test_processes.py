@@ -4,15 +4,14 @@ import http.server
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
+from bhsd_jax.experiments.local import free_port
 from bhsd_jax.platform import cluster
 from bhsd_jax.train import processes
 from bhsd_jax.train.processes import Preemption
@@ -32,7 +31,8 @@ os.write(1, line.encode())  # in one piece: two processes may share the pipe
 UNTIL_ASKED = """
 import time
 with processes.Preemption() as asked:
-    for call in range(1, 1000):
+    print("listens", flush=True)
+    for call in range(1, 10_000):
         if asked():
             break
         time.sleep(0.02 if jax.process_index() else 0.03)
@@ -56,15 +56,9 @@ def begin(script, **more):
     )
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def said(*started):
     """What each printed, and that all went well."""
-    done = [process.communicate(timeout=120) for process in started]
+    done = [process.communicate(timeout=600) for process in started]
     assert [process.returncode for process in started] == [0] * len(started), done
     return [out.splitlines() for out, _ in done]
 
@@ -81,11 +75,11 @@ def test_told_by_variables_and_one_that_is_asked_to_stop_stops_all_at_one_step()
         for index in range(2)
     ]
     assert [process.stdout.readline() for process in pair] == ["joined 0 2 2\n", "joined 1 2 2\n"]
-    time.sleep(1)
+    assert [process.stdout.readline() for process in pair] == ["listens\n"] * 2
     pair[1].send_signal(signal.SIGUSR1)
     (first,), (second,) = said(*pair)
     assert first == second
-    assert 1 < int(first.split()[-1]) < 999
+    assert 1 < int(first.split()[-1]) < 9999
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
@@ -161,7 +155,7 @@ def test_open_mpi_starts_processes():
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert sorted(done.stdout.splitlines()) == ["joined 0 2 2", "joined 1 2 2"], done.stderr
 

@@ -1,6 +1,7 @@
 """The study of few masks: its trials, what begins with pretrained weights, its table, its end."""
 
 import json
+import signal
 import time
 
 import nibabel as nib
@@ -102,13 +103,16 @@ def test_the_cpu_time_of_a_command_is_that_of_its_process(tmp_path):
 
 
 def test_the_time_limit_stops_as_a_signal_does_and_is_gone_afterwards():
+    before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(Stopped, match=r"0\.001 minutes are over"), hippocampus._time_limit(0.001):
-        time.sleep(5)
-    with hippocampus._time_limit(None):
-        pass
-    with hippocampus._time_limit(0.0005):
-        pass
-    time.sleep(0.1)
+        time.sleep(300)
+    for minutes in (None, 10):
+        with hippocampus._time_limit(minutes):
+            assert signal.getitimer(signal.ITIMER_REAL)[0] == pytest.approx(
+                60 * (minutes or 0), 0.5
+            )
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == before
 
 
 def test_what_others_begin_with_is_trained_once(tmp_path, monkeypatch):

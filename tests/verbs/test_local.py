@@ -11,27 +11,32 @@ import pytest
 from bhsd_jax.experiments import local
 
 ROOT = Path(__file__).parents[2]
+LONG = 300  # seconds after which something hangs, however slow the machine
 
 SAVES = """
 import signal, sys, time
 def save(*_):
     time.sleep(0.3); print('saved', flush=True); sys.exit(75)
 signal.signal(signal.SIGTERM, save)
-print('up', flush=True)
-time.sleep(100)
+UP
+time.sleep(600)
 """
 STUBBORN = """
 import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-time.sleep(100)
+UP
+time.sleep(600)
 """
 
 
 def group(*scripts):
-    """A program that runs the scripts as one group, in a process of its own."""
+    """A program that runs the scripts as one group, in a process of its own.
+
+    Who is asked to save may take longer than any test waits.
+    """
     lines = (
         "import sys\nfrom bhsd_jax.experiments import local\n"
-        "local._LAST_WORDS_S, local._KILL_S = 4.0, 1.0\n"
+        "local._LAST_WORDS_S, local._KILL_S = 3600.0, 1.0\n"
         f"scripts = {scripts!r}\n"
         "commands = [[sys.executable, '-c', script] for script in scripts]\n"
         "sys.exit(local.Group(commands, [{} for _ in scripts]).run())\n"
@@ -50,7 +55,14 @@ def up(path):
     return f"import os, pathlib; pathlib.Path({str(path)!r}).write_text(str(os.getpid()))\n"
 
 
-def wait_for(paths, seconds=30):
+def after(path):
+    """Lines that wait until another script is up."""
+    there = f"pathlib.Path({str(path)!r})"
+    wait = f"while not ({there}.is_file() and {there}.read_text()): time.sleep(0.02)\n"
+    return f"import pathlib, time\n{wait}"
+
+
+def wait_for(paths, seconds=LONG):
     begun = time.monotonic()
     while not all(path.is_file() and path.read_text() for path in paths):
         assert time.monotonic() - begun < seconds
@@ -67,7 +79,7 @@ def is_alive(pid):
 
 def test_all_well_is_0_and_others_are_prefixed():
     whole = group("print('first')", "print('second')", "")
-    out, err = whole.communicate(timeout=30)
+    out, err = whole.communicate(timeout=LONG)
     assert whole.returncode == 0
     assert out == "first\n"
     assert "[1] second\n" in err
@@ -76,10 +88,10 @@ def test_all_well_is_0_and_others_are_prefixed():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_reaches_all_and_they_save(tmp_path, number):
     marks = [tmp_path / "0", tmp_path / "1"]
-    whole = group(*(SAVES.replace("print('up', flush=True)", up(mark)) for mark in marks))
+    whole = group(*(SAVES.replace("UP", up(mark)) for mark in marks))
     pids = wait_for(marks)
     whole.send_signal(number)
-    out, err = whole.communicate(timeout=30)
+    out, err = whole.communicate(timeout=LONG)
     assert whole.returncode == 75
     assert "saved" in out
     assert "[1] saved" in err
@@ -91,24 +103,23 @@ def test_a_signal_reaches_all_and_they_save(tmp_path, number):
 )
 def test_one_that_dies_ends_the_others_and_its_code_counts(tmp_path, end, code):
     mark = tmp_path / "mark"
-    whole = group(up(mark) + STUBBORN, f"import sys, time; time.sleep(1); {end}")
-    begun = time.monotonic()
-    _, err = whole.communicate(timeout=60)
+    script = after(mark) + f"import sys; {end}"
+    whole = group(STUBBORN.replace("UP", up(mark)), script)
+    _, err = whole.communicate(timeout=LONG)
     assert whole.returncode == code
     assert f"a process ended with {code}; ending 1" in err
-    assert time.monotonic() - begun < 30
     assert not is_alive(int(mark.read_text()))
 
 
 def test_nobody_is_left_when_the_launcher_is_killed(tmp_path):
     marks = [tmp_path / "0", tmp_path / "1"]
-    whole = group(*(up(mark) + "import time; time.sleep(100)" for mark in marks))
+    whole = group(*(up(mark) + "import time; time.sleep(600)" for mark in marks))
     pids = wait_for(marks)
     whole.kill()
-    whole.communicate(timeout=30)
+    whole.communicate(timeout=LONG)
     begun = time.monotonic()
     while any(map(is_alive, pids)):
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < LONG
         time.sleep(0.05)
 
 

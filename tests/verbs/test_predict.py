@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets.splits import Roles
+from bhsd_jax.experiments.local import free_port
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.platform import faults, files
 from bhsd_jax.settings import Settings
@@ -711,27 +711,23 @@ def test_two_processes_leave_the_files_of_one(folder, tmp_path, scans):
     (scans / "ID_3.nii.gz").write_bytes(b"not a scan")
     nib.save(nib.Nifti1Image(head(seed=2), upright()), scans / "ID_4.nii.gz")
     references = tmp_path / "references"
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    words = [str(port), str(scans), str(tmp_path / "two"), str(folder), str(references)]
+    words = [str(free_port()), str(scans), str(tmp_path / "two"), str(folder), str(references)]
     (folder / ".salt").write_text("0" * 32)
     config = configure(scans, out=str(references), show_ids=False)
     with pytest.raises(ValueError, match="1 of 4 scans skipped") as caught:
         predict.run(config, folder)
-    flags = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     running = [
         subprocess.Popen(
             [sys.executable, "-c", TOGETHER, str(index), *words],
             cwd=ROOT,
-            env=flags | {"JAX_NUM_CPU_DEVICES": "1"},
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for index in range(2)
     ]
-    done = [process.communicate(timeout=300) for process in running]
+    done = [process.communicate(timeout=600) for process in running]
     assert [process.returncode for process in running] == [0, 0], done
     said = [text.splitlines()[-1] for text, _ in done]
     assert said[0] == str(caught.value).replace(str(references), str(tmp_path / "two"))

@@ -135,7 +135,7 @@ folder = pathlib.Path({folder!r})
 begun = time.monotonic()
 while len(list(folder.iterdir())) < {count}:  # all run at the same time, or none ends well
     time.sleep(0.02)
-    if time.monotonic() - begun > 30:
+    if time.monotonic() - begun > 300:
         sys.exit('train: alone')
 """
 
@@ -187,7 +187,7 @@ def test_stopping_stops_all_runs_and_waits_for_them(scripted, tmp_path, monkeypa
         "def save(*_):\n    time.sleep(0.5); print('saved', flush=True); sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, save)\n"
         "print('up', flush=True)\n"
-        "time.sleep(60)"
+        "time.sleep(600)"
     )
     Script.scripts = {("suponly", "train"): wait, ("ict", "train"): wait}
     logs = [run.workdir / "log.txt" for run in scripted[:2]]
@@ -246,7 +246,7 @@ def test_sigterm_reaches_the_training(scripted):
         ("suponly", "train"): "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
         "print('up', flush=True)\n"
-        "time.sleep(60)"
+        "time.sleep(600)"
     }
 
     def terminate():
@@ -261,7 +261,7 @@ def test_sigterm_reaches_the_training(scripted):
     with pytest.raises(queue.Stopped):
         queue.perform(scripted)
     thread.join()
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 500, "it was not waited for"
 
 
 def test_shards_are_made_once_and_their_failure_is_the_end(scripted, tmp_path):
