@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from bhsd_jax.assemble import ensemble, predictor
+from bhsd_jax.assemble import devices, ensemble, predictor
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.ct import geometry, nifti, nifti_header
 from bhsd_jax.ct.prepare import prepare_volume
@@ -66,7 +66,7 @@ class Predictor:
             infer = dataclasses.replace(first.config.infer, mirror=mirror)
             config = dataclasses.replace(first.config, infer=infer)
             first = dataclasses.replace(first, config=config)
-        predictor.share_cores(first)
+        devices.share_cores(first)
         return cls(*ensemble.open_runs(first, more))
 
     @property

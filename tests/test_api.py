@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 
 from bhsd_jax.api import Predictor, read_scan, show
-from bhsd_jax.assemble import ensemble, predictor
+from bhsd_jax.assemble import devices, ensemble
 from bhsd_jax.ct import probabilities
 from bhsd_jax.infer.ensemble import mean_of_probabilities
 from bhsd_jax.report import niivue
@@ -26,7 +26,7 @@ GUIDE = Path(__file__).parents[1] / "tools" / "guide" / "python.md"
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     """Compiling for eight devices takes longer; `tests/infer` does it."""
-    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(devices.jax, "local_device_count", lambda: 1)
 
 
 @pytest.fixture(scope="module")

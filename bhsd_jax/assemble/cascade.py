@@ -24,17 +24,18 @@ class FirstStage:
     folder: Path
     overwrite: bool  # False: a label map that is there and whole stays
 
-    def __call__(self, case: Case, name: str) -> Case:
-        """The case with its label map, which is predicted under that name.
+    def __call__(self, case: Case, name: str) -> tuple[Case, float]:
+        """The case with its label map, which is predicted under that name; seconds that took.
 
         Raises:
             ValueError: As the predictor.
             FileNotFoundError: As the predictor.
         """
         target = self.folder / f"{name}{scan.ending(case.image)}"
+        seconds = 0.0
         if self.overwrite or self.predict.finished(case, target, name) is None:
-            self.predict(case, target, name)
-        return dataclasses.replace(case, previous=target)
+            seconds = self.predict(case, target, name).seconds or 0.0
+        return dataclasses.replace(case, previous=target), seconds
 
 
 def first_of(run: Run, cases: Sequence[Case]) -> tuple[list[Case], Path | None]:

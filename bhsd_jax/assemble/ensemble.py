@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import deployed, predictor
+from bhsd_jax.assemble import deployed, devices
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
@@ -84,7 +84,7 @@ def _with_own_mirrors(run: Run, folder: str | Path) -> Run:
 
 def _open(run: Run) -> tuple[Predictor, Member]:
     step, networks = deployed.load(run)
-    made = predictor.make_predictor(run, list(networks.values()))
+    made = devices.make_predictor(run, list(networks.values()))
     return made, Member(run.folder, step, tuple(networks))
 
 

@@ -20,7 +20,9 @@ class ScanVolumes:
 
     case: str
     tilt_deg: float  # gantry; 0 for MR
-    seconds: float | None  # None: the label map was there already
+    # Of its own reading, networks and writing, which run beside those of other scans: not what it
+    # waited for them. None: the label map was there already.
+    seconds: float | None
     ml: Mapping[str, float]  # by foreground class
     tilt_corrected: bool = False  # they are the affine's times the cosine of the tilt
     warning: str = ""  # why the scan may not be in HU, or what was undone so that it is

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,41 +11,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-from bhsd_jax.assemble import measured, wiring
+from bhsd_jax.assemble import measured
 from bhsd_jax.assemble.measured import ScanVolumes
-from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.trust import Trust
+from bhsd_jax.assemble.underway import Answer, Ready, Stopwatch
 from bhsd_jax.ct import geometry, hu, own_slices, probabilities, saved_logits, scan, shear, upright
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.own_slices import OwnSlices
 from bhsd_jax.ct.prepare import doubts_of, hu_doubts, prepare_case
-from bhsd_jax.ct.prepared import Prepared
 from bhsd_jax.ct.probabilities import Probabilities
 from bhsd_jax.infer import ensemble
-from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
+from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import postprocessing
 from bhsd_jax.nnunet import saved_probabilities
-from bhsd_jax.platform import allocator, budget, machine
+from bhsd_jax.platform import budget
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.train import mesh as meshes
-from bhsd_jax.train import processes
 from bhsd_jax.types import Params
 from bhsd_jax.volume import Case, Plan, Series, Volume
 
 logger = logging.getLogger(__name__)
 
+_IN_THE_NETWORKS = threading.Lock()  # of this process: memory is counted for one scan in them
 _SAY_EVERY_S = 30.0  # how far a long scan is; a sign of life comes more often
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Networks, and everything between a file and its label map."""
+    """Networks, and everything between a file and its label map: `prepare`, `infer`, `write`."""
 
     window: SlidingWindow
     networks: Sequence[Params]  # variables, all collections
@@ -64,7 +61,8 @@ class Predictor:
     nnunet_probabilities: bool = False  # also write them as nnU-Net does
     keeps_logits: bool = False  # also write them, on the network's own voxels
     # Of a cascade: (case, its name) -> the case with the label map that its first network predicts.
-    first: Callable[[Case, str], Case] | None = None
+    # The seconds that took are told.
+    first: Callable[[Case, str], tuple[Case, float]] | None = None
 
     @property
     def labels(self) -> Labels:
@@ -72,68 +70,162 @@ class Predictor:
         return self.meaning or Labels(self.classes)
 
     def __call__(self, case: Case, target: Path, name: str) -> ScanVolumes:
-        """Writes `target`, its probabilities if asked for, and what `upright` says where needed.
+        """Writes `target` and what belongs beside it: all three steps, one after the other.
 
         Raises:
             ValueError: If the scan is broken, or the network's output is not finite.
             FileNotFoundError: If there is no such scan.
             faults.WriteError: If the system says no, such as on a full disk.
         """
-        begun = time.monotonic()
-        case = case if self.first is None else self.first(case, name)
+        return self.write(self.infer(self.prepare(case, name)), target)
+
+    def prepare(
+        self, case: Case, name: str, claim: Callable[[int], object] = lambda needed: None
+    ) -> Ready:
+        """The first step: reads a scan and prepares it; of a cascade the first network does all.
+
+        Args:
+            case: The scan.
+            name: What tables and log call it.
+            claim: Called with the bytes that it is going to take, before it takes them.
+
+        Raises:
+            ValueError: If the scan is broken, or runs that are prepared in another way are
+                averaged and it needs an upright pair, which is made of logits on one grid.
+            FileNotFoundError: If there is no such scan.
+            faults.WriteError: If the first network's label map cannot be written.
+        """
+        watch = Stopwatch()
         # The function of `preprocess`: what the network sees cannot differ from training.
         every, found = scan.read_channels(case.image)
-        prepared = prepare_case(case, self.plan, source_sha256="not needed", seen=(every, found))
-        for text in prepared.warnings:
-            level = logging.WARNING if text in prepared.doubts else logging.INFO
-            logger.log(level, "%s: %s", name, text)
-        affine = np.asarray(prepared.grid.native_affine)
-        own = own_slices.of(case.image, prepared.grid.native_shape, affine)
-        label = self._answer(case, own, prepared, target, name, every[0])
-        scan.write(target, label, like=scan.native(case.image))
-        seconds = time.monotonic() - begun
-        row = self._row(case, name, own, label, every[0], seconds, prepared.doubts)
-        measures = self.trust.of(prepared.channels_last, prepared.grid) if self.trust else None
-        return dataclasses.replace(row, **vars(measures)) if measures else row
+        with watch.stopped():
+            claim(self._bytes(every, case))
+        if self.first is not None:
+            with watch.stopped():
+                case, seconds = self.first(case, name)
+            watch.add(seconds)
+        prepared, *others = (
+            prepare_case(case, plan, source_sha256="not needed", seen=(every, found))
+            for plan in (self.plan, *(one.plan for one in self.apart))
+        )
+        grid = prepared.grid
+        affine = np.asarray(grid.native_affine)
+        own = own_slices.of(case.image, grid.native_shape, affine)
+        if others and upright.is_needed(own):
+            raise UserError(
+                f"{name}: its slices are tilted or uneven, which needs runs whose scans are "
+                "prepared alike; leave the others out of config.predict.runs"
+            )
+        return Ready(
+            case=case,
+            name=name,
+            seen=every[0],
+            own=own,
+            images=tuple(one.channels_last for one in (prepared, *others)),
+            grids=tuple(one.grid for one in (prepared, *others)),
+            warnings=prepared.warnings,
+            doubts=prepared.doubts,
+            unlike=self.trust.unlike(prepared.channels_last, grid) if self.trust else "",
+            seconds=watch.seconds,
+        )
 
-    def _answer(
-        self,
-        case: Case,
-        own: OwnSlices,
-        prepared: Prepared,
-        target: Path,
-        name: str,
-        seen: Volume,
-    ) -> UInt8[np.ndarray, "N H W"]:
-        """The label map; what belongs beside it is written."""
-        grid, finish = prepared.grid, partial(postprocessing.apply, rules=self.rules)
-        series = case.image if isinstance(case.image, Series) else None
-        fractional = series is not None and self.seg == "fractional"
-        asked = self.probabilities or fractional or self.nnunet_probabilities
-        needed = asked or self.others or self.keeps_logits or upright.is_needed(own)
+    def infer(self, ready: Ready, check: Callable[[], None] = lambda: None) -> Answer:
+        """The second step: the networks' answer. One scan of a process is in them at a time.
+
+        Args:
+            ready: The prepared scan.
+            check: Called after every call of the network.
+
+        Raises:
+            ValueError: If there is not enough memory, or the output is not finite.
+        """
+        with _IN_THE_NETWORKS:
+            watch, name = Stopwatch(), ready.name
+            for text in ready.warnings:
+                level = logging.WARNING if text in ready.doubts else logging.INFO
+                logger.log(level, "%s: %s", name, text)
+            logits, likeliest, disagreement = (), None, None
+            if self._needs_logits(ready):
+                groups = zip((self, *self.apart), ready.images, strict=True)
+                logits = tuple(one.logits(image, name, check) for one, image in groups)
+            else:  # voxel by voxel the network's own, so that no logits need be kept
+                likeliest = self._likeliest(ready.images[0], name, check)
+            if self.trust:
+                disagreement = self.trust.disagreement(ready.images[0])
+            done = dataclasses.replace(ready, images=(), seconds=ready.seconds + watch.seconds)
+        return Answer(done, logits, likeliest, disagreement)
+
+    def write(self, answer: Answer, target: Path) -> ScanVolumes:
+        """The third step: writes the label map on the scan's own voxels, and measures it.
+
+        Beside it go its probabilities if asked for, and what `upright` says where needed.
+
+        Raises:
+            ValueError: If the scan has become unreadable.
+            faults.WriteError: If the system says no, such as on a full disk.
+        """
+        watch, ready = Stopwatch(), answer.scan
+        case, own, grid = ready.case, ready.own, ready.grids[0]
+        finish = partial(postprocessing.apply, rules=self.rules)
         chances = None
-        if self.apart:
-            chances = self._mean_chances(case, own, prepared, name)
-            label = finish(self.labels.of_chances(chances))
-        elif needed or not own.is_on(grid):
-            logits = self.logits(prepared.channels_last, name)
-            label = finish(own.label(logits, grid, self.labels))
-            if asked:
-                chances = own.probabilities(self.tempered(logits), grid, self.labels)
-            if self.keeps_logits:
-                saved_logits.save(saved_logits.beside(target), logits, grid)
-            if upright.is_needed(own):
-                means = self.labels, finish
-                upright.write(target, case.image, own, label, logits, grid, *means, seen)
-        else:  # voxel by voxel the network's own, so that no logits need be kept
-            likeliest = self._likeliest(prepared.channels_last, name)
-            label = finish(geometry.label_from_grid(likeliest, grid))
+        if answer.likeliest is not None:
+            label = geometry.label_from_grid(answer.likeliest, grid)
+        elif self.apart:
+            chances = self._mean_chances(answer)
+            label = self.labels.of_chances(chances)
+        else:
+            label = own.label(answer.logits[0], grid, self.labels)
+        label = finish(label)
+        if chances is None and self._asks_for_chances(case):
+            chances = own.probabilities(self.tempered(answer.logits[0]), grid, self.labels)
+        if self.keeps_logits:
+            saved_logits.save(saved_logits.beside(target), answer.logits[0], grid)
+        if upright.is_needed(own):
+            logits, means = answer.logits[0], (self.labels, finish)
+            upright.write(target, case.image, own, label, logits, grid, *means, ready.seen)
         if chances is not None:
             self._save(chances, own, grid, case, target)
-        if series is not None and self.seg:
+        if isinstance(case.image, Series) and self.seg:
             how = {"kind": self.seg, "maker": self.maker, "probabilities": chances}
-            segmentation.write(segmentation.place(target), series, label, self.classes, **how)
-        return label
+            segmentation.write(segmentation.place(target), case.image, label, self.classes, **how)
+        scan.write(target, label, like=scan.native(case.image))
+        seconds = ready.seconds + watch.seconds
+        row = self._row(case, ready.name, own, label, ready.seen, seconds, ready.doubts)
+        return dataclasses.replace(row, unlike=ready.unlike, disagreement=answer.disagreement)
+
+    def _bytes(self, every: Sequence[Volume], case: Case) -> int:
+        """About what a scan takes until it is written, by its own voxels and those prepared."""
+        native, outputs = every[0].voxels.size, self.labels.outputs
+        held = sum(one.voxels.nbytes for one in every)
+        for one in (self, *self.apart):
+            plan = one.plan
+            ratio = np.divide(sorted(every[0].spacing_mm), sorted(plan.spacing_mm))
+            prepared = native if plan.planar else native * math.prod(ratio)
+            held += int(4 * prepared * (2 * plan.raw_channels + outputs))
+        chances = outputs if self.apart or self._asks_for_chances(case) else 0
+        return held + 4 * native * (chances + 3)  # a margin, the best so far, the label
+
+    def _asks_for_chances(self, case: Case) -> bool:
+        fractional = isinstance(case.image, Series) and self.seg == "fractional"
+        return self.probabilities or fractional or self.nnunet_probabilities
+
+    def _needs_logits(self, ready: Ready) -> bool:
+        asked = self._asks_for_chances(ready.case) or self.keeps_logits
+        several = self.apart or self.others or upright.is_needed(ready.own)
+        return bool(asked or several) or not ready.own.is_on(ready.grids[0])
+
+    def _mean_chances(self, answer: Answer) -> Float32[np.ndarray, "K N H W"]:
+        """Mean probabilities on the scan's own voxels, of groups of runs that are prepared alike.
+
+        Source: nnU-Net v2.8.1, `ensemble_folders`: every configuration counts once.
+        """
+        own, grids = answer.scan.own, answer.scan.grids
+        answers = zip(answer.logits, grids, strict=True)
+        chances = (own.probabilities(*each, self.labels) for each in answers)
+        mean = next(chances)
+        for one in chances:
+            mean += one
+        return mean / np.float32(1 + len(self.apart))
 
     def _save(
         self,
@@ -149,37 +241,22 @@ class Predictor:
         if self.nnunet_probabilities:
             saved_probabilities.write(target, case.image, grid, chances)
 
-    def _mean_chances(
-        self, case: Case, own: OwnSlices, prepared: Prepared, name: str
-    ) -> Float32[np.ndarray, "K N H W"]:
-        """Mean probabilities on the scan's own voxels, of groups of runs that are prepared alike.
+    def compile(self) -> None:
+        """Compiles the networks, which may go on while the first scan is read."""
+        for group in (self, *self.apart):
+            for one in (group, *group.others):
+                one.window.compile(one.networks[0], one.plan.raw_channels)
 
-        Source: nnU-Net v2.8.1, `ensemble_folders`: every configuration counts once.
-
-        Raises:
-            ValueError: If the scan needs an upright pair, which is made of logits on one grid.
-        """
-        if upright.is_needed(own):
-            raise UserError(
-                f"{name}: its slices are tilted or uneven, which needs runs whose scans are "
-                "prepared alike; leave the others out of config.predict.runs"
-            )
-        logits = self.logits(prepared.channels_last, name)
-        mean = own.probabilities(logits, prepared.grid, self.labels)
-        for one in self.apart:
-            again = prepare_case(case, one.plan, source_sha256="not needed")
-            logits = one.logits(again.channels_last, name)
-            mean += own.probabilities(logits, again.grid, self.labels)
-        return mean / np.float32(1 + len(self.apart))
-
-    def logits(self, image: np.ndarray, name: str) -> Float[np.ndarray, "K D H W"]:
+    def logits(
+        self, image: np.ndarray, name: str, check: Callable[[], None] = lambda: None
+    ) -> Float[np.ndarray, "K D H W"]:
         """Logits of a prepared scan [D H W C], of all networks together.
 
         Raises:
             ValueError: If there is not enough memory, or the output is not finite.
         """
         self._require_memory(image, len(image) * (2 if self.others else 1))
-        tell = Teller(name).tiles
+        tell = Teller(name, check).tiles
         mean = ensemble.mean_for(self.window.combine, regions=bool(self.labels.regions))
         return mean(
             (
@@ -198,9 +275,11 @@ class Predictor:
         named = self.labels.output_names
         return Probabilities(values.transpose(0, 3, 2, 1), named, affine[:, [2, 1, 0, 3]])
 
-    def _likeliest(self, image: np.ndarray, name: str) -> UInt8[np.ndarray, "D H W"]:
+    def _likeliest(
+        self, image: np.ndarray, name: str, check: Callable[[], None]
+    ) -> UInt8[np.ndarray, "D H W"]:
         self._require_memory(image, 2 * self.window.tile[0])
-        tell = Teller(name).tiles
+        tell = Teller(name, check).tiles
         return self.window.labels(self.networks, image, fill=self.fill, progress=tell)
 
     def _require_memory(self, image: np.ndarray, rows: int) -> None:
@@ -293,85 +372,14 @@ class Predictor:
         return ScanVolumes(name, float(tilt), seconds, ml, corrected, told, **facts)
 
 
-def share_cores(run: Run) -> None:
-    """On a CPU, makes a device of every core that there is memory for a tile; before JAX starts."""
-    tile = bytes_per_tile(run.patch)
-    processes.share_cores(run.config.infer.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
-    allocator.mind_memory(jax.local_device_count() * tile)
-
-
-def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
-    """The predictor of a run, on all devices of this process.
-
-    Raises:
-        ValueError: If the networks are not the config's model.
-    """
-    config, model, network_input = run.config, wiring.model(run), run.network_input
-
-    def forward(variables: Params, raw: jax.Array) -> Any:
-        return model.apply(variables, network_input(raw), train=False)
-
-    margin = getattr(model, "margin", (0, 0, 0))  # what it takes around the voxels it answers for
-    seen = (n + 2 * m for n, m in zip(run.patch, margin, strict=True))
-    sample = jax.ShapeDtypeStruct((1, *seen, network_input.channels), jnp.float32)
-    expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), sample)
-    for variables in networks:
-        _require_fit(variables, expected)
-    several = jax.local_device_count() > 1
-    window = SlidingWindow(
-        forward,
-        run.patch,
-        step=config.infer.step,
-        mirror=config.infer.mirror,
-        # Of a single slice the mirrored version is the slice.
-        mirror_axes=tuple(axis for axis in config.infer.mirror_axes if run.patch[axis] > 1),
-        tiles_per_call=config.infer.tiles,
-        law=config.infer.law,
-        margin=margin,
-        unit=model.stride if any(margin) else None,
-        combine=config.predict.combine,
-        # Of several processes each predicts scans of its own.
-        mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,
-        regions=run.labels.region_order,
-    )
-    return Predictor(
-        window=window,
-        networks=networks,
-        fill=network_input.pad_value(config.input.pad),
-        plan=run.plan,
-        classes=run.classes,
-        probabilities=config.predict.probabilities,
-        present_ml=config.predict.present_ml,
-        seg=config.predict.dicom.seg,
-        maker=segmentation.Maker(f"{config.objective['name']} on {run.plan.dataset}"),
-        meaning=run.labels,
-        nnunet_probabilities=config.predict.nnunet_probabilities,
-        keeps_logits=config.predict.logits,
-    )
-
-
-def _require_fit(variables: Params, expected: Params) -> None:
-    """Refuses variables of another network, naming the first that differs."""
-    found, wanted = (
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (variables, expected))
-    )
-    odd = [name for name in found | wanted if found.get(name) != wanted.get(name)]
-    if odd:
-        raise UserError(
-            f"the checkpoint is not of the config's network: {odd[0]} has shape "
-            f"{found.get(odd[0])}, the config asks for {wanted.get(odd[0])}; use "
-            "--config=configs/from_run.py:<run folder>"
-        )
-
-
 class Teller:
     """Logs how many tiles of one scan are done, at most every 30 seconds."""
 
-    def __init__(self, name: str):
-        self.name, self.said = name, time.monotonic()
+    def __init__(self, name: str, check: Callable[[], None] = lambda: None):
+        self.name, self.check, self.said = name, check, time.monotonic()
 
     def tiles(self, done: int, total: int) -> None:
+        self.check()
         if time.monotonic() - self.said > _SAY_EVERY_S:
             self.said = time.monotonic()
             logger.info("%s: tile %d of %d", self.name, done, total)

@@ -34,29 +34,22 @@ class Trust:
     seen: unlike.Seen | None
     views: tuple[View, ...] = ()  # none: disagreement is not wanted
 
-    def of(self, image: np.ndarray, grid: Grid) -> "Measures":
-        """Of a prepared scan [D H W C], or [D H W] of one channel."""
-        image = image if image.ndim == 4 else image[..., None]
-        told = "; ".join(unlike.sentences(image, grid, self.plan, self.seen))
-        return Measures(told, self._disagreement(image) if self.views else None)
+    def unlike(self, image: np.ndarray, grid: Grid) -> str:
+        """How a prepared scan [D H W C] is unlike the training data; empty: not that is known."""
+        return "; ".join(unlike.sentences(image, grid, self.plan, self.seen))
 
-    def _disagreement(self, image: np.ndarray) -> float:
-        """1 less the mean Dice of all bleeding, over pairs of networks.
+    def disagreement(self, image: np.ndarray) -> float | None:
+        """1 less the mean Dice of all bleeding, over pairs of networks; None: it is not wanted.
 
-        A single network is compared with its own answer to the scan's left-right mirror image.
+        0 if all answers to the prepared scan [D H W C] are the same, 1 if they have no voxel in
+        common. A single network is compared with its own answer to the left-right mirror image.
         """
+        if not self.views:
+            return None
         masks = [_mask(view, image) for view in self.views]
         if len(masks) == 1:
             masks.append(np.flip(_mask(self.views[0], np.flip(image, _LEFT_RIGHT)), _LEFT_RIGHT))
         return 1 - mean_pairwise_dice(masks)
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What is said of one scan."""
-
-    unlike: str  # the training data, how; empty: as far as known it is not
-    disagreement: float | None  # 0: all answers are the same; 1: no voxel in common
 
 
 def make(

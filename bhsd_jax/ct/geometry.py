@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float, Float32, Num, Shaped, UInt8
+from jaxtyping import Bool, Float, Float32, Num, Shaped, UInt8
 from scipy import ndimage, optimize, special
 
 from bhsd_jax.ct import centers, resample
@@ -197,15 +197,33 @@ def argmax_from_grid(
     if grid.law == CENTERS:
         return _nearest_center(logits.argmax(0).astype(np.uint8), grid)
     axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
-    best = resample.resample_linear(logits[0], grid.cropped_shape, axis)
+    wins = _planes_where_it_wins(logits, axis)
+    best = resample.resample_linear(logits[0], grid.cropped_shape, axis, wins.any(0))
     winner = np.zeros(grid.cropped_shape, np.uint8)
     for index in range(1, len(logits)):
-        score = resample.resample_linear(logits[index], grid.cropped_shape, axis)
+        if not wins[index - 1].any():
+            continue
+        score = resample.resample_linear(logits[index], grid.cropped_shape, axis, wins[index - 1])
         np.copyto(winner, index, where=score > best)
         best = np.maximum(best, score)  # not in place: it may be the caller's array
     native = np.zeros(grid.native_shape, np.uint8)
     native_box(native, grid)[...] = winner
     return native
+
+
+def _planes_where_it_wins(
+    logits: Float[np.ndarray, "K _ _ _"], axis: int | None
+) -> Bool[np.ndarray, "_ _"]:
+    """Of every class but background, in which planes across `axis` it is likelier anywhere.
+
+    Elsewhere it is not likelier after linear resampling either, to the last bit: both are sums of
+    the same weights, which are not negative, times larger and smaller numbers. Without an axis
+    there is one plane, the volume.
+    """
+    across = tuple(a for a in range(3) if a != axis)
+    found = [(one > logits[0]).any(across) for one in logits[1:]]
+    shape = (len(found), 1 if axis is None else logits.shape[1 + axis])
+    return np.array(found, bool).reshape(shape)
 
 
 def probabilities_from_grid(

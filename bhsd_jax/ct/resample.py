@@ -8,7 +8,7 @@ picked by nearest center along it, so that thick slices are never blended.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int, Num, UInt8
+from jaxtyping import Bool, Float32, Int, Num, UInt8
 from scipy import ndimage
 
 from bhsd_jax.volume import Millimeters, Shape
@@ -65,15 +65,20 @@ def resample_image(
 
 
 def resample_linear(
-    voxels: Num[np.ndarray, "_ _ _"], new_shape: Shape, axis: int | None
+    voxels: Num[np.ndarray, "_ _ _"],
+    new_shape: Shape,
+    axis: int | None,
+    wanted: Bool[np.ndarray, " _"] | None = None,
 ) -> Float32[np.ndarray, "_ _ _"]:
     """Linear in the planes across `axis`, or in 3D if there is none: for logits, one class a call.
+
+    Planes across `axis` that are not `wanted` become -inf, and take no time.
 
     Source: nnU-Net v2.8.1, `resample_data_or_seg` with order 1 and order_z 0.
     """
     if voxels.shape == new_shape:
         return voxels.astype(np.float32, copy=False)
-    return _resample(voxels, new_shape, axis, _linear, np.dtype(np.float32))
+    return _resample(voxels, new_shape, axis, _linear, np.dtype(np.float32), wanted)
 
 
 def resample_label(
@@ -96,6 +101,7 @@ def _resample(
     axis: int | None,
     resize: Callable[[np.ndarray, Sequence[int]], np.ndarray],
     dtype: np.dtype,
+    wanted: np.ndarray | None = None,
 ) -> np.ndarray:
     if axis is None:
         return resize(voxels, new_shape)
@@ -105,6 +111,8 @@ def _resample(
     for index, source in enumerate(picked):
         if index and source == picked[index - 1]:
             planes[index] = planes[index - 1]
+        elif wanted is not None and not wanted[source]:
+            planes[index] = -np.inf
         elif sources.shape[1:] == planes.shape[1:]:
             planes[index] = sources[source]
         else:

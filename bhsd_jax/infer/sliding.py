@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Float32, Num, UInt8
 
 from bhsd_jax.infer import slabs, tiles
@@ -69,6 +70,14 @@ class SlidingWindow:
     def count(self, size: Sequence[int]) -> int:
         """Tiles one network sees for a volume of size D H W, mirrored versions counted too."""
         return len(self._fitted(size)._places(size))
+
+    def compile(self, params: Params, channels: int) -> None:
+        """Compiles the network ahead of the first volume, unless its size decides on the tile."""
+        if self.unit is None:
+            blank = np.zeros((self._batch, *self._seen, channels), np.float32)
+            batch = jax.device_put(blank, self._spread)
+            flips = np.zeros((self._batch, 3), bool)
+            self._apply.lower(self._replicate(params), batch, flips).compile()
 
     def logits(
         self,
@@ -251,7 +260,7 @@ class SlidingWindow:
         return jax.device_put(tiles.LAWS[self.law].weights(self.tile), self._home)
 
     @cached_property
-    def _apply(self) -> Callable[[Params, Array, np.ndarray], Array]:
+    def _apply(self) -> Wrapped:  # (params, image [B D H W C], flips [B 3]) -> logits
         mirrors = self.mirror and bool(self.mirror_axes)
 
         def turned(value: Array, flips: Bool[Array, "B 3"], first: int) -> Array:

@@ -10,7 +10,6 @@ import json
 import struct
 from typing import Any
 
-import blosc2
 import numpy as np
 
 from bhsd_jax.ct.prepared import Prepared
@@ -166,6 +165,8 @@ def damaged(place: str, reason: str) -> UserError:
 
 
 def _compress(array: np.ndarray) -> bytes:
+    import blosc2  # a second that verbs which read no shard need not wait
+
     chunks = blocks = None
     if array.ndim >= 3:
         chunks = tuple(map(min, array.shape, (*_CHUNK, *array.shape[3:])))
@@ -183,6 +184,8 @@ def _compress(array: np.ndarray) -> bytes:
 
 
 def _frame(frame: bytes, place: str) -> Any:
+    import blosc2
+
     # Any: the NDArray of blosc2 types its items as arrays or unevaluated expressions.
     try:
         array = blosc2.ndarray_from_cframe(frame)

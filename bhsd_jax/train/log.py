@@ -114,10 +114,11 @@ class Log:
 
 
 @contextmanager
-def heartbeat(what: str) -> Iterator[None]:
-    """Says that something long begins, and again and again that it still goes on."""
+def heartbeat(what: str, *, begins: bool = True) -> Iterator[None]:
+    """Says that something long `begins`, and again and again that it still goes on."""
     done, begun = threading.Event(), time.monotonic()
-    logger.info("%s", what)
+    if begins:
+        logger.info("%s", what)
 
     def beat() -> None:
         while not done.wait(machine.log_every_s()):

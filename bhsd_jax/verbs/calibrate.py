@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax.assemble import calibrated, cascade, ensemble, predictor
+from bhsd_jax.assemble import calibrated, cascade, devices, ensemble
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct.prepare import prepare_case
@@ -43,7 +43,7 @@ def run(config: Config, workdir: Path) -> None:
             "answers with regions"
         )
     cases = _cases(opened, workdir)
-    predictor.share_cores(opened)
+    devices.share_cores(opened)
     predict_, members = ensemble.open_runs(opened, settings.runs)
     drawn = [_draw(predict_, case, opened) for case in cases]
     logits = np.concatenate([one for one, _ in drawn])

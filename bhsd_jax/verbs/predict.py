@@ -1,13 +1,12 @@
 """`predict`: a run and scans of any geometry to label maps on the scans' own voxels."""
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import calibrated, cascade, ensemble, manifest, predictor, trust
+from bhsd_jax.assemble import calibrated, cascade, devices, ensemble, manifest, trust
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.predictor import Predictor
@@ -22,23 +21,12 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config, Predict, Settings
 from bhsd_jax.train import barrier, processes
-from bhsd_jax.train.log import heartbeat
 from bhsd_jax.verbs import parts, review, scan_report
 from bhsd_jax.verbs.chosen_scans import find_scans, output_names, part
+from bhsd_jax.verbs.predict_scans import Found, Scans, predict_all, write_tables
 from bhsd_jax.volume import Case, Series
 
 logger = logging.getLogger(__name__)
-
-_BROKEN = (UserError, OSError, EOFError, MemoryError)  # of one scan: recorded, others go on
-
-
-@dataclass
-class Found:
-    """Which scans were predicted and which were not, by their names in the outputs."""
-
-    rows: list[ScanVolumes] = field(default_factory=list)  # of those predicted
-    skipped: dict[str, str] = field(default_factory=dict)  # why others were not
-    fault: str = ""  # why none was predicted after some scan: the machine said no
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -69,7 +57,7 @@ def run(config: Config, workdir: Path) -> None:
     _require_apart(out, cases, names)
     files.open_folder(out)
     files.sweep(out)
-    predictor.share_cores(run)
+    devices.share_cores(run)
     processes.say_devices()
     predict, members = ensemble.open_runs(run, settings.runs, apart=True)
     _require_alike(predict, settings)
@@ -82,7 +70,8 @@ def run(config: Config, workdir: Path) -> None:
     mine = parts.own(cases)
     tables = _tables(out, settings)
     _log_estimate(predict, len(mine))
-    predicted = _predict_all(predict, mine, names, out, tables, settings.overwrite)
+    scans = Scans(predict, mine, names, out, tables, settings.overwrite)
+    predicted = predict_all(scans)
     found = _gather(out, predicted, names)
     if found is not None:
         facts = _facts(run, members) | postprocessing.to_json(rules, run.labels.names)
@@ -203,7 +192,7 @@ def _conclude(out: Path, tables: Path, found: Found, facts: Mapping[str, Any], s
     unwritten = ""
     try:
         write_records(tables / "skipped.csv", skipped, line_end="\n", harmless=True)
-        _write_tables(tables, found.rows)
+        write_tables(tables, found.rows)
         review.write(tables, found.rows)
         doubtful = {row.case: row.warning for row in found.rows if row.warning}
         files.write_json(tables / "predictions.json", {**facts, "doubtful": doubtful})
@@ -241,64 +230,6 @@ def _log_estimate(predict: Predictor, scans: int) -> None:
     share = 2 ** len(predict.window.mirror_axes)
     hint = f"; infer.mirror=False needs one in {share}" if predict.window.mirror else ""
     logger.info("%d scans, about %d tiles each, %d in all%s", scans, tiles, scans * tiles, hint)
-
-
-def _predict_all(
-    predict: Predictor,
-    cases: Sequence[Case],
-    names: Mapping[str, str],
-    out: Path,
-    tables: Path,
-    overwrite: bool,
-) -> Found:
-    """Predicts one after the other; where there is one process, tables grow as it goes."""
-    found = Found()
-    earlier = {} if overwrite else review.earlier(tables)
-    begun = time.monotonic()
-    alone = barrier.place() == (0, 1)
-    for index, case in enumerate(cases, start=1):
-        name = names[case.id]
-        target = out / f"{name}{scan.ending(case.image)}"
-        try:
-            row = None if overwrite else predict.finished(case, target, name)
-            if row is not None:
-                row = review.recall(row, earlier)
-            else:
-                with heartbeat(f"scan {index} of {len(cases)}, {name}"):
-                    row = predict(case, target, name)
-            found.rows.append(row)
-            if alone:
-                _write_tables(tables, found.rows)
-        except faults.WriteError as error:
-            found.fault = faults.explain(error) or str(error)
-            logger.error("scan %d of %d, %s: %s", index, len(cases), name, found.fault)
-            break
-        except _BROKEN as error:
-            reason = str(error).replace(str(case.image), name).replace(case.id, name)
-            found.skipped[name] = reason
-            logger.error("scan %d of %d, %s: skipped: %s", index, len(cases), name, reason)
-            continue
-        left = (time.monotonic() - begun) / index * (len(cases) - index)
-        took = "there already" if row.seconds is None else f"{row.seconds:.1f} s"
-        volume = row.total_ml
-        logger.info(
-            "scan %d of %d, %s: %.1f mL, %s, %.0f s left",
-            *(index, len(cases), name, volume, took, left),
-        )
-    told = {row.case for row in found.rows} | found.skipped.keys()
-    missed = [names[case.id] for case in cases if names[case.id] not in told]
-    found.skipped |= dict.fromkeys(missed, f"not predicted: {found.fault}")
-    return found
-
-
-def _write_tables(out: Path, rows: Sequence[ScanVolumes]) -> None:
-    lesions = [lesion for row in rows for lesion in row.lesion_rows()]
-    for name, records in (("volumes", [row.flat() for row in rows]), ("lesions", lesions)):
-        write_records(out / f"{name}.csv", records, line_end="\n", harmless=True)
-    head: dict[str, Any] = {"notice": NOTICE, "unit": "mL"}
-    if rows:
-        head["present_from_ml"] = rows[0].present_ml
-    files.write_json(out / "volumes.json", head | {"scans": [row.listed() for row in rows]})
 
 
 def _facts(run: Run, members: Sequence[Member]) -> dict[str, Any]:

@@ -241,3 +241,33 @@ def test_the_way_back_keeps_apart_the_axis_that_is_coarse_for_the_network():
     np.testing.assert_array_equal(geometry.argmax_from_grid(logits, grid), back.argmax(0))
     want = np.exp(back) / np.exp(back).sum(0)
     np.testing.assert_allclose(geometry.probabilities_from_grid(logits, grid), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", [(5.0, 1.3, 3.1), (5.0, 0.7, 0.9), (2.0, 4.0, 1.0), (3, 3, 2)])
+@pytest.mark.parametrize("seed", range(4))
+def test_classes_are_brought_back_only_where_they_win_and_the_arg_max_is_that_of_all(
+    spacing, seed, monkeypatch
+):
+    """Classes here win in a few planes, in none, or by the last bit; ties are background's."""
+    random = np.random.default_rng(seed)
+    volume = Volume(head((9, 14, 12)).astype(np.float32), CANONICAL, "x")
+    grid = geometry.locate(volume, spacing_mm=tuple(map(float, spacing)))
+    axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
+    first = random.normal(size=grid.shape).astype(np.float32)
+    logits = np.stack([first, first, first - 1, np.nextafter(first, -np.inf), first - 1])
+    where = random.random(grid.shape) < 0.02
+    logits[1][where] += 1
+    logits[3][where] = np.nextafter(first[where], np.inf)
+    logits[4, :2] += 2
+    whole = np.stack([resample.resample_linear(one, grid.cropped_shape, axis) for one in logits])
+    zoomed, zoom = [], resample._zoom
+
+    def count(array, *rest):
+        zoomed.append(array.size)
+        return zoom(array, *rest)
+
+    monkeypatch.setattr(resample, "_zoom", count)
+    found = geometry.native_box(geometry.argmax_from_grid(logits, grid), grid)
+    np.testing.assert_array_equal(found, whole.argmax(0))
+    assert len(np.unique(found)) > 1
+    assert sum(zoomed) <= 4 * first.size, "class 2 wins nowhere"

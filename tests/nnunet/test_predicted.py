@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from nnunet_raw import Reference, config
 
-from bhsd_jax.assemble import deployed, predictor
+from bhsd_jax.assemble import deployed, devices
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import nifti
 from bhsd_jax.datasets.msd import MSD
@@ -42,7 +42,7 @@ def test_labels_and_probabilities_are_nnunets(golden, tmp_path, name):
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     run = Run.of(saved | {"predict": saved["predict"] | {"probabilities": True}}, run.folder)
     _, networks = deployed.load(run)
-    predict = predictor.make_predictor(run, list(networks.values()))
+    predict = devices.make_predictor(run, list(networks.values()))
     everywhere = sum(np.count_nonzero(arrays[f"c{n}_predicted"]) for n in range(3))
     assert everywhere > 100, "the reference predicts something"
     for case in MSD(root).cases():

@@ -52,6 +52,14 @@ def test_the_inference_benchmark_counts_its_tiles(tmp_path):
     assert found["mirrors"]["ours"]["wall"] > 0
 
 
+def test_the_benchmark_of_whole_predictions_goes_from_files_to_files(tmp_path):
+    found, text = _bench("bench_predict.py", tmp_path, "--volume", "8,48,32", "--scans", "2")
+    assert "tiny, 2 of 8,48,32, ours in float32" in text
+    assert found["ours"]["wall"] > 0
+    assert found["first"]["ours"]["cpu"] > 0
+    assert found["ours"]["peak_gb"] > 0.1
+
+
 @pytest.mark.parametrize(
     ("script", "options", "row"),
     [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from bhsd_jax.assemble import calibrated, data, ensemble, predictor
+from bhsd_jax.assemble import calibrated, data, devices, ensemble
 from bhsd_jax.ct import probabilities
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.metrics import calibration
@@ -20,7 +20,7 @@ from bhsd_jax.volume import Case
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run with two validation scans; one of the two has a mask."""
-    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(devices.jax, "local_device_count", lambda: 1)
     made = tiny_run.make(tmp_path / "run")
     voxels = tiny_run.head()
     label = np.where(voxels > 90, 2, np.where(voxels > 60, 1, 0)).astype(np.uint8)

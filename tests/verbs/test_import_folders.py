@@ -11,7 +11,7 @@ import pytest
 from test_import_torch import DATASET, PLAIN, TILE, plans, run_tool
 from test_imported import weights
 
-from bhsd_jax.assemble import cascade, deployed, predictor
+from bhsd_jax.assemble import cascade, deployed, devices
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import from_run
 from bhsd_jax.torch_weights import importing
@@ -33,7 +33,7 @@ DEEPMEDIC = {
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(devices.jax, "local_device_count", lambda: 1)
 
 
 def noisy(state, seed):

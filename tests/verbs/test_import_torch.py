@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bhsd_jax.assemble import predictor
+from bhsd_jax.assemble import devices
 from bhsd_jax.configs import from_run
 from bhsd_jax.torch_weights import weights_file
 from bhsd_jax.verbs import import_weights, predict
@@ -43,7 +43,7 @@ SIZES = {"input_channels": 1, "num_classes": 3, "deep_supervision": False}
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(devices.jax, "local_device_count", lambda: 1)
 
 
 def run_tool(monkeypatch, *arguments):

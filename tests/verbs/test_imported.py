@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from bhsd_jax.assemble import deployed, predictor, wiring
+from bhsd_jax.assemble import deployed, devices, wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import from_run
 from bhsd_jax.torch_weights import exporting, weights_file
@@ -57,7 +57,7 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(devices.jax, "local_device_count", lambda: 1)
 
 
 def weights(reference, constructor):

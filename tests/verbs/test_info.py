@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 
 from bhsd_jax import command_line, main
-from bhsd_jax.assemble import ensemble, predictor
+from bhsd_jax.assemble import devices, ensemble
 from bhsd_jax.command_line import UsageError, parse
 from bhsd_jax.train import checkpoint_files
 from bhsd_jax.verbs import info, predict
@@ -66,7 +66,7 @@ def test_the_program_prints_it(runs):
 
 
 def test_every_prediction_leaves_a_manifest(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(devices.jax, "local_device_count", lambda: 1)
     images = tmp_path / "ROE^JANE"
     images.mkdir()
     nib.save(nib.Nifti1Image(tiny_run.head(), tiny_run.upright()), images / "a.nii.gz")

@@ -23,7 +23,7 @@ from nibabel import orientations
 from pydicom import dcmread
 from tiny_run import CLASSES, PLAN, TILE
 
-from bhsd_jax.assemble import data, deployed, predictor, wiring
+from bhsd_jax.assemble import data, deployed, devices, predictor, wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
 from bhsd_jax.ct import geometry
@@ -214,7 +214,7 @@ def test_the_sides_and_sizes_of_the_two_bleeds_are_told(tmp_path):
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     """Compiling for eight devices takes longer; `tests/infer` does it."""
-    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(devices.jax, "local_device_count", lambda: 1)
 
 
 def configure(images, **changes):

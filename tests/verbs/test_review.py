@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from bhsd_jax.assemble import ensemble, predictor, trust
+from bhsd_jax.assemble import devices, ensemble, trust
 from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.ct import unlike
 from bhsd_jax.ct.prepare import prepare_volume
@@ -24,7 +24,7 @@ SEEN["field_mm"] = {"min": [30.0, 45.0, 35.0], "max": [60.0, 60.0, 60.0]}
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     """Compiling for eight devices takes longer; `tests/infer` does it."""
-    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(devices.jax, "local_device_count", lambda: 1)
 
 
 def prepared(voxels, spacing_mm):
@@ -101,20 +101,20 @@ def _run(tmp_path_factory):
 
 
 def test_disagreement_is_one_less_the_dice_of_the_networks():
-    image, grid = prepared(tiny_run.head(), (2.0, 2.0, 5.0))
+    image, _ = prepared(tiny_run.head(), (2.0, 2.0, 5.0))
     low, high = {"hu": 60, "from": 0}, {"hu": 90, "from": 0}
     one, other = image > 60, image > 90
     want = 1 - 2 * (one & other).sum() / (one.sum() + other.sum())
-    assert views(low, high).of(image, grid).disagreement == pytest.approx(want)
+    assert views(low, high).disagreement(image) == pytest.approx(want)
     assert 0.1 < want < 0.9
-    assert views(low, low).of(image, grid).disagreement == 0
-    assert views().of(image, grid).disagreement is None
+    assert views(low, low).disagreement(image) == 0
+    assert views().disagreement(image) is None
 
 
 def test_one_network_is_compared_with_its_answer_to_the_mirrored_scan():
-    image, grid = prepared(tiny_run.head(), (2.0, 2.0, 5.0))
-    assert views({"hu": 60, "from": 0}).of(image, grid).disagreement == 0, "blind to sides"
-    sided = views({"hu": 60, "from": 16}).of(image, grid).disagreement
+    image, _ = prepared(tiny_run.head(), (2.0, 2.0, 5.0))
+    assert views({"hu": 60, "from": 0}).disagreement(image) == 0, "blind to sides"
+    sided = views({"hu": 60, "from": 16}).disagreement(image)
     assert sided > 0.3
 
 

@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 from dicom_files import NAME, PATIENT, write_series
 
-from bhsd_jax.assemble import ensemble, predictor
+from bhsd_jax.assemble import devices, ensemble
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import niivue
 from bhsd_jax.report.page import Page, Picture, Section, save
@@ -24,7 +24,7 @@ needs_niivue = pytest.mark.skipif(not niivue.available(), reason="the extra `vie
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     """Compiling for eight devices takes longer; `tests/infer` does it."""
-    monkeypatch.setattr(predictor.jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(devices.jax, "local_device_count", lambda: 1)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,90 @@
+"""The networks of a run on the devices of this process, as a predictor."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bhsd_jax.assemble import wiring
+from bhsd_jax.assemble.predictor import Predictor
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.ct.dicom import segmentation
+from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
+from bhsd_jax.platform import allocator, machine
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train import processes
+from bhsd_jax.types import Params
+
+
+def share_cores(run: Run) -> None:
+    """On a CPU, makes a device of every core that there is memory for a tile; before JAX starts."""
+    tile = bytes_per_tile(run.patch)
+    processes.share_cores(run.config.infer.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
+    allocator.mind_memory(jax.local_device_count() * tile)
+
+
+def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
+    """The predictor of a run, on all devices of this process.
+
+    Raises:
+        ValueError: If the networks are not the config's model.
+    """
+    config, model, network_input = run.config, wiring.model(run), run.network_input
+
+    def forward(variables: Params, raw: jax.Array) -> Any:
+        return model.apply(variables, network_input(raw), train=False)
+
+    margin = getattr(model, "margin", (0, 0, 0))  # what it takes around the voxels it answers for
+    seen = (n + 2 * m for n, m in zip(run.patch, margin, strict=True))
+    sample = jax.ShapeDtypeStruct((1, *seen, network_input.channels), jnp.float32)
+    expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), sample)
+    for variables in networks:
+        _require_fit(variables, expected)
+    several = jax.local_device_count() > 1
+    window = SlidingWindow(
+        forward,
+        run.patch,
+        step=config.infer.step,
+        mirror=config.infer.mirror,
+        # Of a single slice the mirrored version is the slice.
+        mirror_axes=tuple(axis for axis in config.infer.mirror_axes if run.patch[axis] > 1),
+        tiles_per_call=config.infer.tiles,
+        law=config.infer.law,
+        margin=margin,
+        unit=model.stride if any(margin) else None,
+        combine=config.predict.combine,
+        # Of several processes each predicts scans of its own.
+        mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,
+        regions=run.labels.region_order,
+    )
+    return Predictor(
+        window=window,
+        networks=networks,
+        fill=network_input.pad_value(config.input.pad),
+        plan=run.plan,
+        classes=run.classes,
+        probabilities=config.predict.probabilities,
+        present_ml=config.predict.present_ml,
+        seg=config.predict.dicom.seg,
+        maker=segmentation.Maker(f"{config.objective['name']} on {run.plan.dataset}"),
+        meaning=run.labels,
+        nnunet_probabilities=config.predict.nnunet_probabilities,
+        keeps_logits=config.predict.logits,
+    )
+
+
+def _require_fit(variables: Params, expected: Params) -> None:
+    """Refuses variables of another network, naming the first that differs."""
+    found, wanted = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (variables, expected))
+    )
+    odd = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+    if odd:
+        raise UserError(
+            f"the checkpoint is not of the config's network: {odd[0]} has shape "
+            f"{found.get(odd[0])}, the config asks for {wanted.get(odd[0])}; use "
+            "--config=configs/from_run.py:<run folder>"
+        )
