@@ -198,7 +198,7 @@ def argmax_from_grid(
         return _nearest_center(logits.argmax(0).astype(np.uint8), grid)
     axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
     wins = _planes_where_it_wins(logits, axis)
-    best = resample.resample_linear(logits[0], grid.cropped_shape, axis, wins.any(0))
+    best = resample.resample_linear(logits[0], grid.cropped_shape, axis, np.logical_or.reduce(wins))
     winner = np.zeros(grid.cropped_shape, np.uint8)
     for index in range(1, len(logits)):
         if not wins[index - 1].any():
