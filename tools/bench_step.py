@@ -5,9 +5,9 @@
 A step is forward, deep-supervised Dice and cross entropy, backward, clipping, SGD with Nesterov
 momentum, on patches that lie on the device; the peer is `dynamic_network_architectures`'
 PlainConvUNet or ResidualEncoderUNet (`--preset resenc`), or MONAI's SwinUNETR or UNETR (`swin`,
-`unetr`), under nnU-Net's loss. `--layers` compares the
-U-Net's convolutions one by one instead. `--peer-python` names an interpreter that has those
-packages; "none" measures ours alone.
+`unetr`), under nnU-Net's loss. `--objective cps` and `mean_teacher` add as many unlabeled patches and
+the terms of those methods, on both sides. `--layers` compares the U-Net's convolutions one by one
+instead. `--peer-python` names an interpreter that has those packages; "none" measures ours alone.
 
 On a GPU both sides compute in bfloat16 (`--dtype float32` changes both, `--peer-dtype` the peer, by
 torch.autocast) and the peer goes through torch.compile. What may be tried there, and what is
@@ -31,6 +31,7 @@ import bench_pair
 from bench_networks import BLOCKS, PRESETS, Layer, Preset, layers, step_flops
 
 HERE = Path(__file__).parent
+OBJECTIVES = ("supervised", "cps", "mean_teacher")
 
 
 def main() -> None:
@@ -63,6 +64,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--remat", choices=("none", "blocks"), default="none")
     parser.add_argument("--pad-input", type=int, default=0, help="input channels, zeros added")
     parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="supervised")
     args = completed(parser.parse_args(words))
     if args.layers and PRESETS[args.preset].family != "plain":
         parser.error("--layers lists the convolutions of a plain nnU-Net; choose another preset")
@@ -105,7 +107,7 @@ def compare_step(
 ) -> dict:
     """Step against step."""
     preset = PRESETS[args.preset]
-    plain = preset.family == "plain"
+    plain = preset.family == "plain" and args.objective == "supervised"
     flops = step_flops(preset) * (args.batch or preset.batch) / preset.batch if plain else 0
     found = bench_pair.summarize(bench_pair.take_turns(ours, peer, "step", args.rounds))
     found |= {"gflop": flops / 1e9, "facts": {"ours": ours.facts}}
@@ -121,7 +123,7 @@ def compare_step(
                 f" {worker.facts['setup_peak'] / 1e9:.2f} GB; {rate}first"
                 f" loss {worker.facts['loss']:.5f}"
             )
-    bench_pair.show(f"train step, preset {args.preset}", found)
+    bench_pair.show(f"train step, preset {args.preset}, {args.objective}", found)
     return found
 
 
@@ -179,7 +181,9 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
         image = jax.random.normal(image_key, (batch, *preset.patch, preset.channels))
         more = [(0, 0)] * 4 + [(0, channels - preset.channels)]
         label = jax.random.randint(label_key, (batch, *preset.patch), 0, preset.classes)
-        return Batch(jax.numpy.pad(image, more), label.astype("int8"))
+        image = jax.numpy.pad(image, more)
+        unlabeled = None if args.objective == "supervised" else image[::-1]
+        return Batch(image, label.astype("int8"), unlabeled)
 
     data = draw(jax.random.key(0))
     init = jax.jit(
@@ -208,14 +212,17 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
 def our_parts(args: argparse.Namespace, preset: Preset):
     """What the step is made of: nnU-Net's recipe, patches given as they are."""
     from bhsd_jax.losses import DiceCE
+    from bhsd_jax.objectives.cps import CrossPseudoSupervision
+    from bhsd_jax.objectives.mean_teacher import MeanTeacher
     from bhsd_jax.objectives.supervised import Supervised
     from bhsd_jax.train.optimizer import make_optimizer, make_schedule
     from bhsd_jax.train.step import Parts
 
     schedule = make_schedule("poly", lr=0.01, steps=250_000, hold=250)
+    kind = dict(zip(OBJECTIVES, (Supervised, CrossPseudoSupervision, MeanTeacher), strict=True))
     return Parts(
         our_model(args, preset).clone(remat=args.remat),
-        Supervised(),
+        kind[args.objective](),
         make_optimizer("sgd", schedule),
         schedule,
         DiceCE(),

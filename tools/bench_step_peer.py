@@ -1,5 +1,6 @@
 """PyTorch's side of `bench_step.py`, which starts it; needs torch, nnunetv2 and monai."""
 
+import copy
 import functools
 import os
 import sys
@@ -82,26 +83,79 @@ def setup_step(args) -> tuple[dict, bench_pair.Jobs]:
         targets = whole
     else:
         loss_fn = DeepSupervisionWrapper(loss_fn, [w / sum(weights) for w in weights])
-    optimizer = torch.optim.SGD(
-        net.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5
-    )
-    run_net = torch.compile(net) if args.device == "gpu" else net
+    nets = twins(args, preset, net)
+    trained = [p for one in nets[: TRAINED[args.objective]] for p in one.parameters()]
+    optimizer = torch.optim.SGD(trained, 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
+    run_nets = [torch.compile(one) if args.device == "gpu" else one for one in nets]
     narrow = args.peer_dtype == "bfloat16"
     kind = "cuda" if args.device == "gpu" else "cpu"
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(kind, torch.bfloat16, enabled=narrow):
-            loss = loss_fn(run_net(image), targets)
+            loss = TERMS[args.objective](run_nets, image, targets, loss_fn)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 12)
+        torch.nn.utils.clip_grad_norm_(trained, 12)
         optimizer.step()
+        if args.objective == "mean_teacher":
+            follow(nets[1], net)
         wait(args)
         return float(loss.detach())
 
     facts = {"device": name(args), "loss": step()}
     step()
     return facts, {"step": step}
+
+
+def twins(args, preset: Preset, net: nn.Module) -> list[nn.Module]:
+    """The network, and the second one of the objective: drawn anew, or the average of the first."""
+    if args.objective == "supervised":
+        return [net]
+    second = (
+        network(preset) if args.objective == "cps" else copy.deepcopy(net).requires_grad_(False)
+    )
+    return [net, second.to(next(net.parameters()).device)]
+
+
+def supervised(nets, image: torch.Tensor, targets, loss_fn) -> torch.Tensor:
+    """nnU-Net's loss."""
+    return loss_fn(nets[0](image), targets)
+
+
+def cross_pseudo(nets, image: torch.Tensor, targets, loss_fn) -> torch.Tensor:
+    """And on unlabeled patches cross entropy with the other network's classes, twice."""
+    labeled, free = zip(*(halves(net, image) for net in nets), strict=True)
+    guesses = [logits.detach().argmax(1) for logits in free]
+    cross = (
+        nn.functional.cross_entropy(logits, guess)
+        for logits, guess in zip(free, reversed(guesses), strict=True)
+    )
+    return sum(loss_fn(heads, targets) for heads in labeled) + 0.1 * sum(cross)
+
+
+def mean_teacher(nets, image: torch.Tensor, targets, loss_fn) -> torch.Tensor:
+    """And on unlabeled patches the squared distance of probabilities from the average's."""
+    with torch.no_grad():
+        answer = nets[1](image.flip(0))[0].softmax(1)
+    labeled, free = halves(nets[0], image)
+    return loss_fn(labeled, targets) + 0.1 * ((free.softmax(1) - answer) ** 2).mean()
+
+
+def halves(net: nn.Module, image: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """All heads of labeled patches, and the first of as many unlabeled ones, in one pass."""
+    heads = net(torch.cat([image, image.flip(0)]))
+    return [head[: len(image)] for head in heads], heads[0][len(image) :]
+
+
+def follow(teacher: nn.Module, student: nn.Module) -> None:
+    """The teacher's parameters become the moving average of the student's."""
+    with torch.no_grad():
+        for average, value in zip(teacher.parameters(), student.parameters(), strict=True):
+            average.lerp_(value, 1e-3)
+
+
+TERMS = {"supervised": supervised, "cps": cross_pseudo, "mean_teacher": mean_teacher}
+TRAINED = {"supervised": 1, "cps": 2, "mean_teacher": 1}  # networks that get gradients
 
 
 def coarser(whole: torch.Tensor, preset: Preset) -> list[torch.Tensor]:

@@ -41,6 +41,13 @@ def test_the_step_benchmark_runs_with_one_command(tmp_path):
     assert 1.2 < found["facts"]["ours"]["loss"] < 3.0
 
 
+@pytest.mark.parametrize("objective", ["cps", "mean_teacher"])
+def test_the_step_benchmark_knows_unlabeled_patches(objective, tmp_path):
+    found, _ = _bench("bench_step.py", tmp_path, "--objective", objective)
+    networks = {"cps": 2, "mean_teacher": 1}[objective]
+    assert 1.2 * networks < found["facts"]["ours"]["loss"] < 3.0 * networks
+
+
 def test_the_augmentation_benchmark_gives_the_cost_of_a_batch(tmp_path):
     found, _ = _bench("bench_augment.py", tmp_path, "--draws", "1", "--no-step")
     assert found["ours"]["cpu"] > 0
