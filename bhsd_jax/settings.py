@@ -237,9 +237,10 @@ class Settings:
     slice_loss: SliceLoss
     optimizer: Annotated[
         Spec,
-        "name, lr, clip (global gradient norm, per network), weight_decay, schedule (poly, ...), "
-        "power, warmup (steps; below 1: share of the training), hold and lag (steps for which a "
-        "rate is kept, and by which it comes late) and the optimizer's own, such as nesterov",
+        "name (sgd, adam, adamw, muon), lr, clip (global gradient norm, per network), "
+        "weight_decay, schedule (poly, ...), power, warmup (steps; below 1: share of the "
+        "training), hold and lag (steps for which a rate is kept, and by which it comes late) and "
+        "the optimizer's own, such as nesterov",
     ]
     train: Train
     mesh: Mesh

@@ -3,9 +3,11 @@
 Two words of every experiment: `--config=configs/cps.py:backbone=swin_unetr,recipe=nnunet`.
 `recipe=published` (the default) is what the authors trained with: optimizer, rate, schedule,
 warm-up, weight decay, clipping. CoTr and nnFormer were trained with nnU-Net's, so for them and
-for nnU-Net the two are one. Loss, augmentation, batch and length are nnU-Net's for all, as in the
-benchmark. A backbone may also be named by its class, `backbone=unetr.UNETR`: then nothing but
-the class changes.
+for nnU-Net the two are one. `recipe=nnunet` is nnU-Net's for every network, and `recipe=fast` what
+reached its Dice in half the steps (`tools/LAB_BOOK.md`; tried on nnU-Net's network alone): Muon,
+whose rate rises and then falls to 0, and half the steps. Loss, augmentation, batch and otherwise
+length are nnU-Net's for all, as in the benchmark. A backbone may also be named by its class,
+`backbone=unetr.UNETR`: then nothing but the class and a `recipe=fast` changes.
 
 Source: CoTr 521b4cc, nnFormer d48aaeb, nnU-Net 2.8.1, and MONAI's research-contributions (UNETR
 and Swin UNETR on BTCV); the fields named in each.
@@ -20,7 +22,7 @@ from ml_collections.config_dict import FieldReference
 
 from bhsd_jax.platform.errors import UserError
 
-RECIPES = ("published", "nnunet")
+RECIPES = ("published", "nnunet", "fast")
 # UNETR and Swin UNETR alike: AdamW, no clipping, 50 of 5000 epochs of warm-up.
 _ADAMW = {
     "name": "adamw",
@@ -30,6 +32,15 @@ _ADAMW = {
     "schedule": "warmup_cosine",
     "warmup": 0.01,
 }
+_FAST = {
+    "name": "muon",
+    "lr": 0.01,
+    "momentum": 0.95,
+    "weight_decay": 0.01,  # decoupled, on kernels alone
+    "schedule": "cosine",
+    "warmup": 0.05,
+}
+_SHORTER = 2  # times, by which `recipe=fast` is
 # What nnU-Net plans for BHSD at its spacing; every network's preset for thick slices accepts it.
 _PATCH = (20, 320, 256)
 
@@ -86,7 +97,7 @@ _SMOKE = {  # thin networks that still have every part, by class
 
 
 def choose(config: ml_collections.ConfigDict, backbone: str, recipe: str, *, head_ct: bool) -> None:
-    """Sets the model, and for a short name the patch (of `head_ct` scans) and the recipe.
+    """Sets the model and the recipe, and for a short name the patch (of `head_ct` scans).
 
     `head_ct` says that preprocessing is pinned to BHSD's spacing, for which the patch is planned.
 
@@ -96,6 +107,9 @@ def choose(config: ml_collections.ConfigDict, backbone: str, recipe: str, *, hea
     if recipe not in RECIPES:
         raise UserError(f"recipe={recipe} is not known; choose from {', '.join(RECIPES)}")
     config.model.name = backbone
+    if recipe == "fast":
+        config.optimizer.update(_FAST)
+        config.train.steps //= _SHORTER
     if "." in backbone:
         return
     if backbone not in BACKBONES:

@@ -97,7 +97,8 @@ ABOUT = {  # the words for a reader
     "as <module>.<Class>",
     "backbone=nnunet": f"or {', '.join(b for b in backbones.BACKBONES if b != 'nnunet')}, or a "
     "class as <module>.<Class>",
-    "recipe=published": "optimizer and schedule of the backbone's authors; or nnunet: nnU-Net's",
+    "recipe=published": "optimizer and schedule of the backbone's authors; or nnunet: nnU-Net's; "
+    "or fast: Muon, half the steps",
     "preset=recommended": "arguments of the objective; or ssl4mis: the training of its scripts",
     "labels=N": "masks to train with: a count, or a share below 1",
     "task=1": "the paper's tasks: 1 all classes, 2 binary with bleeding scans, 3 with all scans",
@@ -187,10 +188,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "power": 0.9,
         "warmup": 0.0,  # steps; below 1: share of the training
     }
+    config.train = _group(settings.Train)
     # A patch of so many voxels goes with the spacing it was planned for, whatever data set has it.
     head_ct = config.preprocess.spacing_mm == HEAD_CT_SPACING_MM
     backbones.choose(config, words["backbone"], words["recipe"], head_ct=head_ct)
-    config.train = _group(settings.Train)
     config.mesh = _group(settings.Mesh)
     config.infer = _group(settings.Infer)
     config.infer.update(inference(words["infer"]))

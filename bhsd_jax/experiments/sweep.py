@@ -12,7 +12,8 @@ from bhsd_jax.experiments import launch
 from bhsd_jax.experiments.study import Heading, Study
 from bhsd_jax.platform.errors import UserError
 
-Settings = Mapping[str, tuple[str, ...]]  # name of a row: its fields, `field=value`
+# Name of a row: its fields, `field=value`, and words of the config after a colon, `:word=value`.
+Settings = Mapping[str, tuple[str, ...]]
 
 
 def cli(arguments: Sequence[str]) -> int:
@@ -38,11 +39,14 @@ def make_study(options: argparse.Namespace) -> Study:
     settings = read_list(Path(options.list)) if options.list else grid(options.fields)
     if options.out is None:
         options.out = Path("runs") / f"sweep-{Path(options.config.partition(':')[0]).stem}"
-    shared = (f"--config={options.config}", *launch.overrides(options.override))
+    shared = launch.overrides(options.override)
     runs = []
     for seed in launch.seeds(options.seeds):
-        for row, fields in settings.items():
-            own = (*shared, *launch.overrides(fields), f"--config.seed={seed}")
+        for row, changes in settings.items():
+            words = [change[1:] for change in changes if change.startswith(":")]
+            fields = [change for change in changes if not change.startswith(":")]
+            config = _with_words(options.config, words)
+            own = (config, *shared, *launch.overrides(fields), f"--config.seed={seed}")
             runs.append(launch.make_run(row, seed, own, options.out, options.shards))
     rows = {row: Heading(_title(row, fields)) for row, fields in settings.items()}
     smoke = "smoke" in options.config.partition(":")[2].split(",")
@@ -56,8 +60,17 @@ def make_study(options: argparse.Namespace) -> Study:
     )
 
 
+def _with_words(config: str, words: Sequence[str]) -> str:
+    """The flag of a config with more words, of which the later count."""
+    file, _, given = config.partition(":")
+    every = ",".join(filter(None, [given, *words]))
+    return f"--config={file}:{every}" if every else f"--config={file}"
+
+
 def grid(fields: Sequence[str]) -> Settings:
     """All combinations of `field=a,b,c`; commas inside brackets do not separate.
+
+    `:recipe=nnunet,fast` varies a word of the config instead.
 
     Raises:
         ValueError: If a field has no value, or there is none.
@@ -129,7 +142,12 @@ def _title(row: str, fields: Sequence[str]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/sweep", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", required=True, help="as a verb takes it: configs/cps.py:smoke")
-    parser.add_argument("fields", nargs="*", metavar="FIELD=A,B,C", help="all combinations are run")
+    parser.add_argument(
+        "fields",
+        nargs="*",
+        metavar="FIELD=A,B,C",
+        help="all combinations are run; :WORD=A,B,C varies a word of the config",
+    )
     parser.add_argument("--list", help="a file instead: a line per setting, NAME FIELD=VALUE ...")
     launch.add_options(parser)
     return parser

@@ -1,8 +1,11 @@
 """Optimizers and learning-rate schedules from plain numbers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Int
 
 from bhsd_jax.platform.errors import UserError
@@ -88,28 +91,59 @@ def make_optimizer(
     clip: float | None = 12.0,
     parts: bool = False,
 ) -> optax.GradientTransformation:
-    """SGD with momentum, Adam or AdamW.
+    """SGD with momentum, Adam, AdamW or Muon.
 
     In `sgd` and `adam` weight decay is added to the gradient (L2, as PyTorch does); in `adamw` it
-    is decoupled. With `parts` every top-level key of the parameters is a network of its own and is
-    clipped by its own norm.
+    is decoupled. `muon` moves every kernel, as a matrix [inputs, outputs], by an orthogonal matrix
+    of its momentum, with decoupled weight decay, and all else, without, by Adam with beta 1 of 0.9
+    (NAdam if `nesterov`). Both at the rate of the schedule: the matrices are scaled to the length
+    of Adam's steps. With `parts` every top-level key of the parameters is a network of its own and
+    is clipped by its own norm.
 
-    Source: nnU-Net 2.8.1's recipe is `sgd` with the defaults.
+    Source: nnU-Net 2.8.1's recipe is `sgd` with the defaults. Muon is optax's, scaled as in Liu et
+    al. 2025, arXiv:2502.16982.
 
     Raises:
         ValueError: If the name is unknown.
     """
     mask = None if decay_biases else _matrices
     decay = optax.add_decayed_weights(weight_decay, mask)
+    at_rate = optax.scale_by_learning_rate(schedule)
     rules = {
-        "sgd": (decay, optax.trace(momentum, nesterov=nesterov)),
-        "adam": (decay, optax.scale_by_adam(b1=momentum, b2=beta2)),
-        "adamw": (optax.scale_by_adam(b1=momentum, b2=beta2), decay),
+        "sgd": (decay, optax.trace(momentum, nesterov=nesterov), at_rate),
+        "adam": (decay, optax.scale_by_adam(b1=momentum, b2=beta2), at_rate),
+        "adamw": (optax.scale_by_adam(b1=momentum, b2=beta2), decay, at_rate),
+        "muon": (_muon(schedule, momentum, beta2, weight_decay, nesterov),),
     }
     if name not in rules:
         raise UserError(f"optimizer.name is one of {', '.join(rules)}; got {name!r}")
     clipping = () if clip is None else (clip_each(clip, parts),)
-    return optax.chain(*clipping, *rules[name], optax.scale_by_learning_rate(schedule))
+    return optax.chain(*clipping, *rules[name])
+
+
+def _muon(
+    schedule: optax.Schedule, momentum: float, beta2: float, weight_decay: float, nesterov: bool
+) -> optax.GradientTransformation:
+    def matrices(params: Params) -> Params:
+        """What a kernel's axes are: its last one counts outputs, all others inputs."""
+
+        def axes(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
+            # A table of positions may be 2D too, and is no matrix.
+            if path[-1].key != "kernel" or leaf.ndim < 2:
+                return None
+            return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+        return jax.tree_util.tree_map_with_path(axes, params)
+
+    return optax.contrib.muon(
+        schedule,
+        beta=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        adam_b2=beta2,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=matrices,
+    )
 
 
 def clip_each(max_norm: float, parts: bool = False) -> optax.GradientTransformation:

@@ -60,6 +60,7 @@ def test_every_experiment_takes_every_backbone_and_recipe(name, recipe, backbone
     if name == "supervised":
         want = {"name": "adamw", "lr": 1e-4, "weight_decay": 1e-5, "clip": None, "warmup": 0.01}
         assert (want.items() <= config["optimizer"].items()) == own
+        assert (config["optimizer"]["name"] == "muon") == (recipe == "fast")
 
 
 @pytest.mark.parametrize("data", ["bhsd", "rsna", "mbhseg"])
@@ -80,8 +81,23 @@ def test_where_the_spacing_is_planned_so_is_the_patch(data):
 def test_unknown_backbones_and_recipes_list_the_known_ones():
     with pytest.raises(ValueError, match=r"unetr, swin_unetr, cotr, nnformer, nnunet, nnunet_r"):
         resolved("supervised", "backbone=vnet")
-    with pytest.raises(ValueError, match="published, nnunet"):
+    with pytest.raises(ValueError, match="published, nnunet, fast"):
         resolved("supervised", "recipe=mine")
+
+
+def test_the_fast_recipe_is_half_as_long_and_leaves_what_it_does_not_name():
+    plain, fast = (
+        resolved("supervised", "data=bhsd"),
+        resolved("supervised", "data=bhsd,recipe=fast"),
+    )
+    assert fast["train"].pop("steps") * 2 == plain["train"].pop("steps")
+    assert fast["optimizer"].pop("clip") == plain["optimizer"].pop("clip") == 12.0
+    del fast["optimizer"], plain["optimizer"]
+    assert fast == plain
+    own = resolved("supervised", "backbone=unet.X,recipe=fast")
+    assert (own["optimizer"]["name"], own["train"]["steps"]) == ("muon", 125_000)
+    scripts = resolved("cps", "preset=ssl4mis,recipe=fast")
+    assert scripts == resolved("cps", "preset=ssl4mis")
 
 
 def test_a_recipe_of_one_config_does_not_reach_the_next():

@@ -113,7 +113,7 @@ def test_a_zero_gradient_stays_zero():
 
 
 def test_unknown_names_list_the_choices():
-    with pytest.raises(ValueError, match="sgd, adam, adamw"):
+    with pytest.raises(ValueError, match="sgd, adam, adamw, muon; got 'lion'"):
         make_optimizer("lion", lambda step: 0.1)
     with pytest.raises(ValueError, match="poly, cosine, warmup_cosine, constant"):
         make_schedule("step", lr=0.1, steps=5)

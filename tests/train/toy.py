@@ -50,18 +50,19 @@ def view(key, image):
     return image + 0.1 * jax.random.normal(key, image.shape)
 
 
-def make_parts(objective, *, steps=20, lr=0.01, clip=12.0, quiet=False):
+def make_parts(objective, *, steps=20, lr=0.01, clip=12.0, quiet=False, optimizer="sgd", mesh=None):
     schedule = make_schedule("poly", lr=lr, steps=steps)
-    optimizer = make_optimizer("sgd", schedule, clip=clip, parts=bool(objective.twins))
+    rule = make_optimizer(optimizer, schedule, clip=clip, parts=bool(objective.twins))
     return Parts(
         model=Toy(),
         objective=objective,
-        optimizer=optimizer,
+        optimizer=rule,
         schedule=schedule,
         segmentation=DiceCE(),
         augment=(lambda key, batch: batch) if quiet else augment,
         view=(lambda key, image: image) if quiet else view,
         steps=steps,
+        mesh=mesh,
     )
 
 

@@ -65,6 +65,21 @@ def test_a_sweep_sets_fields_and_seeds_and_shares_what_it_can(tmp_path):
     assert {run.config.preprocess.shards for run in own.runs} == {"/made/before"}
 
 
+def test_a_sweep_varies_words_of_the_config_too(tmp_path):
+    made = swept(tmp_path, ":recipe=nnunet,fast", "optimizer.lr=0.1,0.2", "--seeds=0")
+    told = [(run.config.optimizer["name"], run.config.optimizer["lr"]) for run in made.runs]
+    assert told == [("sgd", 0.1), ("sgd", 0.2), ("muon", 0.1), ("muon", 0.2)]
+    assert list(made.rows)[2] == "recipe=fast,lr=0.1"
+    assert made.runs[2].arguments[0] == "--config=configs/cps.py:smoke,recipe=fast"
+    path = tmp_path / "list"
+    path.write_text("whole :recipe=nnunet train.steps=8\nhalf :recipe=fast train.steps=4\n")
+    listed = swept(tmp_path, f"--list={path}", "--seeds=0").runs
+    told = [(run.row, run.config.optimizer["name"], run.config.train.steps) for run in listed]
+    assert told == [("whole", "sgd", 8), ("half", "muon", 4)]
+    with pytest.raises(ValueError, match="recipe=slow is not known; choose from published, nnunet"):
+        swept(tmp_path, ":recipe=slow", "--seeds=0")
+
+
 def test_wrong_options_are_one_line(tmp_path):
     for words, message in (
         (["train.step=1"], 'Did you mean "steps"'),
