@@ -6,7 +6,7 @@ A step is forward, deep-supervised Dice and cross entropy, backward, clipping, S
 momentum, on patches that lie on the device; the peer is `dynamic_network_architectures`'
 PlainConvUNet or ResidualEncoderUNet (`--preset resenc`), or MONAI's SwinUNETR or UNETR (`swin`,
 `unetr`), under nnU-Net's loss. `--objective cps` and `mean_teacher` add as many unlabeled patches
-and the terms of those methods, on both sides. `--layers` compares the U-Net's convolutions one by one
+and the terms of those methods, on both sides. `--layers` compares the convolutions of a U-Net
 instead. `--peer-python` names an interpreter that has those packages; "none" measures ours alone.
 
 On a GPU both sides compute in bfloat16 (`--dtype float32` changes both, `--peer-dtype` the peer, by
