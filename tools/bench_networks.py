@@ -19,7 +19,7 @@ class Preset:
     batch: int = 2
     channels: int = 1
     classes: int = 6
-    family: str = "plain"  # or "resenc"; of "swin" and "unetr" `features` is the feature size alone
+    family: str = "plain"  # or "resenc"; of the others `features` is the feature size alone
 
     @property
     def heads(self) -> bool:
@@ -55,6 +55,8 @@ PRESETS = {
     "tiny": Preset((4, 8), (_ONE, _PLANE), (_FLAT, _CUBE), (4, 16, 16)),
     "swin": Preset((24,), (_ONE,), (_CUBE,), (32, 96, 96), family="swin"),
     "unetr": Preset((16,), (_ONE,), (_CUBE,), (32, 96, 96), family="unetr"),
+    "cotr": Preset((64,), (_ONE,), (_CUBE,), (32, 96, 96), family="cotr"),
+    "nnformer": Preset((96,), (_ONE,), (_CUBE,), (64, 64, 64), family="nnformer"),
     # The first four stages of nnU-Net's plan for BHSD (5 mm slices).
     "small": Preset(_DEEP[:4], (_ONE, *(_PLANE,) * 3), (*(_FLAT,) * 3, _CUBE), (16, 128, 128)),
     # With nnU-Net's residual encoder: 1, 3, 4 and 6 blocks.

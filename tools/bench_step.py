@@ -4,10 +4,12 @@
 
 A step is forward, deep-supervised Dice and cross entropy, backward, clipping, SGD with Nesterov
 momentum, on patches that lie on the device; the peer is `dynamic_network_architectures`'
-PlainConvUNet or ResidualEncoderUNet (`--preset resenc`), or MONAI's SwinUNETR or UNETR (`swin`,
-`unetr`), under nnU-Net's loss. `--objective cps` and `mean_teacher` add as many unlabeled patches
-and the terms of those methods, on both sides. `--layers` compares the convolutions of a U-Net
-instead. `--peer-python` names an interpreter that has those packages; "none" measures ours alone.
+PlainConvUNet or ResidualEncoderUNet (`--preset resenc`), MONAI's SwinUNETR or UNETR (`swin`,
+`unetr`), or what the authors of CoTr or nnFormer published (`cotr`, `nnformer`; `--peer-source` has
+the folders of their packages), under nnU-Net's loss. `--objective cps` and `mean_teacher` add as
+many unlabeled patches and the terms of those methods, on both sides. `--layers` compares the
+convolutions of a U-Net instead. `--peer-python` names an interpreter that has those packages;
+"none" measures ours alone.
 
 On a GPU both sides compute in bfloat16 (`--dtype float32` changes both, `--peer-dtype` the peer, by
 torch.autocast) and the peer goes through torch.compile. What may be tried there, and what is
@@ -64,6 +66,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--remat", choices=("none", "blocks"), default="none")
     parser.add_argument("--pad-input", type=int, default=0, help="input channels, zeros added")
     parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--peer-source", default="", help="folders, as in PYTHONPATH")
     parser.add_argument("--objective", choices=OBJECTIVES, default="supervised")
     args = completed(parser.parse_args(words))
     if args.layers and PRESETS[args.preset].family != "plain":
@@ -234,6 +237,8 @@ def our_parts(args: argparse.Namespace, preset: Preset):
 
 def our_model(args: argparse.Namespace, preset: Preset):
     """The network of a preset."""
+    from bhsd_jax.models.cotr import CoTr
+    from bhsd_jax.models.nnformer import TUMOR, NNFormer
     from bhsd_jax.models.nnunet import PlainConvUNet, ResidualEncoderUNet
     from bhsd_jax.models.swin_unetr import SwinUNETR
     from bhsd_jax.models.unetr import UNETR
@@ -243,6 +248,10 @@ def our_model(args: argparse.Namespace, preset: Preset):
     if preset.family == "unetr":
         size = {"patch": preset.patch, "feature_size": preset.features[0]}
         return UNETR(preset.classes, **size, dtype=args.dtype)
+    if preset.family == "cotr":
+        return CoTr(preset.classes, deep_supervision=False, dtype=args.dtype)
+    if preset.family == "nnformer":
+        return NNFormer(preset.classes, dtype=args.dtype, **TUMOR)
     stages = {name: getattr(preset, name) for name in ("features", "strides", "kernels")}
     if preset.family == "resenc":
         stages["blocks_encoder"] = BLOCKS

@@ -20,6 +20,7 @@ from torch import nn
 def main() -> None:
     """Serves as the peer."""
     args = parse(sys.argv[1:])
+    sys.path[:0] = args.peer_source.split(os.pathsep)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -38,6 +39,8 @@ def network(preset: Preset, deep_supervision: bool = True) -> nn.Module:
 
         size = {"img_size": preset.patch, "feature_size": preset.features[0]}
         return UNETR(preset.channels, preset.classes, **size)
+    if preset.family in AUTHORS:
+        return AUTHORS[preset.family](preset)
     kind, blocks, convolutions = PlainConvUNet, 2, 2
     if preset.family == "resenc":
         kind, blocks, convolutions = ResidualEncoderUNet, BLOCKS, 1
@@ -60,6 +63,27 @@ def network(preset: Preset, deep_supervision: bool = True) -> nn.Module:
     )
     net.apply(InitWeights_He(1e-2))
     return net
+
+
+def cotr(preset: Preset) -> nn.Module:
+    """What its trainer makes, without deep supervision."""
+    from CoTr.network_architecture.ResTranUnet import ResTranUnet
+
+    if not torch.cuda.is_available():  # it asks for the GPU by name
+        torch.Tensor.cuda = lambda self, *_: self
+    return ResTranUnet("IN", "LeakyReLU", preset.patch, preset.classes)
+
+
+def nnformer(preset: Preset) -> nn.Module:
+    """What its trainer for brain tumors makes, without deep supervision."""
+    from nnformer.network_architecture.nnFormer_tumor import nnFormer
+
+    sizes = {"embedding_dim": preset.features[0], "input_channels": preset.channels}
+    sizes |= {"num_classes": preset.classes, "num_heads": [3, 6, 12, 24], "patch_size": [4, 4, 4]}
+    return nnFormer(list(preset.patch), **sizes, deep_supervision=False)
+
+
+AUTHORS = {"cotr": cotr, "nnformer": nnformer}
 
 
 def setup_step(args) -> tuple[dict, bench_pair.Jobs]:
