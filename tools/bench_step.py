@@ -40,7 +40,7 @@ def main() -> None:
     """Runs one side as a worker, or both and prints how they compare."""
     args = parse(sys.argv[1:])
     if args.worker:
-        load(args.batch or PRESETS[args.preset].batch)
+        args.split = load(args.batch or PRESETS[args.preset].batch)
         setup = setup_layers if args.layers else setup_step
         bench_pair.serve(functools.partial(setup, args), device_peak)
         return
@@ -173,8 +173,9 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     preset = PRESETS[args.preset]
     parts = our_parts(args, preset)
     batch, channels = args.batch or preset.batch, max(args.pad_input, preset.channels)
-    parameters = count_parameters(parts.model, (1, *preset.patch, channels))
-    processes.unite_cores(parameters, batch * math.prod(preset.patch))
+    if args.split:
+        parameters = count_parameters(parts.model, (1, *preset.patch, channels))
+        processes.unite_cores(parameters, batch * math.prod(preset.patch))
     mesh = meshes.make_mesh(batches=(batch,))
     rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
 
@@ -300,8 +301,12 @@ def _job(function, *arrays):
     return run
 
 
-def load(*batches: int) -> None:
-    """Imports what the worker needs and wakes the devices, before memory is counted."""
+def load(*batches: int) -> bool:
+    """Imports what the worker needs and wakes the devices, before memory is counted.
+
+    Returns:
+        Whether cores were made devices.
+    """
     from bhsd_jax.platform import startup
 
     startup.order_for_memory()  # as `train` and `predict` do
@@ -312,8 +317,9 @@ def load(*batches: int) -> None:
     import bhsd_jax.train.step  # noqa: F401
     from bhsd_jax.train import processes
 
-    processes.share_cores(*batches)
+    split = processes.share_cores(*batches)
     jax.devices()
+    return split
 
 
 def device_peak() -> int | None:

@@ -167,10 +167,10 @@ def unite_cores(parameters: int, voxels: int) -> None:
     """Where cores were split and one device is better, makes them one again; before any array is.
 
     Cores with patches of their own finish a step sooner, but each holds and updates the state.
-    Where that is most of the work, one device is faster in less memory; all cores serve it.
-    Measured on two cores, a step on two devices and on one: UNETR of 32 x 96 x 96 (157 parameters
-    per voxel) 5.9 s, 4.3 GB and 4.8 s, 3.3 GB; Swin-UNETR (27 per voxel) 6.5 s, 3.2 GB and 11.5 s,
-    5.2 GB.
+    Where that is most of the work, one device takes less memory and no more time; all cores serve
+    it. Measured on two cores, a step on two devices and on one: UNETR of 32 x 96 x 96 (157
+    parameters per voxel) 5.0 s, 4.3 GB and 5.3 s, 3.3 GB; Swin-UNETR (27 per voxel) 6.5 s, 3.2 GB
+    and 11.5 s, 5.2 GB.
 
     Args:
         parameters: Of all networks that are trained.
