@@ -129,19 +129,22 @@ def test_jobs_in_front_of_one_that_fails_are_done_with(step):
     assert f"{step} 3" not in recorder.said
 
 
+def stay(entered, cleared, job):
+    """A step that says it has begun and goes on until it is interrupted, which it notes."""
+    try:
+        entered.set()
+        while True:
+            threading.Event().wait(0.01)
+    finally:
+        cleared.append(job)
+
+
 def test_an_error_of_the_last_step_ends_the_others_where_they_are():
     """Step two calls `check` until it ends; step one, which is interrupted, clears up behind it."""
     cleared, ready = [], threading.Event()
 
     def before(job, claim):
-        if job < 2:
-            return job
-        try:
-            ready.set()
-            while True:
-                threading.Event().wait(0.01)
-        finally:
-            cleared.append(job)
+        return job if job < 2 else stay(ready, cleared, job)
 
     def work(job, check):
         while job == 1:
@@ -162,12 +165,7 @@ def test_an_interrupt_ends_all_steps_and_leaves_no_thread():
     held, cleared = threading.Event(), []
 
     def after(job):
-        try:
-            held.set()
-            while True:
-                threading.Event().wait(0.01)
-        finally:
-            cleared.append(job)
+        stay(held, cleared, job)
 
     def work(job, check):
         if job == 1:

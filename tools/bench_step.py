@@ -173,7 +173,7 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     preset = PRESETS[args.preset]
     parts = our_parts(args, preset)
     batch, channels = args.batch or preset.batch, max(args.pad_input, preset.channels)
-    if args.split:
+    if args.split and args.device == "cpu":
         parameters = count_parameters(parts.model, (1, *preset.patch, channels))
         processes.unite_cores(parameters, batch * math.prod(preset.patch))
     mesh = meshes.make_mesh(batches=(batch,))

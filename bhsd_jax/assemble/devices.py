@@ -11,6 +11,7 @@ from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
+from bhsd_jax.models.cost import abstract_variables
 from bhsd_jax.platform import allocator, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import mesh as meshes
@@ -39,7 +40,7 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
     margin = getattr(model, "margin", (0, 0, 0))  # what it takes around the voxels it answers for
     seen = (n + 2 * m for n, m in zip(run.patch, margin, strict=True))
     sample = jax.ShapeDtypeStruct((1, *seen, network_input.channels), jnp.float32)
-    expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), sample)
+    expected = abstract_variables(model, sample)
     for variables in networks:
         _require_fit(variables, expected)
     several = jax.local_device_count() > 1

@@ -101,7 +101,9 @@ def share_cores(run: Run) -> None:
     if config.mesh.model > 1 or config.mesh.space > 1:
         return
     at_once = (count // max(config.train.accumulate, 1) for count in batches)
-    if processes.share_cores(*at_once):
+    split = processes.share_cores(*at_once)
+    # Tracing the network to count takes a while, and elsewhere there is nothing to decide.
+    if split and jax.default_backend() == "cpu" and jax.device_count() > 1:
         networks = len(wiring.objective(config).twins) or 1
         image = (1, *run.patch, run.network_input.channels)
         parameters = networks * count_parameters(wiring.model(run), image)

@@ -26,7 +26,7 @@ def cost(model: nn.Module, image: tuple[int, int, int, int, int]) -> Cost:
     `activation_bytes` is what autodiff keeps, before the compiler recomputes or reuses anything.
     """
     shape = jax.ShapeDtypeStruct(image, jnp.float32)
-    variables = _variables(model, shape)
+    variables = abstract_variables(model, shape)
 
     def forward(variables: Any, image: Any) -> Any:
         """Logits, and all that the backward pass will read."""
@@ -43,10 +43,11 @@ def cost(model: nn.Module, image: tuple[int, int, int, int, int]) -> Cost:
 
 def count_parameters(model: nn.Module, image: tuple[int, int, int, int, int]) -> int:
     """Numbers that are trained of the model for images [B D H W C]."""
-    return _parameters(_variables(model, jax.ShapeDtypeStruct(image, jnp.float32)))
+    return _parameters(abstract_variables(model, jax.ShapeDtypeStruct(image, jnp.float32)))
 
 
-def _variables(model: nn.Module, image: jax.ShapeDtypeStruct) -> Any:
+def abstract_variables(model: nn.Module, image: jax.ShapeDtypeStruct) -> Any:
+    """Shapes and types of what the model holds for images [B D H W C]."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, image)
 

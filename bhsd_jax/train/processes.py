@@ -176,7 +176,7 @@ def unite_cores(parameters: int, voxels: int) -> None:
         parameters: Of all networks that are trained.
         voxels: Of all patches of a step.
     """
-    if jax.default_backend() == "cpu" and parameters > _HEAVY * voxels:
+    if parameters > _HEAVY * voxels:
         backend.clear_backends()
         jax.config.update("jax_num_cpu_devices", 1)
 
