@@ -163,6 +163,7 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     """Compiles our step and runs it once."""
     import jax
 
+    from bhsd_jax.models.conv import compiler_options
     from bhsd_jax.models.cost import count_parameters
     from bhsd_jax.platform import allocator
     from bhsd_jax.train import mesh as meshes
@@ -195,7 +196,9 @@ def setup_step(args: argparse.Namespace) -> tuple[dict, bench_pair.Jobs]:
     )
     state = init(data.image)
     step = jax.jit(make_train_step(parts), donate_argnums=0, out_shardings=everywhere)
-    step = step.lower(state, data).compile()
+    device = jax.devices()[0]
+    told = compiler_options(parts.model.dtype, device.platform, device.device_kind)
+    step = step.lower(state, data).compile(told)
     cost = step.memory_analysis()
     if args.device == "cpu":  # as `train` does
         allocator.settle(cost.temp_size_in_bytes, mesh.size)

@@ -6,8 +6,9 @@ Both sides get the same files, folds, plan and number of steps, each its own pre
 sampling, augmentation, loss, optimizer and sliding window, on one core. `--data` is a folder of the
 Medical Segmentation Decathlon; PYTHON has torch and nnunetv2. After the seeds of both sides each
 starts once with the weights that the other side drew. Label maps of the validation cases are
-written at several steps and scored with nibabel and numpy alone. A study that was stopped goes on
-where the last finished run ended; `--report` prints what there is.
+written at several steps and scored with nibabel and numpy alone. `--recipe fast --our-steps N`
+gives our side another recipe and length; the curves then say what time that saves. A study that was
+stopped goes on where the last finished run ended; `--report` prints what there is.
 """
 
 import argparse
@@ -51,6 +52,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--swapped", default="0", help="seeds that start with the other's weights")
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--our-steps", type=int, help="of ours; default: as many as nnU-Net's")
+    parser.add_argument("--recipe", default="nnunet", choices=("nnunet", "fast"), help="of ours")
     parser.add_argument("--points", type=int, default=4, help="of the curve, evenly over the steps")
     parser.add_argument(
         "--early-cases", type=int, default=14, help="predicted before the last step"
@@ -89,13 +92,13 @@ def prepare(args: argparse.Namespace, study: Path) -> None:
             ("features", "features", int),
         )
     }
-    points = np.linspace(0, args.steps, args.points + 1)[1:] / args.epoch
     setup = numbers | {
         "dataset": DATASET,
         "batch": args.batch,
         "epoch": args.epoch,
-        "steps": args.steps // args.epoch * args.epoch,
-        "curve": [round(point) * args.epoch for point in points],
+        "peer": length(args.steps, args),
+        "ours": length(args.our_steps or args.steps, args),
+        "recipe": args.recipe,
         "early_cases": args.early_cases,
         "machine": processor(),
     }
@@ -112,7 +115,17 @@ def prepare(args: argparse.Namespace, study: Path) -> None:
     )
     plans = study / "preprocessed" / DATASET / "nnUNetPlans.json"
     (study / "plans.json").write_text(plans.read_text())
-    call(study, "prepare_ours", [*verb("preprocess", study), f"--workdir={study / 'ours'}"])
+    ours = [*verb("preprocess", study, args.recipe), f"--workdir={study / 'ours'}"]
+    call(study, "prepare_ours", ours)
+
+
+def length(steps: int, args: argparse.Namespace) -> dict:
+    """Steps of a training in whole epochs, and those after which its weights are scored."""
+    points = np.linspace(0, steps, args.points + 1)[1:] / args.epoch
+    return {
+        "steps": steps // args.epoch * args.epoch,
+        "curve": [round(point) * args.epoch for point in points],
+    }
 
 
 def lay_out(data: Path, folder: Path, count: int | None, early: int) -> None:
@@ -146,15 +159,15 @@ def lay_out(data: Path, folder: Path, count: int | None, early: int) -> None:
             place.symlink_to((data / "imagesTr" / place.name).absolute())
 
 
-def verb(name: str, study: Path) -> list[str]:
+def verb(name: str, study: Path, recipe: str) -> list[str]:
     """A verb with what all of ours have in common."""
-    return [sys.executable, "-m", "bhsd_jax.main", name, *flags(study)]
+    return [sys.executable, "-m", "bhsd_jax.main", name, *flags(study, recipe)]
 
 
-def flags(study: Path) -> list[str]:
+def flags(study: Path, recipe: str) -> list[str]:
     """The config of our side."""
     return [
-        "--config=configs/supervised.py:data=msd,recipe=nnunet",
+        f"--config=configs/supervised.py:data=msd,recipe={recipe}",
         f"--config.data.root={study / 'raw' / DATASET}",
         f"--config.preprocess.plan={study / 'plans.json'}",
         f"--config.preprocess.shards={study / 'shards'}",
@@ -177,17 +190,18 @@ def train(
         used = call(study, name, [*script, *([given] if given else [])])
     else:
         setup = json.loads((study / "setup.json").read_text())
-        script = [sys.executable, TOOLS / "bench_trainer_ours.py"]
+        steps, script = setup["ours"]["steps"], [sys.executable, TOOLS / "bench_trainer_ours.py"]
         own = [
             f"--config.seed={seed}",
-            f"--config.train.steps={setup['steps']}",
+            f"--config.train.steps={steps}",
             f"--config.train.log_every={setup['epoch']}",
-            f"--config.train.save_every={10 * setup['steps']}",
-            f"--config.train.validate_every={10 * setup['steps']}",
+            f"--config.train.save_every={10 * steps}",
+            f"--config.train.validate_every={10 * steps}",
             "--config.train.validate_cases=0",
             "--config.input.threads=1",
         ]
-        words = ["train", study, run, given or "-", *flags(study), *own, *args.more]
+        words = ["train", study, run, given or "-", *flags(study, setup["recipe"]), *own]
+        words += args.more
         used = call(study, name, [*script, *words])
         used += call(study, f"{name}_predict", [*script, "predict", study, run])
     facts = {"wall_s": time.monotonic() - begun, "cpu_s": used}
@@ -226,7 +240,7 @@ def report(args: argparse.Namespace, study: Path) -> None:
     names = json.loads((truths.parent / "dataset.json").read_text())["labels"]
     classes = {value: name for name, value in names.items() if value}
     cases = json.loads((truths.parent / "splits_final.json").read_text())[0]["val"]
-    early, last = cases[: setup["early_cases"]], setup["steps"]
+    early = cases[: setup["early_cases"]]
     curves, final = {}, {}
     for name, side, *_ in runs(args):
         run = study / "runs" / name
@@ -234,9 +248,10 @@ def report(args: argparse.Namespace, study: Path) -> None:
             continue
         maps = {
             step: run / f"at_{step}" / ("predictions" if side == "ours" else "")
-            for step in setup["curve"]
+            for step in setup[side]["curve"]
         }
-        final[name] = bench_dice.score(maps[last], truths, cases, list(classes))
+        last = maps[setup[side]["steps"]]
+        final[name] = bench_dice.score(last, truths, cases, list(classes))
         curves[name] = {
             step: bench_dice.score(folder, truths, early, list(classes))
             for step, folder in maps.items()

@@ -33,6 +33,7 @@ def main() -> None:
     """Trains one network, or predicts with the weights that one training has kept."""
     verb, study, run = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     setup = json.loads((study / "setup.json").read_text())
+    setup |= setup["ours"]
     if verb == "predict":
         predict(run, study, setup)
         return

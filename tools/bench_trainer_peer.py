@@ -18,6 +18,7 @@ import numpy as np
 
 STUDY = Path(sys.argv[2]).absolute()
 SETUP = json.loads((STUDY / "setup.json").read_text())
+SETUP |= SETUP["peer"]
 NAME, CONFIGURATION = SETUP["dataset"], "3d_fullres"
 os.environ |= {
     "nnUNet_raw": str(STUDY / "raw"),

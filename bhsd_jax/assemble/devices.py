@@ -59,6 +59,7 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         # Of several processes each predicts scans of its own.
         mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,
         regions=run.labels.region_order,
+        options=wiring.compiler_options(model),
     )
     return Predictor(
         window=window,

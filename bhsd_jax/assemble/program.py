@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.recipe import Recipe
 from bhsd_jax.platform import allocator, budget, files
 from bhsd_jax.train import mesh as meshes
@@ -39,6 +40,7 @@ def build_step(
         in_shardings=(shardings, batches, length.sharding),
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=wiring.compiler_options(recipe.parts.model),
     )
     begun = time.monotonic()
     with heartbeat("compiling the train step"):

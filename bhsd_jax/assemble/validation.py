@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from scipy.special import softmax
 
+from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.recipe import Recipe
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.infer.sliding import SlidingWindow
@@ -71,6 +72,7 @@ class Validation:
             # Of several processes each has a case of its own, which the others cannot wait for.
             mesh=mesh if mesh.size > 1 and jax.process_count() == 1 else None,
             regions=run.labels.region_order,
+            options=wiring.compiler_options(model),
         )
         return cls(
             window=window,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.build import build, find, require_arguments, require_members
+from bhsd_jax.models import conv
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.types import Objective
@@ -51,6 +52,12 @@ def objective(config: Settings) -> Any:
     how = "; objectives.common.SingleModel brings all but `loss`"
     require_members(made, Objective, how)
     return made
+
+
+def compiler_options(network: Any) -> dict[str, bool]:
+    """What XLA has to be told where a program with this network is compiled for our devices."""
+    dtype, device = getattr(network, "dtype", jnp.float32), jax.local_devices()[0]
+    return conv.compiler_options(dtype, device.platform, device.device_kind)
 
 
 def compute_type(precision: str) -> Any:

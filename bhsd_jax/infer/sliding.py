@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import jax
@@ -54,6 +54,7 @@ class SlidingWindow:
     combine: str = "probabilities"  # of several networks the mean of these, or of their "logits"
     mesh: Mesh | None = None  # the tiles of a call are spread over all its devices
     regions: tuple[int, ...] = ()  # outputs are regions (sigmoid): the value each writes in turn
+    options: Mapping[str, bool] = field(default_factory=dict)  # of the compiler, for `forward`
 
     def __post_init__(self) -> None:
         if self.law not in tiles.LAWS:
@@ -273,7 +274,7 @@ class SlidingWindow:
             classes_first = jnp.moveaxis(logits.astype(jnp.float32), -1, 1)
             return turned(classes_first, flips, 1)
 
-        return jax.jit(apply, out_shardings=self._spread)
+        return jax.jit(apply, out_shardings=self._spread, compiler_options=dict(self.options))
 
     @cached_property
     def _spread(self) -> Sharding | None:

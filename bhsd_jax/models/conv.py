@@ -8,6 +8,7 @@ is multiplied as such where the processor can (`conv_bfloat16`), elsewhere in fl
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -26,6 +27,22 @@ from bhsd_jax.platform import processor
 _AXES_3D = ("NDHWC", "DHWIO", "NDHWC")
 _ONE: Triple = (1, 1, 1)
 _NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
+_CHANNELS_LAST = "xla_gpu_force_conv_nhwc"
+
+
+def compiler_options(dtype: DTypeLike, platform: str, kind: str) -> dict[str, bool]:
+    """What XLA has to be told of a program with these convolutions in `dtype`.
+
+    Platform and kind are those of a `jax.Device`.
+
+    For NVIDIA's GPUs XLA (jaxlib 0.10.2) gives images of 2-D convolutions in bfloat16 to cuDNN
+    channels last, as their tensor cores want them, but those of 3-D convolutions channels first,
+    which takes transposes of images and kernels around each. `XLA_FLAGS` of the user come first.
+    """
+    cuda = platform == "gpu" and kind.startswith("NVIDIA")
+    if not cuda or dtype != jnp.bfloat16 or _CHANNELS_LAST in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    return {_CHANNELS_LAST: True}
 
 
 def conv3d(

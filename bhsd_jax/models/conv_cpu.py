@@ -21,7 +21,7 @@ from bhsd_jax.models.conv_bfloat16 import Triple
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # voxels before and after
 
 _ONE: Triple = (1, 1, 1)
-_ROWS = 1024  # voxels in a block of planes for the kernel's gradient
+_VOXELS = 2048  # in a block for the kernel's gradient
 _AXES = ("NHWC", "HWIO", "NHWC")
 
 
@@ -145,13 +145,17 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
         _shift(image, 0, before[0], depth + taps[0] - 1), 1, before[1], height + taps[1] - 1
     )
     image = image.transpose(0, 3, 1, 2)
-    planes = conv_bfloat16.divisor(depth, _ROWS // (height * width))
+    # A block is some planes, or some lines of one: what its products read stays in a core's cache.
+    lines = _divisor(height, _VOXELS / width)
+    planes = _divisor(depth, _VOXELS / (height * width)) if lines == height else 1
     shifts = [tap - before[2] for tap in range(taps[2])]
     narrow = channels < features
 
     def block(i: Array | int) -> Array:
-        part = lax.dynamic_slice_in_dim(image, i * planes, planes + taps[0] - 1, 0)
-        right = lax.dynamic_slice_in_dim(grad, i * planes, planes, 0)
+        plane, line = i // (height // lines) * planes, i % (height // lines) * lines
+        inside = (planes + taps[0] - 1, channels, lines + taps[1] - 1, image.shape[3])
+        part = lax.dynamic_slice(image, (plane, 0, line, 0), inside)
+        right = lax.dynamic_slice(grad, (plane, line, 0, 0), (planes, lines, width, features))
         if narrow:
             parts, rights = [_shift(part, 3, -s, width) for s in shifts], [right] * taps[2]
         else:
@@ -159,7 +163,7 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
             rights = [_shift(right, 2, s, part.shape[3]) for s in shifts]
         products = [
             conv_bfloat16.multiply(
-                parts[w][d : d + planes, :, h : h + height].swapaxes(0, 1).reshape(channels, -1),
+                parts[w][d : d + planes, :, h : h + lines].swapaxes(0, 1).reshape(channels, -1),
                 rights[w].reshape(-1, features),
             )
             for d, h, w in itertools.product(*map(range, taps))
@@ -167,8 +171,15 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
         return jnp.stack(products)
 
     total = jnp.zeros((math.prod(taps), channels, features))
-    total = lax.fori_loop(0, depth // planes, lambda i, total: total + block(i), total)
+    blocks = depth // planes * (height // lines)
+    total = lax.fori_loop(0, blocks, lambda i, total: total + block(i), total)
     return total.reshape(*taps, channels, features)
+
+
+def _divisor(number: int, wanted: float) -> int:
+    """The divisor whose ratio to what is wanted is nearest to 1."""
+    fits = (n for n in range(1, number + 1) if number % n == 0)
+    return min(fits, key=lambda n: max(n / wanted, wanted / n))
 
 
 def _shift(image: Array, axis: int, by: int, length: int) -> Array:

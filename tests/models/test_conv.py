@@ -142,7 +142,7 @@ def test_kernels_start_as_full_normals_of_the_reference_spread(layer, fan_in, ke
 def test_a_batch_sharded_over_devices_needs_only_the_all_reduce_of_the_kernel(full_compilation):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-    image = jax.ShapeDtypeStruct((8, 3, 64, 64, 2), jnp.float32, sharding=rows)
+    image = jax.ShapeDtypeStruct((8, 4, 64, 64, 2), jnp.float32, sharding=rows)
     kernels = tuple(
         jax.ShapeDtypeStruct((*shape, 2, 2), jnp.float32, sharding=everywhere)
         for shape in ((3, 3, 3), (1, 2, 2))

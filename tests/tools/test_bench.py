@@ -72,6 +72,11 @@ def test_the_benchmark_of_whole_predictions_goes_from_files_to_files(tmp_path):
     [
         ("bench_preprocess.py", ("--alone", "--cases=2", "--size=64", "--rounds=1"), "both, cpu"),
         ("bench_input.py", ("--cases=1", "--seconds=1", "--threads=1"), "patches"),
+        (
+            "bench_evaluate.py",
+            ("--cases=1", "--size=64", "--slices=8", "--rounds=1", "--peer-python=none"),
+            "1 cases, overlap",
+        ),
     ],
 )
 def test_the_benchmarks_of_the_host_side_run_with_one_command(script, options, row):

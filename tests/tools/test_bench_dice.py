@@ -92,3 +92,9 @@ def test_swapped_runs_come_last_and_start_with_the_others_weights():
         ("ours_1_swapped", "ours", 1, "peer_1"),
         ("peer_1_swapped", "peer", 1, "ours_1"),
     ]
+
+
+def test_a_shorter_training_is_scored_at_as_many_points_of_its_own():
+    args = bench.parse(["--study", "s", "--points", "4", "--epoch", "50"])
+    assert bench.length(3000, args) == {"steps": 3000, "curve": [750, 1500, 2250, 3000]}
+    assert bench.length(1500, args) == {"steps": 1500, "curve": [400, 750, 1100, 1500]}
