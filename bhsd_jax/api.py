@@ -20,11 +20,14 @@ from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.ct import geometry, nifti, nifti_header
 from bhsd_jax.ct.prepare import prepare_volume
 from bhsd_jax.ct.probabilities import Probabilities
+from bhsd_jax.platform import startup
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import notebook
 from bhsd_jax.report.viewer import Viewer
 from bhsd_jax.verbs.shown import Entry, of_arrays
 from bhsd_jax.volume import Case, Grid, Plan, Volume
+
+startup.settle_compiler()
 
 
 class Predictor:
@@ -59,7 +62,8 @@ class Predictor:
 
         Raises:
             FileNotFoundError: If a folder is not one of a run, or has no such checkpoint.
-            ValueError: If a run is damaged, or runs are not prepared alike.
+            ValueError: If a run is damaged, or runs are not prepared alike, or JAX was started
+                before this module was imported, in a version that then adds up wrongly on CPUs.
         """
         first = ensemble.run_of(run, checkpoint=checkpoint, networks=networks)
         if mirror is not None:
@@ -67,6 +71,7 @@ class Predictor:
             config = dataclasses.replace(first.config, infer=infer)
             first = dataclasses.replace(first, config=config)
         devices.share_cores(first)
+        devices.require_right_sums()
         return cls(*ensemble.open_runs(first, more))
 
     @property

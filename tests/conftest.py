@@ -12,7 +12,9 @@ import pytest
 from jax._src import compiler
 
 import bhsd_jax
+from bhsd_jax.platform import startup
 
+startup.settle_compiler()  # as the program does
 jax.config.update("jax_num_cpu_devices", 8)
 # The words are left out: transformations rebuild pytree containers around specs and None.
 _CHECKED = [

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jaxlib
 import nibabel as nib
 import numpy as np
 import pytest
@@ -226,3 +228,21 @@ def test_the_guides_snippets_run_as_printed(runs, scans, tmp_path, monkeypatch):
         np.testing.assert_array_equal(label, want)
     assert (found[3] != want).any()
     assert (tmp_path / "scan_probabilities.npz").is_file()
+
+
+@pytest.mark.skipif(jaxlib.__version__ != "0.10.2", reason="of this version alone")
+def test_a_jax_that_was_started_too_early_to_add_up_rightly_is_refused():
+    program = """
+import jax
+jax.devices()
+import bhsd_jax.api
+from bhsd_jax.assemble import devices
+devices.require_right_sums()
+"""
+    clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=False
+    )
+    assert done.returncode
+    assert "UserError: jaxlib 0.10.2 adds up wrongly" in done.stderr
+    assert "import bhsd_jax.api before the first computation" in done.stderr

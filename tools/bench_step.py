@@ -312,7 +312,7 @@ def load(*batches: int) -> bool:
     """
     from bhsd_jax.platform import startup
 
-    startup.order_for_memory()  # as `train` and `predict` do
+    startup.settle_compiler()  # as `train` and `predict` do
     import jax
 
     import bhsd_jax.models.nnunet

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
+import numpy as np
 
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.predictor import Predictor
@@ -24,6 +26,24 @@ def share_cores(run: Run) -> None:
     tile = bytes_per_tile(run.patch)
     processes.share_cores(run.config.infer.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
     allocator.mind_memory(jax.local_device_count() * tile)
+
+
+def require_right_sums() -> None:
+    """Refuses a JAX that adds up wrongly on this CPU; see `startup.settle_compiler`.
+
+    Raises:
+        UserError: If it was started before it could be told better.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    ones = np.ones((6000, 8), np.float32)
+    found = jax.jit(lambda x: jnp.square(x @ jnp.ones((8, 3))).sum(-1))(ones)
+    if not (found == 3 * 8**2).all():
+        raise UserError(
+            f"jaxlib {jaxlib.version.__version__} adds up wrongly in this process: JAX was started before "
+            "it could be told better; import bhsd_jax.api before the first computation, or set "
+            "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
+        )
 
 
 def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:

@@ -167,9 +167,8 @@ def normalize(
 
 def _normalize(image: Array, scale: Array, bias: Array, epsilon: float, slope: float):
     wide = image.astype(jnp.float32)
-    mean = wide.mean((1, 2, 3), keepdims=True)
-    variance = jnp.square(wide - mean).mean((1, 2, 3), keepdims=True)
-    inverse = lax.rsqrt(variance + epsilon)
+    mean = _mean_of_voxels(wide)
+    inverse = lax.rsqrt(_mean_of_voxels(jnp.square(wide - mean)) + epsilon)
     out = (wide - mean) * (inverse * scale) + bias
     out = out if slope == 1 else jnp.where(out > 0, out, slope * out)
     return out, (image, mean, inverse, scale, bias)
@@ -182,12 +181,32 @@ def _normalize_grad(epsilon: float, slope: float, residuals: tuple[Array, ...], 
         grad = jnp.where(normal * scale + bias > 0, grad, slope * grad)
     # The result ignores shifts and (but for epsilon) scalings of the image, so the gradient loses
     # its components along the constant and along the result itself.
-    shift = grad.mean((1, 2, 3), keepdims=True)
-    along = (grad * normal).mean((1, 2, 3), keepdims=True)
+    shift = _mean_of_voxels(grad)
+    along = _mean_of_voxels(grad * normal)
     to_image = (inverse * scale) * (grad - shift - normal * along)
     voxels = image[0, ..., 0].size
     to_scale, to_bias = (voxels * part.sum((0, 1, 2, 3)) for part in (along, shift))
     return to_image.astype(image.dtype), to_scale, to_bias
+
+
+def _mean_of_voxels(values: Float[Array, "B D H W C"]) -> Float[Array, "B 1 1 1 C"]:
+    """Over D, H, W.
+
+    XLA:CPU adds more than 32 numbers as a tree, for which it writes all partial sums of neighbors
+    to memory in a pass of its own. Here the first 32 along W are added where they are computed.
+    """
+
+    def on_cpu(values: Array) -> Array:
+        batch, depth, height, width, channels = values.shape
+        near = max(n for n in range(1, 33) if width % n == 0)
+        parts = values.reshape(batch, depth, height, width // near, near, channels).sum(4)
+        # The barrier keeps the two sums from being made one again.
+        return lax.optimization_barrier(parts).mean((1, 2, 3), keepdims=True) / near
+
+    def elsewhere(values: Array) -> Array:
+        return values.mean((1, 2, 3), keepdims=True)
+
+    return lax.platform_dependent(values, cpu=on_cpu, default=elsewhere)
 
 
 normalize.defvjp(_normalize, _normalize_grad)
