@@ -41,8 +41,8 @@ def require_right_sums() -> None:
     if not (found == 3 * 8**2).all():
         raise UserError(
             f"jaxlib {jaxlib.version.__version__} adds up wrongly in this process: JAX was started "
-            "before it could be told better; import bhsd_jax.api before the first computation, or set "
-            "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
+            "before it could be told better; import bhsd_jax.api before the first computation, or "
+            "set XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
         )
 
 
