@@ -17,9 +17,9 @@ _FLAGS = (
         "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
         "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     ),
-    # From 0.10.2 on reductions are handed to YNNPACK, where a reduction of what another one gives
-    # reads places that are not written yet: wrong numbers, and no word of it (jax#39103,
-    # `findings/xla_cpu_sum_of_sums_wrong.sh`). Products and convolutions stay with it.
+    # jaxlib 0.10.2 hands reductions to YNNPACK, and a sum of squares of sums then comes out wrong
+    # without a word (`findings/xla_cpu_sum_of_sums_wrong.sh`; jax#39103 is of the same kind).
+    # Products and convolutions stay with YNNPACK, where they are right and fast.
     ("xla_cpu_experimental_ynn_fusion_type", "-reduce", "LIBRARY_FUSION_TYPE_REDUCE"),
 )
 
