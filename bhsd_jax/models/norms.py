@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from bhsd_jax.models.conv_bfloat16 import divisor
 from bhsd_jax.platform.errors import UserError
 
 NormSpec = str | tuple[str, Any]  # kind, or (kind, PyTorch's keyword arguments)
@@ -198,7 +199,7 @@ def _mean_of_voxels(values: Float[Array, "B D H W C"]) -> Float[Array, "B 1 1 1 
 
     def on_cpu(values: Array) -> Array:
         batch, depth, height, width, channels = values.shape
-        near = max(n for n in range(1, 33) if width % n == 0)
+        near = divisor(width, 32)
         parts = values.reshape(batch, depth, height, width // near, near, channels).sum(4)
         # The barrier keeps the two sums from being made one again.
         return lax.optimization_barrier(parts).mean((1, 2, 3), keepdims=True) / near
