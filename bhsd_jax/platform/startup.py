@@ -1,4 +1,4 @@
-"""What is settled before JAX starts: where compiled programs are kept, and how memory is used."""
+"""What is settled before JAX starts: the cache of programs, the compiler, and the memory."""
 
 import importlib.util
 import mmap
