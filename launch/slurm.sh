@@ -9,7 +9,8 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@180
 # Trains on Slurm, one process per node that owns the GPUs of its node. Three minutes before the time
-# limit the processes get SIGTERM, save and exit with 75; the job is queued again and goes on there.
+# limit the processes get SIGTERM, save and exit with 75; the job is queued again and goes on there,
+# also where it had begun to predict, unless --predict.overwrite is given.
 # From the repository's root:
 #
 #   sbatch launch/slurm.sh --config=configs/cps.py:data=bhsd --workdir=/scratch/runs/cps
@@ -31,32 +32,53 @@ die() {
 home=${BHSD_HOME:-${SLURM_SUBMIT_DIR:-.}}
 [ -f "$home/tools/env" ] || die "$home is not the repository; submit there, or set BHSD_HOME"
 cd "$home" || exit
-workdir=''
+workdir='' predictions='' overwrite=''
 for argument in "$@"; do
   case "$argument" in
     --workdir=* | -workdir=*) workdir=${argument#*=} ;;
+    *predict.out=*) predictions=${argument#*=} ;;
+    *predict.overwrite*) overwrite='the user says' ;;
   esac
 done
 [ -n "$workdir" ] || die "give --workdir=FOLDER, where the run is kept"
+predictions=${predictions:-$workdir/predictions}
 nodes=${SLURM_JOB_NUM_NODES:-1}
 processes=${SLURM_NTASKS:-$nodes}
 
+# Says to the report of a series which verb failed, and where the words of this job are.
+failed() {
+  local log=slurm-$SLURM_JOB_ID.log
+  [ -f "$workdir/$log" ] || log=''
+  printf '{"verb": "%s", "log": "%s"}\n' "$1" "$log" >"$workdir/failed.json" || true
+}
+
 # Starts in a row that found nothing newer than the one before; a job that cannot go on must not
-# be queued for ever.
+# be queued for ever. Of the label maps those count that this job has written, also in place of others.
 progress() {
   find "$workdir/checkpoints" -mindepth 2 -maxdepth 2 \
     \( -name SHA256SUMS -o -name commit_success.txt \) 2>/dev/null |
     sed 's,.*/\([0-9]*\)/[^/]*$,\1,' | sort -n | tail -n 1 | tr '\n' '/'
-  find "$workdir/predictions" -type f 2>/dev/null | wc -l
+  find "$predictions" -type f ! -name '.*' -newer "$began" 2>/dev/null | wc -l
 }
+began=$workdir/.slurm-predicting # holds the number of the job that began to predict last
+at=train
+if [ "$(cat "$began" 2>/dev/null)" = "$SLURM_JOB_ID" ]; then at=predict; fi
 mkdir -p "$workdir" || exit
 read -r job seen starts 2>/dev/null <"$workdir/.slurm-starts" || job=''
 now=$(progress)
 if [ "$job" = "$SLURM_JOB_ID" ] && [ "$seen" = "$now" ]; then starts=$((starts + 1)); else starts=0; fi
 echo "$SLURM_JOB_ID $now $starts" >"$workdir/.slurm-starts" || exit
 if [ "$starts" -gt "${BHSD_REQUEUES:-3}" ]; then
+  failed "$at"
   die "started again $starts times without a newer checkpoint in $workdir; the log above says why, or" \
     "--time is too short for a first one; submit again when that is mended"
+fi
+rm -f "$workdir/failed.json"
+
+# What this very job has predicted before it was queued again is not predicted again.
+kept=''
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$at" = predict ] && [ "${now##*/}" -gt 0 ]; then
+  [ -n "$overwrite" ] || kept=--config.predict.overwrite=False
 fi
 
 export BHSD_EXTRAS=${BHSD_EXTRAS-${SLURM_JOB_GPUS:+cuda}}
@@ -111,14 +133,21 @@ run() {
   esac
 }
 
+before=$at at=train
 run "$processes" train "$@"
 for verb in ${BHSD_AFTER:-}; do
   [ "$code" -eq 0 ] || break
+  at=$verb
   case "$verb" in
-    predict | evaluate) run "$processes" "$verb" "$@" ;;
+    predict)
+      if [ "$before" = train ]; then echo "$SLURM_JOB_ID" >"$began" || true; fi
+      run "$processes" predict "$@" ${kept:+"$kept"}
+      ;;
+    evaluate) run "$processes" evaluate "$@" ;;
     *) run 1 "$verb" "$@" ;;
   esac
 done
+if [ "$code" -ne 0 ] && [ "$code" -ne 75 ]; then failed "$at"; fi
 
 if [ "$code" -eq 75 ]; then
   trap '' TERM INT USR1

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ def cli(arguments: Sequence[str]) -> int:
 
 def make_study(options: argparse.Namespace) -> Study:
     """The folds of every config, fold by fold, so that all configs soon have a first one.
+
+    As in nnU-Net, it is the last checkpoint that predicts them, unless an override names another.
 
     Raises:
         ValueError: If two configs have one name, or there is more than one seed.
@@ -83,7 +86,8 @@ def conclude(what: Study, failures: Sequence[Failure] = (), *, ensembles: bool =
     for name, folds in _by_config(what.runs).items():
         if all(run in finished for run in folds):
             single.append(cross_validation.candidate(name, folds))
-    found: dict[str, Any] = {"scores": {}, "best": None}
+    checkpoint = what.runs[0].config.predict.checkpoint
+    found: dict[str, Any] = {"scores": {}, "best": None, "checkpoint": checkpoint}
     if single:
         found |= _choose([*single, *(cross_validation.pairs(single) if ensembles else [])])
         files.write_json(what.out / "best.json", found)
@@ -142,14 +146,24 @@ def _page(
         headline.append((points(best), f"Dice in percent of the best, {found['best']}"))
         sections = [_scores(found), _removal(found), _usage(what.out, found)]
     if failures:
-        rows = tuple((failure.run.name, failure.reason) for failure in failures)
+        rows = tuple((failure.run.name, failure.on_page(what.out)) for failure in failures)
         sections.append(Section("What failed", (Table(("fold", "why"), rows),)))
     return Page(
         title=what.title,
-        subtitle="Every labeled case was predicted by the fold that was not trained on it.",
+        subtitle=_subtitle(found["checkpoint"]),
         headline=tuple(headline),
         sections=tuple(sections),
     )
+
+
+def _subtitle(checkpoint: str | int) -> str:
+    """Which network was scored, and whether the cases themselves have chosen it."""
+    which = f"{checkpoint} checkpoint"
+    if checkpoint not in ("best", "last"):
+        which = f"checkpoint of step {checkpoint}"
+    words = f"Every labeled case was predicted by the {which} of the fold not trained on it."
+    chosen = " These very cases chose it: the figures are too good." * (checkpoint == "best")
+    return words + chosen
 
 
 def _scores(found: Mapping[str, Any]) -> Section:
@@ -176,15 +190,19 @@ def _removal(found: Mapping[str, Any]) -> Section:
 
 
 def _usage(out: Path, found: Mapping[str, Any]) -> Section:
-    first, *others = found["runs"]
+    # From the page's folder: no place of this machine is on it.
+    first, *others = (os.path.relpath(run, out) for run in found["runs"])
     command = ["bhsd", "predict", first, "--images=FOLDER", "--out=LABELS"]
     if others:
         command.append(f"--predict.runs={','.join(others)}")
     if " + " not in found["best"]:
         command.append("--predict.combine=logits")  # as nnU-Net does with the folds of one config
     if found["postprocessing"]["keep_largest"]:
-        command.append(f"--predict.postprocessing={out / 'postprocessing.json'}")
-    words = "All runs of the best together, where memory does for their networks one by one:"
+        command.append("--predict.postprocessing=postprocessing.json")
+    words = (
+        "All runs of the best together, where memory does for their networks one by one; called "
+        "in the folder of this page:"
+    )
     return Section("How to use it", (words, shlex.join(command)))
 
 

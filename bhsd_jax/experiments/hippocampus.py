@@ -125,7 +125,7 @@ def write(studies: dict[int, Study], out: Path) -> None:
     """Writes report.md and report.html: all rows beside all numbers of masks."""
     rows: dict[str, list[tuple[int, Line]]] = {}
     for masks, what in studies.items():
-        for line in study.compare(what).lines:
+        for line in study.compare(what, queue.known_failures(what.runs)).lines:
             rows.setdefault(line.title, []).append((masks, line))
     cells = [(title, *_cells(lines, masks)) for title, lines in rows.items() for masks in studies]
     columns = ("", "masks", "Dice", "against masks alone", "95 % interval, paired", "seeds")
@@ -145,7 +145,8 @@ def write(studies: dict[int, Study], out: Path) -> None:
 def _cells(lines: Sequence[tuple[int, Line]], masks: int) -> tuple[str, ...]:
     line = next((line for count, line in lines if count == masks), None)
     if line is None or not line.found:
-        return (str(masks), "not run", *[NONE] * 5)
+        failed = line is not None and line.failures
+        return (str(masks), "failed" if failed else "not run", *[NONE] * 5)
     dice = with_sd(line.found["nnunet"]["mean"])
     seeds, cpu = str(len(line.seeds)), duration(line.cost.get("cpu_s"))
     if line.against is None:

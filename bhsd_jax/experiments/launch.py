@@ -80,11 +80,17 @@ def overrides(fields: Sequence[str]) -> tuple[str, ...]:
 def make_run(row: str, seed: int, arguments: Sequence[str], out: Path, shards: str | None) -> Trial:
     """One trial, with its own run folder and the shards it shares with others.
 
+    Where validation scans are tested it is the last checkpoint, unless the arguments name one: the
+    best was chosen by these very scans, and its score is too good.
+
     Raises:
         ValueError: If the arguments do not resolve.
     """
     where = [f"--config.preprocess.shards={shards}"] if shards else []
     config = queue.resolve([*arguments, *where])
+    named = any(word.startswith("--config.predict.checkpoint=") for word in arguments)
+    if config.predict.split == "val" and config.predict.checkpoint == "best" and not named:
+        arguments = (*arguments, "--config.predict.checkpoint=last")
     if not config.preprocess.shards:
         where = [f"--config.preprocess.shards={data_folder(config, out) / 'shards'}"]
     if not config.data.get("root"):
@@ -142,8 +148,9 @@ def launch(
         except Stopped as reason:
             logger.warning("%s; the same command goes on from here", reason)
             code = cluster.TRY_AGAIN
-    finished = write(what, failures)
-    for failure in failures:
+    known = queue.known_failures(what.runs, failures)
+    finished = write(what, known)
+    for failure in known:
         logger.error("failed: %s: %s (%s)", failure.run.name, failure.reason, failure.run.workdir)
     logger.info("%d of %d runs finished: %s", finished, len(what.runs), what.out / "report.html")
     return code or (1 if failures else 0)
@@ -189,7 +196,7 @@ def _so_far(
 ) -> None:
     """The report between runs; what is wrong with it must not stop them."""
     try:
-        write(what, failures)
+        write(what, queue.known_failures(what.runs, failures))
     except UserError as error:
         logger.warning("no report yet: %s", error)
 

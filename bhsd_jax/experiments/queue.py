@@ -5,6 +5,7 @@ process of its own, so that none takes the series down with it. Where a machine 
 many runs go on side by side, each on its own.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from bhsd_jax.train import checkpoint_files
 logger = logging.getLogger(__name__)
 
 VERBS = ("train", "predict", "evaluate", "report")
+LOG, FAILED = "log.txt", "failed.json"  # in a run's folder; jobs of Slurm leave the second as well
 # Fields a run may be resumed with other values of: where things lie and how fast they go, ...
 _FREE = (
     *("data.root", "data.processes", "preprocess.shards", "preprocess.processes", "mesh", "report"),
@@ -66,7 +68,16 @@ class Failure:
     """A trial that did not finish, and why."""
 
     run: Trial
-    reason: str  # one line
+    reason: str  # one line, for the terminal: it may name patients and folders of this machine
+    verb: str = ""  # that failed; empty: the trial was refused before one began
+    log: str = LOG  # that says why, in the run's folder; empty: it lies elsewhere
+
+    def on_page(self, out: Path) -> str:
+        """The same for a page in the folder `out`: which verb, and which file says why."""
+        if not self.verb:
+            return "refused before it began; the terminal said why"
+        where = os.path.relpath(self.run.workdir / self.log, out) if self.log else "the job's log"
+        return f"{self.verb} failed; {where} says why"
 
 
 def resolve(arguments: Sequence[str]) -> Settings:
@@ -142,7 +153,7 @@ def perform(
     failures: list[Failure] = []
     free = list(places)
     waiting = list(enumerate(runs, start=1))
-    working: dict[Future[str], tuple[Trial, Place, str]] = {}
+    working: dict[Future[Failure | None], tuple[Trial, Place, str]] = {}
     with running() as children, ThreadPoolExecutor(len(places)) as pool:
         try:
             while waiting or working:
@@ -153,12 +164,12 @@ def perform(
                     working[pool.submit(_settle, run, what, place, call)] = run, place, what
                 done, _ = wait(working, return_when=FIRST_COMPLETED)
                 for future in done:
-                    run, place, what = working.pop(future)
+                    _, place, what = working.pop(future)
                     free.append(place)
-                    reason = future.result()
-                    if reason:
-                        failures.append(Failure(run, reason))
-                        logger.error("%s failed: %s", what, reason)
+                    failure = future.result()
+                    if failure:
+                        failures.append(failure)
+                        logger.error("%s failed: %s", what, failure.reason)
                     after(failures)
         except BaseException:
             children.stop()  # the pool waits for them
@@ -166,15 +177,30 @@ def perform(
     return failures
 
 
-def _settle(run: Trial, what: str, place: Place, call: Call) -> str:
-    """Runs what is not finished of a run; why it failed, or nothing."""
+def known_failures(runs: Sequence[Trial], fresh: Sequence[Failure] = ()) -> list[Failure]:
+    """These failures and, of other trials that are not finished, those noted in their folders."""
+    told = {failure.run for failure in fresh}
+    found = list(fresh)
+    for run in runs:
+        noted = files.recall_json(run.workdir / FAILED, keys=("verb", "log"), remove=False)
+        if noted is None or run in told or noted["verb"] not in VERBS:
+            continue
+        with contextlib.suppress(UserError):  # what lies there is another config's
+            if not is_finished(run):
+                log = Path(str(noted["log"])).name
+                found.append(Failure(run, f"{noted['verb']}: failed earlier", noted["verb"], log))
+    return found
+
+
+def _settle(run: Trial, what: str, place: Place, call: Call) -> Failure | None:
+    """Runs what is not finished of a run; its failure, if it fails."""
     try:
         finished = is_finished(run)
     except UserError as error:
-        return str(error)
+        return Failure(run, str(error))
     where = f" on {place.text}" if place.environment or place.prefix else ""
     logger.info("%s %s%s", what, "is finished" if finished else "begins", "" if finished else where)
-    return "" if finished else _one(run, call)
+    return None if finished else _one(run, call)
 
 
 def prepare(run: Trial, folder: Path) -> None:
@@ -190,7 +216,7 @@ def prepare(run: Trial, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with running() as children:
-        code, last = children.call()(run.command("preprocess", folder), folder / "log.txt")
+        code, last = children.call()(run.command("preprocess", folder), folder / LOG)
     if code:
         raise UserError(f"preprocess failed, no run was started: {last}")
 
@@ -206,24 +232,25 @@ def train(run: Trial) -> None:
         return
     run.workdir.mkdir(parents=True, exist_ok=True)
     with running() as children:
-        reason = _verbs(run, VERBS[:1], children.call())
-    if reason:
-        raise UserError(f"{run.name} failed, no run was started: {reason}")
+        failure = _verbs(run, VERBS[:1], children.call())
+    if failure:
+        raise UserError(f"{run.name} failed, no run was started: {failure.reason}")
 
 
-def _one(run: Trial, call: Call) -> str:
-    """Verb after verb; why it failed, or nothing."""
+def _one(run: Trial, call: Call) -> Failure | None:
+    """Verb after verb; its failure, if one fails."""
     saved = run.workdir / "config.json"
     same = saved.is_file() and _saved(saved) == plain(run.config)
     run.workdir.mkdir(parents=True, exist_ok=True)
     return _verbs(run, VERBS[1:] if same and is_trained(run) else VERBS, call)
 
 
-def _verbs(run: Trial, verbs: Sequence[str], call: Call) -> str:
-    """These verbs in turn; why one failed, or nothing."""
+def _verbs(run: Trial, verbs: Sequence[str], call: Call) -> Failure | None:
+    """These verbs in turn; the failure, if one fails, which is noted in the run's folder."""
+    (run.workdir / FAILED).unlink(missing_ok=True)
     for verb in verbs:
         begun = time.monotonic()
-        code, last = call(run.command(verb), run.workdir / "log.txt")
+        code, last = call(run.command(verb), run.workdir / LOG)
         _add_time(run.workdir / "wall.json", verb, time.monotonic() - begun)
         if call.cpu_s is not None:
             _add_time(run.workdir / "cpu.json", verb, call.cpu_s)
@@ -231,8 +258,11 @@ def _verbs(run: Trial, verbs: Sequence[str], call: Call) -> str:
             raise Stopped(f"{run.name} was asked to stop and has saved")
         if code:
             died = f"{verb}: ended by {signal.Signals(-code).name}" if code < 0 else ""
-            return died or (last if last.startswith(f"{verb}: ") else f"{verb}: {last}")
-    return ""
+            reason = died or (last if last.startswith(f"{verb}: ") else f"{verb}: {last}")
+            with contextlib.suppress(OSError):  # a full disk may be why it failed
+                files.write_json(run.workdir / FAILED, {"verb": verb, "log": LOG})
+            return Failure(run, reason, verb)
+    return None
 
 
 def _add_time(path: Path, verb: str, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """Hands a series to Slurm: one job per run, after the shards and before the report."""
 
+import hashlib
 import logging
 import os
 import shlex
@@ -28,13 +29,13 @@ def submit(
     """Submits the trials that are not queued yet; returns their job ids.
 
     Args:
-        name: Of the series; jobs are named after it.
+        name: Of the series; jobs are named after it and, as others may be called alike, its folder.
         runs: Those that are not finished.
         prepare: The command that makes a run's shards, for runs whose shards are not there.
         report: The command that writes the report, whatever became of the runs.
         options: For `sbatch`, of every job: account, partition, ... The jobs of shards and report
             stay on one node, with the GPUs that the options ask for, as some partitions demand.
-        out: Folder of their logs.
+        out: Folder of the series, for logs.
 
     Raises:
         ValueError: If Slurm is not there or refuses; says its words.
@@ -42,7 +43,9 @@ def submit(
     if shutil.which("sbatch") is None:
         raise UserError("--slurm: no `sbatch` on the PATH; run on a login node, or without it")
     given = shlex.split(options)
-    queued = set(_call("squeue", "--me", "--noheader", "--format=%j").split())
+    name = f"{name}-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:6]}"
+    listed = _call("squeue", "--me", "--noheader", "--format=%j").splitlines()
+    queued = {title.strip() for title in listed}
     shards: dict[tuple[str, ...], str] = {}
     jobs = []
     out.mkdir(parents=True, exist_ok=True)

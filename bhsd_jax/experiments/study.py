@@ -1,6 +1,7 @@
 """From the folders of many runs to one comparison: figures over seeds, costs, what is missing."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,8 @@ from bhsd_jax.report.page import save
 from bhsd_jax.verbs.evaluate import ANY
 from bhsd_jax.volume import Plan
 
+# The folders of an absolute path, where a value or a part of one begins.
+_FOLDERS = re.compile(r"""(?<![^=,'"(\[ ])~?/(?:[^/\s,:'")\]][^/,:'")\]]*/)+""")
 _SEED = 0  # of the bootstrap: every run meets the same draws of patients
 _Values = dict[str, dict[str, np.ndarray]]  # by convention and class: the mean Dice of every draw
 
@@ -111,7 +114,7 @@ def compare(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
     synthetic = any(run.config.data["name"].startswith("synthetic.") for run in study.runs)
     head = first.get("conventions", {}).get("nnunet", {})
     return Comparison(
-        title=study.title,
+        title=_FOLDERS.sub("", study.title),
         subtitle=_subtitle(study),
         lines=lines,
         key=key,
@@ -204,7 +207,9 @@ def _line(
         gaps=against.gaps,
         false=false,
         seeds=tuple(one.run.seed for one in done),
-        failures=tuple(f"{f.run.name}: {f.reason}" for f in failures if f.run.row == row),
+        failures=tuple(
+            f"{f.run.name}: {f.on_page(study.out)}" for f in failures if f.run.row == row
+        ),
         cost=_cost([one.run for one in done]),
         words=_words(first),
         curve=_curve([one.run for one in done]),
@@ -214,7 +219,8 @@ def _line(
 def _words(run: Trial) -> str:
     """The run's arguments for a reader, without the places of this machine."""
     places = ("--config.preprocess.shards=", "--config.data.root=", "--config.train.init_from=")
-    return shlex.join(word for word in run.arguments if not word.startswith(places))
+    kept = (word for word in run.arguments if not word.startswith(places))
+    return shlex.join(_FOLDERS.sub("", word) for word in kept)
 
 
 def _cost(runs: Sequence[Trial]) -> dict[str, Any]:

@@ -116,9 +116,9 @@ def as_nifti(voxels: Num[np.ndarray, "D H W"], spacing_mm: Millimeters) -> bytes
 
 def compact(image: Num[np.ndarray, "D H W"]) -> Num[np.ndarray, "D H W"]:
     """HU as int16, for tenths of them are noise; other intensities as they are."""
-    if image.dtype.kind != "f" or np.abs(image).max() < 1000:
+    if image.dtype.kind != "f" or not 1000 <= np.abs(image).max() <= 32767:
         return image
-    return np.rint(np.clip(image, -32768, 32767)).astype(np.int16)
+    return np.rint(image).astype(np.int16)
 
 
 def _head(title: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ def run(config: Config, workdir: Path) -> None:
     What `config.evaluate.also` names is in `cases_also.csv` and under "also" in the summary.
 
     `cases.csv` has a row per case and class, `cases_binary.csv` one per case with all classes
-    merged; `summary.json` has the means under every convention. What is not defined is `nan` in
-    the tables and null in the summary. `summary_nnunet.json` has nnU-Net's schema.
+    merged; `summary.json` has the means under every convention, and under "scored" what they are
+    of. What is not defined is `nan` in the tables and null in the summary. `summary_nnunet.json`
+    has nnU-Net's schema.
 
     Raises:
         FileNotFoundError: If predictions or references are missing; lists them.
@@ -55,7 +57,7 @@ def run(config: Config, workdir: Path) -> None:
     rows = [row for scored in done for row in scored.rows]
     merged = [scored.merged for scored in done]
     classes = (ANY,) if config.split.binary else jobs[0].meaning.names[1:]
-    found = _summary(config, rows, merged, classes)
+    found = _summary(config, rows, merged, classes) | {"scored": _scored(config, workdir)}
     if config.evaluate.baseline:
         histograms = [scored.histogram for scored in done if scored.histogram is not None]
         found["baseline"] = _baseline(threshold.best_band(histograms))
@@ -119,7 +121,7 @@ def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
             "config.evaluate.baseline: a threshold in HU needs the CT scans of the data set; "
             f"modality is {known.modality!r}, references {config.evaluate.references!r}"
         )
-    folder = Path(config.evaluate.predictions or workdir / "predictions")
+    folder = _predictions(config, workdir)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no predictions; run the verb `predict` first")
     predicted = scans(folder)
@@ -147,6 +149,29 @@ def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
         )
         for case, patient, reference, image, feed in expected
     ]
+
+
+def _predictions(config: Settings, workdir: Path) -> Path:
+    return Path(config.evaluate.predictions or workdir / "predictions")
+
+
+def _scored(config: Settings, workdir: Path) -> dict[str, str | None]:
+    """What the scores are of, for `report`: whose split, or else which folder of references.
+
+    Folders are seen from the run's: both may move together, and the file may be handed on.
+    """
+    own, references = not config.evaluate.predictions, config.evaluate.references
+    folder = _predictions(config, workdir)
+    return {
+        "predictions": "predictions" if own else _from(workdir, folder),
+        "references": _from(workdir, Path(references)) if references else None,
+        "split": None if references else _split(config, folder),
+    }
+
+
+def _from(workdir: Path, folder: Path) -> str:
+    # Resolved, since a step up from a linked folder leads up from where it really lies.
+    return Path(os.path.relpath(folder.resolve(), workdir.resolve())).as_posix()
 
 
 def _wanted(config: Settings) -> also.Also | None:
@@ -191,7 +216,7 @@ def _expected(
     else:
         cases = {case.id: case for case in data.data_set(config, workdir).cases()}
         labeled = {case.id for case in cases.values() if case.label}
-        split = config.evaluate.split or _predicted_split(folder) or config.predict.split
+        split = _split(config, folder)
         expected = _of_split(cases, _members(config, workdir, cases, split), split)
         source = f"data set {config.data['name']}, split {split!r} (config.evaluate.split)"
     without = [case for case in predicted if case not in labeled]
@@ -207,10 +232,26 @@ def _expected(
 def _members(
     config: Settings, workdir: Path, cases: Mapping[str, Case], split: str
 ) -> tuple[str, ...]:
+    """Ids of a split: where scans were prepared, those that `predict` is given as well."""
     marked = tuple(case.id for case in cases.values() if case.split == split)
-    if split == "val" and not marked:  # a fold of the training cases
-        return data.roles(config, workdir)[0].val
-    return marked
+    prepared = (data.shards_folder(config, workdir) / "index.json").is_file()
+    fold = split == "val" and not marked  # of the training cases
+    if split == "train" or not (prepared or fold):
+        return marked
+    members: tuple[str, ...] = getattr(data.roles(config, workdir)[0], split)
+    if gone := [case for case in members if case not in cases]:
+        raise FileNotFoundError(
+            f"split {split!r}: {len(gone)} of the prepared cases are not in the data set: "
+            f"{_some(gone)}; look at config.data"
+        )
+    left = sorted(set(marked) - set(members))
+    if left and barrier.place()[0] == 0:
+        logger.warning(
+            "split %r: %d cases of the data set are not scored, as they were not prepared or have "
+            "no mask: %s",
+            *(split, len(left), _some(left)),
+        )
+    return members
 
 
 def _of_split(cases: Mapping[str, Case], members: Sequence[str], split: str) -> list[_FOUND]:
@@ -223,6 +264,10 @@ def _of_split(cases: Mapping[str, Case], members: Sequence[str], split: str) -> 
     return [
         (c.id, c.patient, c.label, c.image, c.table_feed) for c in chosen if c.label is not None
     ]
+
+
+def _split(config: Settings, folder: Path) -> str:
+    return config.evaluate.split or _predicted_split(folder) or config.predict.split
 
 
 def _predicted_split(folder: Path) -> str:

@@ -4,35 +4,91 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bhsd_jax.assemble import calibrated
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import formats
+from bhsd_jax.datasets import image_files
 from bhsd_jax.metrics import scores
 from bhsd_jax.platform import step_log
 from bhsd_jax.platform.csv_files import write_records
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures, viewer
 from bhsd_jax.report.page import NOTICE, Picture, Section
 from bhsd_jax.report.result_tables import Table
 from bhsd_jax.verbs import shown
 from bhsd_jax.verbs.shown import Entry
+from bhsd_jax.volume import Case
 
 logger = logging.getLogger(__name__)
 
 NAMES, VIEWER = "names.csv", "viewer.html"
+_LISTED = 5  # names in a line
 
 
-def folder(run: Run) -> Path:
-    """Where the label maps lie that were evaluated."""
-    return Path(run.config.evaluate.predictions or run.folder / "predictions")
+@dataclass(frozen=True)
+class Origin:
+    """What the scores of a run are of, as `evaluate` has noted it in `summary.json`."""
+
+    label_maps: Path  # their folder
+    references: Path | None = None  # a folder of masks; None: the data set's own
+    split: str = ""  # of the data set; empty: masks of a folder, or nobody has noted it
+    own: bool = True  # whether the label maps are those of <run>/predictions
+
+    @classmethod
+    def of(cls, run: Run, summary: Mapping[str, Any]) -> "Origin":
+        """Of a summary of today, or of an older one, which says nothing of it."""
+        noted = summary.get("scored")
+        if noted is None:
+            given = run.config.evaluate.predictions
+            return cls(Path(given or run.folder / "predictions"), own=not given)
+        references = noted.get("references")
+        return cls(
+            run.folder / noted.get("predictions", "predictions"),
+            run.folder / references if references else None,
+            noted.get("split") or "",
+            noted.get("predictions", "predictions") == "predictions",
+        )
 
 
-def label_map(run: Run, case: str) -> Path:
+def scans(run: Run, origin: Origin, ids: Sequence[str]) -> dict[str, Case]:
+    """The scans of these cases, with the references that were scored, as far as they are at hand.
+
+    A line says how many are not, as those of a folder of masks need not be of the data set.
+
+    Raises:
+        ValueError: If cases of the data set were scored, and it cannot be read.
+        FileNotFoundError: If it is not there.
+    """
+    try:
+        cases = {case.id: case for case in run.data_set.cases()}
+        if origin.references is not None:
+            masks = image_files.scans(origin.references)
+            own = cases.keys() & masks.keys()
+            cases = {case: replace(cases[case], label=masks[case]) for case in own}
+    except (UserError, FileNotFoundError):
+        if origin.references is None:
+            raise
+        cases = {}
+    found = {case: cases[case] for case in ids if case in cases}
+    if len(found) < len(ids):
+        missing = sorted(set(ids) - found.keys())
+        logger.warning(
+            "no pictures of %d of the %d scans that were scored, which are not in the data set: "
+            "%s%s",
+            *(len(missing), len(ids), ", ".join(missing[:_LISTED])),
+            " ..." if missing[_LISTED:] else "",
+        )
+    return found
+
+
+def label_map(folder: Path, case: str) -> Path:
     """Of one scan, in whatever format it is there; else where NIfTI would be."""
     endings = (".nii.gz", *formats.ENDINGS)
-    places = [folder(run) / f"{case}{ending}" for ending in endings]
+    places = [folder / f"{case}{ending}" for ending in endings]
     return next((path for path in places if path.is_file()), places[0])
 
 
@@ -48,7 +104,7 @@ def write_names(out: Path, places: Mapping[str, str]) -> None:
         faults.WriteError: If the system says no.
     """
     listed = [{"name": name, "label_map": place} for name, place in places.items()]
-    write_records(out / NAMES, listed, line_end="\n")
+    write_records(out / NAMES, listed, line_end="\n", harmless=True)
 
 
 def unfinished(run: Run) -> tuple[str, ...]:
@@ -92,26 +148,33 @@ def calibration(run: Run) -> Section | None:
     return Section("Calibration", tuple(parts))
 
 
-def write_viewer(run: Run, rows: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> None:
+def write_viewer(
+    run: Run,
+    rows: Sequence[Mapping[str, str]],
+    names: Mapping[str, str],
+    cases: Mapping[str, Case],
+    label_maps: Path,
+) -> None:
     """Writes `viewer.html` into the run folder, the worst scans first.
 
     Args:
         run: That was evaluated.
         rows: Of its cases.csv.
         names: Of scans on the page, by case.
+        cases: The scans at hand, as `scans` gives them.
+        label_maps: Folder of those that were scored.
 
     Raises:
         ValueError: If the extra `viewer` is not installed, or a scan is damaged.
     """
     merged = run.folder / "cases_binary.csv"
     dice = {score.case: score.dice for score in scores.read_csv(merged)} if merged.is_file() else {}
-    cases = {case.id: case for case in run.data_set.cases()}
     ml: dict[str, dict[str, float]] = {}
     for row in rows:
         ml.setdefault(row["case"], {})[row["class"]] = float(row["volume_pred_ml"])
     entries = [
         Entry(
-            *(cases[case], label_map(run, case), names[case], volumes),
+            *(cases[case], label_map(label_maps, case), names[case], volumes),
             dice=None if math.isnan(dice.get(case, math.nan)) else dice[case],
         )
         for case, volumes in ml.items()

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from bhsd_jax import __version__
 from bhsd_jax.assemble import data
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import geometry, hu, scan
+from bhsd_jax.ct import geometry, plausibility, scan
 from bhsd_jax.metrics import scores
 from bhsd_jax.platform import files, step_log
 from bhsd_jax.report import figures
@@ -27,6 +28,7 @@ from bhsd_jax.report.result_tables import (
 )
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.verbs import pages, parts, predict, scan_report
+from bhsd_jax.verbs.pages import Origin
 from bhsd_jax.volume import Case
 
 logger = logging.getLogger(__name__)
@@ -63,21 +65,24 @@ def run(config: Config, workdir: Path) -> None:
     plan = run.plan
     ids = sorted({row["case"] for row in rows})
     names = data.short_names(ids, workdir, config.report.show_ids)
+    origin = Origin.of(run, summary)
+    pictures = config.report.overlays and figures.available()
+    seen = pages.scans(run, origin, ids) if pictures or config.report.viewer else {}
     sections = [
         Section("Before you read on", (config.report.note,)) if config.report.note else None,
         _results(summary),
-        _overlays(run, rows, names) if config.report.overlays else None,
+        _overlays(run, origin, rows, names, seen) if pictures else None,
         _agreement(rows),
         pages.calibration(run),
         _training(workdir),
-        _comparison(config.report.compare, summary, config.name),
-        _every_scan(run, rows, names),
+        _comparison(config.report.compare, summary, workdir),
+        _every_scan(run, origin, rows, names, seen),
         _methods(run, summary),
     ]
     page = Page(
         title=config.report.title or f"{plan.dataset}: {config.name}",
-        subtitle=_subtitle(config, workdir, summary),
-        headline=_headline(summary),
+        subtitle=_subtitle(config, origin, summary),
+        headline=_headline(summary, origin),
         sections=tuple(section for section in sections if section is not None),
         footer=f"Written by bhsd_jax {__version__}. Data license: {plan.license or 'not stated'}.",
         banners=pages.unfinished(run),
@@ -101,24 +106,30 @@ def _of_images(config: Settings, workdir: Path) -> None:
     scan_report.write(Run.of(config, workdir), out, named, strict=True)
 
 
-def _every_scan(run: Run, rows: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> Section:
+def _every_scan(
+    run: Run,
+    origin: Origin,
+    rows: Sequence[Mapping[str, str]],
+    names: Mapping[str, str],
+    cases: Mapping[str, Case],
+) -> Section:
     """The table of scans, the way from their names to files, and the page to scroll through them.
 
     Names that hide something must not link to it: `names.csv` stays where the files are.
     """
-    paths = {names[row["case"]]: pages.label_map(run, row["case"]) for row in rows}
+    paths = {names[row["case"]]: pages.label_map(origin.label_maps, row["case"]) for row in rows}
     shown = {name: pages.beside(path, run.folder) for name, path in paths.items()}
     pages.write_names(run.folder, shown)
     links = shown if run.config.report.show_ids else {}
     words = [f"{pages.NAMES} in the run folder leads from these names to the label maps."]
     if run.config.report.viewer:
-        pages.write_viewer(run, rows, names)
+        pages.write_viewer(run, rows, names, cases, origin.label_maps)
         words.append("{Scroll through the scans|viewer.html}, worst first.")
     table = replace(cases_table(rows, names), links=links)
     return Section("Every scan", (" ".join(words), table))
 
 
-def _headline(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def _headline(summary: Mapping[str, Any], origin: Origin) -> tuple[tuple[str, str], ...]:
     binary, mean = summary["binary"], summary["conventions"]["nnunet"].get("mean", {})
     found = [
         (
@@ -138,17 +149,31 @@ def _headline(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
                 f"Dice of the best plain threshold on the same scans ({low:.0f} to {high:.0f} HU)",
             )
         )
-    found.append((str(summary["n_cases"]), "scans the network never saw"))
+    found.append((str(summary["n_cases"]), _whose(origin)))
     return tuple(found)
 
 
-def _subtitle(config: Settings, workdir: Path, summary: Mapping[str, Any]) -> str:
-    made = workdir / "predictions" / "predictions.json"
+def _whose(origin: Origin) -> str:
+    """Whose scans were scored, in words; no more is said than is known."""
+    if origin.references is not None:
+        return "scans with masks of a folder; whether the network has seen them is not known"
+    return {
+        "test": "scans the network never saw",
+        "val": "validation scans, which the network never saw",
+        "train": "scans of the training part, which the network may have seen",
+    }.get(origin.split, "scans scored")
+
+
+def _subtitle(config: Settings, origin: Origin, summary: Mapping[str, Any]) -> str:
+    made = origin.label_maps / "predictions.json"
     facts = files.read_json(made, remedy=_AGAIN["predict"]) if made.is_file() else {}
     step = f", checkpoint of step {facts['step']}" if "step" in facts else ""
+    chosen = facts.get("options", {}).get("predict", {}).get("checkpoint") == "best"
+    step += ", chosen on these very scans" * (chosen and origin.split == "val")
+    elsewhere = "" if origin.own else " The label maps are of another folder than the run's."
     return (
         f"Objective {config.objective['name']}, backbone {config.model['name']}, "
-        f"{config.train.steps} training steps{step}; {summary['n_cases']} scans scored."
+        f"{config.train.steps} training steps{step}; {summary['n_cases']} scans scored.{elsewhere}"
     )
 
 
@@ -172,52 +197,55 @@ def _results(summary: Mapping[str, Any]) -> Section:
 
 
 def _overlays(
-    run: Run, rows: Sequence[Mapping[str, str]], names: Mapping[str, str]
+    run: Run,
+    origin: Origin,
+    rows: Sequence[Mapping[str, str]],
+    names: Mapping[str, str],
+    cases: Mapping[str, Case],
 ) -> Section | None:
-    """The best, the median and the worst scan of every class."""
-    if not figures.available():
-        return None
-    cases = {case.id: case for case in run.data_set.cases()}
-    folder = pages.folder(run)
-    parts: list[Any] = [
+    """The best, the median and the worst scan of every class, of the scans at hand."""
+    words = (
         f"[{figures.REFERENCE}] reference   [{figures.PREDICTION}] prediction. The first picture "
         "of a row is the slice without contours. Slices are shown as in a reading room: the "
         "patient's right is on the left, and slice 1 is the lowest."
-    ]
+    )
+    pictures = []
     for name, values in run.labels.targets:
         scored = [r for r in rows if r["class"] == name and float(r["voxels_ref"])]
         scored.sort(key=lambda row: float(row["dice"]))
         picks = {"worst": 0, "median": len(scored) // 2, "best": len(scored) - 1}
         shown = {scored[i]["case"]: (word, scored[i]) for word, i in picks.items() if scored}
         for word, row in reversed(shown.values()):
-            if cases[row["case"]].label is None:
+            case = cases.get(row["case"])
+            if case is None or case.label is None:
                 continue
-            overlay = _overlay(cases[row["case"]], folder, run, values)
+            overlay = _overlay(case, pages.label_map(origin.label_maps, case.id), run, values)
             caption = (
                 f"{name}, {word} of {len(scored)}: scan {names[row['case']]}, "
                 f"Dice {number(float(row['dice']))}, reference "
                 f"{float(row['volume_ref_ml']):.1f} mL, predicted "
                 f"{float(row['volume_pred_ml']):.1f} mL"
             )
-            parts.append(Picture(figures.overlay_png(overlay), caption))
-    return Section("What it looks like", tuple(parts))
+            pictures.append(Picture(figures.overlay_png(overlay), caption))
+    return Section("What it looks like", (words, *pictures)) if pictures else None
 
 
-def _overlay(case: Case, folder: Path, run: Run, values: tuple[int, ...]) -> figures.Overlay:
+def _overlay(case: Case, label_map: Path, run: Run, values: tuple[int, ...]) -> figures.Overlay:
     place = scan.native(case.image)
     volume, _ = scan.read(place)
     assert case.label is not None  # the caller has looked
     masks = []
-    for path in (case.label, folder / f"{case.id}{scan.ending(case.image)}"):
+    for path in (case.label, label_map):
         label, _ = scan.read_label(path, place, volume, num_classes=None)
         binary = run.config.split.binary
         masks.append(label.voxels > 0 if binary else np.isin(label.voxels, values))
     order, flip = geometry.canonical(volume.affine)
-    voxels = hu.repair(volume.voxels)[0] if run.plan.modality == "ct" else volume.voxels
+    in_hu = plausibility.in_hu(volume.voxels) if run.plan.modality == "ct" else None
+    voxels = volume.voxels if in_hu is None else in_hu
     image, reference, predicted = (geometry.turn(a, order, flip) for a in (voxels, *masks))
     spacing = tuple(volume.spacing_mm[axis] for axis in order)
     low, high = np.percentile(image, (2, 99.5))
-    window = _BRAIN if run.plan.modality == "ct" else (float(low), float(high))
+    window = (float(low), float(high)) if in_hu is None else _BRAIN
     return figures.Overlay(image, reference, predicted, spacing, window)  # pyright: ignore[reportArgumentType]
 
 
@@ -243,26 +271,43 @@ def _training(workdir: Path) -> Section | None:
     return Section("Training", (picture,))
 
 
-def _comparison(folders: Sequence[str], summary: Mapping[str, Any], name: str) -> Section | None:
-    """This run beside others, by their own summaries."""
+def _comparison(
+    folders: Sequence[str], summary: Mapping[str, Any], workdir: Path
+) -> Section | None:
+    """This run and others, a row for each folder, by their own summaries."""
     if not folders:
         return None
-    runs = {name: summary} | {
-        Path(folder).name: _read_json(Path(folder) / "summary.json", "evaluate")
-        for folder in folders
-    }
+    runs = {workdir.resolve(): (workdir, summary)}
+    for folder in map(Path, folders):
+        if folder.resolve() not in runs:
+            found = _read_json(folder / "summary.json", "evaluate")
+            runs[folder.resolve()] = folder, found
+    names = _apart([folder for folder, _ in runs.values()])
+    names[0] += " (this run)"
     rows = tuple(
         (
-            run,
+            name,
             number(found["binary"]["dice"]),
             number(found["conventions"]["nnunet"].get("mean", {}).get("dice")),
             str(found["n_cases"]),
         )
-        for run, found in runs.items()
+        for name, (_, found) in zip(names, runs.values(), strict=True)
     )
     return Section(
         "Beside other runs", (Table(("run", "Dice, binary", "Dice, classes", "scans"), rows),)
     )
+
+
+def _apart(folders: Sequence[Path]) -> list[str]:
+    """Names of different folders: of each the last part, or as many as no other ends with."""
+    every = [Path(os.path.abspath(folder)).parts[1:] for folder in folders]
+    names = []
+    for own in every:
+        count = 1
+        while count < len(own) and sum(other[-count:] == own[-count:] for other in every) > 1:
+            count += 1
+        names.append("/".join(own[-count:]))
+    return names
 
 
 def _methods(run: Run, summary: Mapping[str, Any]) -> Section:

@@ -13,9 +13,10 @@ from bhsd_jax.ct import nifti
 from bhsd_jax.metrics import scores
 from bhsd_jax.platform import faults, files
 from bhsd_jax.settings import Settings
+from bhsd_jax.shards import store
 from bhsd_jax.verbs import evaluate, report
 from bhsd_jax.verbs.evaluate import Scored
-from bhsd_jax.volume import HEMORRHAGE, Volume
+from bhsd_jax.volume import HEMORRHAGE, Case, Volume
 
 # One patient with two scans in the test part, another in the training part. A voxel is 1 mL.
 FIRST, SECOND = "ID_aaaaaaaa_ID_0000000001", "ID_aaaaaaaa_ID_0000000002"
@@ -194,6 +195,50 @@ def test_the_split_that_was_predicted_is_the_one_that_is_scored(tree):
     evaluate.run(configure(data), run)
     assert summary(run)["n_cases"] == 1
     assert summary(run)["conventions"]["nnunet"]["EDH"]["dice"] == 1.0
+
+
+def prepare(run, plan, *cases):
+    """Shards as far as roles need them; cases are (id, split, whether there is a mask)."""
+    files.write_json(run / "shards" / "plan.json", plan | {"classes": HEMORRHAGE})
+    shape, none = (1, 1, 1), ()
+    entries = [
+        store.Entry(case, case[:11], split, masked, None, shape, none, none, "a", 0)
+        for case, split, masked in cases
+    ]
+    store.write_index(run / "shards", entries)
+
+
+def test_a_scan_that_was_refused_is_not_asked_for(tree, plan, caplog):
+    """As `preprocess.allow_skipped` leaves it: `predict` is not given the scan either."""
+    data, run = tree
+    prepare(run, plan, (TRAINED, "train", True), (FIRST, "test", True))
+    (run / "predictions" / f"{SECOND}.nii.gz").unlink()
+    config = configure(data)
+    config.split.fold = -1
+    with caplog.at_level(logging.WARNING):
+        evaluate.run(config, run)
+    assert {case for case, _ in table(run)} == {FIRST}
+    said = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert said == [
+        "split 'test': 1 cases of the data set are not scored, as they were not prepared or have "
+        f"no mask: {SECOND}"
+    ]
+    (run / "predictions" / f"{FIRST}.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=f"1 cases have no prediction .*: {FIRST}; run"):
+        evaluate.run(config, run)
+
+
+def test_a_validation_scan_without_a_mask_is_not_asked_for(tree, plan, caplog):
+    data, run = tree
+    prepare(run, plan, (TRAINED, "train", True), (FIRST, "val", True), (SECOND, "val", False))
+    config = Settings.of(configure(data))
+    cases = {case: Case(case, case, run, None, "val") for case in (FIRST, SECOND)}
+    with caplog.at_level(logging.WARNING):
+        assert evaluate._members(config, run, cases, "val") == (FIRST,)
+    assert SECOND in caplog.text
+    del cases[FIRST]
+    with pytest.raises(FileNotFoundError, match=f"not in the data set: {FIRST}; look at config"):
+        evaluate._members(config, run, cases, "val")
 
 
 def test_missing_predictions_are_listed(tree):

@@ -9,7 +9,7 @@ from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
 from bhsd_jax.ct.probabilities import Probabilities
 from bhsd_jax.experiments import folds, queue
-from bhsd_jax.experiments.queue import Trial
+from bhsd_jax.experiments.queue import Failure, Trial
 from bhsd_jax.experiments.study import Heading, Study
 from bhsd_jax.platform import files
 from bhsd_jax.settings import Settings
@@ -104,8 +104,12 @@ def test_the_best_config_is_found_and_its_stray_voxels_are_not_needed(made):
     assert found["after_postprocessing"]["mean"] == 1.0
     assert json.loads((made.out / "postprocessing.json").read_text()) == found["postprocessing"]
     page = (made.out / "report.md").read_text()
-    assert "postprocessing.json" in page
+    assert "bhsd predict one/fold0/seed0 " in page
+    assert "--predict.runs=one/fold1/seed0" in page
+    assert "--predict.postprocessing=postprocessing.json" in page
+    assert str(made.out) not in page, "no place of this machine"
     assert "100.00" in page
+    assert (found["checkpoint"], "the figures are too good" in page) == ("best", True)
 
 
 def test_two_configs_may_be_better_together(made):
@@ -128,6 +132,16 @@ def test_a_config_counts_once_all_its_folds_are_there(made):
     assert "2 of 4" in (made.out / "report.md").read_text()
 
 
+def test_a_failure_is_told_without_the_words_of_the_verb(made):
+    (made.runs[3].workdir / "summary.json").unlink()
+    reason = "predict: /data/DOE^JOHN.nii.gz: damaged"
+    folds.conclude(made, [Failure(made.runs[3], reason, "predict")])
+    for name in ("report.md", "report.html"):
+        text = (made.out / name).read_text()
+        assert "predict failed; two/fold1/seed0/log.txt says why" in text
+        assert "DOE" not in text
+
+
 def test_probabilities_that_are_missing_are_named(made):
     gone = made.runs[1].workdir / "predictions" / "case3_probabilities.npz"
     gone.unlink()
@@ -147,6 +161,7 @@ def test_every_fold_is_a_run_of_its_own(tmp_path):
         ("wide/fold3", 3, "val"),
     ]
     assert all(run.config.predict.probabilities for run in study.runs)
+    assert {run.config.predict.checkpoint for run in study.runs} == {"last"}
     assert len({run.config.preprocess.shards for run in study.runs}) == 1
     for wrong, said in (
         (["--config=configs/supervised.py:smoke"] * 2, "NAME="),
@@ -154,3 +169,21 @@ def test_every_fold_is_a_run_of_its_own(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             folds.make_study(folds._parser().parse_args([*wrong, f"--out={tmp_path}"]))
+
+
+def test_the_last_checkpoint_is_scored_unless_another_is_asked_for(tmp_path):
+    """Validation scans have chosen the best one."""
+    words = ["--config=configs/supervised.py:smoke", "--folds=0", f"--out={tmp_path}"]
+    assert queue.resolve(words[:1]).predict.checkpoint == "best", "else nothing is shown here"
+    for given, want, said in (
+        ([], "last", "predicted by the last checkpoint of the fold not trained on it."),
+        (["-o", "predict.checkpoint=best"], "best", "the best checkpoint of the fold"),
+        (["--override=config.predict.checkpoint=4"], "4", "the checkpoint of step 4 of the fold"),
+    ):
+        study = folds.make_study(folds._parser().parse_args([*words, *given]))
+        (run,) = study.runs
+        assert run.config.predict.checkpoint == want
+        assert folds.conclude(study) == 0
+        page = (tmp_path / "report.md").read_text()
+        assert said in page
+        assert ("too good" in page) == (want == "best")

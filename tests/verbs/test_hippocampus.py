@@ -70,7 +70,9 @@ def finished(tmp_path, finish):
 
 
 def test_the_table_says_means_differences_and_how_many_seeds_are_above(finished, tmp_path):
-    hippocampus.write({8: finished, 4: study(tmp_path, 4, "--rows=masks", "--seeds=0")}, tmp_path)
+    few = study(tmp_path, 4, "--rows=masks,ict", "--seeds=0")
+    files.write_json(few.runs[1].workdir / "failed.json", {"verb": "train", "log": "log.txt"})
+    hippocampus.write({8: finished, 4: few}, tmp_path)
     text = (tmp_path / "report.md").read_text()
     rows = {
         tuple(cells[:2]): cells[2:]
@@ -80,6 +82,7 @@ def test_the_table_says_means_differences_and_how_many_seeds_are_above(finished,
     assert rows["Masks alone", "8"] == ["50.00 ± 14.14", "—", "—", "2", "—", "5 min"]
     assert rows["CPS", "8"] == ["70.00 ± 28.28", "+20.00", "+20.0 to +20.0", "2", "2 of 2", "5 min"]
     assert rows["Masks alone", "4"][0] == "not run"
+    assert rows["Interpolation consistency", "4"][0] == "failed"
 
 
 def test_a_report_has_the_learning_curves_and_the_cpu_time(finished):

@@ -1,6 +1,8 @@
 """The programs of `launch/`: what they make of their options, and what Slurm is told."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,19 @@ def test_a_sweep_sets_fields_and_seeds_and_shares_what_it_can(tmp_path):
     assert len({run.config.preprocess.shards for run in other.runs}) == 2
     own = swept(tmp_path, "train.steps=1,2", "--seeds=0", "--shards=/made/before")
     assert {run.config.preprocess.shards for run in own.runs} == {"/made/before"}
+
+
+def test_validation_scans_are_not_tested_with_the_checkpoint_they_chose(tmp_path):
+    words = ["--config=configs/supervised.py:smoke", f"--out={tmp_path}", "train.steps=2"]
+    for given, want in (
+        (["-o", "predict.split=val"], "last"),
+        (["-o", "predict.split=val", "-o", "predict.checkpoint=best"], "best"),
+        ([], "best"),  # of the test scans
+    ):
+        options = sweep._parser().parse_args([*words, "--seeds=0", *given])
+        (run,) = sweep.make_study(options).runs
+        assert run.config.predict.checkpoint == want
+        assert queue.resolve(run.arguments) == run.config
 
 
 def test_a_sweep_varies_words_of_the_config_too(tmp_path):
@@ -151,7 +166,7 @@ def test_slurm_gets_shards_then_runs_then_the_report(cluster):
     shards, first, second, report = (
         line.split("|")[:-1] for line in (cluster / "jobs").read_text().splitlines()
     )
-    assert "--job-name=table2-shards" in shards
+    (series,) = re.findall(r"^--job-name=(table2-[0-9a-f]{6})-shards$", "\n".join(shards), re.M)
     for job in (shards, report):
         assert {"--partition=gpu", "--gpus-per-node=1", "--nodes=1", "--ntasks=1"} <= set(job)
     assert any("bhsd_jax.main preprocess" in word for word in shards)
@@ -163,7 +178,7 @@ def test_slurm_gets_shards_then_runs_then_the_report(cluster):
             "--partition=gpu",
             "--gpus-per-node=1",
         } <= set(job)
-        assert f"--job-name=table2-{row}-s1" in job
+        assert f"--job-name={series}-{row}-s1" in job
         at = job.index("launch/slurm.sh")
         assert job[at + 1].startswith(f"--config=configs/table2.py:{row},seed=1")
         assert job[-1] == f"--workdir={cluster / 'table2' / row / 'seed1'}"
@@ -176,14 +191,42 @@ def test_slurm_gets_shards_then_runs_then_the_report(cluster):
 
 
 def test_what_is_queued_or_finished_is_not_submitted_again(cluster, make, finish):
-    (cluster / "bin" / "squeue").write_text("#!/bin/sh\necho table2-cps-s1\n")
-    words = ["table2", "--smoke", "--rows=suponly,cps", "--seeds=1", f"--out={cluster / 'table2'}"]
+    words = ["table2", "--smoke", "--rows=suponly,cps", "--seeds=1"]
+    here, there = (f"--out={cluster / name / 'table2'}" for name in ("a", "b"))
     made = paper_tables.make_study(
-        paper_tables.importlib.import_module("bhsd_jax.configs.table2").TABLE, parsed(words)
+        paper_tables.importlib.import_module("bhsd_jax.configs.table2").TABLE,
+        parsed([*words, here]),
     )
     finish(made.runs[0], [(1, 0, 0)])
-    assert paper_tables.cli([*words, "--slurm"]) == 0
-    assert not (cluster / "jobs").exists()
+    assert paper_tables.cli([*words, here, "--slurm"]) == 0
+    titles = submitted(cluster)
+    assert [title.partition("-")[2][7:] for title in titles] == ["shards", "cps-s1", "report"]
+    lines = "".join(f"echo '{title}  '\n" for title in titles)
+    (cluster / "bin" / "squeue").write_text(f"#!/bin/sh\n{lines}")
+    assert paper_tables.cli([*words, here, "--slurm"]) == 0
+    assert submitted(cluster) == titles, "it is queued"
+    # Another series, whose folder has the same name.
+    assert paper_tables.cli([*words, there, "--slurm"]) == 0
+    others = submitted(cluster)[len(titles) :]
+    assert len(others) == 4
+    assert not set(others) & set(titles)
+
+
+def submitted(cluster):
+    """Titles of the jobs so far."""
+    return re.findall(r"\|--job-name=([^|]*)\|", (cluster / "jobs").read_text())
+
+
+def test_the_report_of_a_series_knows_what_failed_in_a_job(cluster):
+    words = ["table2", "--smoke", "--rows=suponly,cps", "--seeds=1", f"--out={cluster / 'table2'}"]
+    folder = cluster / "table2" / "cps" / "seed1"
+    folder.mkdir(parents=True)
+    (folder / "failed.json").write_text('{"verb": "predict", "log": "slurm-7.log"}\n')
+    assert paper_tables.cli([*words, "--report-only"]) == 0
+    text = (cluster / "table2" / "report.md").read_text()
+    assert "cps, seed 1: predict failed; cps/seed1/slurm-7.log says why" in text
+    assert re.search(r"^\| CPS \|.*\| failed \|", text, re.M)
+    assert re.search(r"^\| SupOnly \|.*\| not run \|", text, re.M)
 
 
 def parsed(words):
@@ -199,6 +242,46 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
         paper_tables.cli(["table2", "--smoke", f"--out={tmp_path}", "--slurm"])
 
 
+@pytest.fixture
+def job(tmp_path):
+    """Runs `launch/slurm.sh` as job 7 with verbs that only note what they were given."""
+    home = tmp_path / "home"
+    (home / "tools").mkdir(parents=True)
+    # A shell option that it leaves behind must not end the job before it is queued again.
+    (home / "tools" / "env").write_text("set -e\n")
+
+    def run(lines, *words, **more):
+        programs = {
+            "srun": '#!/bin/sh\nwhile [ "$1" != python ]; do shift; done\n"$@"\n',
+            "squeue": "#!/bin/sh\necho RUNNING\n",
+            "python": f'#!/bin/sh\nshift 2; echo "$*" >> calls\n{lines}\n',
+            "scontrol": "#!/bin/sh\ntouch requeued\n",
+        }
+        for name, text in programs.items():
+            (home / name).write_text(text)
+            (home / name).chmod(0o755)
+        environment = os.environ | {
+            "PATH": f"{home}:{os.environ['PATH']}",
+            "SLURM_SUBMIT_DIR": str(home),
+            "SLURM_JOB_ID": "7",
+            "BHSD_AFTER": "predict evaluate report",
+            **more,
+        }
+        for name in ("calls", "requeued"):
+            (home / name).unlink(missing_ok=True)
+        done = subprocess.run(
+            ["bash", ROOT / "launch" / "slurm.sh", "--config=x", f"--workdir={tmp_path}", *words],
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        calls = (home / "calls").read_text().splitlines() if (home / "calls").exists() else []
+        return done, [call.split() for call in calls], (home / "requeued").exists()
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("codes", "code", "verbs", "requeued"),
     [  # tests/slurm runs it on a real Slurm
@@ -209,36 +292,64 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
         ({"evaluate": 1}, 1, ["train", "predict", "evaluate"], False),
     ],
 )
-def test_the_job_runs_verb_after_verb(tmp_path, codes, code, verbs, requeued):
-    (tmp_path / "tools").mkdir()
-    # A shell option that it leaves behind must not end the job before it is queued again.
-    (tmp_path / "tools" / "env").write_text("set -e\n")
+def test_the_job_runs_verb_after_verb(job, tmp_path, codes, code, verbs, requeued):
+    (tmp_path / "slurm-7.log").touch()
     cases = "".join(f"{verb}) exit {number};; " for verb, number in codes.items())
-    programs = {
-        "srun": '#!/bin/sh\nwhile [ "$1" != python ]; do shift; done\n"$@"\n',
-        "squeue": "#!/bin/sh\necho RUNNING\n",
-        "python": f'#!/bin/sh\necho "$3" >> verbs\ncase "$3" in {cases} *) exit 0;; esac\n',
-        "scontrol": "#!/bin/sh\ntouch requeued\n",
-    }
-    for name, text in programs.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_SUBMIT_DIR": str(tmp_path),
-        "SLURM_JOB_ID": "7",
-        "BHSD_AFTER": "predict evaluate report",
-    }
-    done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "slurm.sh"), "--config=x", f"--workdir={tmp_path}"],
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    done, calls, again = job(f'case "$1" in {cases} *) exit 0;; esac')
     assert done.returncode == code, done.stderr
-    assert (tmp_path / "verbs").read_text().split() == verbs
-    assert (tmp_path / "requeued").exists() == requeued
+    assert [words[0] for words in calls] == verbs
+    assert again == requeued
+    if code == 1:  # the report of a series is told
+        noted = json.loads((tmp_path / "failed.json").read_text())
+        assert noted == {"verb": verbs[-1], "log": "slurm-7.log"}
+        job("exit 0")
+    assert not (tmp_path / "failed.json").exists()
+
+
+MAP = (
+    'mkdir -p "$MAPS"; [ "$1" != predict ] || {{ sleep 0.05; touch "$MAPS/{}.nii.gz"; exit 143; }}'
+)
+
+
+@pytest.mark.parametrize("out", ["", "elsewhere"])
+def test_a_job_that_comes_back_goes_on_with_its_predictions(job, tmp_path, out):
+    folder = tmp_path / (out or "predictions")
+    given = [f"--config.predict.out={folder}"] if out else []
+    maps, kept = {"MAPS": str(folder)}, "--config.predict.overwrite=False"
+    folder.mkdir()
+    (folder / "old.nii.gz").touch()  # of another network, perhaps
+    os.utime(folder / "old.nii.gz", (1, 1))
+
+    def predicts(lines, *words, count, **more):
+        done, calls, _ = job(lines, *given, *words, SLURM_RESTART_COUNT=count, **maps, **more)
+        assert all(kept not in call for call in calls if call[0] != "predict")
+        return done, next((call for call in calls if call[0] == "predict"), [])
+
+    assert kept not in predicts(MAP.format("a"), count="0")[1]
+    assert kept in predicts(MAP.format("b"), count="1")[1]
+    user = "--config.predict.overwrite=True"
+    call = predicts(MAP.format("c"), user, count="2")[1]
+    assert (user in call, kept in call) == (True, False)
+    # Another job begins anew, also one that came back while it trained.
+    assert kept not in predicts("exit 0", count="0", SLURM_JOB_ID="8")[1]
+    job("exit 75", *given, SLURM_JOB_ID="9", SLURM_RESTART_COUNT="0", **maps)
+    assert kept not in predicts("exit 0", count="1", SLURM_JOB_ID="9")[1]
+
+
+def test_label_maps_that_are_written_again_are_no_progress_twice(job, tmp_path):
+    maps = {"MAPS": str(tmp_path / "predictions")}
+    for name in ("a", "b"):  # left by an earlier job
+        (tmp_path / "predictions").mkdir(exist_ok=True)
+        (tmp_path / "predictions" / f"{name}.nii.gz").touch()
+        os.utime(tmp_path / "predictions" / f"{name}.nii.gz", (1, 1))
+    for count, name in enumerate(("a", "b", "b", "b", "b", "b", "b")):
+        done, _, _ = job(MAP.format(name), SLURM_RESTART_COUNT=str(count), **maps)
+        if done.returncode != 75:
+            break
+    # `a` and `b` in place of others are progress; then three starts without any, and the end.
+    assert (done.returncode, count) == (2, 6), done.stderr
+    assert "started again 4 times without a newer checkpoint" in done.stderr
+    assert json.loads((tmp_path / "failed.json").read_text())["verb"] == "predict"
 
 
 def test_shards_that_cannot_be_made_are_one_line(tmp_path):

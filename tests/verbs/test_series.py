@@ -111,6 +111,31 @@ def test_a_failed_run_is_named_and_the_others_go_on(scripted):
     assert set(json.loads((ict / "wall.json").read_text())) == {"train", "predict"}
 
 
+def test_a_failure_is_known_until_the_run_begins_again(scripted, finish):
+    Script.scripts = {
+        ("ict", "predict"): "import sys; sys.exit('predict: no checkpoint')",
+        ("cps", "train"): "import sys; sys.exit('train: broken')",
+    }
+    failures = queue.perform(scripted)
+    assert [(f.run.row, f.verb) for f in failures] == [("ict", "predict"), ("cps", "train")]
+    noted = queue.known_failures(scripted)  # as a later process finds them
+    assert [(f.run.row, f.verb, f.log) for f in noted] == [
+        ("ict", "predict", "log.txt"),
+        ("cps", "train", "log.txt"),
+    ]
+    assert queue.known_failures(scripted, failures) == failures, "none twice"
+    Script.scripts = {}
+    assert queue.perform(scripted[1:2]) == []
+    finish(scripted[2], [(1, 0, 0)])  # by hand
+    assert queue.known_failures(scripted) == []
+    files.write_json(scripted[0].workdir / "failed.json", {"verb": "train", "log": "../../x"})
+    (job,) = queue.known_failures(scripted)
+    assert job.on_page(scripted[0].workdir) == "train failed; x says why"
+    files.write_json(scripted[0].workdir / "failed.json", {"verb": "train", "log": ""})
+    (job,) = queue.known_failures(scripted)
+    assert job.on_page(scripted[0].workdir) == "train failed; the job's log says why"
+
+
 def test_what_is_finished_or_trained_is_not_done_again(scripted, finish):
     done, trained, _ = scripted
     finish(done, [(1, 0, 0)])

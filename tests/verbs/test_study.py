@@ -7,7 +7,7 @@ import pytest
 
 from bhsd_jax.configs import table1, table3
 from bhsd_jax.experiments import study
-from bhsd_jax.experiments.queue import Failure
+from bhsd_jax.experiments.queue import Failure, Trial
 from bhsd_jax.platform import files
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.volume import HEMORRHAGE
@@ -46,7 +46,7 @@ def binary(make, finish):
 
 def test_means_standard_deviations_and_differences(binary):
     made, runs = binary
-    failure = Failure(runs["entropy", 0], "train: loss nan")
+    failure = Failure(runs["entropy", 0], "train: /data/DOE^JOHN.nii.gz: damaged", "train")
     study.write(made, [failure])
     text = (made.out / "report.md").read_text()
     sd = 100 * 0.2 / np.sqrt(2)
@@ -62,7 +62,10 @@ def test_means_standard_deviations_and_differences(binary):
     assert against[3] == "+20.0 to +30.0"
     one = cells(text, "Results", "Entropy minimization")
     assert one[1:] == ["0.00", "—", "0.0 to 0.0", "1"]
-    assert "entropy, seed 0: train: loss nan" in section(text, "Runs that failed")
+    failed = "entropy, seed 0: train failed; entropy/seed0/log.txt says why"
+    assert failed in section(text, "Runs that failed")
+    for name in ("report.md", "report.html", "figures.json"):
+        assert "DOE" not in (made.out / name).read_text(), "a verb's words may name a patient"
     assert "5 of 6" in text.split("## ")[0]
     assert "any" not in section(text, "Results"), "said in words"
 
@@ -169,3 +172,23 @@ def test_runs_on_different_scans_do_not_share_a_table(make, finish):
     finish(made.runs[1], [(1, 0, 0)], [(1, 0, 0)])
     with pytest.raises(ValueError, match="different scans"):
         study.write(made)
+
+
+def test_arguments_have_no_folder_of_this_machine(make):
+    config = make("--rows=cps", "--seeds=0").runs[0].config
+    words = ["--config=/home/jane/x.py:smoke", "--config.predict.runs=('/data/J D/a','/b/c')"]
+    words += ["--config.data.root=/data/DOE", "--config.input.patch=(8,32,32)"]
+    plain = "--config=configs/cps.py:data=bhsd"
+    shown = study._words(Trial("a", 0, make().out, (*words, plain), config))
+    assert shown.split(" ")[0] == "--config=x.py:smoke"
+    assert not [name for name in ("jane", "/data", "J D", "DOE", "/b/") if name in shown]
+    assert "(8,32,32)" in shown
+    assert plain in shown
+
+
+def test_a_refused_trial_says_so_without_its_folder(binary):
+    made, runs = binary
+    study.write(made, [Failure(runs["entropy", 0], f"{made.out} holds a run of another config")])
+    text = (made.out / "report.md").read_text()
+    assert "entropy, seed 0: refused before it began" in section(text, "Runs that failed")
+    assert str(made.out) not in text
