@@ -47,7 +47,7 @@ class Predictor:
         cls,
         run: str | Path,
         *more: str | Path,
-        checkpoint: str | int = "best",
+        checkpoint: str | int | None = None,
         networks: tuple[str, ...] = (),
         mirror: bool | None = None,
     ) -> "Predictor":
@@ -56,8 +56,10 @@ class Predictor:
         Args:
             run: Folder of a run that was trained or imported.
             more: Folders of further runs whose scans are prepared alike.
-            checkpoint: "best", "last" or a step; of further runs the best instead of a step.
-            networks: Names from the first run's objective; (): the one it deploys.
+            checkpoint: "best", "last" or a step; of further runs the best instead of a step. None:
+                as the first run's config says.
+            networks: Names from the first run's objective; (): as its config says, which of an
+                imported run are all that were imported together.
             mirror: Average over mirrored versions; None: as the run's config says.
 
         Raises:
@@ -65,7 +67,9 @@ class Predictor:
             ValueError: If a run is damaged, or runs are not prepared alike, or JAX was started
                 before this module was imported, in a version that then adds up wrongly on CPUs.
         """
-        first = ensemble.run_of(run, checkpoint=checkpoint, networks=networks)
+        chosen: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
+        chosen |= {"networks": networks} if networks else {}
+        first = ensemble.run_of(run, **chosen)
         if mirror is not None:
             infer = dataclasses.replace(first.config.infer, mirror=mirror)
             config = dataclasses.replace(first.config, infer=infer)

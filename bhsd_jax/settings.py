@@ -126,7 +126,11 @@ class Predict:
     present_ml: Annotated[
         float, "from how many mL on a scan is said to have a kind of bleed", NOT_NEGATIVE
     ] = 0.1
-    overwrite: Annotated[bool, "False: keep label maps that are there, go on with the rest"] = True
+    overwrite: Annotated[
+        bool,
+        "False: keep label maps that are there, go on with the rest; refused where other networks "
+        "or options made them",
+    ] = True
     part_id: Annotated[
         int, "which of num_parts jobs this is, from 0: it predicts every num_parts-th", NOT_NEGATIVE
     ] = 0

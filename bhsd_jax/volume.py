@@ -171,7 +171,7 @@ class Network:
     strides: tuple[Shape, ...]  # per stage; stage 0 is (1, 1, 1)
     kernels: tuple[Shape, ...]  # per stage
     convs_encoder: tuple[int, ...]  # per stage; residual blocks if `residual`
-    convs_decoder: tuple[int, ...]  # per stage but the last
+    convs_decoder: tuple[int, ...]  # per stage but the last, that of full resolution first
     batch_dice: bool
     residual: bool = False  # made for a residual encoder; plans of older versions never say so
 
@@ -227,6 +227,18 @@ class Plan:
     def raw_channels(self) -> int:
         """Channels of a prepared scan, a first network's label map included."""
         return self.scan_channels + bool(self.previous_stage)
+
+    @property
+    def as_it_lies(self) -> bool:
+        """CT is prepared as its files have it, repaired or in HU or not: nnU-Net's order."""
+        return self.normalize_first and not self.repaired
+
+    @property
+    def masked(self) -> tuple[int, ...]:
+        """Channels of a prepared scan that are 0 wherever the scan is, but for holes in it."""
+        if not self.channels:
+            return (0,) if self.use_mask_for_norm else ()
+        return tuple(index for index, one in enumerate(self.channels) if one.masked)
 
     @property
     def labels(self) -> Labels:
@@ -310,12 +322,13 @@ def labels_of(dataset: Dataset) -> Labels:
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
     """The smallest box that holds all that is true or not 0, of any rank; None if nothing is."""
     box = []
-    for axis in range(mask.ndim):
+    for axis in range(mask.ndim):  # each sees what the boxes of the axes before have left
         others = tuple(other for other in range(mask.ndim) if other != axis)
         hit = np.flatnonzero(mask.any(axis=others))
         if not hit.size:
             return None
         box.append(slice(int(hit[0]), int(hit[-1]) + 1))
+        mask = mask[(slice(None),) * axis + (box[-1],)]
     return tuple(box)
 
 

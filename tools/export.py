@@ -32,14 +32,15 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write; safetensors: file to write")
     parser.add_argument("--to", choices=("stablehlo", "safetensors"), required=True)
     parser.add_argument("--checkpoint", default="best", help="best, last, or a step; default best")
-    parser.add_argument("--network", help="of several, such as twins; default: the deployed one")
+    parser.add_argument("--network", help="of several, such as twins or folds")
     parser.add_argument("--normalized", action="store_true", help="the input is normalized already")
     parser.add_argument("--weights-apart", action="store_true", help="weights.npz as an argument")
     options = parser.parse_args()
     try:
         config = from_run.get_config(str(options.run))
         config.predict.checkpoint = options.checkpoint
-        config.predict.networks = (options.network,) if options.network else ()
+        if options.network:
+            config.predict.networks = (options.network,)
         if options.to == "safetensors":
             export.safetensors(config, options.run, options.out)
         else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bhsd_jax.assemble import ensemble
+from bhsd_jax.assemble.origins import Origins, facts_of
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import scan
@@ -22,7 +23,8 @@ class FirstStage:
 
     predict: Predictor
     folder: Path
-    overwrite: bool  # False: a label map that is there and whole stays
+    overwrite: bool  # False: a label map that is there, whole and of this network stays
+    origins: Origins
 
     def __call__(self, case: Case, name: str) -> tuple[Case, float]:
         """The case with its label map, which is predicted under that name; seconds that took.
@@ -32,9 +34,10 @@ class FirstStage:
             FileNotFoundError: As the predictor.
         """
         target = self.folder / f"{name}{scan.ending(case.image)}"
-        seconds = 0.0
-        if self.overwrite or self.predict.finished(case, target, name) is None:
+        seconds, stays = 0.0, not self.overwrite and self.origins.keeps(name)
+        if not stays or self.predict.finished(case, target, name) is None:
             seconds = self.predict(case, target, name).seconds or 0.0
+            self.origins.note(name)
         return dataclasses.replace(case, previous=target), seconds
 
 
@@ -98,5 +101,7 @@ def open_first(run: Run, folder: Path, out: Path) -> FirstStage:
             f"{folder}: its label maps hold {', '.join(first.labels.names)}, but {run.folder} was "
             f"trained on {', '.join(run.labels.names)}"
         )
-    predict, _ = ensemble.open_runs(first)
-    return FirstStage(predict, out / PREVIOUS_STAGE, run.config.predict.overwrite)
+    predict, members = ensemble.open_runs(first)
+    folder, overwrite = out / PREVIOUS_STAGE, run.config.predict.overwrite
+    made_by = Origins(folder, facts_of(first, members))
+    return FirstStage(predict, folder, overwrite, made_by)

@@ -1,12 +1,13 @@
 """What is told of a scan besides its label map: lesions, sides, and whether each class is there."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from bhsd_jax.ct import midline, plausibility, scan
+from bhsd_jax.ct import hu, midline, plausibility, scan
 from bhsd_jax.ct.own_slices import OwnSlices
 from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import measure
@@ -124,7 +125,10 @@ def lesions(
     if not label.any():
         return []
     feed = case.table_feed and plan.modality == "ct"
-    slices = measure.Slices(own.affine, own.steps, own.widths_mm, own.slice_ml(table_feed=feed))
+    widths_mm = own.widths_mm
+    if hu.tilt_corrected(own.affine, table_feed=feed):  # as `slice_ml` is
+        widths_mm = widths_mm * math.cos(math.radians(hu.tilt_deg(own.affine)))
+    slices = measure.Slices(own.affine, own.steps, widths_mm, own.slice_ml(table_feed=feed))
     middle = _midline(case, plan, seen)
     if not labels.regions:
         return measure.lesions(label, labels.names, slices, middle)
@@ -139,8 +143,9 @@ def _midline(case: Case, plan: Plan, seen: Volume | None) -> np.ndarray | None:
     if plan.modality != "ct":
         return None
     volume = scan.read_native(case.image, seen)
-    voxels, _ = plausibility.settle(volume.voxels)
-    return midline.of(voxels, volume.affine)
+    voxels = plausibility.in_hu(volume.voxels)
+    # A network that takes scans as they lie may know one that is not in HU; its head we do not.
+    return None if voxels is None else midline.of(voxels, volume.affine)
 
 
 def _side(own: Sequence[Mapping[str, Any]]) -> str:

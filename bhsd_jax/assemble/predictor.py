@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -151,7 +152,7 @@ class Predictor:
             else:  # voxel by voxel the network's own, so that no logits need be kept
                 likeliest = self._likeliest(ready.images[0], name, check)
             if self.trust:
-                disagreement = self.trust.disagreement(ready.images[0])
+                disagreement = self.trust.disagreement(ready.images[0], ready.grids[0])
             done = dataclasses.replace(ready, images=(), seconds=ready.seconds + watch.seconds)
         return Answer(done, logits, likeliest, disagreement)
 
@@ -255,7 +256,7 @@ class Predictor:
         Raises:
             ValueError: If there is not enough memory, or the output is not finite.
         """
-        self._require_memory(image, len(image) * (2 if self.others else 1))
+        self._require_memory(image, len(image) * (3 if self.others else 1))
         tell = Teller(name, check).tiles
         mean = ensemble.mean_for(self.window.combine, regions=bool(self.labels.regions))
         return mean(
@@ -317,8 +318,7 @@ class Predictor:
                 raise UserError(f"{target}: {notes[0]}")
             self._check_beside(target, label)
         except UserError as error:
-            reason = str(error).replace(str(case.image), name).replace(case.id, name)
-            logger.warning("%s: predicted again, for %s", name, reason)
+            logger.warning("%s: predicted again, for %s", name, said_of(error, case, name))
             return None
         shape = self.labels.outputs, *label.voxels.shape
         if self.nnunet_probabilities and not saved_probabilities.is_whole(target, shape):
@@ -383,3 +383,14 @@ class Teller:
         if time.monotonic() - self.said > _SAY_EVERY_S:
             self.said = time.monotonic()
             logger.info("%s: tile %d of %d", self.name, done, total)
+
+
+def said_of(error: Exception, case: Case, name: str) -> str:
+    """What an error says of a scan, which is called by its name in the outputs.
+
+    Those of a series say "series 3", and its folder may be called 1: nothing is to be replaced.
+    """
+    text = str(error).replace(str(case.image), name)
+    if isinstance(case.image, Series):
+        return text
+    return re.sub(rf"(?<!\w){re.escape(case.id)}(?!\w)", lambda _: name, text)

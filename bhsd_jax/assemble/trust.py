@@ -8,13 +8,11 @@ import numpy as np
 
 from bhsd_jax.assemble import data
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import unlike
+from bhsd_jax.ct import geometry, unlike
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.metrics.agreement import mean_pairwise_dice
 from bhsd_jax.types import Params
 from bhsd_jax.volume import Grid, Plan
-
-_LEFT_RIGHT = 2  # the axis W of a prepared scan
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Trust:
         """How a prepared scan [D H W C] is unlike the training data; empty: not that is known."""
         return "; ".join(unlike.sentences(image, grid, self.plan, self.seen))
 
-    def disagreement(self, image: np.ndarray) -> float | None:
+    def disagreement(self, image: np.ndarray, grid: Grid) -> float | None:
         """1 less the mean Dice of all bleeding, over pairs of networks; None: it is not wanted.
 
         0 if all answers to the prepared scan [D H W C] are the same, 1 if they have no voxel in
@@ -48,7 +46,9 @@ class Trust:
             return None
         masks = [_mask(view, image) for view in self.views]
         if len(masks) == 1:
-            masks.append(np.flip(_mask(self.views[0], np.flip(image, _LEFT_RIGHT)), _LEFT_RIGHT))
+            native = geometry.canonical(np.asarray(grid.native_affine))[0][2]
+            sides = grid.order.index(native)  # the prepared axis between left and right
+            masks.append(np.flip(_mask(self.views[0], np.flip(image, sides)), sides))
         return 1 - mean_pairwise_dice(masks)
 
 

@@ -37,7 +37,7 @@ from bhsd_jax.ct import hu
 from bhsd_jax.defects import Finding, Kind, Refusal
 
 AIR_HU = -500.0  # a head CT without anything below has been windowed or is no CT
-KINDS = (Kind.NO_AIR, Kind.OFFSET, Kind.UNSIGNED, Kind.OVERFLOW)
+KINDS = (Kind.NO_AIR, Kind.OFFSET, Kind.UNSIGNED, Kind.OVERFLOW, Kind.NOT_HU)
 """What a reader of any number made from a scan has to know, whether undone or not."""
 
 _OFFSET = 1024.0  # lost rescale intercept of nearly all scanners
@@ -80,6 +80,14 @@ def settle(
         text = f"no air: nothing below {AIR_HU:g} HU; windowed, or not a CT"
         found.append(Finding(Kind.NO_AIR, "kept", text))
     return repaired, found
+
+
+def in_hu(voxels: Num[np.ndarray, "D H W"]) -> Float32[np.ndarray, "D H W"] | None:
+    """What `settle` makes of the scan; None if it refuses it."""
+    try:
+        return settle(voxels)[0]
+    except Refusal:
+        return None
 
 
 def doubts(voxels: Num[np.ndarray, "D H W"]) -> list[Finding]:

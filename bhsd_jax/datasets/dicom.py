@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -153,19 +154,25 @@ def write_series(folder: Path, cases: Sequence[Case], names: Mapping[str, str]) 
             study, series = segmentation.uids(case.image)
             name = names[case.id]
             rows.append({"case": name, "StudyInstanceUID": study, "SeriesInstanceUID": series})
-    path = folder / "series.csv"
-    write_records(path, rows, line_end="\n", harmless=True)
-    if rows:
-        path.chmod(0o600)
+    before = os.umask(0o077)  # not afterwards: others could read the file until then
+    try:
+        write_records(folder / "series.csv", rows, line_end="\n", harmless=True)
+    finally:
+        os.umask(before)
 
 
 def _names(root: Path, groups: Sequence[Group]) -> list[str]:
-    """Folders below the root, with a number where one holds several series."""
-    seen: Counter[str] = Counter()
+    """Folders below the root, with a number where one holds several series; no name twice."""
+    folders = [
+        "_".join(group.folder.relative_to(root).parts) or root.resolve().name for group in groups
+    ]
+    taken, last = set(folders), dict.fromkeys(folders, 0)
     names = []
-    for group in groups:
-        inside = group.folder.relative_to(root)
-        name = "_".join(inside.parts) or root.resolve().name
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    for name in folders:
+        last[name] += 1
+        unique = name
+        while last[name] > 1 and (unique := f"{name}_{last[name]}") in taken:
+            last[name] += 1
+        taken.add(unique)
+        names.append(unique)
     return names

@@ -82,7 +82,7 @@ class MBHSeg:
             raise UserError(
                 f"{folder}: not outlined by rater {self.rater}, but by "
                 f"{', '.join(map(str, sorted(raters)))}; combine them with rater='majority', or "
-                "set allow_missing=True in config.data"
+                "set --config.data.allow_missing=True"
             )
         return chosen
 

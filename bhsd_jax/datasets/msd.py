@@ -37,11 +37,15 @@ class MSD:
 
     root: str | Path
     modality: str = "auto"  # "ct", "mr" (any z-scores), or "auto": by the channel's name
-    ignore: tuple[str, ...] = ()  # case ids to leave out, such as images that lost their mask
+    ignore: str | tuple[str, ...] = ()
+    """Case ids to leave out, such as images that lost their mask; as text "a,b"."""
     channels: tuple[tuple[str, str], ...] = field(default=(), init=False)
     """Name and normalization of each, where there are several, or one has another than usual."""
 
     def __post_init__(self):
+        if isinstance(self.ignore, str):
+            ids = tuple(filter(None, map(str.strip, self.ignore.split(","))))
+            object.__setattr__(self, "ignore", ids)
         if self.modality not in ("auto", "ct", "mr"):
             raise UserError(f"MSD: modality is auto, ct or mr; got {self.modality!r}")
         if self.modality == "ct" and len(self._channels) > 1:
@@ -191,7 +195,7 @@ class MSD:
 
     @property
     def _is_v2(self) -> bool:
-        return "channel_names" in self._facts
+        return not {"channel_names", "file_ending"}.isdisjoint(self._facts)
 
     @property
     def _ending(self) -> str:
@@ -281,7 +285,7 @@ class MSD:
         if lonely:
             raise UserError(
                 f"{self.root}: {_some(lonely)}; put the missing file there, or name the case in "
-                "`ignore` of config.data"
+                "config.data.ignore"
             )
         absent = sorted(set(self._listed) - set(train))
         if absent:

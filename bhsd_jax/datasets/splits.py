@@ -191,7 +191,16 @@ def _validation(
         return tuple(val)
     if fold < 0 or not trainable:
         return ()
-    return kfold(trainable, patients=patient)[fold][1]
+    train, val = kfold(trainable, patients=patient)[fold]
+    if not (train and val):
+        people = len({patient[name] for name in trainable})
+        raise UserError(
+            f"config.split.fold={fold} leaves no {'validation' if train else 'training'} case: the "
+            f"{len(trainable)} labeled cases are of {people} patients, and all of a patient are on "
+            "one side. Is the patient's id the same in all files? Else choose another fold, or -1 "
+            "for no validation"
+        )
+    return val
 
 
 def _without(

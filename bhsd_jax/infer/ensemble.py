@@ -14,7 +14,8 @@ def mean_of_probabilities(
     """The logarithm of the mean of the parts' softmax, each as often as it stands for networks.
 
     What `SlidingWindow.logits` does with the networks of one window, for those of several. One
-    part is returned as it is. Parts are taken one after the other, so that only two are in memory.
+    part is returned as it is. Parts are taken one after the other, so that at most three arrays of
+    their size are in memory: the sum, a part, and the next one.
 
     Raises:
         ValueError: If there is no part.
@@ -41,14 +42,29 @@ def _mean_of(
             continue
         if total is None:
             assert first is not None  # the part before this one
-            total, first = probability(first) * count, None
-        total += probability(logits) * networks
+            total = np.zeros_like(first)
+            _add(total, probability, first, count)
+            first = None
+        _add(total, probability, logits, networks)
         count += networks
     if total is None:
         if first is None:
             raise ValueError("mean of probabilities: no networks")
         return first
-    return inverse(total / count)
+    for plane in range(total.shape[1]):
+        total[:, plane] = inverse(total[:, plane] / count)
+    return total
+
+
+def _add(
+    total: np.ndarray,
+    probability: Callable[[np.ndarray], np.ndarray],
+    logits: np.ndarray,
+    networks: int,
+) -> None:
+    """Plane by plane, since every step of a softmax makes an array."""
+    for plane in range(total.shape[1]):
+        total[:, plane] += probability(logits[:, plane]) * networks
 
 
 def mean_of_logits(
@@ -61,11 +77,16 @@ def mean_of_logits(
     """
     total, count = None, 0
     for logits, networks in parts:
-        total = logits * networks if total is None else total + logits * networks
+        if total is None:
+            total = logits * networks
+        else:
+            for plane in range(total.shape[1]):
+                total[:, plane] += logits[:, plane] * networks
         count += networks
     if total is None:
         raise ValueError("mean of logits: no networks")
-    return total / np.float32(count)
+    total /= np.float32(count)
+    return total
 
 
 MEANS = {"probabilities": mean_of_probabilities, "logits": mean_of_logits}

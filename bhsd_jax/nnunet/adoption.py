@@ -12,6 +12,7 @@ from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.nnunet import plans_json
 from bhsd_jax.nnunet.planner import from_nnunet_plans
+from bhsd_jax.nnunet.trained import READERS
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Channel, Plan, Shape
 
@@ -40,8 +41,9 @@ def read(path: str | Path) -> dict[str, Any]:
 def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configuration: str) -> Plan:
     """Replaces what nnU-Net decided: spacing, axis order, network, statistics; and says so.
 
-    NnU-Net's axes are the files', ours the patient's: the files must agree in which is which. The
-    crop stays ours (`crop_hu` None is nnU-Net's), and so do the statistics if it has none.
+    NnU-Net's axes are the files', ours the patient's: the files must agree in which is which,
+    unless its reader turns them. The crop stays ours (`crop_hu` None is nnU-Net's), and so do the
+    statistics if it has none.
 
     Args:
         plan: Ours, from the same facts.
@@ -56,7 +58,8 @@ def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configur
     settings = plans_json.resolve(plans, configuration)
     _check_normalization(settings, plan)
     planar = plans_json.is_planar(settings)
-    order = _order(facts)
+    turned = READERS.get(plans.get("image_reader_writer", "")) == "SAR"  # our axes' lines
+    order = (0, 1, 2) if turned else _order(facts)
     first, second, third = (order.index(axis) for axis in files)
     transpose = first, second, third
     intensities = plans.get("foreground_intensity_properties_per_channel", {})

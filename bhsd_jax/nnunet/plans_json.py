@@ -197,7 +197,7 @@ def network(settings: Mapping[str, Any]) -> Network:
         strides=tuple(with_slice(stride) for stride in arguments["strides"]),
         kernels=tuple(with_slice(kernel) for kernel in arguments["kernel_sizes"]),
         convs_encoder=tuple(arguments[_ENCODER[unet]]),
-        convs_decoder=tuple(arguments["n_conv_per_stage_decoder"]),
+        convs_decoder=tuple(arguments["n_conv_per_stage_decoder"])[::-1],  # theirs: lowest first
         batch_dice=bool(settings["batch_dice"]),
         residual=unet == _UNETS[True],
     )

@@ -14,12 +14,13 @@ from bhsd_jax.nnunet.planner import from_nnunet_plans
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Channel, Plan
 
-_AXES = {  # by reader: what its arrays' axes are
+READERS = {  # by reader: what its arrays' axes are
     "SimpleITKIO": "file",
     "NibabelIO": "file",
     "NaturalImage2DIO": "file",
     "Tiff3DIO": "file",
     "NibabelIOWithReorient": "SAR",  # to R, A, S, then in the order z, y, x
+    "SimpleITKIOWithReorient": "SAR",
 }
 _MODALITIES = {scheme: modality for modality, scheme in plans_json.NORMALIZATION.items()}
 _PRIMUS = re.compile(r"(nnUNet)?_Primus(?P<version>(V2)?)_?(?P<size>[SBML])_")  # its trainers
@@ -55,7 +56,7 @@ def plan_of(
         source_sha256=source_sha256,
         license=str(dataset.get("licence") or dataset.get("license") or ""),
         notes=(f"imported from nnU-Net, configuration {configuration}",),
-        axes=_AXES[plans["image_reader_writer"]],
+        axes=READERS[plans["image_reader_writer"]],
         normalize_first=True,
         use_mask_for_norm=usual and modality == "mr" and channels[0].masked,
         channels=() if usual else channels,
@@ -136,8 +137,8 @@ def _require_supported(
         wrong.append(f"{channels} channels in dataset.json, {len(schemes)} in the plans")
     wrong += [f"{s} (known: {', '.join(SCHEMES)})" for s in schemes if s not in SCHEMES]
     reader = plans.get("image_reader_writer")
-    if reader not in _AXES:
-        wrong.append(f"reader {reader} (known: {', '.join(_AXES)})")
+    if reader not in READERS:
+        wrong.append(f"reader {reader} (known: {', '.join(READERS)})")
     if settings.get("preprocessor_name", "DefaultPreprocessor") != "DefaultPreprocessor":
         wrong.append(f"preprocessor {settings['preprocessor_name']}")
     for what, order in _RESAMPLING.items():

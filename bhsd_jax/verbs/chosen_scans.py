@@ -1,6 +1,7 @@
 """Which scans `predict` is to predict, and what their outputs are called."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,22 @@ def _series(path: Path, beside: Mapping[str, Path], how: DicomSeries) -> list[Ca
 
 
 def output_names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:
-    """What outputs are called; by default DICOM's own names are hidden, NIfTI's are not."""
+    """What outputs are called; by default DICOM's own names are hidden, NIfTI's are not.
+
+    Raises:
+        ValueError: If two scans would have one name, and one label map.
+    """
     hide = settings.show_ids is False, settings.show_ids is not True and bool(settings.images)
     hidden = {c.id for c in cases if hide[isinstance(c.image, Series)]}
     short = data.short_names(sorted(hidden), workdir, show_ids=False) if hidden else {}
-    return {case.id: short.get(case.id, case.id) for case in cases}
+    names = [short.get(case.id, case.id) for case in cases]
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise UserError(
+            f"{len(twice)} names stand for several scans each ({', '.join(twice[:4])}); their "
+            "label maps would replace each other: rename the files or folders"
+        )
+    return {case.id: name for case, name in zip(cases, names, strict=True)}
 
 
 def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:

@@ -24,11 +24,13 @@ from bhsd_jax import windows
 from bhsd_jax.assemble import deployed, wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config
 from bhsd_jax.torch_weights import exporting, nnunet, weights_file
 from bhsd_jax.types import Params
 from bhsd_jax.verbs import import_weights
+from bhsd_jax.volume import Channel
 
 PLATFORMS = ("cpu", "cuda")
 _NORMALIZATION = ("low", "high", "shift", "scale")
@@ -101,6 +103,8 @@ def safetensors(config: Config, workdir: Path, out: Path) -> None:
     run = Run.of(config, workdir)
     step, name, variables = _network(run)
     reference, constructor = _twin(run)
+    # It has no weights, does nothing in prediction, and gives other names to what comes after it.
+    constructor = {key: value for key, value in constructor.items() if "dropout_op" not in key}
     state = exporting.dump(reference, constructor, variables)
     facts = _facts(run, step, name)
     header = {"reference": reference, "constructor": json.dumps(constructor)}
@@ -113,7 +117,12 @@ def safetensors(config: Config, workdir: Path, out: Path) -> None:
 
 def _network(run: Run) -> tuple[int, str, Params]:
     step, networks = deployed.load(run)
-    name, variables = next(iter(networks.items()))
+    if len(networks) > 1:
+        raise UserError(
+            f"{run.folder}: predicts with {len(networks)} networks together, and an export holds "
+            f"one; name it with --network, one of {', '.join(networks)}"
+        )
+    ((name, variables),) = networks.items()
     return step, name, variables
 
 
@@ -154,16 +163,41 @@ def _facts(run: Run, step: int, name: str) -> dict[str, Any]:
 
 
 def _normalization(run: Run) -> dict[str, Any]:
-    """From raw intensities to the network's input, in numbers; one entry per channel."""
+    """From raw intensities to the network's input, in numbers; one entry per channel.
+
+    Source: nnU-Net v2.8.1, `default_normalization_schemes`, where the plan has its channels.
+    """
     plan = run.plan
     when = "before resampling" if plan.normalized_before else "after resampling"
+    if plan.channels:
+        return {"when": when, "channels": [_of_channel(one) for one in plan.channels]}
     if plan.modality == "mr":
-        formula = "(x - mean of the scan) / its standard deviation"
-        if plan.use_mask_for_norm:
-            formula += ", both of its non-zero voxels and of the holes in them; all else stays 0"
-        return {"formula": formula, "when": when}
+        return {"formula": _z_scores(plan.use_mask_for_norm), "when": when}
     normalization = run.normalization
     if plan.normalize_first:
         normalization = windows.Normalization.from_plan("ct", plan.foreground)
     numbers = {key: getattr(normalization, key) for key in _NORMALIZATION}
     return {"formula": "(clip(x, low, high) - shift) / scale", "when": when, **numbers}
+
+
+def _of_channel(channel: Channel) -> dict[str, Any]:
+    """One of several input channels; what is said of the scan is of this channel of it."""
+    low, mean, std, high = channel.foreground
+    formula, numbers = {
+        "CTNormalization": (
+            "(clip(x, low, high) - mean) / std",
+            {"low": low, "high": high, "mean": mean, "std": std},
+        ),
+        "ZScoreNormalization": (_z_scores(channel.masked), {}),
+        "NoNormalization": ("x", {}),
+        "RescaleTo01Normalization": ("(x - smallest of the scan) / (its largest - smallest)", {}),
+        "RGBTo01Normalization": ("x / 255", {}),
+    }[channel.scheme]
+    return {"name": channel.name, "formula": formula, **numbers}
+
+
+def _z_scores(masked: bool) -> str:
+    formula = "(x - mean of the scan) / its standard deviation"
+    return formula + (
+        ", both of its non-zero voxels and of the holes in them; all else stays 0" if masked else ""
+    )

@@ -1,6 +1,7 @@
 """Folders of networks trained with PyTorch, as nnU-Net v2 and BLAST-CT leave them."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from bhsd_jax.torch_weights import weights_file
 from bhsd_jax.verbs import import_weights
 from bhsd_jax.verbs.import_weights import Source
 from bhsd_jax.volume import Shape
+
+logger = logging.getLogger(__name__)
 
 BLAST_CT = "BLAST-CT (Monteiro et al. 2020), trained on head CT of traumatic brain injury"
 _BLAST_WEIGHTS = re.compile(r"model_(\d+)\.(pt|torch_model)")
@@ -41,7 +44,7 @@ def from_nnunet(path: Path, wanted: Sequence[str] = ()) -> Model:
     """The numbered folds of nnU-Net's folder of a model, or those named; their logits are averaged.
 
     `fold_all` was trained on what validates the others: it is taken if named, or if there is no
-    other.
+    other. Of several folds that are not named those count that have been trained to their end.
 
     Source: nnU-Net v2.8.1, `nnUNetPredictor.auto_detect_available_folds`.
 
@@ -52,7 +55,7 @@ def from_nnunet(path: Path, wanted: Sequence[str] = ()) -> Model:
     """
     found = folds(path)
     numbered = [name for name in found if name != _ALL] or list(found)
-    names = [f"fold_{fold}" for fold in wanted] or numbered
+    names = [f"fold_{fold}" for fold in wanted] or _finished(path, found, numbered)
     missing = [name for name in names if name not in found]
     if missing:
         raise FileNotFoundError(f"{path}: no {', '.join(missing)}; it has {', '.join(found)}")
@@ -65,6 +68,16 @@ def from_nnunet(path: Path, wanted: Sequence[str] = ()) -> Model:
                 raise UserError(f"{path}: {first} and {name} are not of one model: other {what}")
     source = replace(of_first.source, combine="logits")
     return Model(source, {name: model.members["network"] for name, model in models.items()})
+
+
+def _finished(path: Path, found: Mapping[str, Path], names: list[str]) -> list[str]:
+    """Those of the folds that have a final checkpoint; all, where none has."""
+    final = import_weights.CHECKPOINTS[0]
+    done = [name for name in names if (found[name] / final).is_file()] or names
+    left = [name for name in names if name not in done]
+    if left:
+        logger.warning("%s: left out, for they have no %s: %s", path, final, ", ".join(left))
+    return done
 
 
 def first_stage(path: Path, source: Source, wanted: Sequence[str] = ()) -> Model | None:

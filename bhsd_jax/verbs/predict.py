@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import calibrated, cascade, devices, ensemble, manifest, trust
+from bhsd_jax.assemble import calibrated, cascade, devices, ensemble, manifest, origins, trust
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.predictor import Predictor
@@ -46,31 +46,29 @@ def run(config: Config, workdir: Path) -> None:
     settings = config.predict
     parts.join(config)
     logger.warning("%s", NOTICE)
-    cases = part(find_scans(config, workdir), settings)
+    every = find_scans(config, workdir)
+    # Of all scans, so that several jobs give no two of them one name.
+    names = output_names(every, workdir, settings)
+    cases = part(every, settings)
     _require_possible(settings, cases)
     run = Run.of(config, workdir)
     _require_classes(run)
     cases, first = cascade.first_of(run, cases)
     rules = _rules(run)
     out = Path(settings.out or workdir / "predictions")
-    names = output_names(cases, workdir, settings)
     _require_apart(out, cases, names)
     files.open_folder(out)
     files.sweep(out)
     devices.share_cores(run)
     processes.say_devices()
-    predict, members = ensemble.open_runs(run, settings.runs, apart=True)
-    _require_alike(predict, settings)
-    predict = replace(predict, rules=tuple(run.labels.values_of(rule) for rule in rules))
-    if first is not None:
-        predict = replace(predict, first=cascade.open_first(run, first, out))
-    predict = _judged(predict, run, members)
-    if barrier.place()[0] == 0:
-        dicom_cases.write_series(out, cases, names)
-    mine = parts.own(cases)
+    predict, members, record = _open(run, first, rules, out)
     tables = _tables(out, settings)
+    if barrier.place()[0] == 0:
+        dicom_cases.write_series(tables, cases, names)
+    mine = parts.own(cases)
     _log_estimate(predict, len(mine))
-    scans = Scans(predict, mine, names, out, tables, settings.overwrite)
+    scans = Scans(predict, mine, names, out, tables, settings.overwrite, record)
+    record.begin(scans.there, overwrite=settings.overwrite)
     predicted = predict_all(scans)
     found = _gather(out, predicted, names)
     if found is not None:
@@ -80,6 +78,23 @@ def run(config: Config, workdir: Path) -> None:
         finally:
             if settings.report and not found.fault:
                 scan_report.write(run, out, {names[case.id]: case for case in cases})
+
+
+def _open(
+    run: Run, first: Path | None, rules: Sequence[postprocessing.Rule], out: Path
+) -> tuple[Predictor, Sequence[Member], origins.Origins]:
+    """All networks with what is done to their answers, and the record of what they make."""
+    settings = run.config.predict
+    predict, members = ensemble.open_runs(run, settings.runs, apart=True)
+    _require_alike(predict, settings)
+    predict = replace(predict, rules=tuple(run.labels.values_of(rule) for rule in rules))
+    told: dict[str, Any] = postprocessing.to_json(rules, run.labels.names)
+    made_with = origins.facts_of(run, members, **told)
+    if first is not None:
+        stage = cascade.open_first(run, first, out)
+        predict = replace(predict, first=stage)
+        made_with["previous_stage"] = stage.origins.facts
+    return _judged(predict, run, members), members, origins.Origins(out, made_with)
 
 
 def _rules(run: Run) -> tuple[postprocessing.Rule, ...]:

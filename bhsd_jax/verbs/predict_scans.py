@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.assemble.measured import ScanVolumes
-from bhsd_jax.assemble.predictor import Predictor
+from bhsd_jax.assemble.origins import Origins
+from bhsd_jax.assemble.predictor import Predictor, said_of
 from bhsd_jax.assemble.underway import Answer, Ready
 from bhsd_jax.ct import scan
 from bhsd_jax.platform import faults, files, machine, overlap
@@ -50,10 +51,16 @@ class Scans:
     out: Path  # of label maps
     tables: Path
     overwrite: bool  # False: label maps that are there stay
+    record: Origins  # of what made them
 
     def target(self, case: Case) -> Path:
         """The label map's file."""
         return self.out / f"{self.names[case.id]}{scan.ending(case.image)}"
+
+    @property
+    def there(self) -> list[str]:
+        """Names of the scans that have a label map already."""
+        return [self.names[case.id] for case in self.cases if self.target(case).is_file()]
 
 
 @dataclass
@@ -97,14 +104,15 @@ class _Steps:
         """Compiles the networks if some scan has no label map yet."""
         scans = self.scans
         self._live_on("the first scan is read")
-        if scans.overwrite or not all(scans.target(case).is_file() for case in scans.cases):
+        kept = [] if scans.overwrite else [n for n in scans.there if scans.record.keeps(n)]
+        if len(kept) < len(scans.cases):
             scans.predict.compile()
 
     def prepare(self, job: _Job, claim: overlap.Claim) -> _Job:
         """Reads the scan, or finds that it was predicted before."""
         scans, name = self.scans, self._name(job)
         with _kept(job):
-            if not scans.overwrite:
+            if not scans.overwrite and scans.record.keeps(name):
                 job.row = scans.predict.finished(job.case, scans.target(job.case), name)
             if job.row is not None:
                 job.row = review.recall(job.row, self._earlier)
@@ -141,7 +149,7 @@ class _Steps:
             raise
         except _BROKEN as error:
             name = self._name(job)
-            reason = str(error).replace(str(job.case.image), name).replace(job.case.id, name)
+            reason = said_of(error, job.case, name)
             found.skipped[name] = reason
             logger.error("%s: skipped: %s", place, reason)
             return
@@ -156,7 +164,9 @@ class _Steps:
         if job.row is not None:
             return job.row
         assert job.answer is not None  # else there would be an error
-        return self.scans.predict.write(job.answer, self.scans.target(job.case))
+        row = self.scans.predict.write(job.answer, self.scans.target(job.case))
+        self.scans.record.note(self._name(job))
+        return row
 
     def _live_on(self, what: str) -> None:
         self.signs.enter_context(heartbeat(what, begins=False))

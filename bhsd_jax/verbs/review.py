@@ -39,7 +39,7 @@ def write(out: Path, rows: Sequence[ScanVolumes]) -> None:
         }
         for value, row in sorted(known, key=lambda pair: (-pair[0], pair[1].case))
     ]
-    write_records(out / NAME, listed, line_end="\n")
+    write_records(out / NAME, listed, line_end="\n", harmless=True)
 
 
 def earlier(out: Path) -> dict[str, Mapping[str, Any]]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax.ct import hu, scan
+from bhsd_jax.ct import hu, plausibility, scan
 from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import also, scores, threshold
-from bhsd_jax.volume import Image, Label, Masks, Volume
+from bhsd_jax.volume import Image, Label, Masks, Volume, bounding_box
 
 ANY = "any"  # all classes merged
 
@@ -93,25 +93,32 @@ def score_case(job: Comparison) -> Scored:
     corrected = hu.tilt_corrected(image.affine, table_feed=feed)
     about = scores.Scan(job.case, job.patient, image.spacing_mm, voxel_ml, corrected)
     names = (job.classes[0], ANY)
-    seen = labels.annotated(reference.voxels)
-    annotated = [np.where(seen, label.voxels, 0) for label in (reference, predicted)]
-    both = [np.minimum(label, 1) for label in annotated]
+    full = reference.voxels, predicted.voxels
+    # Beyond this box both are background, which counts in no score.
+    box = bounding_box(full[0] | full[1]) or (slice(0, 0),) * 3
+    pair = full[0][box], full[1][box]
+    both = [np.minimum(label, 1) for label in _annotated(labels, *pair)]
     merged = scores.score(both[0], both[1], about, names, job.nsd_mm)[0]
     if not labels.plain:
-        voxels = reference.voxels, predicted.voxels
-        rows = scores.score_targets(*voxels, about, labels, job.nsd_mm)
+        rows = scores.score_targets(*pair, about, labels, job.nsd_mm)
     elif job.binary or len(job.classes) == 2:
         rows = [merged if job.binary else dataclasses.replace(merged, name=job.classes[1])]
     else:
-        rows = scores.score(reference.voxels, predicted.voxels, about, job.classes, job.nsd_mm)
+        rows = scores.score(*pair, about, job.classes, job.nsd_mm)
     return Scored(
         rows,
         merged,
-        _histogram(image, both[0] > 0) if job.baseline else None,
+        _histogram(image, _annotated(labels, *full)[0] > 0) if job.baseline else None,
         [f"{job.case}: {finding}" for finding in (*found, *more)],
-        _also(job, place, image, *annotated) if job.wanted else [],
-        int(np.count_nonzero(seen)),
+        _also(job, place, image, *_annotated(labels, *full)) if job.wanted else [],
+        int(np.count_nonzero(labels.annotated(reference.voxels))),
     )
+
+
+def _annotated(labels: Labels, reference: np.ndarray, predicted: np.ndarray) -> list[np.ndarray]:
+    """Both label maps, with background where the reference does not say what is there."""
+    seen = labels.annotated(reference)
+    return [np.where(seen, label, 0) for label in (reference, predicted)]
 
 
 def _also(
@@ -158,4 +165,6 @@ def _sets(
 
 
 def _histogram(image: Volume, mask: np.ndarray) -> threshold.Histogram:
-    return threshold.histogram(hu.repair(image.voxels)[0], mask, image.spacing_mm)
+    voxels = plausibility.in_hu(image.voxels)
+    voxels = hu.repair(image.voxels)[0] if voxels is None else voxels
+    return threshold.histogram(voxels, mask, image.spacing_mm)

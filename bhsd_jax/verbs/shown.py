@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import geometry, hu, own_slices, scan, shear
+from bhsd_jax.ct import geometry, hu, own_slices, plausibility, scan, shear
 from bhsd_jax.ct.own_slices import OwnSlices
 from bhsd_jax.report import viewer
 from bhsd_jax.report.viewer import Shown, Viewer
@@ -50,7 +50,7 @@ def scans(run: Run, entries: Iterable[Entry]) -> Iterator[Shown]:
 
 
 def read(run: Run, entry: Entry) -> Shown:
-    """One scan: sheared stacks are set upright, wraps known from real CT are undone.
+    """One scan: sheared stacks are set upright, and CT is in HU as the networks are given it.
 
     Of a series at uneven steps the even planes are shown that the network saw, each with the label
     of the nearest slice.
@@ -66,8 +66,8 @@ def read(run: Run, entry: Entry) -> Shown:
     if not own.is_even:
         flags = (*flags, f"{own.shape[0]} slices at uneven steps, shown on {d} even planes")
     ct = run.plan.modality == "ct"
-    if ct and not run.plan.normalize_first:
-        voxels = hu.repair(voxels)[0]
+    if ct and not run.plan.as_it_lies:
+        voxels = plausibility.settle(voxels)[0]
     if run.labels.regions:
         entry = replace(entry, ml=_by_value(run, labels[0], volume))
     return of_arrays(entry, Volume(voxels, volume.affine, entry.name), labels, flags)
@@ -103,7 +103,7 @@ def of_arrays(
 def around(run: Run, title: str, subtitle: str, notice: str, count: int) -> Viewer:
     """What stands around `count` scans of a run."""
     ct = run.plan.modality == "ct"
-    windows = viewer.CT_WINDOWS if ct and not run.plan.normalize_first else viewer.NO_WINDOWS
+    windows = viewer.CT_WINDOWS if ct and not run.plan.as_it_lies else viewer.NO_WINDOWS
     unit = "HU" if ct else ""
     return Viewer(title, subtitle, notice, run.classes[1:], windows, unit, count)
 

@@ -99,6 +99,18 @@ def test_axes_of_the_files_become_axes_of_the_patient(golden):
         adoption.adopt(ours(), [scan, facts()], theirs, "3d_fullres")
 
 
+@pytest.mark.parametrize("reader", ["NibabelIOWithReorient", "SimpleITKIOWithReorient"])
+def test_axes_of_a_reader_that_turns_scans_are_the_patients(golden, reader):
+    """To superior, anterior, right: the lines of ours, however the files lie."""
+    theirs = head_ct(golden) | {"image_reader_writer": reader}
+    scans = [facts((34, 300, 512), order=(1, 2, 0)), facts((34, 300, 512))]
+    made = adoption.adopt(ours(), scans, theirs, "3d_fullres")
+    assert made.transpose == (0, 1, 2)
+    assert made.median_shape == (34, 307, 524)
+    theirs["transpose_forward"] = [1, 0, 2]
+    assert adoption.adopt(ours(), scans, theirs, "3d_fullres").transpose == (1, 0, 2)
+
+
 def test_what_the_plan_lacks_or_wants_otherwise_is_said(golden):
     theirs = head_ct(golden) | {"foreground_intensity_properties_per_channel": {}}
     settings = theirs["configurations"]["3d_fullres"]

@@ -1,6 +1,9 @@
 """Series written with pydicom: the right volume, or the right refusal."""
 
+import logging
 import math
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -591,3 +594,30 @@ def test_acquisitions_one_after_another_are_one_volume(tmp_path):
     volume, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
     assert volume.voxels.shape == block().shape
     assert not found
+
+
+def test_threads_that_read_at_once_are_all_quiet_and_give_the_levels_back(caplog):
+    """Whoever comes first restores what was; in between nobody does."""
+    log, before = logging.getLogger("pydicom"), list(warnings.filters)
+    level = log.level
+    both, inside = threading.Barrier(2, timeout=30), threading.Event()
+
+    def first():
+        with slice_file.quiet():
+            both.wait()
+            assert inside.wait(30)
+        both.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    both.wait()
+    with slice_file.quiet():
+        inside.set()
+        both.wait()  # the first has left
+        log.warning("Invalid value for VR DA: '19500101'")
+        warnings.warn("Invalid value for VR UI: 'DOE^JANE'", stacklevel=1)
+        assert log.level > logging.CRITICAL
+    thread.join()
+    assert log.level == level
+    assert list(warnings.filters) == before
+    assert caplog.text == ""

@@ -83,3 +83,18 @@ def test_series_to_predict_are_numbered_in_the_order_of_their_paths(tree):
     series = [case.image for case in cases]
     assert [s.name for s in series] == [f"series {n}" for n in (1, 2, 3, 4)]
     assert {(s.uneven, s.unshear) for s in series} == {("resample", True)}
+
+
+def test_no_two_series_have_one_name(tmp_path):
+    """A folder of two series beside one that is called as the second of them would be."""
+    places = {"P01": ("1", "2"), "P01_2": ("3",), "a/b": ("4",), "a_b": ("5",), "a_b_2": ("6",)}
+    for folder, numbers in places.items():
+        for number in numbers:
+            names = [f"{number}_{k}" for k in range(6)]
+            write_series(tmp_path / folder, block(), series=f"1.2.{number}", names=names)
+    cases = dicom.scans(tmp_path, uneven="refuse", unshear=False)
+    found = {case.id: case.image.files[0].parent.relative_to(tmp_path) for case in cases}
+    assert len(found) == 6
+    assert {str(found[name]) for name in ("P01", "P01_3")} == {"P01"}
+    assert str(found["P01_2"]) == "P01_2"
+    assert str(found["a_b_2"]) == "a_b_2"

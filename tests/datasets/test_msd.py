@@ -70,6 +70,18 @@ def test_an_nnunet_folder_drops_the_channel_suffix_and_hidden_files(nnunet):
     assert data.name == nnunet.name
 
 
+def test_an_nnunet_folder_may_call_its_channels_modality(nnunet):
+    """nnU-Net's fingerprint and planners take either; a Decathlon file has no file_ending."""
+    facts = {key: value for key, value in V2.items() if key != "channel_names"}
+    describe(nnunet, facts | {"modality": {"0": "CT"}})
+    assert [case.id for case in MSD(nnunet).cases()] == ["a_0001", "b_2"]
+    assert MSD(nnunet).modality == "ct"
+
+
+def test_cases_may_be_left_out_by_a_flag(decathlon):
+    assert [case.id for case in MSD(decathlon, ignore="h_10, h_7").cases()] == ["h_2"]
+
+
 def test_the_modality_follows_the_channel_name_unless_given(nnunet):
     describe(nnunet, V2 | {"channel_names": {"0": "T1"}})
     assert MSD(nnunet).modality == "mr"
@@ -201,7 +213,7 @@ def test_a_list_of_another_shape_is_refused_by_name(nnunet, entry):
 @pytest.mark.parametrize(("folder", "lack"), [("imagesTr", "mask"), ("labelsTr", "image")])
 def test_a_file_without_partner_is_an_error_unless_ignored(decathlon, touch, folder, lack):
     touch(decathlon / folder / "h_118.nii.gz")
-    with pytest.raises(ValueError, match=rf"h_118 \(no {lack}\).*`ignore`"):
+    with pytest.raises(ValueError, match=rf"h_118 \(no {lack}\).*data\.ignore"):
         list(MSD(decathlon).cases())
     assert len(list(MSD(decathlon, ignore=("h_118",)).cases())) == 3
 

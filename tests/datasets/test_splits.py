@@ -224,6 +224,23 @@ def test_scans_of_one_patient_stay_on_one_side_of_a_fold():
         assert notes == []
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_fold_that_is_empty_since_patients_have_many_scans_is_refused(others):
+    """As where an export has called all patients "ANONYMOUS"."""
+    rows = [Row(f"t{i:02d}", "ANONYMOUS" if i >= others else "p") for i in range(20)]
+    said, whole = [], []
+    for fold in range(5):
+        try:
+            whole.append(splits.roles(rows, fold=fold, labeled=None, seed=0)[0])
+        except ValueError as error:
+            said.append(str(error))
+    assert (len(said), len(whole)) == ((3, 2) if others else (5, 0))
+    assert all(one.train and one.val for one in whole)
+    assert all(f"20 labeled cases are of {1 + others} patients" in text for text in said)
+    assert all("Is the patient's id the same in all files?" in text for text in said)
+    assert len(splits.roles(rows, fold=-1, labeled=None, seed=0)[0].train) == 20
+
+
 def test_roles_do_not_depend_on_the_order_of_rows():
     rows = [*train_rows(20), *unlabeled_rows(9, True, "b"), *unlabeled_rows(9, False, "n")]
     arguments = {"fold": 1, "labeled": 5, "seed": 2, "bleeding": 4, "nonbleeding": 3}

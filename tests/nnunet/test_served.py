@@ -12,20 +12,26 @@ from nnunet_raw import Reference, config
 from scipy import ndimage
 
 from bhsd_jax.api import Predictor, read_scan
-from bhsd_jax.ct import formats, geometry, probabilities
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.configs import from_run
+from bhsd_jax.ct import channels, formats, geometry, probabilities
 from bhsd_jax.infer import ensemble
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.labels import Labels
 from bhsd_jax.nnunet import saved_probabilities
 from bhsd_jax.settings import Settings
-from bhsd_jax.verbs import calibrate, import_weights, predict
+from bhsd_jax.verbs import calibrate, export, import_weights, predict
+from bhsd_jax.volume import Channel
 
 sitk = pytest.importorskip("SimpleITK", reason="the extra formats is not installed")
 
 
 @pytest.fixture(scope="module")
 def folds(tmp_path_factory):
-    """The raw data set, and two runs of one plan: nnU-Net's weights, and others near them."""
+    """The raw data set, and two runs of one plan: nnU-Net's weights, and others near them.
+
+    Beside them lies a third run, `both`, that has both as its folds.
+    """
     folder, golden = tmp_path_factory.mktemp("folds"), Path(__file__).parents[1] / "golden"
     root = Reference.load(golden, "regions").write(folder / "raw")
     known = json.loads((golden / "model_regions.json").read_text())
@@ -35,13 +41,16 @@ def folds(tmp_path_factory):
     beside = {"init_args": given, "inference_allowed_mirroring_axes": None}
     path = folder / "checkpoint_final.pth"
     path.write_bytes(b"stands for the digest")
-    random = np.random.default_rng(0)
+    random, every = np.random.default_rng(0), {}
     for name in ("one", "other"):
+        every[f"fold_{len(every)}"] = state
         weights = import_weights.WeightsFile(state, beside)
         source = import_weights.from_nnunet(weights, path)
         import_weights.write_run(config(root), source, {"network": state}, folder / name)
         noise = {k: random.normal(0, 0.05, v.shape).astype(v.dtype) for k, v in state.items()}
         state = {k: v + noise[k] for k, v in state.items()}
+    source = dataclasses.replace(source, combine="logits")
+    import_weights.write_run(config(root), source, every, folder / "both")
     return root, folder / "one", folder / "other"
 
 
@@ -203,6 +212,39 @@ def test_a_window_streams_the_regions_of_the_mean_of_several_networks():
     mean_for = ensemble.mean_for("probabilities", regions=True)
     np.testing.assert_allclose(mean_for(iter(parts)), logits, atol=1e-4)
     assert ensemble.mean_for("logits", regions=True) is ensemble.mean_of_logits
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_all_folds_of_an_imported_run_are_served_and_one_is_exported(folds, tmp_path):
+    root, one, _ = folds
+    both, out = one.parent / "both", tmp_path / "out"
+    predict.run(settings(both, root, out), both)
+    voxels = [read_scan(root / "imagesTr" / f"c0_{n:04d}.nii.gz") for n in range(2)]
+    image, affine = np.stack([v for v, _ in voxels], -1), voxels[0][1]
+    server = Predictor.from_run(both)
+    assert server.members[0].networks == ("fold_0", "fold_1")
+    found = server.predict(image, affine)
+    np.testing.assert_array_equal(found.labels, read_scan(out / "c0.nii.gz")[0])
+    alone = Predictor.from_run(both, networks=("fold_1",))
+    assert alone.members[0].networks == ("fold_1",)
+    first = Predictor.from_run(one).predict(image, affine)
+    assert np.abs(found.probabilities.values - first.probabilities.values).max() > 1e-3
+    run = Run.of(from_run.get_config(str(both)), both)
+    with pytest.raises(ValueError, match=r"2 networks together.*one of fold_0, fold_1"):
+        export._network(run)
+
+
+def test_the_normalization_of_every_channel_is_told(folds):
+    _, one, _ = folds
+    run = Run.of(from_run.get_config(str(one)), one)
+    told = export._normalization(run)
+    names = [channel.name for channel in run.plan.channels]
+    assert [channel["name"] for channel in told["channels"]] == names
+    assert told["when"] == "before resampling"
+    for scheme in channels.SCHEMES:
+        assert "x" in export._of_channel(Channel("a", scheme, (1.0, 2.0, 3.0, 4.0)))["formula"]
+    ct = export._of_channel(Channel("a", "CTNormalization", (1.0, 2.0, 3.0, 4.0)))
+    assert (ct["low"], ct["mean"], ct["std"], ct["high"]) == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("direction", [(1, 0, 0, 0, 1, 0, 0, 0, 1), (0, -1, 0, 1, 0, 0, 0, 0, 1)])

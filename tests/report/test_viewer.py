@@ -24,6 +24,16 @@ needs_browser = pytest.mark.skipif(browser.find() is None, reason="no Chromium o
 needs_niivue = pytest.mark.skipif(not niivue.available(), reason="the extra `viewer` is missing")
 
 
+@pytest.mark.parametrize(
+    ("values", "kind"), [((0.0, 3.5), "f"), ((-1000.4, 1500.6), "i"), ((0.0, 200_000.0), "f")]
+)
+def test_intensities_stay_as_they_are_but_for_tenths_of_hu(values, kind):
+    image = np.array(values, np.float32).reshape(1, 1, 2)
+    found = viewer.compact(image)
+    assert found.dtype.kind == kind
+    np.testing.assert_allclose(found.astype(np.float32), image, atol=0.5)
+
+
 def canonical(array):
     """[x y z] in RAS order to [D H W]: upwards, to the back, to the left."""
     return np.ascontiguousarray(array.transpose(2, 1, 0)[:, ::-1, ::-1])

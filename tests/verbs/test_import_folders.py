@@ -75,6 +75,19 @@ def model(tmp_path):
     return folder
 
 
+def test_a_fold_that_is_not_trained_to_its_end_is_left_out_unless_it_is_named(
+    model, tmp_path, caplog
+):
+    """nnU-Net detects the folds that have a checkpoint_final.pth."""
+    (model / "fold_1" / "checkpoint_final.pth").rename(model / "fold_1" / "checkpoint_best.pth")
+    (model / "fold_2").mkdir()
+    assert list(import_folders.from_nnunet(model).members) == ["fold_0"]
+    assert "they have no checkpoint_final.pth: fold_1, fold_2" in caplog.text
+    assert list(import_folders.from_nnunet(model, ["1"]).members) == ["fold_1"]
+    with pytest.raises(FileNotFoundError, match="fold_2: none of"):
+        import_folders.from_nnunet(model, ["0", "2"])
+
+
 def test_all_folds_become_one_run_that_averages_logits(tmp_path, monkeypatch, capsys, model):
     run, images = tmp_path / "run", tmp_path / "images"
     run_tool(monkeypatch, model, run, "--folds", "0", "1", "all")

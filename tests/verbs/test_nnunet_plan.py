@@ -43,6 +43,7 @@ def data(tmp_path):
 def test_shards_and_network_are_those_of_nnunets_plan(data, tmp_path, golden):
     theirs = json.loads((golden / "plans" / "full_Hippocampus_nnUNetPlans.json").read_text())
     settings = theirs["configurations"]["3d_fullres"]
+    settings["architecture"]["arch_kwargs"]["n_conv_per_stage_decoder"] = [3, 1, 2]
     theirs["configurations"]["3d_lowres"] = {
         **settings, "spacing": [2.0, 1.5, 1.5], "patch_size": [16, 16, 16], "batch_size": 3,
         "next_stage": "3d_cascade_fullres",
@@ -65,7 +66,7 @@ def test_shards_and_network_are_those_of_nnunets_plan(data, tmp_path, golden):
         (model.strides, "strides"),
         (model.kernels, "kernel_sizes"),
         (model.convs_encoder, "n_conv_per_stage"),
-        (model.convs_decoder, "n_conv_per_stage_decoder"),
+        (model.convs_decoder[::-1], "n_conv_per_stage_decoder"),  # from the lowest stage
     ]:
         assert json.loads(json.dumps(ours)) == arguments[name]
 

@@ -23,10 +23,10 @@ from nibabel import orientations
 from pydicom import dcmread
 from tiny_run import CLASSES, PLAN, TILE
 
-from bhsd_jax.assemble import data, deployed, devices, predictor, wiring
+from bhsd_jax.assemble import data, deployed, devices, origins, predictor, wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
-from bhsd_jax.ct import geometry
+from bhsd_jax.ct import geometry, plausibility
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.datasets import dicom as dicom_cases
@@ -158,9 +158,14 @@ def test_milliliters_of_a_set_whose_slice_step_is_the_tables_feed_are_corrected(
     ]
     assert [row.tilt_corrected for row in rows] == [True, False]
     assert [row.flat()["tilt_corrected"] for row in rows] == [1, 0]
+    cosine = math.cos(math.radians(18))
     for name in CLASSES[1:]:
-        cosine = math.cos(math.radians(18))
         assert rows[0].ml[name] == pytest.approx(cosine * rows[1].ml[name], rel=1e-5)
+    pairs = list(zip(rows[0].lesions, rows[1].lesions, strict=True))
+    assert pairs
+    for corrected, plain in pairs:
+        for field in ("ml", "abc2_ml"):
+            assert corrected[field] == pytest.approx(cosine * plain[field], rel=1e-5)
 
 
 def test_volumes_are_counts_times_the_voxel(tmp_path):
@@ -206,6 +211,20 @@ def test_the_sides_and_sizes_of_the_two_bleeds_are_told(tmp_path):
     assert {less.flat()[f"{name}_present"] for name in CLASSES[1:]} == {"no"}
     none = dataclasses.replace(row, lesions=(), ml={"IPH": 0.0}, present_ml=0.0)
     assert none.flat()["IPH_present"] == "no", "nothing is never there"
+
+
+def test_a_scan_that_is_not_in_hu_has_lesions_without_sides_where_networks_take_it(tmp_path):
+    """As nnU-Net's, which take scans as they lie: windowed to 8 bits, they still have bleeds."""
+    bytes_ = np.clip((head().astype(np.float32) + 160) / 400 * 255, 0, 255).astype(np.uint8)
+    voxels = np.kron(bytes_, np.ones((4, 4, 1), np.uint8))
+    assert plausibility.in_hu(voxels.T) is None
+    plan = dataclasses.replace(PLAN, normalize_first=True, foreground=(0.0, 0.0, 1.0, 255.0))
+    plan = dataclasses.replace(plan, crop_hu=None)
+    label, _, row = predicted(tmp_path, nib.Nifti1Image(voxels, upright()), plan=plan)
+    assert np.asanyarray(label.dataobj).any()
+    assert row.lesions
+    assert {lesion["side"] for lesion in row.lesions} == {""}
+    assert "taken as it lies" in row.warning
 
 
 # The verb, on a run folder with a random network.
@@ -290,7 +309,7 @@ def test_tables_say_what_was_done(folder, scans, caplog):
     out = folder / "predictions"
     assert {path.name for path in out.iterdir()} == {
         *("ID_1.nii.gz", "ID_2.nii.gz"),
-        *("volumes.csv", "volumes.json", "lesions.csv", "predictions.json"),
+        *("volumes.csv", "volumes.json", "lesions.csv", "predictions.json", origins.NAME),
     }
     facts = json.loads((out / "predictions.json").read_text())
     assert facts["step"] == 0
@@ -656,7 +675,7 @@ def test_a_disk_that_is_full_at_some_scan_keeps_what_there_is_and_says_so(
     lesions = [line for line in whole["lesions.csv"].splitlines() if line.startswith(b"ID_1")]
     room += 2 * -(-sum(map(len, lesions)) // 4096) * 4  # the old table and the new one
     shutil.rmtree(place / "out")
-    disk(f"size={room + 32}k", again=True)
+    disk(f"size={room + 36}k", again=True)
     with pytest.raises(ValueError, match=r"ID_2.*no space left on the device") as caught:
         predict.run(config, folder)
     said = str(caught.value)
@@ -664,6 +683,7 @@ def test_a_disk_that_is_full_at_some_scan_keeps_what_there_is_and_says_so(
     assert "\n" not in said
     found = {path.name for path in (place / "out").iterdir()}
     tables = {"volumes.csv", "volumes.json", "lesions.csv", "predictions.json", "skipped.csv"}
+    tables.add(origins.NAME)
     assert found == {"ID_1.nii.gz", "ID_1_probabilities.npz", *tables}
     assert [row["case"] for row in rows_of(place / "out" / "volumes.csv")] == ["ID_1"]
     skipped = rows_of(place / "out" / "skipped.csv")
@@ -735,7 +755,7 @@ def test_two_processes_leave_the_files_of_one(folder, tmp_path, scans):
     one, two = ({p.name: p for p in place.iterdir()} for place in (references, tmp_path / "two"))
     assert one.keys() == two.keys()
     for name, path in two.items():
-        if not name.startswith("volumes"):
+        if not name.startswith(("volumes", origins.NAME)):  # seconds, and who came first
             assert path.read_bytes() == one[name].read_bytes(), name
     tables = [rows_of(place["volumes.csv"]) for place in (one, two)]
     measured = [[row.pop("seconds") for row in table] for table in tables]
@@ -744,7 +764,7 @@ def test_two_processes_leave_the_files_of_one(folder, tmp_path, scans):
 
     both = {name: (folder / name).read_bytes() for name in ("cases.csv", "summary.json")}
     config.preprocess.processes = 1
-    config.evaluate.update(predictions=config.predict.out, bootstrap=10)
+    config.evaluate.update(predictions=str(tmp_path / "two"), bootstrap=10)
     config.evaluate.references = str(references)
     evaluate.run(config, folder)
     assert {name: (folder / name).read_bytes() for name in both} == both

@@ -14,14 +14,15 @@ import tiny_run
 from test_predict import head, threshold_predictor, thresholds, upright
 
 from bhsd_jax.assemble.measured import ScanVolumes
-from bhsd_jax.assemble.predictor import Predictor
+from bhsd_jax.assemble.origins import Origins
+from bhsd_jax.assemble.predictor import Predictor, said_of
 from bhsd_jax.assemble.underway import Stopwatch
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.platform import faults, files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.verbs import predict_scans
 from bhsd_jax.verbs.predict_scans import Scans, predict_all
-from bhsd_jax.volume import Case
+from bhsd_jax.volume import Case, Series
 
 WAIT_S = 30.0  # of a test that has failed: nothing is measured in seconds
 STEPS = ("prepare", "infer", "write")
@@ -91,6 +92,7 @@ def row(name, seconds):
 def scans(tmp_path, events, names="abcd", **changes):
     cases = [Case(name, name, tmp_path / f"{name}.nii.gz", None, "test") for name in names]
     settings = {"names": {name: name for name in names}, "out": tmp_path, "tables": tmp_path}
+    settings["record"] = Origins(tmp_path, {})
     return Scans(fake(events), cases, **settings, **{"overwrite": True} | changes)
 
 
@@ -283,3 +285,12 @@ def test_compiling_ahead_leaves_nothing_to_compile():
     image = np.zeros((4, 16, 20, 1), np.float32)
     window.logits([{}], image)
     assert len(traced) == 1
+
+
+def test_a_scan_is_called_by_its_name_and_numbers_stay(tmp_path):
+    error = UserError(f"{tmp_path / 'ID_1.nii.gz'}: ID_1 is no twin of ID_12")
+    case = Case("ID_1", "p", tmp_path / "ID_1.nii.gz", None, "test")
+    assert said_of(error, case, "NAME") == "NAME: NAME is no twin of ID_12"
+    series = dataclasses.replace(case, id="1", image=Series((tmp_path / "1",), "series 1"))
+    text = "series 1: 1 slice is missing: 10.00 mm after slice 11 of 30"
+    assert said_of(UserError(text), series, "NAME") == text

@@ -101,21 +101,24 @@ def _run(tmp_path_factory):
 
 
 def test_disagreement_is_one_less_the_dice_of_the_networks():
-    image, _ = prepared(tiny_run.head(), (2.0, 2.0, 5.0))
+    image, grid = prepared(tiny_run.head(), (2.0, 2.0, 5.0))
     low, high = {"hu": 60, "from": 0}, {"hu": 90, "from": 0}
     one, other = image > 60, image > 90
     want = 1 - 2 * (one & other).sum() / (one.sum() + other.sum())
-    assert views(low, high).disagreement(image) == pytest.approx(want)
+    assert views(low, high).disagreement(image, grid) == pytest.approx(want)
     assert 0.1 < want < 0.9
-    assert views(low, low).disagreement(image) == 0
-    assert views().disagreement(image) is None
+    assert views(low, low).disagreement(image, grid) == 0
+    assert views().disagreement(image, grid) is None
 
 
 def test_one_network_is_compared_with_its_answer_to_the_mirrored_scan():
-    image, _ = prepared(tiny_run.head(), (2.0, 2.0, 5.0))
-    assert views({"hu": 60, "from": 0}).disagreement(image) == 0, "blind to sides"
-    sided = views({"hu": 60, "from": 16}).disagreement(image)
-    assert sided > 0.3
+    image, grid = prepared(tiny_run.head(), (2.0, 2.0, 5.0))
+    assert views({"hu": 60, "from": 0}).disagreement(image, grid) == 0, "blind to sides"
+    sided = views({"hu": 60, "from": 16})
+    assert sided.disagreement(image, grid) > 0.3
+    d, h, w = grid.order
+    sagittal = dataclasses.replace(grid, order=(w, d, h))  # of a plan that puts the sides first
+    assert sided.disagreement(image, sagittal) == 0, "the network is blind to that axis"
 
 
 def test_the_verb_lists_them_and_remembers(tmp_path):

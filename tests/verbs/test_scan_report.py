@@ -122,6 +122,18 @@ def test_no_label_map_takes_the_place_of_a_scan(run, tmp_path, name):
     assert (tmp_path / name).read_bytes() == before
 
 
+def test_a_scan_that_lost_its_intercept_is_shown_in_the_hu_that_the_network_saw(run, tmp_path):
+    path, label, hu = tmp_path / "scan.nii.gz", tmp_path / "label.nii.gz", tiny_run.head()
+    affine = tiny_run.upright()
+    nib.save(nib.Nifti1Image((hu + 1024).astype(np.int16), affine), path)
+    nib.save(nib.Nifti1Image((hu > 60).astype(np.uint8), affine), label)
+    case = shown.Case("a", "a", path, None, "test")
+    found = shown.read(ensemble.run_of(run), shown.Entry(case, label, "a", {"IPH": 1.0}))
+    seen = np.sort(found.image.ravel())
+    np.testing.assert_array_equal(seen, np.sort(np.maximum(hu, -1024).ravel()))
+    assert found.image[found.prediction > 0].min() > 60
+
+
 def test_a_sheared_scan_is_shown_upright_with_its_bleeds_on_it(run, tmp_path):
     """A bar that stands upright in the patient runs askew in the voxels of a tilted stack."""
     voxels = np.full((20, 60, 40), -1000, np.int16)  # D H W

@@ -77,7 +77,11 @@ def write(
         raise UserError(f"a SEG is one of {', '.join(KINDS)}; got {kind!r}")
     stack = dicom_series.arrange(series)
     if label.shape != (len(stack.slices), *stack.shape[1:]):
-        raise ValueError(f"label has shape {label.shape}, the series {len(stack.slices)} slices")
+        raise UserError(
+            f"{series.name}: the label map has {len(label)} planes of {label.shape[1:]}, the "
+            f"series {len(stack.slices)} of {stack.shape[1:]}; no SEG can refer to planes that "
+            "were interpolated: name the folder of the series in config.predict.images"
+        )
     voxels: np.ndarray = label
     if kind == "fractional":
         if probabilities is None or probabilities.shape[1:] != label.shape:

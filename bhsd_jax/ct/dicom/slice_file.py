@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -179,18 +180,42 @@ def _pydicom() -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings, no log of either package: both quote values of the header, names among them."""
-    logs = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
-    before = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.CRITICAL + 1)
+    """No warnings, no log of either package: both quote values of the header, names among them.
+
+    Levels and filters are the whole process's. So the first of several threads that are inside at
+    once silences both, and the last one gives them back.
+    """
+    with _QUIET.lock:
+        if not _QUIET.inside:
+            _QUIET.begin()
+        _QUIET.inside += 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        for log, level in zip(logs, before, strict=True):
-            log.setLevel(level)
+        with _QUIET.lock:
+            _QUIET.inside -= 1
+            if not _QUIET.inside:
+                _QUIET.undo.close()
+
+
+@dataclass
+class _Quiet:
+    """Who is inside `quiet`, and how to undo it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    inside: int = 0
+    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def begin(self) -> None:
+        """Silences both packages until `undo` is closed."""
+        for log in map(logging.getLogger, ("pydicom", "highdicom")):
+            self.undo.callback(log.setLevel, log.level)
+            log.setLevel(logging.CRITICAL + 1)
+        self.undo.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+
+
+_QUIET = _Quiet()
 
 
 def _slices(path: Path, data: Any) -> list[Slice]:

@@ -1,0 +1,103 @@
+"""What made the label maps of a folder, so that those of other networks do not pass for ours."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bhsd_jax import fields
+from bhsd_jax.assemble.manifest import Member
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NAME = ".made_with.jsonl"  # beside the label maps
+
+
+def facts_of(run: Run, members: Sequence[Member], **more: Any) -> dict[str, Any]:
+    """All that a label map follows from beside the scan, as plain values without a name of a file.
+
+    `more` is what else there is, such as the rules of postprocessing.
+    """
+    infer = dataclasses.asdict(run.config.infer)
+    del infer["tiles"]  # how many at a time
+    dicom = run.config.predict.dicom
+    facts = {
+        "weights_sha256": [member.weights_sha256 for member in members],
+        "networks": [member.networks for member in members],
+        "infer": infer,
+        "combine": run.config.predict.combine,
+        "dicom": {"uneven": dicom.uneven, "unshear": dicom.unshear},
+        "precision": run.config.precision,
+        **more,
+    }
+    return json.loads(json.dumps(facts))
+
+
+class Origins:
+    """The record of one folder, and what predicts into it now.
+
+    The last line about a label map says what made it, or that it is to be made again: a call that
+    overwrites and is stopped leaves some of the call before it behind. Several processes may write
+    one record.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]):
+        self._path, self.facts = folder / NAME, facts
+        text = json.dumps(facts, sort_keys=True)
+        self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        lines = files.read_json_lines(self._path)
+        self._known = {line["case"]: line.get("made_with") for line in lines if "case" in line}
+        self._others = {line["digest"]: line.get("facts") for line in lines if "digest" in line}
+
+    def begin(self, there: Sequence[str], *, overwrite: bool) -> None:
+        """Settles what happens to label maps that are there, by their names.
+
+        Raises:
+            ValueError: If they are to stay and others made some of them; says what differs.
+            faults.WriteError: If the system says no.
+        """
+        if overwrite:
+            self._write(*({"case": name, "made_with": None} for name in there))
+            self._known |= dict.fromkeys(there)
+        else:
+            self._require_ours(there)
+        if self._digest not in self._others:
+            self._write({"digest": self._digest, "facts": self.facts})
+
+    def keeps(self, name: str) -> bool:
+        """Whether a label map that is there may stay: ours, or one of which nothing is known."""
+        return self._known.get(name, self._digest) == self._digest
+
+    def note(self, name: str) -> None:
+        """Ours has been written.
+
+        Raises:
+            faults.WriteError: If the system says no.
+        """
+        self._write({"case": name, "made_with": self._digest})
+        self._known[name] = self._digest
+
+    def _require_ours(self, there: Sequence[str]) -> None:
+        made = [self._known[name] for name in there if self._known.get(name) is not None]
+        others = [digest for digest in made if digest != self._digest]
+        if others:
+            theirs = self._others.get(others[0])
+            differs = next(fields.differences(theirs, self.facts), "") if theirs else ""
+            raise UserError(
+                f"{self._path.parent}: {len(others)} of {len(there)} label maps were made otherwise"
+                f"{differs and f': {differs}'}; with config.predict.overwrite=False they would "
+                "stay among ours. Name another folder with config.predict.out, or overwrite them"
+            )
+        unknown = sum(name not in self._known for name in there)
+        if unknown:
+            logger.warning("%d label maps stay of which it is not known what made them", unknown)
+
+    def _write(self, *lines: Mapping[str, Any]) -> None:
+        if lines:
+            files.append(self._path, "".join(json.dumps(line) + "\n" for line in lines))

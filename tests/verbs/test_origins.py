@@ -1,0 +1,84 @@
+"""Label maps that are there stay among those of the same networks, and of no others."""
+
+import csv
+import errno
+
+import nibabel as nib
+import pytest
+import tiny_run
+
+from bhsd_jax.assemble import origins
+from bhsd_jax.assemble.predictor import Predictor
+from bhsd_jax.configs import from_run
+from bhsd_jax.platform import faults
+from bhsd_jax.verbs import predict
+
+
+@pytest.fixture
+def scans(tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for seed, name in enumerate("ab"):
+        image = nib.Nifti1Image(tiny_run.head(seed), tiny_run.upright())
+        nib.save(image, folder / f"{name}.nii.gz")
+    return folder
+
+
+def run(folder, scans, out, *, step=0.5, **changes):
+    config = from_run.get_config(str(folder))
+    config.infer.step = step
+    config.predict.update(images=str(scans), out=str(out), **changes)
+    predict.run(config, folder)
+
+
+def kept(out):
+    """Which scans of the table have label maps that were there."""
+    with (out / "volumes.csv").open(newline="") as file:
+        return [row["case"] for row in csv.DictReader(file) if not row["seconds"]]
+
+
+def test_label_maps_of_other_networks_and_other_tiles_are_not_taken_for_ours(tmp_path, scans):
+    one, other = (tiny_run.make(tmp_path / f"run_{seed}", seed) for seed in (0, 1))
+    out = tmp_path / "out"
+    run(one, scans, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match=r"2 of 2 label maps were made otherwise: weights_sha256"):
+        run(other, scans, out, overwrite=False)
+    with pytest.raises(ValueError, match=r"made otherwise: infer\.step \(0\.5 -> 0\.25\)"):
+        run(one, scans, out, step=0.25, overwrite=False)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    run(one, scans, out, overwrite=False, present_ml=2.0)
+    assert kept(out) == ["a", "b"]
+
+
+def test_a_call_that_overwrites_and_is_stopped_goes_on_with_all_that_is_not_its_own(
+    tmp_path, scans, monkeypatch
+):
+    one, other = (tiny_run.make(tmp_path / f"run_{seed}", seed) for seed in (0, 1))
+    out, write = tmp_path / "out", Predictor.write
+    run(one, scans, out)
+
+    def full(self, answer, target):
+        if target.name.startswith("b"):
+            raise faults.WriteError(errno.ENOSPC, "No space left on device", str(target))
+        return write(self, answer, target)
+
+    monkeypatch.setattr(Predictor, "write", full)
+    with pytest.raises(ValueError, match=r"1 of 2 label maps are in .*overwrite=False"):
+        run(other, scans, out)
+    monkeypatch.undo()
+    run(other, scans, out, overwrite=False)
+    assert kept(out) == ["a"]
+    run(other, scans, tmp_path / "whole")
+    for name in "ab":
+        found, want = (folder / f"{name}.nii.gz" for folder in (out, tmp_path / "whole"))
+        assert found.read_bytes() == want.read_bytes()
+
+
+def test_label_maps_of_unknown_origin_stay_and_are_told_of(tmp_path, scans, caplog):
+    folder, out = tiny_run.make(tmp_path / "run"), tmp_path / "out"
+    run(folder, scans, out)
+    (out / origins.NAME).unlink()
+    run(folder, scans, out, overwrite=False)
+    assert kept(out) == ["a", "b"]
+    assert "2 label maps stay of which it is not known what made them" in caplog.text
