@@ -85,6 +85,7 @@ EXIT_CODES = {
 }
 _PLACES = {"predict": ("images", "out")}  # what words after the run folder stand for
 _FREE = ("data", "model", "objective", "optimizer")  # their fields are those of what they name
+_WORDS_ONLY = ("preset", "task")  # what a config was made with: its other fields follow from them
 _OWN_FLAGS = (
     "config",
     "workdir",
@@ -222,6 +223,11 @@ def _full_name(name: str, verb: str) -> str:
         return name
     paths = [field.path for field in _described()]
     field = name.removeprefix("config.")
+    if field in _WORDS_ONLY:
+        raise UsageError(
+            f"--{name} changes nothing once a config is made; say it as a word of its name: "
+            f"--config=NAME:{field}=VALUE"
+        )
     if name == field and f"{verb}.{field}" in paths:
         return f"config.{verb}.{field}"
     group = field.partition(".")[0]

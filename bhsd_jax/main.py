@@ -52,6 +52,8 @@ def main(verb: str) -> None:
             startup.prepare()
         files.sweep(workdir)
         importlib.import_module(f"bhsd_jax.verbs.{verb}").run(config, workdir)
+        # Process 0 may have tables or a page to write yet, and would have a minute for them.
+        barrier.wait_for_all("end")
     except KeyboardInterrupt:
         _end(f"{verb}: interrupted", 130)  # as a shell says it
     except Exception as error:
@@ -97,7 +99,7 @@ def _reason(error: Exception, workdir: Path) -> str | None:
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return faults.explain(error, workdir)
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | UserError):
         return None
     return str(error)
 

@@ -6,7 +6,8 @@ warm-up, weight decay, clipping. CoTr and nnFormer were trained with nnU-Net's, 
 for nnU-Net the two are one. `recipe=nnunet` is nnU-Net's for every network, and `recipe=fast` what
 reached its Dice in half the steps (`tools/LAB_BOOK.md`; tried on nnU-Net's network alone): Muon,
 whose rate rises and then falls to 0, and half the steps. Loss, augmentation, batch and otherwise
-length are nnU-Net's for all, as in the benchmark. A backbone may also be named by its class,
+length are nnU-Net's for all, as in the benchmark; so the coarsest head has no weight in the loss,
+which the authors of nnFormer and CoTr do train. A backbone may also be named by its class,
 `backbone=unetr.UNETR`: then nothing but the class and a `recipe=fast` changes.
 
 Source: CoTr 521b4cc, nnFormer d48aaeb, nnU-Net 2.8.1, and MONAI's research-contributions (UNETR

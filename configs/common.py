@@ -18,8 +18,19 @@ HEAD_CT_SPACING_MM = (5.0, 0.48828125, 0.48828125)
 HEMORRHAGE = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
 DATA = {  # the word `data=`
     "synthetic": {"name": "synthetic.Synthetic", "root": "", "difficulty": "default"},
-    "bhsd": {"name": "bhsd.BHSD", "root": "data/BHSD"},
-    "msd": {"name": "msd.MSD", "root": "data/msd"},
+    "bhsd": {
+        "name": "bhsd.BHSD",
+        "root": "data/BHSD",
+        "label_dir": "",  # folder of masks, if it has another name
+        "allow_missing": False,  # some of the listed cases
+        "allow_empty": False,  # masks without bleeding
+    },
+    "msd": {
+        "name": "msd.MSD",
+        "root": "data/msd",
+        "modality": "auto",  # "ct", "mr", or by the channel's name
+        "ignore": "",  # cases to leave out, "a,b"
+    },
     "dicom": {
         "name": "dicom.DICOM",
         "root": "data/dicom",
@@ -52,7 +63,12 @@ DATA = {  # the word `data=`
         "masks": "",  # likewise
         "values": "",  # types by mask value from 1, "EDH,SDH,..."; "": those of dataset.json
     },
-    "mbhseg": {"name": "mbhseg.MBHSeg", "root": "data/MBH-Seg25", "rater": "majority"},
+    "mbhseg": {
+        "name": "mbhseg.MBHSeg",
+        "root": "data/MBH-Seg25",
+        "rater": "majority",
+        "allow_missing": False,  # cases that the rater did not outline
+    },
     "folder": {
         "name": "folder.Folder",
         "root": "data/folder",
@@ -61,6 +77,8 @@ DATA = {  # the word `data=`
         "labels": "bhsd",  # classes by mask value: a preset
         "classes": "",  # or one's own names of the values 1, 2, ..., such as a,b
         "modality": "ct",
+        "split": "train",  # of the scans with a mask; or "test"
+        "license": "",
     },
 }
 PREPROCESS = {  # fields of `config.preprocess` that go with a data set

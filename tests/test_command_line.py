@@ -122,6 +122,8 @@ def test_later_verbs_know_the_run_from_any_folder_and_refuse_another_config(bhsd
         (["train", "--config=cps", "--config.train.step=3"], 2, "did you mean train.steps?"),
         (["train", "--config=cps", "--plan=a"], 2, "--plan, did you mean preprocess.plan?"),
         (["train", "--config=cps", "--objective.wieght=3"], 2, 'Did you mean "weight"'),
+        (["train", "--config=cps", "--preset=ssl4mis"], 2, "--config=NAME:preset=VALUE"),
+        (["train", "--config=cps", "--config.task=1"], 2, "--config=NAME:task=VALUE"),
         (["train", "--config=cps", "--train.steps=many"], 2, "train.steps=many"),
         (["train", "--config=cps", "--train.steps=0"], 1, "must be 1 or more; got 0"),
         (["train", "--config=cps", "--input.patch=32"], 1, "config.input.patch must be (a whole"),
@@ -293,13 +295,13 @@ def test_a_value_that_means_nothing_is_refused(path, value, message):
         Settings.of(plain)
 
 
-def ended(error, tmp_path):
-    """How the program ends where a verb raises this."""
+def ended(error, tmp_path, module="bhsd_jax.platform.errors"):
+    """How the program ends where a verb raises this, whose class is in that module."""
     run = trained(tmp_path / "run", cps.get_config("smoke"))
     code = f"""
 import sys
 from bhsd_jax import main
-from bhsd_jax.platform.errors import UserError
+from {module} import *
 from bhsd_jax.verbs import report
 def run(*_): raise {error}
 report.run = run
@@ -313,6 +315,9 @@ main.cli()
 
 def test_what_a_user_can_mend_is_one_line_and_a_defect_of_ours_is_not(tmp_path):
     assert ended("UserError('mend this')", tmp_path).splitlines()[1:] == ["report: mend this"]
+    full = "SaveError('no room; the last good checkpoint is step 3')"
+    said = ended(full, tmp_path / "c", module="bhsd_jax.train.checkpoint")
+    assert said.splitlines()[1:] == ["report: no room; the last good checkpoint is step 3"]
     text = ended("ValueError('shapes differ')", tmp_path / "b")
     assert "Traceback" in text
     assert "ValueError: shapes differ" in text

@@ -14,7 +14,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.infer.sliding import SlidingWindow, bytes_per_tile
 from bhsd_jax.models.cost import abstract_variables
-from bhsd_jax.platform import allocator, machine
+from bhsd_jax.platform import allocator, machine, startup
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train import processes
@@ -42,7 +42,7 @@ def require_right_sums() -> None:
         raise UserError(
             f"jaxlib {jaxlib.version.__version__} adds up wrongly in this process: JAX was started "
             "before it could be told better; import bhsd_jax.api before the first computation, or "
-            "set XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
+            f"set XLA_FLAGS=--{'='.join(startup.RIGHT_SUMS)}"
         )
 
 

@@ -205,7 +205,7 @@ def make_chains(run: Run, mesh: Mesh | None = None) -> tuple[SpatialChain, Inten
 
     return (
         SpatialChain(ops(run.config.augment.spatial), run.patch, sequential, shared),
-        IntensityChain(ops(run.config.augment.intensity), sequential, shared),
+        IntensityChain(ops(run.config.augment.intensity), sequential, shared, run.plan.masked),
     )
 
 
@@ -383,7 +383,9 @@ def _slice_labels(run: Run) -> tuple[SliceTerms | None, Slices | None]:
 
 
 def _optimizer(config: Settings, steps: Any, *, parts: bool) -> tuple[Any, Any]:
-    spec = {k: v for k, v in config.optimizer.items() if v is not None}
+    # None is the optimizer's own value, but of `clip`, where it means that nothing is clipped.
+    spec: dict[str, Any] = dict(config.optimizer)
+    spec = {k: v for k, v in spec.items() if v is not None or k == "clip"}
     timing = {k: spec.pop(k) for k in _TIMING if k in spec}
     schedule = make_schedule(timing.pop("schedule"), steps=steps, **timing)
     return schedule, make_optimizer(spec.pop("name"), schedule, parts=parts, **spec)

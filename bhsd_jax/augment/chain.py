@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -116,11 +117,17 @@ class SpatialChain:
 
 @dataclass(frozen=True)
 class IntensityChain:
-    """Changes the values of patches, each by its own draw; order and mesh as in `SpatialChain`."""
+    """Changes the values of patches, each by its own draw; order and mesh as in `SpatialChain`.
+
+    Where all channels of `masked` are 0, that is outside the mask of their z-scores, they stay 0.
+
+    Source: nnU-Net v2.8.1, `MaskImageTransform`.
+    """
 
     ops: tuple[IntensityAugment, ...]
     sequential: bool = False
     mesh: Mesh | None = None
+    masked: tuple[int, ...] = ()
 
     def __call__(
         self, key: PRNGKeyArray, image: Float[Array, "B D H W C"]
@@ -130,9 +137,14 @@ class IntensityChain:
         return _over_batch(self._one, self, keys, image)
 
     def _one(self, key: PRNGKeyArray, image: Array) -> Array:
+        changed = image
         for index, op in enumerate(self.ops):
-            image = op(jax.random.fold_in(key, index), image)
-        return image
+            changed = op(jax.random.fold_in(key, index), changed)
+        if not self.masked:
+            return changed
+        own = np.asarray(self.masked)
+        outside = (image[..., own] == 0).all(-1, keepdims=True)
+        return changed.at[..., own].set(jnp.where(outside, 0, changed[..., own]))
 
 
 def _over_batch(

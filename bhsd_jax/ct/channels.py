@@ -108,7 +108,7 @@ def prepare(
         names = ", ".join(one.name for one in how)
         text = f"the scan has {len(channels)} channels, the plan {len(how)}: {names}"
         raise Refusal(Kind.CHANNELS, text)
-    mask = _mask(channels, grid) if any(one.masked for one in how) else None
+    mask = shown(channels, grid) if any(one.masked for one in how) else None
     made = []
     for volume, one in zip(channels, how, strict=True):
         box = geometry.native_box(volume.voxels, grid).astype(np.float32)
@@ -119,7 +119,26 @@ def prepare(
     return made[0] if len(made) == 1 else np.stack(made, axis=-1)
 
 
-def _mask(channels: Sequence[Volume], grid: Grid) -> Bool[np.ndarray, "d h w"]:
+def shown(channels: Sequence[Volume], grid: Grid) -> Bool[np.ndarray, "d h w"]:
     """Voxels of the crop where a channel is not 0, and the holes in them."""
-    shown: Num[np.ndarray, "d h w"] = geometry.native_box(union(channels).voxels, grid) != 0
-    return np.asarray(ndimage.binary_fill_holes(shown))
+    inside: Num[np.ndarray, "d h w"] = geometry.native_box(union(channels).voxels, grid) != 0
+    return np.asarray(ndimage.binary_fill_holes(inside))
+
+
+def silence(
+    image: Float32[np.ndarray, "D H W *C"],
+    channels: Sequence[Volume],
+    grid: Grid,
+    masked: Sequence[int],
+) -> Float32[np.ndarray, "D H W *C"]:
+    """The prepared image with those channels at 0 outside `shown`, where resampling moved them.
+
+    Source: nnU-Net v2.8.1, whose segmentation is -1 there, which `MaskImageTransform` reads.
+    """
+    whole = np.zeros(channels[0].voxels.shape, np.uint8)
+    geometry.native_box(whole, grid)[...] = shown(channels, grid)
+    outside = geometry.to_grid(whole, grid, "label") == 0
+    stacked = image.reshape(*image.shape[:3], -1).copy()
+    for index in masked:
+        stacked[..., index][outside] = 0
+    return stacked.reshape(image.shape)

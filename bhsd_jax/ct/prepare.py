@@ -89,6 +89,7 @@ def prepare_case(
     *,
     source_sha256: str = "",
     seen: tuple[tuple[Volume, ...], list[Finding]] | None = None,
+    to_train: bool = False,
 ) -> Prepared:
     """Reads, repairs, crops, resamples and normalizes one case as the plan says.
 
@@ -102,6 +103,8 @@ def prepare_case(
         plan: Of the run.
         source_sha256: Of the case's files, if it is known already.
         seen: What `scan.read_channels` gave of its image, if it was read already.
+        to_train: Channels whose plan says so are exactly 0 outside their mask, after resampling
+            too: by that the augmentation knows what to leave at 0.
 
     Raises:
         ValueError: If a file is broken, or image and mask do not belong together.
@@ -110,11 +113,17 @@ def prepare_case(
     values = plan.labels.values
     every, found = seen or scan.read_channels(case.image)
     raw = every[0]
-    as_it_lies = plan.normalize_first and not plan.repaired
     volume, label, more = _read(
-        case, raw, num_classes=values, modality=plan.modality, as_it_lies=as_it_lies, law=plan.law
+        case,
+        raw,
+        num_classes=values,
+        modality=plan.modality,
+        as_it_lies=plan.as_it_lies,
+        law=plan.law,
     )
     image, grid = _on_grid((volume, *every[1:]), plan)
+    if to_train and plan.masked:
+        image = channels.silence(image, (volume, *every[1:]), grid, plan.masked)
     if plan.previous_stage:
         maps, of_first = first_stage.channel(case, (volume, *every[1:]), grid, plan)
         image, found = first_stage.append(image, maps), [*found, *of_first]
@@ -166,13 +175,12 @@ def prepare_volume(
         ValueError: If it is no scan of the plan's kind; names `volume.case`.
     """
     case = Case(volume.case, volume.case, Path(volume.case), None, "test")
-    classes, as_it_lies = len(plan.classes), plan.normalize_first and not plan.repaired
     ready, _, found = _read(
         case,
         volume,
-        num_classes=classes,
+        num_classes=len(plan.classes),
         modality=plan.modality,
-        as_it_lies=as_it_lies,
+        as_it_lies=plan.as_it_lies,
         law=plan.law,
     )
     image, grid = _on_grid((ready, *further), plan)
@@ -195,7 +203,7 @@ def hu_doubts(voxels: np.ndarray, plan: Plan) -> tuple[str, ...]:
     """
     if plan.modality != "ct":
         return ()
-    if plan.normalize_first and not plan.repaired:
+    if plan.as_it_lies:
         return tuple(texts(plausibility.doubts(voxels)))
     _, found = plausibility.settle(voxels)
     return tuple(texts(one for one in found if one.kind in plausibility.KINDS))

@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from bhsd_jax.models.conv_bfloat16 import divisor
+
 _APART = -100.0  # added to the score of tokens of different regions, by every reference
 _CACHED = 400_000  # weights, of all windows that are taken at once
 
@@ -183,8 +185,7 @@ def _weights(query: Array, key: Array, bias: Array | None, regions: Array | None
 def _windows_at_once(query: Array, key: Array) -> int:
     """The largest divisor of the number of windows whose weights stay in the cache; at least 1."""
     windows, tokens, heads = query.shape[1:4]
-    fits = _CACHED // (heads * tokens * key.shape[2])
-    return max(n for n in range(1, windows + 1) if windows % n == 0 and (n == 1 or n <= fits))
+    return divisor(windows, _CACHED // (heads * tokens * key.shape[2]))
 
 
 def _split(x: Float[Array, "B W n h d"], size: int) -> Float[Array, "blocks B size h n d"]:

@@ -23,7 +23,7 @@ from bhsd_jax.volume import Millimeters, Network
 # What nnU-Net plans for BHSD (5 mm slices, patch 20 x 320 x 256): in plane first, then in depth.
 _STRIDES = ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
 _KERNELS = ((1, 3, 3),) * 3 + ((3, 3, 3),) * 4
-_BLOCKS = (1, 3, 4, 6, 6, 6, 6)
+_BLOCKS = (1, 3, 4, *(6,) * 10)  # as many as nnU-Net's planner has
 NORMS = ("instance", "batch")
 
 

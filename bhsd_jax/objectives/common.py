@@ -111,6 +111,11 @@ class Terms:
 class SemiSupervised:
     """An objective whose loss is the sum of its terms."""
 
+    @property
+    def has_students(self) -> bool:
+        """Whether its terms have logits of unlabeled patches, which slice labels can speak of."""
+        return True
+
     def terms(self, learner: Learner, batch: Batch, key: PRNGKeyArray) -> Terms:
         """What is summed."""
         raise NotImplementedError

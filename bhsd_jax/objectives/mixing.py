@@ -78,7 +78,8 @@ def boxes(
 
     One box covers a uniformly drawn share f of the patch; its sides are powers of f, so that none
     can be longer than the patch: f^(1/3) slices, f^(2u/3) rows and f^(2(1-u)/3) columns with u
-    uniform. Several share the volume, and where two of them overlap the mask flips back.
+    uniform; of a single slice f^u rows and f^(1-u) columns. Several share the volume, and where two
+    of them overlap the mask flips back.
 
     Source: French et al. 2020, arXiv:1906.01916, `BoxMaskGenerator`, in two dimensions.
     """
@@ -95,7 +96,8 @@ def boxes(
 def _box(key: PRNGKeyArray, shape: Shape, share: Array) -> Bool[Array, "D H W"]:
     aspect_key, place_key = jax.random.split(key)
     u = jax.random.uniform(aspect_key)
-    powers = jnp.stack([jnp.full((), 1 / 3), 2 * u / 3, 2 * (1 - u) / 3])
+    slices = 0 if shape[0] == 1 else 1 / 3
+    powers = jnp.stack([jnp.full((), slices), (1 - slices) * u, (1 - slices) * (1 - u)])
     whole = jnp.asarray(shape, jnp.float32)
     return _place(place_key, shape, jnp.round(whole * share**powers))
 
@@ -103,11 +105,11 @@ def _box(key: PRNGKeyArray, shape: Shape, share: Array) -> Bool[Array, "D H W"]:
 def cube(
     key: PRNGKeyArray, count: int, shape: Shape, side: float = 2 / 3
 ) -> Bool[Array, "N D H W"]:
-    """A box of `side` of the patch along every axis, anywhere in it.
+    """A box of `side` of the patch along every axis, but of one voxel at least, anywhere in it.
 
     Source: Bai et al. 2023, arXiv:2305.00673, `context_mask`.
     """
-    lengths = jnp.asarray([int(n * side) for n in shape], jnp.float32)
+    lengths = jnp.asarray([max(int(n * side), 1) for n in shape], jnp.float32)
     return jax.vmap(lambda key: _place(key, shape, lengths))(jax.random.split(key, count))
 
 

@@ -61,7 +61,12 @@ class SliceTerms:
     @property
     def active(self) -> bool:
         """Whether any term is on."""
-        return self.gate_pseudo or max(self.neg_sup, self.mil, self.size) > 0
+        return self.gate_pseudo or self.weighted
+
+    @property
+    def weighted(self) -> bool:
+        """Whether any loss on predictions is on."""
+        return max(self.neg_sup, self.mil, self.size) > 0
 
     def __call__(self, learner: Learner, rows: Rows, *logits: Maps) -> tuple[Scalar, Metrics]:
         """Weighted sum over terms and networks, and what to log."""
@@ -102,18 +107,26 @@ class WithSliceLoss:
     slice labels.
 
     Raises:
-        ValueError: If the inner objective does not return its terms one by one.
+        ValueError: If the inner objective does not return its terms one by one, or has no
+            predictions for a loss that is on.
     """
 
     inner: Objective = field(default_factory=WeaklySupervised)
     slices: SliceTerms = field(default_factory=SliceTerms)
 
     def __post_init__(self) -> None:
-        if self.inner.uses_unlabeled and not isinstance(self.inner, SemiSupervised):
+        inner = self.inner
+        if inner.uses_unlabeled and not isinstance(inner, SemiSupervised):
             raise UserError(
-                f"slice_loss: objective {type(self.inner).__name__} has no `terms`, to which "
+                f"slice_loss: objective {type(inner).__name__} has no `terms`, to which "
                 "those of slice labels are added; make it an objectives.common.SemiSupervised, or "
                 "set the weights of slice_loss to 0"
+            )
+        if self.slices.weighted and isinstance(inner, SemiSupervised) and not inner.has_students:
+            raise UserError(
+                "slice_loss: every patch that copy-paste learns from shows voxels of a labeled one "
+                "too, so that neg_sup, mil and size have nothing to speak of; set them to 0 "
+                "(gate_pseudo works), or choose objective w2s with pairing=unlabeled"
             )
 
     @property

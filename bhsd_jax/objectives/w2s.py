@@ -58,6 +58,11 @@ class WeakToStrong(SemiSupervised, SingleModel):
         for name in ("ramp", "sure", "sure_foreground", "chance", "holes", "side", "pseudo"):
             require_fraction(name, getattr(self, name))
 
+    @property
+    def has_students(self):
+        """Copy-paste learns from patches that show labeled and unlabeled voxels."""
+        return self.pairing == "unlabeled"
+
     def terms(self, learner, batch, key):
         view_key, teacher_key, mix_key = jax.random.split(key, 3)
         strong = learner.view(view_key, batch.unlabeled)

@@ -45,7 +45,8 @@ class Place:
         if visible % processes:
             raise UserError(
                 f"{self.source}: {visible} GPUs over {processes} processes of one machine; start "
-                "one process a machine, or as many as divide the GPUs"
+                "one process a machine, or as many as divide the GPUs, or say which are whose in "
+                "JAX_LOCAL_DEVICE_IDS"
             )
         share = visible // processes
         return list(range(index * share, (index + 1) * share))

@@ -8,6 +8,10 @@ from pathlib import Path
 
 from bhsd_jax.platform import allocator, processor
 
+# Keeps reductions away from YNNPACK, to which jaxlib 0.10.2 hands them on CPUs: a sum of squares of
+# sums then comes out wrong without a word (`findings/xla_cpu_sum_of_sums_wrong.sh`; jax#39103 is of
+# the same kind). Products and convolutions stay with it, where they are right and fast.
+RIGHT_SUMS = ("xla_cpu_experimental_ynn_fusion_type", "-reduce")
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 # Of XLA on CPUs: flag, its value, and a word by which a jaxlib shows that it knows that.
 _FLAGS = (
@@ -17,10 +21,10 @@ _FLAGS = (
         "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
         "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     ),
-    # jaxlib 0.10.2 hands reductions to YNNPACK, and a sum of squares of sums then comes out wrong
-    # without a word (`findings/xla_cpu_sum_of_sums_wrong.sh`; jax#39103 is of the same kind).
-    # Products and convolutions stay with YNNPACK, where they are right and fast.
-    ("xla_cpu_experimental_ynn_fusion_type", "-reduce", "LIBRARY_FUSION_TYPE_REDUCE"),
+    (*RIGHT_SUMS, "LIBRARY_FUSION_TYPE_REDUCE"),
+    # Devices of one process wait for each other in every step, and where another program keeps
+    # the core of one of them XLA ends the process after 40 seconds.
+    ("xla_cpu_collective_call_terminate_timeout_seconds", "3600", ""),
 )
 
 

@@ -55,6 +55,7 @@ class ShardJob:
         more = ("channels", "regions", "ignore", "planar", "previous_stage")
         rare = {k: plan[k] for k in more if k in plan}
         used += [rare] if rare else []
+        used += ["0 outside the mask"] if self.plan.masked else []
         cases = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
         if plan["modality"] == "ct" and not all(case.table_feed for case in self.cases):
             used.append("mL of these cases as their affines have them")

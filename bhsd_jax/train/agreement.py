@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from bhsd_jax.platform.errors import UserError
+
 
 def agree(decide: Callable[[], Any]) -> Any:
     """What process 0 decides, in every process; as JSON has it where there are several.
@@ -28,5 +30,5 @@ def agree(decide: Callable[[], Any]) -> Any:
     text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
     told = json.loads(np.asarray(text, np.uint8).tobytes())
     if "error" in told:
-        raise failure or ValueError(told["error"])
+        raise failure or UserError(told["error"])
     return told["value"]

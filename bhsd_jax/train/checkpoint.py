@@ -25,6 +25,10 @@ from bhsd_jax.types import Params, TrainState
 logger = logging.getLogger(__name__)
 
 
+class SaveError(UserError, OSError):
+    """A checkpoint could not be written; the text says what is left and what to do."""
+
+
 @dataclass(frozen=True)
 class Saved:
     """A checkpoint that is on disk."""
@@ -213,10 +217,10 @@ class Checkpoints:
                 logger.warning("an old checkpoint could not be deleted: %s", error)
         return Saved(step, time.monotonic() - begun)
 
-    def _failure(self, step: int, error: Exception) -> OSError:
+    def _failure(self, step: int, error: Exception) -> "SaveError":
         good = [other for other in disk.steps(self.folder) if disk.is_saved(self.folder, other)]
         left = f"the last good checkpoint is step {good[-1]}" if good else "there is no older one"
-        return OSError(
+        return SaveError(
             f"{self.folder / str(step)}: this checkpoint could not be written: "
             f"{arrays.cause(error)}; {left}. Make room or give the right to write there, "
             "then start the same command again"

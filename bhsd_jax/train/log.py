@@ -63,17 +63,11 @@ class Log:
         Raises:
             FloatingPointError: If the loss is not finite; says since which step.
         """
-        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        values = self.finite(step, metrics)
         means = self.means.take() | {key: values[key] for key in _OF_THE_STEP if key in values}
         now = time.monotonic()
         steps, passed = max(step - self.since_step, 1), now - self.since - self.paused
         seconds = passed / steps
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            raise FloatingPointError(
-                f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}, after "
-                f"step {self.since_step} was finite; lower optimizer.lr or look at the data of "
-                "these steps. The last checkpoint is untouched"
-            )
         self.since, self.since_step, self.paused = now, step, 0.0
         told = {f"train/{k}": v for k, v in means.items()} | {"time/step_s": seconds}
         self.write(step, told | (self.speed.since(steps, passed) if self.speed else {}))
@@ -86,6 +80,21 @@ class Log:
             seconds,
             _clock(left),
         )
+
+    def finite(self, step: int, metrics: Metrics) -> dict[str, float]:
+        """What the step reports, as numbers; waits for it. Before its state is saved, too.
+
+        Raises:
+            FloatingPointError: If loss or gradients are not finite, and so the weights are not.
+        """
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise FloatingPointError(
+                f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}, after "
+                f"step {self.since_step} was finite; lower optimizer.lr or look at the data of "
+                "these steps. The last checkpoint is untouched"
+            )
+        return values
 
     def pause(self, seconds: float) -> None:
         """Leaves time spent on something else out of the step time."""

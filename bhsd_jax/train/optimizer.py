@@ -117,8 +117,9 @@ def make_optimizer(
     }
     if name not in rules:
         raise UserError(f"optimizer.name is one of {', '.join(rules)}; got {name!r}")
-    clipping = () if clip is None else (clip_each(clip, parts),)
-    return optax.chain(*clipping, *rules[name])
+    # Without clipping the state has the same parts: a checkpoint can be resumed with and without.
+    clipping = optax.identity() if clip is None else clip_each(clip, parts)
+    return optax.chain(clipping, *rules[name])
 
 
 def _muon(

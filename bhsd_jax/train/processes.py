@@ -1,6 +1,7 @@
 """The processes of a run: how they find each other, what they share, and how they are stopped."""
 
 import contextlib
+import dataclasses
 import glob
 import importlib.util
 import logging
@@ -60,14 +61,16 @@ def start(place: Place, detect: str = "") -> None:
 
 def _initialize(place: Place, detect: str) -> bool:
     """Lets JAX find out the rest and join; whether there was anything to join."""
-    ids = place.gpus(_visible_gpus()) if place.count is not None else None
+    ids = None
+    if place.count is not None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        ids = _own_gpus(place)
     try:
         with _quiet_about_kubernetes(place):
             jax.distributed.initialize(
                 place.coordinator or None,
                 place.count,
                 place.index,
-                local_device_ids=None if "JAX_LOCAL_DEVICE_IDS" in os.environ else ids,
+                local_device_ids=ids,
                 cluster_detection_method=detect or None,
                 heartbeat_timeout_seconds=_SILENT_S,
                 shutdown_timeout_seconds=2 * _SILENT_S,
@@ -86,11 +89,25 @@ def _initialize(place: Place, detect: str) -> bool:
     return True
 
 
-def _visible_gpus() -> int:
+def _own_gpus(place: Place) -> list[int]:
+    """Indices of this process' GPUs among those it sees.
+
+    Where each of several processes of a machine sees one, although the machine has enough for all,
+    a launcher or a wrapper has bound them: it is this process' own.
+
+    Raises:
+        ValueError: As `Place.gpus`.
+    """
+    there = len(glob.glob("/dev/nvidia[0-9]*"))
+    visible = there
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         if name in os.environ:
-            return len([one for one in os.environ[name].split(",") if one.strip()])
-    return len(glob.glob("/dev/nvidia[0-9]*"))
+            listed = [one.strip() for one in os.environ[name].split(",")]
+            visible = len([one for one in listed if one not in ("", "-1", "NoDevFiles")])
+            break
+    if visible == 1 < place.local[1] <= there:
+        place = dataclasses.replace(place, own_gpus=True)
+    return place.gpus(visible)
 
 
 @contextlib.contextmanager

@@ -34,11 +34,11 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in a folder; those of a resumed run hide what comes after its first step."""
+    """Event files in a folder; those of a run that goes on hide what comes after its first step."""
 
     def __init__(self, folder: Path, resumed_at: int):
         library = importlib.import_module("tensorboardX")
-        purge = resumed_at + 1 if resumed_at else None
+        purge = resumed_at + 1 if resumed_at or any(folder.glob("events.*")) else None
         self.writer = library.SummaryWriter(str(folder), purge_step=purge)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -347,7 +347,7 @@ def _write(job: ShardJob) -> None:
     def prepared() -> Iterator[store.Prepared]:
         for case, digest in zip(job.cases, job.digests, strict=True):
             try:
-                made = prepare_case(case, job.plan, source_sha256=digest)
+                made = prepare_case(case, job.plan, source_sha256=digest, to_train=True)
             except _BROKEN as error:
                 left_out[case.id] = in_line(error)
             else:

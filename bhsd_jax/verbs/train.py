@@ -34,15 +34,15 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures
 from bhsd_jax.settings import Config, Settings, Train, as_saved_today
 from bhsd_jax.shards.store import Shards
+from bhsd_jax.train import barrier, processes, trackers
 from bhsd_jax.train import mesh as meshes
-from bhsd_jax.train import processes, trackers
 from bhsd_jax.train.checkpoint import Checkpoints
 from bhsd_jax.train.log import Log, heartbeat
 from bhsd_jax.train.loop import Every, Interrupted, fit
 from bhsd_jax.train.processes import Preemption
 from bhsd_jax.train.profile import Span, profiling
 from bhsd_jax.train.speed import Timed, watching
-from bhsd_jax.types import TrainState
+from bhsd_jax.types import Metrics, TrainState
 from bhsd_jax.verbs import parts
 from bhsd_jax.volume import Plan
 
@@ -69,7 +69,12 @@ def run(config: Config, workdir: Path) -> None:
     processes.say_devices()
     workdir.mkdir(parents=True, exist_ok=True)
     with _alone(workdir), Preemption() as asked, processes.together():
-        _train(run, asked, span)
+        try:
+            _train(run, asked, span)
+        except Interrupted as reason:
+            logger.warning("%s; start the same command again to go on", reason)
+            barrier.wait_for_all("end")
+            sys.exit(cluster.TRY_AGAIN)
 
 
 def _train(run: Run, asked: Preemption, span: Span | None) -> None:
@@ -114,9 +119,6 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
         with watching(on_devices) as watch, profiling(span, workdir / "profile", position) as trace:
             every = [watch, record, trace, *actions]
             fit(state, on_devices, train_step, every, steps)
-    except Interrupted as reason:
-        logger.warning("%s; start the same command again to go on", reason)
-        sys.exit(cluster.TRY_AGAIN)
     finally:
         checkpoints.close()
         record()
@@ -143,7 +145,8 @@ def _actions(
 ) -> list[Callable[..., None]]:
     """What happens between steps, in this order."""
 
-    def save(step: int, state: TrainState, *_: Any) -> None:
+    def save(step: int, state: TrainState, metrics: Metrics) -> None:
+        log.finite(step, metrics)  # else checkpoints that are of use would give way to this one
         position = {**batches.state(), "means": log.means.state()}
         checkpoints.save(step, state, position, validation.dice_at(step))
 
@@ -153,9 +156,9 @@ def _actions(
             figures.draw_progress(log.path, log.path.with_name("progress.png"))
         log.pause(time.monotonic() - begun)
 
-    def stop(step: int, state: TrainState, *_: Any) -> None:
+    def stop(step: int, state: TrainState, metrics: Metrics) -> None:
         if asked():
-            save(step, state)
+            save(step, state, metrics)
             raise Interrupted(f"asked to stop; saved step {step}")
 
     steps = every.steps
@@ -178,6 +181,8 @@ def _catch_up(
     if step and due and validation.cases and checkpoints.dice() is None:
         validation(step, state, {})
         checkpoints.rate(validation.dice_at(step))
+        if validation.asked():
+            raise Interrupted(f"asked to stop; step {step} is saved")
 
 
 def _recorder(checkpoints: Checkpoints, log: Log, resumed_at: int) -> Callable[..., None]:
@@ -304,9 +309,16 @@ def _alone(workdir: Path) -> Iterator[None]:
     with (workdir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(
-                f"{workdir}: another process trains in this folder; wait for it or choose "
-                "another --workdir"
+                f"{workdir}: another process trains in this folder; wait for it or choose another "
+                "--workdir. Where its machine has crashed and none trains, remove .lock there"
             ) from error
+        except OSError as error:  # Lustre without `flock`, NFS without a lock service
+            logger.warning(
+                "%s: this file system has no locks (%s); see to it that no other process trains "
+                "in this folder",
+                workdir,
+                error.strerror,
+            )
         yield

@@ -43,6 +43,22 @@ def test_every_operation_of_the_config_builds():
     assert affine.fill == (-3.0,)
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_intensity_operations_leave_what_lies_outside_a_mask_at_zero(key, sequential):
+    """As nnU-Net's `MaskImageTransform`: of masked channels alone, and where all of them are 0."""
+    image = np.random.default_rng(0).normal(size=(3, 4, 6, 5, 3)).astype(np.float32)
+    image[:, :, :2] = 0
+    image[:, :, 2, :, 0] = 0  # the other masked channel shows that this is inside
+    ops = (GaussianNoise(p=1.0), Brightness(p=1.0))
+    masked = IntensityChain(ops, sequential, masked=(0, 2))
+    found = np.asarray(jax.jit(masked)(key, jnp.asarray(image)))
+    plain = np.asarray(jax.jit(IntensityChain(ops, sequential))(key, jnp.asarray(image)))
+    want = plain.copy()
+    want[:, :, :2, :, ::2] = 0
+    np.testing.assert_array_equal(found, want)
+    assert (plain[:, :, :2] != 0).all()
+
+
 def test_both_modes_give_the_same_patches(key):
     ops = (Affine(0.5, 0.5), Mirror())
     together, one_by_one = (SpatialChain(ops, PATCH, mode) for mode in (False, True))

@@ -1,5 +1,6 @@
 """Every experiment file builds, is what it was, and refuses words it does not know."""
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -10,6 +11,7 @@ from bhsd_jax.configs.backbones import BACKBONES, RECIPES
 
 from bhsd_jax.assemble import trained
 from bhsd_jax.build import find
+from bhsd_jax.configs import common
 from bhsd_jax.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +34,15 @@ def test_the_resolved_config_is_the_recorded_one(name):
     path = GOLDEN / f"{name}.json"
     assert path.is_file(), f"record it: python tools/record_configs.py writes {path.name}"
     assert resolved(name) == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("word", sorted(set(common.DATA) - {"synthetic"}))
+def test_every_field_of_a_data_set_can_be_set_on_the_command_line(word):
+    """ml_collections takes a flag for a field that is there, and messages name such flags."""
+    spec = common.DATA[word]
+    fields = dataclasses.fields(find("bhsd_jax.datasets", spec["name"]))
+    own = {field.name for field in fields if field.init} - {"salt"}  # the verbs' own
+    assert own <= set(spec)
 
 
 @pytest.mark.parametrize("name", NAMES)

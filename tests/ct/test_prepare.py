@@ -9,7 +9,7 @@ from bhsd_jax.ct import geometry, hu, nifti, prepare
 from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.defects import Finding, Kind, Refusal, texts
 from bhsd_jax.nnunet.dataset_plan import make_plan
-from bhsd_jax.volume import Case, Network, Plan, Volume
+from bhsd_jax.volume import Case, Channel, Channels, Network, Plan, Volume
 
 CANONICAL = ((0, 0, -1, 10), (0, -1, 0, 20), (1, 0, 0, -5))  # D up, H to the back, W to the left
 CLASSES = ("background", "a", "b")
@@ -123,6 +123,37 @@ def test_skull_stripped_mr_is_normalized_inside_the_brain_and_stays_zero_outside
     assert whole.image[~mask].max() < -0.5, "over the whole crop, background is no 0"
     expected = (0 - voxels[brain].mean(dtype=float)) / voxels[brain].std(dtype=float)
     assert made.image.min() == pytest.approx(expected, rel=1e-5), "the hole is no background"
+
+
+def test_what_resampling_spreads_beyond_the_brain_is_zero_in_training(tmp_path):
+    """nnU-Net's segmentation is -1 there, and its augmentation sets such voxels to 0."""
+    voxels = np.zeros((10, 20, 18), np.float32)
+    voxels[2:9, 4:15, 3:14] = np.random.default_rng(0).uniform(50, 90, (7, 11, 11))
+    voxels[4:6, 8:10, 7:9] = 0  # a hole, which is brain
+    voxels[0, 0, 0], voxels[-1, -1, -1] = 70, 70  # so that the crop is the whole scan
+    case = store(tmp_path, voxels, matrix=affine((1.0, 1.0, 1.0)))
+    plan = dataclasses.replace(a_plan("mr", (0.75, 0.6, 1.3)), use_mask_for_norm=True)
+    channels = dataclasses.replace(
+        plan,
+        channels=(
+            Channel("a", "NoNormalization", plan.foreground),
+            Channel("b", "ZScoreNormalization", plan.foreground, masked=True),
+        ),
+    )
+    seen = prepare.prepare_case(case, plan).image
+    made = prepare.prepare_case(case, plan, to_train=True).image
+    outside = made != seen
+    assert 0.1 < outside.mean() < 0.9
+    assert (made[outside] == 0).all()
+    whole = np.zeros(voxels.shape, np.uint8)
+    whole[2:9, 4:15, 3:14] = whole[0, 0, 0] = whole[-1, -1, -1] = 1
+    label = dataclasses.replace(case, label=tmp_path / "mask.nii.gz")
+    nifti.write_volume(label.label, Volume(whole, affine((1.0, 1.0, 1.0)), "scan"))
+    assert not made[prepare.prepare_case(label, plan).label == 0].any()
+    both = dataclasses.replace(case, image=Channels((case.image, case.image), 2))
+    made, seen = (prepare.prepare_case(both, channels, to_train=t).image for t in (True, False))
+    np.testing.assert_array_equal(made[..., 0], seen[..., 0])
+    assert (made[..., 1] != seen[..., 1]).any()
 
 
 def test_a_mask_of_mr_does_not_say_that_the_scan_bleeds(tmp_path, mr):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bhsd_jax.models import nnunet
 from bhsd_jax.models.nnunet import PlainConvUNet, ResidualEncoderUNet
 
 BHSD = {
@@ -72,6 +73,11 @@ def test_outputs_are_float32_logits_from_full_resolution_down(model):
         (2, 4, 4, 2, 6),
     ]
     assert all(out.dtype == jnp.float32 for out in logits)
+
+
+def test_a_residual_encoder_of_eight_stages_has_nnunets_blocks():
+    net = ResidualEncoderUNet(2, features=(4,) * 8)
+    assert nnunet.blocks_of(net) == (1, 3, 4, 6, 6, 6, 6, 6)
 
 
 def test_without_deep_supervision_the_same_parameters_give_the_first_output(key):

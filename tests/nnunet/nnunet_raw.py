@@ -36,6 +36,18 @@ class Reference:
     def cases(self):
         return sorted(name.removesuffix("_label") for name in self.arrays if "_label" in name)
 
+    def trained_on(self, case, configuration="3d_fullres"):
+        """The prepared case [D H W C] as its patches show it: 0 outside the mask of the z-scores.
+
+        nnU-Net's augmentation ends with that (`MaskImageTransform`), its files do not have it.
+        """
+        want = np.moveaxis(self.arrays[f"{case}_{configuration}"], 0, -1).copy()
+        outside = self.arrays[f"{case}_{configuration}_seg"][0] < 0
+        masked = self.plans["configurations"][configuration]["use_mask_for_norm"]
+        for index in np.flatnonzero(masked):
+            want[outside, index] = 0
+        return want
+
     def affine(self, case):
         """As SimpleITK writes it: axes z, y, x run to S, P, L."""
         d, h, w = self.arrays[f"{case}_spacing"]

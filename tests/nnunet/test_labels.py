@@ -56,7 +56,7 @@ def test_the_plan_is_nnunets(prepared):
 def test_prepared_voxels_and_labels_are_nnunets(prepared):
     _, reference, folder = prepared
     found = store.Shards(folder / "run" / "shards").load("c0")
-    want = np.moveaxis(reference.arrays["c0_3d_fullres"], 0, -1)
+    want = reference.trained_on("c0")
     assert np.abs(found.channels_last - want).max() < 1e-5
     label = np.maximum(reference.arrays["c0_3d_fullres_seg"][0], 0)
     assert (found.label == label).all()

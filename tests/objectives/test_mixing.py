@@ -85,6 +85,16 @@ def test_the_copy_paste_cube_is_two_thirds_long(key):
     assert pytest.approx(0.2963, abs=1e-4) == (2 / 3) ** 3
 
 
+def test_patches_of_one_slice_are_mixed_within_it(key):
+    flat = (1, 60, 48)
+    share = np.asarray(mixing.boxes(key, 300, flat, (0.02, 0.4))).mean((1, 2, 3))
+    assert share.min() > 0.01
+    assert share.max() < 0.43
+    assert share.mean() == pytest.approx(0.21, abs=0.02)
+    cube = np.asarray(mixing.cube(key, 5, flat, 2 / 3))
+    np.testing.assert_array_equal(cube.sum((1, 2, 3)), 40 * 32)
+
+
 def test_pasting_images_and_maps_by_one_mask_and_its_complement(key):
     mask = mixing.cube(key, 2, (3, 6, 6))
     a, b = jax.random.normal(key, (2, 2, 3, 6, 6, 1))

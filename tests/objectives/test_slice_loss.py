@@ -14,6 +14,7 @@ from bhsd_jax.objectives.common import Terms
 from bhsd_jax.objectives.cps import CrossPseudoSupervision
 from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 from bhsd_jax.objectives.supervised import Supervised, WeaklySupervised
+from bhsd_jax.objectives.w2s import WeakToStrong
 
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(RNG.normal(size=(2, 3, 4, 5, 3)), jnp.float32)
@@ -201,6 +202,14 @@ def test_an_objective_of_ones_own_that_has_no_terms_is_refused():
 
     with pytest.raises(ValueError, match="objective Own has no `terms`"):
         WithSliceLoss(Own(), SliceTerms(neg_sup=1.0))
+
+
+def test_losses_that_copy_paste_has_no_predictions_for_are_refused():
+    paste = WeakToStrong(pairing="labeled")
+    with pytest.raises(ValueError, match="neg_sup, mil and size have nothing to speak of"):
+        WithSliceLoss(paste, SliceTerms(neg_sup=1.0))
+    WithSliceLoss(paste, SliceTerms(gate_pseudo=True))
+    WithSliceLoss(WeakToStrong(), SliceTerms(neg_sup=1.0))
 
 
 def test_whether_anything_is_on_and_wrong_settings():

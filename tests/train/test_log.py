@@ -8,10 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bhsd_jax import settings
+from bhsd_jax.assemble.validation import Validation
+from bhsd_jax.input.pipeline import Batches
+from bhsd_jax.train.checkpoint import Checkpoints
 from bhsd_jax.train.log import Log
 from bhsd_jax.train.loop import Every, fit
 from bhsd_jax.train.means import Means
+from bhsd_jax.train.processes import Preemption
 from bhsd_jax.types import Batch, TrainState
+from bhsd_jax.verbs import train as train_verb
 
 STATE = TrainState(jnp.zeros((), jnp.int32), {}, (), None, jax.random.key(0))
 LOSSES = [np.float32(value) for value in (0.7, -0.1, 0.3, 1.9, -0.8, 0.33, 0.21)]
@@ -126,6 +132,30 @@ def test_a_loss_that_is_not_finite_stops_and_says_since_when(tmp_path, key):
     with pytest.raises(FloatingPointError, match="at step 4, after step 3 was finite"):
         log.train(4, STATE, broken)
     assert list(lines(tmp_path / "log")) == [3]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    saved = []
+
+    class Kept(Checkpoints):
+        def save(self, step, *_):
+            saved.append(step)
+
+    class Start(Batches):
+        def state(self):
+            return {}
+
+    log, asked = Log(tmp_path / "log", 900, 0), Preemption()
+    asked.asked = True
+    every = settings.Train(log_every=100, validate_every=900, save_every=2)
+    parts = (object.__new__(of) for of in (Validation, Kept, Start))
+    *_, save, stop = train_verb._actions(every, log, *parts, asked)
+    save(2, STATE, metrics(2))
+    broken = metrics(4) | {"grad_norm": jnp.float32(np.inf)}
+    for action in (save, stop):
+        with pytest.raises(FloatingPointError, match="at step 4"):
+            action(4, STATE, broken)
+    assert saved == [2]
 
 
 def test_a_checkpoint_made_on_the_way_does_not_change_the_means():

@@ -40,6 +40,33 @@ print("stopped at", call, flush=True)
 """
 
 
+@pytest.mark.parametrize(
+    ("visible", "there", "local", "want"),
+    [
+        ("2", 4, (2, 4), [0]),  # `--gpu-bind=single:1`, or a wrapper
+        ("0,1,2,3", 4, (2, 4), [2]),
+        (None, 4, (1, 2), [2, 3]),
+        ("-1", 0, (1, 2), []),  # hidden
+        ("0", 1, (1, 2), None),  # one for two
+        ("0,1,2", 4, (0, 2), None),
+    ],
+)
+def test_a_process_takes_the_gpus_that_were_bound_to_it_or_its_share(
+    visible, there, local, want, monkeypatch
+):
+    files = [f"/dev/nvidia{number}" for number in range(there)]
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: files)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    place = cluster.Place("a:1", 8, local[0], local, source="Slurm job 7")
+    if want is None:
+        with pytest.raises(ValueError, match=r"GPUs over 2 processes.*JAX_LOCAL_DEVICE_IDS"):
+            processes._own_gpus(place)
+    else:
+        assert processes._own_gpus(place) == want
+
+
 def environment(**more):
     names = ("JAX_COORDINATOR", "SLURM", "OMPI", "XLA_FLAGS", "JAX_NUM", "JAX_PROCESS")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(names)}

@@ -54,6 +54,9 @@ def test_tensorboard_is_always_written_and_purged_on_resuming(tmp_path):
     assert steps == [2], "TensorBoard hides step 2 and later of before"
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    log_to(tmp_path, trackers.start((), tmp_path, 0, "run", FACTS))
+    steps = [step for step, tag, _ in scalars(tmp_path / "events") if tag == "start"]
+    assert steps == [1], "all of it, where a run begins anew"
 
 
 def test_what_is_not_installed_is_named_before_anything_is_trained(monkeypatch):

@@ -394,6 +394,28 @@ def test_a_loud_twin_does_not_mute_the_other():
     np.testing.assert_array_equal(update_of_b(1e6), update_of_b(0.0))
 
 
+@pytest.mark.parametrize(
+    ("experiment", "words", "clip"),
+    [
+        (cps, "preset=ssl4mis", None),
+        (mean_teacher, "preset=ssl4mis", None),
+        (supervised, "backbone=unetr", None),
+        (cps, "", 12.0),
+    ],
+)
+def test_a_clip_of_none_clips_nothing(experiment, words, clip):
+    config = Settings.of(experiment.get_config(words))
+    assert config.optimizer["clip"] == clip
+    _, optimizer = recipes._optimizer(config, config.train.steps, parts=True)
+    params = {"a": jnp.zeros(4), "b": jnp.zeros(4)}
+    grads = {"a": jnp.full(4, 1e4), "b": jnp.ones(4)}
+    state = optimizer.init(params)
+    told = [optimizer.update(grads, state, params)[1]]
+    # What the optimizer remembers of the gradient says whether that was clipped on its way.
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(told) if leaf.ndim)
+    assert (largest > 100) == (clip is None)
+
+
 def test_an_unknown_model_argument_is_refused():
     config = config_of(supervised)
     config.model.name = "nnunet.PlainConvNet"

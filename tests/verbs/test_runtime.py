@@ -37,7 +37,8 @@ def test_only_flags_that_jaxlib_knows_are_set(monkeypatch):
     once = os.environ["XLA_FLAGS"]
     assert once == (
         "--xla_one=1 --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED "
-        "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+        "--xla_cpu_experimental_ynn_fusion_type=-reduce "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=3600"
     )
     startup.settle_compiler()
     assert os.environ["XLA_FLAGS"] == once

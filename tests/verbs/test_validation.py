@@ -1,8 +1,19 @@
-"""What validation in the loop tells the checkpoints."""
+"""What validation in the loop tells the checkpoints, and who else may be in a run's folder."""
 
+import errno
+import fcntl
 import math
 
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bhsd_jax import settings
 from bhsd_jax.assemble.validation import Validation
+from bhsd_jax.train.checkpoint import Checkpoints
+from bhsd_jax.train.loop import Interrupted
+from bhsd_jax.types import TrainState
+from bhsd_jax.verbs import train
 
 
 def test_only_a_step_that_was_validated_itself_is_saved_with_a_dice():
@@ -11,3 +22,49 @@ def test_only_a_step_that_was_validated_itself_is_saved_with_a_dice():
     validation.newest = (40, 0.75)
     assert validation.dice_at(40) == 0.75
     assert math.isnan(validation.dice_at(50))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_last_step_that_is_validated_after_a_stop_may_be_stopped_again(asked):
+    rated = []
+
+    class Unrated(Checkpoints):
+        def dice(self):
+            return None
+
+        def rate(self, dice):
+            rated.append(dice)
+
+    class Late(Validation):
+        def __call__(self, step, *_):
+            self.newest = (-1, math.nan) if asked else (step, 0.5)
+
+    late, checkpoints = object.__new__(Late), object.__new__(Unrated)
+    late.cases, late.asked = ("a",), lambda: asked
+    state = TrainState(jnp.zeros((), jnp.int32), {}, (), None, jax.random.key(0))
+    every = settings.Train(steps=40, validate_every=20, save_every=20, log_every=20)
+    if asked:
+        with pytest.raises(Interrupted, match="step 40 is saved"):
+            train._catch_up(every, 40, state, late, checkpoints)
+    else:
+        train._catch_up(every, 40, state, late, checkpoints)
+        assert rated == [0.5]
+
+
+def test_a_folder_that_has_a_trainer_is_refused_and_one_that_knows_no_locks_is_not(
+    tmp_path, monkeypatch, caplog
+):
+    with (
+        train._alone(tmp_path),
+        pytest.raises(ValueError, match=r"another process trains.*remove \.lock"),
+        train._alone(tmp_path),
+    ):
+        pass
+
+    def unknown(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with train._alone(tmp_path):
+        pass
+    assert "this file system has no locks (Function not implemented)" in caplog.text
