@@ -22,8 +22,8 @@ _FLAGS = (
         "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     ),
     (*RIGHT_SUMS, "LIBRARY_FUSION_TYPE_REDUCE"),
-    # Devices of one process wait for each other in every step, and where another program keeps
-    # the core of one of them XLA ends the process after 40 seconds.
+    # Devices of one process wait for each other in every step. Where another program keeps the
+    # core of one of them for 20 seconds XLA complains, and 40 later it ends the process.
     ("xla_cpu_collective_call_terminate_timeout_seconds", "3600", ""),
 )
 
