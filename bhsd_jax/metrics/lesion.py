@@ -85,11 +85,8 @@ def detect(
         )
     in_reference, reference_size = components(reference)
     in_predicted, predicted_size = components(predicted)
-    both = (in_reference > 0) & (in_predicted > 0)
     lesions = len(reference_size), len(predicted_size)
-    pairs, shared = np.unique(
-        np.stack([in_reference[both] - 1, in_predicted[both] - 1]), axis=1, return_counts=True
-    )
+    pairs, shared = touching(in_reference, in_predicted)
     covered = np.bincount(pairs[0], shared, lesions[0])
     touched = np.bincount(pairs[0], predicted_size[pairs[1]], lesions[0])
     union = reference_size + touched - covered
@@ -101,6 +98,18 @@ def detect(
         tuple((predicted_size * voxel_ml).tolist()),
         tuple(real.tolist()),
     )
+
+
+def touching(
+    one: Int[np.ndarray, "_ _ _"], other: Int[np.ndarray, "_ _ _"]
+) -> tuple[Int[np.ndarray, "2 P"], Int[np.ndarray, " P"]]:
+    """Pairs of components, each counted from 0, that have voxels in common, and how many."""
+    both = (one > 0) & (other > 0)
+    first, second = (numbers[both].astype(np.int64) - 1 for numbers in (one, other))
+    count = int(second.max(initial=0)) + 1
+    # One number for each pair: sorting those is many times as fast as sorting pairs.
+    found, shared = np.unique(first * count + second, return_counts=True)
+    return np.stack(np.divmod(found, count)), shared
 
 
 def rate(above: float, below: float) -> float:

@@ -44,10 +44,7 @@ def panoptic_quality(
     count = len(reference_size), len(predicted_size)
     if not sum(count):
         return Panoptic(math.nan, math.nan, math.nan, 0, 0, 0)
-    both = (in_reference > 0) & (in_predicted > 0)
-    pairs, shared = np.unique(
-        np.stack([in_reference[both] - 1, in_predicted[both] - 1]), axis=1, return_counts=True
-    )
+    pairs, shared = lesion.touching(in_reference, in_predicted)
     iou = shared / (reference_size[pairs[0]] + predicted_size[pairs[1]] - shared)
     taken: tuple[set[int], set[int]] = set(), set()
     matched = []
