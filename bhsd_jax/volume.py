@@ -234,6 +234,11 @@ class Plan:
         return self.normalize_first and not self.repaired
 
     @property
+    def in_hu(self) -> bool:
+        """Networks are given CT that is in HU, repaired where it was not."""
+        return self.modality == "ct" and not self.as_it_lies
+
+    @property
     def masked(self) -> tuple[int, ...]:
         """Channels of a prepared scan that are 0 wherever the scan is, but for holes in it."""
         if not self.channels:
@@ -330,6 +335,12 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
         box.append(slice(int(hit[0]), int(hit[-1]) + 1))
         mask = mask[(slice(None),) * axis + (box[-1],)]
     return tuple(box)
+
+
+def cropped_alike(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both in the smallest box that holds all that is not 0 in either; empty if nothing is."""
+    box = bounding_box(one | other) or (slice(0, 0),) * one.ndim
+    return one[box], other[box]
 
 
 def _tuples(value: Any) -> Any:

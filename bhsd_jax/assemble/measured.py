@@ -1,6 +1,5 @@
 """What is told of a scan besides its label map: lesions, sides, and whether each class is there."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -125,9 +124,7 @@ def lesions(
     if not label.any():
         return []
     feed = case.table_feed and plan.modality == "ct"
-    widths_mm = own.widths_mm
-    if hu.tilt_corrected(own.affine, table_feed=feed):  # as `slice_ml` is
-        widths_mm = widths_mm * math.cos(math.radians(hu.tilt_deg(own.affine)))
+    widths_mm = own.widths_mm * hu.slice_share(own.affine, table_feed=feed)
     slices = measure.Slices(own.affine, own.steps, widths_mm, own.slice_ml(table_feed=feed))
     middle = _midline(case, plan, seen)
     if not labels.regions:

@@ -102,9 +102,14 @@ def voxel_ml(affine: Float[np.ndarray, "4 4"], *, table_feed: bool) -> float:
     upright, the affine is right as it is.
     """
     volume_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    return volume_ml * slice_share(affine, table_feed=table_feed)
+
+
+def slice_share(affine: Float[np.ndarray, "4 4"], *, table_feed: bool) -> float:
+    """Distance between the slices over the affine's step; below 1 where that is a table feed."""
     if not tilt_corrected(affine, table_feed=table_feed):
-        return volume_ml
-    return volume_ml * math.cos(math.radians(tilt_deg(affine)))
+        return 1.0
+    return math.cos(math.radians(tilt_deg(affine)))
 
 
 def tilt_corrected(affine: Float[np.ndarray, "4 4"], *, table_feed: bool) -> bool:

@@ -80,8 +80,7 @@ def mean_of_logits(
         if total is None:
             total = logits * networks
         else:
-            for plane in range(total.shape[1]):
-                total[:, plane] += logits[:, plane] * networks
+            _add(total, np.positive, logits, networks)
         count += networks
     if total is None:
         raise ValueError("mean of logits: no networks")

@@ -13,7 +13,7 @@ from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import lesion, overlap, surface
 from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Millimeters, bounding_box
+from bhsd_jax.volume import Millimeters, cropped_alike
 
 Label = UInt8[np.ndarray, "_ _ _"]  # shapes are compared in `overlap`
 
@@ -104,8 +104,7 @@ def _row(
     name: str,
     nsd_mm: float,
 ) -> ClassScore:
-    box = bounding_box(reference | predicted) or (slice(0, 0),) * 3
-    reference, predicted = reference[box], predicted[box]
+    reference, predicted = cropped_alike(reference, predicted)
     distances = surface.element_distances(reference, predicted, scan.spacing_mm)
     volume = overlap.volume_error(counts, scan.voxel_ml)
     lesions = lesion.detect(reference, predicted, scan.voxel_ml)

@@ -19,7 +19,7 @@ import scipy.spatial
 from jaxtyping import Bool, Int
 
 from bhsd_jax.metrics import surface_area
-from bhsd_jax.volume import Millimeters, bounding_box
+from bhsd_jax.volume import Millimeters, cropped_alike
 
 Mask = Bool[np.ndarray, "_ _ _"]  # shapes are compared below, with a message
 
@@ -181,8 +181,8 @@ def _cropped(reference: Mask, predicted: Mask, spacing_mm: Millimeters) -> tuple
         )
     if not all(math.isfinite(s) and s > 0 for s in spacing_mm):
         raise ValueError(f"surface: spacing {spacing_mm} mm (D, H, W); must be positive")
-    box = bounding_box(reference | predicted) or (slice(0, 0),) * 3
-    return np.pad(reference[box], 1), np.pad(predicted[box], 1)
+    reference, predicted = cropped_alike(reference, predicted)
+    return np.pad(reference, 1), np.pad(predicted, 1)
 
 
 def _codes(mask: Mask) -> np.ndarray:

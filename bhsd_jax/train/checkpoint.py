@@ -217,7 +217,7 @@ class Checkpoints:
                 logger.warning("an old checkpoint could not be deleted: %s", error)
         return Saved(step, time.monotonic() - begun)
 
-    def _failure(self, step: int, error: Exception) -> "SaveError":
+    def _failure(self, step: int, error: Exception) -> SaveError:
         good = [other for other in disk.steps(self.folder) if disk.is_saved(self.folder, other)]
         left = f"the last good checkpoint is step {good[-1]}" if good else "there is no older one"
         return SaveError(

@@ -234,9 +234,10 @@ def _pictures(run: Run, entries: Sequence[Entry]) -> list[Picture]:
         one = shown.read(run, entry)
         mask = one.prediction > 0
         low, high = np.percentile(one.image, (2, 99.5))
-        windowed = run.plan.modality == "ct" and not run.plan.as_it_lies
         level, width = viewer.CT_WINDOWS[0][1:]
-        window = (level - width / 2, level + width / 2) if windowed else (float(low), float(high))
+        window = (
+            (level - width / 2, level + width / 2) if run.plan.in_hu else (float(low), float(high))
+        )
         overlay = figures.Overlay(one.image, np.zeros_like(mask), mask, one.spacing_mm, window)
         parts = [f"{name} {ml:.1f} mL" for name, ml in entry.ml.items() if ml > 0]
         caption = f"Scan {entry.name}: {', '.join(parts)}"

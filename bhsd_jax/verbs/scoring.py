@@ -11,7 +11,7 @@ import numpy as np
 from bhsd_jax.ct import hu, plausibility, scan
 from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import also, scores, threshold
-from bhsd_jax.volume import Image, Label, Masks, Volume, bounding_box
+from bhsd_jax.volume import Image, Label, Masks, Volume, cropped_alike
 
 ANY = "any"  # all classes merged
 
@@ -95,8 +95,7 @@ def score_case(job: Comparison) -> Scored:
     names = (job.classes[0], ANY)
     full = reference.voxels, predicted.voxels
     # Beyond this box both are background, which counts in no score.
-    box = bounding_box(full[0] | full[1]) or (slice(0, 0),) * 3
-    pair = full[0][box], full[1][box]
+    pair = cropped_alike(*full)
     both = [np.minimum(label, 1) for label in _annotated(labels, *pair)]
     merged = scores.score(both[0], both[1], about, names, job.nsd_mm)[0]
     if not labels.plain:

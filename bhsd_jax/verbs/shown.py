@@ -65,8 +65,7 @@ def read(run: Run, entry: Entry) -> Shown:
     voxels, flags = volume.voxels, entry.flags
     if not own.is_even:
         flags = (*flags, f"{own.shape[0]} slices at uneven steps, shown on {d} even planes")
-    ct = run.plan.modality == "ct"
-    if ct and not run.plan.as_it_lies:
+    if run.plan.in_hu:
         voxels = plausibility.settle(voxels)[0]
     if run.labels.regions:
         entry = replace(entry, ml=_by_value(run, labels[0], volume))
@@ -102,9 +101,8 @@ def of_arrays(
 
 def around(run: Run, title: str, subtitle: str, notice: str, count: int) -> Viewer:
     """What stands around `count` scans of a run."""
-    ct = run.plan.modality == "ct"
-    windows = viewer.CT_WINDOWS if ct and not run.plan.as_it_lies else viewer.NO_WINDOWS
-    unit = "HU" if ct else ""
+    windows = viewer.CT_WINDOWS if run.plan.in_hu else viewer.NO_WINDOWS
+    unit = "HU" if run.plan.modality == "ct" else ""
     return Viewer(title, subtitle, notice, run.classes[1:], windows, unit, count)
 
 
