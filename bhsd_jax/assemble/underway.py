@@ -33,7 +33,7 @@ class Answer:
     """What the networks say of a scan: logits, or the likeliest class where that is enough."""
 
     scan: Ready  # its images are gone: ()
-    logits: tuple[Float[np.ndarray, "K D H W"], ...]  # on each of its grids
+    logits: tuple[Float[np.ndarray, "K _ _ _"], ...]  # on each of its grids, of different shapes
     likeliest: UInt8[np.ndarray, "D H W"] | None  # on the first of its grids
     disagreement: float | None  # of the networks; None: not asked for
 
