@@ -50,20 +50,25 @@ def add(
     return lax.fori_loop(first, last, body, sums)
 
 
-@partial(jax.jit, static_argnames="rows")
-def mean(sums: Sums, rows: int) -> tuple[Float[Array, "K rows H W"], Int[Array, ""]]:
-    """Logits of the first rows, 0 where no tile lies; and how many of them are not finite."""
-    total, weight = sums.total[:, :rows], sums.weight[:rows]
-    logits = jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
-    return logits, jnp.sum(~jnp.isfinite(logits))
+@jax.jit
+def mean(sums: Sums, rows: Int[Array, ""] | int) -> tuple[Float[Array, "K d H W"], Int[Array, ""]]:
+    """Logits of all rows, 0 where no tile lies; and how many of the first `rows` are not finite.
+
+    Only those rows are complete. That the others come too is a little work for nothing, which
+    spares a program for every number of rows, so for nearly every depth of a volume.
+    """
+    logits = jnp.where(sums.weight > 0, sums.total / jnp.where(sums.weight > 0, sums.weight, 1), 0)
+    complete = lax.broadcasted_iota(jnp.int32, logits.shape, 1) < rows
+    return logits, jnp.sum(complete & ~jnp.isfinite(logits))
 
 
-@partial(jax.jit, static_argnames="rows", donate_argnums=0)
-def advance(sums: Sums, rows: int) -> Sums:
-    """The sums of the tiles that begin so many rows further down."""
+@partial(jax.jit, donate_argnums=0)
+def advance(sums: Sums, rows: Int[Array, ""] | int) -> Sums:
+    """The sums of the tiles that begin so many rows further down, at most the depth of a tile."""
 
     def move(value: Array, axis: int) -> Array:
-        pads = [(0, rows if i == axis else 0) for i in range(value.ndim)]
-        return jnp.pad(lax.slice_in_dim(value, rows, None, axis=axis), pads)
+        depth = value.shape[axis]
+        pads = [(0, depth if i == axis else 0) for i in range(value.ndim)]
+        return lax.dynamic_slice_in_dim(jnp.pad(value, pads), rows, depth, axis)
 
     return Sums(move(sums.total, 1), move(sums.weight, 0))

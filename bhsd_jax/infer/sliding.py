@@ -32,8 +32,8 @@ class SlidingWindow:
 
     The network sees `tiles_per_call` tiles of one size at a time, a mirrored version being a tile
     like another; so it is compiled once, whatever the sizes of the volumes. What adds tiles up is
-    compiled once per bucket of sizes in the plane (`tiles.bucket`), which takes a fraction of a
-    second. Sums are float32; of a long volume only as many rows are held as a tile has (`slabs`).
+    compiled in a fraction of a second, once per bucket of sizes in the plane (`tiles.bucket`), of
+    any depth. Sums are float32; of a long volume only as many rows are held as a tile has.
 
     Raises:
         ValueError: If step, law or number of tiles is not possible.
@@ -163,8 +163,7 @@ class SlidingWindow:
         for parts in zip(*slabs, strict=True):
             logits = [logits for _, logits, _ in parts]
             broken = sum(n for *_, n in parts)
-            mean = self._mean(logits)
-            ready, waiting = waiting, (parts[0][0], finish(mean), broken)
+            ready, waiting = waiting, (parts[0][0], finish(self._mean(logits)), broken)
             if ready:
                 yield _to_host(*ready, (d, h, w))
         assert waiting, "every volume has a tile"
@@ -202,8 +201,8 @@ class SlidingWindow:
         canvas: np.ndarray,
         size: Sequence[int],
         report: Callable[[int], None],
-    ) -> Iterator[tuple[int, Array, Array]]:
-        """First row, logits [K d H W] and how many are not finite, as soon as they are complete."""
+    ) -> Iterator[tuple[slice, Array, Array]]:
+        """Rows that are complete, logits [K d H W] from there on, how many are not finite."""
         sums, previous, top = None, None, 0
         for starts, flips, used in self._calls(size):
             batch = jax.device_put(_cut(canvas, starts, self._seen), self._spread)
@@ -215,7 +214,7 @@ class SlidingWindow:
             while first < used:
                 begun = int(starts[first, 0])
                 if begun > top:
-                    yield top, *slabs.mean(sums, begun - top)
+                    yield slice(top, begun), *slabs.mean(sums, begun - top)
                     sums, top = slabs.advance(sums, begun - top), begun
                 last = first + int((starts[first:used, 0] == top).sum())
                 sums = slabs.add(sums, votes, self._weights, starts[:, 1:], first, last)
@@ -225,7 +224,7 @@ class SlidingWindow:
             previous = votes
             report(used)
         assert sums is not None, "every volume has a tile"
-        yield top, *slabs.mean(sums, size[0] - top)
+        yield slice(top, size[0]), *slabs.mean(sums, size[0] - top)
 
     def _places(self, size: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
         """First voxel and mirrored axes of everything the network is to see."""
@@ -333,8 +332,10 @@ def _cut(canvas: np.ndarray, starts: np.ndarray, tile: Shape) -> Float32[np.ndar
     return np.stack([canvas[box] for box in boxes]).astype(np.float32, copy=False)
 
 
-def _to_host(top: int, value: Array, broken: Array | int, box: Box) -> tuple[slice, np.ndarray]:
-    """The rows of the volume that a slab from row `top` on holds, and their values [... d h w].
+def _to_host(
+    complete: slice, value: Array, broken: Array | int, box: Box
+) -> tuple[slice, np.ndarray]:
+    """The rows of the volume that a slab holds, and their values [... d h w].
 
     Raises:
         UserError: If logits are not finite.
@@ -345,10 +346,10 @@ def _to_host(top: int, value: Array, broken: Array | int, box: Box) -> tuple[sli
             "checkpoint, or set config.precision to float32"
         )
     d, h, w = box
-    begin = max(top, d.start)
-    end = max(begin, min(top + value.shape[-3], d.stop))
+    begin = max(complete.start, d.start)
+    end = max(begin, min(complete.stop, d.stop))
     rows = slice(begin - d.start, end - d.start)
-    return rows, np.asarray(value)[..., begin - top : end - top, h, w]
+    return rows, np.asarray(value)[..., begin - complete.start : end - complete.start, h, w]
 
 
 def _flip(value: Array, flips: Bool[Array, " 3"], first: int) -> Array:

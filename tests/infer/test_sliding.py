@@ -152,6 +152,21 @@ def test_the_network_is_compiled_once_for_volumes_of_any_size():
     assert traced == [(4, *TILE, 1)]
 
 
+def test_nothing_is_compiled_for_volumes_that_only_have_another_depth(caplog):
+    window = SlidingWindow(pointwise, (12, 8, 6), mirror=False)
+
+    def compiled(*size):
+        caplog.clear()
+        with jax.log_compiles():
+            window.labels([PARAMS], volume(*size))
+            window.logits([PARAMS] * 2, volume(*size))
+        return [text for text in caplog.messages if "Finished XLA compilation" in text]
+
+    assert compiled(30, 9, 7)
+    assert not [text for depth in (7, 13, 16, 21, 40) for text in compiled(depth, 9, 7)]
+    assert compiled(30, 11, 7)
+
+
 def test_a_larger_bucket_gives_the_same_result(monkeypatch):
     image = volume(7, 19, 9)
     want = LOPSIDED.logits([PARAMS], image)
