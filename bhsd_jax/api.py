@@ -60,7 +60,7 @@ class Predictor:
                 as the first run's config says.
             networks: Names from the first run's objective; (): as its config says, which of an
                 imported run are all that were imported together.
-            mirror: Average over mirrored versions; None: as the run's config says.
+            mirror: Average over mirrored versions; None: each run as its own config says.
 
         Raises:
             FileNotFoundError: If a folder is not one of a run, or has no such checkpoint.
@@ -76,7 +76,7 @@ class Predictor:
             first = dataclasses.replace(first, config=config)
         devices.share_cores(first)
         devices.require_right_sums()
-        return cls(*ensemble.open_runs(first, more))
+        return cls(*ensemble.open_runs(first, more, mirror=mirror))
 
     @property
     def classes(self) -> tuple[str, ...]:

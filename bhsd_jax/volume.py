@@ -111,6 +111,7 @@ class Series:
     own_slices: bool = False
     """Label maps have a plane for each of its slices, and none for those that were interpolated.
     Uneven steps are then resampled for the network; `uneven` is about missing slices alone."""
+    uid: str = field(default="", repr=False)  # SeriesInstanceUID; "" if its files do not say
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,9 @@ _RARE = {
 @runtime_checkable
 class Dataset(Protocol):
     """A data set on disk, as each module in `datasets/` offers it.
+
+    Its constructor may take `root`, the folder that `--data.root` names; what else it takes is set
+    in `config.data` of a config file, which then is a field that flags may change.
 
     One that looks for defects has `survey() -> Survey` too; `cases` are then the survey's. One that
     has more than plain classes has `labels: Labels`, and one whose scans have several channels

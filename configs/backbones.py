@@ -41,7 +41,7 @@ _FAST = {
     "schedule": "cosine",
     "warmup": 0.05,
 }
-_SHORTER = 2  # times, by which `recipe=fast` is
+SHORTER = 2  # times, by which `recipe=fast` is
 # What nnU-Net plans for BHSD at its spacing; every network's preset for thick slices accepts it.
 _PATCH = (20, 320, 256)
 
@@ -62,7 +62,7 @@ BACKBONES = {
     "cotr": Backbone("cotr.CoTr"),
     "nnformer": Backbone("nnformer.NNFormer"),
     "nnunet": Backbone("nnunet.PlainConvUNet", patch=None),
-    # One convolution per decoder stage, whatever planner made the plan.
+    # One convolution per decoder stage, unless a plan for this network says otherwise.
     "nnunet_resenc": Backbone("nnunet.ResidualEncoderUNet", {"convs_decoder": 1}, patch=None),
 }
 # Classes that can do without their coarser heads.
@@ -110,7 +110,7 @@ def choose(config: ml_collections.ConfigDict, backbone: str, recipe: str, *, hea
     config.model.name = backbone
     if recipe == "fast":
         config.optimizer.update(_FAST)
-        config.train.steps //= _SHORTER
+        config.train.steps //= SHORTER
     if "." in backbone:
         return
     if backbone not in BACKBONES:

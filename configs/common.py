@@ -11,6 +11,7 @@ from ml_collections.config_dict import FieldReference
 
 from bhsd_jax import settings
 from bhsd_jax.configs import backbones
+from bhsd_jax.nnunet import topology
 from bhsd_jax.platform.errors import UserError
 
 # D, H, W of head CT in thick slices: what nnU-Net's rule gives for BHSD's own training cases.
@@ -39,6 +40,7 @@ DATA = {  # the word `data=`
         "uneven": "refuse",  # slices at uneven steps; or "resample"
         "unshear": False,  # undo the gantry's tilt
         "show_ids": False,  # call cases by their folders
+        "salt": "",  # of the hashes they are called by otherwise; "": drawn, kept with the shards
     },
     "rsna": {
         "name": "rsna.RSNA",
@@ -47,6 +49,7 @@ DATA = {  # the word `data=`
         "uneven": "resample",
         "unshear": False,
         "bhsd": "",  # BHSD's folder: its outlined scans join, their patients' others are left out
+        "allow_missing": False,  # some of the scans that are listed there
     },
     "instance": {"name": "instance.INSTANCE", "root": "data/INSTANCE2022"},
     "ctich": {"name": "ctich.CTICH", "root": "data/ct-ich", "masks": "binary"},
@@ -104,6 +107,9 @@ WORDS = {
     "backbone": "nnunet",
     "recipe": "published",
     "data": "synthetic",
+    "configuration": "3d_fullres",
+    "planner": "default",
+    "previous": "",
     "preset": "recommended",
     "labels": "",
     "task": "",
@@ -117,11 +123,15 @@ ABOUT = {  # the words for a reader
     "class as <module>.<Class>",
     "recipe=published": "optimizer and schedule of the backbone's authors; or nnunet: nnU-Net's; "
     "or fast: Muon, half the steps",
+    "configuration=3d_fullres": "or 2d, 3d_lowres, 3d_cascade_fullres: what nnU-Net plans",
+    "planner=default": "or resenc_m, resenc_l, resenc_xl: nnU-Net's, with backbone=nnunet_resenc",
+    "previous=FOLDER": "of 3d_cascade_fullres: what its first stage has predicted",
     "preset=recommended": "arguments of the objective; or ssl4mis: the training of its scripts",
     "labels=N": "masks to train with: a count, or a share below 1",
     "task=1": "the paper's tasks: 1 all classes, 2 binary with bleeding scans, 3 with all scans",
     "infer=full": "nnU-Net's sliding window; or fast: fewer tiles, no mirrored versions",
 }
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")  # `configuration=`
 # The paper's three tasks. It took 1500 scans that do not bleed for Task 3; 1418 were released.
 TASKS = {  # the word `task=`; each sets fields of `config.split`
     "": {},
@@ -186,7 +196,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.preset = words["preset"]  # read by experiment files
     config.task = words["task"]  # likewise
     config.data = dict(DATA.get(words["data"], {"name": words["data"], "root": ""}))
-    config.preprocess = _preprocess(words["data"])
+    config.preprocess = _preprocess(words)
     config.split = _split(words["labels"]) | TASKS[words["task"]]
     config.input = _group(settings.Input)
     config.windows = FieldReference("plan", field_type=object)
@@ -229,7 +239,8 @@ def semisupervised(arg: str, name: str, objective: str, presets: dict) -> ml_col
     others are nnU-Net's training and deploy the last.
 
     Raises:
-        ValueError: If the preset is unknown; lists the choices.
+        ValueError: If the preset is unknown; lists the choices. If it decides what another word
+            asks for.
     """
     config = get_config(arg)
     if config.preset not in presets:
@@ -241,10 +252,22 @@ def semisupervised(arg: str, name: str, objective: str, presets: dict) -> ml_col
     config.input.unlabeled = 2
     config.predict.checkpoint = "last"
     if config.preset == "ssl4mis":
+        _require_undecided(arg, name)
         _as_ssl4mis(config)
     if "smoke" in arg.split(","):
         smoke(config)
     return config
+
+
+def _require_undecided(arg: str, name: str) -> None:
+    """Refuses words whose fields SSL4MIS' scripts decide, rather than drop them unsaid."""
+    words = parse_arg(arg)
+    for word in ("recipe", "infer"):
+        if words[word] != WORDS[word]:
+            raise UserError(
+                f"{name}: preset=ssl4mis decides optimizer, length and sliding window; got "
+                f"{word}={words[word]}, which would change nothing; leave one of them out"
+            )
 
 
 def _as_ssl4mis(config: ml_collections.ConfigDict) -> None:
@@ -264,8 +287,8 @@ def parse_arg(arg: str) -> dict:
     """Reads `"smoke,data=msd"`; a word without a value is True.
 
     Raises:
-        ValueError: If a word is not known, or `data=`, `task=` or `infer=` names nothing; lists
-            the choices.
+        ValueError: If a word is not known, or `data=`, `configuration=`, `planner=`, `task=` or
+            `infer=` names nothing; lists the choices.
     """
     words = dict(WORDS)
     for part in filter(None, arg.split(",")):
@@ -279,6 +302,12 @@ def parse_arg(arg: str) -> dict:
             f"data={words['data']} is not known; choose from {', '.join(DATA)}, or name a class as "
             "<module>.<Class>"
         )
+    if words["configuration"] not in CONFIGURATIONS:
+        raise UserError(
+            f"configuration={words['configuration']} is not known; choose from "
+            f"{', '.join(CONFIGURATIONS)}, or name that of a plan with preprocess.configuration"
+        )
+    topology.planner_named(words["planner"])
     if words["task"] not in TASKS:
         raise UserError(f"task={words['task']} is not known; choose from 1, 2, 3")
     inference(words["infer"])
@@ -314,11 +343,14 @@ def _group(group: type) -> dict:
     return values
 
 
-def _preprocess(data: str) -> dict:
+def _preprocess(words: dict) -> dict:
     group = _group(settings.Preprocess)
     group["crop_hu"] = FieldReference(group["crop_hu"], field_type=object)  # None: nnU-Net's
-    for name, value in PREPROCESS.get(data, {}).items():
+    for name, value in PREPROCESS.get(words["data"], {}).items():
         group[name] = FieldReference(value, field_type=object)
+    group.update(configuration=words["configuration"], planner=words["planner"])
+    if words["previous"]:
+        group["previous"] = FieldReference((words["previous"],), field_type=object)
     return group
 
 

@@ -8,10 +8,18 @@ exactly, little noise), one foreground class.
 import ml_collections
 
 from bhsd_jax.configs import common, cps
+from bhsd_jax.platform.errors import UserError
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """CPS at a size a laptop trains while one waits."""
+    """CPS at a size a laptop trains while one waits.
+
+    Raises:
+        ValueError: If `arg` names another optimizer and length by `recipe=fast`.
+    """
+    words = common.parse_arg(arg)
+    if words["recipe"] == "fast":
+        raise UserError("demo: it has an optimizer and a length of its own; leave out recipe=fast")
     config = cps.get_config(arg)
     config.name = "demo"
     config.data.update(
@@ -53,6 +61,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "no bleed smaller than 10 mL and little noise, and the network is small and was trained "
         "for minutes: the numbers show that the pipeline works, not what it reaches on patients."
     )
-    if common.parse_arg(arg)["smoke"]:
+    if words["smoke"]:
         common.smoke(config)
     return config

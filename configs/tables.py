@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from bhsd_jax.configs import common
+from bhsd_jax.configs import backbones, common
 from bhsd_jax.platform.errors import UserError
 
 # All masks of the training part train and the last checkpoint is tested: nothing is chosen by
@@ -54,7 +54,8 @@ def get_config(table: PaperTable, arg: str) -> ml_collections.ConfigDict:
 
     Raises:
         ValueError: If a word is neither a row nor known, two rows are named, or a word changes
-            what the row is about; lists the choices.
+            what the row is about; lists the choices. If `recipe=fast` meets rows with an
+            optimizer of their own.
     """
     name, seed, words = _read(table, arg)
     row = table.rows[name]
@@ -65,7 +66,10 @@ def get_config(table: PaperTable, arg: str) -> ml_collections.ConfigDict:
     config = experiment.get_config(",".join([*own, *asked]))
     config.name = f"{table.name}-{name}"
     config.seed = seed
-    _set(config, {**SHARED, **table.fields, **row.fields})
+    fields = {**SHARED, **table.fields, **row.fields}
+    _set(config, fields)
+    if common.parse_arg(",".join(asked))["recipe"] == "fast":
+        _shorten(config, table, fields)
     if smoke:
         _shrink(config)
     _scale(config)
@@ -113,6 +117,18 @@ def _set(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> None:
             part = part[name]
         part[last]  # raises where the row names a field that is not there
         part[last] = value
+
+
+def _shorten(
+    config: ml_collections.ConfigDict, table: PaperTable, fields: Mapping[str, Any]
+) -> None:
+    """A length that the table sets itself is halved as the recipe halves any other."""
+    if "optimizer.name" in fields:
+        raise UserError(
+            f"{table.name}: its rows train with {fields['optimizer.name']}; leave out recipe=fast"
+        )
+    if "train.steps" in fields:
+        config.train.steps //= backbones.SHORTER
 
 
 def _shrink(config: ml_collections.ConfigDict) -> None:

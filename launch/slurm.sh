@@ -19,7 +19,8 @@
 #   scancel --signal=TERM JOB                                # save now, and be queued again
 #
 # BHSD_EXTRAS: extras of tools/env, default cuda where the job has GPUs. BHSD_AFTER: verbs to run after
-# training, as in "predict evaluate report". BHSD_HOME: the repository, where another folder submits.
+# training, as in "predict evaluate report"; --after="..." as the first word says the same, and comes first.
+# BHSD_HOME: the repository, where another folder submits.
 # BHSD_REQUEUES: starts in a row without a newer checkpoint before the job gives up, default 3.
 set -uo pipefail
 
@@ -32,6 +33,8 @@ die() {
 home=${BHSD_HOME:-${SLURM_SUBMIT_DIR:-.}}
 [ -f "$home/tools/env" ] || die "$home is not the repository; submit there, or set BHSD_HOME"
 cd "$home" || exit
+after=${BHSD_AFTER:-}
+case "${1:-}" in --after=*) after=${1#*=} && shift ;; esac
 workdir='' predictions='' overwrite=''
 for argument in "$@"; do
   case "$argument" in
@@ -135,7 +138,7 @@ run() {
 
 before=$at at=train
 run "$processes" train "$@"
-for verb in ${BHSD_AFTER:-}; do
+for verb in $after; do
   [ "$code" -eq 0 ] || break
   at=$verb
   case "$verb" in

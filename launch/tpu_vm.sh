@@ -3,12 +3,15 @@
 #   launch/tpu_vm.sh create NAME --zone=us-east5-a --type=v6e-16 [--spot] [--version=...] [--project=...]
 #   launch/tpu_vm.sh wait   NAME --zone=us-east5-a        until it is there
 #   launch/tpu_vm.sh setup  NAME --zone=us-east5-a        copies the code, makes the environment
-#   launch/tpu_vm.sh run    NAME --zone=us-east5-a -- train --config=configs/cps.py:data=bhsd --workdir=/mnt/runs/cps
-#   launch/tpu_vm.sh stop   NAME --zone=us-east5-a        SIGTERM: saves and ends with 75
+#   launch/tpu_vm.sh run    NAME --zone=us-east5-a -- train --config=configs/cps.py:data=bhsd \
+#     --config.input.labeled=16 --config.input.unlabeled=16 --workdir=/mnt/runs/cps
+#   launch/tpu_vm.sh stop   NAME --zone=us-east5-a        SIGTERM: a training saves and ends with 75
 #   launch/tpu_vm.sh delete NAME --zone=us-east5-a
 # --dry-run prints the commands of gcloud and runs none. A run goes on when the connection breaks; `run`
-# again is refused while it does. The folder of the run must be one that all hosts share (Filestore, or a
-# bucket by gcsfuse), and JAX finds the hosts by itself.
+# again is refused while it does. The patches of a step are to be multiples of the hosts, better of the
+# chips. The folder of the run must be one that all hosts share and where folders can be renamed:
+# Filestore, or by gcsfuse a bucket with hierarchical namespace. Every host starts the verb and JAX finds
+# the others; preprocess and report, which need no JAX, are told by the metadata of the slice.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -126,6 +129,14 @@ run() {
       exit 1
     fi
     source tools/env || exit
+    case "$1" in preprocess | report) # JAX does not tell them which host this is of how many
+      about=http://metadata.google.internal/computeMetadata/v1/instance/attributes
+      ask() { curl --silent --show-error --fail --header "Metadata-Flavor: Google" "$about/$1"; }
+      number=$(ask agent-worker-number) || exit
+      hosts=$(ask worker-network-endpoints) || exit
+      commas=${hosts//[^,]/}
+      export JAX_PROCESS_ID=$number JAX_NUM_PROCESSES=$((${#commas} + 1)) ;;
+    esac
     : >../bhsd.log # before tail looks for it
     setsid python -m bhsd_jax.main "$@" </dev/null >>../bhsd.log 2>&1 &
     echo $! >../bhsd.pid

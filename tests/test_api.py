@@ -139,6 +139,30 @@ def test_three_runs_give_the_mean_of_their_probabilities(runs, scans, tmp_path):
     assert [one["run"] for one in facts["averaged_with"]] == ["fold1", "fold2"]
 
 
+def test_every_run_is_mirrored_as_it_was_trained_whichever_is_named_first(scans, tmp_path):
+    voxels, affine = nibabels(scans / "a.nii.gz")
+    made = []
+    for seed, axes in enumerate([(), (2,), (1, 2)]):
+        made.append(tiny_run.make(tmp_path / f"run{seed}", seed, mirror=bool(axes)))
+        config = json.loads((made[-1] / "config.json").read_text())
+        config["infer"]["mirror_axes"] = axes or (0, 1, 2)
+        (made[-1] / "config.json").write_text(json.dumps(config))
+    alone = [Predictor.from_run(run).predict(voxels, affine)._logits for run in made]
+    want = np.mean([np.exp(one) / np.exp(one).sum(0) for one in alone], axis=0)
+    together = Predictor.from_run(*made[::-1])
+    assert [member.mirror for member in together.members] == [(1, 2), (2,), ()]
+    found = together.predict(voxels, affine)
+    np.testing.assert_allclose(np.exp(found._logits), want, atol=2e-6)
+    out, more = tmp_path / "out", (str(made[1]), str(made[2]))
+    written = predict_all(made[0], scans / "a.nii.gz", out, runs=more)
+    np.testing.assert_array_equal(written["a.nii.gz"], found.labels)
+    facts = json.loads((out / "predictions.json").read_text())
+    assert [one["mirror"] for one in facts["averaged_with"]] == [[2], [1, 2]]
+    for asked, want in ((False, [(), (), ()]), (True, [(0, 1, 2), (2,), (1, 2)])):
+        members = Predictor.from_run(*made, mirror=asked).members
+        assert [member.mirror for member in members] == want, "what is asked for holds for all"
+
+
 def test_parts_count_as_often_as_they_have_networks():
     random = np.random.default_rng(0)
     one, two, three = (random.normal(0, 3, (3, 2, 2, 2)).astype(np.float32) for _ in range(3))

@@ -67,3 +67,32 @@ def test_the_limit_of_a_container_or_a_job_counts(tmp_path, group, file, limits)
     assert 2000 in found
     assert (5 in found) == (file == "memory.max")
     assert list(machine._limits(tmp_path / "no such file", tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "want"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),  # `podman run --cpus=1.5`
+        ("0::/pod/one\n", {"pod/one/cpu.max": "max 100000\n", "pod/cpu.max": "300000 100000"}, 3),
+        ("0::/\n", {"cpu.max": "6400000 100000\n"}, 8),  # more than the cores it may run on
+        ("0::/\n", {"cpu.max": "1000 100000\n"}, 1),
+        (
+            "3:cpu,cpuacct:/docker/x\n0::/\n",
+            {"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            3,
+        ),
+        ("3:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ("3:cpuset:/\n", {}, 8),
+    ],
+)
+def test_a_quota_of_processor_time_counts_as_so_many_cores(
+    tmp_path, monkeypatch, group, files, want
+):
+    (tmp_path / "groups").write_text(group)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "_OWN_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "_GROUPS", tmp_path)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: set(range(8)))
+    assert machine.cores() == want

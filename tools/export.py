@@ -31,14 +31,15 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("out", type=Path, help="folder to write; safetensors: file to write")
     parser.add_argument("--to", choices=("stablehlo", "safetensors"), required=True)
-    parser.add_argument("--checkpoint", default="best", help="best, last, or a step; default best")
+    parser.add_argument("--checkpoint", help="best, last, or a step; default: as `predict` has it")
     parser.add_argument("--network", help="of several, such as twins or folds")
     parser.add_argument("--normalized", action="store_true", help="the input is normalized already")
     parser.add_argument("--weights-apart", action="store_true", help="weights.npz as an argument")
     options = parser.parse_args()
     try:
         config = from_run.get_config(str(options.run))
-        config.predict.checkpoint = options.checkpoint
+        if options.checkpoint:
+            config.predict.checkpoint = options.checkpoint
         if options.network:
             config.predict.networks = (options.network,)
         if options.to == "safetensors":

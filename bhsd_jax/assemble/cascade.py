@@ -1,7 +1,7 @@
 """Where the second network of a cascade gets the label maps of the first from, in prediction."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,8 @@ class FirstStage:
         target = self.folder / f"{name}{scan.ending(case.image)}"
         seconds, stays = 0.0, not self.overwrite and self.origins.keeps(name)
         if not stays or self.predict.finished(case, target, name) is None:
+            if not stays:
+                self.origins.clear(name, target)
             seconds = self.predict(case, target, name).seconds or 0.0
             self.origins.note(name)
         return dataclasses.replace(case, previous=target), seconds
@@ -79,13 +81,17 @@ def first_of(run: Run, cases: Sequence[Case]) -> tuple[list[Case], Path | None]:
     if missing:
         raise UserError(
             f"config.{field}: no label map of {len(missing)} of {len(cases)} scans: "
-            f"{', '.join(missing[:4])}"
+            f"{', '.join(missing[:4])}{'' if given else previous.about_salt(cases)}"
         )
     return known, None
 
 
-def open_first(run: Run, folder: Path, out: Path) -> FirstStage:
+def open_first(
+    run: Run, folder: Path, out: Path, series: Mapping[str, str] | None = None
+) -> FirstStage:
     """The first network of a cascade from its run; label maps go to a folder in `out`.
+
+    `series` is as in `Origins`.
 
     Raises:
         FileNotFoundError: If the folder is not one of a run.
@@ -103,5 +109,5 @@ def open_first(run: Run, folder: Path, out: Path) -> FirstStage:
         )
     predict, members = ensemble.open_runs(first)
     folder, overwrite = out / PREVIOUS_STAGE, run.config.predict.overwrite
-    made_by = Origins(folder, facts_of(first, members))
+    made_by = Origins(folder, facts_of(first, members), series)
     return FirstStage(predict, folder, overwrite, made_by)

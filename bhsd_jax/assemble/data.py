@@ -25,16 +25,18 @@ def data_set(config: Settings, workdir: Path) -> Dataset:
     """The data set as downloaded; the synthetic one lies in the run folder by default.
 
     Raises:
-        ValueError: If the config names an unknown class or argument, no root, or a class that
-            lacks a part.
+        ValueError: If the config names an unknown class or argument, no root of a class that takes
+            one, or a class that lacks a part.
     """
     spec = dict(config.data)
+    takes = inspect.signature(find("bhsd_jax.datasets", spec["name"])).parameters
     if not spec.get("root"):
-        if not spec["name"].startswith("synthetic."):
+        spec.pop("root", None)
+        if spec["name"].startswith("synthetic."):
+            spec["root"] = str(workdir / "synthetic")
+        elif "root" in takes:
             raise UserError(f"config.data.root is empty; say where {spec['name']} lies")
-        spec["root"] = str(workdir / "synthetic")
-    made = find("bhsd_jax.datasets", spec["name"])
-    if "salt" in inspect.signature(made).parameters and not spec.get("salt"):
+    if "salt" in takes and not spec.get("salt"):
         spec["salt"] = _salt(shards_folder(config, workdir))  # its names are those in the shards
     found = build("bhsd_jax.datasets", spec)
     require_members(found, Dataset, "")

@@ -37,7 +37,7 @@ def require_right_sums() -> None:
     if jax.default_backend() != "cpu":
         return
     ones = np.ones((6000, 8), np.float32)
-    found = jax.jit(lambda x: jnp.square(x @ jnp.ones((8, 3))).sum(-1))(ones)
+    found = jax.jit(lambda x: jnp.square(x @ jnp.ones((8, 3), x.dtype)).sum(-1))(ones)
     if not (found == 3 * 8**2).all():
         raise UserError(
             f"jaxlib {jaxlib.version.__version__} adds up wrongly in this process: JAX was started "

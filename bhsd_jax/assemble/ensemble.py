@@ -42,13 +42,18 @@ def run_of(folder: str | Path, *, infer: Infer | None = None, **predict: Any) ->
 
 
 def open_runs(
-    run: Run, more: Sequence[str | Path] = (), *, apart: bool = False
+    run: Run,
+    more: Sequence[str | Path] = (),
+    *,
+    apart: bool = False,
+    mirror: bool | None = None,
 ) -> tuple[Predictor, tuple[Member, ...]]:
     """The predictor of a run, together with those of other folders.
 
     All networks whose scans are prepared alike count alike. With `apart` there may be several such
     groups, a 2D and a 3D network say, which count alike whatever their sizes. The first run says
-    how volumes are predicted, but for the mirrored axes of runs that are prepared in another way.
+    how volumes are predicted, but every network is mirrored as its own run says, unless `mirror`
+    is given.
 
     Raises:
         FileNotFoundError: If a run has no checkpoint, or a folder is not one of a run.
@@ -61,11 +66,10 @@ def open_runs(
         # Its own networks of its own best checkpoint: steps of different runs are not alike.
         chosen = run.config.predict.checkpoint
         which = chosen if chosen in ("best", "last") else "best"
-        other = run_of(folder, infer=run.config.infer, checkpoint=which)
+        other = _as_first(run, run_of(folder, checkpoint=which), mirror)
         _require_alike(run, other, _MEANING if apart else _fields(run))
         alike = next((own for first, own in groups if not _unlike(first, other)), None)
         if alike is None:
-            other = _with_own_mirrors(other, folder)
             groups.append((other, alike := []))
         made, member = _open(other)
         alike.append(made)
@@ -74,18 +78,51 @@ def open_runs(
     return dataclasses.replace(one, apart=tuple(others)), tuple(members)
 
 
-def _with_own_mirrors(run: Run, folder: str | Path) -> Run:
-    """The run mirrors along the axes that it was trained with, if at all."""
-    infer, own = run.config.infer, run_of(folder).config.infer
-    mirror = infer.mirror and own.mirror
-    infer = dataclasses.replace(infer, mirror=mirror, mirror_axes=own.mirror_axes, law=own.law)
-    return dataclasses.replace(run, config=dataclasses.replace(run.config, infer=infer))
+def seen(run: Run, more: Sequence[str | Path], cases: Sequence[str]) -> dict[str, int]:
+    """On how many of a run's scans further runs were trained, by folder; those of none left out.
+
+    That is known from their shards. Where these are gone, or call the scans by other names, a run
+    of the same data set and another fold may have been trained on all of them.
+    """
+    counts = {str(folder): _seen(run, run_of(folder), set(cases)) for folder in more}
+    return {folder: count for folder, count in counts.items() if count}
+
+
+def _seen(run: Run, other: Run, cases: set[str]) -> int:
+    try:
+        roles, _ = other.roles
+    except (FileNotFoundError, UserError):
+        pass
+    else:
+        used = {*roles.train, *roles.unlabeled}
+        if cases & {*used, *roles.val, *roles.test}:
+            return len(cases & used)
+    alike = other.plan.dataset == run.plan.dataset
+    return len(cases) if alike and other.config.split.fold != run.config.split.fold else 0
+
+
+def _as_first(run: Run, other: Run, mirror: bool | None) -> Run:
+    """Another run predicts as the first, but mirrored and tiled by the law that it was trained for.
+
+    What the caller has changed in these of the first run's own config holds for all.
+    """
+    asked, saved = run.config.infer, run_of(run.folder).config.infer
+    own = {
+        name: getattr(other.config.infer, name)
+        for name in ("mirror", "mirror_axes", "law")
+        if getattr(asked, name) == getattr(saved, name)
+    }
+    own |= {} if mirror is None else {"mirror": mirror}
+    config = dataclasses.replace(other.config, infer=dataclasses.replace(asked, **own))
+    return dataclasses.replace(other, config=config)
 
 
 def _open(run: Run) -> tuple[Predictor, Member]:
     step, networks = deployed.load(run)
     made = devices.make_predictor(run, list(networks.values()))
-    return made, Member(run.folder, step, tuple(networks))
+    infer = run.config.infer
+    axes = tuple(infer.mirror_axes) if infer.mirror else ()
+    return made, Member(run.folder, step, tuple(networks), axes)
 
 
 def _fields(run: Run) -> tuple[str, ...]:

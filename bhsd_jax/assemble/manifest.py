@@ -23,6 +23,7 @@ class Member:
     folder: Path
     step: int
     networks: tuple[str, ...]
+    mirror: tuple[int, ...] = ()  # axes that are mirrored
 
     @property
     def weights_sha256(self) -> str:

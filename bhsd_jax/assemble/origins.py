@@ -1,4 +1,7 @@
-"""What made the label maps of a folder, so that those of other networks do not pass for ours."""
+"""What made the label maps of a folder, so that those of other networks do not pass for ours.
+
+Nor may what lies beside a label map outlive the scan that it was made of.
+"""
 
 import dataclasses
 import hashlib
@@ -11,6 +14,9 @@ from typing import Any
 from bhsd_jax import fields
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.run import Run
+from bhsd_jax.ct import probabilities, saved_logits, upright
+from bhsd_jax.ct.dicom import segmentation
+from bhsd_jax.nnunet import saved_probabilities
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 
@@ -36,23 +42,32 @@ def facts_of(run: Run, members: Sequence[Member], **more: Any) -> dict[str, Any]
         "precision": run.config.precision,
         **more,
     }
+    if len({member.mirror for member in members}) > 1:
+        facts["mirrors"] = [member.mirror for member in members]
     return json.loads(json.dumps(facts))
 
 
 class Origins:
     """The record of one folder, and what predicts into it now.
 
+    `series` has a digest of each DICOM series by its name: the folder that a series is called for
+    may be filled with another one between two calls.
+
     The last line about a label map says what made it, or that it is to be made again: a call that
     overwrites and is stopped leaves some of the call before it behind. Several processes may write
     one record.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any]):
+    def __init__(
+        self, folder: Path, facts: Mapping[str, Any], series: Mapping[str, str] | None = None
+    ):
         self._path, self.facts = folder / NAME, facts
+        self._series = series or {}
         text = json.dumps(facts, sort_keys=True)
         self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         lines = files.read_json_lines(self._path)
         self._known = {line["case"]: line.get("made_with") for line in lines if "case" in line}
+        self._series_of = {line["case"]: line.get("series") for line in lines if "case" in line}
         self._others = {line["digest"]: line.get("facts") for line in lines if "digest" in line}
 
     def begin(self, there: Sequence[str], *, overwrite: bool) -> None:
@@ -72,7 +87,7 @@ class Origins:
 
     def keeps(self, name: str) -> bool:
         """Whether a label map that is there may stay: ours, or one of which nothing is known."""
-        return self._known.get(name, self._digest) == self._digest
+        return self._known.get(name, self._digest) == self._digest and not self._is_of_other(name)
 
     def note(self, name: str) -> None:
         """Ours has been written.
@@ -80,8 +95,31 @@ class Origins:
         Raises:
             faults.WriteError: If the system says no.
         """
-        self._write({"case": name, "made_with": self._digest})
-        self._known[name] = self._digest
+        series = {"series": self._series[name]} if name in self._series else {}
+        self._write({"case": name, "made_with": self._digest, **series})
+        self._known[name], self._series_of[name] = self._digest, self._series.get(name)
+
+    def clear(self, name: str, target: Path) -> None:
+        """Removes what a call before has left beside the label map at `target`.
+
+        It may be of another scan, and this call may not write all of it.
+
+        Raises:
+            faults.WriteError: If the system says no.
+        """
+        if name not in self._known and not target.is_file():
+            return
+        for path in (
+            *(probabilities.beside(target), saved_logits.beside(target)),
+            *(*saved_probabilities.pair(target), *upright.pair(target)),
+            segmentation.place(target),
+        ):
+            files.unlink(path)
+
+    def _is_of_other(self, name: str) -> bool:
+        """Whether a label map is known to be of a series other than the one of that name now."""
+        now, before = self._series.get(name), self._series_of.get(name)
+        return None not in (now, before) and now != before
 
     def _require_ours(self, there: Sequence[str]) -> None:
         made = [self._known[name] for name in there if self._known.get(name) is not None]
@@ -94,6 +132,9 @@ class Origins:
                 f"{differs and f': {differs}'}; with config.predict.overwrite=False they would "
                 "stay among ours. Name another folder with config.predict.out, or overwrite them"
             )
+        moved = sum(map(self._is_of_other, there))
+        if moved:
+            logger.warning("%d label maps are of other series than now have their names", moved)
         unknown = sum(name not in self._known for name in there)
         if unknown:
             logger.warning("%d label maps stay of which it is not known what made them", unknown)

@@ -126,8 +126,6 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
     rates = partial(_optimizer, config, parts=bool(objective.twins))
     schedule, optimizer = rates(config.train.steps)
     terms, slices = _slice_labels(run)
-    # MR has no HU to tell the head by: its slices are followed by all voxels of the scan.
-    of_scan = slices is not None and plan.modality != "ct"
     if terms is not None:
         objective = WithSliceLoss(objective, terms)
     loss = dict(vars(config.loss))
@@ -146,7 +144,6 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
             spatial,
             intensity,
             head_hu=_head(plan),
-            of_scan=of_scan,
             masked=config.input.outside == "masked",
             cascade=cascade,
         ),
@@ -161,7 +158,8 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
         fill=run.network_input.pad_value(config.input.pad),
         foreground=config.input.foreground,
         binary=config.split.binary,
-        masked=config.input.outside == "masked" or of_scan,
+        # What lies outside the scan may be as bright as a head, and is none.
+        masked=config.input.outside == "masked" or slices is not None,
         uniform=config.input.crop == "uniform",
         rot_flip=config.input.rot_flip,
         annotated=run.labels.ignore is not None,
@@ -239,18 +237,16 @@ def make_augment(
     spatial: SpatialChain,
     intensity: IntensityChain,
     *,
-    head_hu: float | None = None,
-    of_scan: bool = False,
+    head_hu: float = -200.0,
     masked: bool = True,
     cascade: Cascade | None = None,
 ) -> Callable[[Any, Batch], Batch]:
     """Raw batch to patches: the labeled ones complete, the unlabeled without intensity changes.
 
     With a `cascade` the last raw channel is a label map, which is moved as the labels are.
-    Slice labels find their slices again by the voxels above `head_hu`, -200 if None, or with
-    `of_scan` by all voxels in the scan. Which those are is passed on if `masked`.
+    Slice labels find their slices again by the voxels of the scan above `head_hu`, and so come
+    with `inside`, which is passed on only if `masked`.
     """
-    head_hu = -200.0 if head_hu is None else head_hu
 
     def augment(key: jax.Array, batch: Batch) -> Batch:
         spatial_key, intensity_key, free_key = jax.random.split(key, 3)
@@ -269,8 +265,8 @@ def make_augment(
         if slice_labels is None:
             free, _ = spatial(free_key, plain, None)
         else:
-            head = inside[..., None] if of_scan else batch.unlabeled
-            marks, whole = mark(head, 0 if of_scan else head_hu)
+            assert inside is not None  # it comes with slice labels
+            marks, whole = mark((inside > 0) & (batch.unlabeled[..., 0] > head_hu))
             free, moved = spatial(free_key, plain, marks)
             assert moved is not None  # marks came in
             reach = 0 if spatial.keeps_slices else 1
@@ -287,13 +283,16 @@ def make_augment(
     return augment
 
 
-def _head(plan: Plan) -> float | None:
-    """The intensity above which there is head, as it lies in the shards."""
+def _head(plan: Plan) -> float:
+    """The intensity above which there is head in a scan, as it lies in the shards."""
+    if plan.modality != "ct":
+        return -math.inf  # MR has no HU to tell the head by: all of the scan counts as head
+    floor = -200.0 if plan.crop_hu is None else plan.crop_hu
     if not plan.normalize_first:
-        return plan.crop_hu
+        return floor
     low, mean, std, _ = plan.foreground
     # Nothing below `low` is left; what is just above it may be air that a spline has moved.
-    return (max(-200.0 if plan.crop_hu is None else plan.crop_hu, low) - mean) / std + 0.01
+    return (max(floor, low) - mean) / std + 0.01
 
 
 def require_matching(run: Run, recipe: Recipe, roles: Roles, mesh: Mesh) -> None:

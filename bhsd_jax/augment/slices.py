@@ -18,12 +18,8 @@ _CUT = 0.025 * 12 / np.sqrt(np.pi)
 _FAR = 2**14  # above every slice number
 
 
-def mark(raw: Array, head_hu: float) -> tuple[Int[Array, "U D H W"], Bool[Array, "U D"]]:
-    """Slice number + 1 of the head's voxels, 0 for air; and which slices show their whole head.
-
-    Where there is no HU, `raw` says which voxels lie in the scan, 1 or -1, and `head_hu` is 0.
-    """
-    head = raw[..., 0] > head_hu
+def mark(head: Bool[Array, "U D H W"]) -> tuple[Int[Array, "U D H W"], Bool[Array, "U D"]]:
+    """Slice number + 1 of the head's voxels, 0 elsewhere; and which slices show all their head."""
     number = jnp.arange(1, head.shape[1] + 1, dtype=jnp.int16)
     return jnp.where(head, number[None, :, None, None], 0).astype(jnp.int16), _is_whole(head)
 

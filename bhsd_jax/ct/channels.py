@@ -1,14 +1,14 @@
-"""Several input channels of one scan: their common crop, and nnU-Net's normalization of each."""
+"""The input channels of one scan: their common crop, nnU-Net's normalization, and its labels."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Num
+from jaxtyping import Bool, Float, Float32, Num, UInt8
 from scipy import ndimage
 
 from bhsd_jax.ct import geometry
 from bhsd_jax.defects import Finding, Kind, Refusal
-from bhsd_jax.volume import Channel, Grid, Volume
+from bhsd_jax.volume import Channel, Grid, Plan, Volume
 
 Box = Float[np.ndarray, "d h w"]  # one channel inside the crop, before it is resampled
 
@@ -142,3 +142,22 @@ def silence(
     for index in masked:
         stacked[..., index][outside] = 0
     return stacked.reshape(image.shape)
+
+
+def label_on(
+    label: UInt8[np.ndarray, "d h w"], channels: Sequence[Volume], grid: Grid, plan: Plan
+) -> UInt8[np.ndarray, "D H W"]:
+    """A label map of the scan's own voxels on the grid.
+
+    Where all channels are 0, but for holes, unlabeled voxels are a class of their own meanwhile, so
+    that background does not outvote a label at the rim of the scan. A scan that is cropped to a
+    head has no such place.
+
+    Source: nnU-Net v2.8.1, `DefaultPreprocessor.run_case`, `crop_to_nonzero`.
+    """
+    # Of the highest value there is no further one.
+    if plan.crop_hu is not None or label.max() == np.iinfo(np.uint8).max:
+        return geometry.to_grid(label, grid, "label")
+    empty = ~np.asarray(ndimage.binary_fill_holes(union(channels).voxels != 0))
+    apart = np.where(empty & (label == 0), 0, label + 1).astype(np.uint8)
+    return np.maximum(geometry.to_grid(apart, grid, "label"), 1) - 1

@@ -61,7 +61,9 @@ def shape(header: Nifti1Header, channels: int = 1) -> Shape:
         raise Refusal(Kind.AXES, text)
     further = sizes[4:] if channels > 1 else sizes[3:]
     if not 3 <= rank <= 7 or any(n != 1 for n in further):
-        raise Refusal(Kind.AXES, f"not a 3D scan: dim is {rank}, sizes {tuple(sizes)}")
+        # One slice has no thickness in such a file, and networks for scans are given millimeters.
+        hint = "; give a slice a third axis of size 1, or save it as .mha or .png" * (rank == 2)
+        raise Refusal(Kind.AXES, f"not a 3D scan: dim is {rank}, sizes {tuple(sizes)}{hint}")
     if min(sizes) < 1:
         raise Refusal(Kind.AXES, f"sizes must be positive; got {tuple(sizes)}")
     w, h, d = sizes[:3]

@@ -18,10 +18,12 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int, Num, UInt8
 from scipy import special
 
-from bhsd_jax.ct import geometry, hu, resample, shear
+from bhsd_jax.ct import centers, geometry, hu, resample, shear
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.labels import Labels
 from bhsd_jax.volume import Grid, Image, Series, Shape, Volume
+
+_BEYOND = -1e4  # the margin of what lies beyond a grid of `centers`: background, for certain
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +228,8 @@ def _margins_at(
 ) -> Float32[np.ndarray, "_ _ _"]:
     """One class's logits less background's, or a region's, on the slices inside the crop."""
     along, inside, start, count = _along(grid, places)
+    if grid.law == geometry.CENTERS:
+        return _margins_from_centers(margins, grid, places[inside])
     shape = list(grid.cropped_shape)
     shape[along] = margins.shape[along]  # across the slices it is interpolated below
     axis = resample.separate_axis(grid.spacing_mm, grid.native_spacing_mm)
@@ -234,6 +238,28 @@ def _margins_at(
     planes = np.flip(planes, tuple(a for a in range(3) if grid.flip[a])).transpose(back)
     place = (places[inside] - start + 0.5) * len(planes) / count - 0.5
     return between(planes, np.clip(place, 0, len(planes) - 1))
+
+
+def _margins_from_centers(
+    margins: Float[np.ndarray, "_ _ _"], grid: Grid, places: Float64[np.ndarray, " N"]
+) -> Float32[np.ndarray, "_ _ _"]:
+    """As `_margins_at`, where first centers coincide; in rows and columns of the nearest voxel.
+
+    An axis that runs against the file's begins one voxel beyond the scan, see `centers`.
+    """
+    along, native_mm, mm = grid.order.index(0), grid.native_spacing_mm, grid.spacing_mm
+    turned = grid.native_shape[0] - places if grid.flip[along] else places
+    place = turned * native_mm[along] / mm[along]
+    shape, sizes_mm, flips = list(grid.cropped_shape), list(native_mm), list(grid.flip)
+    # Along the slices all planes stay as they are.
+    shape[along], sizes_mm[along], flips[along] = margins.shape[along], mm[along], False
+    (d, h, w), (d_mm, h_mm, w_mm), (d_flip, h_flip, w_flip) = shape, sizes_mm, flips
+    flip = d_flip, h_flip, w_flip
+    planes = centers.from_centers(margins, (d, h, w), (d_mm, h_mm, w_mm), mm, flip, _BEYOND)
+    planes = np.flip(planes, tuple(np.flatnonzero(flip).tolist())).transpose(np.argsort(grid.order))
+    found = between(planes, np.clip(place, 0, len(planes) - 1))
+    found[place >= len(planes) - 0.5] = _BEYOND
+    return found
 
 
 def between(

@@ -131,7 +131,7 @@ def prepare_case(
     if plan.modality == "ct" and isinstance(case.image, Path):
         more = [*more, *hu.tilt_findings(volume.affine, table_feed=case.table_feed)]
     if label is not None:
-        prepared_label = geometry.to_grid(label, grid, "label").astype(np.uint8)
+        prepared_label = channels.label_on(label, (volume, *every[1:]), grid, plan)
         feed = case.table_feed and plan.modality == "ct"
         voxel_ml = hu.voxel_ml(volume.affine, table_feed=feed)
         counts = np.bincount(label.ravel(), minlength=values)
@@ -185,7 +185,7 @@ def prepare_volume(
     )
     image, grid = _on_grid((ready, *further), plan)
     if first_label is not None:
-        maps = first_stage.resampled(first_label, (ready, *further), grid, plan)
+        maps = channels.label_on(first_label, (ready, *further), grid, plan)
         image = first_stage.append(image, maps)
     return image if image.ndim == 4 else image[..., None], grid, tuple(found)
 

@@ -11,7 +11,8 @@ from bhsd_jax.platform import files
 from bhsd_jax.volume import Grid, Millimeters, Plan
 
 _SLACK = 1.25  # times what was seen is still like it
-_LEAST_SHARE = 0.05  # of the crop's voxels that have the intensities of brain and bleeds
+_LEAST_SHARE = 0.05  # of the voxels that have the intensities of brain and bleeds
+_AT_BOUND = 0.01  # of the range: as close to an end of it as clipped voxels are once resampled
 _AXES = ("slices", "rows", "columns")
 
 
@@ -37,7 +38,9 @@ def sentences(image: np.ndarray, grid: Grid, plan: Plan, seen: Seen | None) -> t
 
     Spacing and field of view are compared with the ranges of the prepared data set, a quarter
     beyond which still counts as like it. Of a CT in HU at least 5 % of the crop must have
-    intensities between the plan's 0.5 % and 99.5 % of bleeding voxels, where brain lies too.
+    intensities between the plan's 0.5 % and 99.5 % of bleeding voxels, where brain lies too. A CT
+    that was normalized first is clipped to them, and imported plans do not crop air away: of its
+    voxels above the lower, 5 % must be below the upper.
 
     Args:
         image: [D H W C] as `prepare_case` gives it, or without C.
@@ -49,13 +52,27 @@ def sentences(image: np.ndarray, grid: Grid, plan: Plan, seen: Seen | None) -> t
     if seen is not None and plan.transpose == (0, 1, 2):
         told += _outside("spacing", "mm", grid.native_spacing_mm, seen.spacing_mm)
         told += _outside("field of view", "mm", grid.native_extent_mm, seen.field_mm)
-    if plan.modality == "ct" and not plan.normalize_first:
-        low, _, _, high = plan.foreground
+    if plan.modality == "ct":
         image = image[..., : plan.scan_channels] if image.ndim == 4 else image
-        share = float(np.mean((image >= low) & (image <= high)))
+        low, _, _, high = plan.foreground
+        share = _clipped_share(image, plan) if plan.normalize_first else _share(image, low, high)
         if share < _LEAST_SHARE:
-            told.append(f"{100 * share:.1f} % of the head lie in {low:.0f} to {high:.0f} HU")
+            where = f"voxels above {low:.0f} HU" if plan.normalize_first else "head"
+            told.append(f"{100 * share:.1f} % of the {where} lie in {low:.0f} to {high:.0f} HU")
     return tuple(told)
+
+
+def _share(image: np.ndarray, low: float, high: float) -> float:
+    return float(np.mean((image >= low) & (image <= high)))
+
+
+def _clipped_share(image: np.ndarray, plan: Plan) -> float:
+    """Of the voxels that were not clipped to the lower bound, those not clipped to the upper."""
+    low, mean, std, high = plan.foreground
+    least, most = ((bound - mean) / max(std, 1e-8) for bound in (low, high))
+    near = _AT_BOUND * (most - least)
+    above = image > least + near
+    return float(np.mean(image[above] < most - near)) if above.any() else 0.0
 
 
 def _outside(

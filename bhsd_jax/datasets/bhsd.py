@@ -51,8 +51,11 @@ class BHSD:
         """
         yield from self.survey().cases
 
-    def survey(self) -> Survey:
+    def survey(self, *, pool: bool = True) -> Survey:
         """The usable cases and what is wrong with the rest.
+
+        Args:
+            pool: With the scans known only to bleed or not.
 
         Raises:
             FileNotFoundError: If there are no images, no masks, or no official split.
@@ -62,7 +65,7 @@ class BHSD:
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; unpack BHSD there, or set data.root")
         labeled, findings = self._labeled(root)
-        unlabeled, more = _unlabeled(root, {case.id for case in labeled})
+        unlabeled, more = _unlabeled(root, {case.id for case in labeled}) if pool else ([], [])
         cases, overlaps = _patients([*labeled, *unlabeled])
         findings += [*more, *overlaps, *_unused(root, cases)]
         refused = [finding.text for finding in findings if finding.done == "refused"]
@@ -75,7 +78,8 @@ class BHSD:
             )
         table = root / "slice_labels.csv"
         rows = slice_labels(table, self.classes[1:])
-        if unknown := sorted(set(rows) - {case.id for case in cases}):
+        unknown = sorted(set(rows) - {case.id for case in cases})
+        if unknown and pool:  # else rows of the pool have no scan here
             text = f"{table}: rows of {len(unknown)} scans that are not used, such as {unknown[0]}"
             findings.append(Finding(Kind.SLICE_LABELS_ALONE, "kept", text))
         cases = [replace(case, slice_labels=rows.get(case.id)) for case in cases]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bhsd_jax.datasets.label_maps import LabelMap
 from bhsd_jax.datasets.pairs import pairs
+from bhsd_jax.datasets.rsna import any_bleeding
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
@@ -53,7 +54,7 @@ class CTICH:
         rows = _rows(root / _TABLE, typed)
         for id, (image, mask) in pairs(root / "ct_scans", root / "masks").items():
             slice_labels = rows.get(id)
-            bleeding = None if slice_labels is None else any(map(any, slice_labels))
+            bleeding = any_bleeding(slice_labels or ())
             if typed or mask is None:
                 yield Case(id, id, image, None, "unlabeled", bleeding, slice_labels)
             else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from bhsd_jax.ct import saved_logits
 from bhsd_jax.datasets import image_files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Case
+from bhsd_jax.volume import Case, Series
 
 PREDICTIONS = "predictions"  # of a run, its label maps
 
@@ -56,3 +56,10 @@ def attach(cases: Sequence[Case], maps: dict[str, Path]) -> tuple[list[Case], li
     """Cases with the label maps of a first network, and names of those that have none."""
     known = [replace(case, previous=maps[case.id]) for case in cases if case.id in maps]
     return known, [case.id for case in cases if case.id not in maps]
+
+
+def about_salt(cases: Iterable[Case]) -> str:
+    """What a message adds where label maps are missing and cases are called by salted hashes."""
+    if not any(isinstance(case.image, Series) for case in cases):
+        return ""
+    return "; ids of DICOM series are salted: both stages need the same --data.salt"

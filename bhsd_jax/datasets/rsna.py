@@ -9,7 +9,9 @@ from pathlib import Path
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.ct.dicom.slice_file import Slice
+from bhsd_jax.datasets import bhsd_files
 from bhsd_jax.datasets.bhsd import BHSD
+from bhsd_jax.defects import Finding
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case, Series, Survey
 
@@ -25,7 +27,8 @@ class RSNA:
 
     A case is a series, called `<PatientID>_<StudyInstanceUID>` as BHSD's files are; its slice
     labels follow the slices' positions. All are unlabeled, so that a plan needs masks from
-    elsewhere: with `bhsd`, the scans outlined there come first, and their patients' are left out.
+    elsewhere: with `bhsd`, the scans outlined there come first, and their patients' are left out,
+    those of the scans refused there too.
 
     Source: Flanders et al. 2020, doi:10.1148/ryai.2020190211.
     """
@@ -35,6 +38,7 @@ class RSNA:
     uneven: str = "resample"  # slices at uneven steps, of which there are many; or "refuse"
     unshear: bool = False
     bhsd: str | Path = ""
+    allow_missing: bool = False  # accept copies of BHSD that lack some of the outlined scans
     name: str = field(default="RSNA2019", init=False)
     classes: tuple[str, ...] = field(default=HEMORRHAGE, init=False)
     modality: str = field(default="ct", init=False)
@@ -50,11 +54,11 @@ class RSNA:
         yield from self.survey().cases
 
     def survey(self) -> Survey:
-        """All cases, and what was left out of studies that have none.
+        """All cases, what was left out of studies that have none, and what is wrong in BHSD.
 
         Raises:
-            FileNotFoundError: If there are no slices, or no table.
-            ValueError: If the table makes no sense.
+            FileNotFoundError: If there are no slices, no table, or no scans in BHSD.
+            ValueError: If the table makes no sense, or no scan of BHSD can be used.
         """
         root = Path(self.root)
         labels = read_table(root / self.csv)
@@ -62,14 +66,21 @@ class RSNA:
         groups = there.groups
         if not groups:
             raise FileNotFoundError(f"{root}: no DICOM slices in it or below; look at data.root")
-        outlined = []
-        if self.bhsd:
-            outlined = [case for case in BHSD(self.bhsd).cases() if case.split != "unlabeled"]
+        outlined, findings = self._outlined()
+        # Those of refused scans as well: once mended, they may be scans to test.
         taken = {case.patient for case in outlined}
+        taken |= {bhsd_files.patient(finding.case) for finding in findings if finding.case}
         kept = [group for group in groups if group.first.patient not in taken]
         found = [self._case(id, group, labels) for id, group in named(kept)]
         cases = sorted([*outlined, *found], key=lambda case: case.id)
-        return Survey(tuple(cases), there.findings)
+        return Survey(tuple(cases), (*findings, *there.findings))
+
+    def _outlined(self) -> tuple[tuple[Case, ...], tuple[Finding, ...]]:
+        """BHSD's scans with masks, and what is wrong with them."""
+        if not self.bhsd:
+            return (), ()
+        found = BHSD(self.bhsd, allow_missing=self.allow_missing).survey(pool=False)
+        return found.cases, found.findings
 
     def _case(self, id: str, group: Group, labels: Mapping[str, SliceRow]) -> Case:
         series = group.as_series(id, uneven=self.uneven, unshear=self.unshear)

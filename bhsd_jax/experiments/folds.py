@@ -114,11 +114,15 @@ def _choose(candidates: Sequence[Candidate]) -> dict[str, Any]:
         )
         taken = [trial.rule for trial in trials if trial.taken]
         after = cross_validation.tally(best, workers, tuple(taken))
+    # A cascade's second stage predicts first: only the first run is given label maps.
+    cascade = {run.workdir for run in best.runs if run.config.preprocess.previous}
+    runs = sorted((run.workdir for run in best.runs), key=lambda folder: folder not in cascade)
     return {
         "scores": scores,
         "best": best.name,
         "cases": len(best.cases),
-        "runs": [str(run.workdir) for run in best.runs],
+        "runs": [str(folder) for folder in runs],
+        "cascade": bool(cascade),
         "postprocessing": postprocessing.to_json(taken, best.classes),
         "tried": [
             {
@@ -201,8 +205,14 @@ def _usage(out: Path, found: Mapping[str, Any]) -> Section:
         command.append("--predict.postprocessing=postprocessing.json")
     words = (
         "All runs of the best together, where memory does for their networks one by one; called "
-        "in the folder of this page:"
+        "in the folder of this page."
     )
+    if found["cascade"]:
+        command.append("--predict.previous=PREVIOUS")
+        words += (
+            " PREVIOUS is a run of the first stage, or a folder of the label maps that all its "
+            "folds together have predicted of the scans."
+        )
     return Section("How to use it", (words, shlex.join(command)))
 
 

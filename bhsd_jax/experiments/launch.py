@@ -251,13 +251,18 @@ def _shards_workdir(shards: str, run: Trial, out: Path) -> Path:
 
 
 def _submit(what: Study, options: str, again: Sequence[str]) -> int:
-    todo = [run for run in what.runs if _state(run) in ("new", "begun")]
+    states = {run: _state(run) for run in what.runs}
+    todo = [run for run, state in states.items() if state in ("new", "begun")]
+    refused = {run: state for run, state in states.items() if state.startswith("refused: ")}
+    first = _by_shards(todo)
     prepare = {}
     for run in todo:
-        shards = Path(run.config.preprocess.shards)
-        if not (shards / "index.json").is_file():
-            folder = _shards_workdir(str(shards), run, what.out)
-            prepare[run] = _by_shards(todo)[str(shards)].command("preprocess", folder)
+        shards = run.config.preprocess.shards
+        folder = _shards_workdir(shards, run, what.out)
+        if not queue.is_prepared(run, folder):
+            prepare[run] = first[shards].command("preprocess", folder)
     logger.info("%d of %d runs are to be done", len(todo), len(what.runs))
     slurm.submit(what.out.name, todo, prepare, [*again, "--report-only"], options, what.out)
-    return 0
+    for run, state in refused.items():
+        logger.error("failed: %s: %s", run.name, state.removeprefix("refused: "))
+    return 1 if refused else 0

@@ -203,6 +203,17 @@ def _settle(run: Trial, what: str, place: Place, call: Call) -> Failure | None:
     return None if finished else _one(run, call)
 
 
+def is_prepared(run: Trial, folder: Path) -> bool:
+    """Whether the shards are complete; those without refused scans only where that is allowed.
+
+    Args:
+        run: Whose shards they are.
+        folder: Where `preprocess` lists the scans that it refused.
+    """
+    refused = (folder / "skipped.csv").is_file() and not run.config.preprocess.allow_skipped
+    return (Path(run.config.preprocess.shards) / "index.json").is_file() and not refused
+
+
 def prepare(run: Trial, folder: Path) -> None:
     """Preprocesses the data of a trial, unless its shards are complete.
 
@@ -210,9 +221,7 @@ def prepare(run: Trial, folder: Path) -> None:
         ValueError: If that fails; says why.
         Stopped: On SIGTERM.
     """
-    shards = Path(run.config.preprocess.shards)
-    refused = (folder / "skipped.csv").is_file() and not run.config.preprocess.allow_skipped
-    if (shards / "index.json").is_file() and not refused:
+    if is_prepared(run, folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     with running() as children:

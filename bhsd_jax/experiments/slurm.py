@@ -64,10 +64,10 @@ def submit(
             # Without its shards a run would wait for ever.
             after = [f"--dependency=afterok:{shards[command]}", "--kill-on-invalid-dep=yes"]
         run.workdir.mkdir(parents=True, exist_ok=True)
-        words = (str(SCRIPT), *run.arguments, f"--workdir={run.workdir}")
-        job = _job(
-            title, [*given, *after, _log(run.workdir, "")], *words, after=" ".join(VERBS[1:])
-        )
+        # Of variables a job has those that the user's options leave it.
+        verbs = f"--after={' '.join(VERBS[1:])}"
+        words = (str(SCRIPT), verbs, *run.arguments, f"--workdir={run.workdir}")
+        job = _job(title, [*given, *after, _log(run.workdir, "")], *words)
         jobs.append(job)
         logger.info("%s is job %s", title, job)
     if jobs:
@@ -83,8 +83,8 @@ def _log(folder: Path, title: str) -> str:
     return f"--output={path}/slurm-{f'{title}-' if title else ''}%j.log"
 
 
-def _job(title: str, options: Sequence[str], *command: str, after: str = "") -> str:
-    said = _call("sbatch", "--parsable", f"--job-name={title}", *options, *command, after=after)
+def _job(title: str, options: Sequence[str], *command: str) -> str:
+    said = _call("sbatch", "--parsable", f"--job-name={title}", *options, *command)
     return said.strip().partition(";")[0]  # a cluster's name may follow
 
 
@@ -93,7 +93,7 @@ def _line(command: Sequence[str]) -> str:
     return f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"
 
 
-def _call(*command: str, after: str = "") -> str:
+def _call(*command: str) -> str:
     # In a job of its own right: what Slurm told the one we may be called from is not for it.
     kept = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS")
     environment = {
@@ -101,7 +101,6 @@ def _call(*command: str, after: str = "") -> str:
         for name, value in os.environ.items()
         if not name.startswith("SLURM_") or name in kept
     }
-    environment |= {"BHSD_AFTER": after} if after else {}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{shlex.join(command)}: {done.stderr.strip() or done.returncode}")

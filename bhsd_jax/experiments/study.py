@@ -18,19 +18,24 @@ from bhsd_jax.metrics import scores, summary
 from bhsd_jax.metrics.seeds import OverSeeds, over_seeds, paired
 from bhsd_jax.platform import files, step_log
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.report.comparison import Comparison, Line, page
+from bhsd_jax.report.comparison import Comparison, Line, page, scans_of
 from bhsd_jax.report.page import save
 from bhsd_jax.verbs.evaluate import ANY
 from bhsd_jax.volume import Plan
 
 # The folders of an absolute path, where a value or a part of one begins.
 _FOLDERS = re.compile(r"""(?<![^=,'"(\[ ])~?/(?:[^/\s,:'")\]][^/,:'")\]]*/)+""")
+_PAPERS = "bhsd.BHSD"  # the data set whose test part the paper's figures are of
 _SEED = 0  # of the bootstrap: every run meets the same draws of patients
 _Values = dict[str, dict[str, np.ndarray]]  # by convention and class: the mean Dice of every draw
 
 SYNTHETIC = (
     "All scans are computer-generated. No figure here can be compared with the paper's; those "
     "stand beside ours to show where they will be on real scans."
+)
+ELSEWHERE = (
+    "Not all of these scans are the test part of BHSD, which the paper's figures are of. Those "
+    "stand beside ours, and no difference between them is shown."
 )
 SHORT = (
     "Smoke size: tiny networks, a few steps. The figures show that every part runs, and nothing "
@@ -111,7 +116,11 @@ def compare(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
     for row, heading in study.rows.items():
         against = _against(scored[row], base, key) if row != study.baseline else _Against()
         lines.append(_line(study, row, heading, scored[row], against, failures))
-    synthetic = any(run.config.data["name"].startswith("synthetic.") for run in study.runs)
+    names = {run.config.data["name"] for run in study.runs}
+    synthetic = any(name.startswith("synthetic.") for name in names)
+    splits = {*map(_asked_split, study.runs), *map(_split, runs)}
+    elsewhere = names != {_PAPERS} or splits != {"test"}
+    printed = any(heading.paper for heading in study.rows.values())
     head = first.get("conventions", {}).get("nnunet", {})
     return Comparison(
         title=_FOLDERS.sub("", study.title),
@@ -124,11 +133,16 @@ def compare(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
         wanted=len(study.runs),
         resamples=study.runs[0].config.evaluate.bootstrap,
         baseline=study.rows[study.baseline].title if study.baseline in study.rows else "",
-        comparable=not (synthetic or study.smoke),
-        banners=(*((SYNTHETIC,) if synthetic else ()), *((SHORT,) if study.smoke else ())),
+        comparable=not (elsewhere or study.smoke),
+        banners=(
+            *((SYNTHETIC,) if synthetic else ()),
+            *((ELSEWHERE,) if elsewhere and printed and not synthetic else ()),
+            *((SHORT,) if study.smoke else ()),
+        ),
         notes=study.notes,
         footer=_footer(runs),
         facts=_facts(runs),
+        split=_split(runs[0]) if runs else _asked_split(study.runs[0]),
     )
 
 
@@ -151,6 +165,16 @@ def _score(run: Trial) -> _Scored:
         both = summary.resampled(merged, (ANY,), **draws)
         values = {key: of | {ANY: both[key][ANY]} for key, of in values.items()}
     return _Scored(run, found, tuple(sorted(row.case for row in rows)), values)
+
+
+def _asked_split(run: Trial) -> str:
+    return run.config.evaluate.split or run.config.predict.split
+
+
+def _split(one: _Scored) -> str:
+    """Of the data set, whose scans were scored; "" where they are of a folder."""
+    noted = one.summary.get("scored")
+    return _asked_split(one.run) if noted is None else noted["split"] or ""
 
 
 def _require_same_scans(runs: Sequence[_Scored]) -> None:
@@ -286,6 +310,7 @@ def _facts(runs: Sequence[_Scored]) -> tuple[tuple[str, str], ...]:
         ("resampled to", f"{d:.3g} x {h:.3g} x {w:.3g} mm"),
         ("masks used of the training part", kept),
         ("validation fold", "none" if config.split.fold < 0 else str(config.split.fold)),
+        ("scans tested", scans_of(_split(runs[0]))),
         ("checkpoint tested", str(config.predict.checkpoint)),
         ("intervals", f"{config.evaluate.bootstrap} bootstrap resamples of patients"),
     )

@@ -44,8 +44,9 @@ def add(
 
     def body(i: Array, sums: Sums) -> Sums:
         h, w = starts[i]
-        total = put(sums.total, votes[i] * weights, (0, 0, h, w))
-        return Sums(total, put(sums.weight, weights, (0, h, w)))
+        top = jnp.zeros_like(h)  # of the same type also where JAX makes 64 bits of a plain 0
+        total = put(sums.total, votes[i] * weights, (top, top, h, w))
+        return Sums(total, put(sums.weight, weights, (top, h, w)))
 
     return lax.fori_loop(first, last, body, sums)
 

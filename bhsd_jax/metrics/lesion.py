@@ -46,12 +46,15 @@ class Detection:
 
     @property
     def precision(self) -> float:
-        """Found lesions among found and made-up ones; NaN where there are neither."""
-        return rate(self.tp, self.tp + self.fp)
+        """Share of predicted lesions that are real; NaN without any."""
+        return rate(sum(self.real), len(self.real))
 
     @property
     def f1(self) -> float:
-        """NaN where neither mask has a lesion."""
+        """Of found, missed and made-up lesions, as challenges count; NaN where there are none.
+
+        One prediction may find several lesions, so that it is no mean of the two shares above.
+        """
         return rate(2 * self.tp, 2 * self.tp + self.fp + self.fn)
 
     def recall_below(self, size_ml: float = SMALL_ML) -> tuple[int, int]:

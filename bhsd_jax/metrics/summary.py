@@ -95,7 +95,9 @@ def measures(rows: Sequence[ClassScore], classes: Sequence[str]) -> dict[str, di
     """Per foreground class what is not Dice: distances, volumes, lesions.
 
     HD95 is over the cases where both masks have voxels, `hd95_missed` counts those where only one
-    has. Volume errors are over all cases, lesions pooled over all cases.
+    has. Volume errors are over all cases, lesions pooled over all cases. Sensitivity is a share of
+    the reference's lesions and precision of the predicted ones; F1 is of found, missed and made-up
+    lesions, as challenges count.
     """
     return {name: _measures([row for row in rows if row.name == name]) for name in classes}
 
@@ -194,6 +196,7 @@ def _measures(rows: Sequence[ClassScore]) -> dict[str, Any]:
     relative = np.array([row.relative_volume_error for row in rows])
     both = hd95[np.isfinite(hd95)]
     hit, false = sum(r.lesions_hit for r in rows), sum(r.lesions_false for r in rows)
+    drawn = sum(r.lesions_pred for r in rows)
     lesions, small = sum(r.lesions_ref for r in rows), sum(r.small_lesions_ref for r in rows)
     return {
         "hd95_mm_median": _or_nan(np.median, both),
@@ -209,7 +212,7 @@ def _measures(rows: Sequence[ClassScore]) -> dict[str, Any]:
         "lesions_hit": hit,
         "lesions_false": false,
         "lesion_sensitivity": rate(hit, lesions),
-        "lesion_precision": rate(hit, hit + false),
+        "lesion_precision": rate(drawn - false, drawn),
         "lesion_f1": rate(2 * hit, lesions + hit + false),
         "small_lesions_ref": small,
         "small_lesion_sensitivity": rate(sum(r.small_lesions_hit for r in rows), small),

@@ -30,7 +30,10 @@ _Mask = Bool[np.ndarray, "D H W"]
 
 @dataclass(frozen=True)
 class Histogram:
-    """Voxels inside the skull by smoothed HU, one bin per HU: all that scoring a band needs."""
+    """Voxels inside the skull by smoothed HU, one bin per HU: all that scoring a band needs.
+
+    Voxels that the reference does not annotate are not among them.
+    """
 
     bleeding: Int[np.ndarray, " bins"]  # of them, voxels of the mask
     inside: Int[np.ndarray, " bins"]
@@ -46,10 +49,17 @@ class Band:
     mean_dice: float  # over the cases where it is defined
 
 
-def histogram(hu: _Scan, mask: _Mask, spacing_mm: Millimeters) -> Histogram:
-    """Prepares one case; slices lie along the first axis."""
+def histogram(
+    hu: _Scan, mask: _Mask, spacing_mm: Millimeters, annotated: _Mask | None = None
+) -> Histogram:
+    """Prepares one case; slices lie along the first axis.
+
+    Only `annotated` voxels count, if they are given: what bleeds elsewhere is no false alarm.
+    """
     value, tissue = smooth(hu, spacing_mm)
     inside = brain(tissue, spacing_mm)
+    if annotated is not None:
+        inside, mask = inside & annotated, mask & annotated
     edges = np.arange(_LOWEST, _HIGHEST + 1)
     return Histogram(
         np.histogram(value[inside & mask], edges)[0],

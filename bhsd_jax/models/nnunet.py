@@ -129,6 +129,7 @@ class ResidualEncoderUNet(nn.Module):
         """As `PlainConvUNet`, with the counts of blocks of a plan for a residual encoder.
 
         A plan for the plain network counts convolutions; then the blocks are the published ones.
+        A `convs_decoder` of 1, the default, yields to a plan for a residual encoder.
 
         Raises:
             ValueError: If the patch does not fit.
@@ -136,6 +137,8 @@ class ResidualEncoderUNet(nn.Module):
         topology, shared = _planned(network, patch, spacing_mm, fields)
         if topology.residual:
             shared["blocks_encoder"] = topology.convs_encoder[: len(shared["strides"])]
+            if fields.get("convs_decoder") == 1:  # as `backbone=nnunet_resenc` has it for any plan
+                del fields["convs_decoder"]
         return cls(**{**shared, **fields})
 
     @property

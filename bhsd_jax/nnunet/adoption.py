@@ -12,11 +12,9 @@ from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.nnunet import plans_json
 from bhsd_jax.nnunet.planner import from_nnunet_plans
-from bhsd_jax.nnunet.trained import READERS
+from bhsd_jax.nnunet.trained import PREPROCESSOR, READERS, unusual_resampling
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Channel, Plan, Shape
-
-_RESAMPLING = "resample_data_or_seg_to_shape"
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -38,6 +36,28 @@ def read(path: str | Path) -> dict[str, Any]:
     return plans
 
 
+def require_usable(plans: Mapping[str, Any], configuration: str) -> None:
+    """Refuses plans by which another network would be trained here, or on other voxels.
+
+    Raises:
+        ValueError: If the configuration cannot be used; or lists the layers, the preprocessor and
+            the reader that nnU-Net itself does not plan.
+    """
+    from_nnunet_plans(plans, configuration)
+    settings = plans_json.resolve(plans, configuration)
+    wrong = plans_json.unusual_layers(settings)
+    preprocessor = settings.get("preprocessor_name", PREPROCESSOR)
+    reader = plans.get("image_reader_writer")
+    wrong += [f"preprocessor_name={preprocessor}"] * (preprocessor != PREPROCESSOR)
+    wrong += [f"image_reader_writer={reader}"] * (reader not in (None, *READERS))
+    if wrong:
+        raise UserError(
+            f"nnU-Net plans: {configuration} has {'; '.join(wrong)}, but what is trained here is "
+            "as nnU-Net plans it by default; change these lines of the file to that, or leave "
+            "config.preprocess.plan out"
+        )
+
+
 def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configuration: str) -> Plan:
     """Replaces what nnU-Net decided: spacing, axis order, network, statistics; and says so.
 
@@ -52,8 +72,9 @@ def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configur
         configuration: Such as "3d_fullres", "3d_lowres" or "2d".
 
     Raises:
-        ValueError: If the configuration cannot be used, or asks for another normalization.
+        ValueError: As by `require_usable`, or if it asks for another normalization.
     """
+    require_usable(plans, configuration)
     network, spacing_mm, files = from_nnunet_plans(plans, configuration)
     settings = plans_json.resolve(plans, configuration)
     _check_normalization(settings, plan)
@@ -157,7 +178,6 @@ def _notes(
         notes.append("made for --config.model.name=nnunet.ResidualEncoderUNet")
     if own:
         notes.append("it has no intensity statistics; ours are used")
-    resampling = settings.get("resampling_fn_data", _RESAMPLING)
-    if resampling != _RESAMPLING:
-        notes.append(f"it resamples with {resampling}; here scans are resampled by {_RESAMPLING}")
+    for how in unusual_resampling(settings, ("data", "seg")):
+        notes.append(f"it has {how}; here scans and masks are resampled as nnU-Net plans it")
     return tuple(notes)

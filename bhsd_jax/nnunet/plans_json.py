@@ -29,7 +29,10 @@ _LAYERS = {  # what all of nnU-Net's plans have in common, but for the number of
     "nonlin_kwargs": {"inplace": True},
 }
 _ENCODER = {"PlainConvUNet": "n_conv_per_stage", "ResidualEncoderUNet": "n_blocks_per_stage"}
-
+_COUNTS = (  # arguments that `network` reads, and those that come with a data set
+    *("n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage_decoder"),
+    *(*_ENCODER.values(), "input_channels", "num_classes", "deep_supervision"),
+)
 
 _LOWRES_BELOW = 0.25  # patch / median scan in voxels under which a coarser network is wanted too
 _LOWRES_GROWTH = 1.03  # of the spacing, per attempt
@@ -211,6 +214,39 @@ def architecture(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """
     described = settings["architecture"] if "architecture" in settings else _older(settings)
     return described["network_class_name"].rpartition(".")[2], dict(described["arch_kwargs"])
+
+
+def unusual_layers(settings: Mapping[str, Any]) -> list[str]:
+    """What of a resolved configuration's layers is not as nnU-Net plans them, `name=value` each.
+
+    Raises:
+        KeyError: If a setting is missing.
+    """
+    _, arguments = architecture(settings)
+    norm, dropout, nonlin = (
+        arguments.get(f"{name}_kwargs") or {} for name in ("norm_op", "dropout_op", "nonlin")
+    )
+    drops = dropout.get("p", 0.5) > 0
+    parts = {  # as built, as planned; what is not said is PyTorch's default
+        "conv_op": (_layer(arguments.get("conv_op")), "Conv"),
+        "conv_bias": (bool(arguments.get("conv_bias", False)), True),
+        "norm_op": (_layer(arguments.get("norm_op")), "InstanceNorm"),
+        "norm_op_kwargs.eps": (float(norm.get("eps", 1e-5)), 1e-5),
+        "norm_op_kwargs.affine": (bool(norm.get("affine", False)), True),
+        "norm_op_kwargs.track_running_stats": (bool(norm.get("track_running_stats")), False),
+        "dropout_op": (_layer(arguments.get("dropout_op") if drops else None), ""),
+        "nonlin": (_layer(arguments.get("nonlin")), "LeakyReLU"),
+        "nonlin_kwargs.negative_slope": (float(nonlin.get("negative_slope", 0.01)), 0.01),
+        "block": (_layer(arguments.get("block")) or "BasicBlockD", "BasicBlockD"),
+    }
+    found = [f"{name}={built}" for name, (built, planned) in parts.items() if built != planned]
+    known = (*_COUNTS, *_LAYERS, "block")
+    return found + [f"{k}={v}" for k, v in arguments.items() if k not in known and v]
+
+
+def _layer(name: Any) -> str:
+    """The class alone, without its number of axes: of `torch.nn.Conv3d` Conv; "" of none."""
+    return str(name or "").rpartition(".")[2].removesuffix("2d").removesuffix("3d")
 
 
 def _older(settings: Mapping[str, Any]) -> dict[str, Any]:

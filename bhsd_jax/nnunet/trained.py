@@ -5,7 +5,7 @@ made here say so, so that a network sees what it was trained on.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bhsd_jax.ct.channels import SCHEMES
@@ -22,9 +22,10 @@ READERS = {  # by reader: what its arrays' axes are
     "NibabelIOWithReorient": "SAR",  # to R, A, S, then in the order z, y, x
     "SimpleITKIOWithReorient": "SAR",
 }
+PREPROCESSOR = "DefaultPreprocessor"
 _MODALITIES = {scheme: modality for modality, scheme in plans_json.NORMALIZATION.items()}
 _PRIMUS = re.compile(r"(nnUNet)?_Primus(?P<version>(V2)?)_?(?P<size>[SBML])_")  # its trainers
-_RESAMPLING = {"data": 3, "probabilities": 1}  # what: spline order
+_RESAMPLING = {"data": 3, "seg": 1, "probabilities": 1}  # what: spline order
 
 
 def plan_of(
@@ -105,8 +106,9 @@ def _with_slices(arguments: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(arguments)
     for name in ("kernel_sizes", "strides"):
         made[name] = [list(plans_json.with_slice(values)) for values in made[name]]
-    for name in ("conv_op", "norm_op"):
-        made[name] = str(made[name]).replace("2d", "3d")
+    for name in ("conv_op", "norm_op", "dropout_op"):
+        if made.get(name):
+            made[name] = str(made[name]).replace("2d", "3d")
     return made
 
 
@@ -139,14 +141,22 @@ def _require_supported(
     reader = plans.get("image_reader_writer")
     if reader not in READERS:
         wrong.append(f"reader {reader} (known: {', '.join(READERS)})")
-    if settings.get("preprocessor_name", "DefaultPreprocessor") != "DefaultPreprocessor":
+    if settings.get("preprocessor_name", PREPROCESSOR) != PREPROCESSOR:
         wrong.append(f"preprocessor {settings['preprocessor_name']}")
-    for what, order in _RESAMPLING.items():
-        used = settings.get(f"resampling_fn_{what}", "resample_data_or_seg_to_shape")
-        how = {"order": order, "order_z": 0, "force_separate_z": None}
-        how |= settings.get(f"resampling_fn_{what}_kwargs", {})
-        orders = how["order"], how["order_z"], how["force_separate_z"]
-        if used != "resample_data_or_seg_to_shape" or orders != (order, 0, None):
-            wrong.append(f"resampling of {what} by {used} {how}")
+    wrong += unusual_resampling(settings, ("data", "probabilities"))
     if wrong:
         raise UserError(f"nnU-Net plans: not supported: {'; '.join(wrong)}")
+
+
+def unusual_resampling(settings: Mapping[str, Any], every: Sequence[str]) -> list[str]:
+    """How a configuration resamples data, seg or probabilities, where nnU-Net plans otherwise."""
+    found = []
+    for what in every:
+        used = settings.get(f"resampling_fn_{what}", "resample_data_or_seg_to_shape")
+        how = {"order": _RESAMPLING[what], "order_z": 0, "force_separate_z": None}
+        planned = tuple(how.values())
+        how |= settings.get(f"resampling_fn_{what}_kwargs", {})
+        orders = how["order"], how["order_z"], how["force_separate_z"]
+        if used != "resample_data_or_seg_to_shape" or orders != planned:
+            found.append(f"resampling of {what} by {used} {how}")
+    return found

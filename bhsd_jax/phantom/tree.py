@@ -164,6 +164,8 @@ def generate(
 def _claim(root: Path, parameters: _Parameters) -> None:
     """Writes the arguments down, or checks them against those written before."""
     path = root / _PARAMETERS
+    # Listed before it is looked for: another process may begin at the same moment.
+    there = [entry.name for entry in root.iterdir()] if root.is_dir() else []
     if path.is_file():
         # What came later was at its default before.
         written = {"metal": 0.0, "rater_noise": False} | json.loads(path.read_text())
@@ -178,7 +180,7 @@ def _claim(root: Path, parameters: _Parameters) -> None:
                 "delete the folder, or choose another"
             )
         return
-    if root.is_dir() and any(root.iterdir()):
+    if not all(name.startswith(".") for name in there):
         raise UserError(f"{root}: holds files that were not generated; choose an empty folder")
     write_json(path, asdict(parameters))
 

@@ -180,14 +180,14 @@ def recall_json(
     except ValueError as error:
         logger.warning("%s", error)
         if remove:
-            _unlink(path)
+            unlink(path)
         return None
 
 
 def discard(path: Path, reason: str) -> None:
     """Removes a damaged file that is about to be made anew, and says so."""
     logger.warning("%s: damaged (%s); it is made anew", path, _in_line(reason))
-    _unlink(path)
+    unlink(path)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -232,7 +232,12 @@ def _in_line(text: str) -> str:
     return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."
 
 
-def _unlink(path: Path) -> None:
+def unlink(path: Path) -> None:
+    """Removes a file if it is there.
+
+    Raises:
+        faults.WriteError: If the system says no.
+    """
     with faults.writing(path):
         path.unlink(missing_ok=True)
 

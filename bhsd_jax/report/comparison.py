@@ -59,6 +59,13 @@ class Comparison:
     notes: tuple[str, ...] = ()
     footer: str = ""
     facts: tuple[tuple[str, str], ...] = field(default=())  # what all rows have in common
+    split: str = "test"  # of the data set, whose scans were scored; "": another's
+
+
+def scans_of(split: str) -> str:
+    """A split's scans, in words."""
+    names = {"test": "test scans", "val": "validation scans", "train": "training scans"}
+    return names.get(split, "scans")
 
 
 def page(comparison: Comparison) -> Page:
@@ -93,12 +100,17 @@ def _headline(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     if scored:
         best, title = max(scored, key=lambda pair: pair[0].mean)
         shown.append((points(best.mean), f"Dice in percent of the best row, {title}"))
-        shown.append((str(comparison.scans), "test scans in every figure"))
+        shown.append((str(comparison.scans), f"{scans_of(comparison.split)} in every figure"))
     return tuple(shown)
 
 
 def _main(line: Line, comparison: Comparison) -> OverSeeds:
     return line.found[_HEADLINE][comparison.key]
+
+
+def _gap(ours: OverSeeds, paper: float | None) -> str:
+    """Ours less the paper's, which is in percent."""
+    return NONE if paper is None else signed(ours.mean - paper / 100)
 
 
 def _results(comparison: Comparison) -> Section:
@@ -110,7 +122,7 @@ def _results(comparison: Comparison) -> Section:
             ours = _main(line, comparison)
             cells += [points(ours.mean), points(ours.sd), interval(ours)]
             if _compares(comparison):
-                cells.append(NONE if paper is None else signed(ours.mean - paper / 100))
+                cells.append(_gap(ours, paper))
         else:
             cells += ["failed" if line.failures else "not run", NONE, NONE]
             cells += [NONE] * _compares(comparison)
@@ -157,12 +169,11 @@ def _by_class(comparison: Comparison) -> Section:
         title = "" if line.paper else line.title
         rows.append((title, "ours", *(with_sd(ours[name]) for name in names)))
         if line.paper and comparison.comparable:
-            gaps = (signed(ours[n].mean - line.paper[n] / 100) for n in names)
-            rows.append(("", "difference", *gaps))
+            rows.append(("", "difference", *(_gap(ours[n], line.paper.get(n)) for n in names)))
     titles = (f"{name} (n = {comparison.present.get(name, 0)})" for name in comparison.classes)
     words = (
-        "n counts the test scans that have the class. Ours is the mean over seeds, with the "
-        "standard deviation over seeds."
+        f"n counts the {scans_of(comparison.split)} that have the class. Ours is the mean over "
+        "seeds, with the standard deviation over seeds."
     )
     return Section("By class", (words, Table(("", "", *titles, "mean"), tuple(rows))))
 

@@ -109,12 +109,19 @@ def cases_table(rows: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> 
         (
             names[row["case"]],
             row["class"],
-            *(number(float(row[key]), 1 if key.endswith(("_ml", "_mm")) else 3) for key in keys),
+            *(_measured(row, key) for key in keys),
         )
         for row in sorted(shown, key=lambda row: (row["class"], -_sortable(row["dice"])))
     )
     titles = ("Dice", "HD95 (mm)", "surface Dice", "reference (mL)", "predicted (mL)")
     return Table(("scan", "class", *titles), body)
+
+
+def _measured(row: Mapping[str, str], key: str) -> str:
+    value = float(row[key])
+    if math.isinf(value) and not float(row["voxels_ref"]):
+        return "made up"
+    return number(value, 1 if key.endswith(("_ml", "_mm")) else 3)
 
 
 def _interval(values: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ Orbax restores flipped bits silently, so a step is used only if every file of it
 written; where the newest is not, the one before it is used.
 """
 
+import errno
 import json
 import logging
 import time
@@ -23,6 +24,9 @@ from bhsd_jax.train.agreement import agree
 from bhsd_jax.types import Params, TrainState
 
 logger = logging.getLogger(__name__)
+
+# What file systems over object stores say where a folder is renamed; gcsfuse says the first.
+_NO_RENAME = (errno.EMFILE, errno.ENOTSUP, errno.ENOSYS)
 
 
 class SaveError(UserError, OSError):
@@ -79,6 +83,10 @@ class Checkpoints:
     def config(self) -> dict[str, Any]:
         """What the latest checkpoint was trained with."""
         return disk.read(self.folder, self._step(), "config")
+
+    def plan(self) -> dict[str, Any]:
+        """That of the scans which the latest checkpoint was trained on."""
+        return disk.read(self.folder, self._step(), "plan")
 
     def dice(self) -> float | None:
         """The validation Dice of the latest checkpoint; None if that step was not validated."""
@@ -220,10 +228,15 @@ class Checkpoints:
     def _failure(self, step: int, error: Exception) -> SaveError:
         good = [other for other in disk.steps(self.folder) if disk.is_saved(self.folder, other)]
         left = f"the last good checkpoint is step {good[-1]}" if good else "there is no older one"
+        remedy = "Make room or give the right to write there, then start the same command again"
+        if isinstance(error, OSError) and error.errno in _NO_RENAME and error.filename2:
+            remedy = (
+                "This file system does not rename a folder with files in it, by which a step "
+                "becomes whole: use another, or by gcsfuse a bucket with hierarchical namespace"
+            )
         return SaveError(
             f"{self.folder / str(step)}: this checkpoint could not be written: "
-            f"{arrays.cause(error)}; {left}. Make room or give the right to write there, "
-            "then start the same command again"
+            f"{arrays.cause(error)}; {left}. {remedy}"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bhsd_jax.platform.errors import UserError
@@ -46,8 +47,8 @@ def make_mesh(
         devices: What to arrange; None: all devices of all processes.
 
     Raises:
-        ValueError: If the sizes do not multiply to the devices, or the batches do not spread over
-            the processes.
+        ValueError: If the sizes do not multiply to the devices, a group neither divides nor
+            multiplies those of a process, or the batches do not spread over the processes.
     """
     devices = jax.devices() if devices is None else devices
     group = _group(model, space, twins)
@@ -62,13 +63,23 @@ def make_mesh(
         if len(used) < len(devices):
             _say_idle(devices, used, batches, len(devices) // group)
         devices = used
-    shape = (data, model, space, twins)
     # Auto: the compiler places what lies between the annotated inputs and outputs of the step.
     kinds = (AxisType.Auto,) * len(AXES)
-    if len(devices) == jax.device_count():
-        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
-    # A part of an accelerator's grid need not be one that JAX knows an order for.
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=kinds)
+    return Mesh(_arranged(devices, (data, model, space, twins)), AXES, axis_types=kinds)
+
+
+def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in the shape of a mesh, those of a group close to each other.
+
+    JAX knows an order for the grid of a whole TPU slice, of which an axis of the mesh may take any
+    part. It knows none for a part of a slice, nor for several; and every machine with GPUs that is
+    not wired to the others is a slice of its own. Those stay in the order of their processes.
+    """
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1 and len(devices) == jax.device_count():
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    ordered = sorted(devices, key=operator.attrgetter("process_index"))
+    return np.asarray(ordered).reshape(shape)
 
 
 def _group(model: int, space: int, twins: int) -> int:
@@ -94,9 +105,11 @@ def _fill(
     readers = len(owned) * min(each, group) // group  # processes, or teams of them, that read
     for count in batches:
         if count % readers:
+            whole = len(owned) * each // math.gcd(len(owned), *batches)  # devices of a larger team
             raise UserError(
                 f"{_sum(batches)} patches a step (input.labeled, input.unlabeled) do not spread "
-                f"over {len(owned)} processes; choose multiples of {readers}, or start fewer"
+                f"over {len(owned)} processes; choose multiples of {readers}, start fewer, or set "
+                f"mesh.space, mesh.model and mesh.twins so that their product is {whole}"
             )
     parts = [count // accumulate for count in batches]
     most = max(each // group, 1)

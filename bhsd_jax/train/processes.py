@@ -35,7 +35,7 @@ _PLUGINS = {  # packages that bring an accelerator to JAX
 }
 
 
-def start(place: Place, detect: str = "") -> None:
+def start(place: Place, detect: str = "", *, saves: bool = False) -> None:
     """Joins the other processes of this run, where there are any.
 
     What `place` leaves open JAX itself detects: Cloud TPU's metadata, GKE, Kubernetes. Nothing
@@ -44,6 +44,8 @@ def start(place: Place, detect: str = "") -> None:
     Args:
         place: What flags and environment say of this process (`cluster.find`).
         detect: One of JAX's ways to ask, such as "mpi4py", instead of that.
+        saves: Whether SIGTERM is left to `Preemption`, as in a training; if not, it ends the
+            process, as it does one that is alone.
 
     Raises:
         ValueError: If what is said is not enough, or does not agree; says what is missing.
@@ -55,6 +57,8 @@ def start(place: Place, detect: str = "") -> None:
         return
     if place.complete and not place.coordinator.rpartition(":")[2].isdecimal():
         raise UserError(f"{place.source}: coordinator is host:port; got {place.coordinator!r}")
+    # JAX's service would take the signal and tell nobody but those who ask it.
+    jax.config.update("jax_enable_preemption_service", saves)
     if _initialize(place, detect):
         logger.info("process %d of %d", jax.process_index(), jax.process_count())
 

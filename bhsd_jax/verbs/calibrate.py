@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def run(config: Config, workdir: Path) -> None:
 
     Raises:
         FileNotFoundError: If there is no plan or checkpoint.
-        ValueError: If there are no validation scans with masks, or several processes.
+        ValueError: If there are no validation scans with masks, or several processes; or if a run
+            of `predict.runs` was trained on some of the scans.
     """
     config = Settings.of(config)
     if barrier.place()[1] > 1:
@@ -43,6 +45,7 @@ def run(config: Config, workdir: Path) -> None:
             "answers with regions"
         )
     cases = _cases(opened, workdir)
+    _require_unseen(opened, cases)
     devices.share_cores(opened)
     predict_, members = ensemble.open_runs(opened, settings.runs)
     drawn = [_draw(predict_, case, opened) for case in cases]
@@ -83,6 +86,18 @@ def _cases(opened: Run, workdir: Path) -> list[Case]:
             f"that are there, not with its run, {first}; predict.previous names their folder"
         )
     return known
+
+
+def _require_unseen(opened: Run, cases: Sequence[Case]) -> None:
+    """Networks are surer of scans they were trained on: the temperature would be too low."""
+    seen = ensemble.seen(opened, opened.config.predict.runs, [case.id for case in cases])
+    if seen:
+        folder, count = next(iter(seen.items()))
+        raise UserError(
+            f"config.predict.runs: {folder} was, or may have been, trained on {count} of the "
+            f"{len(cases)} validation scans of {opened.folder}; calibrate runs that share these, "
+            "such as seeds of one fold, or this run alone"
+        )
 
 
 def _draw(predict_: Predictor, case: Case, opened: Run) -> tuple[np.ndarray, np.ndarray]:

@@ -79,13 +79,16 @@ def _series(path: Path, beside: Mapping[str, Path], how: DicomSeries) -> list[Ca
 def output_names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:
     """What outputs are called; by default DICOM's own names are hidden, NIfTI's are not.
 
+    Of a series that is hidden the UID counts too: a folder may be filled with another study later,
+    and no file of the patient before may pass for the new one's.
+
     Raises:
         ValueError: If two scans would have one name, and one label map.
     """
     hide = settings.show_ids is False, settings.show_ids is not True and bool(settings.images)
-    hidden = {c.id for c in cases if hide[isinstance(c.image, Series)]}
-    short = data.short_names(sorted(hidden), workdir, show_ids=False) if hidden else {}
-    names = [short.get(case.id, case.id) for case in cases]
+    hidden = {c.id: _known_by(c) for c in cases if hide[isinstance(c.image, Series)]}
+    short = data.short_names(sorted(hidden.values()), workdir, show_ids=False) if hidden else {}
+    names = [short[hidden[c.id]] if c.id in hidden else c.id for c in cases]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise UserError(
@@ -93,6 +96,21 @@ def output_names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[st
             "label maps would replace each other: rename the files or folders"
         )
     return {case.id: name for case, name in zip(cases, names, strict=True)}
+
+
+def _known_by(case: Case) -> str:
+    return f"{case.image.uid}/{case.id}" if isinstance(case.image, Series) else case.id
+
+
+def series_digests(
+    cases: Sequence[Case], names: Mapping[str, str], workdir: Path
+) -> dict[str, str]:
+    """A salted hash of the UID of each series, by its name in the outputs; files have none."""
+    uids = {names[c.id]: c.image.uid for c in cases if isinstance(c.image, Series) and c.image.uid}
+    if not uids:
+        return {}
+    short = data.short_names(sorted(set(uids.values())), workdir, show_ids=False)
+    return {name: short[uid] for name, uid in uids.items()}
 
 
 def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:

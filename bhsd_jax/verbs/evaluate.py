@@ -88,7 +88,8 @@ def table(found: Mapping[str, Any]) -> list[str]:
     """The summary as lines of text; a class no case has is said to be so, in words."""
     lines = [
         f"{found['n_cases']} cases, Dice by the convention {_HEADLINE!r} "
-        f"[95 % interval, {found['bootstrap']} resamples of patients]; others beside it",
+        f"[95 % interval, {found['bootstrap']} resamples of "
+        f"{found.get('scored', {}).get('resampled', 'patients')}]; others beside it",
         f"{'class':<14}{'Dice':>7}  {'interval':<16}{'present':>9}{'pooled':>9}{'empty=1':>9}"
         f"{'n':>5}{'in ref':>8}{'false':>7}{'HD95 mm':>9}{'NSD':>7}",
     ]
@@ -158,6 +159,7 @@ def _predictions(config: Settings, workdir: Path) -> Path:
 def _scored(config: Settings, workdir: Path) -> dict[str, str | None]:
     """What the scores are of, for `report`: whose split, or else which folder of references.
 
+    Intervals are over patients, or over scans where a folder's masks do not say whose they are.
     Folders are seen from the run's: both may move together, and the file may be handed on.
     """
     own, references = not config.evaluate.predictions, config.evaluate.references
@@ -166,6 +168,7 @@ def _scored(config: Settings, workdir: Path) -> dict[str, str | None]:
         "predictions": "predictions" if own else _from(workdir, folder),
         "references": _from(workdir, Path(references)) if references else None,
         "split": None if references else _split(config, folder),
+        "resampled": "scans" if references else "patients",
     }
 
 

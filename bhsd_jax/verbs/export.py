@@ -47,9 +47,10 @@ def stablehlo(
 ) -> None:
     """Writes `model.stablehlo`, `model.json`, and `weights.npz` if they are to lie apart.
 
-    One tile of the run's patch, any number at once, float32, full-resolution logits. `normalize`:
-    the function takes raw intensities (CT: HU) and normalizes them itself, unless the plan does it
-    before resampling (MR, and runs imported from nnU-Net).
+    One tile of the run's patch, any number at once, float32, full-resolution logits; networks that
+    need voxels around those they answer for (BLAST-CT's) take that `margin` on every side, too.
+    `normalize`: the function takes raw intensities (CT: HU) and normalizes them itself, unless the
+    plan does it before resampling (MR, and runs imported from nnU-Net).
 
     Raises:
         FileNotFoundError: If there is no plan or checkpoint.
@@ -64,7 +65,9 @@ def stablehlo(
     forward = _forward(model, run.network_input if normalize else None)
     (batch,) = jax.export.symbolic_shape("b")
     channels = run.plan.raw_channels if normalize else run.network_input.channels
-    image = jax.ShapeDtypeStruct((batch, *run.patch, channels), jnp.float32)
+    margin = getattr(model, "margin", (0, 0, 0))
+    size = tuple(n + 2 * m for n, m in zip(run.patch, margin, strict=True))
+    image = jax.ShapeDtypeStruct((batch, *size, channels), jnp.float32)
     if weights_apart:
         shapes = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in flat.items()}
         function, arguments = forward, (shapes, image)
@@ -81,6 +84,7 @@ def stablehlo(
     facts = _facts(run, step, name) | {
         "input": f"float32 [b D H W {channels}], {'raw, HU' if normalize else 'normalized'}",
         "output": f"logits float32 [b D H W {model.num_classes}]",
+        "margin": margin,  # voxels of the input on every side that have no logits
         "platforms": platforms,
         "sha256": hashlib.sha256(data).hexdigest(),
         "weights": "weights.npz, the first argument" if weights_apart else "inside",

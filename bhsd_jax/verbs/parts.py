@@ -14,8 +14,12 @@ from bhsd_jax.train import barrier
 _T = TypeVar("_T")
 
 
-def join(config: Settings) -> None:
+def join(config: Settings, *, saves: bool = False) -> None:
     """Joins the other processes of this run, if there are any; before anything asks for devices.
+
+    Args:
+        config: What `mesh` says of them.
+        saves: Whether the verb heeds SIGTERM by itself; if not, it ends at once.
 
     Raises:
         ValueError: If what flags and environment say of them is not enough, or does not agree.
@@ -25,7 +29,7 @@ def join(config: Settings) -> None:
     if not alone or config.mesh.detect or cluster.may_be_one_of_several():
         from bhsd_jax.train import processes  # alone, a verb may need no JAX
 
-        processes.start(told, config.mesh.detect)
+        processes.start(told, config.mesh.detect, saves=saves)
 
 
 def place(config: Settings) -> cluster.Place:

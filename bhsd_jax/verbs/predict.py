@@ -22,7 +22,7 @@ from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config, Predict, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.verbs import parts, review, scan_report
-from bhsd_jax.verbs.chosen_scans import find_scans, output_names, part
+from bhsd_jax.verbs.chosen_scans import find_scans, output_names, part, series_digests
 from bhsd_jax.verbs.predict_scans import Found, Scans, predict_all, write_tables
 from bhsd_jax.volume import Case, Series
 
@@ -49,10 +49,12 @@ def run(config: Config, workdir: Path) -> None:
     every = find_scans(config, workdir)
     # Of all scans, so that several jobs give no two of them one name.
     names = output_names(every, workdir, settings)
+    series = series_digests(every, names, workdir)
     cases = part(every, settings)
     _require_possible(settings, cases)
     run = Run.of(config, workdir)
     _require_classes(run)
+    seen = _seen(run, every)
     cases, first = cascade.first_of(run, cases)
     rules = _rules(run)
     out = Path(settings.out or workdir / "predictions")
@@ -61,7 +63,7 @@ def run(config: Config, workdir: Path) -> None:
     files.sweep(out)
     devices.share_cores(run)
     processes.say_devices()
-    predict, members, record = _open(run, first, rules, out)
+    predict, members, record = _open(run, first, rules, out, series)
     tables = _tables(out, settings)
     if barrier.place()[0] == 0:
         dicom_cases.write_series(tables, cases, names)
@@ -72,7 +74,7 @@ def run(config: Config, workdir: Path) -> None:
     predicted = predict_all(scans)
     found = _gather(out, predicted, names)
     if found is not None:
-        facts = _facts(run, members) | postprocessing.to_json(rules, run.labels.names)
+        facts = _facts(run, members, seen) | postprocessing.to_json(rules, run.labels.names)
         try:
             _conclude(out, tables, found, facts, len(cases))
         finally:
@@ -81,7 +83,11 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def _open(
-    run: Run, first: Path | None, rules: Sequence[postprocessing.Rule], out: Path
+    run: Run,
+    first: Path | None,
+    rules: Sequence[postprocessing.Rule],
+    out: Path,
+    series: Mapping[str, str],
 ) -> tuple[Predictor, Sequence[Member], origins.Origins]:
     """All networks with what is done to their answers, and the record of what they make."""
     settings = run.config.predict
@@ -91,10 +97,25 @@ def _open(
     told: dict[str, Any] = postprocessing.to_json(rules, run.labels.names)
     made_with = origins.facts_of(run, members, **told)
     if first is not None:
-        stage = cascade.open_first(run, first, out)
+        stage = cascade.open_first(run, first, out, series)
         predict = replace(predict, first=stage)
         made_with["previous_stage"] = stage.origins.facts
-    return _judged(predict, run, members), members, origins.Origins(out, made_with)
+    return _judged(predict, run, members), members, origins.Origins(out, made_with, series)
+
+
+def _seen(run: Run, every: Sequence[Case]) -> dict[str, int]:
+    """How many of a split's scans the runs beside the first were trained on, which is said."""
+    settings = run.config.predict
+    if settings.images:
+        return {}
+    found = ensemble.seen(run, settings.runs, [case.id for case in every])
+    for folder, count in found.items():
+        logger.warning(
+            "%s was, or may have been, trained on %d of these %d scans of split %s: the scores of "
+            "all runs together are too good",
+            *(folder, count, len(every), settings.split),
+        )
+    return found
 
 
 def _rules(run: Run) -> tuple[postprocessing.Rule, ...]:
@@ -247,15 +268,19 @@ def _log_estimate(predict: Predictor, scans: int) -> None:
     logger.info("%d scans, about %d tiles each, %d in all%s", scans, tiles, scans * tiles, hint)
 
 
-def _facts(run: Run, members: Sequence[Member]) -> dict[str, Any]:
+def _facts(run: Run, members: Sequence[Member], seen: Mapping[str, int]) -> dict[str, Any]:
     """What a reader of the label maps has to know."""
     config, (own, *others) = run.config, members
-    listed = [{"run": m.folder.name, "step": m.step, "networks": m.networks} for m in others]
+    listed = [
+        {"run": m.folder.name, "step": m.step, "networks": m.networks, "mirror": m.mirror}
+        for m in others
+    ]
+    most = max(seen.values(), default=0)
     return {
         "notice": NOTICE,
         "step": own.step,
         "networks": own.networks,
-        **({"averaged_with": listed} if others else {}),
+        **({"averaged_with": listed, "seen_in_training": most} if others else {}),
         "combine": config.predict.combine if others or len(own.networks) > 1 else None,
         "classes": run.labels.names,
         "split": None if config.predict.images else config.predict.split,

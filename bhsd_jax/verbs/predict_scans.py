@@ -104,15 +104,14 @@ class _Steps:
         """Compiles the networks if some scan has no label map yet."""
         scans = self.scans
         self._live_on("the first scan is read")
-        kept = [] if scans.overwrite else [n for n in scans.there if scans.record.keeps(n)]
-        if len(kept) < len(scans.cases):
+        if sum(map(self._stays, scans.there)) < len(scans.cases):
             scans.predict.compile()
 
     def prepare(self, job: _Job, claim: overlap.Claim) -> _Job:
         """Reads the scan, or finds that it was predicted before."""
         scans, name = self.scans, self._name(job)
         with _kept(job):
-            if not scans.overwrite and scans.record.keeps(name):
+            if self._stays(name):
                 job.row = scans.predict.finished(job.case, scans.target(job.case), name)
             if job.row is not None:
                 job.row = review.recall(job.row, self._earlier)
@@ -151,6 +150,8 @@ class _Steps:
             name = self._name(job)
             reason = said_of(error, job.case, name)
             found.skipped[name] = reason
+            with suppress(OSError):
+                self._clear(job, also=(self.scans.target(job.case),))
             logger.error("%s: skipped: %s", place, reason)
             return
         count = len(self.scans.cases)
@@ -164,9 +165,18 @@ class _Steps:
         if job.row is not None:
             return job.row
         assert job.answer is not None  # else there would be an error
+        self._clear(job)
         row = self.scans.predict.write(job.answer, self.scans.target(job.case))
         self.scans.record.note(self._name(job))
         return row
+
+    def _clear(self, job: _Job, also: Sequence[Path] = ()) -> None:
+        """Removes what a call before has left under this name, unless that is to stay."""
+        scans, name = self.scans, self._name(job)
+        if scans.overwrite or not scans.record.keeps(name):
+            scans.record.clear(name, scans.target(job.case))
+            for path in also:
+                files.unlink(path)
 
     def _live_on(self, what: str) -> None:
         self.signs.enter_context(heartbeat(what, begins=False))
@@ -179,6 +189,14 @@ class _Steps:
                 "there is not enough memory for several scans at a time: the next one is prepared "
                 "when the one before it is done with"
             )
+
+    def _stays(self, name: str) -> bool:
+        """Whether a label map of that name, if it is there and whole, is not to be made again."""
+        if self.scans.overwrite or not self.scans.record.keeps(name):
+            return False
+        trust = self.scans.predict.trust
+        measured = self._earlier.get(name, {}).get("disagreement") is not None
+        return measured or trust is None or not trust.views
 
     @cached_property
     def _earlier(self) -> dict[str, Mapping[str, Any]]:

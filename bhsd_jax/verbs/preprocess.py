@@ -24,7 +24,6 @@ from bhsd_jax.datasets import previous, splits_file
 from bhsd_jax.defects import Finding, in_line, refused
 from bhsd_jax.nnunet import adoption, plans_json
 from bhsd_jax.nnunet.dataset_plan import CASCADE, FULL, PLANAR, make_plan
-from bhsd_jax.nnunet.planner import from_nnunet_plans
 from bhsd_jax.platform import budget, csv_files, files, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Pool, Progress, Workers
@@ -137,7 +136,7 @@ def _nnunet(settings: Any) -> dict[str, Any] | None:
     if not settings.plan:
         return None
     plans = adoption.read(settings.plan)
-    from_nnunet_plans(plans, settings.configuration)
+    adoption.require_usable(plans, settings.configuration)
     return plans
 
 
@@ -182,7 +181,7 @@ def _cascaded(found: Survey, maps: dict[str, Path] | None) -> Survey:
         raise UserError(
             f"config.preprocess.previous: no label map of {len(lost)} of {len(masked)} cases with "
             f"masks: {', '.join(lost[:4])}; predict them with networks of the first stage that "
-            "were not trained on them"
+            f"were not trained on them{previous.about_salt(found.cases)}"
         )
     if missing:
         logger.info("%d cases without masks are left out: no label map of them", len(missing))

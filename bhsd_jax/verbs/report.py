@@ -38,6 +38,8 @@ _SUMMARY = ("binary", "bootstrap", "classes", "conventions", "metrics", "n_cases
 _BRAIN = (0.0, 80.0)  # HU shown black and white: the usual brain window, level 40 width 80
 _MEASURES = {
     "hd95_mm_median": "HD95, median (mm)",
+    "hd95_n": "of scans",
+    "hd95_missed": "in one mask only",
     "nsd_mean": "surface Dice",
     "abs_volume_error_ml_mean": "volume error (mL)",
     "lesion_sensitivity": "lesions found",
@@ -157,6 +159,12 @@ def _whose(origin: Origin) -> str:
     """Whose scans were scored, in words; no more is said than is known."""
     if origin.references is not None:
         return "scans with masks of a folder; whether the network has seen them is not known"
+    made = origin.label_maps / "predictions.json"
+    facts = files.read_json(made, remedy=_AGAIN["predict"]) if made.is_file() else {}
+    # Older files do not say whether the runs beside the first were trained on the scans.
+    unknown = origin.split == "val" and "averaged_with" in facts
+    if origin.split and facts.get("seen_in_training", unknown):
+        return f"{origin.split} scans, on which some of the averaged runs may have been trained"
     return {
         "test": "scans the network never saw",
         "val": "validation scans, which the network never saw",
@@ -180,7 +188,7 @@ def _subtitle(config: Settings, origin: Origin, summary: Mapping[str, Any]) -> s
 def _results(summary: Mapping[str, Any]) -> Section:
     parts: list[Any] = [
         "Dice measures overlap with the reference drawing: 1 is identical, 0 is disjoint. "
-        "The interval says how far the mean may move with other patients.",
+        f"The interval says how far the mean may move with other {_resampled(summary)}.",
         dice_table(summary),
         "Columns: " + "; ".join(f"{title}: {what}" for title, what in CONVENTIONS.values()) + ".",
     ]
@@ -190,8 +198,11 @@ def _results(summary: Mapping[str, Any]) -> Section:
     if columns:
         parts += [
             metrics_table(summary, columns),
-            "HD95 is the distance within which 95 % of the two surfaces lie of each other; surface "
-            f"Dice is the share of them within {summary['nsd_mm']} mm.",
+            "HD95 is the distance within which 95 % of the two surfaces lie of each other. Its "
+            "median is over the scans that have the class in both masks; those that have it in one "
+            "mask only, missed or made up, are counted beside it. Surface Dice is the share of the "
+            f"surfaces within {summary['nsd_mm']} mm. Lesions found are a share of the "
+            "reference's, those that are real a share of the predicted.",
         ]
     return Section("Results", tuple(parts))
 
@@ -327,11 +338,16 @@ def _methods(run: Run, summary: Mapping[str, Any]) -> Section:
             "optimizer",
             f"{optimizer['name']}, {optimizer['schedule']} from {optimizer['lr']}",
         ),
-        ("intervals", f"{summary['bootstrap']} bootstrap resamples of patients"),
+        ("intervals", f"{summary['bootstrap']} bootstrap resamples of {_resampled(summary)}"),
         ("seed", str(config.seed)),
     ]
     notes = tuple(f"Note: {note}." for note in plan.notes)
     return Section("How it was made", (Table(("", ""), tuple(facts)), *notes))
+
+
+def _resampled(summary: Mapping[str, Any]) -> str:
+    """What the intervals are over: patients, or scans whose patients are not known."""
+    return summary.get("scored", {}).get("resampled", "patients")
 
 
 def _read_json(path: Path, verb: str) -> dict[str, Any]:

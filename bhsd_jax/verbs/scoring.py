@@ -107,7 +107,7 @@ def score_case(job: Comparison) -> Scored:
     return Scored(
         rows,
         merged,
-        _histogram(image, _annotated(labels, *full)[0] > 0) if job.baseline else None,
+        _histogram(image, reference.voxels, labels) if job.baseline else None,
         [f"{job.case}: {finding}" for finding in (*found, *more)],
         _also(job, place, image, *_annotated(labels, *full)) if job.wanted else [],
         int(np.count_nonzero(labels.annotated(reference.voxels))),
@@ -163,7 +163,8 @@ def _sets(
     return [read(label) for label in raters], [read(path) for path in job.answers]
 
 
-def _histogram(image: Volume, mask: np.ndarray) -> threshold.Histogram:
+def _histogram(image: Volume, reference: np.ndarray, labels: Labels) -> threshold.Histogram:
     voxels = plausibility.in_hu(image.voxels)
     voxels = hu.repair(image.voxels)[0] if voxels is None else voxels
-    return threshold.histogram(voxels, mask, image.spacing_mm)
+    seen = labels.annotated(reference)
+    return threshold.histogram(voxels, (reference > 0) & seen, image.spacing_mm, seen)

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -62,8 +63,8 @@ def run(config: Config, workdir: Path) -> None:
     config = Settings.of(config)
     span = Span.parse(config.train.profile, config.train.steps)
     trackers.require(config.train.trackers)
-    parts.join(config)
-    # The plan of the shards, and not the run's own: a checkpoint of another plan is refused.
+    parts.join(config, saves=True)
+    # The plan of the shards, and not the run's own: `_require_same_plan` compares them.
     run = Run.of(config, workdir, Plan.load(data.shards_folder(config, workdir)))
     share_cores(run)
     processes.say_devices()
@@ -86,8 +87,9 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
     with heartbeat("checking config, plan and network"):
         recipe = make_recipe(run, mesh)
         require_matching(run, recipe, roles, mesh)
+        _require_slice_labels(run, recipe, roles)
     checkpoints = _open_run(run)
-    state, saved = _start(recipe, checkpoints, mesh, run.config)
+    state, saved = _start(recipe, checkpoints, mesh, run)
     position = saved["batches"]
     writes = jax.process_index() == 0
     if writes:  # not before: a config that the checkpoint refuses is not the run's
@@ -124,6 +126,26 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
         record()
         log.close()
     logger.info("trained %d steps; the run is %s", steps, workdir)
+
+
+def _require_slice_labels(run: Run, recipe: Recipe, roles: Roles) -> None:
+    """Refuses losses of slice labels where there are none: they would be 0 without a word.
+
+    Raises:
+        UserError: If no slice of any unlabeled scan is known.
+    """
+    if recipe.slices is None:
+        return
+    for case in roles.unlabeled:
+        scan = run.shards.open(case)
+        if (recipe.slices.table(scan.slice_labels, scan.bleeding, scan.shape[0]) >= 0).any():
+            return
+    raise UserError(
+        f"slice_loss: of none of the {len(roles.unlabeled)} unlabeled scans a slice is known, so "
+        f"that its terms do nothing; data set {run.plan.dataset} has no slice labels there (BHSD's "
+        "layout reads slice_labels.csv). Set slice_loss.gate_pseudo=False and its weights to 0, or "
+        "prepare scans with slice labels"
+    )
 
 
 def _trackers(run: Run, position: int) -> tuple[trackers.Tracker, ...]:
@@ -221,10 +243,10 @@ def _open_run(run: Run) -> Checkpoints:
 
 
 def _start(
-    recipe: Recipe, checkpoints: Checkpoints, mesh: Mesh, config: Settings
+    recipe: Recipe, checkpoints: Checkpoints, mesh: Mesh, run: Run
 ) -> tuple[TrainState, dict[str, Any]]:
     """State and position of input and log: the latest checkpoint's, or those of step 0."""
-    key = jax.random.key(config.seed)
+    key = jax.random.key(run.config.seed)
     shapes = jax.eval_shape(recipe.init, key)
     shardings = meshes.state_shardings(mesh, shapes)
     step = checkpoints.latest()
@@ -232,8 +254,8 @@ def _start(
         with heartbeat("initializing the network"):
             # Drawn whole, then spread: the draw must not depend on the mesh.
             drawn = jax.jit(recipe.init, out_shardings=meshes.replicated(mesh))(key)
-            if config.train.init_from:
-                drawn = _begun_from(config.train, recipe, drawn, mesh)
+            if run.config.train.init_from:
+                drawn = _begun_from(run.config.train, recipe, drawn, mesh)
             return jax.jit(lambda state: state, out_shardings=shardings)(drawn), {"batches": 0}
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -241,8 +263,41 @@ def _start(
         shardings,
     )
     state, position = checkpoints.restore(abstract)
+    _require_same_plan(Plan.from_json(checkpoints.plan()), run)
     logger.info("resuming after step %d", step)
     return state, position
+
+
+def _require_same_plan(trained: Plan, run: Run) -> None:
+    """Scans prepared in another way, or others, are no sequel: folds are drawn from all of them.
+
+    Raises:
+        UserError: If the shards have another plan than those that the run was trained on.
+    """
+    told = {"notes": (), "version": run.plan.version}
+    old, new = (dataclasses.replace(plan, **told).to_json() for plan in (trained, run.plan))
+    changed = next(fields.differences(old, _but_for_rounding(old, new)), "")
+    if not changed:
+        return
+    if changed.startswith("source_sha256"):
+        changed = "source_sha256: scans or masks were added, taken away or changed"
+    raise UserError(
+        f"{run.folder}: its weights were trained on shards of another plan: {changed}. What was a "
+        "validation scan then may be one to train on now; train in another --workdir, with "
+        f"--train.init_from={run.folder} if it is to begin with these weights, or bring back "
+        f"what {data.shards_folder(run.config, run.folder)} was made from"
+    )
+
+
+def _but_for_rounding(old: Any, new: Any) -> Any:
+    """`new` with the numbers of `old` where they may differ by another processor's sums alone."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {key: _but_for_rounding(old.get(key), value) for key, value in new.items()}
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        return tuple(map(_but_for_rounding, old, new))
+    if isinstance(old, float) and isinstance(new, float) and math.isclose(old, new, rel_tol=1e-6):
+        return old
+    return new
 
 
 def _begun_from(config: Train, recipe: Recipe, drawn: TrainState, mesh: Mesh) -> TrainState:

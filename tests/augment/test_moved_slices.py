@@ -26,7 +26,7 @@ def moved(raw, rows, ops, patch, key=0, reach=None):
 
     @jax.jit
     def run(key, raw, rows):
-        marks, whole = mark(raw, -200.0)
+        marks, whole = mark(raw[..., 0] > -200)
         _, marks = chain(key, raw.astype(jnp.float32), marks)
         return follow(marks, whole, rows, reach=reach)
 
@@ -63,7 +63,8 @@ def test_presence_needs_95_percent_of_the_head(side, seen):
     disk = np.asarray(raw[0, 0, ..., 0]) > -200
     start = (64 - side) // 2
     share = disk[start : start + side, start : start + side].sum() / disk.sum()
-    marks, whole = mark(raw[:, :, start : start + side, start : start + side], -200.0)
+    part = raw[:, :, start : start + side, start : start + side, 0]
+    marks, whole = mark(part > -200)
     found = follow(marks, whole, jnp.ones((1, 1, 1), jnp.int8), reach=0)
     assert int(found[0, 0, 0]) == (1 if seen else -1)
     assert (share >= 0.95) == seen

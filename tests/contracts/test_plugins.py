@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 from bhsd_jax.configs.backbones import BACKBONES
 
+from bhsd_jax.assemble import data
 from bhsd_jax.build import build, names
+from bhsd_jax.configs import common
+from bhsd_jax.datasets import folder
 from bhsd_jax.losses import DiceCE
 from bhsd_jax.nnunet import planner
+from bhsd_jax.settings import Settings
 from bhsd_jax.types import Backbone, Batch, Learner, Logits, Objective
+from bhsd_jax.volume import Case
 
 
 def public(package):
@@ -217,6 +222,35 @@ def test_a_dataset_says_what_it_holds(name, cls, tmp_path):
     assert "root" in fields
     with pytest.raises((FileNotFoundError, ValueError), match=r"\S"):
         list(cls(root=str(tmp_path / "nothing")).cases())
+
+
+def test_a_dataset_needs_a_root_only_if_it_takes_one(tmp_path, monkeypatch):
+    """As `data=<module>.<Class>` gives it: with a root that is empty."""
+
+    class Listed:
+        name, classes, modality, license = "listed", ("background", "bleed"), "ct", ""
+
+        def cases(self):
+            yield Case("a", "a", tmp_path / "a.nii.gz", None, "unlabeled")
+
+    class Rooted(Listed):
+        def __init__(self, root):
+            self.root = root
+
+    monkeypatch.setattr(folder, "Listed", Listed, raising=False)
+    monkeypatch.setattr(folder, "Rooted", Rooted, raising=False)
+
+    def made(word, root=""):
+        config = common.get_config(f"data=folder.{word}")
+        config.data.root = root
+        return data.data_set(Settings.of(config), tmp_path)
+
+    assert [case.id for case in made("Listed").cases()] == ["a"]
+    assert made("Rooted", "x").root == "x"
+    with pytest.raises(ValueError, match=r"config\.data\.root is empty; say where folder\.Rooted"):
+        made("Rooted")
+    with pytest.raises(ValueError, match="Listed: unknown root"):
+        made("Listed", "x")
 
 
 def test_an_unknown_name_lists_the_choices():

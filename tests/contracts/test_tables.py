@@ -108,6 +108,17 @@ def test_words_reach_what_a_row_leaves_open():
     assert plain("table2", "")["name"] == "table2-cps"
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_the_fast_recipe_halves_every_table(name):
+    whole, half = plain(name, "data=bhsd"), plain(name, "data=bhsd,recipe=fast")
+    assert half["train"]["steps"] * 2 == whole["train"]["steps"]
+    assert half["optimizer"]["name"] == "muon"
+    assert plain(name, "recipe=fast,smoke")["train"]["steps"] == 4
+    if name != "table1":
+        with pytest.raises(ValueError, match=r"preset=ssl4mis decides .* got recipe=fast"):
+            plain(name, "preset=ssl4mis,recipe=fast")
+
+
 def test_a_wrong_word_lists_rows_and_words():
     with pytest.raises(ValueError, match=r"rows are suponly, entropy.*words are seed=0, smoke"):
         plain("table2", "cpss")

@@ -117,14 +117,48 @@ def test_what_the_plan_lacks_or_wants_otherwise_is_said(golden):
     settings["resampling_fn_data"] = "resample_torch_fornnunet"
     made = adoption.adopt(ours(), [facts()], theirs, "3d_fullres")
     assert made.foreground == ours().foreground
-    assert made.notes[1:] == (
-        "it has no intensity statistics; ours are used",
-        "it resamples with resample_torch_fornnunet; here scans are resampled by "
-        "resample_data_or_seg_to_shape",
-    )
+    assert made.notes[1] == "it has no intensity statistics; ours are used"
+    said = "it has resampling of data by resample_torch_fornnunet"
+    assert made.notes[2].startswith(said)
+    assert made.notes[2].endswith("here scans and masks are resampled as nnU-Net plans it")
+    settings["resampling_fn_seg_kwargs"] = {"order": 0}
+    made = adoption.adopt(ours(), [facts()], theirs, "3d_fullres")
+    assert "resampling of seg by resample_data_or_seg_to_shape {'order': 0" in made.notes[3]
     residual = (golden / "plans" / "full_BHSDtrain96_nnUNetResEncUNetMPlans.json").read_text()
     made = adoption.adopt(ours(), [facts()], json.loads(residual), "3d_fullres")
     assert made.notes[1] == "made for --config.model.name=nnunet.ResidualEncoderUNet"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"norm_op": "torch.nn.modules.batchnorm.BatchNorm3d"}, "norm_op=BatchNorm"),
+        ({"norm_op_kwargs": {"eps": 1e-5}}, "norm_op_kwargs.affine=False"),
+        ({"norm_op_kwargs": {"eps": 1e-3, "affine": True}}, "norm_op_kwargs.eps=0.001"),
+        ({"dropout_op": "torch.nn.Dropout3d", "dropout_op_kwargs": {"p": 0.2}}, "dropout_op=Drop"),
+        ({"conv_bias": False}, "conv_bias=False"),
+        ({"nonlin": "torch.nn.ReLU"}, "nonlin=ReLU"),
+        ({"nonlin_kwargs": {"negative_slope": 0.2}}, "nonlin_kwargs.negative_slope=0.2"),
+        ({"nonlin_first": True}, "nonlin_first=True"),
+        ({"preprocessor_name": "Own"}, "preprocessor_name=Own"),
+        ({"image_reader_writer": "OwnIO"}, "image_reader_writer=OwnIO"),
+    ],
+)
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_layers_and_readers_of_ones_own_are_refused_by_name(golden, configuration, changed, said):
+    theirs = head_ct(golden)
+    adoption.require_usable(theirs, configuration)
+    settings = theirs["configurations"][configuration]
+    arguments = settings["architecture"]["arch_kwargs"]
+    arguments |= {"dropout_op": "torch.nn.Dropout2d", "dropout_op_kwargs": {"p": 0}}
+    adoption.require_usable(theirs, configuration)
+    places = {"preprocessor_name": settings, "image_reader_writer": theirs}
+    for name, value in changed.items():
+        places.get(name, arguments)[name] = value
+    with pytest.raises(
+        ValueError, match=f"{configuration} has {said}.*leave config.preprocess.plan"
+    ):
+        adoption.adopt(ours(), [facts()], theirs, configuration)
 
 
 def test_another_normalization_is_refused(golden):

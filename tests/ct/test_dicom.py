@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -11,13 +12,15 @@ import pytest
 import tiny_run
 from dicom_files import NAME, PATIENT, block, store, write_series
 from pydicom import dcmread
-from pydicom.uid import JPEGLosslessSV1, RLELossless
+from pydicom.pixels import get_decoder
+from pydicom.uid import JPEGExtended12Bit, JPEGLosslessSV1, RLELossless
 from turned import stored
 
 from bhsd_jax.ct import hu, nifti, plausibility, prepare, scan, shear
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.defects import Kind, kind_of, texts
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case, Masks, Series, Volume
 
 TILT = 18.5
@@ -341,6 +344,25 @@ def test_compressed_files_are_decoded_or_refused_with_a_way_out(tmp_path):
     write_series(tmp_path / "jpeg", head, change=claim_another)
     with pytest.raises(ValueError, match=r"file 1 of 6.*JPEG Lossless.*no decoder.*gdcmconv"):
         read(tmp_path / "jpeg")
+
+    def in_twelve_bits(k, data):  # which pillow's plug-in says it decodes
+        data.compress(RLELossless)
+        data.file_meta.TransferSyntaxUID, data.BitsStored = JPEGExtended12Bit, 12
+
+    if not {"pylibjpeg"} & set(get_decoder(JPEGExtended12Bit).available_plugins):
+        write_series(tmp_path / "twelve", head, change=in_twelve_bits)
+        with pytest.raises(ValueError, match=r"JPEG Extended.*no decoder.*gdcmconv"):
+            read(tmp_path / "twelve")
+
+
+def test_without_pydicom_the_remedy_is_told_and_no_file_is_called_damaged(tmp_path, monkeypatch):
+    write_series(tmp_path, block())
+    series = series_of(tmp_path)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    for call in (lambda: dicom_series.find(tmp_path), lambda: scan.read(series)):
+        with pytest.raises(UserError, match=r"pip install 'bhsd-jax\[dicom\]'") as caught:
+            call()
+        assert "cannot be read" not in str(caught.value)
 
 
 def test_a_truncated_file_is_refused_or_left_out(tmp_path):

@@ -106,7 +106,7 @@ def test_meters_become_millimeters(tmp_path, stored):
         ({"dim": [3, 30, 40, 50, 1, 1, 1, 1]}, "truncated"),
         ({"dim": [3, 3, 0, 5, 1, 1, 1, 1]}, "positive"),
         ({"dim": [3, 3, -4, 5, 1, 1, 1, 1]}, "positive"),
-        ({"dim": [2, 3, 4, 1, 1, 1, 1, 1]}, "not a 3D scan"),
+        ({"dim": [2, 3, 4, 1, 1, 1, 1, 1]}, r"not a 3D scan: .*a third axis of size 1, or .*\.mha"),
         ({"dim": [4, 3, 2, 2, 5, 1, 1, 1]}, "not a 3D scan"),
         ({"dim": [9, 3, 4, 5, 1, 1, 1, 1]}, "not a 3D scan"),
         ({"datatype": 128}, "datatype is 128"),

@@ -60,6 +60,15 @@ def test_the_network_has_the_arguments_of_its_class(plans):
     assert module.deep_supervision, "all heads are imported"
 
 
+@pytest.mark.parametrize("dropout", ["torch.nn.Dropout2d", "torch.nn.modules.dropout.Dropout2d"])
+def test_a_planar_network_may_have_dropout(plans, dropout):
+    """Nothing is dropped in prediction."""
+    arguments = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    plain = nnunet.from_torch(*trained.network_of(plans, DATASET, "2d")).module
+    arguments |= {"dropout_op": dropout, "dropout_op_kwargs": {"p": 0.5}}
+    assert nnunet.from_torch(*trained.network_of(plans, DATASET, "2d")).module == plain
+
+
 def test_files_before_2_4_give_the_same_network(plans):
     _, want = trained.network_of(plans, DATASET, FULL)
     settings = plans["configurations"][FULL]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 import urllib.request
 
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 from dicom_files import NAME, PATIENT, write_series
 from enhanced_files import write_enhanced
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 
 from bhsd_jax.ct.dicom import segment_codes, segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.experiments.local import free_port
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE
 
 SHAPE = (9, 20, 18)  # slices, rows, columns
@@ -157,14 +159,34 @@ def test_a_scan_without_any_bleed_has_a_seg_that_says_so(tmp_path):
     assert not reread(path, series_of(tmp_path / "dicom")).any()
 
 
-def test_a_name_in_another_alphabet_arrives_whole(tmp_path):
-    def name(k, data):
-        complete(k, data)
-        data.SpecificCharacterSet, data.PatientName = "ISO_IR 100", "Müller^Jürgen"
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [
+        ("ISO_IR 100", "Müller^Jürgen"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"),
+        ("ISO 2022 IR 100", "Müller^Jürgen"),
+        ("", "Roe^Jane"),
+    ],
+)
+def test_a_name_in_another_alphabet_arrives_whole(tmp_path, charset, name):
+    """And so does what is nested; sexes that the standard does not have are left out."""
 
-    make(tmp_path / "dicom", change=name)
-    data = dcmread(write(tmp_path / "dicom", tmp_path / "a.dcm", label_of()))
-    assert data.PatientName == "Müller^Jürgen"
+    def named(k, data):
+        complete(k, data)
+        data.SpecificCharacterSet, data.PatientName, data.PatientSex = charset, name, "U"
+        other = Dataset()
+        other.PatientID, other.TypeOfPatientID = "7", "TEXT"
+        other.IssuerOfPatientID = name.split("=")[-1]
+        data.OtherPatientIDsSequence = [other]
+
+    make(tmp_path / "dicom", change=named)
+    label = label_of()
+    path = write(tmp_path / "dicom", tmp_path / "a.dcm", label)
+    data = dcmread(path)
+    assert (data.PatientName, data.PatientSex) == (name, "")
+    assert data.OtherPatientIDsSequence[0].IssuerOfPatientID == name.split("=")[-1]
+    np.testing.assert_array_equal(reread(path, series_of(tmp_path / "dicom")), label)
 
 
 def test_headers_that_nothing_can_refer_to_are_refused_without_a_name(tmp_path):
@@ -194,6 +216,15 @@ def test_headers_that_nothing_can_refer_to_are_refused_without_a_name(tmp_path):
         assert error.value.__cause__ is None
     with pytest.raises(ValueError, match="one of binary, labelmap, fractional; got 'both'"):
         write(tmp_path / "odd", tmp_path / "a.dcm", label_of(), kind="both")
+
+
+def test_without_highdicom_the_remedy_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    path = tmp_path / "a.dcm"
+    path.write_bytes(b"")
+    for call in (segmentation.require, lambda: segmentation.is_whole(path, "binary")):
+        with pytest.raises(UserError, match=r"pip install 'bhsd-jax\[dicom\]'"):
+            call()
 
 
 @pytest.mark.skipif(not shutil.which("dciodvfy"), reason="no dciodvfy (Debian's dicom3tools)")

@@ -104,6 +104,15 @@ def test_ctich_has_one_outlined_class_or_five_known_by_slice(ctich):
         CTICH(ctich, masks="all")
 
 
+def test_ctich_slices_without_a_row_are_not_known_to_bleed(ctich):
+    with (ctich / "hemorrhage_diagnosis_raw_ct.csv").open("a") as file:
+        file.write("49,5,0,0,0,0,0,1,0\n50,4,0,0,0,0,0,1,0\n")
+    for masks, unknown in (("binary", (-1,)), ("types", (-1,) * 5)):
+        bleeds, may_bleed = CTICH(ctich, masks=masks).cases()
+        assert (bleeds.bleeding, may_bleed.bleeding) == (True, None)
+        assert may_bleed.slice_labels[2] == unknown
+
+
 @pytest.mark.parametrize(
     ("line", "message"), [("49,0,0,0,0,0,0,1,0", "0 or 1"), ("49,3,0,2,0,0,0,1,0", "0 or 1")]
 )

@@ -1,4 +1,5 @@
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.datasets import bhsd_slices, rsna
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.datasets.rsna import RSNA, TYPES
+from bhsd_jax.defects import Kind
 from bhsd_jax.volume import Volume
 
 PATIENT, STUDY = "ID_0a000001", "ID_00000000a1"
@@ -135,11 +137,27 @@ def test_patients_outlined_in_bhsd_are_left_out_of_the_pool(root, tmp_path):
     for folder in ("images", "ground truths"):
         nifti.write_volume(base / "label_1" / folder / f"{outlined}.nii.gz", volume)
     (base / "dataset.json").write_text(f'{{"training": ["{outlined}.nii.gz"]}}')
-    cases = list(RSNA(root, bhsd=base).cases())
-    assert [(case.id, case.split) for case in cases] == [
+    bhsd_tree(base, volume, {"ID_0d000004_ID_00000000d4": None})  # BHSD's own pool is not used
+    found = RSNA(root, bhsd=base).survey()
+    assert [(case.id, case.split) for case in found.cases] == [
         (outlined, "train"),
         ("ID_0b000002_ID_00000000b2", "unlabeled"),
     ]
+    # A test scan without its mask is refused; its patient stays out of the pool.
+    refused = "ID_0b000002_ID_00000000b2"
+    lists = {"training": [f"{outlined}.nii.gz"], "test": [f"{refused}.nii.gz"]}
+    (base / "dataset.json").write_text(json.dumps(lists))
+    nifti.write_volume(base / "label_1" / "images" / f"{refused}.nii.gz", volume)
+    found = RSNA(root, bhsd=base).survey()
+    assert [case.id for case in found.cases] == [outlined]
+    assert [(f.kind, f.case) for f in found.findings if f.done == "refused"] == [
+        (Kind.MASK_MISSING, refused)
+    ]
+    assert not [f for f in found.findings if "unlabel_1" in f.text]
+    (base / "label_1" / "images" / f"{refused}.nii.gz").unlink()
+    found = RSNA(root, bhsd=base, allow_missing=True).survey()
+    assert [case.id for case in found.cases] == [outlined]
+    assert (Kind.IMAGE_MISSING, "kept") in [(f.kind, f.done) for f in found.findings]
 
 
 def test_bhsd_gets_the_labels_of_the_study_that_its_slices_match(root, tmp_path):

@@ -279,6 +279,14 @@ def test_a_long_volume_is_added_up_slab_by_slab(monkeypatch):
     assert {shape[0] for _, shape in held} == {TILE[0]}
 
 
+def test_a_program_that_computes_in_64_bits_gets_the_same_labels():
+    image = volume(6, 9, 9)
+    want = POINTWISE.labels([PARAMS], image)
+    with jax.enable_x64(True):
+        found = SlidingWindow(pointwise, TILE).labels([PARAMS], image)
+    np.testing.assert_array_equal(found, want)
+
+
 def test_scans_may_be_given_as_they_are_stored():
     image = np.random.default_rng(3).integers(-1000, 1000, (9, 9, 8, 1), np.int16)
     want = POINTWISE.logits([PARAMS], image.astype(np.float32))

@@ -9,10 +9,16 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
+
+from bhsd_jax.experiments import queue
+from bhsd_jax.train import mesh
 
 ROOT = Path(__file__).parents[2]
 SHELL = [
@@ -191,6 +197,33 @@ def test_the_code_gets_there_and_arguments_arrive_as_they_are(cloud):
     assert said == want
 
 
+CURL = """#!/usr/bin/env bash
+case "${!#}" in
+  */agent-worker-number) echo 2 ;;
+  */worker-network-endpoints) echo "a:b:10.0.0.2,a:b:10.0.0.3,a:b:10.0.0.4,a:b:10.0.0.5" ;;
+  *) exit 22 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "want"), [("preprocess", (2, 4)), ("report", (2, 4)), ("train", (None, None))]
+)
+def test_a_verb_without_jax_is_told_which_host_it_is_on(cloud, verb, want):
+    home = cloud / "remote home"
+    (home / "bhsd_jax" / "tools").mkdir(parents=True)
+    (home / "bhsd_jax" / "tools" / "env").write_text(f'export PATH="{cloud}/python:$PATH"\n')
+    (cloud / "python").mkdir()
+    ask = "from bhsd_jax.platform import cluster; p = cluster.find(); print(p.index, p.count)"
+    python = f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -c "{ask}"\n'
+    for path, text in ((cloud / "python" / "python", python), (cloud / "bin" / "curl", CURL)):
+        path.write_text(text)
+        path.chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_", "OMPI_"))}
+    said = tpu_vm("run", "pod", "--zone=z", "--", verb, "--workdir=a", env=clean).stdout
+    assert said.split() == [str(number) for number in want]
+
+
 def test_a_run_that_goes_on_is_stopped_with_sigterm(cloud):
     home = cloud / "remote home"
     (home / "bhsd_jax" / "tools").mkdir(parents=True)
@@ -230,6 +263,40 @@ def test_wrong_words_are_said(cloud, words, want):
     assert calls(cloud) == []
 
 
+# ---- what the files say to start, and on which machines
+
+
+def of_jobset(path):
+    """Arguments, hosts, and devices of each."""
+    jobset = next(yaml.safe_load_all(path.read_text()))
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container = job["template"]["spec"]["containers"][0]
+    limits = container["resources"]["limits"]
+    return container["args"], job["parallelism"], int(*limits.values())
+
+
+def of_tpu_vm():
+    """Likewise: a v6e has four chips on each host."""
+    top = (ROOT / "launch" / "tpu_vm.sh").read_text().partition("set -euo")[0]
+    top = top.replace("\\\n#", "")
+    chips = int(re.search(r"--type=v6e-(\d+)", top)[1])
+    return re.search(r" run .* -- (.*)", top)[1].split(), chips // 4, 4
+
+
+@pytest.mark.parametrize("name", ["gke_jobset.yaml", "gke_jobset_gpu.yaml", "tpu_vm.sh"])
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
+def test_what_the_files_start_trains_on_every_device_of_their_machines(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    told = of_tpu_vm() if name == "tpu_vm.sh" else of_jobset(ROOT / "launch" / name)
+    (verb, *words), hosts, each = told
+    assert verb == "train"
+    config = queue.resolve([word for word in words if not word.startswith("--workdir=")])
+    devices = [SimpleNamespace(process_index=id // each, id=id) for id in range(hosts * each)]
+    batches = config.input.labeled, config.input.unlabeled
+    used, groups = mesh._fill(devices, 1, batches, config.train.accumulate)
+    assert (used, groups) == (devices, 16)
+
+
 # ---- Containerfile
 
 
@@ -247,6 +314,8 @@ def test_the_image_has_what_the_project_declares():
     for variable in re.findall(r"MALLOC_\w+=\d+", env):
         assert variable in text
     assert text.index("USER 1000") < text.index("ENTRYPOINT")
+    assert "--userns=keep-id:uid=1000,gid=1000" in text, "for a person who is not root"
+    assert "LD_LIBRARY_PATH=/usr/local/nvidia/lib64" in text, "where GKE mounts the driver"
 
 
 @pytest.mark.skipif(not shutil.which("hadolint"), reason="no hadolint on the PATH")

@@ -72,6 +72,9 @@ def test_one_prediction_may_hit_two_lesions():
     found = lesion.detect(two, drawing("####"), ML)
     assert (found.hit, found.real) == ((True, True), (True,))
     assert found.f1 == 1.0
+    stray = lesion.detect(drawing("#..#..."), drawing("####..#"), ML)
+    assert (stray.tp, stray.fp, stray.precision) == (2, 1, 1 / 2)
+    assert stray.f1 == pytest.approx(4 / 5)
 
 
 def test_without_lesions_rates_are_not_defined():

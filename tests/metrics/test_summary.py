@@ -167,10 +167,12 @@ def test_a_row_twice_or_of_another_class_is_refused():
 
 
 def test_measures_besides_dice_by_hand():
+    """In scan a one predicted lesion covers two of the reference, and one is made up."""
+    made_up = {"lesions_pred": 2, "lesions_false": 1}
     rows = [
-        row("a", 5, 10, 20, hd95_mm=2.0, nsd=0.5, lesions_ref=3, lesions_hit=2, lesions_false=1),
-        row("b", 9, 14, 10, hd95_mm=6.0, nsd=0.9, lesions_ref=1, lesions_hit=1),
-        row("c", 0, 8, 0, hd95_mm=math.inf, nsd=0.0, lesions_false=2),
+        row("a", 5, 10, 20, hd95_mm=2.0, nsd=0.5, lesions_ref=3, lesions_hit=2, **made_up),
+        row("b", 9, 14, 10, hd95_mm=6.0, nsd=0.9, lesions_ref=1, lesions_pred=1, lesions_hit=1),
+        row("c", 0, 8, 0, hd95_mm=math.inf, nsd=0.0, lesions_pred=2, lesions_false=2),
         row("d", small_lesions_ref=4, small_lesions_hit=1),
     ]
     found = summary.measures(rows, ("SDH",))["SDH"]
@@ -180,7 +182,7 @@ def test_measures_besides_dice_by_hand():
     assert found["volume_bias_ml_mean"] == pytest.approx((-5 + 2 + 4 + 0) / 4)
     assert found["relative_volume_error_median"] == pytest.approx(0.45)
     assert found["lesion_sensitivity"] == pytest.approx(3 / 4)
-    assert found["lesion_precision"] == pytest.approx(3 / 6)
+    assert found["lesion_precision"] == pytest.approx(2 / 5)
     assert found["lesion_f1"] == pytest.approx(6 / 10)
     assert found["small_lesion_sensitivity"] == pytest.approx(1 / 4)
 

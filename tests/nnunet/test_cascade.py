@@ -116,6 +116,12 @@ def test_image_and_label_map_are_prepared_as_nnunets(reference, raw, tmp_path):
         assert found.image.dtype == np.float32
         want = np.maximum(reference.arrays[f"{name}_previous"], 0)
         assert (found.image[..., 1] == want).all()
+        # A mask is resampled as that label map: the rim of the empty region outvotes no label.
+        low = raw.parent / "low" / f"{name}.nii.gz"
+        case = Case(
+            name, name, raw / "imagesTr" / f"{name}_0000.nii.gz", low, "train", previous=low
+        )
+        assert (prepare.prepare_case(case, shards.plan).label == want).all()
         apart.append(np.count_nonzero(want != reference.arrays[f"{name}_previous_trained"]))
         if name == "c0":
             image = found.image[::2, ::2, ::2, 0]

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -37,19 +38,24 @@ def launch(tmp_path_factory):
 
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
-    def launched(processes, verb, workdir, *flags, method=QUICK, code=0):
+    def launched(processes, verb, workdir, *flags, method=QUICK, code=0, stop_at=""):
         words = [f"--config={TINY}:{method}", f"--workdir={workdir}", *flags]
-        done = subprocess.run(
+        with subprocess.Popen(
             ["bash", ROOT / "launch" / "local.sh", str(processes), verb, *words],
             cwd=elsewhere,
             env=clean,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
-            timeout=600,
-        )
-        assert done.returncode == code, done.stderr[-4000:]
-        return done.stderr
+        ) as running:
+            said = ""
+            while stop_at and stop_at not in said and (line := running.stderr.readline()):
+                said += line
+            if stop_at:
+                running.send_signal(signal.SIGTERM)
+            said += running.communicate(timeout=600)[1]
+        assert running.returncode == code, said[-4000:]
+        return said
 
     return launched
 
@@ -143,6 +149,13 @@ def predicted(train, launch, shards, tmp_path_factory):
         out = f"--config.predict.out={folders[processes]}"
         launch(processes, "predict", run, *shards, out)
     return run, folders
+
+
+def test_a_prediction_that_is_asked_to_stop_ends_at_once(train, launch, shards, tmp_path):
+    out = f"--config.predict.out={tmp_path}"
+    asked = {"stop_at": "process 0 of 2", "code": 128 + signal.SIGTERM}
+    launch(2, "predict", train(QUICK, 2), *shards, out, **asked)
+    assert not list(tmp_path.glob("*.nii.gz"))
 
 
 def table(path):

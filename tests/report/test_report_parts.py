@@ -71,10 +71,11 @@ def test_cases_are_sorted_and_empty_pairs_left_out():
         row | {"case": "a", "dice": "0.2", "voxels_ref": "5", "voxels_pred": "5"},
         row | {"case": "b", "dice": "0.9", "voxels_ref": "5", "voxels_pred": "5"},
         row | {"case": "c", "dice": "nan", "voxels_ref": "0", "voxels_pred": "0"},
+        row | {"case": "d", "dice": "0.0", "voxels_ref": "0", "voxels_pred": "5"},
     ]
-    table = cases_table(rows, {"a": "one", "b": "two", "c": "three"})
-    assert [line[0] for line in table.rows] == ["two", "one"]
-    assert table.rows[0][3] == "missed"
+    table = cases_table(rows, {"a": "one", "b": "two", "c": "three", "d": "four"})
+    assert [line[0] for line in table.rows] == ["two", "one", "four"]
+    assert [line[3] for line in table.rows] == ["missed", "missed", "made up"]
 
 
 def test_markdown_has_a_cell_per_column_and_html_escapes():

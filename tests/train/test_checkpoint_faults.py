@@ -1,5 +1,6 @@
 """Checkpoints outlive kills, full disks and several processes: real ones."""
 
+import errno
 import os
 import re
 import resource
@@ -98,6 +99,23 @@ def test_a_file_that_cannot_grow_is_said_and_the_step_before_stays(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large; the last good checkpoint is step 1" in said
     assert Checkpoints(folder, **EXTRA).latest() == 1
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOTSUP])
+def test_a_file_system_that_renames_no_folder_is_named(tmp_path, monkeypatch, code):
+    """Stands for a flat bucket by gcsfuse, which no test has: empty folders and files only."""
+    rename = os.rename
+
+    def refuse(source, target):
+        if os.path.isdir(source) and os.listdir(source):
+            raise OSError(code, os.strerror(code), str(source), None, str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match=f"{os.strerror(code)}.* no older one") as caught:
+        small_save(tmp_path / "c")
+    assert "does not rename a folder with files in it" in str(caught.value)
+    assert "Make room" not in str(caught.value)
 
 
 @QUIET

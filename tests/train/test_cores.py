@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 _SHARE = """
-import os
-os.sched_getaffinity = lambda process: set(range({cores}))
+from bhsd_jax.platform import machine
+machine.cores = lambda: {cores}
 from bhsd_jax.train import processes
 split = processes.share_cores({arguments})
 import jax
@@ -45,10 +45,11 @@ def test_every_core_is_a_device_where_the_batch_allows(cores, arguments, environ
 
 
 _TRAINING = """
-import os, sys
+import sys
 from pathlib import Path
-os.sched_getaffinity = lambda process: set(range(4))
-sys.path.insert(0, {folder!r})
+from bhsd_jax.platform import machine
+machine.cores = lambda: 4
+sys.path[:0] = {folders!r}
 from test_recipe import PLAN, config_of
 from bhsd_jax.configs import cps
 from bhsd_jax.assemble import recipe
@@ -67,11 +68,12 @@ print(jax.device_count(), sum(leaf.size for leaf in jax.tree.leaves(state.params
 
 
 def test_cores_that_would_mostly_update_copies_of_the_state_are_one_device():
-    folder = str(Path(__file__).parents[1] / "verbs")
+    tests = Path(__file__).parents[1]
+    folders = [str(tests / "verbs"), str(tests)]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
     def train(heavy: float, twins: int = 1) -> tuple[int, float]:
-        code = _TRAINING.format(folder=folder, heavy=heavy, twins=twins)
+        code = _TRAINING.format(folders=folders, heavy=heavy, twins=twins)
         words = [sys.executable, "-c", code]
         text = subprocess.check_output(words, env=environment | {"JAX_PLATFORMS": "cpu"}, text=True)
         devices, share = text.split()

@@ -250,12 +250,71 @@ def test_every_process_keeps_as_many_devices(group, batches, groups, used):
     assert (data, [device.id for device in found]) == (groups, used)
 
 
+@dataclasses.dataclass(frozen=True)
+class Gpu(Far):
+    """One of a machine whose GPUs are wired to each other and not to those of the next."""
+
+    device_kind = "NVIDIA H100"
+    platform = "gpu"
+
+    @property
+    def slice_index(self):
+        return self.process_index
+
+
+@pytest.mark.parametrize("sizes", [{}, {"space": 2}, {"data": 2, "twins": 2, "model": 2}], ids=str)
+def test_all_gpus_of_two_machines_train_in_groups_that_no_machine_shares(sizes):
+    """Stand-ins: no test has two machines."""
+    devices = [Gpu(id // 4, id) for id in range(8)]
+    mesh = meshes.make_mesh(**sizes, batches=(8, 8), devices=devices)
+    groups = mesh.devices.reshape(mesh.shape["data"], -1)
+    assert {device.id for device in groups.flat} == set(range(8))
+    assert all(len({device.process_index for device in group}) == 1 for group in groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip(Far):
+    """One of a v6e-16: 4 x 4 chips, each joined to its neighbors, 2 x 2 of them a machine's."""
+
+    coords: tuple[int, int, int]
+    core_on_chip = slice_index = 0
+    device_kind = "TPU v6 lite"
+    platform = "tpu"
+
+    @classmethod
+    def all(cls):
+        at = [(id % 4, id // 4) for id in range(16)]
+        return [cls(y // 2 * 2 + x // 2, id, (x, y, 0)) for id, (x, y) in enumerate(at)]
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"twins": 2}, {"space": 2}, {"space": 8}, {"model": 2}, {"model": 4, "twins": 2}, {}]
+)
+def test_any_split_of_a_tpu_is_a_mesh_of_neighbors(sizes, monkeypatch):
+    """Stand-ins: no test has a TPU."""
+    monkeypatch.setattr(jax, "device_count", lambda: 16)
+    mesh = meshes.make_mesh(**sizes, batches=(16, 16), devices=Chip.all())
+    groups = mesh.devices.reshape(mesh.shape["data"], -1)
+    assert groups.shape[1] == np.prod([*sizes.values()])
+    assert {chip.id for chip in groups.flat} == set(range(16))
+    for group in groups:
+        at = np.asarray([chip.coords for chip in group])
+        assert np.prod(np.ptp(at, 0) + 1) == len(group), "a group is a rectangle without holes"
+
+
 def test_batches_that_processes_cannot_share_are_refused():
     devices = [Far(id // 4, id) for id in range(8)]
     with pytest.raises(
         ValueError, match=r"3 patches a step .* over 2 processes; .* multiples of 2"
     ):
         meshes.make_mesh(batches=(3, 0), devices=devices)
+    # What the message says instead does for any batch.
+    for count, batches, product in ((2, (3, 0), 8), (4, (2, 2), 4), (4, (2, 1), 8)):
+        devices = [Far(id * count // 8, id) for id in range(8)]
+        with pytest.raises(ValueError, match=rf"their product is {product}$"):
+            meshes._fill(devices, 1, batches, 1)
+        used, _ = meshes._fill(devices, product, batches, 1)
+        assert used == devices
 
 
 def test_what_does_not_spread_is_refused():

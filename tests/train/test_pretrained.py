@@ -1,5 +1,6 @@
 """Weights that a training begins with: from runs and from files of PyTorch, whole or in part."""
 
+import dataclasses
 import json
 import logging
 
@@ -8,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from tiny_run import PLAN
 from toy import make_batch, make_parts
 
 from bhsd_jax.assemble.pretrained import begin_from
 from bhsd_jax.assemble.recipe import Recipe
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.configs import common
 from bhsd_jax.input.pipeline import Cut
 from bhsd_jax.models.nnunet import PlainConvUNet
 from bhsd_jax.models.swin_unetr import SwinUNETR
@@ -129,22 +133,47 @@ def test_an_encoder_of_swin_that_was_trained_by_itself(tmp_path, caplog, prefix,
     assert "random stays" in caplog.text
 
 
-def test_a_training_begins_there_and_its_average_too(tmp_path):
-    parts = make_parts(Supervised(ema_decay=0.9))
-    state = jax.jit(lambda key: init_state(parts, make_batch().image, key))(jax.random.key(0))
-    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), state.params)
+def toy_recipe(objective):
+    parts = make_parts(objective)
     cut = Cut(patch=(4, 4, 4), source=(4, 4, 4), fill=0.0)
+    return Recipe(
+        parts, lambda _: (parts.schedule, parts.optimizer), cut, jnp.float32, 1, 1, 2, 0, None
+    )
 
-    def rates(_):
-        return parts.schedule, parts.optimizer
 
-    recipe = Recipe(parts, rates, cut, jnp.float32, 1, 1, 2, 0, None)
+def test_a_training_begins_there_and_its_average_too(tmp_path):
+    recipe = toy_recipe(Supervised(ema_decay=0.9))
+    state = jax.jit(lambda key: init_state(recipe.parts, make_batch().image, key))(
+        jax.random.key(0)
+    )
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), state.params)
     config = Train(init_from=saved_run(tmp_path, ones, SUPERVISED))
     begun = train._begun_from(config, recipe, state, meshes.make_mesh(devices=jax.devices()[:1]))
     assert jax.tree.all(jax.tree.map(lambda leaf: bool((leaf == 1).all()), begun.params))
     assert jax.tree.all(jax.tree.map(lambda leaf: bool((leaf == 1).all()), begun.ema))
     assert begun.step == 0
     assert begun.opt_state is state.opt_state
+
+
+def test_a_training_goes_on_only_on_shards_of_the_plan_it_began_with(tmp_path):
+    recipe, mesh = toy_recipe(Supervised()), meshes.make_mesh(devices=jax.devices()[:1])
+    saved = Checkpoints(tmp_path / "checkpoints", config={}, plan=PLAN.to_json())
+    saved.save(3, jax.jit(recipe.init)(jax.random.key(0)), {"batches": 3}, 0.5)
+    saved.close()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", config={}, plan=PLAN.to_json())
+
+    def position(**changes):
+        plan = dataclasses.replace(PLAN, **changes)
+        run = Run.of(common.get_config(), tmp_path, plan)
+        return train._start(recipe, checkpoints, mesh, run)[1]["batches"]
+
+    low, mean, std, high = PLAN.foreground
+    assert position(notes=("told otherwise",), foreground=(low, mean * (1 + 1e-9), std, high)) == 3
+    with pytest.raises(ValueError, match=r"foreground .*init_from"):
+        position(foreground=(low, mean + 0.1, std, high))
+    with pytest.raises(ValueError, match="scans or masks were added"):
+        position(source_sha256="of another list of files")
+    checkpoints.close()
 
 
 def test_imported_weights_are_no_training_to_go_on_with(tmp_path):

@@ -22,7 +22,7 @@ import os
 import jax
 from bhsd_jax.platform import cluster
 from bhsd_jax.train import processes
-processes.start(cluster.find())
+processes.start(cluster.find(), saves=True)
 if jax.distributed.is_initialized():
     processes.share_cores(4)  # does nothing: each has its own share of the batch
 line = f"joined {jax.process_index()} {jax.process_count()} {len(jax.devices())}\\n"

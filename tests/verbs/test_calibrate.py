@@ -82,6 +82,35 @@ def test_a_temperature_makes_probabilities_fit_and_is_used_on_request(run, tmp_p
         calibrated.read(run)
 
 
+def test_runs_that_were_trained_on_the_scans_are_not_calibrated_and_said_to_be(
+    run, tmp_path, monkeypatch, caplog
+):
+    """By their roles; where their shards are gone, by their folds."""
+    fold, seed = tiny_run.make(tmp_path / "fold1", 1), tiny_run.make(tmp_path / "seed1", 2)
+    theirs = {
+        run: Roles(train=(), unlabeled=(), val=("a", "b"), test=()),
+        fold: Roles(train=("a", "c"), unlabeled=("b",), val=("d",), test=()),
+        seed: Roles(train=("c",), unlabeled=(), val=("a", "b"), test=()),
+    }
+    monkeypatch.setattr(data, "roles", lambda config, workdir: (theirs[workdir], []))
+    opened = ensemble.run_of(run, runs=(str(seed), str(fold)))
+    with pytest.raises(ValueError, match=r"fold1 was, or may .* 1 of the 1 validation scans of"):
+        calibrate.run(opened.config, run)
+    settings = dataclasses.replace(opened.config.predict, split="val", out=str(tmp_path / "out"))
+    predict.run(dataclasses.replace(opened.config, predict=settings), run)
+    assert "fold1 was, or may have been, trained on 2 of these 2 scans of split val" in caplog.text
+    assert "seed1 was" not in caplog.text
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())["seen_in_training"] == 2
+    calibrate.run(ensemble.run_of(run, runs=(str(seed),)).config, run)
+
+    monkeypatch.undo()
+    assert ensemble.seen(opened, (fold,), ("a", "b")) == {}, "the same fold of this data set"
+    config = json.loads((fold / "config.json").read_text())
+    config["split"]["fold"] = 1
+    (fold / "config.json").write_text(json.dumps(config))
+    assert ensemble.seen(opened, (seed, fold), ("a", "b")) == {str(fold): 2}
+
+
 def test_without_masks_there_is_nothing_to_fit(run, monkeypatch):
     opened = ensemble.run_of(run)
     roles = Roles(train=(), unlabeled=(), val=("b",), test=())

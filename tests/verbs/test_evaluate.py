@@ -1,6 +1,7 @@
 """The verb on a tree of three scans whose scores are known by hand."""
 
 import csv
+import dataclasses
 import json
 import logging
 import math
@@ -10,7 +11,8 @@ import pytest
 
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
-from bhsd_jax.metrics import scores
+from bhsd_jax.labels import Labels
+from bhsd_jax.metrics import scores, threshold
 from bhsd_jax.platform import faults, files
 from bhsd_jax.settings import Settings
 from bhsd_jax.shards import store
@@ -184,6 +186,24 @@ def test_the_threshold_baseline_finds_blood_that_a_band_separates(tree):
     low, high = baseline["band_hu"]
     assert 35 < low < 65 < high
     assert baseline["dice"] == pytest.approx(1.0)
+
+
+def test_blood_that_is_not_annotated_is_no_false_alarm_of_the_threshold(tree):
+    """One scan's blood is outlined, half of the other's has the label to ignore."""
+    data, run = tree
+    jobs = evaluate.comparisons(Settings.of(configure(data, baseline=True)), run)
+    known = Labels(("background", "blood"), ignore=2)
+    outlined = [(REFERENCE[job.case] > 0).astype(np.uint8) for job in jobs]
+    outlined[1][2, 8, 9] = 2
+    histograms = []
+    for job, label in zip(jobs, outlined, strict=True):
+        path = run / f"{job.case}.nii.gz"
+        write(path, label)
+        own = {"classes": known.classes, "labels": known, "reference": path, "predicted": path}
+        scored = evaluate.score_case(dataclasses.replace(job, **own))
+        histograms.append(scored.histogram)
+    assert [one.mask for one in histograms] == [4, 1]
+    assert threshold.best_band(histograms).dice == pytest.approx((1.0, 1.0))
 
 
 def test_the_split_that_was_predicted_is_the_one_that_is_scored(tree):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +50,17 @@ assert not ours, ours
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder as training leaves it, its model and variables."""
-    folder = tmp_path_factory.mktemp("run")
-    config = common.get_config()
+    return saved_run(tmp_path_factory.mktemp("run"), common.get_config(), TILE)
+
+
+def saved_run(folder, config, seen):
     model = wiring.model(Run.of(config, Path("run"), PLAN))
-    image = jax.ShapeDtypeStruct((1, *TILE, 1), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *seen, 1), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     random = np.random.default_rng(0)
     variables = jax.tree.map(lambda s: random.normal(0, 0.5, s.shape).astype(np.float32), shapes)
     plain = json.loads(json.dumps(config.to_dict()))
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(plain))
     (folder / "plan.json").write_text(json.dumps(PLAN.to_json()))
     save_networks(folder / "checkpoints", variables["params"], config=plain, plan=PLAN.to_json())
@@ -126,6 +130,30 @@ def test_weights_may_lie_apart_and_images_be_normalized(run, tmp_path, monkeypat
     assert (tmp_path / "in" / "model.stablehlo").stat().st_size > size
 
 
+def test_a_network_with_a_margin_takes_it_around_the_tile(tmp_path, monkeypatch):
+    """As BLAST-CT's, whose margin of 40 voxels is wider than half of its tile."""
+    pytest.importorskip("flatbuffers", reason="extra export: StableHLO files")
+    config, seen = common.get_config(), tuple(n + 6 for n in TILE)
+    config.model = {
+        "name": "deepmedic.DeepMedic",
+        "scales": ((1, 1, 1),),
+        "features": (2, 3, 2),
+        "joined": (4,),
+        "dropout": (0.0, 0.0),
+        "context": "given",
+    }
+    run = saved_run(tmp_path / "run", config, seen)
+    run_tool(monkeypatch, "export.py", run[0], tmp_path / "out", "--to", "stablehlo")
+    network = jax.export.deserialize(bytearray((tmp_path / "out/model.stablehlo").read_bytes()))
+    image = np.random.default_rng(1).normal(60, 30, (2, *seen, 1)).astype(np.float32)
+    found = network.call(image)
+    want = logits(run, image, Run.of(config, Path("run"), PLAN).normalization)
+    assert found.shape == want.shape == (2, *TILE, 3)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    facts = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert (facts["patch"], facts["margin"]) == (list(TILE), [3, 3, 3])
+
+
 def test_safetensors_come_back_as_the_same_run(run, tmp_path, monkeypatch):
     folder, _, variables = run
     file, again = tmp_path / "w.safetensors", tmp_path / "again"
@@ -166,6 +194,15 @@ def test_what_cannot_be_exported_says_why(run, tmp_path, monkeypatch):
         run_tool(
             monkeypatch,
             *("export.py", run[0], tmp_path / "x", "--to", "safetensors", "--network", "teacher"),
+        )
+    other = json.loads((run[0] / "config.json").read_text())
+    other["predict"]["checkpoint"] = 77  # the tool takes the checkpoint that the run predicts with
+    shutil.copytree(run[0], tmp_path / "again")
+    (tmp_path / "again" / "config.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="77"):
+        run_tool(
+            monkeypatch,
+            *("export.py", tmp_path / "again", tmp_path / "x", "--to", "safetensors"),
         )
     monkeypatch.setattr(wiring, "model", lambda run: object())
     with pytest.raises(ValueError, match="only PlainConvUNet and ResidualEncoderUNet"):

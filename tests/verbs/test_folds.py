@@ -1,5 +1,6 @@
 """Cross-validation on folds made by hand: scores, the best, and what postprocessing is taken."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
 from bhsd_jax.ct.probabilities import Probabilities
-from bhsd_jax.experiments import folds, queue
+from bhsd_jax.experiments import cross_validation, folds, queue
 from bhsd_jax.experiments.queue import Failure, Trial
 from bhsd_jax.experiments.study import Heading, Study
 from bhsd_jax.platform import files
@@ -107,6 +108,7 @@ def test_the_best_config_is_found_and_its_stray_voxels_are_not_needed(made):
     assert "bhsd predict one/fold0/seed0 " in page
     assert "--predict.runs=one/fold1/seed0" in page
     assert "--predict.postprocessing=postprocessing.json" in page
+    assert "previous" not in page
     assert str(made.out) not in page, "no place of this machine"
     assert "100.00" in page
     assert (found["checkpoint"], "the figures are too good" in page) == ("best", True)
@@ -119,6 +121,21 @@ def test_two_configs_may_be_better_together(made):
     # Where the two differ the surer one decides: the mean of both is the first config's label.
     assert scores["one + two"] == pytest.approx(scores["one"])
     assert best(made)["best"] == "one", "of equals the simpler"
+
+
+def test_the_runs_of_a_cascade_predict_first_and_are_given_its_first_stage(made):
+    for run in made.runs[2:]:
+        prepared = dataclasses.replace(run.config.preprocess, previous=("low",))
+        config = dataclasses.replace(run.config, preprocess=prepared)
+        made.runs[made.runs.index(run)] = dataclasses.replace(run, config=config)
+    every = folds._by_config(made.runs)
+    single = [cross_validation.candidate(name, runs) for name, runs in every.items()]
+    found = folds._choose(cross_validation.pairs(single))
+    assert found["best"] == "one + two"
+    page = str(folds._usage(made.out, found))
+    assert "predict two/fold0/seed0 --images" in page
+    assert "--predict.runs=two/fold1/seed0,one/fold0/seed0,one/fold1/seed0" in page
+    assert "--predict.previous=PREVIOUS" in page
 
 
 def test_a_config_counts_once_all_its_folds_are_there(made):
@@ -163,6 +180,11 @@ def test_every_fold_is_a_run_of_its_own(tmp_path):
     assert all(run.config.predict.probabilities for run in study.runs)
     assert {run.config.predict.checkpoint for run in study.runs} == {"last"}
     assert len({run.config.preprocess.shards for run in study.runs}) == 1
+    words = ["--config=flat=configs/supervised.py:smoke,configuration=2d", *words[:1]]
+    options = folds._parser().parse_args([*words, "--folds=0", f"--out={tmp_path}"])
+    flat, full = folds.make_study(options).runs
+    assert (flat.row, flat.config.preprocess.configuration) == ("flat/fold0", "2d")
+    assert flat.config.preprocess.shards != full.config.preprocess.shards
     for wrong, said in (
         (["--config=configs/supervised.py:smoke"] * 2, "NAME="),
         ([*words, "--seeds=0,1"], "--seeds"),

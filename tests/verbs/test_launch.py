@@ -141,7 +141,7 @@ def test_each_table_has_its_folder():
 
 SBATCH = """#!/bin/sh
 n=$(cat {0}/count 2>/dev/null || echo 100); n=$((n + 1)); echo $n > {0}/count
-printf '%s|' "$BHSD_AFTER" "$@" >> {0}/jobs; echo >> {0}/jobs
+printf '%s|' "$@" >> {0}/jobs; echo >> {0}/jobs
 echo "$n;cluster"
 """
 
@@ -171,7 +171,6 @@ def test_slurm_gets_shards_then_runs_then_the_report(cluster):
         assert {"--partition=gpu", "--gpus-per-node=1", "--nodes=1", "--ntasks=1"} <= set(job)
     assert any("bhsd_jax.main preprocess" in word for word in shards)
     for job, row in ((first, "suponly"), (second, "cps")):
-        assert job[0] == "predict evaluate report"
         assert {
             "--dependency=afterok:101",
             "--kill-on-invalid-dep=yes",
@@ -180,7 +179,8 @@ def test_slurm_gets_shards_then_runs_then_the_report(cluster):
         } <= set(job)
         assert f"--job-name={series}-{row}-s1" in job
         at = job.index("launch/slurm.sh")
-        assert job[at + 1].startswith(f"--config=configs/table2.py:{row},seed=1")
+        assert job[at + 1] == "--after=predict evaluate report"
+        assert job[at + 2].startswith(f"--config=configs/table2.py:{row},seed=1")
         assert job[-1] == f"--workdir={cluster / 'table2' / row / 'seed1'}"
     assert "--dependency=afterany:102:103" in report
     assert report[-1].endswith("--report-only")
@@ -210,6 +210,36 @@ def test_what_is_queued_or_finished_is_not_submitted_again(cluster, make, finish
     others = submitted(cluster)[len(titles) :]
     assert len(others) == 4
     assert not set(others) & set(titles)
+
+
+def test_shards_without_refused_scans_are_made_again_on_slurm_too(cluster):
+    words = ["table2", "--smoke", "--rows=cps", "--seeds=1", f"--out={cluster / 'table2'}"]
+    table = paper_tables.importlib.import_module("bhsd_jax.configs.table2").TABLE
+    (run,) = paper_tables.make_study(table, parsed(words)).runs
+    shards = Path(run.config.preprocess.shards)
+    shards.mkdir(parents=True)
+    (shards / "index.json").touch()
+    (shards.parent / "skipped.csv").touch()
+    assert paper_tables.cli([*words, "--slurm"]) == 0
+    kinds = [title.partition("-")[2][7:] for title in submitted(cluster)]
+    assert kinds == ["shards", "cps-s1", "report"]
+    assert paper_tables.cli([*words, "--slurm", "-o", "preprocess.allow_skipped=True"]) == 0
+    kinds = [title.partition("-")[2][7:] for title in submitted(cluster)[3:]]
+    assert kinds == ["cps-s1", "report"]
+
+
+def test_a_folder_of_another_config_is_a_failure_on_slurm_too(cluster, capsys):
+    words = ["table2", "--smoke", "--rows=suponly,cps", "--seeds=1", f"--out={cluster / 'table2'}"]
+    folder = cluster / "table2" / "cps" / "seed1"
+    folder.mkdir(parents=True)
+    table = paper_tables.importlib.import_module("bhsd_jax.configs.table2").TABLE
+    other = paper_tables.make_study(table, parsed([*words, "-o", "train.steps=7"])).runs[1]
+    (folder / "config.json").write_text(json.dumps(queue.plain(other.config)))
+    assert paper_tables.cli([*words, "--slurm"]) == 1
+    kinds = [title.partition("-")[2][7:] for title in submitted(cluster)]
+    assert kinds == ["shards", "suponly-s1", "report"], "the others are submitted"
+    assert "failed: cps, seed 1: " in (said := capsys.readouterr().err)
+    assert "train.steps (7 -> " in said
 
 
 def submitted(cluster):
@@ -250,7 +280,7 @@ def job(tmp_path):
     # A shell option that it leaves behind must not end the job before it is queued again.
     (home / "tools" / "env").write_text("set -e\n")
 
-    def run(lines, *words, **more):
+    def run(lines, *words, after=(), **more):
         programs = {
             "srun": '#!/bin/sh\nwhile [ "$1" != python ]; do shift; done\n"$@"\n',
             "squeue": "#!/bin/sh\necho RUNNING\n",
@@ -270,7 +300,14 @@ def job(tmp_path):
         for name in ("calls", "requeued"):
             (home / name).unlink(missing_ok=True)
         done = subprocess.run(
-            ["bash", ROOT / "launch" / "slurm.sh", "--config=x", f"--workdir={tmp_path}", *words],
+            [
+                "bash",
+                ROOT / "launch" / "slurm.sh",
+                *after,
+                "--config=x",
+                f"--workdir={tmp_path}",
+                *words,
+            ],
             env=environment,
             check=False,
             capture_output=True,
@@ -304,6 +341,16 @@ def test_the_job_runs_verb_after_verb(job, tmp_path, codes, code, verbs, requeue
         assert noted == {"verb": verbs[-1], "log": "slurm-7.log"}
         job("exit 0")
     assert not (tmp_path / "failed.json").exists()
+
+
+def test_what_is_told_to_the_job_itself_needs_no_variable(job):
+    """As with `sbatch --export=NONE`, which hands none on."""
+    done, calls, _ = job("exit 0", after=["--after=predict report"], BHSD_AFTER="")
+    assert done.returncode == 0, done.stderr
+    assert [words[0] for words in calls] == ["train", "predict", "report"]
+    assert not any("--after" in word for words in calls for word in words)
+    _, calls, _ = job("exit 0", after=["--after="])  # comes before the variable
+    assert [words[0] for words in calls] == ["train"]
 
 
 MAP = (

@@ -86,11 +86,12 @@ def residual_plans(golden, blocks):
 def test_blocks_of_a_residual_plan_reach_the_network(golden):
     blocks = (2, 1, 1, 2, 2, 1, 3)
     plans = residual_plans(golden, blocks)
+    settings = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    settings["n_conv_per_stage_decoder"] = [2, 1, 1, 3, 1, 2]  # from the lowest stage
     plan = trained.plan_of(plans, DATASET, "3d_fullres", "")
     assert plan.network.residual
-    config = common.get_config()
+    config = common.get_config("backbone=nnunet_resenc")
     config.precision = "float32"
-    config.model.name = "nnunet.ResidualEncoderUNet"
     model = wiring.model(Run.of(config, Path("run"), plan))
     assert model.blocks_encoder == blocks
     recipe = recipe_of(*trained.network_of(plans, DATASET, "3d_fullres"))
@@ -100,7 +101,9 @@ def test_blocks_of_a_residual_plan_reach_the_network(golden):
     smaller = wiring.model(Run.of(config, Path("run"), plan))
     assert smaller.blocks_encoder == blocks[: len(smaller.features)]
     assert len(smaller.features) < len(blocks)
-    assert smaller.convs_decoder == (1,) * (len(smaller.features) - 1)
+    assert smaller.convs_decoder == (2, 1, 3, 1, 1, 2)[: len(smaller.features) - 1]
+    config.model.convs_decoder = 2
+    assert wiring.model(Run.of(config, Path("run"), plan)).convs_decoder == 2, "asked for"
 
     config.model.blocks_encoder = (1,) * len(smaller.features)
     assert (

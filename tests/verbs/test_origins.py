@@ -2,16 +2,19 @@
 
 import csv
 import errno
+import shutil
 
 import nibabel as nib
 import pytest
 import tiny_run
+from dicom_files import write_series
 
 from bhsd_jax.assemble import origins
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.configs import from_run
 from bhsd_jax.platform import faults
-from bhsd_jax.verbs import predict
+from bhsd_jax.settings import Settings
+from bhsd_jax.verbs import chosen_scans, predict
 
 
 @pytest.fixture
@@ -82,3 +85,55 @@ def test_label_maps_of_unknown_origin_stay_and_are_told_of(tmp_path, scans, capl
     run(folder, scans, out, overwrite=False)
     assert kept(out) == ["a", "b"]
     assert "2 label maps stay of which it is not known what made them" in caplog.text
+
+
+def refill(folder, seed, **options):
+    """The inbox with another patient's series, in files of the same names."""
+    shutil.rmtree(folder, ignore_errors=True)
+    voxels = tiny_run.head(seed).transpose(2, 1, 0)[:, ::-1, ::-1]
+    spacing_mm = (5.0, 2.0, 2.0)
+    write_series(folder / "ct", voxels, series=f"1.2.3.{seed}", spacing_mm=spacing_mm, **options)
+
+
+def test_a_folder_that_is_filled_again_has_other_hidden_names(tmp_path):
+    """The same series in another folder is a scan of its own, as before."""
+    config = from_run.get_config(str(tiny_run.make(tmp_path / "run")))
+    config.predict.images = str(tmp_path / "in")
+    settings, found = Settings.of(config), []
+    for seed in (1, 2, 1):
+        refill(tmp_path / "in", seed)
+        cases = chosen_scans.find_scans(settings, tmp_path / "run")
+        found += chosen_scans.output_names(cases, tmp_path / "run", settings.predict).values()
+    assert found[0] == found[2] != found[1]
+    refill(tmp_path / "in" / "again", 1)
+    cases = chosen_scans.find_scans(settings, tmp_path / "run")
+    names = chosen_scans.output_names(cases, tmp_path / "run", settings.predict)
+    assert len({*names.values(), found[0]}) == 2
+
+
+def test_nothing_of_another_patient_stays_under_an_open_name(tmp_path, caplog):
+    """A tilted patient, a straight one, one more of the same geometry, and one who is refused."""
+    folder = tiny_run.make(tmp_path / "run")
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    refill(inbox, 1, tilt_deg=14.0)
+    run(folder, inbox, out, show_ids=True, probabilities=True)
+    pair = {out / "upright" / f"ct_{part}.nii.gz" for part in ("scan", "labels")}
+    assert all(path.is_file() for path in (*pair, out / "ct_probabilities.npz"))
+    refill(inbox, 2)
+    run(folder, inbox, out, show_ids=True)
+    assert not list(out.glob("**/ct_*"))
+    before = (out / "ct.nii.gz").read_bytes()
+
+    refill(inbox, 3)
+    run(folder, inbox, out, show_ids=True, overwrite=False)
+    assert "1 label maps are of other series" in caplog.text
+    assert kept(out) == []
+    assert (out / "ct.nii.gz").read_bytes() != before
+    run(folder, inbox, out, show_ids=True, overwrite=False)
+    assert kept(out) == ["ct"]
+    assert "1.2.3" not in (out / origins.NAME).read_text()
+
+    refill(inbox, 4, places=[0, 5, 10, 20, 25, 30, 35])
+    with pytest.raises(ValueError, match="ct: series 1: 1 slice is missing"):
+        run(folder, inbox, out, show_ids=True)
+    assert not (out / "ct.nii.gz").exists(), "else it would pass for the one in skipped.csv"

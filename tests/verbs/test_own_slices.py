@@ -15,7 +15,7 @@ from scipy.interpolate import PchipInterpolator
 from test_predict import CLASSES, PLAN, TILE
 
 from bhsd_jax.assemble import predictor
-from bhsd_jax.ct import nifti, own_slices, scan, shear, upright
+from bhsd_jax.ct import geometry, nifti, own_slices, scan, shear, upright
 from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.infer.sliding import SlidingWindow
@@ -89,6 +89,9 @@ def planted(case, plan, center):
     grid = prepare_case(case, plan).grid
     ends = zip(grid.shape, grid.cropped_shape, grid.crop_start, strict=True)
     axes = [(np.arange(n) + 0.5) * old / n - 0.5 + start for n, old, start in ends]
+    if grid.law == geometry.CENTERS:  # of a reversed axis it begins one voxel outside
+        each = zip(grid.shape, grid.spacing_mm, grid.native_spacing_mm, grid.flip, strict=True)
+        axes = [np.arange(n) * new / old - flip for n, new, old, flip in each]
     points = np.stack([*np.meshgrid(*axes, indexing="ij"), np.ones(grid.shape)], -1)
     native = np.ones_like(points)
     for axis, (own, flip) in enumerate(zip(grid.order, grid.flip, strict=True)):
@@ -162,6 +165,26 @@ def test_a_planted_bleed_comes_back_on_every_slice_with_its_volume(tmp_path, kin
             sitk.ReadImage(str(target))
     pair[1].unlink()
     assert run.finished(case, target, "scan") is None, "the pair belongs to it"
+
+
+@pytest.mark.parametrize("axes", ["SPL", "IAR"])
+def test_where_first_centers_coincide_a_bleed_comes_back_at_its_place_too(tmp_path, axes):
+    """BLAST-CT's networks; the axes run with the file's or against them."""
+    headers = make(tmp_path / "dicom", "uneven", POSTERIOR_FOSSA)
+    spacing_mm = (1.5, 1.0, 1.2)
+    plan = dataclasses.replace(PLANNED, spacing_mm=spacing_mm, axes=axes, law=geometry.CENTERS)
+    target = tmp_path / "scan.nii.gz"
+    row, *_, center = predict(tmp_path / "dicom", target, plan=plan, probabilities=True)
+    want = on_slices(headers, center)
+    assert row.ml["IPH"] == pytest.approx(integral_ml(want, headers), rel=0.005)
+    found = np.asanyarray(nib.load(target).dataobj).T[:, ::-1] == 1
+    assert 2 * (found & want).sum() / (found.sum() + want.sum()) > 0.995
+    mask = nib.load(upright.pair(target)[1])
+    middle = mask.affine @ np.append(np.argwhere(np.asanyarray(mask.dataobj) == 1).mean(0), 1)
+    np.testing.assert_allclose(middle[:3], center, atol=0.3)
+    chances = np.load(tmp_path / "scan_probabilities.npz")["probabilities"].astype(np.float32)
+    sure = np.abs(chances[0] - chances[1]) > 1e-2
+    np.testing.assert_array_equal(chances.argmax(0)[sure] == 1, found[:, ::-1][sure])
 
 
 @pytest.mark.parametrize("kind", ["tilted, uneven", "enhanced, uneven"])

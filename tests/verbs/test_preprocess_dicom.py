@@ -98,6 +98,19 @@ def test_series_and_masks_become_shards_and_no_name_comes_along(tree, tmp_path, 
     assert sum("gantry tilt of 15.0 degrees" in text for text in said) == 1
 
 
+def test_one_salt_gives_the_shards_of_two_folders_the_same_ids(tree, tmp_path):
+    """So folds, labeled scans and the stages of a cascade are of the same scans."""
+    found = []
+    for salt in ("", "ours"):
+        config = Settings.of(configure(tree, uneven="resample", salt=salt))
+        sets = [preprocess.data.data_set(config, tmp_path / run).survey() for run in "ab"]
+        found += [{case.id for case in one.cases} for one in sets]
+    assert not found[0] & found[1]
+    assert found[2] == found[3]
+    with pytest.raises(ValueError, match=r"no label map of 3 of 3 .* the same --data\.salt"):
+        preprocess._cascaded(sets[0], {})
+
+
 def test_a_series_that_is_refused_is_in_the_ledger_without_its_name(tree, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     with pytest.raises(ValueError, match=r"1 of 4 cases skipped.*uneven steps") as caught:

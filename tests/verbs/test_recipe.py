@@ -1,12 +1,16 @@
 """The whole recipe of a config: network, augmentation, objective, optimizer."""
 
 import dataclasses
+import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import nibabel as nib
 import numpy as np
 import pytest
+import tiny_run
 
 from bhsd_jax.assemble import recipe as recipes
 from bhsd_jax.assemble import wiring
@@ -16,17 +20,19 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.augment.spatial import Affine, Mirror
 from bhsd_jax.configs import cps, mean_teacher, supervised
+from bhsd_jax.ct.prepare import prepare_case
 from bhsd_jax.datasets.splits import Roles
-from bhsd_jax.input.pipeline import Decoded
+from bhsd_jax.input.pipeline import Decoded, Stream
 from bhsd_jax.models import cotr, nnformer, unetr
 from bhsd_jax.objectives.common import Ramp
 from bhsd_jax.settings import Settings
+from bhsd_jax.shards import store
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import make_train_step
 from bhsd_jax.types import Batch
 from bhsd_jax.verbs import train
-from bhsd_jax.volume import Network, Plan
+from bhsd_jax.volume import Case, Network, Plan
 
 PLAN = Plan(
     dataset="made up",
@@ -171,6 +177,8 @@ def test_slice_labels_reach_the_loss_in_the_shape_of_the_network():
     patches = jax.eval_shape(recipe.parts.augment, jax.random.key(0), raw)
     assert patches.slice_labels.shape == (8, 4, 1)
     assert patches.slice_labels.dtype == jnp.int8
+    assert raw.inside.shape == (8, *recipe.cut.source)
+    assert patches.inside is None, "the loss is not masked"
     state = jax.eval_shape(recipe.init, jax.random.key(0))
     _, metrics = jax.eval_shape(make_train_step(recipe.parts), state, raw)
     assert {"weak/known", "weak/neg_sup"} <= set(metrics)
@@ -305,6 +313,54 @@ def test_slice_labels_that_nothing_can_use_are_refused():
     config.slice_loss.neg_sup = 1.0
     with pytest.raises(ValueError, match=r"slice_loss: .*supervised\.WeaklySupervised"):
         require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+
+
+@pytest.mark.parametrize(
+    ("bleeding", "rows", "known"),
+    [
+        *((None, None, False), (True, None, False), (None, ((-1, -1),) * 7, False)),
+        *((False, None, True), (True, ((-1, -1), (0, -1)), True)),
+    ],
+)
+def test_losses_of_slice_labels_need_a_slice_that_is_known(tmp_path, bleeding, rows, known):
+    """That a scan bleeds says nothing of a single slice."""
+    plan = tiny_run.PLAN
+    nib.save(nib.Nifti1Image(tiny_run.head(), tiny_run.upright()), tmp_path / "b.nii.gz")
+    case = Case("b", "b", tmp_path / "b.nii.gz", None, "unlabeled", bleeding, rows)
+    entries = store.write_shard(tmp_path / "shard-0.arrayrecord", [prepare_case(case, plan)])
+    store.write_index(tmp_path, entries)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    config = config_of(cps)
+    config.split.binary = False
+    config.slice_loss.neg_sup = 1.0
+    config.preprocess.shards = str(tmp_path)
+    run = Run.of(config, tmp_path, plan)
+    recipe = recipes.make_recipe(run)
+    with nullcontext() if known else pytest.raises(ValueError, match="none of the 1 unlabeled"):
+        train._require_slice_labels(run, recipe, ROLES)
+
+
+def test_slices_of_ct_are_not_followed_by_what_is_put_around_the_scan():
+    """Which is brighter than air, for the plan's range begins in blood."""
+    config = config_of(cps)
+    config.slice_loss.update(mil=0.1, margin=0)
+    config.augment.update(
+        spatial=({"name": "spatial.Mirror", "p": 1.0, "axes": (0,)},), intensity=()
+    )
+    recipe = make_recipe(config, PLAN)
+    assert recipe.cut.fill == 15
+    far = np.hypot(*(np.indices((12, 12)) - 5.5))
+    image = np.stack([np.where(far < 5, 40, -1000).astype(np.int16)] * 4)
+    scan = Decoded(image, None, (), ((0, 1), (1, -1), (0, 0), (-1, 0)))
+    given = {"batch": 8, "length": 8, "seed": (0, 1), "labeled": False, "slices": recipe.slices}
+    stream = Stream({"a": scan}.__getitem__, "a", recipe.cut, **given)
+    free = jax.tree.map(lambda *rows: np.stack(rows), *(stream[row] for row in range(8)))
+    assert (free["image"] == 15).mean() > 0.4
+    label = np.zeros(free["inside"].shape, np.int8)
+    raw = Batch(free["image"], label, free["image"], free["slice_labels"], free["inside"])
+    found = jax.jit(recipe.parts.augment)(jax.random.key(0), raw)
+    np.testing.assert_array_equal(found.slice_labels[..., 0], [[-1, 0, 1, 1]] * 8)
+    assert found.inside is None
 
 
 def test_slices_of_mr_are_followed_by_the_voxels_of_the_scan():

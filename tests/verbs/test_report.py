@@ -62,7 +62,9 @@ def test_the_pictures_are_of_the_label_maps_that_were_scored(tree, drawn, tmp_pa
         assert "The label maps are of another folder" in text
         assert str(tmp_path) not in text
     noted = json.loads((run / "summary.json").read_text())["scored"]
+    assert noted.pop("resampled") == "patients"
     assert noted == {"predictions": "../other", "references": None, "split": "test"}
+    assert "bootstrap resamples of patients" in texts(run)[0]
 
 
 def test_a_linked_run_folder_leads_to_the_label_maps_too(tree, drawn, tmp_path):
@@ -85,7 +87,9 @@ def test_masks_of_a_folder_are_drawn_where_there_is_a_scan(tree, drawn, tmp_path
     for case, label in ((FIRST, mine), ("stranger", REFERENCE[SECOND])):
         write(masks / f"{case}.nii.gz", label)
         write(maps / f"{case}.nii.gz", label)
-    evaluate.run(configure(data, predictions=str(maps), references=str(masks)), run)
+    with caplog.at_level(logging.INFO):
+        evaluate.run(configure(data, predictions=str(maps), references=str(masks)), run)
+    assert "20 resamples of scans" in caplog.text, "whose they are is not known"
     with caplog.at_level(logging.WARNING):
         report.run(configure(data), run)
     (overlay,) = drawn
@@ -97,6 +101,8 @@ def test_masks_of_a_folder_are_drawn_where_there_is_a_scan(tree, drawn, tmp_path
     for text in texts(run):
         assert "whether the network has seen them is not known" in text
         assert "never saw" not in text
+        assert "bootstrap resamples of scans" in text
+        assert "with other scans" in text
         assert str(tmp_path) not in text
     # Nor is the data set needed then.
     report.run(configure(tmp_path / "gone"), run)
@@ -110,14 +116,22 @@ def test_the_headline_says_whose_scans_were_scored(tree, drawn):
     config.report.overlays = False
     evaluate.run(config, run)
     made = {"step": 3, "options": {"predict": {"checkpoint": "best"}}}
-    files.write_json(run / "predictions" / "predictions.json", made)
     found = json.loads((run / "summary.json").read_text())
-    for split, words in (
-        ("test", "scans the network never saw"),
-        ("val", "validation scans, which the network never saw"),
-        ("train", "scans of the training part, which the network may have seen"),
-        (None, "scans scored"),  # a summary of an older version
+    averaged, seen = {"averaged_with": [{"run": "fold1"}]}, "seen_in_training"
+    doubt = "scans, on which some of the averaged runs may have been trained"
+    for split, words, more in (
+        ("test", "scans the network never saw", {}),
+        ("val", "validation scans, which the network never saw", {}),
+        ("train", "scans of the training part, which the network may have seen", {}),
+        (None, "scans scored", {}),  # a summary of an older version
+        ("val", f"val {doubt}", averaged),  # an older version, which did not look
+        ("test", "scans the network never saw", averaged),
+        ("val", f"val {doubt}", averaged | {seen: 1}),
+        ("test", f"test {doubt}", averaged | {seen: 1}),
+        ("val", "validation scans, which the network never saw", averaged | {seen: 0}),
+        (None, "scans scored", averaged | {seen: 1}),
     ):
+        files.write_json(run / "predictions" / "predictions.json", made | more)
         noted = {"predictions": "predictions", "references": None, "split": split}
         old = {name: value for name, value in found.items() if name != "scored"}
         files.write_json(run / "summary.json", found | {"scored": noted} if split else old)
@@ -125,6 +139,21 @@ def test_the_headline_says_whose_scans_were_scored(tree, drawn):
         text = texts(run)[0]
         assert f"- **2** {words}\n" in text
         assert ("chosen on these very scans" in text) == (split == "val")
+
+
+def test_a_distance_says_of_how_many_scans_it_is(tree):
+    """SAH is in both masks of one scan, and made up in the other."""
+    data, run = tree
+    config = configure(data)
+    config.report.overlays = False
+    evaluate.run(config, run)
+    report.run(config, run)
+    lines = [line.strip("| ").split(" | ") for line in texts(run)[0].splitlines()]
+    head = next(i for i, line in enumerate(lines) if "HD95, median (mm)" in line)
+    columns, row = lines[head], next(line for line in lines[head:] if line[0] == "SAH")
+    found = dict(zip(columns, row, strict=True))
+    names = ("HD95, median (mm)", "of scans", "in one mask only", "of those drawn, real")
+    assert [found[name] for name in names] == ["0.000", "1", "1", "0.500"]
 
 
 def test_a_summary_of_an_older_version_has_its_pictures(tree, drawn, caplog):

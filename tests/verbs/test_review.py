@@ -72,6 +72,24 @@ def test_a_ct_without_brain_is_unlike_whatever_its_geometry(tmp_path):
     assert text == "0.0 % of the head lie in 10 to 110 HU"
 
 
+def test_a_ct_that_was_normalized_first_is_looked_at_too():
+    """As an imported nnU-Net model's: the scan is clipped, and the air around it stays."""
+    plan = dataclasses.replace(tiny_run.PLAN, normalize_first=True, crop_hu=None)
+
+    def told(voxels):
+        wide = np.pad(voxels, ((40, 40), (40, 40), (0, 0)), constant_values=-1000)
+        affine = tiny_run.upright((1.0, 1.0, 4.0))[:, [2, 1, 0, 3]]
+        volume = Volume(wide.transpose(2, 1, 0), affine, "a")
+        return unlike.sentences(*prepare_volume(volume, plan)[:2], plan, None)
+
+    voxels = tiny_run.head()
+    assert told(voxels) == ()
+    voxels[voxels > -500] = 4  # windowed: all of it is below the plan's lower bound
+    assert told(voxels) == ("0.0 % of the voxels above 10 HU lie in 10 to 110 HU",)
+    (text,) = told(np.full_like(voxels, 700))
+    assert text.endswith("% of the voxels above 10 HU lie in 10 to 110 HU")
+
+
 def test_a_damaged_list_of_what_was_seen_is_no_list(tmp_path):
     (tmp_path / "integrity.json").write_text('{"spacing_mm": {}}')
     assert unlike.Seen.load([tmp_path]) is None
@@ -130,7 +148,10 @@ def test_the_verb_lists_them_and_remembers(tmp_path):
     for name, voxels in (("a", tiny_run.head()), ("b", phantom), ("c", tiny_run.head(2))):
         nib.save(nib.Nifti1Image(voxels, tiny_run.upright()), images / f"{name}.nii.gz")
     config = ensemble.run_of(RUN[0], images=str(images), out=str(out), confidence=True).config
-    predict.run(config, RUN[0])
+    plain = dataclasses.replace(config.predict, confidence=False)
+    predict.run(dataclasses.replace(config, predict=plain), RUN[0])
+    again = dataclasses.replace(config.predict, overwrite=False)
+    predict.run(dataclasses.replace(config, predict=again), RUN[0])  # measures what was not
     first = (out / "review.csv").read_bytes()
     with (out / "review.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -144,8 +165,9 @@ def test_the_verb_lists_them_and_remembers(tmp_path):
     assert {row["case"]: row["disagreement"] for row in rows} == {
         case: row["disagreement"] for case, row in volumes.items()
     }
-    again = dataclasses.replace(config.predict, overwrite=False)
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
     predict.run(dataclasses.replace(config, predict=again), RUN[0])
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "they stay"
     assert (out / "review.csv").read_bytes() == first
 
 

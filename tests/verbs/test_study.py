@@ -84,25 +84,58 @@ def test_synthetic_data_is_not_held_against_the_paper(binary):
     assert "CC0" in text
 
 
-def test_real_data_is_held_against_the_paper(binary):
-    made, runs = binary
-    for run in runs.values():
+def not_generated(made, data):
+    """The study as if its runs were on this data set, and no smoke runs."""
+    for run in made.runs:
+        run.config.data["name"] = data
         if (run.workdir / "summary.json").is_file():
-            run.config.data["name"] = "bhsd.BHSD"
             config = json.loads((run.workdir / "config.json").read_text())
-            config["data"]["name"] = "bhsd.BHSD"
+            config["data"]["name"] = data
             files.write_json(run.workdir / "config.json", config)
             (run.workdir / "summary.json").touch()
-        else:
-            run.config.data["name"] = "bhsd.BHSD"
-    real = study.Study(made.title, made.out, made.rows, made.runs, made.baseline, made.notes)
+    return study.Study(made.title, made.out, made.rows, made.runs, made.baseline, made.notes)
+
+
+def test_the_test_part_of_bhsd_is_held_against_the_paper(binary):
+    made, _ = binary
+    real = not_generated(made, "bhsd.BHSD")
     study.write(real)
     text = (made.out / "report.md").read_text()
+    assert "Not all of these scans" not in text
+    assert "2** test scans in every figure" in text
     assert "computer-generated" not in text
     assert cells(text, "Results", "CPS")[4] == "+25.50"
     assert cells(text, "Results", "SupOnly")[4] == "+4.90"
     assert "192" in section(text, "Notes")
     assert "1418, not 1500" in section(text, "Notes")
+
+
+def test_validation_scans_are_called_so_and_not_held_against_the_paper(binary):
+    made, runs = binary
+    for run in runs.values():
+        path = run.workdir / "summary.json"
+        if path.is_file():
+            found = json.loads(path.read_text())
+            files.write_json(path, found | {"scored": {"split": "val"}})
+    study.write(not_generated(made, "bhsd.BHSD"))
+    text = (made.out / "report.md").read_text()
+    assert "ours - paper" not in text
+    assert "Not all of these scans are the test part of BHSD" in text
+    assert "2** validation scans in every figure" in text
+    assert "test scans" not in text.split("## ")[0]
+    assert cells(text, "How it was made", "scans tested") == ["validation scans"]
+
+
+def test_another_data_set_with_its_own_classes_is_not_held_against_the_paper(make, finish):
+    made = make("--rows=nnunet", "--seeds=0", "-o", "predict.split=val", table=table1)
+    finish(made.runs[0], [(4, 1, 1), (1, 0, 0)], classes=("liver", "cyst"))
+    study.write(not_generated(made, "msd.MSD"))
+    text = (made.out / "report.md").read_text()
+    assert "Not all of these scans are the test part of BHSD" in text
+    assert "ours - paper" not in text
+    assert "difference" not in section(text, "By class")
+    assert "n counts the validation scans" in section(text, "By class")
+    assert cells(text, "Results", "nnU-Net 3D")[:2] == ["29.44", "90.00"]
 
 
 def test_nothing_run_yet_is_a_report_too(make):

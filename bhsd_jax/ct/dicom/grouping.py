@@ -56,7 +56,7 @@ class Group:
     ) -> Series:
         """What a case holds of it; `settings` is where `uneven` and `unshear` were set."""
         how = (uneven, unshear, self.findings, self.part, settings, own_slices)
-        return Series(self.files, name, *how)
+        return Series(self.files, name, *how, uid=self.first.series)
 
 
 def study(item: Slice) -> str:

@@ -30,6 +30,7 @@ _MAY_BE_EMPTY = (  # type 2 of the standard: highdicom wants them there
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("AccessionNumber", "StudyID", "StudyDate", "StudyTime"),
 )
+_SEXES = ("M", "F", "O")  # of the standard; some files have others, such as HL7's U
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def place(target: Path) -> Path:
 
 
 def require() -> None:
-    """Raises `ModuleNotFoundError` with the remedy if highdicom is not installed."""
+    """Raises `UserError` with the remedy if highdicom is not installed."""
     _highdicom()
 
 
@@ -69,8 +70,7 @@ def write(
 
     Raises:
         ValueError: If the series lacks what a SEG has to refer to, or is cut into several files;
-            or the shapes do not fit.
-        ModuleNotFoundError: If highdicom is not installed.
+            or the shapes do not fit, or highdicom is not installed.
         faults.WriteError: If the system says no.
     """
     if kind not in KINDS:
@@ -91,6 +91,8 @@ def write(
         with slice_file.quiet():
             sources, frames = _sources(stack, voxels[:, ::-1], series)
             made = _make(sources, frames, classes, kind, maker)
+            for _ in made.iterall():  # text in sequences is decoded when it is looked at
+                pass
             data = io.BytesIO()
             made.save_as(data)
     except UserError:
@@ -110,7 +112,7 @@ def is_whole(path: Path, kind: str) -> bool:
             data = _highdicom().seg.segread(file)
             bits = data.Rows * data.Columns * data.NumberOfFrames * data.BitsAllocated
             return str(data.SegmentationType).lower() == kind and 8 * len(data.PixelData) >= bits
-    except ModuleNotFoundError:
+    except UserError:
         raise
     except Exception:  # pydicom throws what the file makes it throw
         return False
@@ -180,6 +182,8 @@ def _header(path: Path, series: Series) -> Any:
     for name in _MAY_BE_EMPTY:
         if name not in data:
             setattr(data, name, "")
+    if data.PatientSex not in _SEXES:
+        data.PatientSex = ""
     coded = "DeidentificationMethodCodeSequence"
     if data.get("PatientIdentityRemoved") == "YES" and not data.get(coded):
         # Required of what is copied from the source, which may have left it empty.
@@ -208,6 +212,8 @@ def _make(
         content_label="HEMORRHAGE",
         content_description="Automatic outline of bleeding, research use only",
         series_description="Bleeding (AI), research use only",
+        # Its own, whatever the source has: highdicom refuses values of the source that files have.
+        specific_character_set="ISO_IR 192",
     )
 
 
@@ -246,7 +252,7 @@ def _highdicom() -> Any:
     try:
         import highdicom
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "a DICOM SEG needs highdicom: install the extra, pip install 'bhsd-jax[dicom]'"
+        raise UserError(
+            "a DICOM SEG needs highdicom; install it with: pip install 'bhsd-jax[dicom]'"
         ) from error
     return highdicom

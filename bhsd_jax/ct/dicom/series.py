@@ -59,7 +59,8 @@ def survey(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) ->
     series say so. Files that name no study are of that of their folder.
 
     Raises:
-        ValueError: If there are DICOM images, but all of them are left out; says why.
+        ValueError: If there are DICOM images, but all of them are left out; says why. Or pydicom,
+            which reads them, is not installed.
     """
     slices: list[Slice] = []
     broken, others = list[Path](), list[Path]()
@@ -67,6 +68,7 @@ def survey(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) ->
         if not slice_file.is_dicom(path):
             others.append(path)
             continue
+        slice_file.require()
         try:
             slices += slice_file.headers(path)
         except UserError:
@@ -161,6 +163,7 @@ def order(headers: Sequence[Slice | None], series: Series) -> Stack:
 
 
 def _headers(series: Series) -> list[Slice | None]:
+    slice_file.require()
     found: list[Slice | None] = []
     for path in sorted(series.files):
         try:

@@ -101,9 +101,9 @@ def headers(path: Path) -> list[Slice]:
     """Reads a header without the voxels; of enhanced CT, one for each frame.
 
     Raises:
-        ValueError: If it cannot be read.
-        ModuleNotFoundError: If pydicom is not installed.
+        ValueError: If it cannot be read, or pydicom is not installed.
     """
+    require()
     try:
         with quiet(), path.open("rb") as file:
             data = read(file, stop_before_pixels=True, specific_tags=list(_TAGS))
@@ -129,14 +129,16 @@ def planes(path: Path, wanted: Sequence[int | None], *, unwrap: bool = True) -> 
     around to +3096..+4095: with `unwrap` that is undone.
 
     Raises:
-        ValueError: If it is compressed in a way that nothing installed decodes, or damaged.
+        ValueError: If it is compressed in a way that nothing installed decodes, or damaged; or
+            pydicom is not installed.
 
     Source: the RSNA 2019 hemorrhage data, in which a part of the scans is stored so.
     """
+    require()
     try:
         with quiet(), path.open("rb") as file:
             data = read(file)
-            _require_decoder(data.file_meta.TransferSyntaxUID)
+            _require_decoder(data)
             if None in wanted:
                 stored = np.asarray(data.pixel_array)
                 if stored.ndim != 2:
@@ -168,12 +170,20 @@ def read(file: BinaryIO, **options: Any) -> Any:
     return data
 
 
+def require() -> None:
+    """Raises `UserError` with the remedy if pydicom is not installed.
+
+    For callers that take an error of `headers` for one of the file.
+    """
+    _pydicom()
+
+
 def _pydicom() -> Any:
     try:
         import pydicom
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "DICOM files need pydicom: install the extra, pip install 'bhsd-jax[dicom]'"
+        raise UserError(
+            "DICOM files need pydicom; install it with: pip install 'bhsd-jax[dicom]'"
         ) from error
     return pydicom
 
@@ -308,15 +318,19 @@ def _is_whole(data: Any, left: int) -> bool:
     return left >= start + voxels * int(data.get("BitsAllocated") or 16) // 8
 
 
-def _require_decoder(syntax: Any) -> None:
+def _require_decoder(data: Any) -> None:
+    syntax = data.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
         return
+    from pydicom import uid
     from pydicom.pixels.decoders.base import get_decoder
 
     try:
-        ready = get_decoder(syntax).is_available
+        ready = set(get_decoder(syntax).available_plugins)
     except NotImplementedError:
-        ready = False
+        ready = set()
+    if syntax == uid.JPEGExtended12Bit and data.get("BitsStored") != 8:
+        ready -= {"pillow", "gdcm"}  # they say that they decode it, and refuse all but 8 bits
     if not ready:
         raise Refusal(
             Kind.COMPRESSED,
