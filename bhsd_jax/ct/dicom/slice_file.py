@@ -330,7 +330,9 @@ def _require_decoder(data: Any) -> None:
     except NotImplementedError:
         ready = set()
     if syntax == uid.JPEGExtended12Bit and data.get("BitsStored") != 8:
-        ready -= {"pillow", "gdcm"}  # they say that they decode it, and refuse all but 8 bits
+        # In pydicom 3.0.2 both say that they decode it, and then refuse all but 8 bits
+        # (findings/pydicom_jpeg12_decoder_refuses.sh).
+        ready -= {"pillow", "gdcm"}
     if not ready:
         raise Refusal(
             Kind.COMPRESSED,
