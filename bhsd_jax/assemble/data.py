@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import re
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.volume import Dataset
+
+_NUMBER = re.compile(r"\d+e\d+|0\d+")  # of hexadecimal digits, what spreadsheets write otherwise
 
 
 def shards_folder(config: Settings, workdir: Path) -> Path:
@@ -60,9 +63,19 @@ def short_names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str
     if show_ids:
         return {case: case for case in cases}
     salt = _salt(workdir)
-    digests = {c: hashlib.sha256((salt + c).encode()).hexdigest() for c in cases}
+    digests = {c: _unharmed(hashlib.sha256((salt + c).encode()).hexdigest()) for c in cases}
     alike = Counter(digest[:8] for digest in digests.values())
     return {c: d[: 8 if alike[d[:8]] == 1 else 16] for c, d in digests.items()}
+
+
+def _unharmed(digest: str) -> str:
+    """From the first eight digits on that a spreadsheet leaves as they are.
+
+    It takes 83921e45 for a number that it writes otherwise, and the zero off 00412907.
+    """
+    starts = range(len(digest) - 16)
+    kept = (at for at in starts if not _NUMBER.fullmatch(digest[at : at + 8]))
+    return digest[next(kept, 0) :]
 
 
 def _salt(folder: Path) -> str:

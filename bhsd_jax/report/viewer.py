@@ -71,6 +71,7 @@ class Viewer:
     windows: tuple[tuple[str, float, float], ...] = CT_WINDOWS  # name, level, width; or none
     unit: str = "HU"
     scans: int | None = None  # in all, where the page may hold only the first of them
+    auto: bool = False  # with each scan's own range beside the windows
 
 
 def write(
@@ -161,11 +162,12 @@ def _facts(scan: Shown, number: int, viewer: Viewer) -> dict[str, Any]:
 
 def _page(viewer: Viewer, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     orders = [{"key": "total", "title": "Largest first", "largest": True}]
-    if any(one["dice"] is not None for one in listed):
-        orders.append({"key": "dice", "title": "Worst first", "largest": False})
+    if any(one["dice"] is not None for one in listed):  # the page opens with the first order
+        orders.insert(0, {"key": "dice", "title": "Worst first", "largest": False})
     if any(one["review"] is not None for one in listed):
         orders.append({"key": "review", "title": "Review first", "largest": True})
-    orders.append({"key": "number", "title": "By name", "largest": False})
+    orders.append({"key": "place", "title": "By name", "largest": False})
+    places = {name: place for place, name in enumerate(sorted(one["name"] for one in listed))}
     windows: list[dict[str, Any]] = [
         {
             "name": name,
@@ -175,8 +177,8 @@ def _page(viewer: Viewer, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         }
         for name, level, width in viewer.windows
     ]
-    if not windows:  # null: each scan's own range
-        windows = [{"name": "Auto", "low": None, "high": None, "about": "2 % to 99.5 %"}]
+    if viewer.auto or not windows:  # null: each scan's own range
+        windows.append({"name": "Auto", "low": None, "high": None, "about": "2 % to 99.5 %"})
     few = f"; {len(listed)} of them are on this page" if len(listed) < (viewer.scans or 0) else ""
     colors = [{"name": c, "color": color(c, i)} for i, c in enumerate(viewer.classes)]
     return {
@@ -187,7 +189,7 @@ def _page(viewer: Viewer, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "classes": colors,
         "windows": windows,
         "orders": orders,
-        "cases": listed,
+        "cases": [{**one, "place": places[one["name"]]} for one in listed],
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from bhsd_jax import __version__
 from bhsd_jax.assemble import data
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import formats, geometry, scan
+from bhsd_jax.ct import formats, geometry, plausibility, scan
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures, niivue, viewer
@@ -56,12 +56,14 @@ def write(run: Run, out: Path, cases: Mapping[str, Case], *, strict: bool = Fals
     """
     found = _read(out)
     entries = [_entry(run, out, row, cases) for row in found.rows if row["case"] in cases]
-    if not entries:
+    if not entries and not found.skipped:
         raise UserError(f"{out}: none of these scans was predicted there; {_AGAIN}")
     names = _names(run, cases)
     entries = [dataclasses.replace(entry, name=names[entry.name]) for entry in entries]
     pages.write_names(out, {one.name: one.label_map.name for one in entries})
-    wanted = run.config.report.viewer if strict else niivue.available()
+    wanted = bool(entries) and (run.config.report.viewer if strict else niivue.available())
+    if not entries:
+        files.unlink(out / pages.VIEWER)  # of a call before
     title = f"New scans, read by {run.config.name}"
     subtitle = _subtitle(run, found, len(entries))
     page = Page(
@@ -78,7 +80,7 @@ def write(run: Run, out: Path, cases: Mapping[str, Case], *, strict: bool = Fals
     logger.info("report: %s", save(page, out))
     if wanted:
         pages.write_page(run, out, title, subtitle, entries)
-    elif not strict:
+    elif entries and not strict:
         logger.info("no %s: install the extra `viewer`", pages.VIEWER)
 
 
@@ -135,16 +137,16 @@ def _subtitle(run: Run, found: _Predicted, scans: int) -> str:
 
 
 def _count(scans: int) -> str:
-    return f"{scans} scans" if scans > 1 else "1 scan"
+    return "1 scan" if scans == 1 else f"{scans} scans"
 
 
 def _headline(entries: Sequence[Entry]) -> tuple[tuple[str, str], ...]:
     totals = [entry.total_ml for entry in entries]
     bleeding = [total for total in totals if total > 0]
     return (
-        (str(len(entries)), "scans" if len(entries) > 1 else "scan"),
+        (str(len(entries)), "scan" if len(entries) == 1 else "scans"),
         (str(len(bleeding)), "of them with some bleed drawn"),
-        (f"{max(totals):.1f} mL", "in the scan with most"),
+        (f"{max(totals, default=0):.1f} mL", "in the scan with most"),
     )
 
 
@@ -226,6 +228,15 @@ _LEGEND = (
 )
 
 
+def _window(run: Run, image: np.ndarray) -> tuple[float, float]:
+    """Black and white: of CT the brain's, also where its networks take it as it lies."""
+    if run.plan.modality == "ct" and (run.plan.in_hu or plausibility.in_hu(image) is not None):
+        level, width = viewer.CT_WINDOWS[0][1:]
+        return level - width / 2, level + width / 2
+    low, high = np.percentile(image, (2, 99.5))
+    return float(low), float(high)
+
+
 def _pictures(run: Run, entries: Sequence[Entry]) -> list[Picture]:
     if not figures.available():
         return []
@@ -233,11 +244,7 @@ def _pictures(run: Run, entries: Sequence[Entry]) -> list[Picture]:
     for entry in [e for e in entries if e.total_ml > 0][:_PICTURES]:
         one = shown.read(run, entry)
         mask = one.prediction > 0
-        low, high = np.percentile(one.image, (2, 99.5))
-        level, width = viewer.CT_WINDOWS[0][1:]
-        window = (
-            (level - width / 2, level + width / 2) if run.plan.in_hu else (float(low), float(high))
-        )
+        window = _window(run, one.image)
         overlay = figures.Overlay(one.image, np.zeros_like(mask), mask, one.spacing_mm, window)
         parts = [f"{name} {ml:.1f} mL" for name, ml in entry.ml.items() if ml > 0]
         caption = f"Scan {entry.name}: {', '.join(parts)}"

@@ -50,7 +50,7 @@ def scans(run: Run, entries: Iterable[Entry]) -> Iterator[Shown]:
 
 
 def read(run: Run, entry: Entry) -> Shown:
-    """One scan: sheared stacks are set upright, and CT is in HU as the networks are given it.
+    """One scan: sheared stacks are set upright, and CT is in HU, whatever its networks are given.
 
     Of a series at uneven steps the even planes are shown that the network saw, each with the label
     of the nearest slice.
@@ -67,6 +67,8 @@ def read(run: Run, entry: Entry) -> Shown:
         flags = (*flags, f"{own.shape[0]} slices at uneven steps, shown on {d} even planes")
     if run.plan.in_hu:
         voxels = plausibility.settle(voxels)[0]
+    elif run.plan.modality == "ct" and (settled := plausibility.in_hu(voxels)) is not None:
+        voxels = settled
     if run.labels.regions:
         entry = replace(entry, ml=_by_value(run, labels[0], volume))
     return of_arrays(entry, Volume(voxels, volume.affine, entry.name), labels, flags)
@@ -101,9 +103,10 @@ def of_arrays(
 
 def around(run: Run, title: str, subtitle: str, notice: str, count: int) -> Viewer:
     """What stands around `count` scans of a run."""
-    windows = viewer.CT_WINDOWS if run.plan.in_hu else viewer.NO_WINDOWS
-    unit = "HU" if run.plan.modality == "ct" else ""
-    return Viewer(title, subtitle, notice, run.classes[1:], windows, unit, count)
+    ct = run.plan.modality == "ct"
+    windows, unit = (viewer.CT_WINDOWS, "HU") if ct else (viewer.NO_WINDOWS, "")
+    auto = not run.plan.in_hu  # a scan may be in other units, where CT is taken as it lies
+    return Viewer(title, subtitle, notice, run.classes[1:], windows, unit, count, auto)
 
 
 def _shown_box(

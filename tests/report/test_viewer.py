@@ -74,9 +74,12 @@ def tab(page, tmp_path_factory):
     with browser.Browser(tmp_path_factory.mktemp("profile"), (1000, 640)) as opened:
         opened.open(page.as_uri())
         opened.wait(READY)
+        opened.evaluate(f"{SORT.format('Largest first')}.click()")
+        opened.wait(READY)
         yield opened
 
 
+SORT = "[...document.querySelectorAll('#sort button')].find((b) => b.textContent === '{}')"
 STATE = 'JSON.parse(document.body?.dataset.state ?? "{}")'
 READY = f"{STATE}.ready || {STATE}.fault"
 
@@ -218,9 +221,11 @@ def test_the_reference_is_beside_the_prediction_and_moves_with_it(tab):
 @needs_browser
 def test_scans_are_listed_in_the_order_asked_for(tab):
     names = "[...document.querySelectorAll('#cases .name')].map((one) => one.textContent)"
-    click = "[...document.querySelectorAll('#sort button')].find((b) => b.textContent === '{}')"
     assert tab.evaluate(names) == ["first", "</script><b>second", "third"]
-    tab.evaluate(f"{click.format('Worst first')}.click()")
+    tab.evaluate(f"{SORT.format('By name')}.click()")
+    tab.wait(READY)
+    assert tab.evaluate(names) == ["</script><b>second", "first", "third"]
+    tab.evaluate(f"{SORT.format('Worst first')}.click()")
     tab.wait(READY)
     assert tab.evaluate(names)[0] == "</script><b>second"
     assert tab.evaluate(STATE)["case"] == "</script><b>second"
@@ -228,11 +233,28 @@ def test_scans_are_listed_in_the_order_asked_for(tab):
     assert state["case"] == "third"
     assert tab.evaluate("document.getElementById('pane-reference').hidden") is True
     assert "slices of 9 mm" in tab.evaluate("document.getElementById('cases').textContent")
-    tab.evaluate(f"{click.format('Review first')}.click()")
+    tab.evaluate(f"{SORT.format('Review first')}.click()")
     tab.wait(READY)
     assert tab.evaluate(names)[0] == "third"
-    tab.evaluate(f"{click.format('Largest first')}.click()")
+    tab.evaluate(f"{SORT.format('Largest first')}.click()")
     tab.wait(READY)
+
+
+@needs_niivue
+@needs_browser
+def test_of_scans_asked_for_one_after_the_other_the_last_alone_is_shown(tab):
+    press(tab, "ArrowLeft", "ArrowLeft")
+    first = press(tab)["shown"]
+    tab.evaluate(
+        "['Right', 'Right', 'Left', 'Right'].forEach((key) => "
+        "document.dispatchEvent(new KeyboardEvent('keydown', "
+        "{ key: `Arrow${key}`, bubbles: true })))"
+    )
+    tab.wait(READY)
+    state = tab.evaluate(STATE)
+    assert state["case"] == "third"
+    assert state["shown"] == ["2.nii", "prediction.nii"] != first
+    press(tab, "ArrowLeft", "ArrowLeft")
 
 
 @needs_niivue

@@ -11,12 +11,13 @@ import pytest
 import tiny_run
 from dicom_files import NAME, PATIENT, write_series
 
-from bhsd_jax.assemble import devices, ensemble
+from bhsd_jax.assemble import data, devices, ensemble
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.report import niivue
+from bhsd_jax.report import niivue, viewer
 from bhsd_jax.report.page import Page, Picture, Section, save
 from bhsd_jax.report.result_tables import Table
-from bhsd_jax.verbs import pages, predict, report, shown
+from bhsd_jax.verbs import pages, predict, report, scan_report, shown
+from bhsd_jax.volume import Case
 
 needs_niivue = pytest.mark.skipif(not niivue.available(), reason="the extra `viewer` is missing")
 
@@ -103,6 +104,47 @@ def test_the_verb_report_makes_it_later_and_shows_names_where_it_may(run, scans,
     (out / "volumes.json").unlink()
     with pytest.raises(FileNotFoundError, match="run the verb `predict` first"):
         report.run(dataclasses.replace(config, report=asked), run)
+
+
+@needs_niivue
+def test_where_no_scan_could_be_predicted_the_page_says_why(run, scans, tmp_path):
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    alone.mkdir()
+    (scans / "ID_2.nii.gz").rename(alone / "ID_2.nii.gz")
+    out.mkdir()
+    (out / "viewer.html").write_text("of a call before")
+    with pytest.raises(ValueError, match=r"1 of 1 scans skipped, see .*ID_2"):
+        predict.run(config_of(run, alone, out, report=True), run)
+    text = (out / "report.md").read_text()
+    assert "Not predicted" in text
+    assert "0 scans without references" in text
+    assert not (out / "viewer.html").exists()
+
+
+def test_ct_that_networks_take_as_it_lies_is_shown_in_the_windows_of_ct(run, scans):
+    """Imported nnU-Net models do; what lies in HU is seen as such on their pages, too."""
+    opened = ensemble.run_of(run)
+    plan = dataclasses.replace(opened.plan, normalize_first=True)
+    opened = dataclasses.replace(opened, plan=plan)
+    around = shown.around(opened, "", "", "", 1)
+    assert around.windows == viewer.CT_WINDOWS
+    assert around.auto, "and a scan that is not in HU in its own range"
+    label = Case("a", "a", scans / "ID_1.nii.gz", None, "test")
+    empty = nib.Nifti1Image(np.zeros(tiny_run.head().shape, np.uint8), tiny_run.upright())
+    nib.save(empty, scans / "label.nii.gz")
+    one = shown.read(opened, shown.Entry(label, scans / "label.nii.gz", "a", {}))
+    assert scan_report._window(opened, one.image) == (0, 80)
+    mr = np.random.default_rng(0).normal(400, 100, one.image.shape)
+    low, high = scan_report._window(opened, mr)
+    assert 100 < low < high < 900
+
+
+def test_no_hidden_name_is_a_number_that_a_spreadsheet_writes_otherwise(tmp_path):
+    (tmp_path / ".salt").write_text("5" * 32)
+    names = data.short_names([f"scan {number}" for number in range(4000)], tmp_path, False).values()
+    harmed = [name for name in names if re.fullmatch(r"\d+e\d+|0\d+", name)]
+    assert not harmed, "some thirty of them would be"
+    assert len(set(names)) == 4000
 
 
 @pytest.mark.parametrize("name", ["ID_1.nii.gz", "ID_1_0000.nii.gz"])

@@ -120,7 +120,8 @@
   const publish = () => {
     const at = (nv) => (nv.volumes.length ? [...nv.frac2vox(nv.scene.crosshairPos)] : null);
     const places = Object.fromEntries(PANES.map((name) => [name, at(views[name])]));
-    const told = { ...state, case: current()?.name, places };
+    const shown = views.prediction.volumes.map((volume) => volume.name);
+    const told = { ...state, case: current()?.name, places, shown };
     document.body.dataset.state = JSON.stringify(told); // for programs that look at the page
   };
 
@@ -147,13 +148,15 @@
     return found;
   };
   const clear = (nv) => { while (nv.volumes.length) nv.removeVolume(nv.volumes[0]); };
-  const fill = async (nv, one, masks) => {
-    clear(nv);
-    nv.addVolume(await unpack(`image-${one.number}`, `${one.number}.nii`));
+  // Another scan may be asked for while this one is unpacked: then nothing of this one is shown.
+  const fill = async (nv, one, masks, mine) => {
+    const image = await unpack(`image-${one.number}`, `${one.number}.nii`);
     const mask = await unpack(`${masks}-${one.number}`, `${masks}.nii`);
+    if (mine !== loading) return;
     mask.setColormapLabel(colors());
     mask.whole = mask.img;
     mask.edges = edgesOf(mask.img, one.shape);
+    nv.addVolume(image);
     nv.addVolume(mask);
   };
   const jump = (one) => {
@@ -172,13 +175,13 @@
     state.ready = false;
     listCases();
     refresh();
+    PANES.forEach((name) => clear(views[name])); // no picture stands under another scan's name
     const one = current();
     if (!one) return;
     layOut();
-    await fill(views.prediction, one, "prediction");
+    await fill(views.prediction, one, "prediction", mine);
     if (mine !== loading) return;
-    if (one.reference) await fill(views.reference, one, "reference");
-    else clear(views.reference);
+    if (one.reference) await fill(views.reference, one, "reference", mine);
     if (mine !== loading) return;
     paint();
     jump(one);
