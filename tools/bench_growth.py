@@ -5,8 +5,9 @@
 For each number a set of so many training and so many test scans is generated; a small network is
 trained on it for two steps, and the test scans are predicted, scored and shown. Every verb is a
 process of its own; its CPU time includes that of its workers, and the memory is the largest
-resident set of any of them. What a verb takes beyond its start should grow as the scans do, and
-memory not at all. How prediction grows with the size of a scan: `tools/bench_infer.py --volume`.
+resident set of any of them. For every number the verbs compile anew. What a verb takes beyond its
+start should grow as the scans do, and memory not at all. How prediction grows with the size of a
+scan: `tools/bench_infer.py --volume`.
 """
 
 import argparse
@@ -88,9 +89,13 @@ def measure(verb: str, folder: Path, words: list[str]) -> dict[str, float]:
     """
     log = folder / f"{verb}.txt"
     command = [sys.executable, "-m", "bhsd_jax.main", verb, str(folder / "run"), *words]
+    # Programs of the number before, or of the user's own runs, would be found ready.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     begun = time.monotonic()
     with log.open("w") as out:
-        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | cache
+        )
         _, status, used = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:

@@ -10,7 +10,7 @@ told apart and is in no ratio. `--mirrors` averages over the eight mirrored vers
 the largest resident set of any process of a side: ours is one, the peer's are several.
 
 `--peer-python` names an interpreter that has nnunetv2, with its commands beside it; "none" measures
-ours alone. On a GPU both use the first one.
+ours alone. Of several GPUs both use the first one, or the first that CUDA_VISIBLE_DEVICES names.
 """
 
 import argparse
@@ -194,17 +194,13 @@ def turn(args: argparse.Namespace, side: str, root: Path) -> bench_pair.Run:
         SystemExit: If it fails; with what it printed last.
     """
     log = root / f"{side}.txt"
-    places = {f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")}
-    places["JAX_COMPILATION_CACHE_DIR"] = str(root / "compiled")
-    if args.device == "cpu":
-        places["JAX_PLATFORMS"] = "cpu"
     begun = time.monotonic()
     with log.open("w") as out:
         child = subprocess.Popen(
             command(args, side, root),
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=os.environ | places,
+            env=os.environ | environment(args, root),
             cwd=HERE.parent,
         )
         _, status, used = os.wait4(child.pid, 0)
@@ -213,6 +209,17 @@ def turn(args: argparse.Namespace, side: str, root: Path) -> bench_pair.Run:
     if child.returncode:
         sys.exit(f"bench_predict: {side} failed:\n{log.read_text()[-2000:]}")
     return {"wall": wall, "cpu": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}
+
+
+def environment(args: argparse.Namespace, root: Path) -> dict[str, str]:
+    """Variables of both sides: where nnU-Net looks for things, our cache, and one device."""
+    found = {f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")}
+    found["JAX_COMPILATION_CACHE_DIR"] = str(root / "compiled")
+    if args.device == "cpu":
+        return found | {"JAX_PLATFORMS": "cpu"}
+    # Ours would share a scan among all that there are; the peer takes the first.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return found | {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0]}
 
 
 def command(args: argparse.Namespace, side: str, root: Path) -> list[str]:

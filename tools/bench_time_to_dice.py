@@ -8,12 +8,14 @@ Medical Segmentation Decathlon; PYTHON has torch and nnunetv2. After the seeds o
 starts once with the weights that the other side drew. Label maps of the validation cases are
 written at several steps and scored with nibabel and numpy alone. `--recipe fast --our-steps N`
 gives our side another recipe and length; the curves then say what time that saves. A study that was
-stopped goes on where the last finished run ended; `--report` prints what there is.
+stopped goes on where the last finished run ended; a run that was stopped begins anew. `--report`
+prints what there is.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -106,7 +108,7 @@ def prepare(args: argparse.Namespace, study: Path) -> None:
         there = json.loads((study / "setup.json").read_text())
         if {**there, "machine": ""} != {**setup, "machine": ""}:
             sys.exit(f"{study} holds a study of another setup: {there}; choose another --study")
-    if (study / "shards").is_dir():
+    if (study / "shards" / "index.json").is_file():  # the last file of complete shards
         return
     lay_out(args.data, study / "raw" / DATASET, args.cases, args.early_cases)
     (study / "setup.json").write_text(json.dumps(setup))
@@ -120,11 +122,18 @@ def prepare(args: argparse.Namespace, study: Path) -> None:
 
 
 def length(steps: int, args: argparse.Namespace) -> dict:
-    """Steps of a training in whole epochs, and those after which its weights are scored."""
-    points = np.linspace(0, steps, args.points + 1)[1:] / args.epoch
+    """Steps of a training in whole epochs, and those after which its weights are scored.
+
+    Raises:
+        SystemExit: If there are fewer steps than one epoch has.
+    """
+    epochs = steps // args.epoch
+    if not epochs:
+        sys.exit(f"--steps, --our-steps: at least one --epoch, {args.epoch} steps; got {steps}")
+    points = {round(point) for point in np.linspace(0, epochs, args.points + 1)} | {epochs}
     return {
-        "steps": steps // args.epoch * args.epoch,
-        "curve": [round(point) * args.epoch for point in points],
+        "steps": epochs * args.epoch,
+        "curve": [point * args.epoch for point in sorted(points - {0})],
     }
 
 
@@ -156,6 +165,7 @@ def lay_out(data: Path, folder: Path, count: int | None, early: int) -> None:
         (folder.parent / name).mkdir(exist_ok=True)
         for case in some:  # under the names that the label maps are to have
             place = folder.parent / name / f"{case}.nii.gz"
+            place.unlink(missing_ok=True)
             place.symlink_to((data / "imagesTr" / place.name).absolute())
 
 
@@ -183,6 +193,8 @@ def train(
     run = study / "runs" / name
     if (run / "done.json").is_file():
         return
+    if run.exists():  # begun before: our verb would go on with weights that are trained already
+        shutil.rmtree(run)
     begun = time.monotonic()
     given = study / "runs" / initial / "initial.npz" if initial else None
     if side == "peer":
@@ -210,16 +222,20 @@ def train(
 
 
 def call(study: Path, name: str, command: list) -> float:
-    """Runs a command with one thread and a log; returns its CPU seconds."""
+    """Runs a command with one thread and a log; returns its CPU seconds.
+
+    What JAX compiles counts in every run: nothing of a run before, or of the user's, is taken.
+    """
     (study / "logs").mkdir(exist_ok=True)
     log = study / "logs" / f"{name}.txt"
-    one = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+    alike = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+    alike |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     begun = os.times()
     with log.open("w") as file:
         done = subprocess.run(
             [str(word) for word in command],
             cwd=ROOT,
-            env=os.environ | one | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"},
+            env=os.environ | alike | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"},
             stdout=file,
             stderr=subprocess.STDOUT,
             check=False,

@@ -16,6 +16,7 @@ are the two commands that measure it.
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -91,7 +92,11 @@ def train(name: str, shards: Path, workdir: Path, args: argparse.Namespace) -> d
         f"--config.train.validate_every={10 * args.steps}",
         *args.more,
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # What an earlier run has compiled is not taken: how long it takes is told.
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"{name}: train ended with {done.returncode}:\n{done.stderr[-2000:]}")
     lines = step_log.read(workdir / "metrics.jsonl")

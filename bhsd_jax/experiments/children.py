@@ -5,8 +5,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 
 from bhsd_jax.experiments.places import Place
@@ -47,7 +48,6 @@ class Call:
     def __call__(self, command: Sequence[str], log: Path) -> tuple[int, str]:
         if self.children.asked:
             raise Stopped("asked to stop")
-        last = "no word of why"
         with (
             log.open("a") as file,
             subprocess.Popen(
@@ -60,20 +60,33 @@ class Call:
                 errors="replace",
             ) as self.child,
         ):
-            if self.children.asked:  # while it was started
-                self.child.terminate()
-            file.write(f"$ {shlex.join(command)}\n")
             assert self.child.stdout is not None  # it is a pipe
-            for line in self.child.stdout:
-                file.write(line)
-                file.flush()
-                last = line.strip() or last
-                sys.stderr.write(f"  {self.prefix}{line}")
-            self.cpu_s = _cpu_seconds(self.child.pid)
+            try:
+                if self.children.asked:  # while it was started
+                    self.child.terminate()
+                file.write(f"$ {shlex.join(command)}\n")
+                last = self._copy(self.child.stdout, file) or "no word of why"
+                self.cpu_s = _cpu_seconds(self.child.pid)
+            except BaseException:
+                # Such as a time limit: nobody else would ask the child, which is waited for. A
+                # training saves now, and says so; a closed pipe would stop it.
+                self.child.terminate()
+                self._copy(self.child.stdout, file)
+                raise
         code = self.child.returncode
         if self.children.asked and code:
             raise Stopped("asked to stop")
         return code, last
+
+    def _copy(self, output: Iterable[str], log: TextIOWrapper) -> str:
+        """Copies lines to the log and to the terminal until there are no more; the last of them."""
+        last = ""
+        for line in output:
+            log.write(line)
+            log.flush()
+            last = line.strip() or last
+            sys.stderr.write(f"  {self.prefix}{line}")
+        return last
 
 
 def _cpu_seconds(process: int) -> float | None:

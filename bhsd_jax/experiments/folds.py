@@ -33,6 +33,7 @@ def cli(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: If an option is not accepted.
     """
+    arguments = launch.find_configs(arguments)
     options = _parser().parse_args(arguments)
     paths = launch.enter_home(options, "out", "shards")
     again = [sys.executable, "-m", "bhsd_jax.experiments.folds", *arguments, *paths]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from bhsd_jax import command_line
 from bhsd_jax.experiments import places, queue, slurm, study
 from bhsd_jax.experiments.places import Place
 from bhsd_jax.experiments.queue import Failure, Stopped, Trial
@@ -21,6 +22,7 @@ from bhsd_jax.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_HOME = Path(__file__).parents[2]  # the repository's root, where `configs/` lies
 _PLACES = ("root", "processes", "shards", "allow_skipped")  # do not change what a shard holds
 
 
@@ -166,19 +168,57 @@ def main(program: Callable[[Sequence[str]], int]) -> None:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
 
 
+def find_configs(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the file of every `--config` named as it is found from `enter_home` on.
+
+    A config is given as a verb takes it, `FILE:WORDS` or `EXPERIMENT:WORDS`, also after `NAME=`.
+
+    Raises:
+        ValueError: If there is no such config; lists the experiments.
+    """
+    found = list(arguments)
+    for index, word in enumerate(arguments):
+        flag, equals, given = word.partition("=")
+        if flag == "--config" and equals:
+            found[index] = f"--config={_find_config(given)}"
+        elif index and arguments[index - 1] == "--config":
+            found[index] = _find_config(word)
+    return found
+
+
+def _find_config(given: str) -> str:
+    name, equals, config = given.partition("=")
+    if not (equals and name.isidentifier()):
+        name, equals, config = "", "", given
+    try:
+        file, colon, words = command_line.find_config(config).partition(":")
+    except command_line.UsageError as error:
+        raise UserError(str(error)) from error
+    if Path(file).name == "from_run.py" and words:
+        words = _from_home(words)  # the folder of a run
+    return f"{name}{equals}{_from_home(file)}{colon}{words}"
+
+
+def _from_home(path: str) -> str:
+    """A path of the present folder, relative to the root of the repository where it lies there."""
+    whole = Path(path).absolute()
+    inside = (_HOME / "configs").is_dir() and whole.is_relative_to(_HOME)
+    return str(whole.relative_to(_HOME) if inside else whole)
+
+
 def enter_home(options: argparse.Namespace, *paths: str) -> list[str]:
     """Changes to the repository's root, so that relative paths of configs are found.
 
     Options of these names are paths; relative ones keep their meaning. Returns their flags as they
     are to be given at the root.
     """
-    home, here = Path(__file__).parents[2], Path.cwd()
+    here = Path.cwd()
     given = [(name, value) for name in paths if (value := getattr(options, name))]
-    if here != home and (home / "configs").is_dir():
+    if here != _HOME and (_HOME / "configs").is_dir():
         given = [(name, type(value)(here / value)) for name, value in given]
         for name, value in given:
             setattr(options, name, value)
-        os.chdir(home)
+        os.chdir(_HOME)
     return [f"--{name}={value}" for name, value in given]
 
 

@@ -22,6 +22,7 @@ def cli(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: If an option or a setting is not accepted.
     """
+    arguments = launch.find_configs(arguments)
     options = _parser().parse_args(arguments)
     paths = launch.enter_home(options, "out", "shards", "list")
     again = [sys.executable, "-m", "bhsd_jax.experiments.sweep", *arguments, *paths]
@@ -141,7 +142,7 @@ def _title(row: str, fields: Sequence[str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/sweep", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="as a verb takes it: configs/cps.py:smoke")
+    parser.add_argument("--config", required=True, help="as a verb takes it, such as cps:smoke")
     parser.add_argument(
         "fields",
         nargs="*",

@@ -87,6 +87,36 @@ def test_the_benchmarks_of_the_host_side_run_with_one_command(script, options, r
     assert row in done.stdout
 
 
+def test_what_was_compiled_before_makes_no_figure_smaller(tmp_path, monkeypatch):
+    import bench_growth
+    import bench_train
+
+    program = tmp_path / "program"
+    told = "$JAX_COMPILATION_CACHE_DIR, $JAX_ENABLE_COMPILATION_CACHE."
+    program.write_text(f"#!/bin/sh\necho compiled: {told} >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE", raising=False)
+    with pytest.raises(SystemExit, match=rf"compiled: {tmp_path}/compiled, \."):
+        bench_growth.measure("train", tmp_path, [])
+    with pytest.raises(SystemExit, match=r"compiled: mine, false\."):
+        bench_train.train("cps", tmp_path, tmp_path, bench_train.parse([]))
+
+
+@pytest.mark.parametrize(("visible", "first"), [(None, "0"), ("2,3", "2"), ("", "")])
+def test_of_several_gpus_both_sides_predict_on_the_first(visible, first, tmp_path, monkeypatch):
+    import bench_predict
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = bench_predict.environment(bench_predict.parse(["--device=gpu"]), tmp_path)
+    assert (found["CUDA_VISIBLE_DEVICES"], "JAX_PLATFORMS" in found) == (first, False)
+    found = bench_predict.environment(bench_predict.parse([]), tmp_path)
+    assert found["JAX_PLATFORMS"] == "cpu"
+
+
 def test_the_flops_of_the_plan_for_head_ct_are_those_counted_by_hand():
     from bench_networks import PRESETS, step_flops
 

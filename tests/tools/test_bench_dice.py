@@ -70,7 +70,8 @@ def test_both_sides_get_the_same_cases_under_their_own_names(tmp_path):
     facts = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "a", "2": "b"}}
     (data / "dataset.json").write_text(json.dumps(facts))
     folder = tmp_path / "raw" / "Dataset104_Study"
-    bench.lay_out(data, folder, None, early=1)
+    for _ in range(2):  # as when the first try ended soon afterwards
+        bench.lay_out(data, folder, None, early=1)
     fold = json.loads((folder / "splits_final.json").read_text())[0]
     assert (len(fold["train"]), len(fold["val"])) == (8, 2)
     assert not set(fold["train"]) & set(fold["val"])
@@ -98,3 +99,63 @@ def test_a_shorter_training_is_scored_at_as_many_points_of_its_own():
     args = bench.parse(["--study", "s", "--points", "4", "--epoch", "50"])
     assert bench.length(3000, args) == {"steps": 3000, "curve": [750, 1500, 2250, 3000]}
     assert bench.length(1500, args) == {"steps": 1500, "curve": [400, 750, 1100, 1500]}
+
+
+def test_a_curve_ends_with_the_last_step_and_has_none_before_the_first():
+    args = bench.parse(["--study", "s", "--points", "4", "--epoch", "50"])
+    assert bench.length(1990, args) == {"steps": 1950, "curve": [500, 1000, 1450, 1950]}
+    assert bench.length(149, args) == {"steps": 100, "curve": [50, 100]}
+    with pytest.raises(SystemExit, match="at least one --epoch, 50 steps; got 49"):
+        bench.length(49, args)
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Writes a program of the shell; returns its path."""
+
+    def write(lines):
+        path = tmp_path / "program"
+        path.write_text(f"#!/bin/sh\n{lines}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
+def test_a_preparation_that_was_stopped_begins_anew(tmp_path, program):
+    data, study = tmp_path / "data", tmp_path / "study"
+    data.mkdir()
+    (data / "dataset.json").write_text(json.dumps({"modality": {}, "labels": {}}))
+    for index in range(5):
+        write(data / "imagesTr", f"case_{index}", np.zeros((2, 2, 2)))
+        write(data / "labelsTr", f"case_{index}", np.zeros((2, 2, 2)))
+    (study / "shards").mkdir(parents=True)  # empty, as `preprocess` leaves it when it is stopped
+    peer = program("exit 3")
+    args = bench.parse(["--study", str(study), "--data", str(data), "--peer-python", peer])
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="prepare_peer ended with 3"):
+            bench.prepare(args, study)
+    (study / "shards" / "index.json").touch()
+    bench.prepare(args, study)
+
+
+def test_a_training_that_was_stopped_begins_anew(tmp_path, program, monkeypatch):
+    """Else the verb would go on, and what is kept as its initial weights would be trained ones."""
+    study, run = tmp_path / "study", tmp_path / "study" / "runs" / "ours_0"
+    (run / "checkpoints").mkdir(parents=True)
+    lengths = {"steps": 100, "curve": [100]}
+    setup = {"ours": lengths, "epoch": 50, "recipe": "nnunet"}
+    (study / "setup.json").write_text(json.dumps(setup))
+    args = bench.parse(["--study", str(study)])
+    trains = '[ "$2" = predict ] || { [ ! -e "$4" ] && mkdir -p "$4" && touch "$4/trained"; }'
+    monkeypatch.setattr(sys, "executable", program(trains))
+    bench.train(args, study, "ours_0", "ours", 0, None)
+    assert {path.name for path in run.iterdir()} == {"trained", "done.json"}
+    monkeypatch.setattr(sys, "executable", program("exit 1"))
+    bench.train(args, study, "ours_0", "ours", 0, None)  # is there
+
+
+def test_every_run_compiles_for_itself_and_on_cpus(tmp_path):
+    asked = "import os; print(*map(os.getenv, ('JAX_ENABLE_COMPILATION_CACHE', 'JAX_PLATFORMS')))"
+    bench.call(tmp_path, "asked", [sys.executable, "-c", asked])
+    assert (tmp_path / "logs" / "asked.txt").read_text().split() == ["false", "cpu"]

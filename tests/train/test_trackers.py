@@ -95,6 +95,43 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     assert b"train/loss" in kept.read_bytes()
 
 
+def test_mlflow_is_asked_once_for_all_figures_of_a_line(tmp_path, monkeypatch):
+    """Against a stand-in that keeps what it is told; the real one is below."""
+    told = []
+
+    class Client:
+        def get_experiment_by_name(self, name):
+            return types.SimpleNamespace(experiment_id="7")
+
+        def create_run(self, number, run_name):
+            return types.SimpleNamespace(info=types.SimpleNamespace(run_id="run 1"))
+
+        def log_dict(self, run, facts, name):
+            assert facts == FACTS
+
+        def log_batch(self, run, metrics):
+            assert all(one.timestamp > 1.7e12 for one in metrics), "milliseconds"
+            told.append((run, [(one.key, one.value, one.step) for one in metrics]))
+
+        def set_terminated(self, run):
+            told.append("end")
+
+    class Metric:
+        def __init__(self, key, value, timestamp, step):
+            self.key, self.value, self.timestamp, self.step = key, value, timestamp, step
+
+    library = types.ModuleType("mlflow")
+    library.MlflowClient, library.entities = Client, types.SimpleNamespace(Metric=Metric)
+    name = types.SimpleNamespace(get=lambda: None)
+    library.environment_variables = types.SimpleNamespace(MLFLOW_EXPERIMENT_NAME=name)
+    library.__spec__ = importlib.util.spec_from_loader("mlflow", None)
+    monkeypatch.setitem(sys.modules, "mlflow", library)
+    (tracker,) = trackers.start(("mlflow",), tmp_path, 0, "run", FACTS)[1:]
+    tracker.write(5, {"train/loss": 0.5, "train/lr": 0.1})
+    tracker.close()
+    assert told == [("run 1", [("train/loss", 0.5, 5), ("train/lr", 0.1, 5)]), "end"]
+
+
 @pytest.mark.skipif(missing("mlflow"), reason="the extra `mlflow` is missing")
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow_offline_goes_on_with_the_same_run(tmp_path, monkeypatch):

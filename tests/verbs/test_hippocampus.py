@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import time
 
 import nibabel as nib
@@ -95,8 +96,6 @@ def test_a_report_has_the_learning_curves_and_the_cpu_time(finished):
 
 
 def test_the_cpu_time_of_a_command_is_that_of_its_process(tmp_path):
-    import sys
-
     busy = "import time\nwhile time.process_time() < 0.6: pass"
     with running() as children:
         call = children.call()
@@ -116,6 +115,23 @@ def test_the_time_limit_stops_as_a_signal_does_and_is_gone_afterwards():
             )
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert signal.getsignal(signal.SIGALRM) == before
+
+
+def test_the_time_limit_ends_what_is_prepared_or_trained_for_others_too(tmp_path):
+    """There the series itself reads what the command says, and no other thread would end it."""
+    command = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit('saved'))\n"
+        "os.kill(os.getppid(), signal.SIGALRM)\n"
+        "time.sleep(20)\n"
+    )
+    log = tmp_path / "log.txt"
+    with running() as children:
+        call = children.call()
+        with pytest.raises(Stopped, match="10 minutes are over"), hippocampus._time_limit(10):
+            call([sys.executable, "-c", command], log)
+        assert call.child.poll() == 1, "it has ended before the series goes on"
+    assert log.read_text().splitlines()[-1] == "saved"
 
 
 def test_what_others_begin_with_is_trained_once(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bhsd_jax.experiments import launch, paper_tables, queue, sweep
+from bhsd_jax.experiments import folds, launch, paper_tables, queue, sweep
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
@@ -454,21 +454,53 @@ def test_a_machine_with_several_gpus_gets_as_many_runs_at_once(tmp_path, monkeyp
         paper_tables.cli(["table2", "--smoke", f"--out={tmp_path}", "--slurm", "--jobs=2"])
 
 
-def test_paths_are_those_of_the_folder_it_is_called_in(tmp_path):
-    for words in (
-        ["paper_tables", "table2", "--root=BHSD", "--shards=made/shards", "--out=out"],
-        ["sweep", "--config=configs/cps.py:data=bhsd", "train.steps=1,2", "--shards=made/shards"],
+def test_paths_are_those_of_the_folder_it_is_called_in(tmp_path, capsys, monkeypatch):
+    for program, words in (
+        (paper_tables, ["table2", "--root=BHSD", "--out=out"]),
+        (sweep, ["--config=configs/cps.py:data=bhsd", "train.steps=1,2"]),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", f"bhsd_jax.experiments.{words[0]}", *words[1:], "--dry-run"],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        first = done.stdout.splitlines()[1]
+        monkeypatch.chdir(tmp_path)  # the program leaves it
+        assert program.cli([*words, "--shards=made/shards", "--dry-run"]) == 0
+        first = capsys.readouterr().out.splitlines()[1]
         assert f"--config.preprocess.shards={tmp_path}/made/shards" in first
-        if words[0] == "tables":
+        if program is paper_tables:
             assert f"--config.data.root={tmp_path}/BHSD" in first
             assert f"--workdir={tmp_path}/out/" in first
+
+
+def test_a_config_is_named_as_a_verb_takes_it_from_any_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text("from bhsd_jax.configs.cps import get_config\n")
+    dry = ["--dry-run", "--seeds=0", f"--out={tmp_path / 'out'}"]
+    for program, given, named in (
+        (sweep, ["--config=cps:smoke"], "configs/cps.py:smoke"),
+        (sweep, ["--config", "configs/cps.py:smoke"], "configs/cps.py:smoke"),
+        (sweep, ["--config=mine.py:smoke"], f"{tmp_path}/mine.py:smoke"),
+        (folds, ["--config=own=mine.py:smoke"], f"{tmp_path}/mine.py:smoke"),
+        (folds, ["--config", "supervised:smoke"], "configs/supervised.py:smoke"),
+    ):
+        monkeypatch.chdir(tmp_path)  # the program leaves it
+        fields = ["train.steps=1"] if program is sweep else ["--folds=0"]
+        assert program.cli([*given, *fields, *dry]) == 0
+        title, command = capsys.readouterr().out.splitlines()
+        assert f"bhsd train --config={named} " in command
+        if "own" in given[0]:
+            assert title.startswith("# own/fold0, ")
+    monkeypatch.chdir(tmp_path)
+    (words,) = launch.find_configs(["--config=from_run:runs/cps,infer=fast"])
+    assert words == f"--config=configs/from_run.py:{tmp_path}/runs/cps,infer=fast"
+    with pytest.raises(ValueError, match="no experiment of this name, did you mean cps"):
+        sweep.cli(["--config=cpss:smoke", "train.steps=1"])
+
+
+def test_the_report_of_a_series_on_slurm_finds_the_same_configs(cluster, monkeypatch):
+    (cluster / "mine.py").write_text("from bhsd_jax.configs.cps import get_config\n")
+    monkeypatch.chdir(cluster)
+    words = ["--config=own=mine.py:smoke", "--config=cps:smoke", "--folds=0", "--out=series"]
+    assert folds.cli([*words, "--slurm"]) == 0
+    *_, report = (cluster / "jobs").read_text().splitlines()
+    (line,) = re.findall(r"--wrap=(.*)\|", report)
+    assert line.startswith(f"cd {ROOT} && ")
+    assert re.findall(r"--config=(\S*)", line) == [
+        f"own={cluster}/mine.py:smoke",
+        "configs/cps.py:smoke",
+    ]
