@@ -26,7 +26,7 @@ class Kind(enum.StrEnum):
     NO_AIR = "no air: windowed, or no CT"
     NO_HU = "values that are no HU"
     NOT_HU = "no CT, or a CT that is not in HU"
-    OFFSET = "lost rescale intercept"
+    OFFSET = "rescale intercept lost, or applied twice"
     UNSIGNED = "negative values read as unsigned"
     NO_NUMBERS = "voxels that are no numbers"
     NOT_FINITE = "voxels that are not finite"

@@ -50,6 +50,20 @@ def stem(path: str | Path) -> str:
     return case_name(nifti.case_name(path))
 
 
+def frame(path: Path) -> str:
+    """What a file states of its place: "space", "spacing" alone, or "" (nothing).
+
+    NIfTI and ITK's formats state all of it. Only affines of one frame can be compared.
+
+    Raises:
+        Refusal: If the spacing beside a TIFF is no such.
+    """
+    kind = ending(path)
+    if kind in _TIFF:
+        return "spacing" if _tiff_spacing(path) else ""
+    return "" if kind in _PICTURES else "space"
+
+
 def read_channels(path: Path, channels: int = 1) -> tuple[Volume, ...]:
     """One scan of so many channels: a fourth axis, or colors.
 

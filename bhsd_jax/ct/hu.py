@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from jaxtyping import Float, Float32, Num
+from jaxtyping import Bool, Float, Float32, Num
 
 from bhsd_jax.ct import geometry
 from bhsd_jax.defects import Finding, Kind, Refusal
@@ -24,9 +24,10 @@ def repair(
 
     In this order: a scan stored as unsigned 12 bits (nothing negative, nothing above 4096), where
     all below 0 HU came out near +3000, if that makes air of the edges of its slices; metal wrapped
-    around in 16 bits (below -20000); padding (-2048, -3024) and extended-range metal, clipped. The
-    findings say what was done, with counts; of padding and metal in the same words. The input is
-    not changed.
+    around in 16 bits (below -20000); padding (-2048, -3024) and extended-range metal, clipped. One
+    value below -20000 that fills the corners of all slices is padding too (-32768), and is set to
+    the lowest with `clip` or without. The findings say what was done, with counts; of clipped
+    padding and metal in the same words. The input is not changed.
 
     Raises:
         Refusal: If values lie where no defect known puts HU.
@@ -46,6 +47,11 @@ def repair(
         repaired -= 1000
         text = "12-bit overflow undone: values wrapped back into -1000..3095 HU"
         done.append(Finding(Kind.OVERFLOW, "repaired", text))
+    outside = _outside(repaired)
+    if count := int(np.count_nonzero(outside)):
+        np.copyto(repaired, LOWEST_HU, where=outside)
+        text = f"padding of {voxels[0, 0, 0]:g} set to {LOWEST_HU:.0f} HU in {count} voxels"
+        done.append(Finding(Kind.PADDING, "repaired", text))
     wrapped = repaired < WRAPPED_HU
     if count := int(np.count_nonzero(wrapped)):
         repaired[wrapped] += 65536
@@ -73,6 +79,15 @@ def is_wrapped(voxels: Num[np.ndarray, "D H W"]) -> bool:
     edges = voxels[:, [0, -1], :], voxels[:, :, [0, -1]]
     air = [np.mean((edge >= WRAPS_HU) & (edge < 4096 - 500)) for edge in edges]
     return float(np.mean(air)) >= LEAST_AIR
+
+
+def _outside(voxels: Float32[np.ndarray, "D H W"]) -> Bool[np.ndarray, "_ _ _"]:
+    """Padding at the lowest value of a type: metal, which wraps there too, fills no corners."""
+    lowest = voxels[0, 0, 0]
+    corners = voxels[:, [[0], [-1]], [0, -1]]
+    if lowest >= WRAPPED_HU or (corners != lowest).any():
+        return np.zeros((1, 1, 1), bool)
+    return voxels == lowest
 
 
 def tilt_deg(affine: Float[np.ndarray, "4 4"]) -> float:

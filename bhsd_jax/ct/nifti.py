@@ -103,13 +103,10 @@ def read_label(
             text = f"mask values up to {most:.2g} off whole numbers by their scale factor; rounded"
             found.append(Finding(Kind.MASK_ROUNDED, "repaired", text))
         try:
-            apart_mm = geometry.distance_mm(nifti_header.affine(header), image.affine, voxels.shape)
+            found += apart(Volume(voxels, nifti_header.affine(header), ""), image)
         except (ValueError, HeaderDataError) as error:
             text = f"label geometry is unusable ({error}); the image's is taken"
             found.append(Finding(Kind.MASK_GEOMETRY, "repaired", text))
-        else:
-            if apart_mm > _SAME_PLACE_MM:
-                found.append(_apart(apart_mm, nifti_header.affine(header), image.affine))
     return Volume(voxels=label, affine=image.affine, case=image.case), found
 
 
@@ -313,15 +310,22 @@ def _as_classes(voxels: np.ndarray, num_classes: int, off: float) -> UInt8[np.nd
     return voxels.astype(np.uint8)
 
 
-def _apart(apart_mm: float, label: np.ndarray, image: np.ndarray) -> Finding:
-    if geometry.canonical(label) == geometry.canonical(image):
+def apart(label: Volume, image: Volume) -> list[Finding]:
+    """What is to be said of a label map whose affine is not that of its image; [] if it is.
+
+    The image's is taken, and the label map's voxels as they lie.
+    """
+    apart_mm = geometry.distance_mm(label.affine, image.affine, label.voxels.shape)
+    if apart_mm <= _SAME_PLACE_MM:
+        return []
+    if geometry.canonical(label.affine) == geometry.canonical(image.affine):
         text = f"label affine is up to {apart_mm:.3g} mm off the image's, which is taken"
-        return Finding(Kind.MASK_MOVED, "repaired", text)
+        return [Finding(Kind.MASK_MOVED, "repaired", text)]
     text = (
         "label affine has axes that run the other way than the image's; its voxels are taken as "
         "they lie: look whether the mask is mirrored"
     )
-    return Finding(Kind.MASK_MIRRORED, "kept", text)
+    return [Finding(Kind.MASK_MIRRORED, "kept", text)]
 
 
 def _sform(affine: np.ndarray) -> dict[str, Any]:

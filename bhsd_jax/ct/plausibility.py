@@ -13,7 +13,11 @@ padding (-1500, -2000, -2048, -3024) and shows nothing:
    spread. It is brain, 1024 too high. Undone where air says so too: 2 % or more at -60..124 and
    little between that and tissue, and brain then at 15..75 HU; or at 25..50 if air lies at 0, where
    an offset of 1000 puts it. Else refused, since the offset is not known.
-3. Wraps and padding, as by `hu.repair`. If 2 % are left at 3071 HU or above, it is refused.
+   Subtracted twice: 2 % or more of all voxels at -2100..-1900, as if padding, but fat below where
+   air is (1 % at -1150..-1070), and of what lies above -900 less than 15 % at -20..100, where HU
+   have brain. Refused: air of -1000 less 1024 lies where air of -1024 less 1000 does.
+3. Wraps and padding, as by `hu.repair`. If 2 % are left at 3071 HU or above, it is refused; as
+   padding, if half of those are one value and the rest is in HU.
 4. Air: 2 % or more below -500 HU. Nothing else is asked then: phantoms have no brain, contrast
    medium and other parts of the body have other tissue.
 5. No air, a tight field of view: nothing but brain, blood and cerebrospinal fluid (80 % within 32
@@ -68,7 +72,12 @@ def settle(
     found += [*more, *most]
     step = _step(voxels)
     before, after = shifted.ravel()[::step], repaired.ravel()[::step]
-    seen = _Intensities(np.sort(after[(before >= _PADDING_HU) | (before < hu.WRAPPED_HU)]))
+    # What was below padding and no longer is was metal that had wrapped around.
+    seen = _Intensities(np.sort(after[(before >= _PADDING_HU) | (after > hu.LOWEST_HU)]))
+    if voxels.size >= _LEAST:
+        every = _Intensities(np.sort(before))
+        _require_one_intercept(every)
+        _require_no_bright_padding(every, seen)
     if voxels.size >= _LEAST and seen.values.size and not _is_plausible(seen):
         raise Refusal(
             Kind.NOT_HU,
@@ -186,6 +195,39 @@ def _undo_offset(voxels: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
         f"brain near {brain:.0f}"
     )
     return voxels.astype(np.float32) - _OFFSET, [Finding(Kind.OFFSET, "repaired", text)]
+
+
+def _require_one_intercept(every: _Intensities) -> None:
+    """Refuses a scan whose intercept was applied twice; its air would pass for padding."""
+    deep = every.share(-2100, -1900)
+    fat = every.share(-1150, -1070) >= 0.01 * every.share(_PADDING_HU, np.inf)
+    brain = every.share(-20, 100) >= 0.15 * every.share(-900, np.inf)
+    if deep < 0.02 or not fat or brain:
+        return
+    raise Refusal(
+        Kind.OFFSET,
+        f"no HU: {100 * deep:.0f} % of the voxels lie at -2100..-1900, fat near "
+        f"{every.peak(-1150, -1070):.0f} and tissue near {every.peak(-1060, -920):.0f}, as if the "
+        f"rescale intercept had been applied twice; {_REMEDY}",
+    )
+
+
+def _require_no_bright_padding(every: _Intensities, seen: _Intensities) -> None:
+    """Refuses a scan in HU of which 2 % or more are one value at the top; what is scaled is none.
+
+    `every` is what was stored, `seen` what was made of it.
+    """
+    bright = every.values[every.values >= hu.HIGHEST_HU]
+    if len(bright) < 0.02 * every.values.size or np.mean(bright == np.median(bright)) < 0.5:
+        return
+    rest = _Intensities(seen.values[seen.values < hu.HIGHEST_HU])
+    if rest.values.size and _is_plausible(rest):
+        raise Refusal(
+            Kind.NOT_HU,
+            f"{100 * len(bright) / every.values.size:.0f} % of the voxels are at "
+            f"{hu.HIGHEST_HU:.0f} HU or above, most of them at {np.median(bright):g}: padding? Set "
+            f"what lies outside the scan to {hu.LOWEST_HU:.0f}",
+        )
 
 
 def _is_plausible(seen: _Intensities) -> bool:

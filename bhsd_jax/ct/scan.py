@@ -74,8 +74,9 @@ def read_label(
 ) -> tuple[Volume, list[Finding]]:
     """The label map of `volume`, which `read` made from `image`.
 
-    A NIfTI scan's must have its shape, as by `nifti.read_label`. A DICOM series has no voxel order
-    that every tool shares, so that a mask of it is turned to the series' by its affine.
+    A file's must have its shape, and a finding says if it lies elsewhere, as by
+    `nifti.read_label`. A DICOM series has no voxel order that every tool shares, so that a mask of
+    it, in whatever format, is turned to the series' by its affine.
 
     Raises:
         ValueError: If it is refused as by `nifti.read_label`, or lies off the series' grid.
@@ -163,13 +164,12 @@ def file_digest(path: Path) -> bytes:
 def _read_label(
     path: Path, image: Image, volume: Volume, num_classes: int | None
 ) -> tuple[Volume, list[Finding]]:
-    if formats.ending(path):
-        return _read_other(path, volume, num_classes), []
     if not isinstance(image, Series):
+        if formats.ending(path):
+            return _read_other(path, image, volume, num_classes)
         return nifti.read_label(path, volume, num_classes=num_classes)
     try:
-        own = nifti.read(path)
-        label, _ = nifti.read_label(path, own, num_classes=num_classes)
+        label = _where_it_lies(path, num_classes)
     except (UserError, FileNotFoundError) as error:
         # Not chained: the original names the file, and with it perhaps the patient.
         text = str(error).replace(str(path), "its mask")
@@ -188,7 +188,7 @@ def _read_label(
         found.append(Finding(Kind.MASK_UPRIGHT, "kept", text))
     if turned is None:
         raise UserError(
-            f"{image.name}: its mask has shape {own.voxels.shape} (D, H, W) and does not lie on "
+            f"{image.name}: its mask has shape {label.voxels.shape} (D, H, W) and does not lie on "
             f"the voxels of the series, {shape}; draw it on the series itself, or on a conversion"
         )
     if image.unshear:
@@ -196,17 +196,36 @@ def _read_label(
     return Volume(turned, volume.affine, volume.case), found
 
 
-def _read_other(path: Path, volume: Volume, num_classes: int | None) -> Volume:
+def _read_other(
+    path: Path, image: Image, volume: Volume, num_classes: int | None
+) -> tuple[Volume, list[Finding]]:
     """A label map in a format that is not NIfTI, on the voxels of its scan."""
-    voxels = formats.read(path).voxels
-    if voxels.shape != volume.voxels.shape:
-        text = f"{path}: label has shape {voxels.shape}, but its image {volume.voxels.shape}"
+    made = formats.read(path)
+    if made.voxels.shape != volume.voxels.shape:
+        text = f"{path}: label has shape {made.voxels.shape}, but its image {volume.voxels.shape}"
         raise Refusal(Kind.MASK_SHAPE, text)
+    label = _classes(path, made.voxels, num_classes)
+    frame = formats.frame(path)
+    same = frame and frame == formats.frame(files(image)[0])
+    return Volume(label, volume.affine, volume.case), nifti.apart(made, volume) if same else []
+
+
+def _where_it_lies(path: Path, num_classes: int | None) -> Volume:
+    """A label map on voxels and affine of its own."""
+    if formats.frame(path) != "space":
+        text = f"{path}: its format states no place in space; give it as .nii.gz, .nrrd or .mha"
+        raise Refusal(Kind.MASK_GEOMETRY, text)
+    if not formats.ending(path):
+        return nifti.read_label(path, nifti.read(path), num_classes=num_classes)[0]
+    made = formats.read(path)
+    return replace(made, voxels=_classes(path, made.voxels, num_classes))
+
+
+def _classes(path: Path, voxels: np.ndarray, num_classes: int | None) -> UInt8[np.ndarray, "D H W"]:
     try:
-        label = nifti.as_classes(voxels, num_classes)
+        return nifti.as_classes(voxels, num_classes)
     except Refusal as error:
         raise said_of(path, error) from error
-    return Volume(label, volume.affine, volume.case)
 
 
 def ending(image: Image) -> str:

@@ -142,13 +142,14 @@ class BHSD:
         return cases, findings
 
 
-def scans(folder: Path) -> dict[str, Path]:
+def scans(folder: Path, read_too: tuple[str, ...] = ()) -> dict[str, Path]:
     """NIfTI files of a folder by base name, with or without a suffix; sorted.
 
     Raises:
-        Refusal: If one cannot be used, such as two files of one base name.
+        Refusal: If one cannot be used, such as two files of one base name, or a volume in another
+            format, but for endings that the caller can `read_too`.
     """
-    paths, findings = find(folder)
+    paths, findings = find(folder, read_too)
     for finding in findings:
         if finding.done == "refused":
             raise Refusal(finding.kind, finding.text)

@@ -15,6 +15,7 @@ from bhsd_jax.platform.errors import UserError
 
 _PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
 _SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_OTHERS = (".hdr", ".mhd", ".nhdr", ".nrrd", ".mha", ".mgz", ".mgh", ".mnc", ".gipl", ".gipl.gz")
 _MAGIC = (b"\x1f\x8b", b"\x5c\x01", b"\x00\x00")  # gzip; 348, the first field of NIfTI, either way
 _SPLITS = {"training": "train", "test": "test"}
 _KINDS = {"epidural": "1", "intraparenchymal": "2", "intraventricular": "3"}
@@ -36,13 +37,16 @@ def patient(name: str) -> str:
     return match.group() if match else name
 
 
-def find(folder: Path) -> tuple[Scans, list[Finding]]:
-    """NIfTI files of a folder by base name, with or without a suffix; sorted."""
+def find(folder: Path, read_too: tuple[str, ...] = ()) -> tuple[Scans, list[Finding]]:
+    """NIfTI files of a folder by base name, with or without a suffix; sorted.
+
+    Volumes in other formats are refused by name, but for endings that the caller can `read_too`.
+    """
     scans: Scans = {}
     findings: list[Finding] = []
     for path in sorted(folder.iterdir()):
         name = base_name(path.name)
-        usable, finding = _examine(path, name)
+        usable, finding = _examine(path, name, read_too)
         if usable and name in scans:
             finding = _twice(scans[name], path, name)
         elif usable:
@@ -118,7 +122,7 @@ def slice_labels(path: Path, classes: tuple[str, ...]) -> dict[str, tuple]:
     }
 
 
-def _examine(path: Path, name: str) -> tuple[bool, Finding | None]:
+def _examine(path: Path, name: str, read_too: tuple[str, ...]) -> tuple[bool, Finding | None]:
     """Whether a folder's entry is a scan to be read, and what is wrong with it."""
     if path.name.startswith("._"):
         text = f"{path}: made by macOS when it packs an archive; ignored"
@@ -130,10 +134,19 @@ def _examine(path: Path, name: str) -> tuple[bool, Finding | None]:
         return False, Finding(kind, "refused", f"{_printable(path)}: {text}", _printable(name))
     if _SUFFIX.search(path.name):
         return True, None
+    if path.is_file() and (ending := _other_ending(path)) and ending not in read_too:
+        text = f"{path}: {ending} is not read here; convert it to .nii.gz, or move it away"
+        return False, Finding(Kind.NO_NIFTI, "refused", text, name[: -len(ending)])
     if path.is_dir() or path.suffix or not _looks_like_nifti(path):
         return False, None  # notes, tables, archives
     text = f"{path}: known for a scan by its first bytes"
     return True, Finding(Kind.NO_SUFFIX, "repaired", text, name)
+
+
+def _other_ending(path: Path) -> str:
+    """Of a volume in another format than NIfTI, the longest that fits; "" of anything else."""
+    name = path.name.casefold()
+    return max((ending for ending in _OTHERS if name.endswith(ending)), key=len, default="")
 
 
 def _twice(first: Path, second: Path, name: str) -> Finding:

@@ -11,7 +11,8 @@ from pathlib import Path
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.grouping import Group
-from bhsd_jax.datasets.bhsd import scans as nifti_files
+from bhsd_jax.datasets.bhsd_files import find
+from bhsd_jax.defects import Refusal
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case, Series, Survey
@@ -57,7 +58,8 @@ class DICOM:
 
         Raises:
             FileNotFoundError: If there is no folder, or no CT series in it.
-            ValueError: If a mask belongs to no series, or a series has two.
+            ValueError: If a mask belongs to no series, or a series has two, or one is in another
+                format than NIfTI.
         """
         root = Path(self.root)
         if not root.is_dir():
@@ -86,13 +88,14 @@ class DICOM:
         folder = Path(self.masks) if self.masks else root / _MASKS
         if self.masks and not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; look at data.masks")
-        apart = nifti_files(folder) if folder.is_dir() else {}
+        apart = _nifti_files(folder, str(folder)) if folder.is_dir() else {}
         apart = {name: path for name, path in apart.items() if path.suffix}
         crowded = Counter(group.folder for group in groups)
         alike = Counter(group.folder.name for group in groups)
         masks: list[Path | None] = []
         used = set()
         for group, name in zip(groups, names, strict=True):
+            this = f"series {len(masks) + 1} of {len(groups)} in the order of paths"
             keys = {group.first.series, name}
             if alike[group.folder.name] == 1:
                 keys.add(group.folder.name)
@@ -100,13 +103,10 @@ class DICOM:
             paths = [apart[key] for key in sorted(keys)]
             used |= keys
             if crowded[group.folder] == 1:
-                beside = nifti_files(group.folder).values()
+                beside = _nifti_files(group.folder, f"the folder of {this}").values()
                 paths += [path for path in beside if ".nii" in path.name]
             if len(paths) > 1:
-                raise UserError(
-                    f"series {len(masks) + 1} of {len(groups)} in the order of paths has "
-                    f"{len(paths)} masks; keep one"
-                )
+                raise UserError(f"{this} has {len(paths)} masks; keep one")
             masks.append(paths[0] if paths else None)
         lonely = len(set(apart) - used)
         if lonely:
@@ -115,6 +115,19 @@ class DICOM:
                 "SeriesInstanceUID or for the folder of its series"
             )
         return masks
+
+
+def _nifti_files(folder: Path, place: str) -> dict[str, Path]:
+    """NIfTI files of a folder; what is refused is not named, since names may be a patient's."""
+    paths, findings = find(folder)
+    refused = [finding.kind for finding in findings if finding.done == "refused"]
+    if refused:
+        raise Refusal(
+            refused[0],
+            f"{place}: files that cannot be used as masks: {len(refused)} ({refused[0]}); masks "
+            "are .nii.gz, each once: convert the others, or move them away",
+        )
+    return paths
 
 
 def scans(root: Path, *, uneven: str, unshear: bool) -> list[Case]:

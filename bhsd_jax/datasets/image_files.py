@@ -20,9 +20,9 @@ def scans(folder: Path) -> dict[str, Path]:
     """Files by name without ending, sorted.
 
     Raises:
-        Refusal: If one cannot be used, such as two files of one name.
+        Refusal: If one cannot be used, such as two files of one name, or a format that is not read.
     """
-    found = dict(bhsd.scans(folder))
+    found = dict(bhsd.scans(folder, formats.ENDINGS))
     for path in sorted(folder.iterdir()):
         if not formats.ending(path) or path.name.startswith(".") or not path.is_file():
             continue

@@ -64,6 +64,22 @@ def test_wraps_are_undone_before_clipping():
     np.testing.assert_array_equal(scan, before)
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_padding_at_the_lowest_value_of_16_bits_is_no_metal_that_wrapped(clip):
+    scan = np.full((2, 4, 4), -32768, np.int16)
+    scan[:, 1:3, 1:3] = [[40, -32768], [-30000, -1000]]
+    repaired, done = hu.repair(scan, clip=clip)
+    expected = np.full((2, 4, 4), -1024.0)
+    expected[:, 1:3, 1:3] = [[40, -1024], [3071 if clip else 35536, -1000]]
+    np.testing.assert_array_equal(repaired, expected)
+    assert "padding of -32768 set to -1024 HU in 26 voxels" in texts(done)
+    assert "16-bit wrap undone in 2 voxels" in texts(done)
+    scan[0, 0, 0] = 0  # not all corners: it may be metal
+    repaired, done = hu.repair(scan, clip=clip)
+    assert repaired[0, 0, 1] == (3071 if clip else 32768)
+    assert Kind.PADDING not in [finding.kind for finding in done]
+
+
 @pytest.mark.parametrize("far", [-1.1e5, 1.1e5])
 def test_values_that_no_defect_explains_are_no_hu(far):
     scan = np.array([-1000, 0, 40, far], np.float32).reshape(1, 2, 2)

@@ -51,7 +51,7 @@ def kinds(found):
     return [one.kind for one in found if one.kind in plausibility.KINDS]
 
 
-@pytest.mark.parametrize("low", [None, -1500, -2000, -2048, -3024])
+@pytest.mark.parametrize("low", [None, -1500, -2000, -2048, -3024, -32768])
 def test_a_head_in_hu_is_left_alone_whatever_pads_it(low):
     scan = HU if low is None else padded(HU, low)
     made, found = plausibility.settle(scan)
@@ -91,6 +91,30 @@ def test_an_offset_that_is_not_sure_is_refused(raw):
     with pytest.raises(Refusal, match=r"no HU: tissue lies near 10\d\d.*rescale intercept") as said:
         plausibility.settle(raw)
     assert said.value.kind is Kind.OFFSET
+
+
+SKULL = np.where((HU > -500) & (HU < 200), AIR, HU)  # dry
+
+
+@pytest.mark.parametrize("offset", [1024, 1000])
+@pytest.mark.parametrize("pad", [None, -2000, -2048, -3024])
+def test_an_intercept_that_was_applied_twice_is_refused(offset, pad):
+    """Air then lies where others have padding, and brain where they have air."""
+    raw = HU - offset if pad is None else padded(HU - offset, pad)
+    with pytest.raises(Refusal, match=r"no HU: .* tissue near -9\d\d, .*applied twice") as said:
+        plausibility.settle(raw)
+    assert said.value.kind is Kind.OFFSET
+    (doubt,) = plausibility.doubts(raw)
+    assert (doubt.kind, doubt.done) == (Kind.OFFSET, "kept")
+
+
+@pytest.mark.parametrize("value", [3071, 4095])
+def test_padding_at_the_top_is_refused_for_what_it_is(value):
+    with pytest.raises(Refusal, match=rf"13 % .* at {value}: padding\? Set .* to -1024") as said:
+        plausibility.settle(padded(HU, value))
+    assert said.value.kind is Kind.NOT_HU
+    with pytest.raises(Refusal, match="an MR, or a CT that was scaled"):
+        plausibility.settle(padded(mr(), value))
 
 
 def scaled(low, high, to):
@@ -147,8 +171,8 @@ def test_signed_values_read_as_unsigned_are_signed_again(scan):
 
 
 def test_a_dry_skull_and_contrast_medium_are_no_offset():
-    skull = np.where((HU > -500) & (HU < 200), AIR, HU)
-    np.testing.assert_array_equal(plausibility.settle(skull)[0], np.maximum(skull, -1024))
+    for skull in (SKULL, padded(SKULL, -2000), padded(SKULL, -2048)):
+        np.testing.assert_array_equal(plausibility.settle(skull)[0], np.maximum(skull, -1024))
     vessels = HU.copy()
     vessels[:, 28:36, 28:36] = 1060  # dense, and far too much of it
     made, found = plausibility.settle(vessels)

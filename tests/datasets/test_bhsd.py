@@ -4,6 +4,7 @@ import os
 import pytest
 
 from bhsd_jax.datasets.bhsd import BHSD, scans
+from bhsd_jax.defects import Refusal
 
 OFFICIAL = "dataset.json"
 
@@ -99,6 +100,9 @@ def test_files_that_lost_their_suffix_count_and_others_do_not(tree, studies):
             path.rename(path.with_name(path.name.removesuffix(".nii.gz")))
         (tree / folder / "notes").write_text("not a scan")
         (tree / folder / "list.csv").write_text("case")
+        for other in ("a.img", "a.raw", "a.png", "a.tar.gz", "a.json"):
+            (tree / folder / other).write_bytes(b"\x1f\x8b")
+        (tree / folder / "a.mha").mkdir()
         (tree / folder / f"._{studies['train'][0]}.nii.gz").write_bytes(b"\x1f\x8b")
     assert summary(tree) == expected(studies)
 
@@ -290,6 +294,20 @@ def test_links_in_a_circle_pipes_and_names_with_control_characters_are_refused(t
     ]
     assert all(f.text.isprintable() for f in BHSD(tree).survey().findings)
     assert summary(tree) == expected(studies)
+
+
+@pytest.mark.parametrize("ending", [".hdr", ".mhd", ".nhdr", ".NRRD", ".mha", ".mgz", ".gipl.gz"])
+def test_volumes_in_other_formats_are_refused_by_name(tree, studies, touch, ending):
+    lost = studies["train"][0]
+    path = tree / "label_192" / "ground truths" / f"{lost}.nii.gz"
+    path.rename(path.with_name(lost + ending))
+    assert findings(tree) == [(lost, "no NIfTI file", "refused")]
+    assert f"{lost}{ending}: {ending.lower()} is not read here; convert it" in text_of(tree, lost)
+    assert summary(tree) == without(studies, lost)
+    folder = tree / "unlabel_2000" / "anybleed"
+    touch(folder / f"a{ending}")
+    with pytest.raises(Refusal, match=rf"(?i)a\{ending}: .* is not read here; convert it"):
+        scans(folder)
 
 
 def test_a_link_to_a_scan_elsewhere_is_followed(tree, studies, tmp_path):

@@ -4,6 +4,7 @@ from dicom_files import NAME, PATIENT, block, write_series
 from bhsd_jax.ct import nifti, scan
 from bhsd_jax.datasets import dicom
 from bhsd_jax.datasets.dicom import DICOM
+from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.volume import Series, Volume
 
 
@@ -61,6 +62,25 @@ def test_masks_are_found_by_series_by_folder_and_beside_the_slices(tree):
     (tree / f"{NAME} 0" / "head" / "m.nii.gz").write_bytes(by_series.read_bytes())
     with pytest.raises(ValueError, match="series 1 of 3 in the order of paths has 2 masks"):
         list(DICOM(tree).cases())
+
+
+@pytest.mark.parametrize("ending", [".seg.nrrd", ".mha", ".hdr"])
+def test_masks_in_other_formats_are_refused_and_not_passed_over(tree, ending):
+    first, *_ = DICOM(tree, show_ids=True).cases()
+    mask(tree, first, tree / "masks" / "1.2.2.7.nii.gz")
+    for path, place in (
+        (tree / "masks" / f"{first.id}{ending}", str(tree / "masks")),
+        (tree / f"{NAME} 0" / "head" / f"{NAME}{ending}", "the folder of series 1 of 3"),
+    ):
+        path.touch()
+        with pytest.raises(
+            Refusal, match=r": files that cannot be used as masks: 1 .*\.nii\.gz"
+        ) as said:
+            list(DICOM(tree).cases())
+        assert str(said.value).startswith(place)
+        assert NAME not in str(said.value)
+        assert said.value.kind is Kind.NO_NIFTI
+        path.unlink()
 
 
 def test_a_folder_without_series_says_so(tmp_path):

@@ -231,6 +231,9 @@ def test_plain_folders_pair_by_name(tmp_path, touch):
     touch(tmp_path / "masks" / "d.nii.gz")
     with pytest.raises(ValueError, match="no image for d"):
         list(Folder(tmp_path).cases())
+    (tmp_path / "masks" / "d.nii.gz").rename(tmp_path / "masks" / "c.nrrd")
+    with pytest.raises(Refusal, match=r"masks/c\.nrrd: \.nrrd is not read here; convert it"):
+        list(Folder(tmp_path).cases())
     with pytest.raises(ValueError, match="modality is ct or mr"):
         Folder(tmp_path, modality="pet")
 

@@ -5,11 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from dicom_files import block, write_series
 from nnunet_raw import Reference, config
 
 from bhsd_jax.ct import formats, nifti, scan
 from bhsd_jax.datasets import image_files
+from bhsd_jax.datasets.dicom import DICOM
 from bhsd_jax.datasets.msd import MSD
+from bhsd_jax.defects import Kind
 from bhsd_jax.nnunet import planner
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import chosen_scans, preprocess
@@ -126,6 +129,73 @@ def test_an_image_is_where_itk_says(tmp_path):
             np.testing.assert_allclose((found.affine @ (d, h, w, 1))[:3], (-x, -y, z), atol=1e-6)
 
 
+@pytest.mark.parametrize("ending", [".mha", ".nrrd", ".gipl"])
+def test_a_label_map_that_lies_elsewhere_than_its_scan_is_told(tmp_path, ending):
+    """As of NIfTI: its voxels are taken as they lie."""
+    voxels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    image = tmp_path / "a.nii.gz"
+    nifti.write_volume(image, Volume(voxels, np.diag([-1.0, -2.0, 5.0, 1.0])[:, [2, 1, 0, 3]], ""))
+    volume = nifti.read(image)
+    made = itk.GetImageFromArray(voxels)
+    made.SetSpacing((1, 2, 5))
+    lies = {}
+    for name, origin, direction in (
+        ("as the scan", (0, 0, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1)),
+        ("elsewhere", (0, 4, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1)),
+        ("mirrored", (3, 0, 0), (-1, 0, 0, 0, 1, 0, 0, 0, 1)),
+    ):
+        made.SetOrigin(origin)
+        made.SetDirection(direction)
+        itk.WriteImage(made, str(tmp_path / f"m{ending}"))
+        label, found = scan.read_label(tmp_path / f"m{ending}", image, volume, num_classes=None)
+        np.testing.assert_array_equal(label.voxels, voxels)
+        np.testing.assert_array_equal(label.affine, volume.affine)
+        lies[name] = [one.kind for one in found]
+    moved = [Kind.MASK_MOVED]
+    mirrored = moved if ending == ".gipl" else [Kind.MASK_MIRRORED]  # it states no direction
+    assert lies == {"as the scan": [], "elsewhere": moved, "mirrored": mirrored}
+
+
+def test_spacings_of_tiff_are_compared_where_both_are_stated(tmp_path):
+    kinds = []
+    for name in ("a", "m"):
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.zeros((2, 3, 5), np.uint8))
+    for spacing in ([5, 2, 1], [5, 2, 1.5], None):
+        (tmp_path / "a.json").write_text('{"spacing": [5, 2, 1]}')
+        if spacing:
+            (tmp_path / "m.json").write_text(json.dumps({"spacing": spacing}))
+        else:
+            (tmp_path / "m.json").unlink()
+        volume = formats.read(tmp_path / "a.tif")
+        _, found = scan.read_label(tmp_path / "m.tif", tmp_path / "a.tif", volume, num_classes=None)
+        kinds.append([one.kind for one in found])
+    assert kinds == [[], [Kind.MASK_MOVED], []]
+
+
+def test_a_label_map_of_a_series_is_turned_to_it_by_its_affine(tmp_path):
+    """DICOM files lie in ITK's order, our rows run the other way."""
+    write_series(tmp_path / "dicom", block())
+    names = itk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path / "dicom"))
+    drawn = itk.ReadImage(names)
+    mask = itk.Cast(drawn > 40, itk.sitkUInt8)
+    (case,) = DICOM(tmp_path / "dicom").cases()
+    volume, _ = scan.read(case.image)
+    want = volume.voxels > 40
+    assert not np.array_equal(itk.GetArrayFromImage(mask), want)
+    for ending in (".nrrd", ".mha"):
+        itk.WriteImage(mask, str(tmp_path / f"m{ending}"))
+        label, found = scan.read_label(tmp_path / f"m{ending}", case.image, volume, num_classes=2)
+        np.testing.assert_array_equal(label.voxels, want)
+        assert not found
+    mask.SetOrigin((500, 0, 0))
+    itk.WriteImage(mask, str(tmp_path / "m.nrrd"))
+    tifffile.imwrite(tmp_path / "m.tif", want.astype(np.uint8))
+    for name, message in (("m.nrrd", "does not lie on"), ("m.tif", "states no place in space")):
+        with pytest.raises(ValueError, match=f"its mask.* {message}") as caught:
+            scan.read_label(tmp_path / name, case.image, volume, num_classes=2)
+        assert name not in str(caught.value)
+
+
 def test_grays_of_a_bitmap_are_one_channel_and_its_colors_three(tmp_path):
     # ITK reads three equal colors; nnunetv2 2.8.1 one channel, by imageio.
     gray = np.arange(12, dtype=np.uint8).reshape(3, 4)
@@ -171,3 +241,9 @@ def test_a_folder_to_predict_is_grouped_by_channel(tmp_path):
         image_files.group(files, 3)
     assert list(image_files.group({"a_0000": tmp_path / "x"}, 1)) == ["a"]
     assert chosen_scans._channels(tmp_path) == 1
+    for ending, voxels in ((".hdr", ".img"), (".mhd", ".raw"), (".nhdr", ".raw.gz"), (".mgz", "")):
+        for path in (tmp_path / f"c{ending}", tmp_path / f"c{voxels or ending}"):
+            path.touch()
+        with pytest.raises(ValueError, match=rf"c\{ending}: \{ending} is not read here; convert"):
+            image_files.scans(tmp_path)
+        (tmp_path / f"c{ending}").unlink()
