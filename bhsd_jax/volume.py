@@ -309,7 +309,8 @@ class Dataset(Protocol):
 
     One that looks for defects has `survey() -> Survey` too; `cases` are then the survey's. One that
     has more than plain classes has `labels: Labels`, and one whose scans have several channels
-    `channels: tuple[tuple[str, str], ...]`, name and normalization of each.
+    `channels: tuple[tuple[str, str], ...]`, name and normalization of each. One that takes long to
+    find scans without masks has `outlined() -> Iterator[Case]`: its cases with masks, no others.
     """
 
     name: str
@@ -320,6 +321,11 @@ class Dataset(Protocol):
     def cases(self) -> Iterator[Case]:
         """All cases, sorted by id; unique ids; patients disjoint across splits."""
         ...
+
+
+def outlined_of(dataset: Any) -> Iterator[Case]:
+    """The cases of a data set, without those that have no mask where finding them takes long."""
+    yield from getattr(dataset, "outlined", dataset.cases)()
 
 
 def labels_of(dataset: Dataset) -> Labels:

@@ -53,6 +53,15 @@ class RSNA:
         """
         yield from self.survey().cases
 
+    def outlined(self) -> Iterator[Case]:
+        """The cases with masks, sorted by id: those of `bhsd`; no slice is looked at.
+
+        Raises:
+            FileNotFoundError: If there are no scans in BHSD.
+            ValueError: If none of them can be used.
+        """
+        yield from self._outlined()[0]
+
     def survey(self) -> Survey:
         """All cases, what was left out of studies that have none, and what is wrong in BHSD.
 

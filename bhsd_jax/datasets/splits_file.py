@@ -5,6 +5,7 @@ are all that training needs.
 """
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def _fold(path: Path, index: int, entry: Any) -> tuple[tuple[str, ...], tuple[st
             raise UserError(f"{place}: {part!r} is a list of case names; got {_shown(names)}")
         parts.append(names)
     train, val = parts
-    if twice := sorted(name for name in {*train, *val} if (train + val).count(name) > 1):
+    if twice := sorted(name for name, count in Counter(train + val).items() if count > 1):
         raise UserError(f"{place}: names {_some(twice)} twice; a case trains or validates")
     if not train:
         raise UserError(f"{place}: 'train' is empty; name the cases to train on")

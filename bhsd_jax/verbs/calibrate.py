@@ -18,7 +18,7 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier
 from bhsd_jax.verbs import predict
-from bhsd_jax.volume import Case
+from bhsd_jax.volume import Case, outlined_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def _cases(opened: Run, workdir: Path) -> list[Case]:
-    masks = {case.id: case.label for case in opened.data_set.cases()}
+    masks = {case.id: case.label for case in outlined_of(opened.data_set)}
     found = [
         dataclasses.replace(case, label=masks[case.id])
         for case in predict.find_scans(opened.config, workdir)

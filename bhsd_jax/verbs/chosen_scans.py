@@ -13,7 +13,7 @@ from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.datasets import image_files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import DicomSeries, Settings
-from bhsd_jax.volume import Case, Plan, Series
+from bhsd_jax.volume import Case, Plan, Series, outlined_of
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
     if split not in ("val", "test"):
         raise UserError(f"config.predict.split is val or test; got {split!r}")
     roles, _ = data.roles(config, workdir)
-    known = {case.id: case for case in data.data_set(config, workdir).cases()}
+    known = {case.id: case for case in outlined_of(data.data_set(config, workdir))}
     wanted = getattr(roles, split)
     missing = [case for case in wanted if case not in known]
     if missing or not wanted:

@@ -19,7 +19,7 @@ from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier
 from bhsd_jax.verbs import parts
 from bhsd_jax.verbs.scoring import ANY, Comparison, Scored, score_case
-from bhsd_jax.volume import Case, Image, Label, Masks, Plan, labels_of
+from bhsd_jax.volume import Case, Image, Label, Masks, Plan, labels_of, outlined_of
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def _expected(
         expected: list[_FOUND] = [(c, c, path, None, False) for c, path in masks.items()]
         labeled, source = set(masks), str(root)
     else:
-        cases = {case.id: case for case in data.data_set(config, workdir).cases()}
+        cases = {case.id: case for case in outlined_of(data.data_set(config, workdir))}
         labeled = {case.id for case in cases.values() if case.label}
         split = _split(config, folder)
         expected = _of_split(cases, _members(config, workdir, cases, split), split)

@@ -21,7 +21,7 @@ from bhsd_jax.report.page import NOTICE, Picture, Section
 from bhsd_jax.report.result_tables import Table
 from bhsd_jax.verbs import shown
 from bhsd_jax.verbs.shown import Entry
-from bhsd_jax.volume import Case
+from bhsd_jax.volume import Case, outlined_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,9 @@ def scans(run: Run, origin: Origin, ids: Sequence[str]) -> dict[str, Case]:
         FileNotFoundError: If it is not there.
     """
     try:
-        cases = {case.id: case for case in run.data_set.cases()}
+        # Masks of a folder may be of scans that have none in the data set.
+        every = run.data_set.cases() if origin.references else outlined_of(run.data_set)
+        cases = {case.id: case for case in every}
         if origin.references is not None:
             masks = image_files.scans(origin.references)
             own = cases.keys() & masks.keys()

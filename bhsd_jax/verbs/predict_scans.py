@@ -5,6 +5,7 @@ before it is brought back to that scan's voxels, measured and written.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,6 +30,7 @@ from bhsd_jax.volume import Case
 
 logger = logging.getLogger(__name__)
 
+_PAUSE = 20  # times as long as writing the tables took: until they are written again
 _BROKEN = (UserError, OSError, EOFError, MemoryError)  # of one scan: recorded, others go on
 
 
@@ -76,13 +78,20 @@ class _Job:
 
 
 def predict_all(scans: Scans) -> Found:
-    """Predicts them in their order; where there is one process, tables grow as it goes."""
+    """Predicts them in their order; where there is one process, tables grow as it goes.
+
+    With thousands of scans they take seconds to write: then not after every scan, but at the end,
+    whatever ends it.
+    """
     each = _Steps(scans, Found(), time.monotonic())
     jobs = (_Job(number, case) for number, case in enumerate(scans.cases, start=1))
     memory = machine.memory() // 2  # the other half is the networks'
     steps = (each.prepare, each.infer, each.write)
     with each.signs, suppress(faults.WriteError):  # `write` has said it
-        overlap.run(jobs, *steps, memory=memory, meanwhile=each.compile)
+        try:
+            overlap.run(jobs, *steps, memory=memory, meanwhile=each.compile)
+        finally:
+            each.catch_up()
     found, names = each.found, [scans.names[case.id] for case in scans.cases]
     told = {row.case for row in found.rows} | found.skipped.keys()
     missed = [name for name in names if name not in told]
@@ -98,6 +107,8 @@ class _Steps:
     found: Found
     begun: float  # monotonic seconds
     waited: bool = False  # for memory, at least once
+    listed: int = 0  # rows in the tables
+    due: float = -math.inf  # when the tables may be written again, monotonic seconds
     signs: ExitStack = field(default_factory=ExitStack)  # of life, while the networks have no scan
 
     def compile(self) -> None:
@@ -140,8 +151,8 @@ class _Steps:
         try:
             row = self._row(job)
             found.rows.append(row)
-            if barrier.place() == (0, 1):
-                write_tables(self.scans.tables, found.rows)
+            if time.monotonic() >= self.due:
+                self._write_tables()
         except faults.WriteError as error:
             found.fault = faults.explain(error) or str(error)
             logger.error("%s: %s", place, found.fault)
@@ -158,6 +169,20 @@ class _Steps:
         left = (time.monotonic() - self.begun) / job.number * (count - job.number)
         took = "there already" if row.seconds is None else f"{row.seconds:.1f} s"
         logger.info("%s: %.1f mL, %s, %.0f s left", place, row.total_ml, took, left)
+
+    def catch_up(self) -> None:
+        """Puts into the tables what is not in them; where that fails, those before it stay."""
+        if self.listed < len(self.found.rows):
+            with suppress(faults.WriteError):  # who concludes tries again, and says it
+                self._write_tables()
+
+    def _write_tables(self) -> None:
+        if barrier.place() != (0, 1):
+            return
+        begun = time.monotonic()
+        write_tables(self.scans.tables, self.found.rows)
+        self.listed, now = len(self.found.rows), time.monotonic()
+        self.due = now + _PAUSE * (now - begun)
 
     def _row(self, job: _Job) -> ScanVolumes:
         if job.error is not None:

@@ -6,6 +6,7 @@ They are read again and compared with their SHA-256: what was damaged on disk is
 Needs no JAX.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -120,11 +121,14 @@ def _share(config: Settings) -> Share:
 
 def _processes(cases: Sequence[Case]) -> int:
     """One per core this process may use; fewer where starting them would take longest."""
-    places = [place for case in cases for place in (case.image, case.label) if place]
-    files = [path for place in places for path in scan.files(place) if path.is_file()]
-    return min(
-        machine.cores(), 1 + sum(path.stat().st_size for path in files) // _BYTES_PER_PROCESS
-    )
+    places = (place for case in cases for place in (case.image, case.label) if place)
+    cores, size = machine.cores(), 0
+    for path in (path for place in places for path in scan.files(place)):
+        with contextlib.suppress(OSError):  # whoever reads it says so
+            size += path.stat().st_size
+        if size >= (cores - 1) * _BYTES_PER_PROCESS:
+            return cores  # of a million files only the first few are asked for their size
+    return 1 + size // _BYTES_PER_PROCESS
 
 
 def _crop_hu(dataset: Dataset, settings: Any) -> float | None:

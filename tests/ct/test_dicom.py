@@ -5,7 +5,7 @@ import math
 import sys
 import threading
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -616,6 +616,63 @@ def test_acquisitions_one_after_another_are_one_volume(tmp_path):
     volume, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
     assert volume.voxels.shape == block().shape
     assert not found
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Makes studies, each of two slices, a localizer, a broken header and two files besides."""
+
+    def made(studies):
+        for number in range(studies):
+
+            def localizer(index, data):
+                if index == 2:
+                    data.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+            ids = {"study": f"1.2.{number}", "series": f"1.2.{number}.1"}
+            root = tmp_path / f"{studies}"
+            paths = write_series(root / f"{number}", block((4, 12, 10)), change=localizer, **ids)
+            paths[3].write_bytes(b"\0" * 128 + b"DICM" + b"\7" * 900)
+            for name in ("IM000", "notes.txt"):
+                (paths[0].parent / name).write_text("nothing")
+        return root
+
+    return made
+
+
+def test_headers_are_read_side_by_side_and_files_keep_their_order(archive, monkeypatch, caplog):
+    root = archive(3)
+    alone = dicom_series.survey(root)
+    assert [group.first.study for group in alone.groups] == ["1.2.0", "1.2.1", "1.2.2"]
+    for group in alone.groups:
+        assert len(group.slices) == 2
+        told = [Kind.NO_DICOM, Kind.LEFT_OUT_LOCALIZER, Kind.LEFT_OUT_HEADER]
+        assert sorted(kinds(group.findings)) == sorted(told)
+    both, is_dicom = threading.Barrier(2, timeout=30), slice_file.is_dicom
+
+    def met(path):
+        both.wait()
+        return is_dicom(path)
+
+    monkeypatch.setattr(slice_file, "is_dicom", met)
+    monkeypatch.setattr(dicom_series, "_AT_ONCE", 4)
+    monkeypatch.setattr(dicom_series.machine, "log_every_s", lambda: 0.0)
+    with caplog.at_level(logging.INFO):
+        assert dicom_series.survey(root) == alone
+    assert caplog.messages == [f"{root}: {n} files looked at for DICOM" for n in range(1, 19)]
+
+
+def test_work_grows_with_the_files_and_not_with_their_square(archive, monkeypatch):
+    asked, parent, study = [], PurePath.parent.fget, dicom_series.grouping.study
+    roots = [archive(studies) for studies in (2, 12)]
+    monkeypatch.setattr(PurePath, "parent", property(lambda p: asked.append(p) or parent(p)))
+    monkeypatch.setattr(dicom_series.grouping, "study", lambda s: asked.append(s) or study(s))
+    counts = []
+    for root in roots:
+        asked.clear()
+        dicom_series.survey(root)
+        counts.append(len(asked))
+    assert counts[1] == 6 * counts[0]
 
 
 def test_threads_that_read_at_once_are_all_quiet_and_give_the_levels_back(caplog):

@@ -143,6 +143,9 @@ def test_patients_outlined_in_bhsd_are_left_out_of_the_pool(root, tmp_path):
         (outlined, "train"),
         ("ID_0b000002_ID_00000000b2", "unlabeled"),
     ]
+    # Who wants scans with masks need not look at the slices: here, there are none.
+    assert list(RSNA(root / "none", bhsd=base).outlined()) == [found.cases[0]]
+    assert not list(RSNA(root).outlined())
     # A test scan without its mask is refused; its patient stays out of the pool.
     refused = "ID_0b000002_ID_00000000b2"
     lists = {"training": [f"{outlined}.nii.gz"], "test": [f"{refused}.nii.gz"]}

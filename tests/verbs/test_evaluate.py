@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
 from bhsd_jax.labels import Labels
@@ -16,7 +17,8 @@ from bhsd_jax.metrics import scores, threshold
 from bhsd_jax.platform import faults, files
 from bhsd_jax.settings import Settings
 from bhsd_jax.shards import store
-from bhsd_jax.verbs import evaluate, report
+from bhsd_jax.verbs import calibrate, evaluate, pages, report
+from bhsd_jax.verbs.chosen_scans import find_scans
 from bhsd_jax.verbs.evaluate import Scored
 from bhsd_jax.volume import HEMORRHAGE, Case, Volume
 
@@ -259,6 +261,31 @@ def test_a_validation_scan_without_a_mask_is_not_asked_for(tree, plan, caplog):
     del cases[FIRST]
     with pytest.raises(FileNotFoundError, match=f"not in the data set: {FIRST}; look at config"):
         evaluate._members(config, run, cases, "val")
+
+
+def test_scans_outlined_in_bhsd_are_used_without_a_look_at_rsnas_slices(tree, plan):
+    """Where there are none: whoever looked would say so."""
+    data, run = tree
+    prepare(run, plan, (TRAINED, "val", True), (FIRST, "test", True), (SECOND, "test", True))
+    files.write_json(run / "plan.json", plan | {"classes": HEMORRHAGE})
+    config = common.get_config("data=rsna")
+    config.data.update({"root": str(data / "none"), "bhsd": str(data)})
+    config.split.fold = -1
+    config.preprocess.processes = 1
+    config.evaluate.bootstrap = 20
+    evaluate.run(config, run)
+    assert {case for case, _ in table(run)} == {FIRST, SECOND}
+    config.predict.split = "test"
+    predicted = find_scans(Settings.of(config), run)
+    assert [case.id for case in predicted] == [FIRST, SECOND]
+    opened = Run.of(config, run)
+    shown = pages.scans(opened, pages.Origin(run / "predictions", split="test"), [FIRST])
+    assert shown[FIRST].label is not None
+    config.predict.split = "val"
+    (calibrating,) = calibrate._cases(Run.of(config, run), run)
+    assert calibrating.id == TRAINED
+    masks = pages.Origin(run / "predictions", references=run / "predictions")
+    assert not pages.scans(opened, masks, [FIRST]), "any of RSNA's scans may have such a mask"
 
 
 def test_missing_predictions_are_listed(tree):

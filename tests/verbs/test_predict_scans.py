@@ -1,11 +1,13 @@
 """Scans whose steps run side by side: order, errors of every step, disks that take no more."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
 import json
 import logging
 import threading
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -217,6 +219,39 @@ def test_a_defect_is_raised_when_the_scans_before_it_are_written(tmp_path):
     with pytest.raises(TypeError, match="a defect"):
         predict_all(scans(tmp_path, events))
     assert [line["case"] for line in rows_of(tmp_path / "volumes.csv")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("write_s", "early"), [(0.1, range(1, 20)), (1.0, [1, 8, 15])])
+@pytest.mark.parametrize(
+    "errors",
+    [{}, {"infer t": TypeError("a defect")}, {"write t": full()}],
+    ids=["end", "defect", "full disk"],
+)
+def test_tables_grow_with_every_scan_unless_writing_them_takes_long(
+    tmp_path, monkeypatch, write_s, early, errors
+):
+    """A scan takes 3 s here: tables of 1 s are written again when 20 s have passed, and last."""
+    names, now, written = "abcdefghijklmnopqrst", [0.0], []
+    monkeypatch.setattr(predict_scans, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    job = scans(tmp_path, Events(errors=errors), names)
+    write, write_tables = type(job.predict).write, predict_scans.write_tables
+
+    def timed(self, answer, target):
+        now[0] += 3
+        return write(self, answer, target)
+
+    def timed_tables(out, rows):
+        now[0] += write_s
+        written.append(len(rows))
+        write_tables(out, rows)
+
+    monkeypatch.setattr(type(job.predict), "write", timed)
+    monkeypatch.setattr(predict_scans, "write_tables", timed_tables)
+    with contextlib.suppress(TypeError):
+        predict_all(job)
+    done = names[: 19 if errors else 20]
+    assert written == sorted({*early, len(done)})
+    assert [line["case"] for line in rows_of(tmp_path / "volumes.csv")] == list(done)
 
 
 def test_a_short_memory_puts_scans_in_turn_and_says_so(tmp_path, monkeypatch, caplog):

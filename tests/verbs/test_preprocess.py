@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -314,6 +315,14 @@ def test_processes_are_started_where_there_is_enough_to_read(data, monkeypatch):
     assert preprocess._processes(cases) == 2
     os.truncate(data / "imagesTr" / "h_0.nii.gz", 2**29)
     assert preprocess._processes(cases) == 3
+    # The first file is enough: the others, of which there may be a million, are not looked at.
+    stat, looked_at = Path.stat, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", lambda self: looked_at.append(self) or stat(self))
+        assert preprocess._processes(cases) == 3
+    assert looked_at == [data / "imagesTr" / "h_0.nii.gz"]
+    looked_at[0].unlink()
+    assert preprocess._processes(cases) == 1
 
 
 def test_a_killed_worker_is_explained():

@@ -1,7 +1,7 @@
 """Files beside a series that are no DICOM but look as if they had been slices of it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from bhsd_jax.defects import Finding, Kind
 _ENDINGS = (".dcm", ".dicom", ".ima")  # nothing but DICOM has them
 
 
-def with_findings(group: Group, others: Sequence[Path]) -> Group:
+def with_findings(group: Group, others: Mapping[Path, Sequence[Path]]) -> Group:
     """The group, with a finding if there are such files in the folders of its slices.
 
     A slice that was overwritten or never arrived in full is no DICOM. In the middle of a series
@@ -19,15 +19,15 @@ def with_findings(group: Group, others: Sequence[Path]) -> Group:
 
     Args:
         group: Of slices.
-        others: Files that are no DICOM, of any folders.
+        others: Files that are no DICOM, by their folders.
     """
     named = {(path.parent, _form(path.name)) for path in group.files}
     folders = {folder for folder, _ in named}
     lost = [
         path
-        for path in others
-        if path.parent in folders
-        and ((path.parent, _form(path.name)) in named or path.suffix.lower() in _ENDINGS)
+        for folder in folders
+        for path in others.get(folder, ())
+        if (folder, _form(path.name)) in named or path.suffix.lower() in _ENDINGS
     ]
     if not lost:
         return group

@@ -1,8 +1,12 @@
 """DICOM folders to series, and series to volumes."""
 
+import itertools
+import logging
 import os
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +20,14 @@ from bhsd_jax.ct.dicom.image_kind import Flaw
 from bhsd_jax.ct.dicom.slice_file import Plane, Slice
 from bhsd_jax.ct.dicom.stack import Stack
 from bhsd_jax.defects import Finding, Kind, Refusal, kind_of, said_of
+from bhsd_jax.platform import machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Series, Volume
 
+logger = logging.getLogger(__name__)
+
+_THREADS = 16  # that read headers: on a shared disk a file is waited for longer than it is read
+_AT_ONCE = 1024  # files that are handed to them
 _LEFT_OUT = {
     Flaw.MODALITY: Kind.LEFT_OUT_MODALITY,
     Flaw.LOCALIZER: Kind.LEFT_OUT_LOCALIZER,
@@ -63,15 +72,12 @@ def survey(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) ->
             which reads them, is not installed.
     """
     slices: list[Slice] = []
-    broken, others = list[Path](), list[Path]()
-    for path in filter(wanted, _files(root)):
-        if not slice_file.is_dicom(path):
-            others.append(path)
-            continue
-        slice_file.require()
-        try:
-            slices += slice_file.headers(path)
-        except UserError:
+    broken, others = list[Path](), defaultdict[Path, list[Path]](list)
+    for path, dicom, found in _looked_at(root, filter(wanted, _files(root))):
+        slices += found
+        if not dicom:
+            others[path.parent].append(path)
+        elif not found:
             broken.append(path)
     studies = {item.file.parent: grouping.study(item) for item in reversed(slices)}
     left = Left()
@@ -207,6 +213,34 @@ def _require_slice(item: Slice, series: Series) -> None:
         raise Refusal(Kind.NO_SLICE, f"{_called(item, series)} is {item.flaw}")
 
 
+def _looked_at(root: Path, paths: Iterator[Path]) -> Iterator[tuple[Path, bool, list[Slice]]]:
+    """What `_look` finds of each file, in their order; says now and then how many there were."""
+    count, told = 0, time.monotonic()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while some := list(itertools.islice(paths, _AT_ONCE)):
+            for path, (dicom, slices) in zip(some, pool.map(_look, some), strict=True):
+                yield path, dicom, slices
+                count += 1
+                if time.monotonic() - told >= machine.log_every_s():
+                    told = time.monotonic()
+                    logger.info("%s: %d files looked at for DICOM", root, count)
+
+
+def _look(path: Path) -> tuple[bool, list[Slice]]:
+    """Whether the file is DICOM, and its slices; of one whose header cannot be read there are none.
+
+    Raises:
+        ValueError: If pydicom is not installed.
+    """
+    if not slice_file.is_dicom(path):
+        return False, []
+    slice_file.require()
+    try:
+        return True, slice_file.headers(path)
+    except UserError:
+        return True, []
+
+
 def _files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -232,15 +266,16 @@ def _with_findings(groups: Sequence[Group], left: Left) -> Found:
     """Findings go to the first group of their study; those of a study without one stay apart."""
     out = list(groups)
     apart = Counter[Flaw]()
+    first: dict[str, int] = {}  # group of a study
+    for place, group in enumerate(groups):
+        first.setdefault(grouping.study(group.first), place)
     for (study, flaw), count in sorted(left.items()):
-        place = next(
-            (i for i, group in enumerate(out) if grouping.study(group.first) == study), None
-        )
-        if place is None:
+        if study not in first:
             apart[flaw] += count
         else:
-            findings = (*out[place].findings, _left_out(flaw, count))
-            out[place] = replace(out[place], findings=findings)
+            group = out[first[study]]
+            findings = (*group.findings, _left_out(flaw, count))
+            out[first[study]] = replace(group, findings=findings)
     return Found(tuple(out), tuple(_left_out(flaw, n) for flaw, n in sorted(apart.items())))
 
 
