@@ -116,10 +116,10 @@ SWIN = SwinUNETR(2, feature_size=6, depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), att
     ],
 )
 def test_an_encoder_of_swin_that_was_trained_by_itself(tmp_path, caplog, prefix, doubled, linear):
-    state = {}
+    state, whole = {}, flat(drawn(SWIN))
     for name, weight in recipe_for(SWIN, 1).weights.items():
         if name.startswith("swinViT."):
-            shape = weight.layout.to_torch(np.asarray(flat(drawn(SWIN))[weight.path[7:]])).shape
+            shape = weight.layout.to_torch(np.asarray(whole[weight.path[7:]])).shape
             own = name.removeprefix("swinViT.").replace("mlp.linear", f"mlp.{linear}")
             stage, _, rest = own.partition(".0.")
             own = f"{stage}.0.{doubled}{rest}" if own.startswith("layers") else own
