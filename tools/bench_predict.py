@@ -32,6 +32,9 @@ sys.path.insert(0, str(HERE.parent))
 SPACING_MM = (5.0, 0.9, 0.9)
 NAME, CONFIGURATION = "Dataset001_Bench", "3d_fullres"
 SIDES = ("ours", "peer")
+_BACKGROUND = (
+    9.0  # bias of its logits: with drawn weights one voxel in hundreds is of another class
+)
 
 
 def main() -> None:
@@ -168,15 +171,21 @@ def about(preset: Preset) -> dict[str, Any]:
 
 
 def draw(reference: str, constructor: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Weights by PyTorch's names: kernels by He's law, norms that scale by one, no bias."""
+    """Weights by PyTorch's names: kernels by He's law, norms that scale by one, no bias but one.
+
+    The background's of every head leaves few voxels to the other classes, as in a scan. Without it
+    the label map is noise of tens of thousands of lesions, which ours would measure one by one.
+    """
     from flax import traverse_util
 
     from bhsd_jax.torch_weights import exporting
     from bhsd_jax.torch_weights.recipe import recipe_of, shapes_of
 
-    random = np.random.default_rng(0)
+    random, classes = np.random.default_rng(0), constructor["num_classes"]
 
     def one(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if shape == (classes,) and path.endswith("bias"):
+            return np.array([_BACKGROUND, *[0.0] * (classes - 1)], np.float32)
         if len(shape) == 1:
             return np.full(shape, float(path.endswith("scale")), np.float32)
         spread = np.sqrt(2 / np.prod(shape[:-1]))
