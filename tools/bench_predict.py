@@ -32,9 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 SPACING_MM = (5.0, 0.9, 0.9)
 NAME, CONFIGURATION = "Dataset001_Bench", "3d_fullres"
 SIDES = ("ours", "peer")
-_BACKGROUND = (
-    9.0  # bias of its logits: with drawn weights one voxel in hundreds is of another class
-)
+_BACKGROUND = 9.0  # bias of its logits: one voxel in hundreds is then of another class
 
 
 def main() -> None:

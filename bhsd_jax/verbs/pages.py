@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bhsd_jax.assemble import calibrated
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import formats
@@ -97,6 +99,15 @@ def label_map(folder: Path, case: str) -> Path:
 def beside(path: Path, folder: Path) -> str:
     """A path as it is reached from a folder."""
     return os.path.relpath(path, folder).replace(os.sep, "/")
+
+
+def window(image: np.ndarray, *, hu: bool) -> tuple[float, float]:
+    """What is black and white in pictures: of HU the brain's window, else 2 % to 99.5 %."""
+    if hu:
+        level, width = viewer.CT_WINDOWS[0][1:]
+        return level - width / 2, level + width / 2
+    low, high = np.percentile(image, (2, 99.5))
+    return float(low), float(high)
 
 
 def write_names(out: Path, places: Mapping[str, str]) -> None:

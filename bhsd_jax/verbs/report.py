@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 _AGAIN = {verb: f"run the verb `{verb}` again" for verb in ("predict", "evaluate")}
 _SUMMARY = ("binary", "bootstrap", "classes", "conventions", "metrics", "n_cases", "nsd_mm")
-_BRAIN = (0.0, 80.0)  # HU shown black and white: the usual brain window, level 40 width 80
 _MEASURES = {
     "hd95_mm_median": "HD95, median (mm)",
     "hd95_n": "of scans",
@@ -255,8 +254,7 @@ def _overlay(case: Case, label_map: Path, run: Run, values: tuple[int, ...]) -> 
     voxels = volume.voxels if in_hu is None else in_hu
     image, reference, predicted = (geometry.turn(a, order, flip) for a in (voxels, *masks))
     spacing = tuple(volume.spacing_mm[axis] for axis in order)
-    low, high = np.percentile(image, (2, 99.5))
-    window = (float(low), float(high)) if in_hu is None else _BRAIN
+    window = pages.window(image, hu=in_hu is not None)
     return figures.Overlay(image, reference, predicted, spacing, window)  # pyright: ignore[reportArgumentType]
 
 

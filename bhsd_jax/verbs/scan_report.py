@@ -16,7 +16,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import formats, geometry, plausibility, scan
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.report import figures, niivue, viewer
+from bhsd_jax.report import figures, niivue
 from bhsd_jax.report.page import Page, Picture, Section, save
 from bhsd_jax.report.result_tables import Table
 from bhsd_jax.verbs import pages, review, shown
@@ -230,11 +230,8 @@ _LEGEND = (
 
 def _window(run: Run, image: np.ndarray) -> tuple[float, float]:
     """Black and white: of CT the brain's, also where its networks take it as it lies."""
-    if run.plan.modality == "ct" and (run.plan.in_hu or plausibility.in_hu(image) is not None):
-        level, width = viewer.CT_WINDOWS[0][1:]
-        return level - width / 2, level + width / 2
-    low, high = np.percentile(image, (2, 99.5))
-    return float(low), float(high)
+    ct = run.plan.modality == "ct"
+    return pages.window(image, hu=ct and (run.plan.in_hu or plausibility.in_hu(image) is not None))
 
 
 def _pictures(run: Run, entries: Sequence[Entry]) -> list[Picture]:
