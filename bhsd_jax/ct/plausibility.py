@@ -75,9 +75,8 @@ def settle(
     # What was below padding and no longer is was metal that had wrapped around.
     seen = _Intensities(np.sort(after[(before >= _PADDING_HU) | (after > hu.LOWEST_HU)]))
     if voxels.size >= _LEAST:
-        every = _Intensities(np.sort(before))
-        _require_one_intercept(every)
-        _require_no_bright_padding(every, seen)
+        _require_one_intercept(_Intensities(np.sort(before)))
+        _require_no_bright_padding(before, after, seen)
     if voxels.size >= _LEAST and seen.values.size and not _is_plausible(seen):
         raise Refusal(
             Kind.NOT_HU,
@@ -212,19 +211,20 @@ def _require_one_intercept(every: _Intensities) -> None:
     )
 
 
-def _require_no_bright_padding(every: _Intensities, seen: _Intensities) -> None:
+def _require_no_bright_padding(before: np.ndarray, after: np.ndarray, seen: _Intensities) -> None:
     """Refuses a scan in HU of which 2 % or more are one value at the top; what is scaled is none.
 
-    `every` is what was stored, `seen` what was made of it.
+    `before` is what was stored, `after` what the repair made of it, and `seen` that without
+    padding. Air that had wrapped around in 12 bits was bright before only.
     """
-    bright = every.values[every.values >= hu.HIGHEST_HU]
-    if len(bright) < 0.02 * every.values.size or np.mean(bright == np.median(bright)) < 0.5:
+    bright = before[(before >= hu.HIGHEST_HU) & (after >= hu.HIGHEST_HU)]
+    if len(bright) < 0.02 * before.size or np.mean(bright == np.median(bright)) < 0.5:
         return
     rest = _Intensities(seen.values[seen.values < hu.HIGHEST_HU])
     if rest.values.size and _is_plausible(rest):
         raise Refusal(
             Kind.NOT_HU,
-            f"{100 * len(bright) / every.values.size:.0f} % of the voxels are at "
+            f"{100 * len(bright) / before.size:.0f} % of the voxels are at "
             f"{hu.HIGHEST_HU:.0f} HU or above, most of them at {np.median(bright):g}: padding? Set "
             f"what lies outside the scan to {hu.LOWEST_HU:.0f}",
         )
