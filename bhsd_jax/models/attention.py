@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from bhsd_jax.models.conv_bfloat16 import divisor
+from bhsd_jax.models.sums import max_of_channels, sum_of_channels
 
 _APART = -100.0  # added to the score of tokens of different regions, by every reference
 _CACHED = 400_000  # weights, of all windows that are taken at once
@@ -59,9 +60,29 @@ def at_once(
     On CPUs no slower than `attend` where windows have few tokens.
     """
     scores = jnp.einsum("bwnhd,bwmhd->bwhnm", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(_adjusted(scores, bias, regions))
+    weights = softmax(_adjusted(scores, bias, regions))
     weights = (weights if drop is None else drop(weights)).astype(query.dtype)
     return jnp.einsum("bwhnm,bwmhd->bwnhd", weights, value)
+
+
+@jax.custom_vjp
+def softmax(scores: Float[Array, "*n m"]) -> Float[Array, "*n m"]:
+    """Exponentials over the last axis, divided by their sum; the gradient keeps them alone."""
+    return _softmax(scores)[0]
+
+
+def _softmax(scores: Array):
+    powers = jnp.exp(scores - max_of_channels(scores))
+    weights = powers / sum_of_channels(powers)
+    return weights, weights
+
+
+def _softmax_grad(weights: Array, grad: Array):
+    given = weights * grad
+    return (given - weights * sum_of_channels(given),)
+
+
+softmax.defvjp(_softmax, _softmax_grad)
 
 
 def regions_of(
@@ -179,7 +200,7 @@ def _block_grads(
 
 def _weights(query: Array, key: Array, bias: Array | None, regions: Array | None) -> Array:
     scores = jnp.einsum("bwhnd,bwhmd->bwhnm", query, key)
-    return jax.nn.softmax(_adjusted(scores, bias, regions))
+    return softmax(_adjusted(scores, bias, regions))
 
 
 def _windows_at_once(query: Array, key: Array) -> int:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -54,6 +56,33 @@ class ConvUnit(nn.Module):
             self.epsilon, self.affine, self.dtype, self.scale_init, self.slope, name="norm"
         )
         return norm(conv(image))
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+    """Every number times the share of the normal distribution below it; in float32 inside.
+
+    As in PyTorch by `erf`, which on CPUs takes a quarter of the time of `erfc` in `jax.nn.gelu`.
+    Its own gradient keeps what went in alone.
+
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
+    """
+    return _gelu(x)[0]
+
+
+def _gelu(x: Array):
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype), x
+
+
+def _gelu_grad(x: Array, grad: Array):
+    wide = x.astype(jnp.float32)
+    below = 0.5 * (1 + lax.erf(wide * math.sqrt(0.5)))
+    density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+    return (((below + wide * density) * grad).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu, _gelu_grad)
 
 
 def rematerialized(stage: Any, remat: str) -> Any:

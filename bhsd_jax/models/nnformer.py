@@ -8,13 +8,13 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bhsd_jax.models.blocks import (
+    gelu,
     has_thick_slices,
     rematerialized,
     require_patch,
@@ -139,7 +139,7 @@ class NNFormer(nn.Module):
         kd, kh, kw = (1 if s == 1 else 3 for s in strides)
         depth = 0 if self.odd_depth and i == 2 else kd // 2
         # An activation before the norm: no other Swin has it.
-        x = LayerNorm(dtype=self.dtype, name=f"merge_norm_{i}")(jax.nn.gelu(x, approximate=False))
+        x = LayerNorm(dtype=self.dtype, name=f"merge_norm_{i}")(gelu(x))
         features, padding = 2 * x.shape[-1], (depth, kh // 2, kw // 2)
         conv = Conv(features, (kd, kh, kw), strides, padding, self.dtype, name=f"merge_{i}")
         return conv(x)

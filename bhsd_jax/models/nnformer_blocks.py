@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from bhsd_jax.models.attention import at_once, from_windows, regions_of, to_windows
+from bhsd_jax.models.blocks import gelu
 from bhsd_jax.models.conv import Triple, conv3d, conv_transpose
+from bhsd_jax.models.dense import Dense
 from bhsd_jax.models.initializers import (
     torch_bias,
     torch_uniform,
@@ -24,6 +25,7 @@ from bhsd_jax.models.initializers import (
     trunc_normal,
 )
 from bhsd_jax.models.norms import LayerNorm
+from bhsd_jax.models.sums import add_bias
 from bhsd_jax.platform.errors import UserError
 
 
@@ -69,11 +71,11 @@ class Block(nn.Module):
             parts = {"q": norm(x), "kv": norm(skip)}
             x = x + skip
         x = x + drop()(self._attend(parts))
-        hidden = dense(4 * channels, channels, options.dtype, "fc1")(
+        hidden = Dense(4 * channels, dtype=options.dtype, name="fc1")(
             LayerNorm(dtype=options.dtype, name="norm2")(x)
         )
-        hidden = jax.nn.gelu(hidden, approximate=False)
-        return x + drop()(dense(channels, 4 * channels, options.dtype, "fc2")(hidden))
+        hidden = gelu(hidden)
+        return x + drop()(Dense(channels, dtype=options.dtype, name="fc2")(hidden))
 
     def _attend(self, parts: dict[str, Array]) -> Array:
         """`parts`: normalized maps by what becomes of them: query, key, value."""
@@ -90,7 +92,7 @@ class Block(nn.Module):
             part = to_windows(part, self.window)  # [B windows voxels C]
             if name != "q":
                 features = len(name) * channels
-                part = dense(features, channels, options.dtype, name)(part)
+                part = Dense(features, dtype=options.dtype, name=name)(part)
             # Channels are (query, key, value), head, channel of the head.
             projected += jnp.split(part, len(name), axis=-1)
         heads = (*projected[0].shape[:-1], self.heads, channels // self.heads)
@@ -99,7 +101,7 @@ class Block(nn.Module):
         masked = options.mask_shifted and any(self.shift)
         regions = regions_of(padded, self.window, self.shift) if masked else None
         out = at_once(query, key, value, self._position_bias(), regions)
-        out = dense(channels, channels, options.dtype, "proj")(out.reshape(*heads[:-2], channels))
+        out = Dense(channels, dtype=options.dtype, name="proj")(out.reshape(*heads[:-2], channels))
         out = jnp.roll(from_windows(out, self.window, padded), self.shift, (1, 2, 3))
         return out[:, : grid[0], : grid[1], : grid[2]]
 
@@ -125,7 +127,7 @@ class Conv(nn.Module):
         bias = self.param("bias", torch_bias(math.prod(shape[:-1])), (self.features,))
         d, h, w = ((p, p) for p in self.padding)
         out = conv3d(image.astype(self.dtype), kernel, self.strides, (d, h, w))
-        return out + bias.astype(self.dtype)
+        return add_bias(out, bias.astype(self.dtype))
 
 
 class Expand(nn.Module):
@@ -148,7 +150,7 @@ class Expand(nn.Module):
         bias = self.param("bias", torch_bias(fan_in), (self.features,))
         out = conv_transpose(image.astype(self.dtype), kernel)
         out = jnp.pad(out, ((0, 0), (0, int(self.extra_slice)), (0, 0), (0, 0), (0, 0)))
-        return out + bias.astype(self.dtype)
+        return add_bias(out, bias.astype(self.dtype))
 
 
 class Project(nn.Module):
@@ -165,11 +167,11 @@ class Project(nn.Module):
             Conv, self.features, (3, 3, 3), padding=(1, 1, 1), dtype=self.dtype
         )
         x = conv(strides=self.strides, name="conv1")(image)
-        x = LayerNorm(dtype=self.dtype, name="norm1")(jax.nn.gelu(x, approximate=False))
+        x = LayerNorm(dtype=self.dtype, name="norm1")(gelu(x))
         x = conv(strides=(1, 1, 1), name="conv2")(x)
         if self.last:
             return x
-        return LayerNorm(dtype=self.dtype, name="norm2")(jax.nn.gelu(x, approximate=False))
+        return LayerNorm(dtype=self.dtype, name="norm2")(gelu(x))
 
 
 def fit_window(window: int | Triple, grid: tuple[int, ...]) -> tuple[Triple, Triple]:
@@ -210,10 +212,3 @@ def position_rows(window: Triple, reference: bool) -> Int[np.ndarray, "voxels vo
             " index; choose another one, or reference_index=False"
         )
     return place[:, None] - place + place[-1]
-
-
-def dense(features: int, fan_in: int, dtype: DTypeLike, name: str) -> nn.Dense:
-    """Linear layer, initialized as PyTorch does."""
-    return nn.Dense(
-        features, dtype=dtype, kernel_init=torch_uniform, bias_init=torch_bias(fan_in), name=name
-    )

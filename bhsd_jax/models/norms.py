@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from bhsd_jax.models.conv_bfloat16 import divisor
+from bhsd_jax.models.sums import sum_of_all_tokens, sum_of_channels, sum_of_tokens
 from bhsd_jax.platform.errors import UserError
 
 NormSpec = str | tuple[str, Any]  # kind, or (kind, PyTorch's keyword arguments)
@@ -22,8 +22,6 @@ NORMS = {  # kind: PyTorch's defaults
     "batch": {"eps": 1e-5, "affine": True, "momentum": 0.1},
     "group": {"eps": 1e-5, "affine": True, "num_groups": None},
 }
-# Over channels, in two passes.
-LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
 def norm_options(norm: NormSpec) -> tuple[str, dict[str, Any]]:
@@ -82,6 +80,26 @@ class InstanceNorm(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, channels)
         slope = 1.0 if self.slope is None else self.slope
         return jnp.asarray(normalize(image, scale, bias, self.epsilon, slope), self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Normalizes every voxel by the mean and variance of its channels; float32 statistics.
+
+    Source: Ba et al. 2016, arXiv:1607.06450; PyTorch `LayerNorm`.
+    """
+
+    epsilon: float = 1e-5
+    affine: bool = True  # learned scale and bias
+    dtype: DTypeLike = jnp.float32  # of the result
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *n C"]) -> Float[Array, "B *n C"]:
+        channels = (x.shape[-1],)
+        scale, bias = jnp.ones(channels), jnp.zeros(channels)
+        if self.affine:
+            scale = self.param("scale", nn.initializers.ones, channels)
+            bias = self.param("bias", nn.initializers.zeros, channels)
+        return jnp.asarray(normalize_channels(x, scale, bias, self.epsilon), self.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -168,8 +186,9 @@ def normalize(
 
 def _normalize(image: Array, scale: Array, bias: Array, epsilon: float, slope: float):
     wide = image.astype(jnp.float32)
-    mean = _mean_of_voxels(wide)
-    inverse = lax.rsqrt(_mean_of_voxels(jnp.square(wide - mean)) + epsilon)
+    voxels = image[0, ..., 0].size
+    mean = sum_of_tokens(wide) / voxels
+    inverse = lax.rsqrt(sum_of_tokens(jnp.square(wide - mean)) / voxels + epsilon)
     out = (wide - mean) * (inverse * scale) + bias
     out = out if slope == 1 else jnp.where(out > 0, out, slope * out)
     return out, (image, mean, inverse, scale, bias)
@@ -182,32 +201,42 @@ def _normalize_grad(epsilon: float, slope: float, residuals: tuple[Array, ...], 
         grad = jnp.where(normal * scale + bias > 0, grad, slope * grad)
     # The result ignores shifts and (but for epsilon) scalings of the image, so the gradient loses
     # its components along the constant and along the result itself.
-    shift = _mean_of_voxels(grad)
-    along = _mean_of_voxels(grad * normal)
-    to_image = (inverse * scale) * (grad - shift - normal * along)
     voxels = image[0, ..., 0].size
-    to_scale, to_bias = (voxels * part.sum((0, 1, 2, 3)) for part in (along, shift))
-    return to_image.astype(image.dtype), to_scale, to_bias
-
-
-def _mean_of_voxels(values: Float[Array, "B D H W C"]) -> Float[Array, "B 1 1 1 C"]:
-    """Over D, H, W.
-
-    XLA:CPU adds more than 32 numbers as a tree, for which it writes all partial sums of neighbors
-    to memory in a pass of its own. Here the first 32 along W are added where they are computed.
-    """
-
-    def on_cpu(values: Array) -> Array:
-        batch, depth, height, width, channels = values.shape
-        near = divisor(width, 32)
-        parts = values.reshape(batch, depth, height, width // near, near, channels).sum(4)
-        # The barrier keeps the two sums from being made one again.
-        return lax.optimization_barrier(parts).mean((1, 2, 3), keepdims=True) / near
-
-    def elsewhere(values: Array) -> Array:
-        return values.mean((1, 2, 3), keepdims=True)
-
-    return lax.platform_dependent(values, cpu=on_cpu, default=elsewhere)
+    shift, along = sum_of_tokens(grad), sum_of_tokens(grad * normal)
+    to_image = (inverse * scale) * (grad - shift / voxels - normal * (along / voxels))
+    return to_image.astype(image.dtype), along.sum((0, 1, 2, 3)), shift.sum((0, 1, 2, 3))
 
 
 normalize.defvjp(_normalize, _normalize_grad)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize_channels(
+    x: Float[Array, "B *n C"], scale: Float[Array, " C"], bias: Float[Array, " C"], epsilon: float
+) -> Float[Array, "B *n C"]:
+    """Zero mean and unit variance over channels, scale and bias; in float32.
+
+    Its own gradient keeps what went in and two numbers per voxel.
+    """
+    return _normalize_channels(x, scale, bias, epsilon)[0]
+
+
+def _normalize_channels(x: Array, scale: Array, bias: Array, epsilon: float):
+    wide, channels = x.astype(jnp.float32), x.shape[-1]
+    mean = sum_of_channels(wide) / channels
+    inverse = lax.rsqrt(sum_of_channels(jnp.square(wide - mean)) / channels + epsilon)
+    return (wide - mean) * inverse * scale + bias, (x, mean, inverse, scale)
+
+
+def _normalize_channels_grad(epsilon: float, residuals: tuple[Array, ...], grad: Array):
+    del epsilon
+    x, mean, inverse, scale = residuals
+    normal, channels = (x.astype(jnp.float32) - mean) * inverse, x.shape[-1]
+    scaled = grad * scale
+    shift = sum_of_channels(scaled) / channels
+    along = sum_of_channels(scaled * normal) / channels
+    to_x = inverse * (scaled - shift - normal * along)
+    return to_x.astype(x.dtype), sum_of_all_tokens(grad * normal), sum_of_all_tokens(grad)
+
+
+normalize_channels.defvjp(_normalize_channels, _normalize_channels_grad)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from bhsd_jax.models.blocks import (
     ConvUnit,
+    gelu,
     has_thick_slices,
     rematerialized,
     require_patch,
@@ -30,7 +31,7 @@ from bhsd_jax.models.initializers import he_normal, trunc_normal
 from bhsd_jax.models.nnunet import ResidualStage
 from bhsd_jax.models.norms import LayerNorm
 from bhsd_jax.models.primus_blocks import PrimusBlock, rotary_angles
-from bhsd_jax.models.unetr_blocks import PatchEmbed, gelu
+from bhsd_jax.models.unetr_blocks import PatchEmbed
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits
 from bhsd_jax.volume import Millimeters, Network

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bhsd_jax.models.attention import attend
+from bhsd_jax.models.dense import Dense
 from bhsd_jax.models.initializers import trunc_normal
 from bhsd_jax.models.norms import LayerNorm
 
@@ -105,7 +106,8 @@ class PrimusBlock(nn.Module):
 
     def _linear(self, features: int, name: str, *, last: bool = False, use_bias: bool = True):
         start = nn.initializers.normal(0.02 / (2 * self.depth) ** 0.5) if last else trunc_normal
-        return nn.Dense(features, use_bias, self.dtype, kernel_init=start, name=name)
+        zeros = nn.initializers.zeros
+        return Dense(features, use_bias, self.dtype, start, zeros, name=name)
 
     def _drop(self, rate: float, shared: tuple[int, ...] = ()) -> Callable[[Array], Array]:
         """Dropout; one draw along the `shared` axes."""

@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 
 from bhsd_jax.models.attention import attend, from_windows, regions_of, to_windows
 from bhsd_jax.models.conv import Triple
+from bhsd_jax.models.dense import Dense
 from bhsd_jax.models.initializers import trunc_normal
 from bhsd_jax.models.norms import LayerNorm
-from bhsd_jax.models.unetr_blocks import ConvBlock, Linear, Mlp, heads_of
+from bhsd_jax.models.unetr_blocks import ConvBlock, Mlp, heads_of
 from bhsd_jax.platform.errors import UserError
 
 # Which voxel of each 2 x 2 x 2 block (D, H, W) gives which block of channels to a merging layer.
@@ -128,11 +129,11 @@ class WindowAttention(nn.Module):
         if any(shift):
             x = jnp.roll(x, [-s for s in shift], (1, 2, 3))
         tokens = to_windows(x, window)  # [B windows n C]
-        qkv = Linear(3 * channels, self.qkv_bias, self.dtype, name="qkv")(tokens)
+        qkv = Dense(3 * channels, self.qkv_bias, self.dtype, name="qkv")(tokens)
         regions = regions_of(padded, window, shift) if any(shift) else None
         bias = self._position_bias(window)
         mixed = attend(*heads_of(qkv, self.heads), bias, regions, self.drop)
-        out = Linear(channels, dtype=self.dtype, name="out")(mixed)
+        out = Dense(channels, dtype=self.dtype, name="out")(mixed)
         x = from_windows(out, window, padded)
         if any(shift):
             x = jnp.roll(x, shift, (1, 2, 3))
@@ -179,7 +180,7 @@ class PatchMerging(nn.Module):
             sd, sh, sw = self.strides
             parts.append(x[:, d::sd, h::sh, w::sw])
         merged = LayerNorm(dtype=self.dtype, name="norm")(jnp.concatenate(parts, axis=-1))
-        return Linear(2 * x.shape[-1], False, self.dtype, name="reduction")(merged)
+        return Dense(2 * x.shape[-1], False, self.dtype, name="reduction")(merged)
 
 
 def merging_order(merging: str, strides: Triple) -> list[Triple]:

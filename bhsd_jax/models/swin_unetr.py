@@ -20,9 +20,10 @@ from bhsd_jax.models.blocks import (
     total_stride,
 )
 from bhsd_jax.models.conv import Triple
+from bhsd_jax.models.dense import Dense
 from bhsd_jax.models.norms import LayerNorm, NormSpec
 from bhsd_jax.models.swin_blocks import PatchMerging, SwinBlock, SwinStage, merging_order
-from bhsd_jax.models.unetr_blocks import ConvBlock, Linear, PatchEmbed, UpBlock
+from bhsd_jax.models.unetr_blocks import ConvBlock, PatchEmbed, UpBlock
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits
 from bhsd_jax.volume import Millimeters, Network
@@ -98,7 +99,7 @@ class SwinUNETR(nn.Module):
         for i, strides in reversed(list(enumerate((self.patch_embed, *self.merge_strides)))):
             features = size * 2 ** max(0, i - 1)
             x = up(features, strides, **shared, name=f"decoder{i + 1}")(x, skips[i])
-        head = Linear(self.num_classes, dtype=self.dtype, name="head")
+        head = Dense(self.num_classes, dtype=self.dtype, name="head")
         return (head(x).astype(jnp.float32),)
 
     def _encoder(self, x: Array, train: bool) -> list[Array]:
@@ -135,7 +136,7 @@ class SwinUNETR(nn.Module):
         """What the decoder sees; the next stage goes on with the map itself."""
         if not self.normalize:
             return x
-        return LayerNorm(dtype=self.dtype, use_scale=False, use_bias=False)(x)
+        return LayerNorm(affine=False, dtype=self.dtype)(x)
 
     def _require_fitting(self, size: tuple[int, ...]) -> None:
         stages = [len(self.depths), len(self.heads), len(self.merge_strides)]

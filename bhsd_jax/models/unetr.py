@@ -18,11 +18,11 @@ from bhsd_jax.models.blocks import (
     total_stride,
 )
 from bhsd_jax.models.conv import Triple
+from bhsd_jax.models.dense import Dense
 from bhsd_jax.models.initializers import trunc_normal
 from bhsd_jax.models.norms import LayerNorm, NormSpec
 from bhsd_jax.models.unetr_blocks import (
     ConvBlock,
-    Linear,
     PatchEmbed,
     TransformerBlock,
     UpBlock,
@@ -104,7 +104,7 @@ class UNETR(nn.Module):
         for level, strides in zip((3, 2, 1, 0), self.up_strides, strict=True):
             features = self.feature_size * 2**level
             x = up(features, strides, **shared, name=f"decoder{level + 2}")(x, skips[level])
-        head = Linear(self.num_classes, dtype=self.dtype, name="head")
+        head = Dense(self.num_classes, dtype=self.dtype, name="head")
         return (head(x).astype(jnp.float32),)
 
     def _transformer(self, x: Array, train: bool) -> list[Array]:

@@ -10,35 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bhsd_jax.models.attention import attend
+from bhsd_jax.models.blocks import gelu
 from bhsd_jax.models.conv import Conv, ConvTranspose, Triple
+from bhsd_jax.models.dense import Dense, dense
 from bhsd_jax.models.initializers import torch_bias, torch_uniform, torch_uniform_transpose
 from bhsd_jax.models.norms import LayerNorm, NormSpec, make_norm
-
-# The exact Gaussian error function; the tanh approximation moves the outputs by 3e-4.
-gelu = functools.partial(jax.nn.gelu, approximate=False)
-
-
-class Linear(nn.Module):
-    """Dense layer over the last axis."""
-
-    features: int
-    use_bias: bool = True
-    dtype: DTypeLike = jnp.float32  # of the computation; parameters are float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n F"]:
-        fan_in = x.shape[-1]
-        kernel = self.param("kernel", torch_uniform, (fan_in, self.features))
-        out = x.astype(self.dtype) @ kernel.astype(self.dtype)
-        if self.use_bias:
-            out += self.param("bias", torch_bias(fan_in), (self.features,)).astype(self.dtype)
-        return out
 
 
 class PatchEmbed(nn.Module):
@@ -64,7 +45,7 @@ class PatchEmbed(nn.Module):
         blocks = image.astype(self.dtype).reshape(batch, d, p, h, q, w, r, channels)
         blocks = blocks.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, d, h, w, fan_in)
         weights = kernel.astype(self.dtype).reshape(fan_in, self.features)
-        return blocks @ weights + bias.astype(self.dtype)
+        return dense(blocks, weights, bias.astype(self.dtype))
 
 
 class Mlp(nn.Module):
@@ -78,8 +59,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         drop = functools.partial(nn.Dropout, self.dropout, deterministic=not self.train)
-        inner = drop()(gelu(Linear(self.width, dtype=self.dtype, name="linear1")(x)))
-        return drop()(Linear(x.shape[-1], dtype=self.dtype, name="linear2")(inner))
+        inner = drop()(gelu(Dense(self.width, dtype=self.dtype, name="linear1")(x)))
+        return drop()(Dense(x.shape[-1], dtype=self.dtype, name="linear2")(inner))
 
 
 def heads_of(
@@ -108,11 +89,11 @@ class TransformerBlock(nn.Module):
         norm = functools.partial(LayerNorm, dtype=self.dtype)
         drop = functools.partial(nn.Dropout, self.dropout, deterministic=not self.train)
         width = x.shape[-1]
-        qkv = Linear(3 * width, self.qkv_bias, self.dtype, name="qkv")(norm(name="norm1")(x))
+        qkv = Dense(3 * width, self.qkv_bias, self.dtype, name="qkv")(norm(name="norm1")(x))
         # Every head is a window of its own: one at a time is as much as a cache may hold.
         alone = [jnp.moveaxis(part, 2, 1)[..., None, :] for part in heads_of(qkv, self.heads)]
         mixed = attend(*alone, drop=drop() if self.train and self.dropout else None)
-        mixed = Linear(width, dtype=self.dtype, name="out")(
+        mixed = Dense(width, dtype=self.dtype, name="out")(
             jnp.moveaxis(mixed, 1, 2).reshape(x.shape)
         )
         x = x + drop()(mixed)

@@ -1,0 +1,95 @@
+"""Sums over voxels and over channels that XLA:CPU adds where it computes what is added.
+
+More than 32 numbers it adds as a tree, for which it writes all partial sums of neighbors to memory
+in a pass of its own. Here the numbers fall into groups of at most 32: each is added up where it is
+computed, and what is left is small. Elsewhere a sum is XLA's.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from bhsd_jax.models.conv_bfloat16 import divisor
+
+_MOST = 32  # numbers that XLA adds without a tree
+_LANES = 8  # float32 numbers that a core adds at once
+
+
+def sum_of_tokens(values: Float[Array, "B *n C"]) -> Float[Array, "B *ones C"]:
+    """Over all axes but the first and the last, which stay; the others are of length 1."""
+    axes = tuple(range(1, values.ndim - 1))
+
+    def on_cpu(values: Array) -> Array:
+        # The barrier keeps the two sums from being made one again.
+        return lax.optimization_barrier(_near_tokens(values)).sum(axes, keepdims=True)
+
+    def elsewhere(values: Array) -> Array:
+        return values.sum(axes, keepdims=True)
+
+    return lax.platform_dependent(values, cpu=on_cpu, default=elsewhere)
+
+
+def sum_of_all_tokens(values: Float[Array, "*n C"]) -> Float[Array, " C"]:
+    """Over all axes but the last.
+
+    Two sums behind each other may be compiled as one, which walks through everything for each
+    channel. A matrix product cannot.
+    """
+
+    def on_cpu(values: Array) -> Array:
+        near = _near_tokens(values)
+        return jnp.tensordot(jnp.ones(near.shape[:-1]), near, near.ndim - 1)
+
+    def elsewhere(values: Array) -> Array:
+        return values.sum(tuple(range(values.ndim - 1)))
+
+    return lax.platform_dependent(values, cpu=on_cpu, default=elsewhere)
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, "*n C"], bias: Float[Array, " C"]) -> Float[Array, "*n C"]:
+    """The sum of both, whose gradient to the bias is `sum_of_all_tokens`."""
+    return x + bias
+
+
+def _add_bias(x: Array, bias: Array):
+    return x + bias, bias
+
+
+def _add_bias_grad(bias: Array, grad: Array):
+    return grad, sum_of_all_tokens(grad.astype(jnp.float32)).astype(bias.dtype)
+
+
+add_bias.defvjp(_add_bias, _add_bias_grad)
+
+
+def _near_tokens(values: Float[Array, "*n t C"]) -> Float[Array, "*n u C"]:
+    *before, tokens, channels = values.shape
+    near = divisor(tokens, _MOST)
+    return values.reshape(*before, tokens // near, near, channels).sum(-2)
+
+
+def sum_of_channels(values: Float[Array, "*n C"]) -> Float[Array, "*n 1"]:
+    """Over the last axis, which stays with length 1."""
+    return _over_channels(values, jnp.sum)
+
+
+def max_of_channels(values: Float[Array, "*n C"]) -> Float[Array, "*n 1"]:
+    """The largest along the last axis, which stays with length 1."""
+    return _over_channels(values, jnp.max)
+
+
+def _over_channels(values: Array, fold) -> Array:
+    def on_cpu(values: Array) -> Array:
+        *before, channels = values.shape
+        rows = divisor(channels, min(_MOST, channels // _LANES))
+        # Neighbors are never added to each other first, but to what lies `channels // rows` on, so
+        # that a core adds several sums at once.
+        parts = fold(values.reshape(*before, rows, channels // rows), axis=-2)
+        return fold(lax.optimization_barrier(parts), axis=-1, keepdims=True)
+
+    def elsewhere(values: Array) -> Array:
+        return fold(values, axis=-1, keepdims=True)
+
+    return lax.platform_dependent(values, cpu=on_cpu, default=elsewhere)
