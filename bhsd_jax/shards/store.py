@@ -65,21 +65,28 @@ class Shards:
         """Reads the record of one case; its arrays stay compressed.
 
         Raises:
-            ValueError: If the folder has no such case, or the shard is damaged; names shard and
-                record.
+            ValueError: If the folder has no such case, or the shard is damaged or of another index;
+                names shard and record.
         """
         entry = self._by_id.get(case)
         if entry is None:
             raise UserError(f"{self.folder}: no case {case!r} among {len(self.entries)}")
         place = f"{self.folder / entry.shard}, record {entry.record}"
-        return Reader(_read(self.folder / entry.shard, [entry.record], place)[0], place)
+        reader = Reader(_read(self.folder / entry.shard, [entry.record], place)[0], place)
+        if (reader.header.get("case"), reader.shape) != (case, entry.shape):
+            raise UserError(
+                f"{place}: holds another case than index.json says, or another version of it. Has "
+                "`preprocess` written these shards anew meanwhile, or a copy been cut off? Run it "
+                "again to its end, then start again"
+            )
+        return reader
 
     def load(self, case: str) -> Prepared:
         """Reads one case in full and compares it with its digests.
 
         Raises:
-            ValueError: If the folder has no such case, or the shard is damaged; names shard and
-                record.
+            ValueError: If the folder has no such case, or the shard is damaged or of another index;
+                names shard and record.
         """
         return unpack(self.open(case))
 

@@ -57,10 +57,11 @@ class Checkpoints:
     ):
         """Opens the folder; nothing in it is changed before the first save.
 
-        `recorded` are steps known to have been saved: without one of them nothing starts at 0.
+        What is in `extra` is saved with every step, each in a file of its own. `recorded` are steps
+        known to have been saved: without one of them nothing starts at 0.
         """
         self.folder = folder.absolute()
-        self.extra = {"config": _plain(config), "plan": _plain(plan)}
+        self.extra: dict[str, dict[str, Any]] = {"config": _plain(config), "plan": _plain(plan)}
         self.recorded = sorted(recorded)
         self._found: tuple[int | None, dict[int, str]] | None = None
         self._newest: int | None = None  # of this process
@@ -87,6 +88,11 @@ class Checkpoints:
     def plan(self) -> dict[str, Any]:
         """That of the scans which the latest checkpoint was trained on."""
         return disk.read(self.folder, self._step(), "plan")
+
+    def roles(self) -> dict[str, Any]:
+        """What `extra` had as "roles" at the latest checkpoint; {} without, or without any."""
+        step = self.latest()
+        return {} if step is None else disk.read_if_kept(self.folder, step, "roles")
 
     def dice(self) -> float | None:
         """The validation Dice of the latest checkpoint; None if that step was not validated."""

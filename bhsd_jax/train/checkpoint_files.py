@@ -107,6 +107,11 @@ def has(folder: Path, step: int, name: str) -> bool:
     return (folder / str(step) / f"{name}.json").is_file()
 
 
+def read_if_kept(folder: Path, step: int, name: str) -> dict[str, Any]:
+    """One of the facts; {} for a step of an older version, which did not keep it."""
+    return read(folder, step, name) if has(folder, step, name) else {}
+
+
 def listing(folder: Path, step: int) -> Listing:
     """The list of a step.
 

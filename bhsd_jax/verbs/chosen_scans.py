@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import data
+from bhsd_jax.assemble import data, held_out
 from bhsd_jax.ct import formats
 from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.datasets import dicom as dicom_cases
@@ -26,7 +26,8 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
 
     Raises:
         FileNotFoundError: If there is no such file or folder, or no scan in it.
-        ValueError: If the split is unknown, empty, or names scans the data set does not have.
+        ValueError: If the split is unknown, empty, or names scans the data set does not have; or if
+            the run may have been trained on some of it.
     """
     settings = config.predict
     if not settings.images:
@@ -117,6 +118,7 @@ def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
     if split not in ("val", "test"):
         raise UserError(f"config.predict.split is val or test; got {split!r}")
     roles, _ = data.roles(config, workdir)
+    held_out.require(config, workdir, roles, split)
     known = {case.id: case for case in outlined_of(data.data_set(config, workdir))}
     wanted = getattr(roles, split)
     missing = [case for case in wanted if case not in known]

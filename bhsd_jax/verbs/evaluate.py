@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import data
+from bhsd_jax.assemble import data, held_out
 from bhsd_jax.ct import scan
 from bhsd_jax.datasets.image_files import scans
 from bhsd_jax.metrics import also, nnunet_summary, scores, summary, threshold
@@ -42,7 +42,8 @@ def run(config: Config, workdir: Path) -> None:
 
     Raises:
         FileNotFoundError: If predictions or references are missing; lists them.
-        ValueError: If a file cannot be used, or the baseline is asked for without CT scans.
+        ValueError: If a file cannot be used, the baseline is asked for without CT scans, or the run
+            may have been trained on scans of the split.
         faults.WriteError: If the system says no, such as on a full disk.
     """
     config = Settings.of(config)
@@ -113,7 +114,8 @@ def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
 
     Raises:
         FileNotFoundError: If predictions or references are missing; lists them.
-        ValueError: If the baseline is asked for without CT scans.
+        ValueError: If the baseline is asked for without CT scans, or the run may have been trained
+            on scans of the split.
     """
     plan = Plan.load(workdir) if (workdir / "plan.json").is_file() else None
     known = plan or data.data_set(config, workdir)
@@ -241,7 +243,9 @@ def _members(
     fold = split == "val" and not marked  # of the training cases
     if split == "train" or not (prepared or fold):
         return marked
-    members: tuple[str, ...] = getattr(data.roles(config, workdir)[0], split)
+    roles, _ = data.roles(config, workdir)
+    held_out.require(config, workdir, roles, split)
+    members: tuple[str, ...] = getattr(roles, split)
     if gone := [case for case in members if case not in cases]:
         raise FileNotFoundError(
             f"split {split!r}: {len(gone)} of the prepared cases are not in the data set: "

@@ -4,7 +4,6 @@ import dataclasses
 import fcntl
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bhsd_jax import fields
-from bhsd_jax.assemble import data, pretrained, program
+from bhsd_jax.assemble import data, held_out, pretrained, program
 from bhsd_jax.assemble.recipe import (
     Recipe,
     make_mesh,
@@ -64,7 +63,7 @@ def run(config: Config, workdir: Path) -> None:
     span = Span.parse(config.train.profile, config.train.steps)
     trackers.require(config.train.trackers)
     parts.join(config, saves=True)
-    # The plan of the shards, and not the run's own: `_require_same_plan` compares them.
+    # The plan of the shards, and not the run's own: `require_sequel` compares them.
     run = Run.of(config, workdir, Plan.load(data.shards_folder(config, workdir)))
     share_cores(run)
     processes.say_devices()
@@ -129,17 +128,28 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
 
 
 def _require_slice_labels(run: Run, recipe: Recipe, roles: Roles) -> None:
-    """Refuses losses of slice labels where there are none: they would be 0 without a word.
+    """Refuses losses of slice labels where these say nothing, or only what is absent.
 
     Raises:
-        UserError: If no slice of any unlabeled scan is known.
+        UserError: If no slice of any unlabeled scan is known; for `mil` and `size`, known to bleed.
     """
     if recipe.slices is None:
         return
+    terms, known = run.config.slice_loss, False
+    least = 1 if terms.mil > 0 or terms.size > 0 else 0
     for case in roles.unlabeled:
         scan = run.shards.open(case)
-        if (recipe.slices.table(scan.slice_labels, scan.bleeding, scan.shape[0]) >= 0).any():
+        table = recipe.slices.table(scan.slice_labels, scan.bleeding, scan.shape[0])
+        if (table >= least).any():
             return
+        known = known or bool((table == 0).any())
+    if known:
+        raise UserError(
+            f"slice_loss: of no slice of the {len(roles.unlabeled)} unlabeled scans is it known "
+            "that it shows a bleed, so that mil and size would learn from absence alone; set "
+            "slice_loss.mil=0 and slice_loss.size=0 (neg_sup and gate_pseudo need no such slice), "
+            "or prepare scans with slice labels that show some"
+        )
     raise UserError(
         f"slice_loss: of none of the {len(roles.unlabeled)} unlabeled scans a slice is known, so "
         f"that its terms do nothing; data set {run.plan.dataset} has no slice labels there (BHSD's "
@@ -239,6 +249,7 @@ def _open_run(run: Run) -> Checkpoints:
                 logger.warning("resuming with another value of config.%s", field)
     elif lines:
         logger.warning("%s: stopped before its first checkpoint; beginning anew at step 0", workdir)
+    checkpoints.extra["roles"] = held_out.record(run.roles[0], before=checkpoints.roles())
     return checkpoints
 
 
@@ -263,41 +274,10 @@ def _start(
         shardings,
     )
     state, position = checkpoints.restore(abstract)
-    _require_same_plan(Plan.from_json(checkpoints.plan()), run)
+    kept = held_out.Trained(checkpoints.config(), checkpoints.plan(), checkpoints.roles())
+    held_out.require_sequel(kept, run.config, run.folder, run.plan, run.roles[0])
     logger.info("resuming after step %d", step)
     return state, position
-
-
-def _require_same_plan(trained: Plan, run: Run) -> None:
-    """Scans prepared in another way, or others, are no sequel: folds are drawn from all of them.
-
-    Raises:
-        UserError: If the shards have another plan than those that the run was trained on.
-    """
-    told = {"notes": (), "version": run.plan.version}
-    old, new = (dataclasses.replace(plan, **told).to_json() for plan in (trained, run.plan))
-    changed = next(fields.differences(old, _but_for_rounding(old, new)), "")
-    if not changed:
-        return
-    if changed.startswith("source_sha256"):
-        changed = "source_sha256: scans or masks were added, taken away or changed"
-    raise UserError(
-        f"{run.folder}: its weights were trained on shards of another plan: {changed}. What was a "
-        "validation scan then may be one to train on now; train in another --workdir, with "
-        f"--train.init_from={run.folder} if it is to begin with these weights, or bring back "
-        f"what {data.shards_folder(run.config, run.folder)} was made from"
-    )
-
-
-def _but_for_rounding(old: Any, new: Any) -> Any:
-    """`new` with the numbers of `old` where they may differ by another processor's sums alone."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return {key: _but_for_rounding(old.get(key), value) for key, value in new.items()}
-    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
-        return tuple(map(_but_for_rounding, old, new))
-    if isinstance(old, float) and isinstance(new, float) and math.isclose(old, new, rel_tol=1e-6):
-        return old
-    return new
 
 
 def _begun_from(config: Train, recipe: Recipe, drawn: TrainState, mesh: Mesh) -> TrainState:
@@ -311,6 +291,7 @@ def _begun_from(config: Train, recipe: Recipe, drawn: TrainState, mesh: Mesh) ->
         only=config.init_only,
         leave=config.init_leave,
     )
+    pretrained.require_apart(recipe, params)
     params = jax.device_put(params, meshes.replicated(mesh))
     ema = None if drawn.ema is None else jax.tree.map(jnp.copy, params)
     return dataclasses.replace(drawn, params=params, ema=ema)

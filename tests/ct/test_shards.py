@@ -248,6 +248,20 @@ def test_a_case_the_folder_does_not_have_is_refused(folder):
         store.Shards(folder).open("d4")
 
 
+def test_a_shard_written_anew_under_its_name_gives_no_neighbor_of_the_case(folder, cases):
+    """A training holds the index in memory; what was added since has moved the others."""
+    found, path = store.Shards(folder), folder / "shard-0.arrayrecord"
+    store.write_shard(path, [case("a0"), *cases[:2]])
+    for read in (found.open, found.load):
+        with pytest.raises(ValueError, match=r"record 1: holds another case than index\.json says"):
+            read("a2")
+    cut = {"image": cases[1].image[1:], "slice_labels": cases[1].slice_labels[1:]}
+    store.write_shard(path, [cases[0], dataclasses.replace(cases[1], **cut), cases[2]])
+    with pytest.raises(ValueError, match="or another version of it"):
+        found.open("a2")
+    assert found.load("b3").case == "b3"
+
+
 def test_threads_read_side_by_side_and_a_copy_reads_the_same(folder, cases):
     found = pickle.loads(pickle.dumps(store.Shards(folder)))
     names = list(itertools.islice(itertools.cycle(c.case for c in cases), 48))

@@ -4,27 +4,38 @@ import dataclasses
 import json
 import logging
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 from tiny_run import PLAN
-from toy import make_batch, make_parts
+from toy import Toy, make_batch, make_parts
 
+from bhsd_jax.assemble import held_out
 from bhsd_jax.assemble.pretrained import begin_from
 from bhsd_jax.assemble.recipe import Recipe
 from bhsd_jax.assemble.run import Run
+from bhsd_jax.augment.chain import IntensityChain
+from bhsd_jax.augment.intensity import GaussianNoise
 from bhsd_jax.configs import common
+from bhsd_jax.datasets import splits_file
 from bhsd_jax.input.pipeline import Cut
 from bhsd_jax.models.nnunet import PlainConvUNet
 from bhsd_jax.models.swin_unetr import SwinUNETR
+from bhsd_jax.objectives.cps import CrossPseudoSupervision
+from bhsd_jax.objectives.ensemble import Ensemble
+from bhsd_jax.objectives.slice_loss import WithSliceLoss
 from bhsd_jax.objectives.supervised import Supervised
+from bhsd_jax.platform import files
 from bhsd_jax.settings import Train
+from bhsd_jax.shards.store import Entry, write_index
 from bhsd_jax.torch_weights.recipe import recipe_for
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.checkpoint import Checkpoints, save_networks
 from bhsd_jax.train.step import init_state
+from bhsd_jax.types import TrainState
 from bhsd_jax.verbs import train
 
 SIZES = {"features": (3, 4), "strides": ((1, 1, 1), (2, 2, 2)), "kernels": ((3, 3, 3),) * 2}
@@ -155,25 +166,94 @@ def test_a_training_begins_there_and_its_average_too(tmp_path):
     assert begun.opt_state is state.opt_state
 
 
-def test_a_training_goes_on_only_on_shards_of_the_plan_it_began_with(tmp_path):
-    recipe, mesh = toy_recipe(Supervised()), meshes.make_mesh(devices=jax.devices()[:1])
-    saved = Checkpoints(tmp_path / "checkpoints", config={}, plan=PLAN.to_json())
-    saved.save(3, jax.jit(recipe.init)(jax.random.key(0)), {"batches": 3}, 0.5)
-    saved.close()
-    checkpoints = Checkpoints(tmp_path / "checkpoints", config={}, plan=PLAN.to_json())
+class Dropping(Toy):
+    """Its channels of input at random."""
 
-    def position(**changes):
-        plan = dataclasses.replace(PLAN, **changes)
-        run = Run.of(common.get_config(), tmp_path, plan)
+    @nn.compact
+    def __call__(self, image, *, train):
+        return super().__call__(nn.Dropout(0.5, deterministic=not train)(image), train=train)
+
+
+def test_networks_that_would_stay_one_are_refused(tmp_path):
+    """Where they see the same patches, begin alike and drop nothing, their gradients are equal."""
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    image = jax.ShapeDtypeStruct((1, 4, 4, 4, 1), jnp.float32)
+    shapes = jax.eval_shape(lambda x: Toy().init(jax.random.key(0), x, train=False), image)
+    network = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes["params"])
+    run = saved_run(tmp_path, network, SUPERVISED)
+
+    def begun(objective, *leave, view=None, model=None):
+        """Whether the second network begins as the first."""
+        recipe = toy_recipe(WithSliceLoss(objective) if objective.uses_unlabeled else objective)
+        parts = dataclasses.replace(recipe.parts, view=view or IntensityChain(()))
+        parts = dataclasses.replace(parts, model=model or parts.model)
+        recipe = dataclasses.replace(recipe, parts=parts)
+        drawn = {
+            twin: jax.tree.map(lambda leaf, k=k: leaf + k, network)
+            for k, twin in enumerate(objective.twins, start=1)
+        }
+        state = TrainState(jnp.zeros((), jnp.int32), drawn, (), None, jax.random.key(0))
+        config = Train(init_from=run, init_leave=leave)
+        first, second, *_ = train._begun_from(config, recipe, state, mesh).params.values()
+        return jax.tree.all(jax.tree.map(np.array_equal, first, second))
+
+    shared, independent = (CrossPseudoSupervision(views=v) for v in ("shared", "independent"))
+    noise = IntensityChain((GaussianNoise(p=0.1, std=(0.0, 0.1)),))
+    for objective, view in ((shared, noise), (independent, None), (Ensemble(), noise)):
+        with pytest.raises(ValueError, match=r"would stay one network, .*init_leave=head,"):
+            begun(objective, view=view)
+        assert not begun(objective, "Conv_1", view=view)
+        assert begun(objective, view=view, model=Dropping())
+    assert begun(independent, view=noise)
+
+
+def test_a_training_goes_on_only_on_the_scans_and_the_division_it_began_with(tmp_path):
+    recipe, mesh = toy_recipe(Supervised()), meshes.make_mesh(devices=jax.devices()[:1])
+    shards = tmp_path / "shards"
+    files.write_json(shards / "plan.json", PLAN.to_json())
+    row = {"has_label": True, "bleeding": None, "shape": (4, 4, 4), "voxels": (), "volume_ml": ()}
+    row |= {"split": "train", "shard": "s", "record": 0}
+    names = [f"c{i}" for i in range(10)]
+    write_index(shards, [Entry(id=name, patient=name, **row) for name in names])
+
+    def opened(plan=PLAN, **split):
+        config = common.get_config()
+        config.split.update(split)
+        return Run.of(config, tmp_path, plan)
+
+    def position(run):
+        checkpoints = train._open_run(run)
+        checkpoints.close()
         return train._start(recipe, checkpoints, mesh, run)[1]["batches"]
 
+    def sequel(run):
+        kept = held_out.Trained.of(tmp_path)
+        held_out.require_sequel(kept, run.config, tmp_path, run.plan, run.roles[0])
+
+    saved, state = train._open_run(opened()), jax.jit(recipe.init)(jax.random.key(0))
+    saved.save(3, state, {"batches": 3}, 0.5)
+    saved.close()
     low, mean, std, high = PLAN.foreground
-    assert position(notes=("told otherwise",), foreground=(low, mean * (1 + 1e-9), std, high)) == 3
-    with pytest.raises(ValueError, match=r"foreground .*init_from"):
-        position(foreground=(low, mean + 0.1, std, high))
-    with pytest.raises(ValueError, match="scans or masks were added"):
-        position(source_sha256="of another list of files")
-    checkpoints.close()
+    near = {"notes": ("told otherwise",), "foreground": (low, mean * (1 + 1e-9), std, high)}
+    assert position(opened(plan=dataclasses.replace(PLAN, **near))) == 3
+    sequel(opened(labeled=4))  # the masks of the others are left out, no scan is
+    for changed, said in (
+        ({"foreground": (low, mean + 0.1, std, high)}, r"foreground .*init_from"),
+        ({"source_sha256": "of another list of files"}, "scans or masks were added"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            sequel(opened(plan=dataclasses.replace(PLAN, **changed)))
+    for name, value in (("fold", 1), ("binary", True), ("seed", 7)):
+        with pytest.raises(ValueError, match=rf"split\.{name} .*--preprocess\.shards={shards}"):
+            sequel(opened(**{name: value}))
+    splits_file.keep(shards, ((tuple(names[:7]), tuple(names[7:])),))
+    with pytest.raises(ValueError, match=r"other roles in the training so far: splits_final\.json"):
+        position(opened())
+    older = train._open_run(opened())
+    del older.extra["roles"]
+    older.save(4, state, {"batches": 4}, 0.5)
+    older.close()
+    assert position(opened()) == 4, "of an older version, which kept none"
 
 
 def test_imported_weights_are_no_training_to_go_on_with(tmp_path):
