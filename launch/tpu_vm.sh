@@ -20,15 +20,16 @@ die() {
   exit 2
 }
 
-step='' name='' zone='' type='' version='' dry='' where=() spot=() verb=()
+# No array may be empty: before bash 4.4, as on macOS, `set -u` ends the script at one.
+step='' name='' zone='' project='' type='' version='' spot='' dry=''
 while [ $# -gt 0 ]; do
   case "$1" in
-    --) shift && verb=("$@") && break ;;
-    --zone=*) zone=${1#*=} && where+=("$1") ;;
-    --project=*) where+=("$1") ;;
+    --) shift && break ;; # what is left is the verb and its words
+    --zone=*) zone=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
     --type=*) type=${1#*=} ;;
     --version=*) version=${1#*=} ;;
-    --spot) spot=(--spot) ;;
+    --spot) spot=--spot ;;
     --dry-run) dry=yes ;;
     -*) die "no option ${1%%=*}; $(sed -n '3s/^# *//p' "${BASH_SOURCE[0]}")" ;;
     *) if [ -z "$step" ]; then step=$1; elif [ -z "$name" ]; then name=$1; else die "one NAME, got $name and $1"; fi ;;
@@ -38,13 +39,22 @@ done
 if [ -z "$name" ] || [ -z "$zone" ]; then
   die "needs a step, a NAME and --zone=...; the top of this file has all steps"
 fi
+where=("--zone=$zone" ${project:+"--project=$project"})
 
 # Words as any shell reads them back, each as it is.
 quoted() {
-  local word single="'\\''"
+  local word
   for word in "$@"; do
     case "$word" in
-      '' | *[!A-Za-z0-9_./:=,@%+-]*) printf " '%s'" "${word//"'"/"$single"}" ;;
+      '' | *[!A-Za-z0-9_./:=,@%+-]*)
+        # In steps: bash 3.2 keeps the quotes in "${word//"'"/"$other"}".
+        printf " '"
+        while [ "$word" != "${word#*\'}" ]; do
+          printf "%s'\\\\''" "${word%%\'*}"
+          word=${word#*\'}
+        done
+        printf "%s'" "$word"
+        ;;
       *) printf ' %s' "$word" ;;
     esac
   done
@@ -78,7 +88,7 @@ create() {
     esac
   fi
   do_or_say gcloud compute tpus queued-resources create "$name" --node-id="$name" "${where[@]}" \
-    --accelerator-type="$type" --runtime-version="$version" "${spot[@]}"
+    --accelerator-type="$type" --runtime-version="$version" ${spot:+"$spot"}
 }
 
 wait_for_it() {
@@ -118,7 +128,7 @@ setup() {
 }
 
 run() {
-  [ "${#verb[@]}" -gt 0 ] || die "run needs -- VERB --config=... --workdir=..."
+  [ $# -gt 0 ] || die "run needs -- VERB --config=... --workdir=..."
   # In a session of its own: it outlives the connection.
   # shellcheck disable=SC2016
   on_all '
@@ -141,7 +151,7 @@ run() {
     setsid python -m bhsd_jax.main "$@" </dev/null >>../bhsd.log 2>&1 &
     echo $! >../bhsd.pid
     tail --pid=$! -n +1 -f ../bhsd.log
-    wait $!' "${verb[@]}"
+    wait $!' "$@"
 }
 
 stop() {
@@ -153,7 +163,7 @@ case "$step" in
   create) create ;;
   wait) wait_for_it ;;
   setup) setup ;;
-  run) run ;;
+  run) run "$@" ;;
   stop) stop ;;
   delete) do_or_say gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet ;;
   *) die "no step '$step'; there are create, wait, setup, run, stop and delete" ;;

@@ -7,3 +7,14 @@ class UserError(ValueError):
     Programs end with its text alone. Any other `ValueError` is a defect of this package, and ends
     with its traceback.
     """
+
+
+def explain_extra(extra: str) -> str:
+    """How an extra of `pyproject.toml` is installed: the end of a message that it is missing.
+
+    From the repository alone: on PyPI the name is not ours, and anybody may register it.
+    """
+    return (
+        f"install the extra `{extra}`, in the repository: BHSD_EXTRAS={extra} tools/env, or "
+        f"pip install '.[{extra}]'"
+    )

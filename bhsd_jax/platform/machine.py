@@ -37,6 +37,11 @@ def memory() -> int:
     return min([whole, *_limits(_OWN_GROUPS, _GROUPS)])
 
 
+def resident_bytes(maxrss: int) -> int:
+    """Bytes of a `ru_maxrss`, which macOS counts in bytes and Linux in KiB."""
+    return maxrss if sys.platform == "darwin" else maxrss * 1024
+
+
 def _limits(groups: Path, root: Path) -> Iterator[int]:
     """Bytes of memory that the control groups of this process allow."""
     for version, folder in _groups(groups, root, "memory"):

@@ -1,6 +1,7 @@
 """House rules that a reader can count."""
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def test_no_scan_weight_or_path_of_a_machine_is_tracked():
     assert not [name for name in names if name.endswith(ends)]
     big = [n for n in names if (ROOT / n).is_file() and (ROOT / n).stat().st_size > 2**20]
     assert not big
+
+
+def test_nothing_tells_to_install_the_package_by_its_name():
+    """It is on no index: `pip install` of the name brings what a stranger has put there."""
+    tells = re.compile(r"install\b[^\n]{0,40}\bbhsd[-_]jax\b(?!-\d)|bhsd[-_]jax\[")
+    texts = [n for n in tracked() if n.startswith(("bhsd_jax/", "tools/", "launch/", "README"))]
+    assert not [n for n in texts if (ROOT / n).is_file() and tells.search((ROOT / n).read_text())]
 
 
 def test_no_two_test_files_share_a_name():

@@ -42,6 +42,21 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("path", [p for p in SHELL if "slurm" not in p.parts[-2] + p.name])
+def test_shell_for_any_machine_runs_in_the_bash_of_macos(path):
+    """Bash 3.2 ends under `set -u` at an empty array, and lacks what came later."""
+    later = r"=\(\)|declare -A|local -n|mapfile|readarray|wait -n|&>>"
+    assert not re.search(later, path.read_text())
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_git_gives_shell_no_windows_line_ends():
+    scripts = [str(p.relative_to(ROOT)) for p in SHELL]
+    ask = ["git", "check-attr", "eol", "--", *scripts]
+    told = subprocess.run(ask, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert told.splitlines() == [f"{path}: eol: lf" for path in scripts]
+
+
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
 def test_shell_parses_and_may_be_run(path):
     subprocess.run(["bash", "-n", path], check=True)
@@ -141,6 +156,8 @@ def test_create_asks_for_a_queued_resource(cloud):
             *("--runtime-version=v2-alpha-tpuv6e", "--spot"),
         ]
     ]
+    tpu_vm("create", "pod", "--zone=z", "--type=v5p-8")
+    assert "--spot" not in calls(cloud)[-1]
     tpu_vm("delete", "pod 1", "--zone=z")
     assert calls(cloud)[-1][2:] == [
         *("queued-resources", "delete", "pod 1", "--zone=z", "--force", "--quiet")

@@ -6,7 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import threading
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -256,6 +260,71 @@ def test_the_python_of_the_environment_is_kept(project):
     assert done.returncode == 1
     assert "made with /nowhere/python3.99, which this machine lacks" in done.stderr
     assert {"core", "blue"} <= project.installed()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="has no older Python to prefer")
+def test_a_python_for_which_all_has_wheels_comes_before_a_newer_one(project):
+    other = project.home / "other"
+    other.mkdir()
+    newer = "import sys\nsys.version_info = (3, 14)\nexec(sys.argv[2])\nsys.exit('taken')\n"
+    (other / "python3").write_text(f"#!{sys.executable}\n{newer}")
+    (other / "python3").chmod(0o755)
+    path = f"{other}:{project.environment['PATH']}"
+    (other / f"python3.{sys.version_info.minor}").symlink_to(sys.executable)
+    project.make(PATH=path)
+
+
+def test_what_must_be_compiled_and_cannot_be_is_said(project):
+    text = "Metadata-Version: 2.2\nName: stone\nVersion: 1\n"
+    build = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    files = {"PKG-INFO": text, "pyproject.toml": build, "backend.py": "raise SystemExit('no g++')"}
+    source = project.home / "stone-1"
+    source.mkdir()
+    for name, words in files.items():
+        (source / name).write_text(words)
+    with tarfile.open(project.wheels / "stone-1.tar.gz", "w:gz") as archive:
+        archive.add(source, "stone-1")
+    path = project.home / "pyproject.toml"
+    path.write_text(path.read_text().replace('"core>=1"', '"core>=1", "stone>=1"'))
+    project.uv("lock")
+    done = project.bash('"$HOME_/tools/env"')
+    assert done.returncode == 1
+    assert "no g++" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "install a C++ compiler, or Python 3.11 to 3.13" in last
+    assert "network" not in last
+    assert "No module named 'packaging'" not in done.stderr
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_the_locked_versions_come_from_the_index_that_uv_is_told_of(project):
+    served = project.home.parent / "served"
+    for index in ("there", "mirror"):
+        for path in project.wheels.iterdir():
+            folder = served / index / path.name.split("-")[0]
+            folder.mkdir(parents=True)
+            shutil.copy(path, folder)
+    path = project.home / "pyproject.toml"
+    path.write_text(path.read_text().partition("no-index")[0])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=served))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    project.uv("lock", "--default-index", f"{address}/there")
+    shutil.rmtree(served / "there")  # as behind a firewall
+    wheel(served / "mirror" / "core", "core", "2")
+    project.make("red", UV_DEFAULT_INDEX=f"{address}/mirror")
+    assert {"core", "red"} <= project.installed()
+    script = 'source "$HOME_/tools/env" && python -c "import core; print(core.version)"'
+    assert project.bash(script).stdout.split() == ["1"]
+    path.write_text(path.read_text().replace('"core>=1"', '"core>=2"'))
+    done = project.bash('"$HOME_/tools/env"', UV_DEFAULT_INDEX=f"{address}/mirror")
+    assert "do not fit each other" in done.stderr.splitlines()[-1]
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.mark.parametrize(
