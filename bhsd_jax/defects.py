@@ -39,6 +39,7 @@ class Kind(enum.StrEnum):
     QFORM_ONLY = "position in the qform only"
     NO_POSITION = "no position in the header"
     TILT_AMBIGUOUS = "turned affine: oblique, or a tilted gantry drawn upright"
+    TWO_SPACINGS = "sform and pixdim that state different spacings"
     SHEAR_SHORT = "slice step too short in a sheared sform"
     AXES = "not three axes"
     SPACING = "impossible spacing"
@@ -54,6 +55,7 @@ class Kind(enum.StrEnum):
     MASK_VALUES = "label values out of range"
     MASK_TYPE = "mask not stored in 8 bits"
     MASK_ROUNDED = "mask values rounded by a scale factor"
+    MASK_ONE_VALUE = "no mask holds another value than 1"
     MASK_MOVED = "mask that lies elsewhere than its image"
     MASK_MIRRORED = "mask that may be mirrored"
     MASK_GEOMETRY = "mask without usable geometry"
@@ -71,6 +73,7 @@ class Kind(enum.StrEnum):
     FILE_LONGER = "bytes after the last voxel"
     NO_NIFTI = "no NIfTI file"
     UNREADABLE = "unreadable file"
+    COMPRESSED = "compressed files without a decoder"
 
     # Of a DICOM series.
     TILTED = "gantry tilt of # degrees, kept as shear in the affine"
@@ -114,7 +117,6 @@ class Kind(enum.StrEnum):
     NO_SLICE = "file that is no slice of a CT volume"
     MULTI_FRAME = "multi-frame image that is not read"
     SERIES_DAMAGED = "damaged files in a series"
-    COMPRESSED = "compressed files without a decoder"
     TOO_FEW_SLICES = "slices too few for a volume"
     ONE_PLACE = "different slices at one place"
     MISSING = "missing slices"

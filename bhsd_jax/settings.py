@@ -218,7 +218,11 @@ class Settings:
     name: Annotated[str, "of the experiment; runs go to runs/<name> unless --workdir says so"]
     seed: Annotated[int, "of everything that is drawn in a training"]
     preset: Annotated[str, "recommended; or ssl4mis: the whole training as in SSL4MIS' scripts"]
-    task: Annotated[str, "of the paper: 1, 2 or 3; empty: the experiment's own"]
+    task: Annotated[
+        str,
+        "of the paper: 1, 2 or 3; empty: all unlabeled scans, and binary or not as the experiment "
+        "has it",
+    ]
     data: Annotated[Spec, "a class in bhsd_jax/datasets and its arguments"]
     preprocess: Preprocess
     split: Split

@@ -111,9 +111,12 @@ class Input:
         "turn scans by 0 to 3 quarters in their plane, then mirror them along H or W, before "
         "patches are cut (SSL4MIS' RandomRotFlip)",
     ] = False
-    foreground: Annotated[float, "share of labeled patches centered on a labeled voxel", SHARE] = (
-        0.33
-    )
+    foreground: Annotated[
+        float,
+        "share of labeled patches centered on a labeled voxel, of a class drawn first, all alike: "
+        "of the classes of the masks with split.binary, too, where nnU-Net has but one",
+        SHARE,
+    ] = 0.33
     pad: Annotated[
         Literal["air", "nnunet"],
         "outside the scan: the lower clip bound, or 0 once normalized (nnU-Net)",

@@ -36,7 +36,7 @@ class Volume:
     @property
     def spacing_mm(self) -> Millimeters:
         """Distance between voxel centers along D, H, W (the lengths of the affine's columns)."""
-        d, h, w = (float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
+        d, h, w = column_lengths(self.affine).tolist()
         return d, h, w
 
 
@@ -63,8 +63,8 @@ class Grid:
     @property
     def native_spacing_mm(self) -> Millimeters:
         """Spacing of the reoriented native voxels along the prepared D, H, W."""
-        lengths = np.linalg.norm(np.asarray(self.native_affine)[:3, :3], axis=0)
-        d, h, w = (float(lengths[axis]) for axis in self.order)
+        lengths = column_lengths(np.asarray(self.native_affine)).tolist()
+        d, h, w = (lengths[axis] for axis in self.order)
         return d, h, w
 
     @property
@@ -311,6 +311,7 @@ class Dataset(Protocol):
     has more than plain classes has `labels: Labels`, and one whose scans have several channels
     `channels: tuple[tuple[str, str], ...]`, name and normalization of each. One that takes long to
     find scans without masks has `outlined() -> Iterator[Case]`: its cases with masks, no others.
+    One of a user's own masks has `binary_flag: str`: what to set if 1 means any bleeding, or "".
     """
 
     name: str
@@ -332,6 +333,21 @@ def labels_of(dataset: Dataset) -> Labels:
     """What the values of a data set's label maps mean."""
     found = getattr(dataset, "labels", None)  # of a folder, the name of a preset
     return found if isinstance(found, Labels) else Labels(tuple(dataset.classes))
+
+
+def column_lengths(affine: np.ndarray) -> np.ndarray:
+    """Distances in mm [3] between voxel centers along the axes of an affine [4 4] or [3 3].
+
+    Lengths of an oblique affine are off by its rounding, so that 3 x 1 x 1 mm would be now above,
+    now below a ratio of 3. Spacings of NIfTI are float32, and so are an sform's numbers: lengths
+    of such numbers, and lengths that are float32 but for float64's rounding, are given as float32
+    has them. Of axes along the world's nothing is rounded.
+    """
+    matrix = np.asarray(affine, np.float64)[:3, :3]
+    lengths = np.linalg.norm(matrix, axis=0)
+    single = lengths.astype(np.float32).astype(np.float64)
+    in_single = bool((matrix == matrix.astype(np.float32)).all())
+    return np.where(in_single | np.isclose(single, lengths, rtol=1e-12, atol=0), single, lengths)
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:

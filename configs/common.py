@@ -36,7 +36,7 @@ DATA = {  # the word `data=`
         "name": "dicom.DICOM",
         "root": "data/dicom",
         "masks": "",  # folder of NIfTI masks; "": <root>/masks, or beside the slices
-        "classes": HEMORRHAGE,
+        "classes": HEMORRHAGE,  # by mask value
         "uneven": "refuse",  # slices at uneven steps; or "resample"
         "unshear": False,  # undo the gantry's tilt
         "show_ids": False,  # call cases by their folders
@@ -77,7 +77,7 @@ DATA = {  # the word `data=`
         "root": "data/folder",
         "images": "images",  # in `root`
         "masks": "masks",  # in `root`; scans without one are unlabeled
-        "labels": "bhsd",  # classes by mask value: a preset
+        "labels": "bhsd",  # classes by mask value: a preset, such as binary
         "classes": "",  # or one's own names of the values 1, 2, ..., such as a,b
         "modality": "ct",
         "split": "train",  # of the scans with a mask; or "test"
@@ -128,7 +128,8 @@ ABOUT = {  # the words for a reader
     "previous=FOLDER": "of 3d_cascade_fullres: what its first stage has predicted",
     "preset=recommended": "arguments of the objective; or ssl4mis: the training of its scripts",
     "labels=N": "masks to train with: a count, or a share below 1",
-    "task=1": "the paper's tasks: 1 all classes, 2 binary with bleeding scans, 3 with all scans",
+    "task=1": "the paper's tasks: 1 all classes, 2 binary with bleeding scans, 3 with all scans; "
+    "without it all scans, binary or not as the experiment has it",
     "infer=full": "nnU-Net's sliding window; or fast: fewer tiles, no mirrored versions",
 }
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")  # `configuration=`

@@ -4,7 +4,7 @@ Presets: `recommended` (adapted to nnU-Net's training) and `ssl4mis` (what the p
 ran): `--config=configs/cps.py:preset=ssl4mis`.
 Paper: binary Dice 49.50 against 45.10 without the unlabeled scans (Wu et al. 2023, Table 2).
 On MSD Hippocampus with 8 masks: 1.1 points above masks alone [0.4, 1.6].
-Run:  python -m bhsd_jax.main train --config=configs/cps.py:data=bhsd --workdir=runs/cps
+Run:  python -m bhsd_jax.main train runs/cps --config=configs/cps.py:data=bhsd,task=2
 """
 
 import ml_collections

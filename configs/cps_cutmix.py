@@ -3,7 +3,7 @@
 Claim: on MSD Hippocampus with 4, 8, 16 masks 2.2, 1.7, 0.5 points above masks alone, in every seed,
 where CPS has 1.7, 1.1, 0.4 (tools/LAB_BOOK.md).
 Cost: 4.7 times the supervised step of as many labeled patches (CPS: 4).
-Run:  python -m bhsd_jax.main train --config=configs/cps_cutmix.py:data=bhsd --workdir=runs/cutmix
+Run:  python -m bhsd_jax.main train runs/cutmix --config=configs/cps_cutmix.py:data=bhsd,task=2
 """
 
 import ml_collections

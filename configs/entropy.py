@@ -5,7 +5,7 @@ ran): `--config=configs/entropy.py:preset=ssl4mis`.
 Paper: binary Dice 36.91 against 45.10 without the unlabeled scans (Wu et al. 2023, Table 2).
 On MSD Hippocampus with 8 masks: no different from masks alone, -0.3 points [-0.5, 0.0].
 Cost: twice the supervised step of as many labeled patches.
-Run:  python -m bhsd_jax.main train --config=configs/entropy.py:data=bhsd --workdir=runs/entropy
+Run:  python -m bhsd_jax.main train runs/entropy --config=configs/entropy.py:data=bhsd,task=2
 """
 
 import ml_collections

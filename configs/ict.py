@@ -5,7 +5,7 @@ ran): `--config=configs/ict.py:preset=ssl4mis`.
 Paper: binary Dice 45.38 against 45.10 without the unlabeled scans (Wu et al. 2023, Table 2).
 On MSD Hippocampus with 8 masks: no different from masks alone, 0.0 points [-0.3, 0.3].
 Cost: 2.3 times the supervised step of as many labeled patches; 1.8 times in `ssl4mis`.
-Run:  python -m bhsd_jax.main train --config=configs/ict.py:data=bhsd --workdir=runs/ict
+Run:  python -m bhsd_jax.main train runs/ict --config=configs/ict.py:data=bhsd,task=2
 """
 
 import ml_collections

@@ -5,7 +5,7 @@ ran): `--config=configs/mean_teacher.py:preset=ssl4mis`.
 Paper: binary Dice 44.63 against 45.10 without the unlabeled scans (Wu et al. 2023, Table 2).
 On MSD Hippocampus with 8 masks: no different from masks alone, -0.1 points [-0.3, 0.2].
 Cost: 2.3 times the supervised step of as many labeled patches.
-Run:  python -m bhsd_jax.main train --config=configs/mean_teacher.py:data=bhsd --workdir=runs/mt
+Run:  python -m bhsd_jax.main train runs/mt --config=configs/mean_teacher.py:data=bhsd,task=2
 """
 
 import ml_collections

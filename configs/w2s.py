@@ -7,7 +7,7 @@ where an `ema_decay` of 0.98 fitted 1600 steps; 1.9, 2.0, 0.6 in `bcp` (tools/LA
 UniMatch, its ancestor in two dimensions, has 89.9 Dice on ACDC with 7 labeled cases against 83.3
 for CPS (Yang et al. 2023).
 Cost: 2.3 times the supervised step of as many labeled patches; 3.3 times in `bcp`.
-Run:  python -m bhsd_jax.main train --config=configs/w2s.py:data=bhsd --workdir=runs/w2s
+Run:  python -m bhsd_jax.main train runs/w2s --config=configs/w2s.py:data=bhsd,task=2
 """
 
 import ml_collections

@@ -1,5 +1,6 @@
 """The Python interface gives what the verb gives; the guide's snippets run as printed."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jaxlib
 import nibabel as nib
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 import tiny_run
 
 from bhsd_jax.api import Predictor, read_scan, show
-from bhsd_jax.assemble import devices, ensemble
+from bhsd_jax.assemble import cascade, devices, ensemble
 from bhsd_jax.ct import probabilities
 from bhsd_jax.infer.ensemble import mean_of_probabilities
 from bhsd_jax.report import niivue
@@ -161,6 +163,34 @@ def test_every_run_is_mirrored_as_it_was_trained_whichever_is_named_first(scans,
     for asked, want in ((False, [(), (), ()]), (True, [(0, 1, 2), (2,), (1, 2)])):
         members = Predictor.from_run(*made, mirror=asked).members
         assert [member.mirror for member in members] == want, "what is asked for holds for all"
+
+
+def test_what_is_averaged_and_the_precision_hold_for_all_runs_if_asked_for(runs, tmp_path):
+    """Also for those whose scans are prepared in another way; else each run has its own."""
+    plan = dataclasses.replace(tiny_run.PLAN, spacing_mm=(5.0, 3.0, 3.0))
+    coarse = tiny_run.make(tmp_path / "coarse", 3, plan)
+    config = json.loads((coarse / "config.json").read_text())
+    config["predict"]["combine"] = "logits"
+    (coarse / "config.json").write_text(json.dumps(config))
+
+    def asked(combine, precision):
+        first = ensemble.run_of(runs[0], combine=combine)
+        config = dataclasses.replace(first.config, precision=precision)
+        return dataclasses.replace(first, config=config)
+
+    def found(first):
+        one, _ = ensemble.open_runs(first, (coarse,), apart=True)
+        image = np.zeros((1, *tiny_run.TILE, 1), np.float32)
+        for each in (one, *one.apart):
+            computed = str(jax.make_jaxpr(each.window.forward)(each.networks[0], image))
+            yield each.window.combine, "bf16" in computed
+
+    own = list(found(asked("probabilities", "auto")))
+    assert own == [("probabilities", False), ("logits", False)]
+    changed = asked("logits", "bfloat16")
+    assert list(found(changed)) == [("logits", True)] * 2
+    facts = cascade.open_first(changed, coarse, tmp_path / "out").origins.facts
+    assert facts["precision"] == "bfloat16", "of the first network of a cascade, too"
 
 
 def test_parts_count_as_often_as_they_have_networks():

@@ -23,6 +23,7 @@ from pathlib import Path
 from bench_pair import processor
 
 from bhsd_jax.phantom.tree import generate
+from bhsd_jax.platform import machine
 
 VERBS = ("preprocess", "train", "predict", "evaluate", "report")
 
@@ -104,7 +105,10 @@ def measure(verb: str, folder: Path, words: list[str]) -> dict[str, float]:
 
 
 def _of(used: resource.struct_rusage) -> dict[str, float]:
-    return {"cpu": used.ru_utime + used.ru_stime, "gb": used.ru_maxrss * 1024 / 1e9}
+    return {
+        "cpu": used.ru_utime + used.ru_stime,
+        "gb": machine.resident_bytes(used.ru_maxrss) / 1e9,
+    }
 
 
 def line(verb: str, count: int, row: dict[str, float]) -> str:

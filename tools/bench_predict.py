@@ -202,6 +202,8 @@ def turn(args: argparse.Namespace, side: str, root: Path) -> bench_pair.Run:
     """
     log = root / f"{side}.txt"
     begun = time.monotonic()
+    from bhsd_jax.platform import machine
+
     with log.open("w") as out:
         child = subprocess.Popen(
             command(args, side, root),
@@ -215,7 +217,8 @@ def turn(args: argparse.Namespace, side: str, root: Path) -> bench_pair.Run:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(f"bench_predict: {side} failed:\n{log.read_text()[-2000:]}")
-    return {"wall": wall, "cpu": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}
+    peak = machine.resident_bytes(used.ru_maxrss)
+    return {"wall": wall, "cpu": used.ru_utime + used.ru_stime, "peak": peak}
 
 
 def environment(args: argparse.Namespace, root: Path) -> dict[str, str]:

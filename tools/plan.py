@@ -27,7 +27,7 @@ KEYS = ("spacings", "shapes_after_crop")
 def main() -> None:
     """Reads, plans, prints; says what is wrong and exits 2 where it cannot."""
     sys.path.insert(0, str(ROOT))
-    from bhsd_jax.nnunet import planner
+    from bhsd_jax.nnunet import planner, plans_json
     from bhsd_jax.nnunet.topology import PLANNERS
 
     parser = argparse.ArgumentParser(
@@ -65,7 +65,7 @@ def main() -> None:
             spacing_mm=options.spacing_mm,
             memory_gb=options.memory_gb,
             relative_size=found.get("median_relative_size_after_cropping", 1.0),
-            foreground=found.get("foreground_intensity_properties_per_channel"),
+            foreground=plans_json.intensities(found),
         )
         if options.spacing_mm is None:
             for warning in planner.spacing_warnings(*(found[key] for key in KEYS)):

@@ -12,7 +12,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import scan
 from bhsd_jax.datasets import previous
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Case
+from bhsd_jax.volume import Case, Series
 
 PREVIOUS_STAGE = "previous_stage"  # of a run, that of its first network; and where that predicts to
 
@@ -81,9 +81,21 @@ def first_of(run: Run, cases: Sequence[Case]) -> tuple[list[Case], Path | None]:
     if missing:
         raise UserError(
             f"config.{field}: no label map of {len(missing)} of {len(cases)} scans: "
-            f"{', '.join(missing[:4])}{'' if given else previous.about_salt(cases)}"
+            f"{', '.join(missing[:4])}{_about_names(run, cases)}"
         )
     return known, None
+
+
+def _about_names(run: Run, cases: Sequence[Case]) -> str:
+    """What a message adds where label maps of DICOM series are missing."""
+    if not run.config.predict.images:
+        return previous.about_salt(cases)
+    if not any(isinstance(case.image, Series) for case in cases):
+        return ""
+    return (
+        "; those of DICOM series are found by the names of their folders, which are hidden unless "
+        "the first stage is predicted with config.predict.show_ids=True"
+    )
 
 
 def open_first(
@@ -97,7 +109,7 @@ def open_first(
         FileNotFoundError: If the folder is not one of a run.
         ValueError: If it is damaged, of other classes, or itself needs a first network.
     """
-    first = ensemble.run_of(folder)
+    first = ensemble.as_asked(run, ensemble.run_of(folder))
     if first.plan.previous_stage:
         raise UserError(
             f"{folder}: is itself the second stage of a cascade; name that of the first"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import deployed, devices
+from bhsd_jax.assemble import deployed, devices, held_out
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
@@ -81,31 +81,57 @@ def open_runs(
 def seen(run: Run, more: Sequence[str | Path], cases: Sequence[str]) -> dict[str, int]:
     """On how many of a run's scans further runs were trained, by folder; those of none left out.
 
-    That is known from their shards. Where these are gone, or call the scans by other names, a run
-    of the same data set and another fold may have been trained on all of them.
+    That is known from their checkpoints, or from their shards where these are as they were then.
+    Where they are not, are gone, or call the scans by other names, a run of the same data set and
+    another fold may have been trained on all of them; of the same fold, if its checkpoints say that
+    it held out others.
     """
     counts = {str(folder): _seen(run, run_of(folder), set(cases)) for folder in more}
     return {folder: count for folder, count in counts.items() if count}
 
 
 def _seen(run: Run, other: Run, cases: set[str]) -> int:
+    trained, shared = held_out.Trained.of(other.folder), False
+    if trained is not None and trained.holds_out(cases):
+        return 0
+    changed = trained is not None and bool(trained.roles)
     try:
         roles, _ = other.roles
     except (FileNotFoundError, UserError):
         pass
     else:
         used = {*roles.train, *roles.unlabeled}
-        if cases & {*used, *roles.val, *roles.test}:
+        shared = bool(cases & {*used, *roles.val, *roles.test})
+        where = other.config, other.folder
+        changed = trained is not None and bool(held_out.difference(trained, *where, roles))
+        if shared and not changed:
             return len(cases & used)
-    alike = other.plan.dataset == run.plan.dataset
-    return len(cases) if alike and other.config.split.fold != run.config.split.fold else 0
+    alike = shared or other.plan.dataset == run.plan.dataset
+    differ = changed or other.config.split.fold != run.config.split.fold
+    return len(cases) if alike and differ else 0
+
+
+def as_asked(run: Run, other: Run) -> Run:
+    """Another run in the precision, and with that averaged, which the caller asks of the first.
+
+    That is what was changed of the first run's own config; what was not is as each run's own says.
+    """
+    asked, saved, config = run.config, run_of(run.folder).config, other.config
+    if asked.precision != saved.precision:
+        config = dataclasses.replace(config, precision=asked.precision)
+    if asked.predict.combine != saved.predict.combine:
+        predict = dataclasses.replace(config.predict, combine=asked.predict.combine)
+        config = dataclasses.replace(config, predict=predict)
+    return dataclasses.replace(other, config=config)
 
 
 def _as_first(run: Run, other: Run, mirror: bool | None) -> Run:
     """Another run predicts as the first, but mirrored and tiled by the law that it was trained for.
 
-    What the caller has changed in these of the first run's own config holds for all.
+    What the caller has changed in these of the first run's own config holds for all; see also
+    `as_asked`.
     """
+    other = as_asked(run, other)
     asked, saved = run.config.infer, run_of(run.folder).config.infer
     own = {
         name: getattr(other.config.infer, name)

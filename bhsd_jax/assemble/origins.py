@@ -1,6 +1,7 @@
 """What made the label maps of a folder, so that those of other networks do not pass for ours.
 
-Nor may what lies beside a label map outlive the scan that it was made of.
+Nor may what lies beside a label map outlive the scan that it was made of. What was measured of the
+networks' answer lasts as long as the label map: it cannot be measured again without them.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ NAME = ".made_with.jsonl"  # beside the label maps
 def facts_of(run: Run, members: Sequence[Member], **more: Any) -> dict[str, Any]:
     """All that a label map follows from beside the scan, as plain values without a name of a file.
 
-    `more` is what else there is, such as the rules of postprocessing.
+    `more` is what else there is, such as the rules of postprocessing, or the temperature of the
+    probabilities that lie beside it and stay with it.
     """
     infer = dataclasses.asdict(run.config.infer)
     del infer["tiles"]  # how many at a time
@@ -66,8 +68,8 @@ class Origins:
         text = json.dumps(facts, sort_keys=True)
         self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         lines = files.read_json_lines(self._path)
-        self._known = {line["case"]: line.get("made_with") for line in lines if "case" in line}
-        self._series_of = {line["case"]: line.get("series") for line in lines if "case" in line}
+        self._known: dict[str, Mapping[str, Any]] = {}
+        self._known |= {line["case"]: line for line in lines if "case" in line}
         self._others = {line["digest"]: line.get("facts") for line in lines if "digest" in line}
 
     def begin(self, there: Sequence[str], *, overwrite: bool) -> None:
@@ -78,8 +80,7 @@ class Origins:
             faults.WriteError: If the system says no.
         """
         if overwrite:
-            self._write(*({"case": name, "made_with": None} for name in there))
-            self._known |= dict.fromkeys(there)
+            self._say(*({"case": name, "made_with": None} for name in there))
         else:
             self._require_ours(there)
         if self._digest not in self._others:
@@ -87,17 +88,22 @@ class Origins:
 
     def keeps(self, name: str) -> bool:
         """Whether a label map that is there may stay: ours, or one of which nothing is known."""
-        return self._known.get(name, self._digest) == self._digest and not self._is_of_other(name)
+        ours = name not in self._known or self._made_with(name) == self._digest
+        return ours and not self._is_of_other(name)
 
-    def note(self, name: str) -> None:
-        """Ours has been written.
+    def note(self, name: str, measured: Mapping[str, Any] | None = None) -> None:
+        """Ours has been written; `measured` are plain values that `measured` is to give again.
 
         Raises:
             faults.WriteError: If the system says no.
         """
         series = {"series": self._series[name]} if name in self._series else {}
-        self._write({"case": name, "made_with": self._digest, **series})
-        self._known[name], self._series_of[name] = self._digest, self._series.get(name)
+        found = {"measured": dict(measured)} if measured else {}
+        self._say({"case": name, "made_with": self._digest, **series, **found})
+
+    def measured(self, name: str) -> Mapping[str, Any]:
+        """What was measured of a label map when it was made; empty where that is not known."""
+        return self._known.get(name, {}).get("measured", {})
 
     def clear(self, name: str, target: Path) -> None:
         """Removes what a call before has left beside the label map at `target`.
@@ -118,12 +124,12 @@ class Origins:
 
     def _is_of_other(self, name: str) -> bool:
         """Whether a label map is known to be of a series other than the one of that name now."""
-        now, before = self._series.get(name), self._series_of.get(name)
+        now, before = self._series.get(name), self._known.get(name, {}).get("series")
         return None not in (now, before) and now != before
 
     def _require_ours(self, there: Sequence[str]) -> None:
-        made = [self._known[name] for name in there if self._known.get(name) is not None]
-        others = [digest for digest in made if digest != self._digest]
+        made = map(self._made_with, there)
+        others = [digest for digest in made if digest not in (None, self._digest)]
         if others:
             theirs = self._others.get(others[0])
             differs = next(fields.differences(theirs, self.facts), "") if theirs else ""
@@ -138,6 +144,15 @@ class Origins:
         unknown = sum(name not in self._known for name in there)
         if unknown:
             logger.warning("%d label maps stay of which it is not known what made them", unknown)
+
+    def _made_with(self, name: str) -> str | None:
+        """The digest of what made a label map; None: not known, or it is to be made again."""
+        return self._known.get(name, {}).get("made_with")
+
+    def _say(self, *lines: Mapping[str, Any]) -> None:
+        """Writes lines about label maps."""
+        self._write(*lines)
+        self._known |= {line["case"]: line for line in lines}
 
     def _write(self, *lines: Mapping[str, Any]) -> None:
         if lines:

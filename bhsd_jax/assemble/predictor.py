@@ -307,7 +307,8 @@ class Predictor:
         if not all(path.is_file() for path in wanted):
             return None
         place = scan.native(case.image)
-        seen, read = scan.read(case.image)
+        every, read = scan.read_channels(case.image)
+        seen = every[0]
         d, h, w = seen.voxels.shape
         own = own_slices.of(case.image, (d, h, w), seen.affine)
         try:
@@ -328,7 +329,7 @@ class Predictor:
             return None
         if upright.is_needed(own) and not all(path.is_file() for path in upright.pair(target)):
             return None
-        doubts = *doubts_of(read), *hu_doubts(seen.voxels, self.plan)
+        doubts = *doubts_of(read), *hu_doubts(every, self.plan)
         return self._row(case, name, own, label.voxels, seen, None, doubts)
 
     def _check_beside(self, target: Path, label: Volume) -> None:

@@ -1,14 +1,18 @@
 """Weights to begin a training with: a run's, trained or imported, or a file of PyTorch's."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax import errors, traverse_util
 
+from bhsd_jax.assemble.recipe import Recipe
 from bhsd_jax.build import build
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
@@ -74,6 +78,45 @@ def begin_from(
     return {
         t: _filled(f"{found.origin}, {t}", params[t], network, only, leave) for t, network in pairs
     }
+
+
+def require_apart(recipe: Recipe, params: Params) -> None:
+    """Refuses twins that begin alike where nothing makes them differ: they would stay one network.
+
+    Raises:
+        UserError: If two have equal weights, see the same patches and drop nothing at random.
+    """
+    twins = recipe.parts.objective.twins
+    alike = any(_equal(params[a], params[b]) for a, b in itertools.combinations(twins, 2))
+    if not alike or _differ_by_chance(recipe, params[twins[0]]):
+        return
+    raise UserError(
+        f"config.train.init_from: the {len(twins)} networks of the objective would begin with the "
+        "same weights, see the same patches and have no dropout: they would stay one network, at "
+        f"the price of {len(twins)}. Leave something random, such as --train.init_leave=head, with "
+        "its comma, or begin with a run of as many networks"
+    )
+
+
+def _equal(one: Params, other: Params) -> bool:
+    return jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+def _differ_by_chance(recipe: Recipe, network: Params) -> bool:
+    """Whether views or dropout tell twins apart; of an objective of one's own that is not known."""
+    one_view = getattr(recipe.parts.objective, "one_view", None)
+    if one_view is None or (not one_view and getattr(recipe.parts.view, "ops", True)):
+        return True
+    image = jax.ShapeDtypeStruct((1, *recipe.cut.patch, recipe.channels), jnp.float32)
+
+    def without_chance(params: Params, image: Any) -> Any:
+        return recipe.parts.model.apply({"params": params}, image, train=True)
+
+    try:
+        jax.eval_shape(without_chance, network, image)
+    except errors.InvalidRngError:  # it asks for the key of its dropout
+        return True
+    return False
 
 
 def _of_run(folder: Path) -> Found:

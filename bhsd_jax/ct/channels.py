@@ -51,8 +51,9 @@ def _colors(box: Box, mask: np.ndarray | None, channel: Channel) -> Box:
     return box / _LARGEST_COLOR
 
 
+CT = "CTNormalization"
 SCHEMES: dict[str, Callable[[Box, np.ndarray | None, Channel], Box]] = {
-    "CTNormalization": _ct,
+    CT: _ct,
     "ZScoreNormalization": _z_scores,
     "NoNormalization": _unchanged,
     "RescaleTo01Normalization": _to_one,

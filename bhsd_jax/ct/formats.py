@@ -19,7 +19,7 @@ from jaxtyping import Float, Num, UInt8
 from bhsd_jax.ct import nifti
 from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.platform import files
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, explain_extra
 from bhsd_jax.volume import Millimeters, Volume
 
 _ITK = (".mha", ".nrrd", ".gipl")
@@ -149,6 +149,8 @@ def _read_itk(path: Path, kind: str) -> tuple[Num[np.ndarray, "..."], Float[np.n
     itk = _library("SimpleITK", path)
     image = _image(itk, path)
     voxels = itk.GetArrayFromImage(image)
+    if kind == ".png" and _is_of_one_bit(path):
+        voxels = voxels // 255  # ITK makes 255 of the file's 1
     if image.GetNumberOfComponentsPerPixel() > 1:
         voxels = np.moveaxis(voxels, -1, 0)
         if kind == _PALETTE and (voxels == voxels[:1]).all():
@@ -161,6 +163,12 @@ def _read_itk(path: Path, kind: str) -> tuple[Num[np.ndarray, "..."], Float[np.n
             return voxels, _upright(_PICTURE_MM)
         return voxels, _upright((apart, spacing[1], spacing[0]))
     return voxels, _affine(image)
+
+
+def _is_of_one_bit(path: Path) -> bool:
+    """Whether a PNG file is gray and holds 0 and 1, as its header says."""
+    with path.open("rb") as file:
+        return file.read(26)[24:] == b"\x01\x00"  # bits of a sample, kind of its color
 
 
 def _affine(image: Any) -> Float[np.ndarray, "4 4"]:
@@ -186,7 +194,16 @@ def _read_tiff(path: Path) -> tuple[Num[np.ndarray, "..."], Float[np.ndarray, "4
     try:
         voxels = tifffile.imread(path)
     except Exception as error:  # a parser of its own, which raises anything
+        # LZW, JPEG and others are the codecs', and so is Zstandard before Python 3.14.
+        if isinstance(error, ImportError) or "imagecodecs" in str(error):
+            text = f"{path}: its compression {_missing('imagecodecs')}"
+            raise Refusal(Kind.COMPRESSED, text) from error
+        if "COMPRESSION" in str(error):
+            text = f"{path}: its compression is not read ({error}); save it without, or by zlib"
+            raise Refusal(Kind.COMPRESSED, text) from error
         raise Refusal(Kind.UNREADABLE, f"{path}: damaged ({error}); fetch it again") from error
+    if voxels.dtype == bool:
+        voxels = voxels.astype(np.uint8)
     if voxels.ndim == 2:
         return voxels[None], _upright(_PICTURE_MM)
     if voxels.ndim == 3 and voxels.shape[-1] in _COLORS:
@@ -237,6 +254,8 @@ def _library(name: str, path: Path) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"{path}: needs {name}; install it with: pip install 'bhsd-jax[formats]'"
-        ) from error
+        raise UserError(f"{path}: {_missing(name)}") from error
+
+
+def _missing(name: str) -> str:
+    return f"needs {name}; {explain_extra('formats')}"

@@ -129,7 +129,7 @@ def remarks(image: object, label: object) -> list[Finding]:
 
 
 def repairs(path: Path) -> list[Finding]:
-    """What `read` has changed of a file's geometry.
+    """What `read` has changed of a file's geometry, or taken though the header contradicts it.
 
     Raises:
         Refusal: If the file is no NIfTI; names it.

@@ -14,6 +14,7 @@ from bhsd_jax.volume import Shape
 
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # xyzt_units: meter, micrometer; all else is taken for mm
 _SAME = 1e-3  # of a column's length: how far those of sform and qform may be apart
+_SAME_SPACING = 0.01  # share by which the steps of a sform and pixdim may differ
 _LEAST_TILTED, _MOST_TILTED = math.cos(math.radians(0.5)), math.cos(math.radians(45.0))
 _KINDS = {348: (Nifti1Header, b"n+1", 352), 540: (Nifti2Header, b"n+2", 544)}
 
@@ -108,15 +109,16 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     A sheared sform whose slice step dcm2niix made too short gets the true one.
 
     Raises:
-        Refusal: If it is singular or not finite, or the voxel size is.
+        Refusal: If it is singular or not finite, or the voxel size is and no sform makes up for it.
 
     Source: dcm2niix 1.0.20260724 on tilted series: the step's direction is the table's, but its
     length the distance between the slices, which pixdim and the upright qform beside it have.
     """
     spacing = np.asarray(header["pixdim"][1:4], np.float64)
-    # A sform says all by itself; ITK's writers leave negative spacings beside it, others zeros.
+    # A sform says all by itself; ITK's writers leave negative spacings beside it, others zeros
+    # or NaN.
     needed = int(header["sform_code"]) <= 0
-    if not np.isfinite(spacing).all() or (needed and spacing.min() <= 0):
+    if needed and not (np.isfinite(spacing).all() and spacing.min() > 0):
         text = f"spacing must be positive and finite; pixdim is {spacing.tolist()}"
         raise Refusal(Kind.SPACING, text)
     header = header.copy()
@@ -124,7 +126,7 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
         header["pixdim"][0] = 1  # the standard's reading of 0
     matrix = np.array(header.get_best_affine(), np.float64)
     matrix[:3, 2] *= _lengthened(header)
-    matrix[:3] *= _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
+    matrix[:3] *= _mm_per_unit(header)
     require_affine(matrix)
     return matrix[:, [2, 1, 0, 3]]
 
@@ -144,13 +146,43 @@ def require_affine(matrix: Float64[np.ndarray, "4 4"]) -> None:
 
 
 def repairs(header: Nifti1Header) -> list[Finding]:
-    """What `affine` has changed."""
+    """What `affine` has changed, or has taken though the header contradicts it."""
     longer = _lengthened(header)
     if longer == 1:
-        return []
+        return _contradictions(header)
     step = float(np.linalg.norm(np.asarray(header.get_sform())[:3, 2]))
     text = f"sheared sform of dcm2niix: slice step {step:.3f} mm, in truth {step * longer:.3f}"
     return [Finding(Kind.SHEAR_SHORT, "repaired", text)]
+
+
+def _contradictions(header: Nifti1Header) -> list[Finding]:
+    """Whether pixdim states other steps than the sform, which is taken.
+
+    Registration to a template leaves such files, and so do tools that change only one of the two.
+    Of a sheared sform, pixdim may state the distance between the slices or the step along them.
+    """
+    stated = np.asarray(header["pixdim"][1:4], np.float64)
+    columns = np.asarray(header.get_sform(), np.float64)[:3, :3]
+    usable = np.isfinite([*stated, *columns.flat]).all() and stated.min() > 0
+    if int(header["sform_code"]) <= 0 or not usable:
+        return []
+    steps = np.linalg.norm(columns, axis=0)
+    normal = np.cross(columns[:, 0], columns[:, 1])
+    apart = abs(normal @ columns[:, 2]) / max(float(np.linalg.norm(normal)), 1e-30)
+    off = np.abs(np.array([*steps, apart]) / stated[[0, 1, 2, 2]] - 1)
+    if max(off[0], off[1], min(off[2:])) <= _SAME_SPACING:
+        return []
+    per_unit = _mm_per_unit(header)
+    said = [" x ".join(f"{value:.4g}" for value in each * per_unit) for each in (steps, stated)]
+    text = (
+        f"sform has steps of {said[0]} mm, pixdim {said[1]}: the sform is taken, and volumes in mL "
+        "follow it"
+    )
+    return [Finding(Kind.TWO_SPACINGS, "kept", text)]
+
+
+def _mm_per_unit(header: Nifti1Header) -> float:
+    return _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
 
 
 def _lengthened(header: Nifti1Header) -> float:

@@ -15,7 +15,8 @@ padding (-1500, -2000, -2048, -3024) and shows nothing:
    an offset of 1000 puts it. Else refused, since the offset is not known.
    Subtracted twice: 2 % or more of all voxels at -2100..-1900, as if padding, but fat below where
    air is (1 % at -1150..-1070), and of what lies above -900 less than 15 % at -20..100, where HU
-   have brain. Refused: air of -1000 less 1024 lies where air of -1024 less 1000 does.
+   have brain. Refused: air of -1000 less 1024 lies where air of -1024 less 1000 does. Without
+   fat it is marked where of what lies above -900 half is below -20, as bone then is.
 3. Wraps and padding, as by `hu.repair`. If 2 % are left at 3071 HU or above, it is refused; as
    padding, if half of those are one value and the rest is in HU.
 4. Air: 2 % or more below -500 HU. Nothing else is asked then: phantoms have no brain, contrast
@@ -75,7 +76,7 @@ def settle(
     # What was below padding and no longer is was metal that had wrapped around.
     seen = _Intensities(np.sort(after[(before >= _PADDING_HU) | (after > hu.LOWEST_HU)]))
     if voxels.size >= _LEAST:
-        _require_one_intercept(_Intensities(np.sort(before)))
+        found += _require_one_intercept(_Intensities(np.sort(before)))
         _require_no_bright_padding(before, after, seen)
     if voxels.size >= _LEAST and seen.values.size and not _is_plausible(seen):
         raise Refusal(
@@ -196,13 +197,23 @@ def _undo_offset(voxels: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
     return voxels.astype(np.float32) - _OFFSET, [Finding(Kind.OFFSET, "repaired", text)]
 
 
-def _require_one_intercept(every: _Intensities) -> None:
-    """Refuses a scan whose intercept was applied twice; its air would pass for padding."""
+def _require_one_intercept(every: _Intensities) -> list[Finding]:
+    """Refuses a scan whose intercept was applied twice; its air would pass for padding.
+
+    Without fat nothing says so surely, and the scan is marked.
+    """
     deep = every.share(-2100, -1900)
     fat = every.share(-1150, -1070) >= 0.01 * every.share(_PADDING_HU, np.inf)
     brain = every.share(-20, 100) >= 0.15 * every.share(-900, np.inf)
-    if deep < 0.02 or not fat or brain:
-        return
+    if deep < 0.02 or brain:
+        return []
+    if not fat:
+        low = every.share(-900, -20) >= 0.5 * every.share(-900, np.inf) > 0
+        text = (
+            f"{100 * deep:.0f} % of the voxels lie at -2100..-1900 and few where HU have brain or "
+            "dense bone, as if the rescale intercept had been applied twice: look at the scan"
+        )
+        return [Finding(Kind.OFFSET, "kept", text)] if low else []
     raise Refusal(
         Kind.OFFSET,
         f"no HU: {100 * deep:.0f} % of the voxels lie at -2100..-1900, fat near "

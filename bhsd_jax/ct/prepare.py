@@ -16,13 +16,21 @@ from bhsd_jax.ct.prepared import Facts, Prepared
 from bhsd_jax.defects import Finding, Kind, Refusal, said_of, texts
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Volume
 
-_DOUBTFUL = (*plausibility.KINDS, Kind.NO_DICOM)
+_DOUBTFUL = (*plausibility.KINDS, Kind.NO_DICOM, Kind.TWO_SPACINGS)
 
 
 def fingerprint_case(
-    case: Case, *, num_classes: int, modality: str, crop_hu: float | None, samples: int = 100_000
+    case: Case,
+    *,
+    num_classes: int,
+    modality: str,
+    crop_hu: float | None,
+    schemes: Sequence[tuple[str, str]] = (),
+    samples: int = 100_000,
 ) -> Facts:
     """Reads one case in full and measures it.
+
+    `schemes` are name and normalization of each channel, as a data set's `channels`.
 
     Foreground intensities are drawn with replacement, equally many from every case however small
     its lesion. nnU-Net draws floor(1e8 / cases); `samples` is less, so that the draws of a
@@ -36,7 +44,9 @@ def fingerprint_case(
     """
     every, found = scan.read_channels(case.image)
     raw = every[0]
-    volume, label, more = _read(case, raw, num_classes=num_classes, modality=modality)
+    volume, label, more = _read(
+        case, every, num_classes=num_classes, modality=modality, schemes=schemes
+    )
     found += more
     if modality == "ct" and isinstance(case.image, Path):  # a series' positions are exact
         found += hu.tilt_findings(volume.affine, table_feed=case.table_feed)
@@ -112,14 +122,14 @@ def prepare_case(
     """
     values = plan.labels.values
     every, found = seen or scan.read_channels(case.image)
-    raw = every[0]
     volume, label, more = _read(
         case,
-        raw,
+        every,
         num_classes=values,
         modality=plan.modality,
         as_it_lies=plan.as_it_lies,
         law=plan.law,
+        schemes=_schemes(plan),
     )
     image, grid = _on_grid((volume, *every[1:]), plan)
     if to_train and plan.masked:
@@ -177,11 +187,12 @@ def prepare_volume(
     case = Case(volume.case, volume.case, Path(volume.case), None, "test")
     ready, _, found = _read(
         case,
-        volume,
+        (volume, *further),
         num_classes=len(plan.classes),
         modality=plan.modality,
         as_it_lies=plan.as_it_lies,
         law=plan.law,
+        schemes=_schemes(plan),
     )
     image, grid = _on_grid((ready, *further), plan)
     if first_label is not None:
@@ -195,17 +206,21 @@ def doubts_of(findings: Sequence[Finding]) -> tuple[str, ...]:
     return tuple(texts(found for found in findings if found.kind in _DOUBTFUL))
 
 
-def hu_doubts(voxels: np.ndarray, plan: Plan) -> tuple[str, ...]:
-    """What `prepare_case` says in `doubts` of a scan that was read already; () for MR.
+def hu_doubts(every: Sequence[Volume], plan: Plan) -> tuple[str, ...]:
+    """What `prepare_case` says in `doubts` of the HU of a scan that was read already; () for MR.
+
+    Args:
+        every: Its channels.
+        plan: Of the run.
 
     Raises:
         Refusal: If it refuses the scan.
     """
     if plan.modality != "ct":
-        return ()
+        return tuple(texts(_channel_doubts(every, _schemes(plan))))
     if plan.as_it_lies:
-        return tuple(texts(plausibility.doubts(voxels)))
-    _, found = plausibility.settle(voxels)
+        return tuple(texts(plausibility.doubts(every[0].voxels)))
+    _, found = plausibility.settle(every[0].voxels)
     return tuple(texts(one for one in found if one.kind in plausibility.KINDS))
 
 
@@ -248,23 +263,25 @@ def _voxels_digest(every: Sequence[Volume]) -> str:
 
 def _read(
     case: Case,
-    raw: Volume,
+    every: Sequence[Volume],
     *,
     num_classes: int,
     modality: str,
     as_it_lies: bool = False,
     law: str = "faces",
+    schemes: Sequence[tuple[str, str]] = (),
 ) -> tuple[Volume, np.ndarray | None, list[Finding]]:
     """A scan whose CT is in HU, its label, and what was found; or a scan `as_it_lies`.
 
-    By BLAST-CT's law padding and metal are not clipped, and integers stay integers.
+    Of several channels it is the first, and all are taken as they lie. By BLAST-CT's law padding
+    and metal are not clipped, and integers stay integers.
     """
-    label, found = None, []
+    raw, label, found = every[0], None, []
     if case.label is not None:
         mask, found = scan.read_label(case.label, case.image, raw, num_classes=num_classes)
         label = mask.voxels
     if modality != "ct":
-        return raw, label, found
+        return raw, label, [*found, *_channel_doubts(every, schemes)]
     if as_it_lies:
         return raw, label, [*found, *plausibility.doubts(raw.voxels)]
     try:
@@ -274,6 +291,20 @@ def _read(
     if law == geometry.CENTERS and np.issubdtype(raw.voxels.dtype, np.integer):
         voxels = np.rint(voxels).astype(np.int32)
     return replace(raw, voxels=voxels), label, [*found, *repairs]
+
+
+def _schemes(plan: Plan) -> list[tuple[str, str]]:
+    return [(channel.name, channel.scheme) for channel in plan.channels]
+
+
+def _channel_doubts(every: Sequence[Volume], schemes: Sequence[tuple[str, str]]) -> list[Finding]:
+    """What is doubtful about the HU of those of several channels that are CT."""
+    return [
+        replace(doubt, text=f"channel {name!r}: {doubt.text}")
+        for volume, (name, scheme) in zip(every, schemes, strict=False)  # `_on_grid` counts them
+        if scheme == channels.CT
+        for doubt in plausibility.doubts(volume.voxels)
+    ]
 
 
 def _on_grid(every: Sequence[Volume], plan: Plan) -> tuple[np.ndarray, Grid]:

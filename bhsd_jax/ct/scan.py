@@ -47,8 +47,10 @@ def read_channels(image: Image) -> tuple[tuple[Volume, ...], list[Finding]]:
         return (volume,), found
     if len(image.files) == 1:
         file = image.files[0]
-        read_all = formats.read_channels if formats.ending(file) else nifti.read_channels
-        every, found = read_all(file, image.count), []
+        if formats.ending(file):
+            every, found = formats.read_channels(file, image.count), []
+        else:
+            every, found = nifti.read_channels(file, image.count), nifti.repairs(file)
     else:
         parts = [read(path) for path in image.files]
         every, found = tuple(v for v, _ in parts), [one for _, more in parts for one in more]

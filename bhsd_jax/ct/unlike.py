@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bhsd_jax.ct import channels
 from bhsd_jax.platform import files
 from bhsd_jax.volume import Grid, Millimeters, Plan
 
@@ -14,6 +15,8 @@ _SLACK = 1.25  # times what was seen is still like it
 _LEAST_SHARE = 0.05  # of the voxels that have the intensities of brain and bleeds
 _AT_BOUND = 0.01  # of the range: as close to an end of it as clipped voxels are once resampled
 _AXES = ("slices", "rows", "columns")
+
+Foreground = tuple[float, float, float, float]  # 0.5 %, mean, std, 99.5 % of it, HU
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def sentences(image: np.ndarray, grid: Grid, plan: Plan, seen: Seen | None) -> t
     beyond which still counts as like it. Of a CT in HU at least 5 % of the crop must have
     intensities between the plan's 0.5 % and 99.5 % of bleeding voxels, where brain lies too. A CT
     that was normalized first is clipped to them, and imported plans do not crop air away: of its
-    voxels above the lower, 5 % must be below the upper.
+    voxels above the lower, 5 % must be below the upper. So it is with each channel that is CT.
 
     Args:
         image: [D H W C] as `prepare_case` gives it, or without C.
@@ -54,21 +57,31 @@ def sentences(image: np.ndarray, grid: Grid, plan: Plan, seen: Seen | None) -> t
         told += _outside("field of view", "mm", grid.native_extent_mm, seen.field_mm)
     if plan.modality == "ct":
         image = image[..., : plan.scan_channels] if image.ndim == 4 else image
-        low, _, _, high = plan.foreground
-        share = _clipped_share(image, plan) if plan.normalize_first else _share(image, low, high)
-        if share < _LEAST_SHARE:
-            where = f"voxels above {low:.0f} HU" if plan.normalize_first else "head"
-            told.append(f"{100 * share:.1f} % of the {where} lie in {low:.0f} to {high:.0f} HU")
+        told += _intensities(image, plan.foreground, clipped=plan.normalize_first)
+    for index, channel in enumerate(plan.channels):
+        if channel.scheme == channels.CT:
+            lacking = _intensities(image[..., index], channel.foreground, clipped=True)
+            told += [f"channel {channel.name!r}: {text}" for text in lacking]
     return tuple(told)
+
+
+def _intensities(image: np.ndarray, foreground: Foreground, *, clipped: bool) -> list[str]:
+    """What is to be said of a CT, which was clipped to those of `foreground` or is in HU."""
+    low, _, _, high = foreground
+    share = _clipped_share(image, foreground) if clipped else _share(image, low, high)
+    if share >= _LEAST_SHARE:
+        return []
+    where = f"voxels above {low:.0f} HU" if clipped else "head"
+    return [f"{100 * share:.1f} % of the {where} lie in {low:.0f} to {high:.0f} HU"]
 
 
 def _share(image: np.ndarray, low: float, high: float) -> float:
     return float(np.mean((image >= low) & (image <= high)))
 
 
-def _clipped_share(image: np.ndarray, plan: Plan) -> float:
+def _clipped_share(image: np.ndarray, foreground: Foreground) -> float:
     """Of the voxels that were not clipped to the lower bound, those not clipped to the upper."""
-    low, mean, std, high = plan.foreground
+    low, mean, std, high = foreground
     least, most = ((bound - mean) / max(std, 1e-8) for bound in (low, high))
     near = _AT_BOUND * (most - least)
     above = image > least + near

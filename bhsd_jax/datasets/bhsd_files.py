@@ -15,7 +15,11 @@ from bhsd_jax.platform.errors import UserError
 
 _PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
 _SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-_OTHERS = (".hdr", ".mhd", ".nhdr", ".nrrd", ".mha", ".mgz", ".mgh", ".mnc", ".gipl", ".gipl.gz")
+_OTHERS = (  # no .npz, which `predict` writes beside label maps
+    *(".hdr", ".hdr.gz", ".mhd", ".nhdr", ".nrrd", ".mha", ".mgz", ".mgh", ".mnc", ".mnc.gz"),
+    *(".gipl", ".gipl.gz", ".head", ".npy", ".tif", ".tiff"),
+    *(".nii.bz2", ".nii.lz4", ".nii.xz", ".nii.zip", ".nii.zst"),
+)
 _MAGIC = (b"\x1f\x8b", b"\x5c\x01", b"\x00\x00")  # gzip; 348, the first field of NIfTI, either way
 _SPLITS = {"training": "train", "test": "test"}
 _KINDS = {"epidural": "1", "intraparenchymal": "2", "intraventricular": "3"}
@@ -95,12 +99,11 @@ def slice_labels(path: Path, classes: tuple[str, ...]) -> dict[str, tuple]:
     rows: dict[str, dict[int, tuple[int, ...]]] = {}
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
+        expected = f"expected case, slice, any, {', '.join(classes)}"
         lacking = {"case", "slice"} - set(reader.fieldnames or ())
         if lacking:
-            raise UserError(
-                f"{path}: no column {', '.join(sorted(lacking))}; expected "
-                f"case, slice, any, {', '.join(classes)}"
-            )
+            raise UserError(f"{path}: no column {', '.join(sorted(lacking))}; {expected}")
+        untold = [name for name in classes if name not in (reader.fieldnames or ())]
         for row in reader:
             # No bleeding at all is known of every class.
             default = 0 if row.get("any") == "0" else -1
@@ -113,6 +116,12 @@ def slice_labels(path: Path, classes: tuple[str, ...]) -> dict[str, tuple]:
                 raise UserError(
                     f"{path}, line {reader.line_num}: expected 0, 1 or -1 per class and a slice "
                     f"below {_MOST_SLICES}; got {row}"
+                )
+            if untold and row.get("any") == "1" and 1 not in values:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: any is 1 but no class is, and there is no "
+                    f"column {', '.join(untold)}; {expected}: say which class the slice shows, or "
+                    "leave the line out"
                 )
             rows.setdefault(base_name(row["case"]), {})[index] = values
     unknown = (-1,) * len(classes)

@@ -12,6 +12,7 @@ from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.datasets.bhsd_files import find
+from bhsd_jax.datasets.label_maps import own_names
 from bhsd_jax.defects import Refusal
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
@@ -43,6 +44,15 @@ class DICOM:
     name: str = field(default="DICOM", init=False)
     modality: str = field(default="ct", init=False)
     license: str = field(default="", init=False)
+
+    def __post_init__(self):
+        # `--data.classes=a,b` arrives as one text in a tuple.
+        object.__setattr__(self, "classes", own_names(",".join(self.classes)))
+
+    @property
+    def binary_flag(self) -> str:
+        """What to set if 1 means any bleeding; "" where a user has said what it means."""
+        return "--data.classes=any" if self.classes == HEMORRHAGE else ""
 
     def cases(self) -> Iterator[Case]:
         """All cases, sorted by id.

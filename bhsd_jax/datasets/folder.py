@@ -45,6 +45,11 @@ class Folder:
             object.__setattr__(self, "labels", own_names(self.classes))
         object.__setattr__(self, "classes", LabelMap.of(self.labels).classes)
 
+    @property
+    def binary_flag(self) -> str:
+        """What to set if 1 means any bleeding; "" where a user has said what it means."""
+        return "--data.labels=binary" if self.labels == "bhsd" else ""
+
     def cases(self) -> Iterator[Case]:
         """All cases, sorted by id.
 

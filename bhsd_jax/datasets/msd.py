@@ -25,7 +25,7 @@ _OF_MODALITY = (["CTNormalization"], [dataset_json.Z_SCORES])  # one channel, us
 
 @dataclass(frozen=True)
 class MSD:
-    """One task folder with a `dataset.json`, of the Decathlon (v1) or of nnU-Net (v2).
+    """One task folder with a `dataset.json`, of the Decathlon or of nnU-Net (v2, or v1's files).
 
     Cases of `imagesTs` are "test", with masks where `labelsTs` has them. Every case counts as its
     own patient, since the format knows none. Where `dataset.json` lists its training cases, only
@@ -121,8 +121,12 @@ class MSD:
         for id, item in self._listed.items():
             image, label = pairs.get(id, (None, None))
             # Lists made for other tools name images without the suffix of the channel.
-            if (path := self._place(item["image"])).is_file():
-                image = self._image(id, [path])
+            # One channel of a case stands for all of them.
+            own = image.files if isinstance(image, Channels) else filter(None, [image])
+            files = [self._place(name) for name in item["image"]]
+            known = {path.resolve() for path in own}.issuperset(path.resolve() for path in files)
+            if not known and all(path.is_file() for path in files):
+                image = self._image(id, files)
             if item.get("label"):
                 label = self._at(item["label"])
             if image is not None:
@@ -193,9 +197,19 @@ class MSD:
             )
         return json.loads(self._json.read_text(encoding="utf-8-sig"))
 
-    @property
-    def _is_v2(self) -> bool:
-        return not {"channel_names", "file_ending"}.isdisjoint(self._facts)
+    @functools.cached_property
+    def _numbered(self) -> bool:
+        """Whether names of images end in the number of a channel, as in nnU-Net, v1 included.
+
+        What v1 says of a data set is the Decathlon's: it is known by masks without the number.
+        """
+        if not {"channel_names", "file_ending"}.isdisjoint(self._facts):
+            return True
+        images, masks = (
+            {path.name.removesuffix(self._ending) for path in self._files(self._folder(name))}
+            for name in ("imagesTr", "labelsTr")
+        )
+        return images.isdisjoint(masks) and any(f"{mask}_0000" in images for mask in masks)
 
     @property
     def _ending(self) -> str:
@@ -214,17 +228,19 @@ class MSD:
         found: dict[str, dict[str, Any]] = {}
         for item in () if "dataset" in self._facts else self._facts.get("training", []):
             item = item if isinstance(item, dict) else {"image": item}
-            if not isinstance(item.get("image"), str):
+            image: Any = item.get("image")
+            names: list[Any] = image if isinstance(image, list) else [image]  # MONAI's channels
+            if not names or not all(isinstance(name, str) for name in names):
                 raise UserError(
                     f"{self._json}: an item of `training` names its image; got {item!r:.60}"
                 )
-            id = self._id(Path(item["image"]).name, image=True)
+            id = self._id(Path(names[0]).name, image=True)
             if id in found:
                 raise UserError(
                     f"{self._json}: `training` lists two images called {id}; cases are called by "
                     "the names of their files, without folders"
                 )
-            found[id] = item
+            found[id] = item | {"image": names}
         return {id: item for id, item in found.items() if id not in self.ignore}
 
     def _folder(self, name: str) -> Path:
@@ -232,7 +248,7 @@ class MSD:
 
     def _id(self, file: str, *, image: bool) -> str:
         stem = file.removesuffix(self._ending)
-        return stem.removesuffix("_0000") if image and self._is_v2 else stem
+        return stem.removesuffix("_0000") if image and self._numbered else stem
 
     def _files(self, folder: Path) -> list[Path]:
         if not folder.is_dir():
@@ -244,13 +260,13 @@ class MSD:
         ]
 
     def _images(self, folder: Path) -> dict[str, Path | Channels]:
-        """Scans by case: of v2 by names that end in the number of a channel."""
+        """Scans by case: of nnU-Net by names that end in the number of a channel."""
         parts: dict[str, list[Path]] = {}
         wrong = []
         for path in self._files(folder):
             stem = path.name.removesuffix(self._ending)
-            match = _CHANNEL.fullmatch(stem) if self._is_v2 else None
-            if self._is_v2 and (not match or int(match["number"]) >= len(self._channels)):
+            match = _CHANNEL.fullmatch(stem) if self._numbered else None
+            if self._numbered and (not match or int(match["number"]) >= len(self._channels)):
                 wrong.append(path.name)
             else:
                 parts.setdefault(match["case"] if match else stem, []).append(path)

@@ -83,7 +83,7 @@ def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configur
     order = (0, 1, 2) if turned else _order(facts)
     first, second, third = (order.index(axis) for axis in files)
     transpose = first, second, third
-    intensities = plans.get("foreground_intensity_properties_per_channel", {})
+    intensities = plans_json.intensities(plans)
     statistics = _statistics(intensities, 0, plan.foreground)
     return dataclasses.replace(
         plan,

@@ -178,6 +178,15 @@ def resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for link in reversed(chain) for key, value in configurations[link].items()}
 
 
+def intensities(plans: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Foreground statistics by number of the channel; the first v2 called channels modalities.
+
+    Source: nnU-Net v2.8.1, `PlansManager.foreground_intensity_properties_per_channel`.
+    """
+    name = "foreground_intensity_properties"
+    return plans.get(f"{name}_per_channel", plans.get(f"{name}_by_modality")) or {}
+
+
 def network(settings: Mapping[str, Any]) -> Network:
     """Reads the U-Net of a resolved configuration, as nnU-Net 2.0 to 2.8 spell it.
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from bhsd_jax.ct import formats, scan
 from bhsd_jax.platform import files
-from bhsd_jax.volume import Grid, Image, Series
+from bhsd_jax.volume import Grid, Image, Series, column_lengths
 
 _TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
@@ -58,7 +58,7 @@ def is_whole(target: Path, shape: tuple[int, ...]) -> bool:
 def properties(image: Image, grid: Grid) -> dict[str, Any]:
     """What nnU-Net's reader and preprocessor note of a scan, in plain types and one array."""
     affine = np.asarray(grid.native_affine)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = column_lengths(affine)
     # ITK counts x first, and its world runs to L, P, S.
     columns = _TO_LPS @ (affine[:3, :3] / spacing)[:, ::-1]
     itk = {

@@ -116,7 +116,7 @@ def _channels_of(
     plans: Mapping[str, Any], dataset: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> tuple[Channel, ...]:
     """Normalization of every channel, with the statistics of those that need them."""
-    measured = plans.get("foreground_intensity_properties_per_channel") or {}
+    measured = plans_json.intensities(plans)
     masks = settings["use_mask_for_norm"]
     named = dataset_json.channels(dataset)
     made = []

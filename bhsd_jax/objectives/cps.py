@@ -51,6 +51,11 @@ class CrossPseudoSupervision(SemiSupervised):
         require_choice("cps: views", self.views, ("independent", "shared"))
         require_choice("cps: twin_init", self.twin_init, ("model", "kaiming_xavier"))
 
+    @property
+    def one_view(self) -> bool:
+        """Whether both twins see the same patches."""
+        return self.views == "shared"
+
     def init(self, model, image, key):
         keys: dict[str, jax.Array] = dict(zip(self.twins, jax.random.split(key), strict=True))
         params = {twin: model.init(keys[twin], image, train=False)["params"] for twin in self.twins}

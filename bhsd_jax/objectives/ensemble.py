@@ -38,6 +38,11 @@ class Ensemble:
         """All members: each is a network of its own."""
         return tuple(self.members)
 
+    @property
+    def one_view(self) -> bool:
+        """All members see the same patches."""
+        return True
+
     def init(self, model, image, key):
         keys = dict(zip(self.twins, jax.random.split(key, len(self.twins)), strict=True))
         return {name: model.init(one, image, train=False)["params"] for name, one in keys.items()}

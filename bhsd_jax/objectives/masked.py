@@ -16,10 +16,10 @@ from bhsd_jax.volume import Shape
 class MaskedModeling(SingleModel):
     """The mean squared error of the intensities of hidden blocks; no mask of any scan is used.
 
-    Hidden voxels are 0, the mean of normalized intensities. The first C logits of the
-    full-resolution head, C being the channels of the image, are what is filled in; a training that
-    begins with these weights (`train.init_from`) draws its heads anew. Labeled and unlabeled
-    patches count alike, and every hidden voxel counts the same.
+    Hidden voxels are 0 once normalized: the mean of the scan in MR, of the foreground in CT. The
+    first C logits of the full-resolution head, C being the channels of the image, are what is
+    filled in; a training that begins with these weights (`train.init_from`) draws its heads anew.
+    Labeled and unlabeled patches count alike, and every hidden voxel counts the same.
 
     Source: Xie et al. 2022 (SimMIM, arXiv:2111.09886, which predicts raw values of hidden squares
     alone); for U-Nets in three dimensions Wald et al. 2024, arXiv:2410.23132.

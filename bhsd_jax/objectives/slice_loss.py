@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
 from bhsd_jax.objectives.common import SemiSupervised, require_choice, require_fraction, total
+from bhsd_jax.objectives.ict import InterpolationConsistency
 from bhsd_jax.objectives.supervised import WeaklySupervised
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Batch, Learner, Metrics, Objective, Params
@@ -128,10 +129,21 @@ class WithSliceLoss:
                 "too, so that neg_sup, mil and size have nothing to speak of; set them to 0 "
                 "(gate_pseudo works), or choose objective w2s with pairing=unlabeled"
             )
+        blends_logits = isinstance(inner, InterpolationConsistency) and inner.mix == "logit"
+        if self.slices.gate_pseudo and blends_logits:
+            raise UserError(
+                "slice_loss.gate_pseudo: objective ict blends logits (mix=logit), in which a class "
+                "that one of two patches lacks is lost to the other, too; choose mix=prob, or set "
+                "gate_pseudo to False"
+            )
 
     @property
     def twins(self) -> tuple[str, ...]:
         return self.inner.twins
+
+    @property
+    def one_view(self) -> bool | None:
+        return getattr(self.inner, "one_view", None)
 
     @property
     def uses_unlabeled(self) -> bool:

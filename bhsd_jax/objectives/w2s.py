@@ -46,7 +46,7 @@ class WeakToStrong(SemiSupervised, SingleModel):
     pairing: str = "unlabeled"  # "labeled": bidirectional copy-paste
     chance: float = 0.5  # that a patch is pasted
     covered: tuple[float, float] = (0.02, 0.4)  # share of it that comes from its partner
-    holes: float = 0.5  # chance of a hole: a box set to 0, the mean intensity
+    holes: float = 0.5  # chance of a hole: a box set to the mean intensity of the patch
     hole: tuple[float, float] = (0.02, 0.1)  # share of the patch that is a hole
     side: float = 2 / 3  # of the copy-paste box, along every axis
     pseudo: float = 0.5  # weight of a pseudo-labeled voxel in copy-paste; a labeled one has 1
@@ -77,7 +77,9 @@ class WeakToStrong(SemiSupervised, SingleModel):
         hole = mixing.boxes(hole_key, count, shape, self.hole, chance=self.holes)
 
         pasted = partial(mixing.paste_partners, mask)
-        seen = jnp.where(hole[..., None], 0, pasted(strong))
+        shown = pasted(strong)
+        # Not 0: on CT that is the mean of the lesions, which holes would teach to be background.
+        seen = jnp.where(hole[..., None], shown.mean((1, 2, 3), keepdims=True), shown)
         guess, sure = pasted(answer.argmax(-1)), self._is_sure(answer)
         sure = pasted(losses.both(sure, batch.inside))
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, seen, student_key)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax.platform import files, step_log
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, explain_extra
 from bhsd_jax.volume import bounding_box
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def draw_progress(metrics: Path, out: Path) -> None:
     Without matplotlib nothing is drawn, and the log says how to get it.
     """
     if not available():
-        logger.info("no %s: install the extra `report` for pictures", out.name)
+        logger.info("no %s, which needs matplotlib; %s", out.name, explain_extra("report"))
         return
     records = step_log.read(metrics)
     if records:
@@ -223,7 +223,7 @@ def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], lis
 
 def _pyplot() -> Any:
     if not available():
-        raise UserError("pictures need matplotlib: install the extra, bhsd-jax[report]")
+        raise UserError(f"pictures need matplotlib; {explain_extra('report')}")
     import matplotlib
 
     matplotlib.use("Agg")

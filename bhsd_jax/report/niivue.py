@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, explain_extra
 
 _WIDGET = Path("static") / "widget.js"
 _BUNDLE = re.compile(r'"((?:[\w.!~*\'()-]|%[0-9A-F]{2}){1000000,})"')
@@ -32,14 +32,14 @@ def module() -> str:
     spec = importlib.util.find_spec("ipyniivue")
     folders = spec.submodule_search_locations if spec else None
     if not folders:
-        raise UserError("the viewer needs NiiVue: install the extra, bhsd-jax[viewer]")
+        raise UserError(f"the viewer needs NiiVue; {explain_extra('viewer')}")
     path = Path(folders[0]) / _WIDGET
     found = _BUNDLE.search(path.read_text()) if path.is_file() else None
     text = unquote(found[1]) if found else ""
     ends = ("</script", "<!--")  # what would end a script of a page, or hide its end
     if not _EXPORTS.search(text) or any(end in text.lower() for end in ends):
         raise UserError(
-            f"{path}: holds no NiiVue that a page can use; install ipyniivue 2.4.4, as the extra "
-            "bhsd-jax[viewer] asks for"
+            f"{path}: holds no NiiVue that a page can use; ipyniivue 2.4.4 does: "
+            f"{explain_extra('viewer')}"
         )
     return _EXPORTS.sub("", text)

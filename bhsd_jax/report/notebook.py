@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, explain_extra
 from bhsd_jax.report import niivue, viewer
 from bhsd_jax.report.viewer import Shown, Viewer
 
@@ -24,7 +24,7 @@ def widget(scan: Shown, around: Viewer, *, reference: bool = False) -> Any:
         ValueError: If the extra `viewer` is not installed, or there is no reference.
     """
     if not niivue.available():
-        raise UserError("the widget needs NiiVue: install the extra, bhsd-jax[viewer]")
+        raise UserError(f"the widget needs NiiVue; {explain_extra('viewer')}")
     mask = scan.reference if reference else scan.prediction
     if mask is None:
         raise UserError(f"{scan.name} has no reference to show")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, explain_extra
 
 # Where training scripts keep the network's weights among other things, the surest name first.
 _NESTS = ("network_weights", "state_dict", "model_state_dict", "model", "net", "network", "params")
@@ -57,9 +57,7 @@ def library(name: str, path: Path, extra: str = "torch-import") -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise UserError(
-            f"{path}: needs {package}; install it with: pip install 'bhsd-jax[{extra}]'"
-        ) from error
+        raise UserError(f"{path}: needs {package}; {explain_extra(extra)}") from error
 
 
 def _safetensors(path: Path) -> WeightsFile:

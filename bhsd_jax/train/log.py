@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import jax
 from bhsd_jax.platform import files, machine, step_log
 from bhsd_jax.train.means import Means
 from bhsd_jax.train.speed import Speed
-from bhsd_jax.train.trackers import Tracker
+from bhsd_jax.train.trackers import TensorBoard, Tracker
 from bhsd_jax.types import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Log:
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_after(path, resumed_at)
-        self.tracked = tracked
+        self.tracked = tuple(tracked)
 
     def count(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Takes in what the step reports, for the next line; does not wait for it."""
@@ -113,13 +113,28 @@ class Log:
         line = json.dumps({"step": step, **clean, "time/elapsed_s": elapsed})
         files.append(self.path, line + "\n")
         finite = {key: value for key, value in clean.items() if value is not None}
-        for tracker in self.tracked:
-            tracker.write(step, finite)
+        self._tell(lambda tracker: tracker.write(step, finite))
 
     def close(self) -> None:
         """No line comes after it."""
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        """Tells every tracker; one that fails, such as a server that is away, is told no more."""
         for tracker in self.tracked:
-            tracker.close()
+            try:
+                what(tracker)
+            except Exception as error:  # each library has errors of its own
+                if isinstance(tracker, TensorBoard):  # a file of ours, as `metrics.jsonl` is
+                    raise
+                self.tracked = tuple(other for other in self.tracked if other is not tracker)
+                logger.warning(
+                    "train.trackers: %s gets no more figures (%s: %s); the training goes on, and "
+                    "metrics.jsonl has them all",
+                    type(tracker).__name__,
+                    type(error).__name__,
+                    error,
+                )
 
 
 @contextmanager

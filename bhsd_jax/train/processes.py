@@ -18,7 +18,7 @@ from jax.extend import backend
 
 from bhsd_jax.platform import cluster, machine
 from bhsd_jax.platform.cluster import Place
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, explain_extra
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +149,11 @@ def _why_no_accelerator() -> str:
             "the driver (nvidia-smi), at CUDA_VISIBLE_DEVICES, and at who else holds the device; "
             "JAX_PLATFORMS=cpu says that it is meant to be so"
         )
-    if glob.glob("/dev/nvidia[0-9]*"):
+    # In WSL2 a GPU is no device file of its own; Windows' driver lends its library.
+    if glob.glob("/dev/nvidia[0-9]*") or glob.glob("/usr/lib/wsl/lib/libcuda.so*"):
         return (
-            "this machine has an NVIDIA GPU, and JAX's plugin for it is not installed: "
-            "BHSD_EXTRAS=cuda tools/env"
+            "this machine has an NVIDIA GPU, and JAX's plugin for it is not installed; "
+            f"{explain_extra('cuda')}"
         )
     return ""
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from bhsd_jax.platform import machine
 from bhsd_jax.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def peak_flops(kind: str) -> float | None:
 
 def memory() -> dict[str, float]:
     """Gigabytes in use: of this process, and the most of any of its devices where they tell."""
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    usage = machine.resident_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9
     values = {"memory/host_gb": _resident_gb() or usage, "memory/host_peak_gb": usage}
     told = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     for name, key in (("device", "bytes_in_use"), ("device_peak", "peak_bytes_in_use")):

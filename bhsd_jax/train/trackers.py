@@ -2,19 +2,21 @@
 
 TensorBoard's event files are always written. Weights & Biases and MLflow are extras, named in
 `train.trackers`; both read where to send what from their own environment variables, such as
-`WANDB_MODE=offline` and `MLFLOW_TRACKING_URI`.
+`WANDB_MODE=offline` and `MLFLOW_TRACKING_URI`. What they are sent is a copy: a training goes on
+without one that fails.
 """
 
-import hashlib
 import importlib
 import importlib.util
 import logging
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError, explain_extra
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +54,13 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; the same folder goes on with the same run."""
+    """A run of Weights & Biases; a training that resumes goes on with the same run."""
 
-    def __init__(self, folder: Path, name: str, facts: Mapping[str, Any]):
+    def __init__(self, folder: Path, resumed_at: int, name: str, facts: Mapping[str, Any]):
         library = importlib.import_module("wandb")
-        called = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+        place = folder / "wandb_run"
+        # Not from the path: there another training may have been, or be in another container.
+        called = _begun(place, resumed_at) or secrets.token_hex(8)
         self.run = library.init(
             project=_PROJECT,
             name=name,
@@ -65,6 +69,7 @@ class WeightsAndBiases:
             dir=str(folder),
             config=dict(facts),
         )
+        files.write_text(place, called)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -76,19 +81,18 @@ class WeightsAndBiases:
 class MLflow:
     """A run of MLflow, in the experiment `bhsd_jax` unless `MLFLOW_EXPERIMENT_NAME` says so."""
 
-    def __init__(self, folder: Path, name: str, facts: Mapping[str, Any]):
+    def __init__(self, folder: Path, resumed_at: int, name: str, facts: Mapping[str, Any]):
         library = importlib.import_module("mlflow")
         self.client, self.metric = library.MlflowClient(), library.entities.Metric
         experiment = library.environment_variables.MLFLOW_EXPERIMENT_NAME.get() or _PROJECT
         found = self.client.get_experiment_by_name(experiment)
         number = found.experiment_id if found else self.client.create_experiment(experiment)
         place = folder / "mlflow_run"
-        if place.is_file():
-            self.run = place.read_text().strip()
-        else:
+        self.run = _begun(place, resumed_at)
+        if not self.run:
             self.run = self.client.create_run(number, run_name=name).info.run_id
             self.client.log_dict(self.run, dict(facts), "config.json")
-            place.write_text(self.run)
+            files.write_text(place, self.run)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         # One request for all: the loop waits for the answer.
@@ -98,6 +102,11 @@ class MLflow:
 
     def close(self) -> None:
         self.client.set_terminated(self.run)
+
+
+def _begun(place: Path, resumed_at: int) -> str:
+    """The run that a training goes on in; "" where it begins, in whatever folder."""
+    return place.read_text().strip() if resumed_at and place.is_file() else ""
 
 
 _EXTRAS = {"wandb": ("wandb", WeightsAndBiases), "mlflow": ("mlflow", MLflow)}
@@ -111,7 +120,7 @@ def require(names: Sequence[str]) -> None:
     """
     for name in names:
         if importlib.util.find_spec(_EXTRAS[name][0]) is None:
-            raise UserError(f"config.train.trackers: {name} is not there; install bhsd-jax[{name}]")
+            raise UserError(f"config.train.trackers: needs {name}; {explain_extra(name)}")
 
 
 def start(
@@ -127,8 +136,17 @@ def start(
         facts: What it is trained with; no path and no name of a scan is in it.
 
     Raises:
-        ValueError: As `require`.
+        UserError: As `require`; or if one cannot be reached, or does not take what it is told.
     """
     require(names)
-    others = [_EXTRAS[one][1](folder, name, facts) for one in names]
+    others = []
+    for one in names:
+        try:
+            others.append(_EXTRAS[one][1](folder, resumed_at, name, facts))
+        except Exception as error:  # each library has errors of its own
+            raise UserError(
+                f"config.train.trackers: {one} did not begin ({type(error).__name__}: {error}); "
+                "look at its server and its environment variables, or leave it out: metrics.jsonl "
+                "and TensorBoard have the same figures"
+            ) from error
     return TensorBoard(folder / "events", resumed_at), *others

@@ -72,7 +72,7 @@ def run(config: Config, workdir: Path) -> None:
     scans = Scans(predict, mine, names, out, tables, settings.overwrite, record)
     record.begin(scans.there, overwrite=settings.overwrite)
     predicted = predict_all(scans)
-    found = _gather(out, predicted, names)
+    found = _gather(tables, predicted, names)
     if found is not None:
         facts = _facts(run, members, seen) | postprocessing.to_json(rules, run.labels.names)
         try:
@@ -94,13 +94,16 @@ def _open(
     predict, members = ensemble.open_runs(run, settings.runs, apart=True)
     _require_alike(predict, settings)
     predict = replace(predict, rules=tuple(run.labels.values_of(rule) for rule in rules))
+    predict = _judged(predict, run, members)
     told: dict[str, Any] = postprocessing.to_json(rules, run.labels.names)
+    if settings.calibrated:
+        told["calibrated"] = predict.temperature  # called as the setting, for messages
     made_with = origins.facts_of(run, members, **told)
     if first is not None:
         stage = cascade.open_first(run, first, out, series)
         predict = replace(predict, first=stage)
         made_with["previous_stage"] = stage.origins.facts
-    return _judged(predict, run, members), members, origins.Origins(out, made_with, series)
+    return predict, members, origins.Origins(out, made_with, series)
 
 
 def _seen(run: Run, every: Sequence[Case]) -> dict[str, int]:
@@ -204,9 +207,12 @@ def _require_alike(predict: Predictor, settings: Predict) -> None:
         )
 
 
-def _gather(out: Path, found: Found, names: Mapping[str, str]) -> Found | None:
-    """What all processes have found, in the order of the scans; None but in the first process."""
-    together = parts.gather(out, "predict", asdict(found))
+def _gather(tables: Path, found: Found, names: Mapping[str, str]) -> Found | None:
+    """What all processes of this job have found, in the order of the scans; None but in the first.
+
+    They meet where its tables go: processes of other jobs may work on the same label maps' folder.
+    """
+    together = parts.gather(tables, "predict", asdict(found))
     if together is None:
         return None
     every = [

@@ -125,7 +125,7 @@ class _Steps:
             if self._stays(name):
                 job.row = scans.predict.finished(job.case, scans.target(job.case), name)
             if job.row is not None:
-                job.row = review.recall(job.row, self._earlier)
+                job.row = review.recall(job.row, self._measured(name))
             else:
                 job.ready = scans.predict.prepare(job.case, name, partial(self._claim, claim))
         return job
@@ -192,7 +192,7 @@ class _Steps:
         assert job.answer is not None  # else there would be an error
         self._clear(job)
         row = self.scans.predict.write(job.answer, self.scans.target(job.case))
-        self.scans.record.note(self._name(job))
+        self.scans.record.note(self._name(job), review.measured(row))
         return row
 
     def _clear(self, job: _Job, also: Sequence[Path] = ()) -> None:
@@ -220,8 +220,12 @@ class _Steps:
         if self.scans.overwrite or not self.scans.record.keeps(name):
             return False
         trust = self.scans.predict.trust
-        measured = self._earlier.get(name, {}).get("disagreement") is not None
+        measured = self._measured(name).get("disagreement") is not None
         return measured or trust is None or not trust.views
+
+    def _measured(self, name: str) -> Mapping[str, Any]:
+        """What was measured of a label map that is there; older records leave it to the tables."""
+        return self.scans.record.measured(name) or self._earlier.get(name, {})
 
     @cached_property
     def _earlier(self) -> dict[str, Mapping[str, Any]]:

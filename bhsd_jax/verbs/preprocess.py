@@ -253,6 +253,7 @@ def _look(
         num_classes=labels_of(dataset).values,
         modality=dataset.modality,
         crop_hu=crop_hu,
+        schemes=getattr(dataset, "channels", ()),
     )
     found: dict[str, Facts] = {}
     skipped: dict[str, Finding] = {}

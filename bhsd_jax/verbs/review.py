@@ -10,6 +10,7 @@ from bhsd_jax.platform import files
 from bhsd_jax.platform.csv_files import write_records
 
 NAME = "review.csv"
+_MEASURES = ("unlike", "disagreement")  # known only while the networks have the scan
 
 
 def score(disagreement: float | None, unlike: str) -> float | None:
@@ -48,8 +49,11 @@ def earlier(out: Path) -> dict[str, Mapping[str, Any]]:
     return {row["case"]: row for row in found["scans"]} if found else {}
 
 
-def recall(row: ScanVolumes, known: Mapping[str, Mapping[str, Any]]) -> ScanVolumes:
+def measured(row: ScanVolumes) -> dict[str, Any]:
+    """What is to be remembered of a label map, as plain values; see `recall`."""
+    return {name: getattr(row, name) for name in _MEASURES}
+
+
+def recall(row: ScanVolumes, old: Mapping[str, Any]) -> ScanVolumes:
     """The row of a label map that was there, with what was measured when it was made."""
-    old = known.get(row.case, {})
-    measured = {name: old[name] for name in ("unlike", "disagreement") if name in old}
-    return dataclasses.replace(row, **measured)
+    return dataclasses.replace(row, **{name: old[name] for name in _MEASURES if name in old})

@@ -15,7 +15,7 @@ from bhsd_jax.assemble import data
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import formats, geometry, plausibility, scan
 from bhsd_jax.platform import files
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, explain_extra
 from bhsd_jax.report import figures, niivue
 from bhsd_jax.report.page import Page, Picture, Section, save
 from bhsd_jax.report.result_tables import Table
@@ -81,7 +81,7 @@ def write(run: Run, out: Path, cases: Mapping[str, Case], *, strict: bool = Fals
     if wanted:
         pages.write_page(run, out, title, subtitle, entries)
     elif entries and not strict:
-        logger.info("no %s: install the extra `viewer`", pages.VIEWER)
+        logger.info("no %s, which needs NiiVue; %s", pages.VIEWER, explain_extra("viewer"))
 
 
 def _read(out: Path) -> _Predicted:

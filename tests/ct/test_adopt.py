@@ -65,6 +65,11 @@ def test_what_nnunet_decided_is_taken_and_the_rest_is_ours(golden):
     assert made.median_shape == (32, 467, 524)
     assert (made.transpose, made.crop_hu, made.license) == ((0, 1, 2), -200.0, "free")
     assert made.notes == ("plan of nnU-Net: nnUNetPlans, 3d_fullres, of Dataset501_BHSDtrain96",)
+    # The first v2 called channels modalities.
+    theirs["foreground_intensity_properties_by_modality"] = PROPERTIES
+    del theirs["foreground_intensity_properties_per_channel"]
+    scans = [facts(), facts((30, 400, 512))]
+    assert adoption.adopt(ours(), scans, theirs, "3d_fullres") == made
 
 
 def test_a_coarser_configuration_is_taken_by_name(golden):

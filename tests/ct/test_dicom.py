@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_run
 from dicom_files import NAME, PATIENT, block, store, write_series
-from pydicom import dcmread
+from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.pixels import get_decoder
 from pydicom.uid import JPEGExtended12Bit, JPEGLosslessSV1, RLELossless
 from turned import stored
@@ -360,7 +360,7 @@ def test_without_pydicom_the_remedy_is_told_and_no_file_is_called_damaged(tmp_pa
     series = series_of(tmp_path)
     monkeypatch.setitem(sys.modules, "pydicom", None)
     for call in (lambda: dicom_series.find(tmp_path), lambda: scan.read(series)):
-        with pytest.raises(UserError, match=r"pip install 'bhsd-jax\[dicom\]'") as caught:
+        with pytest.raises(UserError, match=r"pip install '\.\[dicom\]'") as caught:
             call()
         assert "cannot be read" not in str(caught.value)
 
@@ -465,17 +465,44 @@ def test_a_digest_follows_files_and_options(tmp_path):
     assert scan.digest(Masks((mask,))) != scan.digest(Masks((mask,), values=(0, 1)))
 
 
-@pytest.mark.parametrize("bare", [range(6), (4, 5)], ids=["all", "the last two"])
-def test_files_without_preamble_are_slices_like_others(tmp_path, bare):
-    """As dcm2niix 1.0.20241211 and SimpleITK 2.5 read them."""
+def bare(path):
+    """Neither preamble nor file meta group."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[140:144], "little")  # of the file meta group
+    path.write_bytes(data[144 + length :])
+
+
+def without_preamble(path):
+    path.write_bytes(path.read_bytes()[132:])
+
+
+def without_syntax(path):
+    """As some anonymizers leave it."""
+    data = dcmread(path)
+    del data.file_meta.TransferSyntaxUID
+    data.save_as(path, implicit_vr=False, little_endian=True)
+    assert path.read_bytes()[128:132] == b"DICM"
+
+
+def bare_big_endian(path):
+    data = Dataset()
+    for element in dcmread(path):
+        data.add(element)
+    data.PixelData = np.frombuffer(data.PixelData, "<u2").astype(">u2").tobytes()
+    dcmwrite(path, data, implicit_vr=False, little_endian=False)
+    assert path.read_bytes()[:2] == b"\0\x08"
+
+
+@pytest.mark.parametrize("spoil", [bare, without_preamble, without_syntax, bare_big_endian])
+@pytest.mark.parametrize("which", [range(6), (4, 5)], ids=["all", "the last two"])
+def test_files_without_preamble_or_transfer_syntax_are_slices_like_others(tmp_path, spoil, which):
+    """pydicom reads all; dcm2niix and SimpleITK 2.5 bare ones, dcm2niix those without a syntax."""
     hu = block()
     paths = write_series(tmp_path / "a", hu)
     (whole,) = dicom_series.find(tmp_path / "a")
     want, _ = dicom_series.read(whole.as_series("a", uneven="refuse", unshear=False))
-    for index in bare:
-        data = paths[index].read_bytes()
-        length = int.from_bytes(data[140:144], "little")  # of the file meta group
-        paths[index].write_bytes(data[144 + length :])
+    for index in which:
+        spoil(paths[index])
         assert slice_file.is_dicom(paths[index])
     (group,) = dicom_series.find(tmp_path / "a")
     volume, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
@@ -566,45 +593,186 @@ def test_a_folder_without_dicom_has_no_series_and_no_reason(tmp_path):
     assert dicom_series.find(tmp_path) == []
 
 
-@pytest.mark.parametrize("step", [0.625, 1.25, 5 / 3, 4.8])
+def along(start, normal, steps):
+    """A change that puts slices along a normal, all coordinates to a tenth of a millimeter."""
+
+    def change(index, data):
+        place = np.asarray(start) + steps[index] * np.asarray(normal)
+        data.ImagePositionPatient = np.round(place, 1).tolist()
+        row = np.cross([0, 1, 0], normal)
+        row = row / np.linalg.norm(row)
+        data.ImageOrientationPatient = np.round([*row, *np.cross(normal, row)], 6).tolist()
+
+    return change
+
+
+def oblique():
+    a, b = np.radians([20, 15])
+    return np.array([np.sin(b), -np.sin(a) * np.cos(b), np.cos(a) * np.cos(b)])
+
+
+@pytest.mark.parametrize("step", [0.625, 1.25, 5 / 3, 4.8, 5])
 def test_positions_rounded_to_a_tenth_are_even(tmp_path, step):
     """As dcm2niix, SimpleITK and dicom2nifti read them."""
 
     def rounded(index, data):
-        data.ImagePositionPatient = [-20.3, -31.5, round(10 + index * step, 1)]
+        data.ImagePositionPatient = [-124.755859375, -285.75, round(10 + index * step, 1)]
 
-    write_series(tmp_path, block((24, 12, 10)), change=rounded)
-    (group,) = dicom_series.find(tmp_path)
-    volume, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
+    turned = along((-119.38, -99.18, 10.262), oblique(), np.arange(30) * step)
+    for name, depth, change in (("axial", 24, rounded), ("oblique", 30, turned)):
+        write_series(tmp_path / name, block((depth, 12, 10)), change=change)
+        volume, found = read(tmp_path / name)
+        assert volume.voxels.shape[0] == depth
+        assert volume.spacing_mm[0] == pytest.approx(step, abs=0.2 / 23)
+        assert not found
+
+
+@pytest.mark.parametrize("step", [0.625, 1.25])
+@pytest.mark.parametrize("normal", [(0, 0, 1), oblique()], ids=["axial", "oblique"])
+def test_a_missing_slice_is_missed_however_positions_were_rounded(tmp_path, step, normal):
+    steps = [step * k for k in range(24) if k != 9]
+    write_series(
+        tmp_path, block((23, 8, 8)), change=along((-119.38, -99.18, 10.262), normal, steps)
+    )
+    with pytest.raises(ValueError, match=r"1 slice is missing: .* after slice 9 of 23") as caught:
+        read(tmp_path)
+    assert kind_of(caught.value) is Kind.MISSING
+    volume, found = read(tmp_path, uneven="resample")
     assert volume.voxels.shape[0] == 24
-    assert volume.spacing_mm[0] == pytest.approx(step, abs=0.1 / 23)
+    assert kinds(found) == [Kind.SLICES_MISSING]
+
+
+def test_whole_millimeters_are_rounding_and_a_slice_a_millimeter_off_is_none(tmp_path):
+    def at(places):
+        def change(index, data):
+            data.ImagePositionPatient = [-124.75, -285.75, places[index]]
+
+        return change
+
+    write_series(tmp_path / "a", block((12, 8, 8)), change=at([round(2.5 * k) for k in range(12)]))
+    volume, found = read(tmp_path / "a")
+    assert volume.voxels.shape[0] == 12
+    assert not found
+    off = [5 * k + (k == 4) for k in range(12)]
+    write_series(tmp_path / "b", block((12, 8, 8)), change=at(off))
+    with pytest.raises(ValueError, match="uneven steps"):
+        read(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("step", "turn"), [(5, 5e-4), (0.625, 5e-5), (0.625, 1e-3)])
+def test_cosines_that_differ_from_slice_to_slice_do_not_move_the_slices(tmp_path, step, turn):
+    """Far from the scanner's center each slice's own normal would."""
+
+    def jitter(index, data):
+        data.ImagePositionPatient = [-125, -285, step * index]
+        angle = turn * (index % 2)
+        data.ImageOrientationPatient = [1, 0, 0, 0, math.cos(angle), round(math.sin(angle), 9)]
+
+    write_series(tmp_path, block((12, 8, 8)), change=jitter)
+    volume, found = read(tmp_path)
+    assert volume.spacing_mm[0] == pytest.approx(step)
+    np.testing.assert_array_equal(in_file(volume), block((12, 8, 8)))
     assert not found
 
 
-def test_a_missing_slice_is_missed_however_positions_were_rounded(tmp_path):
-    places = [round(0.625 * k, 1) for k in range(24) if k != 9]
-    write_series(tmp_path, block((23, 12, 10)), places=places)
-    (group,) = dicom_series.find(tmp_path)
-    with pytest.raises(ValueError, match=r"uneven|missing"):
-        dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
+@pytest.mark.parametrize("decimals", [2, 3, 4])
+def test_rounded_cosines_are_directions(tmp_path, decimals):
+    """GDCM brings them to unit length too; what is no direction at all is still left out."""
+    angle = math.radians(15)
+
+    def rounded(index, data, other=0.0):
+        cosines = [round(math.cos(angle), decimals), round(-math.sin(angle), decimals)]
+        data.ImageOrientationPatient = [1, other, 0, 0, *cosines]
+
+    write_series(tmp_path / "a", block(), tilt_deg=15, change=rounded)
+    volume, found = read(tmp_path / "a")
+    assert volume.spacing_mm[1:] == pytest.approx((2, 1.5))
+    assert shear.angle_deg(volume.affine) == pytest.approx(15, abs=0.3)
+    assert kinds(found) == [Kind.TILTED]
+    write_series(tmp_path / "b", block(), change=lambda k, data: rounded(k, data, other=0.1))
+    with pytest.raises(ValueError, match="6 images without a usable orientation"):
+        dicom_series.find(tmp_path / "b")
+
+
+def two_passes(root, tags, off=2.5, per_rotation=6):
+    """Two passes of six slices; each of the tags has a value for each pass, or its rotations."""
+    heads = block(), block(seed=1)
+    for number, voxels in enumerate(heads):
+
+        def change(index, data, number=number):
+            for tag, values in tags.items():
+                value = values[number]
+                setattr(data, tag, value(index // per_rotation) if callable(value) else value)
+
+        places = np.arange(6) * 5.0 + off * number
+        write_series(root / str(number), voxels, places=places, change=change)
+    return heads
 
 
 @pytest.mark.parametrize("off", [2.5, 0.0])
-def test_two_passes_over_the_same_stretch_are_two_volumes(tmp_path, off):
-    first, second = block(), block(seed=1)
-    for number, voxels in ((1, first), (2, second)):
-
-        def numbered(index, data, number=number):
-            data.AcquisitionNumber = number
-
-        places = np.arange(len(voxels)) * 5.0 + off * (number - 1)
-        write_series(tmp_path / str(number), voxels, places=places, change=numbered)
+@pytest.mark.parametrize(
+    ("tags", "per_rotation"),
+    [
+        ({"AcquisitionNumber": (0, 1)}, 6),
+        ({"AcquisitionNumber": (lambda n: 9 + n, lambda n: 12 + n)}, 2),  # 10 comes after 9
+        ({"AcquisitionNumber": (1, 1), "AcquisitionTime": ("120000", "120500")}, 6),
+        ({"AcquisitionTime": (lambda n: f"12000{n}.5", lambda n: f"12050{n}")}, 3),
+        ({"AcquisitionNumber": (1, 1), "ConvolutionKernel": ("H31s", "H60s")}, 6),
+        ({"TemporalPositionIdentifier": (1, 2), "SliceThickness": (2.5, 2.5)}, 6),
+    ],
+)
+def test_two_passes_over_the_same_stretch_are_two_volumes(tmp_path, off, tags, per_rotation):
+    heads = two_passes(tmp_path, tags, off, per_rotation)
     groups = dicom_series.find(tmp_path)
     assert len(groups) == 2
-    for group, voxels in zip(groups, (first, second), strict=True):
+    for group, voxels in zip(groups, heads, strict=True):
         volume, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
         np.testing.assert_array_equal(volume.voxels, voxels[:, ::-1])
-        assert Kind.ACQUISITIONS in [finding.kind for finding in found]
+        assert kinds(found) == [Kind.ACQUISITIONS]
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {},
+        {"AcquisitionTime": (lambda n: f"1200{n:02}", lambda n: f"1205{n:02}")},  # a time per slice
+        {"AcquisitionNumber": (1, 2), "SliceThickness": (2.5, 2.5)},  # the second fills the gaps
+        {"AcquisitionNumber": (lambda n: 1 + n // 4, lambda n: 1 + n // 4)},  # one after another
+        {"AcquisitionNumber": (lambda n: 1 + n // 2 % 2,) * 2},  # pieces by turns
+        {"ConvolutionKernel": (lambda n: "H31s" if n < 4 else "H60s",) * 2},
+    ],
+)
+def test_what_is_not_surely_several_passes_stays_together(tmp_path, tags):
+    two_passes(tmp_path, tags, per_rotation=1)
+    (group,) = dicom_series.find(tmp_path)
+    volume, found = read(tmp_path)
+    assert len(group.slices) == volume.voxels.shape[0] == 12
+    assert not found
+
+
+def test_a_repeated_rotation_is_a_volume_beside_the_whole(tmp_path):
+    """And a single slice of a number of its own, in the midst of both passes, is left out."""
+
+    def rotation(index, data):
+        data.AcquisitionNumber = 7 - index // 4 if index < 20 else 9
+
+    places = np.array([*np.arange(20) * 5.0, *np.arange(8, 12) * 5.0])
+    write_series(tmp_path / "a", block((24, 8, 8)), places=places, change=rotation)
+    groups = dicom_series.find(tmp_path / "a")
+    assert sorted(len(group.slices) for group in groups) == [4, 20]
+    for group in groups:
+        _, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
+        assert kinds(found) == [Kind.ACQUISITIONS]
+    two_passes(tmp_path / "b", {"AcquisitionNumber": (1, 2)})
+
+    def third(index, data):
+        data.AcquisitionNumber = 3
+
+    one = block((1, 12, 10))
+    write_series(tmp_path / "b", one, places=[11.0], names=["stray"], change=third)
+    groups = dicom_series.find(tmp_path / "b")
+    assert [len(group.slices) for group in groups] == [6, 6]
+    assert "left out: 1 image alone in its series" in texts(groups[0].findings)
 
 
 def test_acquisitions_one_after_another_are_one_volume(tmp_path):

@@ -1,3 +1,4 @@
+import logging
 import pickle
 
 import numpy as np
@@ -5,7 +6,11 @@ import pytest
 
 from bhsd_jax.ct.integrity import checkup, doctor, listing, words
 from bhsd_jax.ct.prepared import Facts
+from bhsd_jax.datasets.dicom import DICOM
+from bhsd_jax.datasets.folder import Folder
+from bhsd_jax.datasets.synthetic import Synthetic
 from bhsd_jax.defects import Finding, Kind, Refusal, refused
+from bhsd_jax.volume import Survey
 
 CLASSES = ("background", "EDH", "IPH")
 
@@ -187,6 +192,34 @@ def test_a_set_without_defects_says_so():
     assert "known to bleed" in words.page("Set", "ct", totals, CLASSES, [])
     nothing = words.page("Set", "mr", listing.summary([], CLASSES, []), CLASSES, [])
     assert nothing.startswith("Set: 0 scans can be used, 0 are refused")
+
+
+def test_masks_of_0_and_1_are_asked_about_unless_classes_were_given(tmp_path, caplog):
+    """The first of six classes, or any bleeding: only the user knows."""
+    scans = [
+        facts("a", voxels=(9, 4, 0, 0, 0, 0), ml=(9.0, 4.0, 0, 0, 0, 0)),
+        facts("b", voxels=(9, 0, 0, 0, 0, 0), ml=(9.0, 0, 0, 0, 0, 0)),
+        facts("c", "unlabeled"),
+    ]
+    other = facts("d", voxels=(9, 0, 1, 0, 0, 0), ml=(9.0, 0, 1.0, 0, 0, 0))
+
+    def page(dataset, scans):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            checkup.conclude(tmp_path, dataset, Survey((), ()), scans, {})
+        return caplog.text
+
+    own = ("EDH", "IPH", "IVH", "SAH", "SDH")
+    asked = "1 is taken for EDH; if it means any bleeding, set --data."
+    assert f"{asked}labels=binary" in page(Folder("x"), scans)
+    assert "no mask holds another value than 1" in (tmp_path / "defects.csv").read_text()
+    assert f"{asked}classes=any" in page(DICOM("x"), scans)
+    assert "Defects: none found" in page(Folder("x"), [*scans, other])
+    assert "Defects: none found" in page(Folder("x"), scans[1:])
+    assert "Defects: none found" in page(Folder("x", classes=own), scans)
+    assert "Defects: none found" in page(Synthetic("x"), scans), "masks that are not a user's"
+    assert Folder("x", labels="binary").classes == DICOM("x", classes=("any",)).classes
+    assert DICOM("x", classes=("background,a,b",)).classes == ("background", "a", "b")
 
 
 def test_a_data_set_of_mr_given_as_ct_is_refused_in_one_line():

@@ -5,10 +5,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bhsd_jax.ct import nifti
+from bhsd_jax.ct import nifti, prepare, scan
 from bhsd_jax.defects import Kind, texts
-from bhsd_jax.volume import Volume
+from bhsd_jax.volume import Channels, Volume
 
+NAN, INF = np.nan, np.inf
 AFFINE = np.array([[-0.5, 0, 0, 90], [0, 0.48, -1.3, -70], [0, 0.13, 4.8, 12], [0, 0, 0, 1.0]])
 
 
@@ -81,14 +82,54 @@ def test_big_endian_and_nifti_2_are_read(tmp_path, stored):
         assert volume.voxels.dtype.isnative
 
 
-@pytest.mark.parametrize("spacing", [(1, 1, 0), (1, -4, 1), (0, 0, 0)])
+@pytest.mark.parametrize("spacing", [(1, 1, 0), (1, -4, 1), (0, 0, 0), (1, NAN, 1), (INF, 1, 1)])
 def test_a_sform_needs_no_spacing_beside_it(tmp_path, stored, spacing):
     """As nibabel 5.3 and ITK read it: method 3 of the standard uses the sform alone."""
-    volume = nifti.read(save(tmp_path / "a.nii", stored, pixdim=[1, *spacing, 1, 1, 1, 1]))
+    path = save(tmp_path / "a.nii", stored, pixdim=[1, *spacing, 1, 1, 1, 1])
+    volume = nifti.read(path)
+    assert nifti.repairs(path) == []
     np.testing.assert_array_equal(volume.voxels, stored.T)
     np.testing.assert_array_equal(
         volume.affine, nifti.read(save(tmp_path / "b.nii", stored)).affine
     )
+
+
+def test_a_sform_that_pixdim_contradicts_is_taken_and_told_to_all_who_use_the_scan(
+    tmp_path, stored
+):
+    """nnunetv2 2.8.1 goes by pixdim, nibabel by the sform; files of registrations have both."""
+    upright = np.diag([0.5, 0.5, 5.0, 1.0])
+    sheared = upright.copy()
+    sheared[1, 2] = 1.5  # a step of 5.22 mm between slices 5 mm apart
+    for affine, spacing, told in (
+        (upright, (0.503, 0.5, 4.96), False),
+        (upright, (0.5, 0.5, 5.6), True),
+        (upright, (0.55, 0.5, 5.0), True),
+        (upright, (5.0, 0.5, 0.5), True),
+        (sheared, (0.5, 0.5, 5.0), False),
+        (sheared, (0.5, 0.5, 5.22), False),
+        (sheared, (0.5, 0.5, 5.6), True),
+    ):
+        path = save(tmp_path / "a.nii", stored, affine, pixdim=[1, *spacing, 1, 1, 1, 1])
+        found = scan.read(path)[1]
+        assert [one.kind for one in found] == [Kind.TWO_SPACINGS] * told
+        assert prepare.doubts_of(found) == tuple(texts(found))
+    assert str(found[0]) == (
+        "sform has steps of 0.5 x 0.5 x 5.22 mm, pixdim 0.5 x 0.5 x 5.6: the sform is taken, and "
+        "volumes in mL follow it"
+    )
+    assert nifti.read(path).spacing_mm == pytest.approx((5.22, 0.5, 0.5), abs=1e-3)
+    both = save(
+        tmp_path / "b.nii",
+        np.stack([stored, stored], -1),
+        1e-3 * upright,
+        pixdim=[1, 5e-4, 5e-4, 6e-3, 1, 1, 1, 1],
+        xyzt_units=1,  # meters
+    )
+    (text,) = texts(scan.read_channels(Channels((both,), 2))[1])
+    assert text.startswith("sform has steps of 0.5 x 0.5 x 5 mm, pixdim 0.5 x 0.5 x 6:")
+    only = save(tmp_path / "c.nii", stored, upright, pixdim=[1, 1, 1, 9, 1, 1, 1, 1], sform_code=0)
+    assert scan.read(only)[1] == []
 
 
 def test_meters_become_millimeters(tmp_path, stored):
@@ -113,7 +154,8 @@ def test_meters_become_millimeters(tmp_path, stored):
         ({"datatype": 32}, "datatype is 32"),
         ({"datatype": 7777}, "datatype is 7777"),
         ({"pixdim": [1, 0, 1, 1, 1, 1, 1, 1], "sform_code": 0}, "spacing"),
-        ({"pixdim": [1, 1, np.nan, 1, 1, 1, 1, 1]}, "spacing"),
+        ({"pixdim": [1, 1, NAN, 1, 1, 1, 1, 1], "sform_code": 0}, "spacing"),
+        ({"pixdim": [1, 1, 1, INF, 1, 1, 1, 1], "sform_code": 0}, "spacing"),
         ({"pixdim": [1, 1, 1, -2, 1, 1, 1, 1], "sform_code": 0}, "spacing"),
         ({"srow_y": [np.nan] * 4}, "not finite"),
         ({"srow_y": [0, 0, np.inf, 0]}, "not finite"),

@@ -34,6 +34,9 @@ def test_the_plan_is_what_nnunet_predicts_with(plans):
     assert found.median_shape == (34, 512, 512)
     assert (found.modality, found.license, found.source_sha256) == ("ct", "CC0", "abc")
     assert found.normalized_before
+    name = "foreground_intensity_properties"
+    plans[f"{name}_by_modality"] = plans.pop(f"{name}_per_channel")  # as the first v2 has it
+    assert trained.plan_of(plans, DATASET, FULL, "abc") == found
 
 
 def test_reoriented_files_have_axes_of_their_own(plans):

@@ -106,6 +106,12 @@ def test_an_intercept_that_was_applied_twice_is_refused(offset, pad):
     assert said.value.kind is Kind.OFFSET
     (doubt,) = plausibility.doubts(raw)
     assert (doubt.kind, doubt.done) == (Kind.OFFSET, "kept")
+    # A head without fat, whose bone is nowhere denser than 950 HU: only marked.
+    lean = np.where((HU > -300) & (HU < -40), AIR, np.minimum(HU, 950))
+    lean = lean - offset if pad is None else padded(lean - offset, pad)
+    _, found = plausibility.settle(lean)
+    assert kinds(found) == [Kind.OFFSET]
+    assert "applied twice: look at the scan" in found[-1].text
 
 
 @pytest.mark.parametrize("value", [3071, 4095])
@@ -227,7 +233,7 @@ def test_both_verbs_see_the_same_hu_and_say_the_same(tmp_path, plan):
     assert whole.doubts == ()
     assert len(made.doubts) == 1
     assert set(made.doubts) <= set(made.warnings) & set(facts.warnings)
-    assert made.doubts == prepare.hu_doubts(nifti.read(case.image).voxels, plan)
+    assert made.doubts == prepare.hu_doubts([nifti.read(case.image)], plan)
     tight = store(tmp_path, TIGHT + 1024)
     for look in (
         lambda: prepare.fingerprint_case(tight, num_classes=2, modality="ct", crop_hu=None),

@@ -1,10 +1,12 @@
 """nnU-Net's resampling numbers."""
 
+import nibabel as nib
 import numpy as np
 import pytest
 
-from bhsd_jax.ct import resample
+from bhsd_jax.ct import nifti_header, resample
 from bhsd_jax.ct.resample import nearest_index, resampled_shape, separate_axis
+from bhsd_jax.volume import Volume
 
 OLD, NEW = (5.288, 0.6, 0.6), (5.0, 0.48828125, 0.48828125)
 
@@ -52,6 +54,30 @@ def test_slices_are_picked_as_nnunet_picks_them():
 )
 def test_which_axis_is_treated_apart(old, new, axis):
     assert separate_axis(old, new) == axis
+
+
+@pytest.mark.parametrize(
+    ("spacing", "axis"),
+    [((3, 1, 1), None), ((2.4, 0.8, 0.8), 0), ((4, 4, 1), None)],
+)
+@pytest.mark.parametrize(("form", "most"), [("qform", 0), ("sform", 0.02)])
+def test_a_turned_nifti_has_the_axis_of_its_pixdim(form, most, spacing, axis):
+    """In float32 2.4 is more than 3 times 0.8. An sform's numbers may be too coarse to tell."""
+    found = []
+    for angle in np.radians(np.linspace(0, 23, 60)):
+        turn = np.array(
+            [[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]]
+        )
+        header = nib.Nifti1Header()
+        header.set_data_shape((4, 5, 6))
+        affine = np.diag([1.0, 1, 1, 1])
+        affine[:3, :3] = turn * np.float32(spacing[::-1]).astype(float)
+        (header.set_qform if form == "qform" else header.set_sform)(affine, code=1)
+        native = nifti_header.affine(header)
+        volume = Volume(np.zeros((6, 5, 4), np.float32), native, "a")
+        found.append(separate_axis(volume.spacing_mm, (1, 1, 1)))
+    assert found[0] == axis, "along the world's axes"
+    assert np.mean([one != axis for one in found]) <= most
 
 
 def test_shapes_round_half_to_even_and_never_vanish():

@@ -223,7 +223,7 @@ def test_without_highdicom_the_remedy_is_told(tmp_path, monkeypatch):
     path = tmp_path / "a.dcm"
     path.write_bytes(b"")
     for call in (segmentation.require, lambda: segmentation.is_whole(path, "binary")):
-        with pytest.raises(UserError, match=r"pip install 'bhsd-jax\[dicom\]'"):
+        with pytest.raises(UserError, match=r"pip install '\.\[dicom\]'"):
             call()
 
 

@@ -128,6 +128,7 @@ def test_slice_labels_are_read_in_slice_order_with_gaps_unknown(tree, studies):
         ("case,slice,EDH\na,0,2\n", "line 2: expected 0, 1"),
         ("case,slice\na,1000000000\n", "line 2: .*below 10000"),
         ("case,slice,EDH\na,0,x\n", "line 2: expected 0, 1"),
+        ("case,slice,any\na,0,0\na,1,1\n", "line 3: any is 1 but no class is, .* no column EDH, "),
     ],
 )
 def test_slice_labels_that_make_no_sense_are_refused(tree, text, message):
@@ -296,7 +297,13 @@ def test_links_in_a_circle_pipes_and_names_with_control_characters_are_refused(t
     assert summary(tree) == expected(studies)
 
 
-@pytest.mark.parametrize("ending", [".hdr", ".mhd", ".nhdr", ".NRRD", ".mha", ".mgz", ".gipl.gz"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        *(".hdr", ".mhd", ".nhdr", ".NRRD", ".mha", ".mgz", ".gipl.gz", ".hdr.gz", ".npy", ".tif"),
+        *(".HEAD", ".nii.bz2", ".nii.xz", ".nii.zip", ".nii.zst"),
+    ],
+)
 def test_volumes_in_other_formats_are_refused_by_name(tree, studies, touch, ending):
     lost = studies["train"][0]
     path = tree / "label_192" / "ground truths" / f"{lost}.nii.gz"

@@ -150,6 +150,26 @@ def test_masks_lie_where_the_list_says(decathlon, touch):
         list(MSD(decathlon).cases())
 
 
+@pytest.mark.parametrize("named", ["./imagesTr/{}.nii.gz", "imagesTr/{}_0000.nii.gz"])
+def test_a_folder_of_nnunet_v1_is_known_by_its_files(nnunet, touch, named):
+    """Its dataset.json is the Decathlon's, and its list may leave out the number of the channel."""
+    listed = [
+        {"image": named.format(id), "label": f"./labelsTr/{id}.nii.gz"} for id in ("a_0001", "b_2")
+    ]
+    touch(nnunet / "imagesTs" / "c_0000.nii.gz")
+    describe(nnunet, V1 | {"training": listed})
+    images = {case.id: case.image.name for case in MSD(nnunet).cases()}
+    assert images == {id: f"{id}_0000.nii.gz" for id in ("a_0001", "b_2", "c")}
+    describe(nnunet, V1 | {"modality": {"0": "CT", "1": "PET"}, "training": listed})
+    for id in ("a_0001", "b_2", "c"):
+        touch(nnunet / ("imagesTs" if id == "c" else "imagesTr") / f"{id}_0001.nii.gz")
+    assert [(case.id, len(case.image.files)) for case in MSD(nnunet).cases()] == [
+        ("a_0001", 2),
+        ("b_2", 2),
+        ("c", 2),
+    ]
+
+
 def test_cases_that_nnunets_list_leaves_out_are_left_out(nnunet, touch, monkeypatch):
     elsewhere = nnunet.parent / "elsewhere"
     touch(elsewhere / "c.nii.gz")
@@ -244,6 +264,19 @@ def test_every_channel_has_a_file_of_its_own(nnunet, touch):
     names = [f"b_2_000{number}.nii.gz" for number in range(3)]
     assert [path.name for path in two.image.files] == names
     assert (len(one.image.files), one.image.count) == (1, 3), "along the fourth axis of its file"
+    facts = V2 | {"channel_names": {"0": "FLAIR", "1": "CT", "2": "T1"}}
+    for place in ("./imagesTr", str(nnunet / "labelsTr" / ".." / "imagesTr")):
+        image = f"{place}/b_2_0000.nii.gz"
+        describe(nnunet, facts | {"training": [{"image": image}]})
+        (listed,) = MSD(nnunet).cases()
+        assert listed == two, "one channel of it stands for the scan"
+    describe(nnunet, facts | {"training": [{"image": [f"imagesTr/{name}" for name in names]}]})
+    assert list(MSD(nnunet).cases()) == [two]
+    touch(nnunet / "all" / "b_2.nii.gz")
+    describe(nnunet, facts | {"training": [{"image": "./all/b_2.nii.gz"}]})
+    (listed,) = MSD(nnunet).cases()
+    assert listed.image.files == (nnunet / "all" / "b_2.nii.gz",), "but for one elsewhere"
+    describe(nnunet, facts)
     touch(nnunet / "imagesTr" / "b_2_0003.nii.gz")
     with pytest.raises(ValueError, match=r"_0000\.nii\.gz, to _0002, the"):
         list(MSD(nnunet).cases())

@@ -31,7 +31,7 @@ from bhsd_jax.shards import store
 from bhsd_jax.torch_weights import importing
 from bhsd_jax.types import Batch
 from bhsd_jax.verbs import evaluate, import_weights, predict, preprocess, train
-from bhsd_jax.volume import Case, Volume
+from bhsd_jax.volume import Case, Series, Volume
 from bhsd_jax.windows import CascadeInput, Normalization
 
 CASCADE = "3d_cascade_fullres"
@@ -291,6 +291,9 @@ def test_what_a_cascade_lacks_is_said(ct, raw, tmp_path):
     case = Case("c0", "c0", run.parent / "ct" / "imagesTr" / "c0_0000.nii.gz", None, "test")
     with pytest.raises(ValueError, match="no label map of 1 of 1 scans: c0"):
         cascade.first_of(opened, [case])
+    series = dataclasses.replace(case, image=Series((case.image,), "series 1"))
+    with pytest.raises(ValueError, match=r"are hidden unless .*predict\.show_ids=True"):
+        cascade.first_of(opened, [case, series])
     with pytest.raises(ValueError, match="no label map of 3d_lowres, the first stage"):
         prepare.prepare_case(case, plan)
     made.input.unlabeled = 2

@@ -1,19 +1,23 @@
 """Scans of several channels: planned, prepared, read, trained on and predicted as by nnU-Net."""
 
+import dataclasses
 import json
+import re
 
 import nibabel
 import numpy as np
 import pytest
+import tiny_run
 from nnunet_raw import Reference, config
 
-from bhsd_jax.ct import channels, geometry, nifti, prepare, scan
+from bhsd_jax.ct import channels, geometry, nifti, prepare, scan, unlike
 from bhsd_jax.datasets.msd import MSD
+from bhsd_jax.defects import Kind, texts
 from bhsd_jax.input.pipeline import Batches, Cut, Stream
 from bhsd_jax.nnunet import planner
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import preprocess
-from bhsd_jax.volume import Channel, Channels, Plan, Volume
+from bhsd_jax.volume import Case, Channel, Channels, Plan, Volume
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,9 @@ def test_prepared_voxels_are_nnunets(reference, prepared):
     want = reference.trained_on("c0")
     assert found.image.shape == want.shape
     assert found.image.dtype == np.float32
+    told = (prepared / "run" / "integrity.csv").read_text()
+    assert "channel 'CT': taken as it lies, though: no CT in HU" in told
+    assert "channel 'T1'" not in told
     assert np.abs(found.image - want).max() < 1e-5
     label = np.maximum(reference.arrays["c0_3d_fullres_seg"][0], 0)
     assert (found.label == label).all()
@@ -160,6 +167,51 @@ def test_each_normalization_is_its_formula():
         np.testing.assert_allclose(found[..., index], one, atol=2e-5)
     with pytest.raises(ValueError, match="as a color, 0 to 255"):
         channels.prepare([scans[0]], grid, [how[-1]])
+
+
+def test_a_channel_of_ct_that_is_not_in_hu_is_marked_however_it_is_read(tmp_path):
+    """Nothing is undone: nnunetv2 2.8.1 takes it as it lies, and its models know it so."""
+    hu = tiny_run.head().transpose(2, 1, 0)
+    affine = tiny_run.upright()[:, [2, 1, 0, 3]]
+    how = [("PET", "ZScoreNormalization"), ("CT", "CTNormalization")]
+    plan = dataclasses.replace(
+        tiny_run.PLAN,
+        modality="mr",
+        crop_hu=None,
+        normalize_first=True,
+        channels=tuple(Channel(*one, tiny_run.PLAN.foreground) for one in how),
+    )
+    image = Channels((tmp_path / "c_0000.nii.gz", tmp_path / "c_0001.nii.gz"), 2)
+    case = Case("c", "c", image, None, "test")
+    for ct, said, unlike_too in (
+        (hu, None, False),
+        (hu + 1024, Kind.OFFSET, False),  # its air has the values of brain
+        (hu.astype(np.uint16), Kind.UNSIGNED, False),
+        (np.clip(hu, 0, 80) / 80, "no CT in HU", True),
+    ):
+        every = [Volume(v.astype(np.float32), affine, "c") for v in (hu * 3 + 5000, ct)]
+        for path, one in zip(image.files, every, strict=True):
+            nifti.write_volume(path, one)
+        made = prepare.prepare_case(case, plan)
+        facts = prepare.fingerprint_case(
+            case, num_classes=3, modality="mr", crop_hu=None, schemes=how
+        )
+        _, grid, found = prepare.prepare_volume(every[0], plan, every[1:])
+        want = [] if said is None else [f"channel 'CT': taken as it lies, though.*: {said}"]
+        assert len(made.doubts) == len(want)
+        assert all(map(re.match, want, made.doubts))
+        assert made.doubts == prepare.hu_doubts(scan.read_channels(image)[0], plan)
+        assert made.doubts == tuple(texts(found)) == tuple(facts.warnings)
+        np.testing.assert_array_equal(made.image[..., 1], clipped(ct, plan, made.grid))
+        told = unlike.sentences(made.image, grid, plan, None)
+        assert [text.startswith("channel 'CT': ") for text in told] == [True] * unlike_too
+
+
+def clipped(ct, plan, grid):
+    low, mean, std, high = plan.foreground
+    return geometry.to_grid(
+        ((np.clip(ct, low, high) - mean) / std).astype(np.float32), grid, "image"
+    )
 
 
 def test_channels_that_do_not_fit_are_refused():

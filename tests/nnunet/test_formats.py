@@ -1,5 +1,7 @@
 """Scans in other formats than NIfTI: read, planned and prepared as by nnU-Net, and written back."""
 
+import contextlib
+import importlib
 import json
 import sys
 
@@ -12,7 +14,7 @@ from bhsd_jax.ct import formats, nifti, scan
 from bhsd_jax.datasets import image_files
 from bhsd_jax.datasets.dicom import DICOM
 from bhsd_jax.datasets.msd import MSD
-from bhsd_jax.defects import Kind
+from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.nnunet import planner
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import chosen_scans, preprocess
@@ -209,6 +211,48 @@ def test_grays_of_a_bitmap_are_one_channel_and_its_colors_three(tmp_path):
         formats.read(tmp_path / "b.bmp")
 
 
+def test_masks_of_one_bit_hold_what_their_files_hold(tmp_path):
+    """0 and 1, as skimage and tifffile give nnunetv2 2.8.1; ITK makes 0 and 255 of such a PNG."""
+    pictures = pytest.importorskip("PIL.Image", reason="writes a PNG of one bit")
+    mask = np.arange(24).reshape(4, 6) % 5 == 0
+    pictures.fromarray(mask).save(tmp_path / "m.png")
+    pictures.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "gray.png")
+    tifffile.imwrite(tmp_path / "m.tif", mask)
+    tifffile.imwrite(tmp_path / "gray.tif", mask.astype(np.uint8))
+    assert formats.read(tmp_path / "gray.png").voxels.max() == 255
+    for name in ("m.png", "m.tif"):
+        image = tmp_path / f"gray{name[1:]}"
+        volume = formats.read(image)
+        label, found = scan.read_label(tmp_path / name, image, volume, num_classes=2)
+        np.testing.assert_array_equal(label.voxels, mask[None])
+        assert not found
+    tifffile.imwrite(tmp_path / "m3.tif", np.stack([mask, ~mask]))
+    np.testing.assert_array_equal(formats.read(tmp_path / "m3.tif").voxels, [mask, ~mask])
+
+
+def test_a_compression_without_a_decoder_is_called_that_and_not_damage(tmp_path, monkeypatch):
+    voxels = np.arange(128, dtype=np.uint8).reshape(2, 8, 8)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("imagecodecs")
+        tifffile.imwrite(tmp_path / "lzw.tif", voxels, compression="lzw")
+        np.testing.assert_array_equal(formats.read(tmp_path / "lzw.tif").voxels, voxels)
+    # What tifffile falls back to where there is no imagecodecs.
+    without = importlib.import_module("tifffile._imagecodecs")
+    monkeypatch.setattr(tifffile.tifffile, "imagecodecs", without)
+    monkeypatch.setattr(tifffile.TIFF.DECOMPRESSORS, "_codecs", {})
+    for number, words in (
+        (5, "needs imagecodecs; install the extra `formats`, in the repository"),
+        (12345, "is not read .*12345.*; save it without"),
+    ):
+        tifffile.imwrite(tmp_path / "a.tif", voxels)
+        with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as file:
+            for page in file.pages:
+                page.tags["Compression"].overwrite(number)
+        with pytest.raises(Refusal, match=rf"a\.tif: its compression {words}") as refused:
+            formats.read(tmp_path / "a.tif")
+        assert refused.value.kind is Kind.COMPRESSED
+
+
 def test_what_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "a.mha").write_bytes(b"ObjectType = Image\nNDims = 3\n")
     with pytest.raises(ValueError, match=r"a\.mha: cannot be read"):
@@ -224,7 +268,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected 3 channels"):
         formats.read_channels(tmp_path / "b.tif", 3)
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(ValueError, match=r"needs tifffile; .*bhsd-jax\[formats\]"):
+    with pytest.raises(ValueError, match="needs tifffile; install the extra `formats`"):
         formats.read(tmp_path / "b.tif")
 
 

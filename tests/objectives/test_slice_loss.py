@@ -12,6 +12,7 @@ from bhsd_jax.losses import DiceCE, cross_entropy
 from bhsd_jax.objectives import slice_loss
 from bhsd_jax.objectives.common import Terms
 from bhsd_jax.objectives.cps import CrossPseudoSupervision
+from bhsd_jax.objectives.ict import InterpolationConsistency
 from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 from bhsd_jax.objectives.supervised import Supervised, WeaklySupervised
 from bhsd_jax.objectives.w2s import WeakToStrong
@@ -210,6 +211,15 @@ def test_losses_that_copy_paste_has_no_predictions_for_are_refused():
         WithSliceLoss(paste, SliceTerms(neg_sup=1.0))
     WithSliceLoss(paste, SliceTerms(gate_pseudo=True))
     WithSliceLoss(WeakToStrong(), SliceTerms(neg_sup=1.0))
+
+
+def test_a_gate_on_logits_that_are_blended_is_refused():
+    """The class that one patch lacks would be lost where the other shows it."""
+    gated, blended = SliceTerms(gate_pseudo=True), InterpolationConsistency(mix="logit")
+    with pytest.raises(ValueError, match="choose mix=prob, or set gate_pseudo to False"):
+        WithSliceLoss(blended, gated)
+    WithSliceLoss(InterpolationConsistency(), gated)
+    WithSliceLoss(blended, SliceTerms(neg_sup=1.0))
 
 
 def test_whether_anything_is_on_and_wrong_settings():

@@ -9,6 +9,7 @@ import pytest
 
 from bhsd_jax.losses import cross_entropy, soft_dice
 from bhsd_jax.objectives import mixing, w2s
+from bhsd_jax.objectives.common import separate
 from bhsd_jax.objectives.cps import CrossPseudoSupervision
 from bhsd_jax.objectives.cps_cutmix import CrossPseudoSupervisionCutMix
 from bhsd_jax.objectives.w2s import WeakToStrong
@@ -41,6 +42,26 @@ def test_image_and_labels_are_pasted_by_one_mask(net, learn, nets, batch, key, m
     student = logits(net, nets[0], image)
     want = cross_entropy(student, guess) + 1 - soft_dice(student, guess, batch=True).mean()
     assert float(metrics["follow"]) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_a_hole_is_of_the_mean_intensity_of_its_patch(learn, nets, batch, key, monkeypatch):
+    """On CT 0 is the mean of the lesions."""
+    mask, seen = jnp.zeros((2, 4, 6, 6), bool).at[:, 1:3, 2:5, 1:4].set(True), []
+    monkeypatch.setattr(mixing, "boxes", lambda *a, chance: mask & (chance == 1.0))
+    learner = learn(nets[0], ema=nets[1])
+
+    def forward(params, image, key):
+        seen.append(image)
+        return learner.forward(params, image, key)
+
+    shifted = batch.unlabeled + jnp.asarray([3.0, -5.0]).reshape(2, 1, 1, 1, 1)
+    pierced = dataclasses.replace(PLAIN, holes=1.0)
+    given = dataclasses.replace(batch, unlabeled=shifted)
+    pierced.loss(dataclasses.replace(learner, forward=forward), given, key)
+    student, plain = np.asarray(separate(seen[1])[1]), np.asarray(shifted)
+    for patch, was, hole in zip(student, plain, np.asarray(mask), strict=True):
+        np.testing.assert_allclose(patch[hole], was.mean(), rtol=1e-5)
+        np.testing.assert_array_equal(patch[~hole], was[~hole])
 
 
 def test_foreground_has_its_own_threshold_and_nobody_sure_is_no_loss(learn, nets, batch, key):

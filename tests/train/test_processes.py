@@ -1,5 +1,6 @@
 """Processes find each other in every way they are told, and stop together."""
 
+import fnmatch
 import http.server
 import os
 import shutil
@@ -295,9 +296,10 @@ def test_an_accelerator_that_lies_idle_is_a_loud_warning(
     assert words in loud[0]
 
 
-def test_a_gpu_without_its_plugin_is_said(monkeypatch, caplog):
+@pytest.mark.parametrize("file", ["/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1"])
+def test_a_gpu_without_its_plugin_is_said(file, monkeypatch, caplog):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/nvidia0"])
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: fnmatch.filter([file], pattern))
     processes.say_devices()
     assert "BHSD_EXTRAS=cuda tools/env" in caplog.text

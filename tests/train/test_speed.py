@@ -4,12 +4,14 @@ import functools
 import logging
 import math
 import re
+import resource
 import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from bhsd_jax.platform import machine
 from bhsd_jax.train import speed
 from bhsd_jax.train.profile import Profile, Span
 from bhsd_jax.train.speed import Speed, Timed, Watch
@@ -65,6 +67,14 @@ def test_rates_follow_from_steps_and_seconds():
     assert found["speed/share_of_peak"] == pytest.approx(0.4)
     assert 0.01 <= found["speed/input_wait"] <= longest / 5
     assert 0 < found["memory/host_gb"] <= found["memory/host_peak_gb"] * 1.05
+
+
+def test_the_peak_of_memory_is_bytes_on_macos_too(monkeypatch):
+    mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    assert speed.memory()["memory/host_peak_gb"] == pytest.approx(mine * 1024 / 1e9, rel=0.1)
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    assert speed.memory()["memory/host_peak_gb"] == pytest.approx(mine / 1e9, rel=0.1)
 
 
 def seconds_of(batches):

@@ -62,12 +62,12 @@ def test_tensorboard_is_always_written_and_purged_on_resuming(tmp_path):
 def test_what_is_not_installed_is_named_before_anything_is_trained(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     for name in ("wandb", "mlflow"):
-        with pytest.raises(UserError, match=rf"install bhsd-jax\[{name}\]"):
+        with pytest.raises(UserError, match=f"needs {name}; install the extra `{name}`"):
             trackers.require((name,))
     trackers.require(())
 
 
-def test_weights_and_biases_is_told_steps_and_goes_on_with_the_same_run(tmp_path, monkeypatch):
+def test_weights_and_biases_is_told_steps_and_goes_on_in_the_run_it_resumes(tmp_path, monkeypatch):
     """Against a stand-in that keeps what it is told; the real one is below."""
     told = []
     run = types.SimpleNamespace(
@@ -77,10 +77,13 @@ def test_weights_and_biases_is_told_steps_and_goes_on_with_the_same_run(tmp_path
     library.init = lambda **options: told.append(options) or run
     library.__spec__ = importlib.util.spec_from_loader("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", library)
-    for _ in range(2):
-        log_to(tmp_path, trackers.start(("wandb",), tmp_path, 0, "run", FACTS))
-    first, again = (one for one in told if isinstance(one, dict))
-    assert first["id"] == again["id"]
+    for step in (0, 2, 0):
+        log_to(tmp_path, trackers.start(("wandb",), tmp_path, step, "run", FACTS), step)
+    first, again, anew = (one for one in told if isinstance(one, dict))
+    assert first["id"] == again["id"] != anew["id"]
+    elsewhere = trackers.start(("wandb",), tmp_path / "other", 0, "run", FACTS)
+    assert told[-1]["id"] not in (first["id"], anew["id"])
+    log_to(tmp_path / "other", elsewhere)
     assert (first["resume"], first["config"], first["name"]) == ("allow", FACTS, "run")
     assert told[1:4] == [(1, {"train/loss": 0.5}), (2, {"train/loss": 0.25}), "end"]
 
@@ -95,41 +98,72 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     assert b"train/loss" in kept.read_bytes()
 
 
-def test_mlflow_is_asked_once_for_all_figures_of_a_line(tmp_path, monkeypatch):
-    """Against a stand-in that keeps what it is told; the real one is below."""
-    told = []
+class Server:
+    """Stands in for MLflow: keeps what it is told, and may be `away`; the real one is below."""
 
-    class Client:
-        def get_experiment_by_name(self, name):
-            return types.SimpleNamespace(experiment_id="7")
+    def __init__(self):
+        self.told, self.away, self.names = [], False, iter(("run 1", "run 2"))
 
-        def create_run(self, number, run_name):
-            return types.SimpleNamespace(info=types.SimpleNamespace(run_id="run 1"))
+    def get_experiment_by_name(self, name):
+        self.answer()
+        return types.SimpleNamespace(experiment_id="7")
 
-        def log_dict(self, run, facts, name):
-            assert facts == FACTS
+    def create_run(self, number, run_name):
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=next(self.names)))
 
-        def log_batch(self, run, metrics):
-            assert all(one.timestamp > 1.7e12 for one in metrics), "milliseconds"
-            told.append((run, [(one.key, one.value, one.step) for one in metrics]))
+    def log_dict(self, run, facts, name):
+        assert facts == FACTS
 
-        def set_terminated(self, run):
-            told.append("end")
+    def log_batch(self, run, metrics):
+        self.answer()
+        assert all(one.timestamp > 1.7e12 for one in metrics), "milliseconds"
+        self.told.append((run, [(one.key, one.value, one.step) for one in metrics]))
 
+    def set_terminated(self, run):
+        self.told.append("end")
+
+    def answer(self):
+        if self.away:
+            raise RuntimeError("no answer")
+
+
+@pytest.fixture
+def mlflow(monkeypatch):
     class Metric:
         def __init__(self, key, value, timestamp, step):
             self.key, self.value, self.timestamp, self.step = key, value, timestamp, step
 
-    library = types.ModuleType("mlflow")
-    library.MlflowClient, library.entities = Client, types.SimpleNamespace(Metric=Metric)
+    server, library = Server(), types.ModuleType("mlflow")
+    library.MlflowClient, library.entities = lambda: server, types.SimpleNamespace(Metric=Metric)
     name = types.SimpleNamespace(get=lambda: None)
     library.environment_variables = types.SimpleNamespace(MLFLOW_EXPERIMENT_NAME=name)
     library.__spec__ = importlib.util.spec_from_loader("mlflow", None)
     monkeypatch.setitem(sys.modules, "mlflow", library)
-    (tracker,) = trackers.start(("mlflow",), tmp_path, 0, "run", FACTS)[1:]
-    tracker.write(5, {"train/loss": 0.5, "train/lr": 0.1})
-    tracker.close()
-    assert told == [("run 1", [("train/loss", 0.5, 5), ("train/lr", 0.1, 5)]), "end"]
+    return server
+
+
+def test_mlflow_is_asked_once_for_all_figures_of_a_line(tmp_path, mlflow):
+    for step in (0, 5, 0):
+        (tracker,) = trackers.start(("mlflow",), tmp_path, step, "run", FACTS)[1:]
+        tracker.write(step, {"train/loss": 0.5, "train/lr": 0.1})
+        tracker.close()
+    lines = [("run 1", 0), ("run 1", 5), ("run 2", 0)]
+    assert mlflow.told[::2] == [
+        (run, [("train/loss", 0.5, step), ("train/lr", 0.1, step)]) for run, step in lines
+    ], "what begins anew is a run of its own"
+    assert set(mlflow.told[1::2]) == {"end"}
+
+
+def test_a_server_that_is_away_ends_no_training_but_begins_none(tmp_path, mlflow, caplog):
+    tracked = trackers.start(("mlflow",), tmp_path, 0, "run", FACTS)
+    mlflow.away = True
+    log_to(tmp_path, tracked)
+    assert caplog.text.count("MLflow gets no more figures (RuntimeError: no answer)") == 1
+    assert mlflow.told == []
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert [step for step, _, _ in scalars(tmp_path / "events")] == [1, 2]
+    with pytest.raises(UserError, match=r"train\.trackers: mlflow did not begin .*no answer"):
+        trackers.start(("mlflow",), tmp_path, 2, "run", FACTS)
 
 
 @pytest.mark.skipif(missing("mlflow"), reason="the extra `mlflow` is missing")

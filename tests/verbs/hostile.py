@@ -86,7 +86,10 @@ IMAGES = {  # case: the bytes of its file, what is said
         nifti(HU, pixdim=[1, 10, -9, 20, 1, 1, 1, 1], sform_code=0),
         "spacing must be positive",
     ),
-    "nan_spacing": (nifti(HU, pixdim=[1, np.nan, 9, 9, 1, 1, 1, 1]), "spacing must be positive"),
+    "nan_spacing": (
+        nifti(HU, pixdim=[1, np.nan, 9, 9, 1, 1, 1, 1], sform_code=0),
+        "spacing must be positive",
+    ),
     "nan_affine": (nifti(HU, srow_y=[np.nan] * 4), "affine is not finite"),
     "zero_affine": (
         nifti(HU, srow_x=[0] * 4, srow_y=[0] * 4, srow_z=[0] * 4),

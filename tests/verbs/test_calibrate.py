@@ -1,5 +1,6 @@
 """A temperature is fitted on validation, stored with the run, shown, and used on request."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -62,6 +63,17 @@ def test_a_temperature_makes_probabilities_fit_and_is_used_on_request(run, tmp_p
         label = (tmp_path / name / "scan.nii.gz").read_bytes()
         written[f"{name} label"] = label
     assert written["on label"] == written["off label"]
+    stays = {"out": str(tmp_path / "on"), "overwrite": False}
+    for settings, temperature, differs in (
+        (on, found["temperature"], ""),
+        (predict_one, found["temperature"], "-> None"),
+        (on, 1.5, "-> 1.5"),  # calibrated again
+    ):
+        (run / "calibration.json").write_text(json.dumps(found | {"temperature": temperature}))
+        text = rf"made otherwise: calibrated \(.* {differs}\)"
+        with pytest.raises(ValueError, match=text) if differs else contextlib.nullcontext():
+            changed = dataclasses.replace(settings, **stays)
+            predict.run(dataclasses.replace(opened.config, predict=changed), run)
     before, after = (written[name].astype(np.float64) for name in ("off", "on"))
     inside = (before.min(0) > 0.02) & (after.min(0) > 0.02)  # float16 below is coarse
     assert inside.sum() > 100

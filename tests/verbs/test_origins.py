@@ -5,6 +5,7 @@ import errno
 import shutil
 
 import nibabel as nib
+import numpy as np
 import pytest
 import tiny_run
 from dicom_files import write_series
@@ -14,6 +15,7 @@ from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.configs import from_run
 from bhsd_jax.platform import faults
 from bhsd_jax.settings import Settings
+from bhsd_jax.train import barrier
 from bhsd_jax.verbs import chosen_scans, predict
 
 
@@ -85,6 +87,22 @@ def test_label_maps_of_unknown_origin_stay_and_are_told_of(tmp_path, scans, capl
     run(folder, scans, out, overwrite=False)
     assert kept(out) == ["a", "b"]
     assert "2 label maps stay of which it is not known what made them" in caplog.text
+
+
+def test_several_jobs_of_several_processes_do_not_mix_their_tables(tmp_path, scans, monkeypatch):
+    """Each second process is done before the first ones, which is where they used to meet."""
+    folder, out = tiny_run.make(tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    for name in "abcd":
+        image = nib.Nifti1Image(tiny_run.head(), tiny_run.upright())
+        nib.save(image, scans / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(np.uint8(image.dataobj) * 0, image.affine), out / f"{name}.nii.gz")
+    monkeypatch.setattr(barrier, "wait_for_all", lambda name: None)
+    for index, job in ((1, 0), (1, 1), (0, 0), (0, 1)):
+        monkeypatch.setattr(barrier, "place", lambda index=index: (index, 2))
+        run(folder, scans, out, overwrite=False, num_parts=2, part_id=job)
+    assert kept(out / "part_0_of_2") == ["a", "c"]
+    assert kept(out / "part_1_of_2") == ["b", "d"]
 
 
 def refill(folder, seed, **options):

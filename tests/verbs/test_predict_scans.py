@@ -22,7 +22,7 @@ from bhsd_jax.assemble.underway import Stopwatch
 from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.platform import faults, files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.verbs import predict_scans
+from bhsd_jax.verbs import predict_scans, review
 from bhsd_jax.verbs.predict_scans import Scans, predict_all
 from bhsd_jax.volume import Case, Series
 
@@ -162,6 +162,23 @@ def test_scans_that_were_there_keep_their_place(tmp_path):
         *(("a", 1.5), ("b", None)),
         *(("c", 1.5), ("d", None)),
     ]
+
+
+def test_what_was_measured_of_a_label_map_lasts_as_long_as_it(tmp_path):
+    """Older records lack it: then the tables have it, which a call that is stopped cuts short."""
+    job = scans(tmp_path, Events(there="abc"), "abc", overwrite=False)
+    odd = dataclasses.replace(row("c", 1.5), unlike="slices of 9 mm", disagreement=0.25)
+    predict_scans.write_tables(tmp_path, [dataclasses.replace(odd, case="a")])
+    job.record.note("b")
+    job.record.note("c", review.measured(odd))
+    for known in ("abc", "c"):
+        found = predict_all(dataclasses.replace(job, record=Origins(tmp_path, {})))
+        (tmp_path / "volumes.json").unlink()
+        measured = {one.case: (one.unlike, one.disagreement) for one in found.rows}
+        want = (odd.unlike, odd.disagreement)
+        assert measured == {"a": want if "a" in known else ("", None), "b": ("", None), "c": want}
+    Origins(tmp_path, {}).begin("c", overwrite=True)
+    assert not Origins(tmp_path, {}).measured("c"), "it is to be made again"
 
 
 @pytest.mark.parametrize("step", ["prepare", "write"])

@@ -316,14 +316,18 @@ def test_slice_labels_that_nothing_can_use_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("bleeding", "rows", "known"),
+    ("bleeding", "rows", "known", "shown"),
     [
-        *((None, None, False), (True, None, False), (None, ((-1, -1),) * 7, False)),
-        *((False, None, True), (True, ((-1, -1), (0, -1)), True)),
+        (None, None, False, False),
+        (True, None, False, False),
+        (None, ((-1, -1),) * 7, False, False),
+        (False, None, True, False),
+        (True, ((-1, -1), (0, -1)), True, False),
+        (True, ((-1, -1), (1, -1)), True, True),
     ],
 )
-def test_losses_of_slice_labels_need_a_slice_that_is_known(tmp_path, bleeding, rows, known):
-    """That a scan bleeds says nothing of a single slice."""
+def test_losses_of_slice_labels_need_a_slice_that_is_known(tmp_path, bleeding, rows, known, shown):
+    """That a scan bleeds says nothing of a single slice; `mil` and `size` need one that does."""
     plan = tiny_run.PLAN
     nib.save(nib.Nifti1Image(tiny_run.head(), tiny_run.upright()), tmp_path / "b.nii.gz")
     case = Case("b", "b", tmp_path / "b.nii.gz", None, "unlabeled", bleeding, rows)
@@ -337,6 +341,10 @@ def test_losses_of_slice_labels_need_a_slice_that_is_known(tmp_path, bleeding, r
     run = Run.of(config, tmp_path, plan)
     recipe = recipes.make_recipe(run)
     with nullcontext() if known else pytest.raises(ValueError, match="none of the 1 unlabeled"):
+        train._require_slice_labels(run, recipe, ROLES)
+    config.slice_loss.size = 0.01
+    run, no = Run.of(config, tmp_path, plan), "absence alone" if known else "none of the 1"
+    with nullcontext() if shown else pytest.raises(ValueError, match=no):
         train._require_slice_labels(run, recipe, ROLES)
 
 

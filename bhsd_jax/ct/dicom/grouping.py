@@ -1,21 +1,21 @@
 """Slices to groups that may be a volume each; what is none is counted by its reason."""
 
-import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from bhsd_jax.ct.dicom import passes
 from bhsd_jax.ct.dicom import stack as dicom_stack
 from bhsd_jax.ct.dicom.image_kind import Flaw
 from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.volume import Series
 
-_SAME_COSINE = 1e-3
+_SAME_COSINE = 2e-3  # of each other: rounding to three decimals differs by one of the last
 _SAME_SPACING = 5e-3  # of each other: rounding, or a reconstruction slice by slice
 Left = Counter[tuple[str, Flaw]]
 """How many images of a study were left out, by reason."""
@@ -70,7 +70,7 @@ def split(slices: Sequence[Slice], left: Left) -> list[Group]:
     for group in _grouped(slices):
         flaw = group[0].flaw or _flaw_together(group)
         if flaw is None:
-            groups += map(_with_remarks, _passes(group))
+            groups += map(_with_remarks, _passes(group, left))
         elif flaw is Flaw.MULTI_FRAME:  # it is refused when it is read
             groups.append(Group(tuple(group), ()))
         elif flaw is not Flaw.DIRECTORY:
@@ -115,25 +115,24 @@ def _flaw_together(group: Sequence[Slice]) -> Flaw | None:
     """Why slices, each of them good, are no volume."""
     if len(group) < 2:
         return Flaw.ALONE
-    places = [dicom_stack.along_normal(item) for item in group]
+    places = dicom_stack.along_normal(group)
     # A timing bolus, for one, or the same localizer with several lines drawn into it.
-    return Flaw.PLACE if max(places) - min(places) < dicom_stack.SAME_MM else None
+    return Flaw.PLACE if np.ptp(places) < dicom_stack.SAME_MM else None
 
 
-def _passes(slices: Sequence[Slice]) -> list[Group]:
-    """One group; or one per acquisition, where several went over the same stretch.
-
-    A second pass, after contrast or because the patient moved, may lie half a step off and would
-    be stacked in between. Acquisitions one after another, as in step and shoot, stay together.
-    """
-    passes: dict[str, list[Slice]] = {}
-    for item in slices:
-        passes.setdefault(item.acquisition, []).append(item)
-    if "" in passes or min(map(len, passes.values())) < 2 or not _overlap(passes.values()):
-        return [Group(tuple(slices), ())]
-    text = f"{len(passes)} acquisitions of one series over the same stretch: a volume each"
+def _passes(slices: Sequence[Slice], left: Left) -> list[Group]:
+    """One group; or one per pass, where several went over the same stretch."""
+    parts = []
+    for part in passes.tell_apart(slices):
+        if flaw := _flaw_together(part):
+            left[study(part[0]), flaw] += len(part)
+        else:
+            parts.append(part)
+    if len(parts) < 2:
+        return [Group(tuple(part), ()) for part in parts]
+    text = f"{len(parts)} acquisitions of one series over the same stretch: a volume each"
     found = (Finding(Kind.ACQUISITIONS, "kept", text),)
-    return [Group(tuple(part), found) for part in passes.values()]
+    return [Group(tuple(part), found) for part in parts]
 
 
 def _with_remarks(group: Group) -> Group:
@@ -141,13 +140,6 @@ def _with_remarks(group: Group) -> Group:
         return group
     text = "images derived from others: a reformat, perhaps, whose original lies beside it"
     return replace(group, findings=(*group.findings, Finding(Kind.DERIVED, "kept", text)))
-
-
-def _overlap(passes: Iterable[Sequence[Slice]]) -> bool:
-    """Whether one begins before another ends."""
-    along = [[dicom_stack.along_normal(item) for item in part] for part in passes]
-    ranges = sorted((min(places), max(places)) for places in along)
-    return any(after[0] < before[1] for before, after in itertools.pairwise(ranges))
 
 
 def _alike(one: Slice, other: Slice) -> bool:

@@ -19,7 +19,7 @@ from bhsd_jax.ct.dicom import segment_codes, slice_file
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.stack import Stack
 from bhsd_jax.platform import files
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, explain_extra
 from bhsd_jax.volume import Series
 
 KINDS = ("binary", "labelmap", "fractional")
@@ -252,7 +252,5 @@ def _highdicom() -> Any:
     try:
         import highdicom
     except ModuleNotFoundError as error:
-        raise UserError(
-            "a DICOM SEG needs highdicom; install it with: pip install 'bhsd-jax[dicom]'"
-        ) from error
+        raise UserError(f"a DICOM SEG needs highdicom; {explain_extra('dicom')}") from error
     return highdicom

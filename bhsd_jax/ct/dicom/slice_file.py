@@ -18,19 +18,19 @@ import numpy as np
 from jaxtyping import Num
 
 from bhsd_jax.ct import hu
-from bhsd_jax.ct.dicom import frames, image_kind
+from bhsd_jax.ct.dicom import bare_file, directions, frames, image_kind
 from bhsd_jax.ct.dicom.image_kind import Flaw
 from bhsd_jax.defects import Kind, Refusal
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, explain_extra
 
 _TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"),
     *("Modality", "ImageType", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
-    *("AcquisitionNumber", "SliceThickness"),
+    *("AcquisitionNumber", "AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime"),
+    *("TemporalPositionIdentifier", "ConvolutionKernel", "SliceThickness"),
     *frames.TAGS,
 )
-_UNIT = 1e-3  # how far direction cosines may be from unit length and perpendicular
 _TISSUE_HU = (-200.0, 200.0)
 _BROKEN = (Exception,)  # pydicom throws what the file makes it throw: KeyError, struct.error, ...
 
@@ -53,7 +53,10 @@ class Slice:
     along_row: tuple[float, ...] = ()  # direction in which the column index grows
     along_column: tuple[float, ...] = ()  # direction in which the row index grows
     position: tuple[float, ...] = ()  # center of the first voxel, mm
-    acquisition: str = ""  # number of the pass; "" if the file does not say
+    acquisition: str = ""  # number of the pass; "" if the file does not say, as below
+    time: str = ""  # when it was acquired
+    moment: str = ""  # number of its place in time, in files of one image
+    kernel: str = ""  # of the reconstruction
     thickness_mm: float = 0.0  # of the slice; 0 if the file does not say
     derived: bool = False  # computed from other images, as a reformat is
     frame: int | None = None  # which of the file's, from 0; None: the file is one image
@@ -81,20 +84,7 @@ def is_dicom(path: Path) -> bool:
             start = file.read(132)
     except OSError:
         return False
-    return start[128:] == b"DICM" or _is_bare(start)
-
-
-def _is_bare(start: bytes) -> bool:
-    """Whether a data set begins here, without preamble and file meta group.
-
-    Some treatment planning systems and old archives export so; dcm2niix 1.0 and GDCM 3 read it.
-    The first element is one of the group that identifies an image, in either way to write it.
-    """
-    group, element = (int.from_bytes(start[at : at + 2], "little") for at in (0, 2))
-    if len(start) < 132 or group != 0x0008 or element > 0x0018:
-        return False
-    explicit = start[4:6].isalpha() and start[4:6].isupper()
-    return explicit or int.from_bytes(start[4:8], "little") <= 64  # UIDs, dates and times are short
+    return start[128:] == b"DICM" or bare_file.begins(start)
 
 
 def headers(path: Path) -> list[Slice]:
@@ -153,20 +143,21 @@ def planes(path: Path, wanted: Sequence[int | None], *, unwrap: bool = True) -> 
 
 
 def read(file: BinaryIO, **options: Any) -> Any:
-    """A data set; one without file meta group gets the transfer syntax it is written in.
+    """A data set; one that does not state its transfer syntax gets that which it is written in.
 
     Warnings and errors are pydicom's, which quote values: for callers that hold them back.
     """
-    bare = _is_bare(file.read(132))
+    bare = bare_file.begins(file.read(132))
     file.seek(0)
     data = _pydicom().dcmread(file, force=bare, **options)
-    if bare:
+    if not data.file_meta.get("TransferSyntaxUID"):
+        if not ("SOPClassUID" in data or "Rows" in data):
+            raise ValueError("no transfer syntax, and no image in the one that was guessed")
         from pydicom import uid
 
-        implicit, _ = data.original_encoding
-        data.file_meta.TransferSyntaxUID = (
-            uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
-        )
+        implicit, little = data.original_encoding
+        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        data.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
     return data
 
 
@@ -182,9 +173,7 @@ def _pydicom() -> Any:
     try:
         import pydicom
     except ModuleNotFoundError as error:
-        raise UserError(
-            "DICOM files need pydicom; install it with: pip install 'bhsd-jax[dicom]'"
-        ) from error
+        raise UserError(f"DICOM files need pydicom; {explain_extra('dicom')}") from error
     return pydicom
 
 
@@ -249,7 +238,7 @@ def _slices(path: Path, data: Any) -> list[Slice]:
 
 def _acquisition(frame: frames.Frame) -> str:
     """Of a frame: the number of the pass, and its stack."""
-    number = str(frame.get("AcquisitionNumber") or "")
+    number = _text(frame, "AcquisitionNumber")
     return f"{number}/{frame.stack}" if number or frame.stack else ""
 
 
@@ -268,11 +257,15 @@ def _planes(data: Any, wanted: Sequence[int], unwrap: bool) -> list[Plane]:
 def _slice(path: Path, data: Any) -> Slice:
     known = Slice(
         path,
-        patient=sys.intern(str(data.get("PatientID") or "")),
-        study=sys.intern(str(data.get("StudyInstanceUID") or "")),
-        series=sys.intern(str(data.get("SeriesInstanceUID") or "")),
+        patient=_text(data, "PatientID"),
+        study=_text(data, "StudyInstanceUID"),
+        series=_text(data, "SeriesInstanceUID"),
         instance=str(data.get("SOPInstanceUID") or ""),
-        acquisition=sys.intern(str(data.get("AcquisitionNumber") or "")),
+        acquisition=_text(data, "AcquisitionNumber"),
+        time=_text(data, "AcquisitionDateTime")
+        or _text(data, "AcquisitionDate") + _text(data, "AcquisitionTime"),
+        moment=_text(data, "TemporalPositionIdentifier"),
+        kernel=_text(data, "ConvolutionKernel"),
         flaw=image_kind.flaw_of(data),
         derived=image_kind.is_derived(data),
     )
@@ -285,18 +278,27 @@ def _slice(path: Path, data: Any) -> Slice:
         return replace(known, flaw=Flaw.POSITION)
     if min(rows, columns) <= 0:
         return replace(known, flaw=Flaw.SIZE)
-    across = np.asarray(orientation).reshape(2, 3)
-    if np.abs(across @ across.T - np.eye(2)).max() > _UNIT:
+    axes = directions.axes(np.asarray(orientation).reshape(2, 3))
+    if axes is None:
         return replace(known, flaw=Flaw.ORIENTATION)
     return replace(
         known,
         shape=(int(data.get("Rows")), int(data.get("Columns"))),
         spacing_mm=(rows, columns),
-        along_row=tuple(orientation[:3]),
-        along_column=tuple(orientation[3:]),
+        along_row=axes[0],
+        along_column=axes[1],
         position=position,
         thickness_mm=_number(data.get("SliceThickness")),
     )
+
+
+def _text(data: Any, name: str) -> str:
+    """What the header says, kept once for all slices that say the same; "" if it does not."""
+    try:
+        value = data.get(name)
+    except _BROKEN:  # a number that is none does no harm to the slice
+        value = None
+    return "" if value is None else sys.intern(str(value))
 
 
 def _number(value: Any) -> float:

@@ -15,13 +15,14 @@ from bhsd_jax.volume import Shape
 
 SAME_MM = 0.01  # two slices this close lie at one position
 _EVEN = 0.02  # of the step: how far a slice may be from its place
-_ROUNDED_MM = 0.1  # positions that were rounded to this, as some archives do, may be so far off
-_ROUNDED = 0.2  # of the step: but not further
+TENTH_MM = 0.1  # to which some archives round positions; no couch is more exact
+_ROUNDED = 0.65  # of what was rounded to: so far from the line through all may a slice be
+_MOST = 0.4  # of the step: but not further
 _WHOLE = 0.05  # of the step: gaps this near to a multiple of it are missing slices
 _HOLE = 2.5  # times the steps beside it: too much to fill in
 _THICKER = 1.5  # times the thinnest slice: scanned so on purpose
 _BLOCK = 3  # wide steps in a row, and none elsewhere: a protocol, not slices that are missing
-_ASIDE_MM = 0.1  # how far a slice may lie off the line through the first and the last
+_ASIDE_MM = 0.2  # off the line through the first and the last: what rounding to tenths can do
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Stack:
     @property
     def places_mm(self) -> Float[np.ndarray, " n"]:
         """Where the slices lie along their normal, from the first."""
-        places = np.asarray([along_normal(item) for item in self.slices])
+        places = along_normal(self.slices)
         return places - places[0]
 
     @property
@@ -84,21 +85,22 @@ def arrange(
     if uneven not in ("refuse", "resample"):
         raise UserError(f"uneven is refuse or resample; got {uneven!r}")
     found: list[Finding] = []
-    order = sorted(slices, key=along_normal)
-    kept = _without_copies(order, same, found)
+    kept = _in_order(slices, same, found)
     if len(kept) < 2:
         text = f"{len(kept)} slices are no volume: their distance is not known"
         raise Refusal(Kind.TOO_FEW_SLICES, text)
-    places = np.asarray([along_normal(item) for item in kept])
+    places = along_normal(kept)
     steps = np.diff(places)
     depth = len(kept)
     as_they_are = True
-    if _is_uneven(places, _rounded_mm(kept)):
-        kind, text = _describe(steps, np.asarray([item.thickness_mm for item in kept]))
+    if not are_even(kept):
+        kind, text = _describe(kept, steps)
         if uneven == "refuse" and not (even_out and kind is Kind.SLICES_UNEVEN):
             raise _refused(kind, text, setting)
         _require_no_hole(steps)
         usual = float(np.percentile(steps, 25, method="lower"))
+        if kind is Kind.SLICES_MISSING:  # rounded steps have no percentile that is the true one
+            usual = _single(steps)
         depth = max(2, round((places[-1] - places[0]) / usual) + 1)
         even = (places[-1] - places[0]) / (depth - 1)
         text = f"{text}; interpolated to {depth} slices at steps of {even:.3f} mm"
@@ -113,66 +115,112 @@ def arrange(
     return Stack(tuple(kept), (depth, rows, columns), affine, source, tuple(found))
 
 
-def normal(item: Slice) -> Float[np.ndarray, "3"]:
-    """Unit vector across the slice."""
-    across = np.cross(item.along_row, item.along_column)
+def along_normal(slices: Sequence[Slice]) -> Float[np.ndarray, " n"]:
+    """Places of slices along the normal that they share, mm.
+
+    Each along its own would multiply what their cosines differ by, which is rounding, by the
+    distance from the scanner's center.
+    """
+    return np.asarray([item.position for item in slices]) @ _normal(slices)
+
+
+def are_even(slices: Sequence[Slice]) -> bool:
+    """Whether slices in order lie at even steps, but for what rounding of positions can do.
+
+    Rounded steps are told from missing slices by their size, and from a slice that lies elsewhere
+    by the line through all: what was rounded is never further than half the unit from its own line.
+    """
+    places, count = along_normal(slices), len(slices)
+    even = np.linspace(places[0], places[-1], count)
+    step, off = even[1] - even[0], np.abs(places - even).max()
+    if off <= _EVEN * step + 1e-6:
+        return True
+    rounded_mm = _rounded_mm(slices)
+    allowed = min(rounded_mm, _MOST * step)
+    index = np.arange(count)
+    line = np.polynomial.Polynomial.fit(index, places, 1)(index)
+    widest = np.abs(np.diff(places) - step).max()
+    return bool(
+        off <= allowed + 1e-6
+        and widest <= min(rounded_mm * count / (count - 1), _MOST * step) + 1e-6
+        and np.abs(places - line).max() <= max(_EVEN * step, _ROUNDED * rounded_mm)
+    )
+
+
+def hole(steps: Float[np.ndarray, " n"]) -> tuple[int, float] | None:
+    """The first step that is far wider than those beside it: which, and the wider one of these."""
+    around = np.concatenate([[0.0], steps, [0.0]])
+    beside = np.maximum(around[:-2], around[2:])
+    holes = np.flatnonzero((steps > _HOLE * beside) & (beside > 0))
+    return (int(holes[0]), float(beside[holes[0]])) if len(holes) else None
+
+
+def _normal(slices: Sequence[Slice]) -> Float[np.ndarray, "3"]:
+    """Unit vector across the slices: of the mean of their cosines."""
+    rows = np.mean([item.along_row for item in slices], axis=0)
+    across = np.cross(rows, np.mean([item.along_column for item in slices], axis=0))
     return across / np.linalg.norm(across)
 
 
-def along_normal(item: Slice) -> float:
-    """Place of the slice along its normal, mm."""
-    return float(normal(item) @ np.asarray(item.position))
-
-
-def _without_copies(
-    order: Sequence[Slice], same: Callable[[Slice, Slice], bool], found: list[Finding]
+def _in_order(
+    slices: Sequence[Slice], same: Callable[[Slice, Slice], bool], found: list[Finding]
 ) -> list[Slice]:
-    kept: list[Slice] = []
-    for item in order:
-        if kept and abs(along_normal(item) - along_normal(kept[-1])) < SAME_MM:
-            if not same(item, kept[-1]):
+    """By place, without copies."""
+    places = along_normal(slices)
+    kept: list[int] = []
+    for index in np.argsort(places, kind="stable").tolist():
+        if kept and abs(places[index] - places[kept[-1]]) < SAME_MM:
+            if not same(slices[index], slices[kept[-1]]):
                 raise Refusal(
                     Kind.ONE_PLACE,
-                    f"two different slices at one position, {along_normal(item):.2f} mm along "
+                    f"two different slices at one position, {places[index]:.2f} mm along "
                     "the normal: several acquisitions share the series; keep one of them",
                 )
             continue
-        kept.append(item)
-    if len(kept) < len(order):
-        text = f"copies of slices left out: {len(order) - len(kept)}"
+        kept.append(index)
+    if len(kept) < len(slices):
+        text = f"copies of slices left out: {len(slices) - len(kept)}"
         found.append(Finding(Kind.SLICES_TWICE, "kept", text))
-    return kept
-
-
-def _is_uneven(places: Float[np.ndarray, " n"], rounded_mm: float) -> bool:
-    even = np.linspace(places[0], places[-1], len(places))
-    step = even[1] - even[0]
-    allowed = max(_EVEN * step, min(rounded_mm, _ROUNDED * step))
-    return bool(np.abs(places - even).max() > allowed + 1e-6)
+    return [slices[index] for index in kept]
 
 
 def _rounded_mm(slices: Sequence[Slice]) -> float:
-    """To what positions were rounded: all of them are multiples of it; 0 if they are not."""
-    tenths = np.asarray([item.position for item in slices]) / _ROUNDED_MM
-    return _ROUNDED_MM if np.abs(tenths - np.rint(tenths)).max() < 1e-4 else 0.0
+    """How far apart along the normal rounding may have brought what lay at one place.
+
+    To whole millimeters if all coordinates that differ from slice to slice are whole, else to
+    tenths; an oblique normal adds up what was rounded in each.
+    """
+    positions = np.asarray([item.position for item in slices])
+    moving = positions[:, np.ptp(positions, axis=0) > SAME_MM]
+    unit = 1.0 if np.abs(moving - np.rint(moving)).max(initial=0) < 1e-4 else TENTH_MM
+    return unit * float(np.abs(_normal(slices)).sum())
 
 
-def _describe(
-    steps: Float[np.ndarray, " n"], thickness_mm: Float[np.ndarray, " m"]
-) -> tuple[Kind, str]:
-    usual = float(np.median(steps))
+def _single(steps: Float[np.ndarray, " n"]) -> float:
+    """The step where no slice is missing; the mean, for rounding makes it differ."""
+    return float(steps[steps < _THICKER * np.median(steps)].mean())
+
+
+def _describe(slices: Sequence[Slice], steps: Float[np.ndarray, " n"]) -> tuple[Kind, str]:
+    thickness_mm = np.asarray([item.thickness_mm for item in slices])
+    usual = _single(steps)
     times = steps / usual
-    whole = (np.abs(times - np.rint(times)) <= _WHOLE).all() and (np.rint(times) >= 1).all()
-    if whole and not _on_purpose(times > _THICKER, thickness_mm):
+    # Whole millimeters are no rounding where the steps without a gap are alike.
+    differ_mm = max(float(np.ptp(steps[steps < _THICKER * usual])), _ASIDE_MM)
+    near = max(_WHOLE, min(differ_mm / usual, _rounded_mm(slices) / usual, _MOST) + 1e-6)
+    whole = (np.abs(times - np.rint(times)) <= near).all() and (np.rint(times) >= 1).all()
+    wide = np.rint(times) > 1
+    if whole and wide.any() and not _on_purpose(wide, thickness_mm):
         missing = int((np.rint(times) - 1).sum())
-        first = int(np.argmax(times > _THICKER))
+        first = int(np.argmax(wide))
         return Kind.SLICES_MISSING, (
             f"{missing} {'slice is' if missing == 1 else 'slices are'} missing: "
             f"{steps[first]:.2f} mm after slice {first + 1} of {len(steps) + 1} by position, "
             f"{usual:.2f} mm elsewhere"
         )
     return Kind.SLICES_UNEVEN, (
-        f"slices at uneven steps, {steps.min():.2f} to {steps.max():.2f} mm, mostly {usual:.2f} mm"
+        f"slices at uneven steps, {steps.min():.2f} to {steps.max():.2f} mm, mostly "
+        f"{np.median(steps):.2f} mm"
     )
 
 
@@ -194,15 +242,12 @@ def _refused(kind: Kind, text: str, setting: str) -> Refusal:
 
 
 def _require_no_hole(steps: Float[np.ndarray, " n"]) -> None:
-    around = np.concatenate([[0.0], steps, [0.0]])
-    beside = np.maximum(around[:-2], around[2:])
-    holes = np.flatnonzero((steps > _HOLE * beside) & (beside > 0))
-    if len(holes):
-        first = int(holes[0])
+    if found := hole(steps):
+        first, beside = found
         raise Refusal(
             Kind.MISSING,
             f"{steps[first]:.2f} mm without a slice after slice {first + 1} of {len(steps) + 1} "
-            f"by position, {beside[first]:.2f} mm beside it: too much to interpolate; fetch the "
+            f"by position, {beside:.2f} mm beside it: too much to interpolate; fetch the "
             "missing slices",
         )
 
@@ -210,7 +255,7 @@ def _require_no_hole(steps: Float[np.ndarray, " n"]) -> None:
 def _affine(kept: Sequence[Slice], depth: int, found: list[Finding]) -> Float[np.ndarray, "4 4"]:
     first = kept[0]
     corners = np.asarray([item.position for item in kept])
-    places = np.asarray([along_normal(item) for item in kept])
+    places = along_normal(kept)
     share = (places - places[0]) / (places[-1] - places[0])
     line = corners[0] + share[:, None] * (corners[-1] - corners[0])
     aside = float(np.linalg.norm(corners - line, axis=1).max())
@@ -227,7 +272,7 @@ def _affine(kept: Sequence[Slice], depth: int, found: list[Finding]) -> Float[np
     matrix[:3, 1] = -down
     matrix[:3, 2] = np.asarray(first.along_row) * first.spacing_mm[1]
     matrix[:3, 3] = corners[0] + down * (first.shape[0] - 1)
-    cosine = float(step @ normal(first) / np.linalg.norm(step))
+    cosine = float(step @ _normal(kept) / np.linalg.norm(step))
     tilt = math.degrees(math.acos(min(1.0, abs(cosine))))
     if tilt > LEAST_TILT_DEG:
         text = f"gantry tilt of {tilt:.1f} degrees, kept as shear in the affine"

@@ -53,6 +53,7 @@ def conclude(
     used = [fact for fact in facts if fact.case not in left_out]
     findings = [*found.findings, *copies, *(skipped[case] for case in sorted(skipped))]
     findings += doctor.of_facts(used, dataset.modality)
+    findings += doctor.of_values(used, dataset.classes, getattr(dataset, "binary_flag", ""))
     defects = doctor.group(findings)
     totals = listing.summary(used, dataset.classes, defects)
     _write(workdir, listing.rows(used, dataset.classes), totals, defects)

@@ -60,6 +60,18 @@ def of_copies(facts: Sequence[Facts]) -> list[Finding]:
     return found
 
 
+def of_values(facts: Iterable[Facts], classes: Sequence[str], binary_flag: str) -> list[Finding]:
+    """Masks of 0 and 1 alone, where nobody has said that 1 is the first of several classes.
+
+    Most masks of one kind are such. `binary_flag` is what to set for them; "": it was said.
+    """
+    marked = [fact.voxels[1:] for fact in facts if any(fact.voxels[1:])]
+    if not binary_flag or not marked or any(any(rest) for _, *rest in marked):
+        return []
+    text = f"1 is taken for {classes[1]}; if it means any bleeding, set {binary_flag}"
+    return [Finding(Kind.MASK_ONE_VALUE, "kept", text)]
+
+
 def group(findings: Iterable[Finding]) -> list[Group]:
     """By kind and outcome: what was refused first, then what is doubtful, then repairs."""
     groups: dict[tuple[Kind, Outcome], list[Finding]] = defaultdict(list)

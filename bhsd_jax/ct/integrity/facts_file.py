@@ -28,6 +28,7 @@ from bhsd_jax.volume import Case
 _DECODERS = (  # of NIfTI; of DICOM, and what may be installed beside it for compressed voxels
     *("nibabel", "pydicom", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg"),
     *("pylibjpeg-rle", "pyjpegls", "python-gdcm", "pillow", "SimpleITK", "tifffile"),
+    "imagecodecs",
 )
 
 
