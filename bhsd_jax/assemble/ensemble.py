@@ -95,6 +95,8 @@ def _seen(run: Run, other: Run, cases: set[str]) -> int:
     if trained is not None and trained.holds_out(cases):
         return 0
     changed = trained is not None and bool(trained.roles)
+    if trained is not None and not held_out.is_same_place(trained, run.config):
+        changed = False
     try:
         roles, _ = other.roles
     except (FileNotFoundError, UserError):
@@ -103,7 +105,8 @@ def _seen(run: Run, other: Run, cases: set[str]) -> int:
         used = {*roles.train, *roles.unlabeled}
         shared = bool(cases & {*used, *roles.val, *roles.test})
         where = other.config, other.folder
-        changed = trained is not None and bool(held_out.difference(trained, *where, roles))
+        part = "test" if cases <= {*roles.test} else "trained"
+        changed = trained is not None and bool(held_out.difference(trained, *where, roles, part))
         if shared and not changed:
             return len(cases & used)
     alike = shared or other.plan.dataset == run.plan.dataset

@@ -8,6 +8,7 @@ the ids that validated, that were tested on and that were trained on.
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from bhsd_jax.settings import Settings
 from bhsd_jax.train import checkpoint_files as disk
 from bhsd_jax.volume import Plan
 
+logger = logging.getLogger(__name__)
 _HELD_OUT = ("val", "test")
 _SPLIT = ("fold", "binary", "seed")  # of `config.split`; each gives scans or classes other roles
+_ANYBODYS = ("folder", "DICOM")  # names of data sets that say nothing of whose they are
 _ADDED = "scans or masks were added, taken away or changed"
 _DIVIDED = "splits_final.json, or what the data set says of its scans, divides them in another way"
 
@@ -111,7 +114,8 @@ def require(config: Settings, workdir: Path, roles: Roles, part: str) -> None:
     """Refuses a part, "val" or "test", of which the run in a folder may have seen scans.
 
     Of an older version's run only plan and fold are compared, for the validation scans. Scans of
-    another data set are never refused.
+    another data set are never refused; of a folder that lies elsewhere it is not known whether it
+    is another, and that is said.
 
     Raises:
         UserError: Says what has changed since the training.
@@ -120,6 +124,14 @@ def require(config: Settings, workdir: Path, roles: Roles, part: str) -> None:
     if trained is None or trained.plan.get("dataset") != Plan.load(shards).dataset:
         return
     if changed := difference(trained, config, workdir, roles, part):
+        if not is_same_place(trained, config):
+            logger.warning(
+                "split %s: these scans lie elsewhere than those that %s was trained on; if they "
+                "are the same, it may have been trained on some of them",
+                part,
+                workdir,
+            )
+            return
         raise UserError(
             f"{workdir}: split {part} is not what this run held out of its training: {changed}. "
             "It may have been trained on some of these scans, and their scores would be too good; "
@@ -140,6 +152,12 @@ def difference(
     if trained.plan.get("source_sha256") != source:
         return _ADDED
     return _DIVIDED if trained.roles else ""
+
+
+def is_same_place(trained: Trained, config: Settings) -> bool:
+    """False where both are of a kind of folder that anybody may have, and of two such folders."""
+    roots = (trained.config.get("data", {}).get("root"), config.data.get("root"))
+    return trained.plan.get("dataset") not in _ANYBODYS or roots[0] == roots[1]
 
 
 def _plan(old: Plan, new: Plan) -> str:

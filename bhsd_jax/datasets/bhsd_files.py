@@ -15,9 +15,9 @@ from bhsd_jax.platform.errors import UserError
 
 _PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
 _SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-_OTHERS = (  # no .npz, which `predict` writes beside label maps
+_OTHERS = (  # no .npz, which `predict` writes beside label maps; no previews, such as .tif
     *(".hdr", ".hdr.gz", ".mhd", ".nhdr", ".nrrd", ".mha", ".mgz", ".mgh", ".mnc", ".mnc.gz"),
-    *(".gipl", ".gipl.gz", ".head", ".npy", ".tif", ".tiff"),
+    *(".gipl", ".gipl.gz", ".head"),
     *(".nii.bz2", ".nii.lz4", ".nii.xz", ".nii.zip", ".nii.zst"),
 )
 _MAGIC = (b"\x1f\x8b", b"\x5c\x01", b"\x00\x00")  # gzip; 348, the first field of NIfTI, either way

@@ -175,13 +175,15 @@ class MSD:
 
     def _image(self, id: str, files: list[Path]) -> Path | Channels:
         """One scan in its files."""
-        if len(self._channels) == 1:
-            return files[0]
         if len(files) not in (1, len(self._channels)):
             raise UserError(
-                f"{self.root}: {id} has {len(files)} of {len(self._channels)} channels: "
-                f"{_some([path.name for path in files])}; put the missing files there"
+                f"{self.root}: {id} has {len(files)} files "
+                f"({_some([path.name for path in files])}), and dataset.json names the channels "
+                f"{_some([name for name, _ in self._channels])}; put missing files there, or name "
+                "all channels"
             )
+        if len(self._channels) == 1:
+            return files[0]
         return Channels(tuple(files), len(self._channels))
 
     @property
@@ -248,7 +250,11 @@ class MSD:
 
     def _id(self, file: str, *, image: bool) -> str:
         stem = file.removesuffix(self._ending)
-        return stem.removesuffix("_0000") if image and self._numbered else stem
+        first = self._folder("imagesTr") / f"{stem}_0000{self._ending}"
+        # Lists of nnU-Net v1 leave out the number of the channel, and a case may be called c_0000.
+        if not image or not self._numbered or first.is_file():
+            return stem
+        return stem.removesuffix("_0000")
 
     def _files(self, folder: Path) -> list[Path]:
         if not folder.is_dir():

@@ -39,7 +39,7 @@ def sum_of_all_tokens(values: Float[Array, "*n C"]) -> Float[Array, " C"]:
 
     def on_cpu(values: Array) -> Array:
         near = _near_tokens(values)
-        return jnp.tensordot(jnp.ones(near.shape[:-1]), near, near.ndim - 1)
+        return jnp.tensordot(jnp.ones(near.shape[:-1], near.dtype), near, near.ndim - 1)
 
     def elsewhere(values: Array) -> Array:
         return values.sum(tuple(range(values.ndim - 1)))

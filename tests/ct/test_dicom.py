@@ -627,6 +627,13 @@ def test_positions_rounded_to_a_tenth_are_even(tmp_path, step):
         assert not found
 
 
+@pytest.mark.parametrize("places", [[0, 3, 6, 9.1, *range(12, 72, 3)], 10 + 3.0022 * np.arange(24)])
+def test_a_slice_a_tenth_off_the_line_is_rounding(tmp_path, places):
+    write_series(tmp_path, block((24, 8, 8)), places=np.round(places, 1))
+    _, found = read(tmp_path)
+    assert not found
+
+
 @pytest.mark.parametrize("step", [0.625, 1.25])
 @pytest.mark.parametrize("normal", [(0, 0, 1), oblique()], ids=["axial", "oblique"])
 def test_a_missing_slice_is_missed_however_positions_were_rounded(tmp_path, step, normal):
@@ -726,6 +733,14 @@ def test_two_passes_over_the_same_stretch_are_two_volumes(tmp_path, off, tags, p
     groups = dicom_series.find(tmp_path)
     assert len(groups) == 2
     for group, voxels in zip(groups, heads, strict=True):
+        volume, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
+        np.testing.assert_array_equal(volume.voxels, voxels[:, ::-1])
+        assert kinds(found) == [Kind.ACQUISITIONS]
+
+
+def test_numbered_passes_that_share_a_few_slices_are_two_volumes(tmp_path):
+    heads = two_passes(tmp_path, {"AcquisitionNumber": (1, 2)}, off=15.0)
+    for group, voxels in zip(dicom_series.find(tmp_path), heads, strict=True):
         volume, found = dicom_series.read(group.as_series("a", uneven="refuse", unshear=False))
         np.testing.assert_array_equal(volume.voxels, voxels[:, ::-1])
         assert kinds(found) == [Kind.ACQUISITIONS]

@@ -94,6 +94,18 @@ def test_scans_that_were_added_make_every_verb_refuse_the_folds_of_today(run):
     assert len(ids(run)) == 4, "of another data set it has seen nothing"
 
 
+def test_of_a_folder_elsewhere_it_is_said_that_it_may_be_the_same(run, caplog):
+    mine = {"config": run.config.to_dict() | {"data": {"root": "/mine"}}, "input": {}}
+    mine |= {"plan": run.plan.to_json() | {"dataset": "folder"}}
+    mine |= {"roles": held_out.record(run.roles[0], {})}
+    place = run.folder / "checkpoints"
+    checkpoint_files.make_room(place, 2)
+    checkpoint_files.finish(place, 2, None, mine)
+    index(run.folder, NAMES[:10], dataset="folder")
+    assert len(ids(run)) == 2
+    assert "lie elsewhere than those that" in caplog.text
+
+
 def test_folds_of_a_user_that_came_since_are_noticed_though_the_plan_is_the_same(run):
     splits_file.keep(run.folder / "shards", ((NAMES[4:], NAMES[:4]),))
     with pytest.raises(ValueError, match=r"held out of its training: splits_final\.json"):
@@ -117,6 +129,7 @@ def test_of_older_versions_and_imported_weights_is_compared_what_can_be(run):
     with pytest.raises(ValueError, match="masks were added"):
         ids(run)
     assert ids(run, "test") == ("t1", "t2")
+    assert ensemble.seen(run, [run.folder], ("t1", "t2")) == {}, "test scans are never trained on"
     index(run.folder)
     split = dataclasses.replace(run.config.split, fold=1)  # as an older version let it be changed
     with pytest.raises(ValueError, match=r"split\.fold \(0 -> 1\)"):

@@ -13,6 +13,7 @@ from bhsd_jax.ct.dicom.slice_file import Slice
 
 _NUMBER, _TIME = "acquisition", "time"  # a scanner gives the number to tell just this
 _TOLD_BY = ("moment", "kernel", _NUMBER, _TIME)  # fields of a slice, the surest first
+_ENOUGH = 3  # slices of each that lie among the other's, where a number tells them apart
 _IN_COMMON = 0.5  # of a pass, or without a number of the longest: what both went over
 _FILLED = 0.1  # slices whose thickness is as near as this to the step leave no gaps
 
@@ -108,8 +109,11 @@ def _are_whole(parts: Sequence[list[Slice]], told_by: str) -> bool:
         return False
     *others, longest = sorted(places, key=np.ptp)
     for one in others:
-        common = min(one[-1], longest[-1]) - max(one[0], longest[0])
-        if common < _IN_COMMON * np.ptp(one if told_by == _NUMBER else longest):
+        low, high = max(one[0], longest[0]), min(one[-1], longest[-1])
+        inside = min(np.count_nonzero((low <= p) & (p <= high)) for p in (one, longest))
+        if told_by == _NUMBER and inside >= _ENOUGH:
+            continue
+        if high - low < _IN_COMMON * np.ptp(one if told_by == _NUMBER else longest):
             return False
     together = _in_order(list(itertools.chain(*parts)))
     if not dicom_stack.are_even(together):

@@ -143,7 +143,7 @@ def are_even(slices: Sequence[Slice]) -> bool:
     return bool(
         off <= allowed + 1e-6
         and widest <= min(rounded_mm * count / (count - 1), _MOST * step) + 1e-6
-        and np.abs(places - line).max() <= max(_EVEN * step, _ROUNDED * rounded_mm)
+        and np.abs(places - line).max() <= max(_EVEN * step, _ROUNDED * rounded_mm, TENTH_MM)
     )
 
 
