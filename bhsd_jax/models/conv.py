@@ -22,7 +22,6 @@ from jaxtyping import Array, Float
 from bhsd_jax.models import conv_bfloat16, conv_cpu
 from bhsd_jax.models.conv_cpu import Padding, Triple
 from bhsd_jax.models.initializers import he_normal, he_normal_transpose
-from bhsd_jax.models.sums import add_bias
 from bhsd_jax.platform import processor
 
 _AXES_3D = ("NDHWC", "DHWIO", "NDHWC")
@@ -96,7 +95,7 @@ class Conv(nn.Module):
         out = conv3d(image.astype(self.dtype), kernel, self.strides, (d, h, w))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            out = out if self.idle_bias else add_bias(out, bias.astype(self.dtype))
+            out = out if self.idle_bias else out + bias.astype(self.dtype)
         return out
 
 
@@ -116,8 +115,7 @@ class ConvTranspose(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         out = conv_transpose(image.astype(self.dtype), kernel)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            out = add_bias(out, bias.astype(self.dtype))
+            out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return out
 
 

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 from bhsd_jax.models.conv import Triple, conv3d
 from bhsd_jax.models.initializers import fan_out_normal, torch_bias
 from bhsd_jax.models.norms import BatchNorm, InstanceNorm
-from bhsd_jax.models.sums import add_bias
 from bhsd_jax.platform.errors import UserError
 
 
@@ -89,7 +88,7 @@ class Head(nn.Module):
         kernel = self.param("kernel", fan_out_normal, (1, 1, 1, channels, self.num_classes))
         bias = self.param("bias", torch_bias(channels), (self.num_classes,))
         out = conv3d(image.astype(self.dtype), kernel.astype(self.dtype))
-        return add_bias(out, bias.astype(self.dtype))
+        return out + bias.astype(self.dtype)
 
 
 def standardized(kernel: Float[Array, "kd kh kw C F"]) -> Float[Array, "kd kh kw C F"]:

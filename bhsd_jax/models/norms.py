@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from bhsd_jax.models.sums import sum_of_all_tokens, sum_of_channels, sum_of_tokens
+from bhsd_jax.models.sums import mean_of_voxels, sum_of_all_tokens, sum_of_channels
 from bhsd_jax.platform.errors import UserError
 
 NormSpec = str | tuple[str, Any]  # kind, or (kind, PyTorch's keyword arguments)
@@ -186,9 +186,8 @@ def normalize(
 
 def _normalize(image: Array, scale: Array, bias: Array, epsilon: float, slope: float):
     wide = image.astype(jnp.float32)
-    voxels = image[0, ..., 0].size
-    mean = sum_of_tokens(wide) / voxels
-    inverse = lax.rsqrt(sum_of_tokens(jnp.square(wide - mean)) / voxels + epsilon)
+    mean = mean_of_voxels(wide)
+    inverse = lax.rsqrt(mean_of_voxels(jnp.square(wide - mean)) + epsilon)
     out = (wide - mean) * (inverse * scale) + bias
     out = out if slope == 1 else jnp.where(out > 0, out, slope * out)
     return out, (image, mean, inverse, scale, bias)
@@ -201,10 +200,12 @@ def _normalize_grad(epsilon: float, slope: float, residuals: tuple[Array, ...], 
         grad = jnp.where(normal * scale + bias > 0, grad, slope * grad)
     # The result ignores shifts and (but for epsilon) scalings of the image, so the gradient loses
     # its components along the constant and along the result itself.
+    shift = mean_of_voxels(grad)
+    along = mean_of_voxels(grad * normal)
+    to_image = (inverse * scale) * (grad - shift - normal * along)
     voxels = image[0, ..., 0].size
-    shift, along = sum_of_tokens(grad), sum_of_tokens(grad * normal)
-    to_image = (inverse * scale) * (grad - shift / voxels - normal * (along / voxels))
-    return to_image.astype(image.dtype), along.sum((0, 1, 2, 3)), shift.sum((0, 1, 2, 3))
+    to_scale, to_bias = (voxels * part.sum((0, 1, 2, 3)) for part in (along, shift))
+    return to_image.astype(image.dtype), to_scale, to_bias
 
 
 normalize.defvjp(_normalize, _normalize_grad)

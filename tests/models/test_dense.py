@@ -12,9 +12,9 @@ from bhsd_jax.models.norms import LayerNorm, normalize_channels
 from bhsd_jax.models.sums import (
     add_bias,
     max_of_channels,
+    mean_of_voxels,
     sum_of_all_tokens,
     sum_of_channels,
-    sum_of_tokens,
 )
 
 
@@ -104,10 +104,12 @@ def test_sums_are_those_of_numpy(shape, key):
     values = jax.random.normal(key, shape)
     inner, wide = tuple(range(1, len(shape) - 1)), np.asarray(values, np.float64)
     for got, want in (
-        (sum_of_tokens(values), wide.sum(inner, keepdims=True)),
         (sum_of_all_tokens(values), wide.sum((0, *inner))),
         (sum_of_channels(values), wide.sum(-1, keepdims=True)),
     ):
         np.testing.assert_allclose(got, want, atol=2e-4)
+    if len(shape) == 5:
+        mean = mean_of_voxels(values)
+        np.testing.assert_allclose(mean, wide.mean(inner, keepdims=True), atol=1e-6)
     np.testing.assert_array_equal(max_of_channels(values), values.max(-1, keepdims=True))
     _agree(add_bias, jnp.add, values, jnp.arange(float(shape[-1])))

@@ -268,7 +268,7 @@ def test_bfloat16_of_safetensors_is_read(tmp_path):
 
 
 def test_a_missing_library_is_named_with_its_extra(tmp_path):
-    with pytest.raises(ValueError, match="needs no_such_library; .* BHSD_EXTRAS=export tools/env"):
+    with pytest.raises(ValueError, match=r"needs no_such_library; .* BHSD_EXTRAS=export tools/env"):
         weights_file.library("no_such_library.part", tmp_path, extra="export")
 
 
