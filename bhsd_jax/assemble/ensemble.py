@@ -94,9 +94,9 @@ def _seen(run: Run, other: Run, cases: set[str]) -> int:
     trained, shared = held_out.Trained.of(other.folder), False
     if trained is not None and trained.holds_out(cases):
         return 0
-    changed = trained is not None and bool(trained.roles)
-    if trained is not None and not held_out.is_same_place(trained, run.config):
-        changed = False
+    changed = (
+        trained is not None and bool(trained.roles) and held_out.is_same_place(trained, run.config)
+    )
     try:
         roles, _ = other.roles
     except (FileNotFoundError, UserError):

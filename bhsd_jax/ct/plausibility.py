@@ -76,7 +76,7 @@ def settle(
     # What was below padding and no longer is was metal that had wrapped around.
     seen = _Intensities(np.sort(after[(before >= _PADDING_HU) | (after > hu.LOWEST_HU)]))
     if voxels.size >= _LEAST:
-        found += _require_one_intercept(_Intensities(np.sort(before)))
+        found += _examine_intercept(_Intensities(np.sort(before)))
         _require_no_bright_padding(before, after, seen)
     if voxels.size >= _LEAST and seen.values.size and not _is_plausible(seen):
         raise Refusal(
@@ -197,7 +197,7 @@ def _undo_offset(voxels: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
     return voxels.astype(np.float32) - _OFFSET, [Finding(Kind.OFFSET, "repaired", text)]
 
 
-def _require_one_intercept(every: _Intensities) -> list[Finding]:
+def _examine_intercept(every: _Intensities) -> list[Finding]:
     """Refuses a scan whose intercept was applied twice; its air would pass for padding.
 
     Without fat nothing says so surely, and the scan is marked.

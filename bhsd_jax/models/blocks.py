@@ -72,14 +72,18 @@ def gelu(x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
 
 def _gelu(x: Array):
     wide = x.astype(jnp.float32)
-    return (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype), x
+    return (wide * _share_below(wide)).astype(x.dtype), x
 
 
 def _gelu_grad(x: Array, grad: Array):
     wide = x.astype(jnp.float32)
-    below = 0.5 * (1 + lax.erf(wide * math.sqrt(0.5)))
     density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-    return (((below + wide * density) * grad).astype(x.dtype),)
+    return (((_share_below(wide) + wide * density) * grad).astype(x.dtype),)
+
+
+def _share_below(x: Array) -> Array:
+    """Of the normal distribution."""
+    return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
 gelu.defvjp(_gelu, _gelu_grad)

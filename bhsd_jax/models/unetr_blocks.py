@@ -1,4 +1,4 @@
-"""Parts shared by UNETR and Swin UNETR: linear layers, attention, convolution blocks.
+"""Parts shared by UNETR and Swin UNETR: patches, attention, convolution blocks.
 
 All of them start as PyTorch's layers do, weights and biases uniform within 1 / sqrt(fan-in).
 
