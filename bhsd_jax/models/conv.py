@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from bhsd_jax.models import conv_bfloat16, conv_cpu
 from bhsd_jax.models.conv_cpu import Padding, Triple
 from bhsd_jax.models.initializers import he_normal, he_normal_transpose
+from bhsd_jax.models.sums import add_bias
 from bhsd_jax.platform import processor
 
 _AXES_3D = ("NDHWC", "DHWIO", "NDHWC")
@@ -115,7 +116,8 @@ class ConvTranspose(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         out = conv_transpose(image.astype(self.dtype), kernel)
         if self.use_bias:
-            out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            out = add_bias(out, bias.astype(self.dtype))
         return out
 
 
@@ -182,7 +184,10 @@ def _cpu(function: Callable[..., Array], *, channels: int = 0) -> Callable[..., 
             given = [a.astype(jnp.float32) for a in arrays]
         else:
             given = [conv_bfloat16.bits(a) for a in arrays]
-        return function(*given).astype(arrays[0].dtype)
+        out = function(*given)
+        if out.dtype == jnp.uint16:
+            return lax.bitcast_convert_type(out, jnp.bfloat16)
+        return out.astype(arrays[0].dtype)
 
     return apply
 

@@ -1,17 +1,22 @@
 """Convolution and matrix products of bfloat16 on CPUs that have instructions for them.
 
-Such processors multiply bfloat16 and sum in float32 at twice the rate of float32 or more. XLA:CPU
-reaches that in matrix products alone: its convolutions of bfloat16 are slower than those of
-float32, and every other operation on bfloat16 goes by way of float32, where writing one row of an
-array converts the whole of it. So arrays are held here as the integers of their bits, which are
-merely copied, and are bfloat16 only where they are multiplied. All results are float32.
+Such processors multiply bfloat16 and sum in float32 at twice the rate of float32 (AVX512-BF16) to
+six times (AMX). XLA:CPU reaches that in matrix products alone: its convolutions of bfloat16 are
+slower than those of float32, and every other operation on bfloat16 goes by way of float32, where
+writing one row of an array converts the whole of it. So arrays are held here as the integers of
+their bits, which are merely copied, and are bfloat16 only where they are multiplied.
+
+A convolution is one matrix product a block of voxels, whose left side has all that the window sees
+of a voxel in one row. Such rows are copied fastest if each is one run of memory, so two steps make
+them: of every line of the image, its neighbors along D and H are laid beside it, voxel by voxel;
+then a row is the run of as many voxels of that as the window is wide.
 """
 
 import functools
 import itertools
 import math
+from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -20,55 +25,135 @@ from jaxtyping import Array, Float, UInt16
 Triple = tuple[int, int, int]  # along D, H, W
 
 LEAST_CHANNELS = 8  # of image and output; below, gathering costs more than the products save
-_VOXELS = 2048  # of the output in a block, whose gathered neighborhoods then stay in the cache
+_VOXELS = 512  # of the output in a block, whose gathered neighborhoods then stay in the cache
 
 
 def bits(array: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
-    """What `convolve` and `multiply` take: the array as bfloat16, bit by bit."""
+    """What the functions here take: the array as bfloat16, bit by bit."""
     return lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16)
 
 
-def multiply(left: Array, right: Array) -> Float[Array, "M N"]:
-    """Matrix product [M K] by [K N] in float32; of bits, of what they stand for."""
+def multiply(left: Array, right: Array) -> Float[Array, "*M N"]:
+    """Matrix product [*M K] by [K N] in float32; of bits, of what they stand for."""
     if left.dtype == jnp.uint16:
-        left, right = (lax.bitcast_convert_type(a, jnp.bfloat16) for a in (left, right))
+        left, right = _values(left), _values(right)
     return jnp.matmul(left, right, preferred_element_type=jnp.float32)
 
 
 def convolve(
     image: UInt16[Array, "B D H W C"], kernel: UInt16[Array, "kd kh kw C F"], strides: Triple
-) -> Float[Array, "B d h w F"]:
-    """Cross-correlation without padding, sample by sample, in blocks of rows or of planes."""
-    return jax.vmap(lambda one: _sample(one, kernel, strides))(image)
+) -> UInt16[Array, "B d h w F"]:
+    """Cross-correlation without padding, summed in float32 and rounded once."""
+    window, features = kernel.shape[:3], kernel.shape[4]
+    sizes = zip(image.shape[1:4], window, strides, strict=True)
+    blocks = _Blocks(tuple((n - k) // s + 1 for n, k, s in sizes), window, strides)
+    weights = _values(kernel.transpose(2, 0, 1, 3, 4).reshape(-1, features))
+
+    def block(lines: Array, place: Array) -> tuple[Array, Array]:
+        lines = blocks.lines(image, place, lines)
+        return lines, bits(_product(blocks.neighborhoods(lines), weights, ((2,), (0,))))
+
+    _, out = lax.scan(block, blocks.no_lines(image), blocks.places)  # [blocks B voxels F]
+    return out.swapaxes(0, 1).reshape(len(image), *blocks.shape, features)
 
 
-def _sample(image: Array, kernel: Array, strides: Triple) -> Array:
-    (kd, kh, kw), features = kernel.shape[:3], kernel.shape[4]
-    ends = zip(image.shape[:3], (kd, kh, kw), strides, strict=True)
-    depth, height, width = ((n - k) // s + 1 for n, k, s in ends)
-    rows = divisor(height, _VOXELS // width)
-    planes = divisor(depth, _VOXELS // (height * width)) if rows == height else 1
-    shape = ((planes - 1) * strides[0] + kd, (rows - 1) * strides[1] + kh, *image.shape[2:])
-    # Of each voxel the neighbors along D and W lie side by side, and are one row of a product.
-    places = np.arange(math.prod(shape[:3])).reshape(shape[:3])
-    first = places[: shape[0] - kd + 1 : strides[0], :, : shape[2] - kw + 1 : strides[2]]
-    near = jnp.asarray(first[..., None] + places[:kd, 0, :kw].ravel(), jnp.int32)
-    weights = kernel.swapaxes(0, 1).reshape(kh, -1, features)
+def kernel_grad(
+    grad: UInt16[Array, "B d h w F"],
+    image: UInt16[Array, "B D H W C"],
+    strides: Triple,
+    window: tuple[int, ...],
+) -> Float[Array, "kd kh kw C F"]:
+    """Gradient of `convolve` to its kernel, whose size is `window`, in float32.
 
-    def block(place: Array) -> Array:
-        start = (place[0] * planes * strides[0], place[1] * rows * strides[1], 0, 0)
-        part = lax.dynamic_slice(image, start, shape).reshape(-1, shape[3])
-        gathered = part.at[near].get(mode="promise_in_bounds")
+    The sum over samples comes last, as in `conv_cpu.kernel_grad`.
+    """
+    blocks = _Blocks(grad.shape[1:4], window, strides)
+    batch, features, places = len(image), grad.shape[4], blocks.places
+    grads = grad.reshape(batch, len(places), -1, features).swapaxes(2, 3)
 
-        def product(y: int) -> Array:
-            left = lax.slice_in_dim(gathered, y, y + shape[1] - kh + 1, strides[1], axis=1)
-            return multiply(left.reshape(planes * rows * width, -1), weights[y])
+    def block(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        lines = blocks.lines(image, places[i], state[0])
+        left = _values(lax.dynamic_index_in_dim(grads, i, 1, keepdims=False))
+        near = blocks.neighborhoods(lines)
+        return lines, state[1] + _product(left, near, ((2,), (1,)), ((0,), (0,)))
 
-        return functools.reduce(jnp.add, map(product, range(kh)))
+    total = jnp.zeros((batch, features, math.prod(window) * image.shape[4]))
+    _, total = lax.fori_loop(0, len(places), block, (blocks.no_lines(image), total))
+    by_tap = total.sum(0).reshape(features, window[2], *window[:2], -1)
+    return by_tap.transpose(2, 3, 1, 4, 0)
 
-    order = itertools.product(range(depth // planes), range(height // rows))
-    blocks = lax.map(block, jnp.array(list(order), jnp.int32))
-    return blocks.reshape(depth, height, width, features)
+
+@dataclass(frozen=True)
+class _Blocks:
+    """An output in blocks of lines or of planes, and what a window sees of the voxels of one."""
+
+    shape: tuple[int, ...]  # of the output
+    window: tuple[int, ...]
+    strides: Triple
+
+    @functools.cached_property
+    def planes_and_lines(self) -> tuple[int, int]:
+        """In a block; of several planes it has all lines."""
+        depth, height, width = self.shape
+        lines = divisor(height, _VOXELS // width)
+        return (divisor(depth, _VOXELS // (height * width)) if lines == height else 1), lines
+
+    @property
+    def places(self) -> Array:
+        """First plane and line of every block, counted in voxels of the image."""
+        steps = zip(self.shape, self.planes_and_lines, self.strides, strict=False)
+        return jnp.array([*itertools.product(*(range(0, n * s, k * s) for n, k, s in steps))])
+
+    def no_lines(self, image: Array) -> Array:
+        """Room for `lines`."""
+        batch, *_, width, channels = image.shape
+        taps = self.window[0] * self.window[1]
+        return jnp.zeros((batch, *self.planes_and_lines, width, taps, channels), image.dtype)
+
+    def lines(self, image: Array, place: Array, room: Array) -> Array:
+        """The lines of the image that a block begins from, beside each voxel its neighbors."""
+        batch, planes, lines, width, taps, channels = room.shape
+        depth, height = (
+            (n - 1) * s + 1 for n, s in zip((planes, lines), self.strides, strict=False)
+        )
+
+        ahead = jnp.array([*itertools.product(range(self.window[0]), range(self.window[1]))])
+
+        def put(tap: Array, room: Array) -> Array:
+            plane, line = place + ahead[tap]
+            seen = lax.dynamic_slice(
+                image, (0, plane, line, 0, 0), (batch, depth, height, width, channels)
+            )
+            seen = seen[:, :: self.strides[0], :: self.strides[1], :, None]
+            return lax.dynamic_update_slice(room, seen, (0, 0, 0, 0, tap, 0))
+
+        # Were it not a loop, its end would be compiled together with what reads it, number by
+        # number.
+        return lax.fori_loop(0, taps, put, room)
+
+    def neighborhoods(self, lines: Array) -> Float[Array, "B voxels K"]:
+        """What the window sees of each voxel: its taps along W, D and H, and channels."""
+        batch, planes, rows, width, taps, channels = lines.shape
+        first = np.arange(planes * rows)[:, None] * width
+        first = (first + np.arange(self.shape[2]) * self.strides[2]).reshape(-1, 1)
+        size = taps * channels
+        near = lax.gather(
+            lines.reshape(batch, -1),
+            jnp.asarray(first * size, jnp.int32),
+            lax.GatherDimensionNumbers((0, 2), collapsed_slice_dims=(), start_index_map=(1,)),
+            (batch, self.window[2] * size),
+            mode="promise_in_bounds",
+        )
+        return _values(near)
+
+
+def _values(array: Array) -> Array:
+    """The numbers of bfloat16 that bits stand for."""
+    return lax.bitcast_convert_type(array, jnp.bfloat16)
+
+
+def _product(left: Array, right: Array, sums, batches=((), ())) -> Array:
+    return lax.dot_general(left, right, (sums, batches), preferred_element_type=jnp.float32)
 
 
 def divisor(number: int, most: int) -> int:

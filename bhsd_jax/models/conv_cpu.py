@@ -1,9 +1,9 @@
 """The three passes of a 3-D convolution as sums of 2-D convolutions: what XLA:CPU runs fast.
 
 Plain functions with no gradients of their own; `conv` ties them together. Shapes are those of
-`conv.conv3d`, results are float32; so are the arrays given, or all of them are the bits of bfloat16
-(`conv_bfloat16`). Every reshape keeps the batch axis the leading factor, so that a batch sharded
-over devices stays where it is.
+`conv.conv3d`. The arrays given are float32 and so are the results; or they are the bits of bfloat16
+(`conv_bfloat16`), and so are images that result. Every reshape keeps the batch axis the leading
+factor, so that a batch sharded over devices stays where it is.
 """
 
 import functools
@@ -28,7 +28,7 @@ _AXES = ("NHWC", "HWIO", "NHWC")
 def convolve(image: Array, kernel: Array, strides: Triple, padding: Padding) -> Array:
     """The sum over depth taps of 2-D convolutions, with depth folded into the batch.
 
-    Of bits of bfloat16 it is a sum of matrix products.
+    Of bits of bfloat16 it is one matrix product a block.
     """
     if image.dtype == jnp.uint16:
         return conv_bfloat16.convolve(_pad(image, padding), kernel, strides)
@@ -65,7 +65,7 @@ def image_grad(
     for phase in itertools.product(*map(range, strides)):
         part = _phase_grad(grad, kernel, strides, padding, size, phase)
         phases.append(
-            jnp.zeros((len(grad), *whole, kernel.shape[3]))
+            jnp.zeros((len(grad), *whole, kernel.shape[3]), grad.dtype)
             if part is None
             else _pad(part, tuple((0, a - b) for a, b in zip(whole, part.shape[1:4], strict=True)))
         )
@@ -112,6 +112,8 @@ def kernel_grad(
     Phases of the stride are kernels of their own, as in `image_grad`. The sum over samples comes
     last, so that devices which share a batch have nothing to say to each other before.
     """
+    if image.dtype == jnp.uint16:
+        return conv_bfloat16.kernel_grad(grad, _pad(image, padding), strides, size)
     total = jnp.zeros(())
     for phase in itertools.product(*map(range, strides)):
         taps = [len(range(r, k, s)) for r, k, s in zip(phase, size, strides, strict=True)]
@@ -162,10 +164,8 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
             parts = [part] * taps[2]
             rights = [_shift(right, 2, s, part.shape[3]) for s in shifts]
         products = [
-            conv_bfloat16.multiply(
-                parts[w][d : d + planes, :, h : h + lines].swapaxes(0, 1).reshape(channels, -1),
-                rights[w].reshape(-1, features),
-            )
+            parts[w][d : d + planes, :, h : h + lines].swapaxes(0, 1).reshape(channels, -1)
+            @ rights[w].reshape(-1, features)
             for d, h, w in itertools.product(*map(range, taps))
         ]
         return jnp.stack(products)
