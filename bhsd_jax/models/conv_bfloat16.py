@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, UInt16
 Triple = tuple[int, int, int]  # along D, H, W
 
 LEAST_CHANNELS = 8  # of image and output; below, gathering costs more than the products save
-_VOXELS = 512  # of the output in a block, whose gathered neighborhoods then stay in the cache
+_VOXELS = 1024  # of the output in a block, whose gathered neighborhoods then stay in the cache
 
 
 def bits(array: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
