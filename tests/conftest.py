@@ -1,6 +1,7 @@
 """Eight fake CPU devices, and shape annotations checked at run time."""
 
 import gc
+import os
 import pkgutil
 import subprocess
 from pathlib import Path
@@ -9,11 +10,11 @@ import jax
 import jaxtyping
 import plain_code
 import pytest
-from jax._src import compiler
 
 import bhsd_jax
 from bhsd_jax.platform import startup
 
+ALL = bool(os.environ.get("BHSD_TEST_ALL"))  # all is compiled as the program compiles
 startup.settle_compiler()  # as the program does
 jax.config.update("jax_num_cpu_devices", 8)
 # The words are left out: transformations rebuild pytree containers around specs and None.
@@ -28,6 +29,8 @@ jaxtyping.install_import_hook(
 )
 
 plain_code.compile_in_one_piece()
+if not ALL:
+    plain_code.compile_plainly()
 
 
 def pytest_collection_finish():
@@ -45,30 +48,26 @@ def key():
     return jax.random.key(0)
 
 
-@pytest.fixture
-def quick_compilation(monkeypatch):
-    """For tests that compile much and compute little: plain machine code of all programs.
-
-    `jax_disable_most_optimizations` turned off again, it is a user's.
-    """
-    make = compiler.get_compile_options
-
-    def quick(*places, **options):
-        asked = options.pop("env_options_overrides", None) or {}
-        plain = plain_code.OPTIONS if jax.config.read("jax_disable_most_optimizations") else {}
-        return make(*places, env_options_overrides={**plain, **asked}, **options)
-
-    monkeypatch.setattr(compiler, "get_compile_options", quick)
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(autouse=True)
+def _compilation(request):
+    """As the program compiles, where reference numbers of others are compared, else plain code."""
+    asked = {*request.fixturenames}
+    full = {"golden", "full_compilation"} & asked and "plain_compilation" not in asked
+    if full and not ALL:
+        jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    if full and not ALL:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
-def full_compilation(quick_compilation):
-    """For what is read from the compiled text, and for single bits, among quick compilations."""
-    jax.config.update("jax_disable_most_optimizations", False)
+def full_compilation():
+    """Asked for by what is read from the compiled text, and for single bits."""
+
+
+@pytest.fixture
+def plain_compilation():
+    """Asked for by tests with reference files that compile much beside what others check fully."""
 
 
 @pytest.fixture

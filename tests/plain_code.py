@@ -7,7 +7,9 @@ of other implementations are checked.
 
 import os
 
+import jax
 import jaxlib
+from jax._src import compiler
 
 # jaxlib 0.12 has no such option any more.
 _EMITTERS = (
@@ -34,3 +36,19 @@ def compile_in_one_piece():
     name, flags = "xla_cpu_parallel_codegen_split_count", os.environ.get("XLA_FLAGS", "")
     if name not in flags and startup._jaxlib_knows(name):
         os.environ["XLA_FLAGS"] = f"{flags} --{name}=1".strip()
+
+
+def compile_plainly():
+    """Plain machine code of all programs of this process from now on.
+
+    While `jax_disable_most_optimizations` is turned off again, it is a user's.
+    """
+    make = compiler.get_compile_options
+
+    def plain(*places, **options):
+        asked = options.pop("env_options_overrides", None) or {}
+        told = OPTIONS if jax.config.read("jax_disable_most_optimizations") else {}
+        return make(*places, env_options_overrides={**told, **asked}, **options)
+
+    compiler.get_compile_options = plain
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -57,7 +57,9 @@ def conv3d(
     Differentiable once, in reverse mode. Kernel and image have one type, as `lax` demands.
     """
     if kernel.shape[:3] == strides == _ONE and not any(map(any, padding)):
-        return _on_cpu(_pointwise)(image, kernel[0, 0, 0])
+        if image.dtype == jnp.float32:
+            return lax.dot_general(image, kernel[0, 0, 0], (((4,), (0,)), ((), ())))
+        return _blocks(image, kernel).reshape(*image.shape[:4], -1)
     return _conv(image, kernel, strides, padding)
 
 
@@ -121,17 +123,29 @@ class ConvTranspose(nn.Module):
         return out
 
 
-def _pointwise(image: Array, kernel: Array) -> Array:
-    return lax.dot_general(image, kernel, (((4,), (0,)), ((), ())))
+def on_cpu(function: Callable[..., Array], channels: int) -> Callable[..., Array]:
+    """On CPUs `function` of what they multiply fast; elsewhere of the arrays as they are.
+
+    Of bfloat16 XLA:CPU would make plain loops. `function` takes arrays of one type, or bits as
+    `conv_bfloat16` does; its result is rounded to their type. `channels` are the fewest of its
+    arrays and of the result. Bits have no gradients: the caller has to give them.
+    """
+
+    def apply(*arrays: Array) -> Array:
+        if arrays[0].dtype == jnp.float32:
+            return function(*arrays)
+        return lax.platform_dependent(*arrays, cpu=_cpu(function, channels), default=function)
+
+    return apply
 
 
 def _spread(image: Array, kernel: Array) -> Array:
-    return lax.dot_general(image, kernel, (((4,), (3,)), ((), ())))
+    return conv_bfloat16.contract(image, jnp.moveaxis(kernel, 3, 0), 1)
 
 
 @jax.custom_vjp
 def _blocks(image: Array, kernel: Array) -> Array:
-    return _on_cpu(_spread)(image, kernel)
+    return on_cpu(_spread, min(kernel.shape[3:]))(image, kernel)
 
 
 def _blocks_forward(image: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -140,9 +154,10 @@ def _blocks_forward(image: Array, kernel: Array) -> tuple[Array, tuple[Array, Ar
 
 def _blocks_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     image, kernel = residuals
+    fewest = min(kernel.shape[3:])
 
     def image_grad(grad: Array, kernel: Array) -> Array:
-        return lax.dot_general(grad, kernel, (((4, 5, 6, 7), (0, 1, 2, 4)), ((), ())))
+        return conv_bfloat16.contract(grad, kernel.swapaxes(3, 4), 4)
 
     def kernel_grad(grad: Array, image: Array) -> Array:
         return jax.linear_transpose(lambda k: _spread(image, k), kernel)(grad)[0]
@@ -153,29 +168,18 @@ def _blocks_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array
         return to_kernel.reshape(kernel.shape[3], *kernel.shape[:3], -1).transpose(1, 2, 3, 0, 4)
 
     return (
-        _on_cpu(image_grad)(grad, kernel),
-        lax.platform_dependent(grad, image, cpu=_cpu(cpu_kernel_grad), default=kernel_grad),
+        on_cpu(image_grad, fewest)(grad, kernel),
+        lax.platform_dependent(grad, image, cpu=_cpu(cpu_kernel_grad, fewest), default=kernel_grad),
     )
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-def _on_cpu(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Library calls for float32; of bfloat16, XLA:CPU would make plain loops."""
-
-    def apply(*arrays: Array) -> Array:
-        if arrays[0].dtype == jnp.float32:
-            return function(*arrays)
-        return lax.platform_dependent(*arrays, cpu=_cpu(function), default=function)
-
-    return apply
-
-
-def _cpu(function: Callable[..., Array], *, channels: int = 0) -> Callable[..., Array]:
+def _cpu(function: Callable[..., Array], channels: int) -> Callable[..., Array]:
     """Computed from float32, or from bits of bfloat16 where that is faster; rounded to the type.
 
-    `channels` are the fewest of image and output; 0 where the function does not take bits.
+    `channels` are the fewest of image and output.
     """
 
     def apply(*arrays: Array) -> Array:
@@ -202,7 +206,7 @@ def _conv(image: Array, kernel: Array, strides: Triple, padding: Padding) -> Arr
     return lax.platform_dependent(
         image,
         kernel,
-        cpu=_cpu(functools.partial(conv_cpu.convolve, **static), channels=min(kernel.shape[3:])),
+        cpu=_cpu(functools.partial(conv_cpu.convolve, **static), min(kernel.shape[3:])),
         default=functools.partial(_native, **static),
     )
 
@@ -230,10 +234,10 @@ def _backward(strides: Triple, padding: Padding, residuals: tuple[Array, Array],
 
     return (
         lax.platform_dependent(
-            grad, kernel, cpu=_cpu(cpu_image_grad, channels=fewest), default=native_image_grad
+            grad, kernel, cpu=_cpu(cpu_image_grad, fewest), default=native_image_grad
         ),
         lax.platform_dependent(
-            grad, image, cpu=_cpu(cpu_kernel_grad, channels=fewest), default=native_kernel_grad
+            grad, image, cpu=_cpu(cpu_kernel_grad, fewest), default=native_kernel_grad
         ),
     )
 

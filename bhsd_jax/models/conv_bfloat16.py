@@ -15,7 +15,9 @@ then a row is the run of as many voxels of that as the window is wide.
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,15 +31,20 @@ _VOXELS = 1024  # of the output in a block, whose gathered neighborhoods then st
 
 
 def bits(array: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
-    """What the functions here take: the array as bfloat16, bit by bit."""
+    """What the functions below take: the array as bfloat16, bit by bit."""
     return lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16)
 
 
-def multiply(left: Array, right: Array) -> Float[Array, "*M N"]:
-    """Matrix product [*M K] by [K N] in float32; of bits, of what they stand for."""
-    if left.dtype == jnp.uint16:
-        left, right = _values(left), _values(right)
-    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
+def contract(left: Array, right: Array, axes: int) -> Array:
+    """Sum of products over the last axes of one and the first of the other.
+
+    Of bits in float32, of what they stand for; otherwise in the type of the arrays.
+    """
+    before = tuple(range(left.ndim - axes, left.ndim))
+    sums = ((before, tuple(range(axes))), ((), ()))
+    if left.dtype != jnp.uint16:
+        return lax.dot_general(left, right, sums)
+    return _product(_values(left), _values(right), sums)
 
 
 def convolve(
@@ -51,9 +58,12 @@ def convolve(
 
     def block(lines: Array, place: Array) -> tuple[Array, Array]:
         lines = blocks.lines(image, place, lines)
-        return lines, bits(_product(blocks.neighborhoods(lines), weights, ((2,), (0,))))
+        return lines, bits(_product(blocks.neighborhoods(lines), weights, (((2,), (0,)), ((), ()))))
 
-    _, out = lax.scan(block, blocks.no_lines(image), blocks.places)  # [blocks B voxels F]
+    if len(blocks.places) == 1:
+        out = block(blocks.no_lines(image), blocks.places[0])[1][None]
+    else:
+        _, out = lax.scan(block, blocks.no_lines(image), blocks.places)  # [blocks B voxels F]
     return out.swapaxes(0, 1).reshape(len(image), *blocks.shape, features)
 
 
@@ -71,14 +81,14 @@ def kernel_grad(
     batch, features, places = len(image), grad.shape[4], blocks.places
     grads = grad.reshape(batch, len(places), -1, features).swapaxes(2, 3)
 
-    def block(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def block(i: Array | int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         lines = blocks.lines(image, places[i], state[0])
         left = _values(lax.dynamic_index_in_dim(grads, i, 1, keepdims=False))
         near = blocks.neighborhoods(lines)
-        return lines, state[1] + _product(left, near, ((2,), (1,)), ((0,), (0,)))
+        return lines, state[1] + _product(left, near, (((2,), (1,)), ((0,), (0,))))
 
     total = jnp.zeros((batch, features, math.prod(window) * image.shape[4]))
-    _, total = lax.fori_loop(0, len(places), block, (blocks.no_lines(image), total))
+    _, total = _loop(len(places), block, (blocks.no_lines(image), total))
     by_tap = total.sum(0).reshape(features, window[2], *window[:2], -1)
     return by_tap.transpose(2, 3, 1, 4, 0)
 
@@ -119,7 +129,7 @@ class _Blocks:
 
         ahead = jnp.array([*itertools.product(range(self.window[0]), range(self.window[1]))])
 
-        def put(tap: Array, room: Array) -> Array:
+        def put(tap: Array | int, room: Array) -> Array:
             plane, line = place + ahead[tap]
             seen = lax.dynamic_slice(
                 image, (0, plane, line, 0, 0), (batch, depth, height, width, channels)
@@ -129,7 +139,7 @@ class _Blocks:
 
         # Were it not a loop, its end would be compiled together with what reads it, number by
         # number.
-        return lax.fori_loop(0, taps, put, room)
+        return _loop(taps, put, room)
 
     def neighborhoods(self, lines: Array) -> Float[Array, "B voxels K"]:
         """What the window sees of each voxel: its taps along W, D and H, and channels."""
@@ -147,13 +157,22 @@ class _Blocks:
         return _values(near)
 
 
+def _loop(count: int, step: Callable[[Any, Any], Any], state: Any) -> Any:
+    """A `fori_loop`, but of one round none.
+
+    XLA (jaxlib 0.10.2) writes such a loop out and then folds constants in it wrongly: of an array
+    that is transposed between two changes of its bits' type it forgets the transposition.
+    """
+    return step(0, state) if count == 1 else lax.fori_loop(0, count, step, state)
+
+
 def _values(array: Array) -> Array:
     """The numbers of bfloat16 that bits stand for."""
     return lax.bitcast_convert_type(array, jnp.bfloat16)
 
 
-def _product(left: Array, right: Array, sums, batches=((), ())) -> Array:
-    return lax.dot_general(left, right, (sums, batches), preferred_element_type=jnp.float32)
+def _product(left: Array, right: Array, axes: lax.DotDimensionNumbers) -> Array:
+    return lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
 
 def divisor(number: int, most: int) -> int:

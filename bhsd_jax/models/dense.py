@@ -6,6 +6,7 @@ transformer's linear layers was that. Here a loop on CPUs takes some tokens at a
 kernel and the bias together, both as matrix products.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from bhsd_jax.models.conv_bfloat16 import bits, divisor, multiply
+from bhsd_jax.models.conv import on_cpu
+from bhsd_jax.models.conv_bfloat16 import bits, contract, divisor
 from bhsd_jax.models.initializers import torch_bias, torch_uniform
 
 _TOKENS = 512  # at a time; the products of so many stay in a core's cache
@@ -47,7 +49,12 @@ def dense(
     x: Float[Array, "B *n C"], kernel: Float[Array, "C F"], bias: Float[Array, " F"] | None
 ) -> Float[Array, "B *n F"]:
     """The product over the last axis, and the bias if there is one."""
-    return x @ kernel if bias is None else x @ kernel + bias
+    product = _times(x, kernel)
+    return product if bias is None else product + bias
+
+
+def _times(x: Array, kernel: Array) -> Array:
+    return on_cpu(functools.partial(contract, axes=1), min(kernel.shape))(x, kernel)
 
 
 def _dense(x: Array, kernel: Array, bias: Array | None):
@@ -58,7 +65,7 @@ def _dense_grad(residuals: tuple[Any, ...], grad: Array):
     x, kernel, bias = residuals
     sums = lax.platform_dependent(x, grad, cpu=_sums_by_block, default=_sums)
     to_kernel, to_bias = (part.astype(kernel.dtype) for part in sums)
-    return grad @ kernel.T, to_kernel, None if bias is None else to_bias
+    return _times(grad, kernel.T), to_kernel, None if bias is None else to_bias
 
 
 dense.defvjp(_dense, _dense_grad)
@@ -87,7 +94,7 @@ def _sums_of_sample(left: Array, right: Array) -> tuple[Array, Array]:
 
     def block(i: Array | int) -> tuple[Array, Array]:
         some = [lax.dynamic_slice_in_dim(a, i * size, size) for a in (left, right)]
-        return multiply(some[0].T, some[1]), multiply(ones, some[1])[0]
+        return contract(some[0].T, some[1], 1), contract(ones, some[1], 1)[0]
 
     if size == tokens:
         return block(0)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_conv import CASES, SAME
 
 from bhsd_jax.models import conv_bfloat16, conv_cpu
-from bhsd_jax.models.conv import conv3d
+from bhsd_jax.models.conv import conv3d, conv_transpose
 from bhsd_jax.platform import processor
 
 pytestmark = pytest.mark.usefixtures("full_compilation")
@@ -111,9 +111,33 @@ def test_a_batch_over_devices_stays_where_it_is(monkeypatch):
     np.testing.assert_array_equal(run(spread, kernel), run(image, kernel))
 
 
-def test_float32_is_multiplied_as_before():
-    left, right = (jax.random.normal(jax.random.key(i), s) for i, s in ((0, (6, 7)), (1, (7, 5))))
-    np.testing.assert_array_equal(conv_bfloat16.multiply(left, right), left @ right)
-    bits = [conv_bfloat16.bits(a) for a in (left, right)]
+def test_products_of_bits_are_those_of_the_rounded_values():
+    left, right = (
+        jax.random.normal(jax.random.key(i), s) for i, s in ((0, (6, 3, 4)), (1, (3, 4, 5)))
+    )
+    want = np.tensordot(left, right, 2)
+    np.testing.assert_allclose(conv_bfloat16.contract(left, right, 2), want, atol=1e-5)
+    got = conv_bfloat16.contract(*map(conv_bfloat16.bits, (left, right)), 2)
     rounded = [np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (left, right)]
-    np.testing.assert_allclose(conv_bfloat16.multiply(*bits), rounded[0] @ rounded[1], atol=1e-5)
+    np.testing.assert_allclose(got, np.tensordot(*rounded, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [9, 3])
+def test_pointwise_and_transposed_layers_are_rounded_once(multiplied, channels):
+    image, kernel = arrays((3, 4, 5), (1, 2, 2), channels=channels)
+    wide = [array.astype(jnp.float32) for array in (image, kernel)]
+
+    def both(image, kernel):
+        def run(image, kernel):
+            return conv_transpose(image, kernel), conv3d(image, kernel[:, :1, :1])
+
+        out, pull = jax.vjp(run, image, kernel)
+        return out, pull(
+            tuple(jnp.cos(jnp.arange(o.size)).reshape(o.shape).astype(o.dtype) for o in out)
+        )
+
+    got, want = jax.jit(both)(image, kernel), jax.jit(both)(*wide)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        scale = float(abs(theirs).max())
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, rtol=2**-7, atol=2**-7 * scale)

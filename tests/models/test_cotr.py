@@ -51,7 +51,7 @@ def test_outputs_are_those_of_the_reference(golden):
 
 
 @pytest.mark.slow
-def test_gradients_are_those_of_the_reference(golden):
+def test_gradients_are_those_of_the_reference(golden, plain_compilation):
     about, arrays, state = _read(golden)
     module, variables = importing.load("CoTr", about["constructor_args"], state)
 

@@ -45,7 +45,7 @@ def test_outputs_are_those_of_the_reference(golden):
 
 
 @pytest.mark.slow
-def test_gradients_are_those_of_the_reference(golden):
+def test_gradients_are_those_of_the_reference(golden, plain_compilation):
     about, arrays, state = _read(golden)
     arguments = ("nnFormer/acdc", about["constructor_args"])
     module, variables = importing.load(*arguments, state)

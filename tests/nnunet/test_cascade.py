@@ -244,8 +244,7 @@ def ct(reference, raw, tmp_path_factory):
     return made, folder / "run"
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_a_cascade_on_ct_goes_through_all_verbs(ct, model, tmp_path):
+def test_a_cascade_on_ct_goes_through_all_verbs(ct, model, tmp_path, plain_compilation):
     """What it has learned in three steps is scored, not judged."""
     made, run = ct
     for verb in (preprocess, train, predict, evaluate):

@@ -64,8 +64,7 @@ def test_another_patch_has_the_planners_topology():
         planner.for_patch(given, (2, 32, 32), (5.0, 1.0, 1.0))
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_regions_of_two_channels_go_through_all_verbs(golden, tmp_path):
+def test_regions_of_two_channels_go_through_all_verbs(golden, tmp_path, plain_compilation):
     """Slices of a small network; what it has learned in three steps is scored, not judged."""
     reference = Reference.load(golden, "regions")
     made = config(reference.write(tmp_path / "raw"))

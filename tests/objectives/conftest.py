@@ -18,11 +18,6 @@ class Net(nn.Module):
         return (nn.Conv(self.num_classes, (1, 1, 1), name="Conv_1")(x),)
 
 
-@pytest.fixture(autouse=True)
-def _quick(quick_compilation):
-    """These tests compile much and compute little."""
-
-
 @pytest.fixture(scope="session")
 def net():
     return Net()
