@@ -7,6 +7,7 @@ labels = predictor(voxels, affine)
 """
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,8 @@ from bhsd_jax.report import notebook
 from bhsd_jax.report.viewer import Viewer
 from bhsd_jax.verbs.shown import Entry, of_arrays
 from bhsd_jax.volume import Case, Grid, Plan, Volume
+
+logger = logging.getLogger(__name__)
 
 startup.settle_compiler()
 
@@ -143,11 +146,16 @@ class Prediction:
 def read_scan(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels and affine of a NIfTI file, as `predict` reads it: known defects are put right.
 
+    What was put right of the affine, or taken though the header contradicts it, is logged as a
+    warning: nobody who is given the arrays alone can find it.
+
     Raises:
         ValueError: If the file is broken; names it.
         FileNotFoundError: If there is no such file.
     """
     volume = nifti.read(path)
+    for finding in nifti.repairs(Path(path)):
+        logger.warning("%s: %s", path, finding)
     return volume.voxels.transpose(2, 1, 0), volume.affine[:, [2, 1, 0, 3]]
 
 

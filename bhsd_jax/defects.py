@@ -137,6 +137,7 @@ class Kind(enum.StrEnum):
     FOLDER_COUNT = "folder that holds another number than its name says"
     LIST_DEAD_PATHS = "dead paths in dataset.json"
     LIST_OUTSIDE = "path that leads out of the data set"
+    LIST_COUNT = "numTraining that is not the number of training cases"
     LIST_BOTH = "in both official lists"
     LIST_NONE = "in no official list"
     IMAGE_MISSING = "image that is not there"

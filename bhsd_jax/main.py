@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from bhsd_jax import __version__, command_line
 from bhsd_jax.assemble import trained
 from bhsd_jax.command_line import UsageError
-from bhsd_jax.platform import cluster, faults, files, startup
+from bhsd_jax.platform import budget, cluster, faults, files, startup
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.train import barrier
@@ -96,7 +96,7 @@ def _end(words: str, code: int) -> NoReturn:
 def _reason(error: Exception, workdir: Path) -> str | None:
     """One line of what went wrong; None where only a traceback tells."""
     if not isinstance(error, UserError | OSError | FloatingPointError):
-        return None
+        return budget.explain_exhausted(error)
     if isinstance(error, OSError) and error.errno is not None:
         return faults.explain(error, workdir)
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | UserError):

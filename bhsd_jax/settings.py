@@ -38,8 +38,10 @@ class Infer:
     ] = 0.5
     mirror: Annotated[bool, "average over mirrored versions"] = True
     mirror_axes: Annotated[
-        tuple[Axis, ...], "axes that are mirrored, each once: 0 is D, 1 is H, 2 is W"
-    ] = (0, 1, 2)
+        tuple[Axis, ...] | None,
+        "axes that are mirrored, each once: 0 is D, 1 is H, 2 is W; None: those that the run's own "
+        "spatial.Mirror mirrored in training",
+    ] = None
     tiles: Annotated[
         int | None, "tiles per call; None: chosen from the memory of the device", COUNT
     ] = None

@@ -1,7 +1,8 @@
 """The groups of a config that say how a network is trained: data, objective, schedule, devices."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from bhsd_jax.fields import Between, Spec
 
@@ -264,3 +265,12 @@ class Mesh:
         str,
         'ask one of JAX\'s ways, such as "mpi4py"; empty: flags, environment, cluster',
     ] = ""
+
+
+OF_A_CALL: Mapping[str, Any] = {
+    "coordinator": "",
+    "num_processes": None,
+    "process_id": None,
+    "detect": "",
+}
+"""Fields of `mesh` that say who is which process: of one call, and never of a run."""

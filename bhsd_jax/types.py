@@ -187,7 +187,11 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class SpatialAugment(Protocol):
-    """Moves voxels: one patch and its label together."""
+    """Moves voxels: one patch and its label together.
+
+    If it never mixes slices it may say so by an attribute `keeps_slices = True`: slice labels
+    (`config.slice_loss`) then hold for its slices as they are, and are else trusted less.
+    """
 
     def __call__(self, key: PRNGKeyArray, image: Array, label: Array) -> tuple[Array, Array]:
         """[D H W C], [D H W] -> same ranks; the chain vmaps or maps over the batch."""

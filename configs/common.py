@@ -358,9 +358,14 @@ def _preprocess(words: dict) -> dict:
 def _split(labels: str) -> dict:
     group = _group(settings.Split)
     if labels:
-        group["labeled"] = FieldReference(
-            float(labels) if "." in labels else int(labels), field_type=object
-        )
+        try:
+            amount = float(labels) if "." in labels else int(labels)
+        except ValueError:
+            raise UserError(
+                f"labels={labels} is no number; give a count, such as labels=8, or a share below "
+                "1, such as labels=0.1"
+            ) from None
+        group["labeled"] = FieldReference(amount, field_type=object)
     return group
 
 

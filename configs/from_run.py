@@ -11,6 +11,7 @@ from ml_collections.config_dict import FieldReference
 from bhsd_jax import fields, settings
 from bhsd_jax.configs import common
 from bhsd_jax.platform import files
+from bhsd_jax.training_settings import OF_A_CALL
 
 
 def get_config(run: str) -> ml_collections.ConfigDict:
@@ -26,6 +27,7 @@ def get_config(run: str) -> ml_collections.ConfigDict:
         raise FileNotFoundError(f"{path}: no config; give the folder of a run that was trained")
     saved = files.read_json(path, remedy="run `train` again with the config of that run")
     filled = fields.complete(settings.under_todays_names(saved), common.get_config().to_dict())
+    filled["mesh"] = filled["mesh"] | OF_A_CALL  # which older versions kept
     config = ml_collections.ConfigDict(_restore(filled))
     if speed:
         config.infer.update(common.inference(speed))

@@ -2,7 +2,7 @@
 
 No mask takes part. Half of the patches come from the scans with masks, half from the others. A
 training begins with the weights by `--config.train.init_from=runs/pretrain`, and draws its heads by
-`--config.train.init_leave=head,`.
+`--config.train.init_leave=head,`; the head of Primus is the last of its `up_0`, `up_1`, ...
 Claim: tools/LAB_BOOK.md says what it brings on MSD Hippocampus.
 Cost: as the supervised step of as many patches.
 Run:  python -m bhsd_jax.main train --config=configs/pretrain.py:data=bhsd --workdir=runs/pretrain

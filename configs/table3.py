@@ -3,7 +3,9 @@
 Rows are named bleeding-nonbleeding. The paper uses these labels to choose volumes and nothing else.
 The rows ending in `-neg` and `-weak` are ours and let the loss see them: `neg` learns background
 from slices and volumes without bleeding, `weak` also keeps pseudo-labels off classes that are not
-there. Slice labels need the RSNA table beside the scans; without it each volume has its own label.
+there. Slice labels are read from `slice_labels.csv` beside the scans (tools/label_slices.py writes
+it); without it each volume has its own label, which says nothing of single slices where it bleeds:
+row 500-0-weak is then refused, and the series ends with exit code 1.
 Run:  launch/table3 --root=/data/BHSD --preset=ssl4mis
 """
 
@@ -60,7 +62,7 @@ TABLE = PaperTable(
         "The row without unlabeled scans is Table 2's SupOnly.",
         "Scans are drawn alike from all unlabeled ones: with 1500 others beside them, each "
         "bleeding scan is seen a quarter as often at equal steps.",
-        "BHSD ships no slice labels; they come from the RSNA 2019 table if it lies beside the "
+        "BHSD ships no slice labels; they are those of slice_labels.csv if it lies beside the "
         "scans. Rows with negatives and gates use them and are not the paper's method.",
         table2.NETWORK_NOTE,
     ),

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import logging
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import tiny_run
 
 from bhsd_jax.api import Predictor, read_scan, show
-from bhsd_jax.assemble import cascade, devices, ensemble
+from bhsd_jax.assemble import cascade, devices, ensemble, origins
 from bhsd_jax.ct import probabilities
 from bhsd_jax.infer.ensemble import mean_of_probabilities
 from bhsd_jax.report import niivue
@@ -76,6 +77,23 @@ def test_labels_are_those_of_the_verb_on_the_same_file(runs, scans, tmp_path):
             np.testing.assert_array_equal(found, label)
 
 
+def test_whole_numbers_are_integers_whatever_type_they_come_in(tmp_path):
+    """BLAST-CT's law takes the fraction of integers away, and nibabel's arrays are floats."""
+    near = {"spacing_mm": (2.5, 1.7, 1.7), "crop_hu": None, "axes": "SPL", "law": "centers"}
+    run = tiny_run.make(tmp_path / "run", plan=dataclasses.replace(tiny_run.PLAN, **near))
+    images = tmp_path / "images"
+    images.mkdir()
+    nib.save(nib.Nifti1Image(tiny_run.head(), tiny_run.upright()), images / "a.nii.gz")
+    floats = nib.Nifti1Image(tiny_run.head().astype(np.float32), tiny_run.upright())
+    nib.save(floats, images / "b.nii.gz")
+    apply = Predictor.from_run(run)
+    want = apply.predict(tiny_run.head(), tiny_run.upright())
+    for name, label in predict_all(run, images, tmp_path / "out").items():
+        np.testing.assert_array_equal(label, want.labels)
+        for scan in (nibabels(images / name), read_scan(images / name)):
+            np.testing.assert_array_equal(apply.predict(*scan)._logits, want._logits)
+
+
 def nibabels(path):
     image = nib.load(path)
     return image.get_fdata(), image.affine
@@ -100,6 +118,26 @@ def test_probabilities_are_the_verbs_and_say_what_they_are(runs, scans, tmp_path
     clear = sure[-1] - sure[-2] > 0.01  # float16 has ties
     assert clear.mean() > 0.9
     np.testing.assert_array_equal(read.values.argmax(0)[clear], prediction.labels[clear])
+
+
+def test_findings_say_what_the_verb_says_of_the_same_scan(runs, scans, tmp_path, caplog):
+    turn = np.eye(4)
+    turn[1:3, 1:3] = [[np.cos(0.35), -np.sin(0.35)], [np.sin(0.35), np.cos(0.35)]]
+    apply = Predictor.from_run(runs[0])
+    odd = nib.Nifti1Image(tiny_run.head(), turn @ tiny_run.upright())
+    odd.header["pixdim"][3] = 6
+    nib.save(odd, scans / "odd.nii.gz")
+    caplog.clear()
+    caplog.set_level("INFO")
+    assert apply.predict(*read_scan(scans / "a.nii.gz")).findings == ()
+    assert not caplog.text
+    found = apply.predict(*read_scan(scans / "odd.nii.gz")).findings
+    assert "turned by 20.1 degrees about x" in found[0]
+    assert f"{scans / 'odd.nii.gz'}: sform has steps of 2 x 2 x 5 mm" in caplog.text
+    predict_all(runs[0], scans / "odd.nii.gz", tmp_path / "out")
+    logged = [(one.name, str(one.args[-1])) for one in caplog.records if one.args]
+    by_verb = {text for name, text in logged if name == "bhsd_jax.assemble.predictor"}
+    assert {*found, *(text for name, text in logged if name == "bhsd_jax.api")} == by_verb
 
 
 def test_a_file_of_probabilities_that_lacks_its_words_is_made_again(runs, scans, tmp_path, caplog):
@@ -163,6 +201,26 @@ def test_every_run_is_mirrored_as_it_was_trained_whichever_is_named_first(scans,
     for asked, want in ((False, [(), (), ()]), (True, [(0, 1, 2), (2,), (1, 2)])):
         members = Predictor.from_run(*made, mirror=asked).members
         assert [member.mirror for member in members] == want, "what is asked for holds for all"
+
+
+def test_a_run_that_was_trained_with_one_mirror_is_predicted_with_it_and_says_so(
+    scans, tmp_path, caplog
+):
+    run = tiny_run.make(tmp_path / "run", mirror=True)
+    config = json.loads((run / "config.json").read_text())
+    config["augment"]["spatial"] = [{"name": "spatial.Mirror", "axes": [2]}]
+    (run / "config.json").write_text(json.dumps(config))
+    predictor = Predictor.from_run(run)
+    assert predictor._networks.window.mirror_axes == (2,)
+    assert predictor.members[0].mirror == (2,)
+    with caplog.at_level(logging.INFO):
+        predict_all(run, scans / "a.nii.gz", tmp_path / "out")
+    assert "mirrored along W, infer.mirror=False needs one in 2" in caplog.text
+    facts = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert facts["mirror"] == [2]
+    lines = (tmp_path / "out" / origins.NAME).read_text().splitlines()
+    (made_with,) = [line["facts"] for line in map(json.loads, lines) if "facts" in line]
+    assert made_with["infer"]["mirror_axes"] == [2]
 
 
 def test_what_is_averaged_and_the_precision_hold_for_all_runs_if_asked_for(runs, tmp_path):

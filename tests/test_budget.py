@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from bhsd_jax.platform import budget, machine
 from bhsd_jax.platform.errors import UserError
@@ -19,6 +20,19 @@ def test_work_that_needs_more_memory_than_there_is_is_refused_with_both_figures(
         budget.require_memory(8.5 * GB, "the step", "use less")
     with pytest.raises(UserError, match=r"needs at least 20 GB .* are 16 GB"):
         budget.require_memory(20 * GB, "the step", "use less", available=16 * GB)
+
+
+def test_a_device_without_memory_is_explained_below_what_jax_says():
+    said = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.3GiB.\n  largest: conv"
+    told = budget.explain_exhausted(JaxRuntimeError(said))
+    assert told.startswith(f"{said}; if another program holds memory of the device (`nvidia-smi`")
+    for word in ("input.patch", "input.labeled", "train.accumulate=2", "mesh.space"):
+        assert word in told
+    assert told.endswith("to predict and to validate, infer.tiles=1")
+    graph = "INTERNAL: Failed to instantiate graph: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+    assert budget.explain_exhausted(JaxRuntimeError(graph)).startswith(graph)
+    for other in (JaxRuntimeError("INTERNAL: no such kernel"), ValueError("out of memory")):
+        assert budget.explain_exhausted(other) is None
 
 
 def test_where_the_system_does_not_tell_nothing_is_refused(monkeypatch):

@@ -60,6 +60,18 @@ def test_a_shell_of_salloc_and_a_batch_script_are_alone():
     assert find(environment=script) == Place()
 
 
+def test_of_launchers_inside_each_other_the_one_that_started_several_tells():
+    """`mpirun` in a shell or a script of Slurm, whose variables its processes inherit."""
+    shell = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    found = find(environment=shell | OPEN_MPI)
+    assert found == find(environment=OPEN_MPI)
+    assert (found.index, found.count) == (2, 4)
+    assert find(environment=SLURM | OPEN_MPI) == find(environment=OPEN_MPI)
+    one = OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}
+    assert find(environment=SLURM | one) == find(environment=SLURM)
+    assert find(environment=shell | one).count == 1
+
+
 def test_open_mpi_tells_all_on_one_machine_and_with_version_4_on_several():
     found = find(environment=OPEN_MPI)
     assert (found.index, found.count, found.local) == (2, 4, (0, 2))

@@ -128,7 +128,7 @@ def test_later_verbs_know_the_run_from_any_folder_and_refuse_another_config(bhsd
         (["train", "--config=cps", "--train.steps=0"], 1, "must be 1 or more; got 0"),
         (["train", "--config=cps", "--input.patch=32"], 1, "config.input.patch must be (a whole"),
         (["predict", "--config=cps", "--infer.mirror_axes=3,4"], 1, "got (3, 4)"),
-        (["predict", "--config=cps", "--infer.mirror_axes=None"], 1, "got None"),
+        (["predict", "--config=cps", "--predict.networks=None"], 1, "got None"),
         (["predict", "nowhere"], 2, "nowhere holds no config.json"),
         (["evaluate", "a", "b", "--config=cps"], 2, "one run folder; got a and b"),
     ],
@@ -318,6 +318,10 @@ def test_what_a_user_can_mend_is_one_line_and_a_defect_of_ours_is_not(tmp_path):
     full = "SaveError('no room; the last good checkpoint is step 3')"
     said = ended(full, tmp_path / "c", module="bhsd_jax.train.checkpoint")
     assert said.splitlines()[1:] == ["report: no room; the last good checkpoint is step 3"]
+    full = "JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.')"
+    (said,) = ended(full, tmp_path / "d", module="jax.errors").splitlines()[1:]
+    assert said.startswith("report: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 b")
+    assert "infer.tiles=1" in said
     text = ended("ValueError('shapes differ')", tmp_path / "b")
     assert "Traceback" in text
     assert "ValueError: shapes differ" in text

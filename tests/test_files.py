@@ -1,5 +1,6 @@
 """Files are there whole or not at all."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bhsd_jax.platform import files
+from bhsd_jax.platform import faults, files
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,3 +153,63 @@ def test_of_many_who_write_first_at_once_all_read_the_same(tmp_path):
     found = {process.communicate(timeout=300)[0].strip() for process in running}
     assert found == {(tmp_path / ".salt").read_text()}
     assert names(tmp_path) == [".salt"]
+
+
+@pytest.fixture
+def no_links(monkeypatch):
+    """As on gcsfuse, where what is asked of a file may also be answered from before it was made."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+
+
+def test_without_links_too_the_first_text_stays(tmp_path, no_links):
+    path = tmp_path / ".salt"
+    assert [files.write_first(path, text) for text in ("ours", "theirs")] == ["ours", "ours"]
+    assert names(tmp_path) == [".salt"]
+
+
+def test_a_text_that_another_process_has_not_written_yet_is_waited_for(
+    tmp_path, no_links, monkeypatch
+):
+    path = tmp_path / ".salt"
+    path.touch()
+    monkeypatch.setattr(files.time, "sleep", lambda _: path.write_text("theirs"))
+    assert files.write_first(path, "ours") == "theirs"
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.ENOSPC])
+def test_where_another_machine_was_first_its_text_is_taken_and_a_full_disk_is_said(
+    tmp_path, no_links, monkeypatch, code
+):
+    path, create = tmp_path / ".salt", Path.open
+
+    class Closing:
+        """gcsfuse says at the end that it could not keep the file, and shows the other one."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self.file
+
+        def __exit__(self, *_):
+            self.file.close()
+            if code == errno.ESTALE:
+                path.write_text("theirs")
+            raise OSError(code, os.strerror(code))
+
+    def opened(self, mode="r", *rest, **more):
+        file = create(self, mode, *rest, **more)
+        return Closing(file) if mode == "x" else file
+
+    monkeypatch.setattr(Path, "open", opened)
+    if code == errno.ESTALE:
+        assert files.write_first(path, "ours") == "theirs"
+    else:
+        with pytest.raises(faults.WriteError, match="No space left"):
+            files.write_first(path, "ours")
+        assert names(tmp_path) == []

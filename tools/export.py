@@ -6,7 +6,9 @@
 StableHLO runs wherever JAX does, without this package: `exported/model.stablehlo` is one function
 for CPU and CUDA, from raw intensities of a tile (with --normalized: from normalized ones) to
 logits, with the weights inside (with --weights-apart: as its first argument). `exported/model.json`
-says classes, spacing, axes, normalization and license.
+says classes, in the order of the logits' channels, and whether softmax or sigmoid makes
+probabilities of them (of regions also which value of a label map each writes), spacing, axes,
+normalization and license.
 
 safetensors holds the weights under the names PyTorch has, for nnU-Net's two networks and for runs
 that were imported from PyTorch: `network.load_state_dict(safetensors.torch.load_file(...))`.

@@ -10,8 +10,9 @@
 
 A checkpoint of nnU-Net v2, the folder of a fold, or that of a model with its numbered folds needs
 nothing more: network, plan and normalization come from it, and `predict` gives nnU-Net's own label
-maps; of a cascade, the first stage is imported with it from the folder beside it. Nor does a
-folder of BLAST-CT's networks with its config.json. UNETR and SwinUNETR of MONAI,
+maps; of a cascade, the first stage is imported with it from the folder beside it. `--axes` alone
+may be given, where a program turns scans before its network sees them. Nor does a folder of
+BLAST-CT's networks with its config.json, but for a `--patch`. UNETR and SwinUNETR of MONAI,
 CoTr and nnFormer (as nnFormer/synapse, /acdc, /tumor) need the rest of the options, and so
 do weights of nnU-Net's networks in safetensors or npz files. .pth and its kin need the extra
 `torch-import`; no pickle is executed.
@@ -22,10 +23,16 @@ do weights of nnU-Net's networks in safetensors or npz files. .pth and its kin n
 
 import argparse
 import sys
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+_DESCRIPTION = (  # options that say what weights alone do not
+    *("reference", "constructor", "classes", "patch", "spacing_mm", "axes", "window", "range"),
+    *("clip", "mean_std", "zscore", "pad", "crop_hu", "mirror_axes", "dataset", "license"),
+)
 
 
 def main() -> None:
@@ -41,6 +48,7 @@ def main() -> None:
         source, members = found(options)
         if source.plan.previous_stage:
             first = import_folders.first_stage(options.checkpoint, source, options.folds)
+            first = first and replace(first, source=turned(first.source, options.axes))
         import_weights.write_run(common.get_config(), source, members, options.out)
         if first is not None:
             place = options.out / PREVIOUS_STAGE
@@ -67,30 +75,65 @@ def found(options: argparse.Namespace) -> tuple[Any, Any]:
     """What the network is, and weights by the name of each member.
 
     Raises:
-        ValueError: If the path holds nothing that is known, or options are missing.
+        ValueError: If the path holds nothing that is known, or options are missing, or not read.
     """
     from bhsd_jax.torch_weights import weights_file
     from bhsd_jax.verbs import import_folders, import_weights
 
     path = options.checkpoint
     if path.is_dir() and import_folders.folds(path):
+        require_read(options, ("axes",), "nnU-Net's folder of a model")
         model = import_folders.from_nnunet(path, options.folds)
-        return model.source, model.members
+        return turned(model.source, options.axes), model.members
     if options.folds:
         raise ValueError(f"{path}: --folds is for nnU-Net's folder of a model; no fold_* is in it")
     config = None if options.reference else import_folders.blast_config(path)
     if config is not None:
+        require_read(options, ("patch",), "BLAST-CT's networks")
         tile = options.patch and tuple(options.patch)
         model = import_folders.from_blast_ct(path, config, tile)
         return model.source, model.members
     path = import_weights.find(path)
     weights = weights_file.read(path)
     if import_weights.is_nnunet(weights):
-        source = import_weights.from_nnunet(weights, path)
+        require_read(options, ("axes",), "a checkpoint of nnU-Net")
+        source = turned(import_weights.from_nnunet(weights, path), options.axes)
         import_weights.require_named_network(source, weights, path)
     else:
         source = described(options, path, weights.beside)
     return source, {"network": weights.state}
+
+
+def require_read(options: argparse.Namespace, read: Collection[str], kind: str) -> None:
+    """Refuses options that would change nothing.
+
+    Raises:
+        ValueError: If one is given that is not in `read`; lists all such.
+    """
+    given = [name for name in _DESCRIPTION if getattr(options, name) is not None]
+    unread = [f"--{name.replace('_', '-')}" for name in given if name not in read]
+    if unread:
+        hint = "; bhsd predict has --infer.mirror_axes" * ("--mirror-axes" in unread)
+        raise ValueError(
+            f"{options.checkpoint}: {', '.join(unread)} given, but {kind} says that itself: leave "
+            f"it out{hint}"
+        )
+
+
+def turned(source: Any, axes: str | None) -> Any:
+    """The network with scans turned as is said, whatever its own program's reader does.
+
+    Raises:
+        ValueError: If the letters do not name three axes.
+    """
+    import numpy as np
+
+    from bhsd_jax.ct import geometry
+
+    if axes is None:
+        return source
+    geometry.canonical(np.eye(4), axes)
+    return replace(source, plan=replace(source.plan, axes=axes))
 
 
 def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
@@ -122,30 +165,35 @@ def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
         constructor,
         classes=options.classes,
         spacing_mm=tuple(options.spacing_mm),
-        axes=options.axes,
+        axes=options.axes or "SPL",
         foreground=foreground,
         source_sha256=import_weights.digest(path),
         patch=options.patch and tuple(options.patch),
         crop_hu=options.crop_hu,
-        dataset=options.dataset,
-        license=options.license,
+        dataset=options.dataset or "imported",
+        license=options.license or "",
     )
-    axes = tuple(options.mirror_axes)
-    return import_weights.Source(reference, constructor, plan, axes, options.pad, windows)
+    axes = (0, 1, 2) if options.mirror_axes is None else tuple(options.mirror_axes)
+    return import_weights.Source(reference, constructor, plan, axes, options.pad or "air", windows)
 
 
 def normalization(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Clip from, subtract, divide by, clip to (None: z-scores); and `config.windows`."""
+    """Clip from, subtract, divide by, clip to (None: z-scores); and `config.windows`.
+
+    Raises:
+        ValueError: If a window is none, or options exclude one another.
+    """
+    require_one_normalization(options)
     if options.zscore:
         return None, "plan"
     if options.clip:
-        (low, high), (mean, std) = options.clip, options.mean_std
+        (low, high), (mean, std) = options.clip, options.mean_std or (0, 1)
         return (low, mean, std, high), "plan"
     pairs = [((low + high) / 2, high - low) for low, high in options.window]
     if min(width for _, width in pairs) <= 0:
         raise ValueError(f"--window goes from low to high; got {options.window}")
     low, high = options.window[0]
-    first, last = options.range
+    first, last = options.range or (0, 1)
     if first >= last:
         raise ValueError(f"--range goes from low to high; got {options.range}")
     if len(pairs) > 1:
@@ -154,6 +202,20 @@ def normalization(options: argparse.Namespace) -> tuple[Any, Any]:
         return (0.0, 0.0, 1.0, 1.0), tuple(pairs)
     scale = (high - low) / (last - first)
     return (low, low - first * scale, scale, high), "plan"
+
+
+def require_one_normalization(options: argparse.Namespace) -> None:
+    """Refuses options of which one would not count.
+
+    Raises:
+        ValueError: Names them.
+    """
+    if sum(map(bool, (options.window, options.clip, options.zscore))) > 1:
+        raise ValueError("--window, --clip and --zscore exclude one another; give one")
+    if options.range and not options.window:
+        raise ValueError("--range is what a --window becomes; give one, or leave it out")
+    if options.mean_std and not options.clip:
+        raise ValueError("--mean-std goes with --clip; give both, or leave it out")
 
 
 def parse() -> argparse.Namespace:
@@ -173,19 +235,21 @@ def parse() -> argparse.Namespace:
     add("--classes", nargs="+", help="background first")
     add("--patch", type=int, nargs=3, metavar="N", help="voxels of a tile, along --axes")
     add("--spacing-mm", type=float, nargs=3, metavar="MM", help="along --axes")
-    add("--axes", default="SPL", help="where array axes run, as RAS (MONAI), or file; default SPL")
+    axes = "where array axes run, as RAS (MONAI), or file; default SPL, of nnU-Net its reader's"
+    add("--axes", help=axes)
     two = {"type": float, "nargs": 2}
     add("--window", **two, action="append", metavar=("LOW", "HIGH"), help="HU; one per channel")
-    add("--range", **two, default=(0, 1), metavar=("A", "B"), help="what one window becomes; 0 1")
+    add("--range", **two, metavar=("A", "B"), help="what one window becomes; 0 1")
     add("--clip", **two, metavar=("LOW", "HIGH"), help="HU to clip to, with --mean-std")
-    add("--mean-std", **two, default=(0, 1), metavar=("MEAN", "STD"), help="subtracted, divided by")
-    add("--zscore", action="store_true", help="every scan to zero mean and unit variance (MR)")
-    add("--pad", choices=("air", "nnunet"), default="air", help="outside the scan; default air")
+    add("--mean-std", **two, metavar=("MEAN", "STD"), help="subtracted, divided by; 0 1")
+    scores = "every scan to zero mean and unit variance (MR)"
+    add("--zscore", action="store_true", default=None, help=scores)
+    add("--pad", choices=("air", "nnunet"), help="outside the scan; default air")
     add("--crop-hu", type=float, help="crop to the largest component above; default: non-zero")
-    axes = {"type": int, "choices": range(3), "nargs": "*"}
-    add("--mirror-axes", **axes, default=(0, 1, 2), help="mirrored along in prediction; 0 1 2")
-    add("--dataset", default="imported", help="what it was trained on")
-    add("--license", default="", help="of the data it was trained on")
+    which = {"type": int, "choices": range(3), "nargs": "*"}
+    add("--mirror-axes", **which, help="mirrored along in prediction; 0 1 2")
+    add("--dataset", help="what it was trained on")
+    add("--license", help="of the data it was trained on")
     return parser.parse_args()
 
 

@@ -82,7 +82,8 @@ def _salt(folder: Path) -> str:
     """Drawn once; processes that ask for it at once are given the same."""
     path = folder / ".salt"
     drawn = secrets.token_hex(16)
-    salt = path.read_text(errors="replace") if path.is_file() else files.write_first(path, drawn)
+    salt = path.read_text(errors="replace") if path.is_file() else ""
+    salt = salt or files.write_first(path, drawn)  # empty: another process may be writing it
     if len(salt) != len(drawn):
         raise UserError(
             f"{path}: damaged ({len(salt)} characters, not {len(drawn)}); restore it from a copy, "

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from jax.sharding import Mesh
 
 from bhsd_jax.assemble import wiring
 from bhsd_jax.assemble.predictor import Predictor
@@ -22,10 +23,11 @@ from bhsd_jax.types import Params
 
 
 def share_cores(run: Run) -> None:
-    """On a CPU, makes a device of every core that there is memory for a tile; before JAX starts."""
-    tile = bytes_per_tile(run.patch)
-    processes.share_cores(run.config.infer.tiles or 0, most=max(machine.memory() // 2 // tile, 1))
-    allocator.mind_memory(jax.local_device_count() * tile)
+    """On a CPU, makes a device of every core; before JAX starts.
+
+    Each window takes as many of them as there is memory for its tiles, see `make_predictor`.
+    """
+    processes.share_cores(run.config.infer.tiles or 0)
 
 
 def require_right_sums() -> None:
@@ -47,7 +49,7 @@ def require_right_sums() -> None:
 
 
 def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
-    """The predictor of a run, on all devices of this process.
+    """The predictor of a run, on the devices of this process that there is memory for a tile on.
 
     Raises:
         ValueError: If the networks are not the config's model.
@@ -58,26 +60,25 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         return model.apply(variables, network_input(raw), train=False)
 
     margin = getattr(model, "margin", (0, 0, 0))  # what it takes around the voxels it answers for
-    seen = (n + 2 * m for n, m in zip(run.patch, margin, strict=True))
+    seen = tuple(n + 2 * m for n, m in zip(run.patch, margin, strict=True))
     sample = jax.ShapeDtypeStruct((1, *seen, network_input.channels), jnp.float32)
     expected = abstract_variables(model, sample)
     for variables in networks:
         _require_fit(variables, expected)
-    several = jax.local_device_count() > 1
     window = SlidingWindow(
         forward,
         run.patch,
         step=config.infer.step,
         mirror=config.infer.mirror,
         # Of a single slice the mirrored version is the slice.
-        mirror_axes=tuple(axis for axis in config.infer.mirror_axes if run.patch[axis] > 1),
+        mirror_axes=tuple(axis for axis in wiring.mirror_axes(run) if run.patch[axis] > 1),
         tiles_per_call=config.infer.tiles,
         law=config.infer.law,
         margin=margin,
         unit=model.stride if any(margin) else None,
         combine=config.predict.combine,
         # Of several processes each predicts scans of its own.
-        mesh=meshes.make_mesh(devices=jax.local_devices()) if several else None,
+        mesh=_mesh(bytes_per_tile(seen), config.infer.tiles or 0),
         regions=run.labels.region_order,
         options=wiring.compiler_options(model),
     )
@@ -95,6 +96,24 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         nnunet_probabilities=config.predict.nnunet_probabilities,
         keeps_logits=config.predict.logits,
     )
+
+
+def _mesh(tile_bytes: int, tiles: int) -> Mesh | None:
+    """The devices that share the tiles of a call; None: the first one alone.
+
+    On accelerators all, for each has memory of its own. CPUs share half of the machine's; those
+    that are not taken lend their cores to the others.
+
+    Args:
+        tile_bytes: Working memory of one tile.
+        tiles: That the config asks for per call, to be shared evenly; 0: one on each device.
+    """
+    count = jax.local_device_count()
+    if jax.default_backend() == "cpu":
+        most = min(count, max(machine.memory() // 2 // tile_bytes, 1))
+        count = max(n for n in range(1, most + 1) if tiles % n == 0)
+    allocator.mind_memory(count * tile_bytes)
+    return meshes.make_mesh(devices=jax.local_devices()[:count]) if count > 1 else None
 
 
 def _require_fit(variables: Params, expected: Params) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import deployed, devices, held_out
+from bhsd_jax.assemble import deployed, devices, held_out, wiring
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
@@ -149,9 +149,7 @@ def _as_first(run: Run, other: Run, mirror: bool | None) -> Run:
 def _open(run: Run) -> tuple[Predictor, Member]:
     step, networks = deployed.load(run)
     made = devices.make_predictor(run, list(networks.values()))
-    infer = run.config.infer
-    axes = tuple(infer.mirror_axes) if infer.mirror else ()
-    return made, Member(run.folder, step, tuple(networks), axes)
+    return made, Member(run.folder, step, tuple(networks), wiring.mirror_axes(run))
 
 
 def _fields(run: Run) -> tuple[str, ...]:

@@ -137,7 +137,7 @@ def lesions(
 
 
 def _midline(case: Case, plan: Plan, seen: Volume | None) -> np.ndarray | None:
-    if plan.modality != "ct":
+    if plan.modality != "ct" or not scan.has_sides(case.image):
         return None
     volume = scan.read_native(case.image, seen)
     voxels = plausibility.in_hu(volume.voxels)

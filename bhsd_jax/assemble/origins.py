@@ -34,6 +34,8 @@ def facts_of(run: Run, members: Sequence[Member], **more: Any) -> dict[str, Any]
     """
     infer = dataclasses.asdict(run.config.infer)
     del infer["tiles"]  # how many at a time
+    if infer["mirror_axes"] is None:
+        infer["mirror_axes"] = members[0].mirror
     dicom = run.config.predict.dicom
     facts = {
         "weights_sha256": [member.weights_sha256 for member in members],

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ def begin_from(
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
-        ValueError: If it cannot be read, or nothing in it fits.
+        ValueError: If it cannot be read, nothing in it fits, or a word of `only` or `leave` is the
+            beginning of no name.
     """
     found = _of_run(Path(path)) if Path(path).is_dir() else _of_file(Path(path), module, channels)
     networks = list(found.networks.values())
@@ -156,6 +157,7 @@ def _filled(
     leave: Sequence[str],
 ) -> Params:
     flat: Any = traverse_util.flatten_dict(drawn, sep="/")
+    _require_known(flat, init_only=only, init_leave=leave)
     taken, random = {}, []
     for name, leaf in flat.items():
         value, why = found.get(name), ""
@@ -179,6 +181,18 @@ def _filled(
     if len(random) > _MOST_LINES:
         logger.warning("train.init_from: random stay %d more", len(random) - _MOST_LINES)
     return traverse_util.unflatten_dict({**flat, **taken}, sep="/")
+
+
+def _require_known(names: Collection[str], **words: Sequence[str]) -> None:
+    """Refuses words with which no parameter's name begins, by the field that has them."""
+    for field, given in words.items():
+        odd = [word for word in given if not any(name.startswith(word) for name in names)]
+        if odd:
+            parts = dict.fromkeys(name.partition("/")[0] for name in names)
+            raise UserError(
+                f"config.train.{field}: no parameter of this network begins with {odd[0]!r}; they "
+                f"begin with {', '.join(parts)}"
+            )
 
 
 def _unfit(value: np.ndarray | None, shape: tuple[int, ...]) -> str:

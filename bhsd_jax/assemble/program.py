@@ -94,8 +94,7 @@ def _require_memory(memory: Any, mesh: Mesh) -> None:
     budget.require_memory(
         needed,
         "the train step",
-        "set a smaller input.patch or input.labeled, train.accumulate=2, train.remat=blocks, "
-        "or precision=bfloat16",
+        budget.TRAIN_WITH_LESS,
         available,
     )
 

@@ -197,7 +197,7 @@ def make_chains(run: Run, mesh: Mesh | None = None) -> tuple[SpatialChain, Inten
         made = []
         for spec in specs:
             accepted = inspect.signature(find("bhsd_jax.augment", spec["name"])).parameters
-            extra = {"fill": fill} if "fill" in accepted else {}
+            extra = {"fill": fill} if "fill" in accepted and "fill" not in spec else {}
             made.append(build("bhsd_jax.augment", dict(spec), **extra))
         return tuple(made)
 

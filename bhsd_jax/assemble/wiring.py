@@ -54,6 +54,26 @@ def objective(config: Settings) -> Any:
     return made
 
 
+def mirror_axes(run: Run) -> tuple[int, ...]:
+    """Axes along which predictions are mirrored and averaged: 0 is D; () where none is.
+
+    Where the config names none they are those that `spatial.Mirror` has mirrored in training, for
+    of other mirrored versions the network has never seen one. What augmentations of one's own
+    mirror is not known, and does not count.
+
+    Raises:
+        ValueError: If a `spatial.Mirror` of the config has an unknown argument.
+    """
+    infer = run.config.infer
+    if not infer.mirror:
+        return ()
+    if infer.mirror_axes is not None:
+        return infer.mirror_axes
+    specs = (spec for spec in run.config.augment.spatial if spec["name"] == "spatial.Mirror")
+    trained = [build("bhsd_jax.augment", spec) for spec in specs]
+    return tuple(sorted({axis for op in trained if op.p > 0 for axis in op.axes}))
+
+
 def compiler_options(network: Any) -> dict[str, bool]:
     """What XLA has to be told where a program with this network is compiled for our devices."""
     dtype, device = getattr(network, "dtype", jnp.float32), jax.local_devices()[0]

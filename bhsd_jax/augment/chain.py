@@ -68,11 +68,15 @@ class SpatialChain:
 
     @property
     def keeps_slices(self) -> bool:
-        """Whether every slice of a patch comes from a single one: nothing is turned out of it."""
+        """Whether every slice of a patch is known to come from a single one: none is mixed.
+
+        Of an operation of one's own it is known if it has an attribute `keeps_slices` that is True.
+        """
         return all(
             is_in_plane(self.patch, op.dummy_2d) or op.rotation_p == op.scale_p == 0
-            for op in self.ops
             if isinstance(op, Affine)
+            else getattr(op, "keeps_slices", False)
+            for op in self.ops
         )
 
     def __call__(

@@ -154,6 +154,8 @@ class Affine:
 class Mirror:
     """Flips each of `axes` (0 is D) with probability `p`."""
 
+    keeps_slices = True  # of the class, and so without a type: no field of a config
+
     p: float = 0.5
     axes: tuple[int, ...] = (0, 1, 2)
 

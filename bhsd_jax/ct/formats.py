@@ -64,6 +64,16 @@ def frame(path: Path) -> str:
     return "" if kind in _PICTURES else "space"
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is in a format of pictures, and nothing beside it says that it is a volume."""
+    if ending(path) not in (*_PICTURES, *_TIFF):
+        return False
+    try:
+        return not frame(path)
+    except Refusal:  # a JSON file of something else
+        return True
+
+
 def read_channels(path: Path, channels: int = 1) -> tuple[Volume, ...]:
     """One scan of so many channels: a fourth axis, or colors.
 

@@ -26,8 +26,9 @@ def repair(
     all below 0 HU came out near +3000, if that makes air of the edges of its slices; metal wrapped
     around in 16 bits (below -20000); padding (-2048, -3024) and extended-range metal, clipped. One
     value below -20000 that fills the corners of all slices is padding too (-32768), and is set to
-    the lowest with `clip` or without. The findings say what was done, with counts; of clipped
-    padding and metal in the same words. The input is not changed.
+    the lowest with `clip` or without. Which axis the slices follow does not matter. The findings
+    say what was done, with counts; of clipped padding and metal in the same words. The input is not
+    changed.
 
     Raises:
         Refusal: If values lie where no defect known puts HU.
@@ -74,20 +75,24 @@ def is_wrapped(voxels: Num[np.ndarray, "D H W"]) -> bool:
 
     So it is in scans stored as unsigned without their offset, whose air lies at 3096..3596. Where
     a field of view is so tight that tissue fills its edges, bone and metal lie there as well, and
-    nothing tells them apart.
+    nothing tells them apart. Slices follow any axis; it is that whose two ends show the least air.
     """
-    edges = voxels[:, [0, -1], :], voxels[:, :, [0, -1]]
-    air = [np.mean((edge >= WRAPS_HU) & (edge < 4096 - 500)) for edge in edges]
-    return float(np.mean(air)) >= LEAST_AIR
+    air = []
+    for axis in range(3):
+        ends = voxels.take([0, -1], axis)
+        air.append(float(np.mean((ends >= WRAPS_HU) & (ends < 4096 - 500))))
+    return (sum(air) - min(air)) / 2 >= LEAST_AIR
 
 
 def _outside(voxels: Float32[np.ndarray, "D H W"]) -> Bool[np.ndarray, "_ _ _"]:
     """Padding at the lowest value of a type: metal, which wraps there too, fills no corners."""
     lowest = voxels[0, 0, 0]
-    corners = voxels[:, [[0], [-1]], [0, -1]]
-    if lowest >= WRAPPED_HU or (corners != lowest).any():
-        return np.zeros((1, 1, 1), bool)
-    return voxels == lowest
+    if lowest < WRAPPED_HU:
+        for axis in range(3):  # that of the slices may be any
+            corners = np.moveaxis(voxels, axis, 0)[:, [[0], [-1]], [0, -1]]
+            if (corners == lowest).all():
+                return voxels == lowest
+    return np.zeros((1, 1, 1), bool)
 
 
 def tilt_deg(affine: Float[np.ndarray, "4 4"]) -> float:

@@ -128,8 +128,18 @@ def remarks(image: object, label: object) -> list[Finding]:
     return found
 
 
+def has_position(path: Path) -> bool:
+    """Whether a file says where in the patient its voxels lie.
+
+    Raises:
+        Refusal: If the file is no NIfTI; names it.
+    """
+    with _naming(path), _stream(path) as (stream, _):
+        return nifti_header.has_position(nifti_header.parse(stream))
+
+
 def repairs(path: Path) -> list[Finding]:
-    """What `read` has changed of a file's geometry, or taken though the header contradicts it.
+    """What `read` has changed of a file's geometry, or taken without or against its header.
 
     Raises:
         Refusal: If the file is no NIfTI; names it.

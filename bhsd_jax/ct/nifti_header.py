@@ -145,8 +145,19 @@ def require_affine(matrix: Float64[np.ndarray, "4 4"]) -> None:
         raise Refusal(Kind.AFFINE, f"affine is singular: {matrix[:3].tolist()}")
 
 
+def has_position(header: Nifti1Header) -> bool:
+    """Whether it says where in the patient voxels lie: without, `affine` is but a custom."""
+    return int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
+
+
 def repairs(header: Nifti1Header) -> list[Finding]:
-    """What `affine` has changed, or has taken though the header contradicts it."""
+    """What `affine` has changed, or has taken though the header contradicts it or says nothing."""
+    if not has_position(header):
+        text = (
+            "no position in the header (sform_code and qform_code are 0): axes are taken to run to "
+            "the left, the front and the top, as nibabel does; right and left may be exchanged"
+        )
+        return [Finding(Kind.NO_POSITION, "kept", text)]
     longer = _lengthened(header)
     if longer == 1:
         return _contradictions(header)
@@ -251,10 +262,6 @@ def remarks(header: Nifti1Header, *, is_label: bool) -> list[Finding]:
     elif slope != 0 and (slope, intercept) != (1.0, 0.0):
         text = f"scale factors applied: {slope:.6g} x + {intercept:.6g}"
         found.append(Finding(Kind.SCALED, "repaired", text))
-    if int(header["sform_code"]) > 0:
-        return found
-    if int(header["qform_code"]) > 0:
+    if int(header["sform_code"]) <= 0 and has_position(header):
         found.append(Finding(Kind.QFORM_ONLY, "repaired", "position from the qform, no sform"))
-    else:
-        found.append(Finding(Kind.NO_POSITION, "kept", "no position in the header"))
     return found

@@ -16,7 +16,7 @@ from bhsd_jax.ct.prepared import Facts, Prepared
 from bhsd_jax.defects import Finding, Kind, Refusal, said_of, texts
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Volume
 
-_DOUBTFUL = (*plausibility.KINDS, Kind.NO_DICOM, Kind.TWO_SPACINGS)
+_DOUBTFUL = (*plausibility.KINDS, Kind.NO_DICOM, Kind.NO_POSITION, Kind.TWO_SPACINGS)
 
 
 def fingerprint_case(
@@ -179,7 +179,8 @@ def prepare_volume(
         first_label: Of a cascade, the label map [D H W] of its first network, on the same voxels.
 
     Returns:
-        The image [D H W C], the way back to the scan's own voxels, and what was found or repaired.
+        The image [D H W C], the way back to the scan's own voxels, and what was found or repaired;
+        of a CT that is turned about x also that its affine does not say what turned it.
 
     Raises:
         ValueError: If it is no scan of the plan's kind; names `volume.case`.
@@ -194,6 +195,8 @@ def prepare_volume(
         law=plan.law,
         schemes=_schemes(plan),
     )
+    if plan.modality == "ct":
+        found += hu.tilt_findings(ready.affine, table_feed=False)
     image, grid = _on_grid((ready, *further), plan)
     if first_label is not None:
         maps = channels.label_on(first_label, (ready, *further), grid, plan)
@@ -274,7 +277,8 @@ def _read(
     """A scan whose CT is in HU, its label, and what was found; or a scan `as_it_lies`.
 
     Of several channels it is the first, and all are taken as they lie. By BLAST-CT's law padding
-    and metal are not clipped, and integers stay integers.
+    and metal are not clipped, and a scan of whole numbers is one of integers, in whatever type it
+    comes: of an array in memory nobody knows the type that its file had.
     """
     raw, label, found = every[0], None, []
     if case.label is not None:
@@ -288,9 +292,13 @@ def _read(
         voxels, repairs = plausibility.settle(raw.voxels, clip=law != geometry.CENTERS)
     except Refusal as error:
         raise said_of(scan.called(case.image), error) from error
-    if law == geometry.CENTERS and np.issubdtype(raw.voxels.dtype, np.integer):
+    if law == geometry.CENTERS and _is_whole(raw.voxels):
         voxels = np.rint(voxels).astype(np.int32)
     return replace(raw, voxels=voxels), label, [*found, *repairs]
+
+
+def _is_whole(voxels: np.ndarray) -> bool:
+    return voxels.dtype.kind != "f" or bool((np.rint(voxels) == voxels).all())
 
 
 def _schemes(plan: Plan) -> list[tuple[str, str]]:

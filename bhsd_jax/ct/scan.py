@@ -60,6 +60,19 @@ def read_channels(image: Image) -> tuple[tuple[Volume, ...], list[Finding]]:
         raise said_of(called(image), error) from error
 
 
+def has_sides(image: Image) -> bool:
+    """Whether right and left of the patient are known: a NIfTI file need not state its place.
+
+    Raises:
+        ValueError: If the scan has become unreadable.
+        FileNotFoundError: If it is no longer there.
+    """
+    if isinstance(image, Series):
+        return True
+    first = files(image)[0]  # whose affine counts
+    return bool(formats.ending(first)) or nifti.has_position(first)
+
+
 def native(image: Image) -> Image:
     """The scan on its own voxels, which label maps lie on."""
     return replace(image, unshear=False) if isinstance(image, Series) else image

@@ -3,6 +3,7 @@
 nnU-Net calls channel 1 of a case `<case>_0001` and the file's ending.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +14,37 @@ from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Channels
 
+logger = logging.getLogger(__name__)
+
 _NUMBERED = re.compile(r"(?P<case>.+)_(?P<number>\d{4})")
 
 
-def scans(folder: Path) -> dict[str, Path]:
+def scans(folder: Path, *, pictures: bool = True) -> dict[str, Path]:
     """Files by name without ending, sorted.
+
+    Pictures (PNG, BMP, TIFF without a spacing) are passed over beside volumes, whose previews they
+    are: a line in the log says so.
+
+    Args:
+        folder: Where they lie.
+        pictures: Whether a folder of pictures alone has scans; not where there are DICOM series.
 
     Raises:
         Refusal: If one cannot be used, such as two files of one name, or a format that is not read.
     """
     found = dict(bhsd.scans(folder, formats.ENDINGS))
-    for path in sorted(folder.iterdir()):
-        if not formats.ending(path) or path.name.startswith(".") or not path.is_file():
-            continue
+    others = [
+        path
+        for path in sorted(folder.iterdir())
+        if formats.ending(path) and not path.name.startswith(".") and path.is_file()
+    ]
+    volumes = [path for path in others if not formats.is_picture(path)]
+    if (found or volumes or not pictures) and len(volumes) < len(others):
+        passed = len(others) - len(volumes)
+        text = "%s: pictures (.png, .bmp, .tif) beside volumes are no scans; passed over: %d"
+        logger.warning(text, folder, passed)
+        others = volumes
+    for path in others:
         name = formats.case_name(path)
         if name in found:
             text = f"{folder}: {found[name].name} and {path.name} are one case; keep one"

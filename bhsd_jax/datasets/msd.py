@@ -11,10 +11,11 @@ from typing import Any
 
 from bhsd_jax.ct import formats
 from bhsd_jax.datasets import splits_file
+from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.labels import Labels
 from bhsd_jax.nnunet import dataset_json
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Case, Channels
+from bhsd_jax.volume import Case, Channels, Survey
 
 Pairs = dict[str, tuple[Path | Channels | None, Path | None]]  # image and mask by case
 
@@ -94,6 +95,15 @@ class MSD:
         """All cases, sorted by id.
 
         Raises:
+            FileNotFoundError: As by `survey`.
+            ValueError: Likewise.
+        """
+        yield from self.survey().cases
+
+    def survey(self) -> Survey:
+        """All cases, and whether `dataset.json` counts as many for training.
+
+        Raises:
             FileNotFoundError: If `dataset.json` or `imagesTr` is not there.
             ValueError: If an image has no mask or a mask no image, or channels are missing.
         """
@@ -107,7 +117,23 @@ class MSD:
             for id, (image, label) in pairs.items()
             if image is not None and (split == "test" or not listed or id in listed)
         ]
-        yield from sorted(cases, key=lambda case: case.id)
+        taken = sum(case.split == "train" for case in cases)
+        findings = self._counted(taken, len(train))
+        return Survey(tuple(sorted(cases, key=lambda case: case.id)), tuple(findings))
+
+    def _counted(self, taken: int, there: int) -> list[Finding]:
+        """What is to be said of `numTraining`, which may count cases not listed, or ignored, too.
+
+        Source: nnU-Net v2.8.1, `verify_dataset_integrity`, which refuses another number.
+        """
+        stated = self._facts.get("numTraining")
+        if type(stated) is not int or taken <= stated <= there + len(self.ignore):
+            return []
+        text = (
+            f"{self._json}: numTraining is {stated}, and there are {taken} training cases, of "
+            "which folds are drawn: complete the copy, or correct the number"
+        )
+        return [Finding(Kind.LIST_COUNT, "kept", text)]
 
     def _training(self) -> Pairs:
         """Image and mask by case, where `dataset.json` says they lie; else by folder and name.
@@ -197,7 +223,18 @@ class MSD:
                 f"{self._json}: not there; set data.root to the folder that holds dataset.json, "
                 "imagesTr and labelsTr"
             )
-        return json.loads(self._json.read_text(encoding="utf-8-sig"))
+        try:
+            found = json.loads(self._json.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise UserError(
+                f"{self._json}: is no JSON ({error}); correct it, or copy it again"
+            ) from error
+        if not isinstance(found, dict) or not isinstance(found.get("training", []), list):
+            raise UserError(
+                f'{self._json}: expected {{"channel_names": ..., "labels": ...}}, where `training` '
+                f"is a list if it is there; got {found!r:.60}"
+            )
+        return found
 
     @functools.cached_property
     def _numbered(self) -> bool:
@@ -219,7 +256,7 @@ class MSD:
 
     @functools.cached_property
     def _channels(self) -> tuple[tuple[str, str], ...]:
-        found = dataset_json.channels(self._facts)
+        found = dataset_json.channels(self._facts, str(self._json))
         if not found:
             raise UserError(f"{self._json}: names no channel; add channel_names, as nnU-Net has it")
         return found

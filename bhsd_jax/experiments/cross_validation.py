@@ -1,7 +1,8 @@
 """Every training case predicted by the fold that did not see it: scores, and what raises them."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,7 +132,20 @@ def _likeliest(paths: Sequence[Path], labels: Labels) -> np.ndarray:
     return label.transpose(2, 1, 0)  # files hold i, j, k
 
 
-def mean_dice(counts: Tally, classes: Sequence[str]) -> Mapping[str, float]:
-    """By foreground class and as "mean", by nnU-Net's convention; NaN where it is not defined."""
-    each = postprocessing.mean_dice(counts)
-    return dict(zip(classes[1:], map(float, each), strict=True)) | {"mean": float(np.mean(each))}
+def in_no_mask(counts: Tally, classes: Sequence[str]) -> set[str]:
+    """Foreground classes of which no case's reference has a voxel."""
+    absent = (counts[:, 1:, 0] + counts[:, 1:, 2] == 0).all(0)
+    return {name for name, gone in zip(classes[1:], absent, strict=True) if gone}
+
+
+def mean_dice(
+    counts: Tally, classes: Sequence[str], left_out: Collection[str] = ()
+) -> Mapping[str, float]:
+    """By foreground class and as "mean", by nnU-Net's convention; NaN where it is not defined.
+
+    The mean is over all classes but `left_out`: one in no mask has a Dice of 0 for whoever draws a
+    voxel of it, and none for whoever draws none, so that no mean over it compares configs.
+    """
+    each = dict(zip(classes[1:], map(float, postprocessing.mean_dice(counts)), strict=True))
+    counted = [dice for name, dice in each.items() if name not in left_out]
+    return each | {"mean": float(np.mean(counted)) if counted else math.nan}

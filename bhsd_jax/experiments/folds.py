@@ -16,7 +16,8 @@ from bhsd_jax.experiments import cross_validation, launch, queue
 from bhsd_jax.experiments.cross_validation import Candidate
 from bhsd_jax.experiments.queue import Failure, Trial
 from bhsd_jax.experiments.study import Heading, Study
-from bhsd_jax.metrics import postprocessing
+from bhsd_jax.metrics import postprocessing, summary
+from bhsd_jax.metrics.postprocessing import Tally
 from bhsd_jax.platform import files, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Workers
@@ -79,6 +80,7 @@ def conclude(what: Study, failures: Sequence[Failure] = (), *, ensembles: bool =
 
     A config counts once all its folds are there. The best has the highest mean Dice over the
     classes, of all validation cases together; of equals the first, and a single config before two.
+    Classes in no mask are left out of the mean. What is not defined is null in best.json.
 
     Source: nnU-Net v2.8.1, `find_best_configuration`.
     """
@@ -91,7 +93,7 @@ def conclude(what: Study, failures: Sequence[Failure] = (), *, ensembles: bool =
     found: dict[str, Any] = {"scores": {}, "best": None, "checkpoint": checkpoint}
     if single:
         found |= _choose([*single, *(cross_validation.pairs(single) if ensembles else [])])
-        files.write_json(what.out / "best.json", found)
+        files.write_json(what.out / "best.json", summary.without_nan(found))
         files.write_json(what.out / "postprocessing.json", found["postprocessing"])
     shown = _page(what, found, finished, failures)
     for name, text in (("report.html", shown.to_html()), ("report.md", shown.to_markdown())):
@@ -102,13 +104,13 @@ def conclude(what: Study, failures: Sequence[Failure] = (), *, ensembles: bool =
 def _choose(candidates: Sequence[Candidate]) -> dict[str, Any]:
     """Scores of all, and of the best the runs and the postprocessing that helps."""
     with Workers(machine.cores()) as workers:
+        counts = [cross_validation.tally(one, workers, ()) for one in candidates]
+        left_out = _left_out(candidates, counts)
         scores = {
-            one.name: cross_validation.mean_dice(
-                cross_validation.tally(one, workers, ()), one.classes
-            )
-            for one in candidates
+            one.name: cross_validation.mean_dice(count, one.classes, left_out)
+            for one, count in zip(candidates, counts, strict=True)
         }
-        # A mean is not defined where a class is in no case.
+        # A mean is not defined where no mask has any class.
         best = max(candidates, key=lambda one: np.nan_to_num(scores[one.name]["mean"], nan=-1.0))
         trials = postprocessing.decide(
             partial(cross_validation.tally, best, workers), len(best.classes)
@@ -120,6 +122,7 @@ def _choose(candidates: Sequence[Candidate]) -> dict[str, Any]:
     runs = sorted((run.workdir for run in best.runs), key=lambda folder: folder not in cascade)
     return {
         "scores": scores,
+        "in_no_mask": left_out,
         "best": best.name,
         "cases": len(best.cases),
         "runs": [str(folder) for folder in runs],
@@ -134,8 +137,17 @@ def _choose(candidates: Sequence[Candidate]) -> dict[str, Any]:
             }
             for trial in trials
         ],
-        "after_postprocessing": cross_validation.mean_dice(after, best.classes),
+        "after_postprocessing": cross_validation.mean_dice(after, best.classes, left_out),
     }
+
+
+def _left_out(candidates: Sequence[Candidate], counts: Sequence[Tally]) -> list[str]:
+    """Classes over which no mean is taken, the same for all candidates; said if there are any."""
+    pairs = zip(candidates, counts, strict=True)
+    found = set().union(*(cross_validation.in_no_mask(count, one.classes) for one, count in pairs))
+    if found:
+        logger.warning("no mask has %s: left out of the mean Dice", ", ".join(sorted(found)))
+    return sorted(found)
 
 
 def _page(
@@ -175,6 +187,8 @@ def _scores(found: Mapping[str, Any]) -> Section:
     classes = list(found["scores"][found["best"]])
     rows = [(name, *map(points, dice.values())) for name, dice in found["scores"].items()]
     words = f"Mean Dice in percent over {found['cases']} cases, by nnU-Net's convention."
+    if found["in_no_mask"]:
+        words += f" Left out of the mean, as no mask has them: {', '.join(found['in_no_mask'])}."
     return Section("Scores", (words, Table(("", *classes), tuple(rows))))
 
 

@@ -131,7 +131,8 @@ class Stream:
     ) -> tuple[Shape, Shape]:
         """First voxel and size of what is cut from the scan as it lies on disk."""
         cut, shape = self.cut, turn.shape(case.shape)
-        forced = self.labeled and sampling.is_forced(index % self.batch, self.batch, cut.foreground)
+        row = index % self.batch
+        forced = self.labeled and sampling.is_forced(rng, row, self.batch, cut.foreground)
         centers = self._centers(case.foreground, forced)
         if cut.uniform and centers is None:
             corner = sampling.uniform_corner(rng, shape, cut.source, cut.patch)

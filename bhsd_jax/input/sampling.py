@@ -15,12 +15,15 @@ from bhsd_jax.volume import Shape
 _ORDER = 1
 
 
-def is_forced(row: int, batch: int, share: float) -> bool:
+def is_forced(rng: np.random.Generator, row: int, batch: int, share: float) -> bool:
     """Whether this row of a batch must show foreground.
 
-    The last rows are: with a share of 0.33 one of 2 (half, not a third), 1 of 3, 3 of 9.
+    The last rows are: with a share of 0.33 one of 2 (half, not a third), 1 of 3, 3 of 9. Where that
+    is none of them, as with a share of 0.33 of a batch of 1, each is by chance, so that over many
+    batches the share is kept; nothing is drawn otherwise.
     """
-    return row >= round(batch * (1 - share))
+    free = round(batch * (1 - share))
+    return bool(rng.random() < share) if free >= batch and share > 0 else row >= free
 
 
 def in_turn(index: int, count: int, seed: tuple[int, ...]) -> int:

@@ -38,6 +38,7 @@ class Mean:
     low: float
     high: float
     n: int  # cases that count; for the mean over classes: classes
+    # For the mean over classes the two are sums over the classes: of pairs of a case and a class.
     n_present: int  # cases with the class in the reference
     n_false_positive: int  # cases without it where it was predicted
 
@@ -229,11 +230,13 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same nested mapping with None for NaN, which JSON does not have."""
+    """The same nested mapping with None for NaN, which JSON does not have; in its lists, too."""
     return {key: _without_nan(value) for key, value in values.items()}
 
 
 def _without_nan(value: Any) -> Any:
     if isinstance(value, Mapping):
         return without_nan(value)
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -121,7 +121,7 @@ class Primus(nn.Module):
         if self.registers:
             shape = (1, self.registers, self.width)
             own = self.param("registers", nn.initializers.normal(1e-6), shape).astype(self.dtype)
-            own = jnp.broadcast_to(own, (len(x), *shape[1:]))
+            own = jnp.broadcast_to(own, (x.shape[0], *shape[1:]))  # it may be symbolic
             x = jnp.concatenate([own, x], axis=1)
         if self.absolute:
             positions = self.param("positions", trunc_normal, (1, *x.shape[1:]))

@@ -19,13 +19,21 @@ _SCHEMES = {  # by name of the channel, in any case; all others get z-scores
 }
 
 
-def channels(facts: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Name and normalization of every channel, by number.
+def channels(
+    facts: Mapping[str, Any], place: str = "nnU-Net dataset.json"
+) -> tuple[tuple[str, str], ...]:
+    """Name and normalization of every channel, by number, or as listed where keys are no numbers.
+
+    Raises:
+        UserError: If it names them otherwise; says `place`.
 
     Source: nnU-Net v2.8.1, `get_normalization_scheme` and its map of channel names.
     """
     named = facts.get("channel_names") or facts.get("modality") or {}
-    names = [str(named[key]) for key in sorted(named, key=int)]
+    if not isinstance(named, Mapping):
+        raise UserError(f'{place}: channel_names is {{"0": "<name>", ...}}; got {named!r:.60}')
+    numbered = all(str(key).isdecimal() for key in named)
+    names = [str(named[key]) for key in (sorted(named, key=int) if numbered else named)]
     return tuple((name, _SCHEMES.get(name.casefold(), Z_SCORES)) for name in names)
 
 
@@ -44,6 +52,8 @@ def labels(facts: Mapping[str, Any], place: str) -> Labels:
     Source: nnU-Net v2.8.1, `LabelManager`.
     """
     given = facts.get("labels") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f'{place}: labels is {{"<name>": <value>, ...}}; got {given!r:.60}')
     if given and all(str(key).isdigit() for key in given):
         given = {name: value for value, name in given.items()}
     named = {str(name): _values(value, given, place) for name, value in given.items()}

@@ -29,6 +29,13 @@ class SingleModel:
     ema_t0: int = 0  # updates counted before the first: 0 SSL4MIS, 1 Tarvainen and Valpola
     tested: str = "teacher"
 
+    def __post_init__(self):
+        """Checks what all have in common; subclasses with checks of their own call it as well."""
+        name = type(self).__name__
+        require_choice(f"{name}: tested", self.tested, ("teacher", "student"))
+        if self.ema_decay is not None:
+            require_average(name, self.ema_decay, self.ema_t0)
+
     def init(self, model: nn.Module, image: Array, key: PRNGKeyArray) -> Params:
         """Parameters of one copy."""
         return model.init(key, image, train=False)["params"]
@@ -65,6 +72,9 @@ class Ramp:
     From 0.007 of `weight` to all of it over a `fraction` of the training, or over `length` steps if
     that is not 0: exp(-5 (1 - t)^2). A fraction of 0 is all of it from the start.
 
+    Raises:
+        ValueError: If the fraction is not in 0..1, or a number of steps is too small.
+
     Source: Laine and Aila 2017, arXiv:1610.02242, section 3.1; staircase as in SSL4MIS.
     """
 
@@ -73,14 +83,27 @@ class Ramp:
     staircase: int = 1  # steps for which the rising weight is held
     length: int = 0
 
+    def __post_init__(self):
+        require_fraction("ramp", self.fraction)
+        for name, value, least in (
+            ("staircase", self.staircase, 1),
+            ("ramp_steps", self.length, 0),
+        ):
+            if value < least:
+                raise UserError(f"objective.{name} counts steps, {least} or more; got {value}")
+
     @classmethod
     def of(cls, objective: Ramped) -> "Ramp":
-        """The ramp that the fields of an objective describe."""
+        """The ramp that the fields of an objective describe.
+
+        Raises:
+            ValueError: If there is no such ramp; names the field.
+        """
         return cls(objective.weight, objective.ramp, objective.staircase, objective.ramp_steps)
 
     def at(self, step: Int[Array, ""], steps: Int[Array, ""] | int) -> Float[Array, ""]:
         """The weight at a step of a training of `steps`."""
-        if self.length <= 0 and self.fraction <= 0:
+        if self.length == self.fraction == 0:
             return self.weight * jnp.ones(())
         length = self.length or self.fraction * steps
         held = (step // self.staircase) * self.staircase

@@ -16,7 +16,6 @@ from bhsd_jax.objectives.common import (
     forward_both,
     over_heads,
     require_choice,
-    require_fraction,
     unmixed,
 )
 from bhsd_jax.types import Params
@@ -33,9 +32,10 @@ class CrossPseudoSupervision(SemiSupervised):
     Source: SSL4MIS `train_cross_pseudo_supervision_3D.py` for preset `ssl4mis`.
     """
 
+    # Of the class, and so without a type: with one they would be fields of a config.
     twins = ("a", "b")
     uses_unlabeled = True
-    ema_decay: float | None = None
+    ema_decay = None  # no average of a twin teaches or is deployed
     ema_t0 = 0
     weight: float = 0.5  # against nnU-Net's CE + Dice (SSL4MIS' 0.1 is 0.2 in these units)
     ramp: float = 0.4  # share of the training over which the weight rises
@@ -47,7 +47,7 @@ class CrossPseudoSupervision(SemiSupervised):
     deep: bool = False  # pseudo-labels, shrunk as masks are, also teach the coarser heads
 
     def __post_init__(self):
-        require_fraction("ramp", self.ramp)
+        Ramp.of(self)  # which refuses what no ramp can be
         require_choice("cps: views", self.views, ("independent", "shared"))
         require_choice("cps: twin_init", self.twin_init, ("model", "kaiming_xavier"))
 

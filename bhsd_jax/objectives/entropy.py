@@ -14,7 +14,6 @@ from bhsd_jax.objectives.common import (
     Terms,
     forward_both,
     require_choice,
-    require_fraction,
 )
 
 _VOXELS = ("all", "balanced", "foreground")
@@ -45,7 +44,8 @@ class EntropyMinimization(SemiSupervised, SingleModel):
     measure: str = "entropy"  # "max_square": one minus the sum of squares, gentler when nearly sure
 
     def __post_init__(self):
-        require_fraction("ramp", self.ramp)
+        Ramp.of(self)  # which refuses what no ramp can be
+        super().__post_init__()
         require_choice("entropy: patches", self.patches, _PATCHES)
         require_choice("entropy: voxels", self.voxels, _VOXELS)
         require_choice("entropy: measure", self.measure, _MEASURES)

@@ -16,7 +16,6 @@ from bhsd_jax.objectives.common import (
     forward_both,
     require_average,
     require_choice,
-    require_fraction,
 )
 from bhsd_jax.platform.errors import UserError
 
@@ -47,12 +46,12 @@ class InterpolationConsistency(SemiSupervised, SingleModel):
     deep: bool = False  # local averages of the teacher's answers also teach the coarser heads
 
     def __post_init__(self):
-        require_fraction("ramp", self.ramp)
+        Ramp.of(self)  # which refuses what no ramp can be
         require_average("ict", self.ema_decay, self.ema_t0)
+        super().__post_init__()
         require_choice("ict: views", self.views, ("weak_strong", "shared"))
         require_choice("ict: pairs", self.pairs, ("each", "half"))
         require_choice("ict: mix", self.mix, ("prob", "logit"))
-        require_choice("ict: tested", self.tested, ("teacher", "student"))
         if self.beta <= 0:
             raise UserError(f"ict: beta is the a of Beta(a, a), above 0; got {self.beta}")
 

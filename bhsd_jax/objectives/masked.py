@@ -18,7 +18,8 @@ class MaskedModeling(SingleModel):
 
     Hidden voxels are 0 once normalized: the mean of the scan in MR, of the foreground in CT. The
     first C logits of the full-resolution head, C being the channels of the image, are what is
-    filled in; a training that begins with these weights (`train.init_from`) draws its heads anew.
+    filled in; a training that begins with these weights (`train.init_from`) is to leave the head
+    out, as `train.init_leave` can: where it has as many classes, all of it would fit.
     Labeled and unlabeled patches count alike, and every hidden voxel counts the same.
 
     Source: Xie et al. 2022 (SimMIM, arXiv:2111.09886, which predicts raw values of hidden squares
@@ -29,6 +30,7 @@ class MaskedModeling(SingleModel):
     hidden: float = 0.6  # share of the blocks
 
     def __post_init__(self):
+        super().__post_init__()
         require_fraction("masked: hidden", self.hidden)
         if min(self.block) < 1 or self.hidden in (0, 1):
             raise UserError(

@@ -15,7 +15,6 @@ from bhsd_jax.objectives.common import (
     forward_both,
     require_average,
     require_choice,
-    require_fraction,
 )
 
 
@@ -48,10 +47,10 @@ class MeanTeacher(SemiSupervised, SingleModel):
     deep: bool = False  # local averages of the teacher's answer also teach the coarser heads
 
     def __post_init__(self):
-        require_fraction("ramp", self.ramp)
+        Ramp.of(self)  # which refuses what no ramp can be
         require_average("mean_teacher", self.ema_decay, self.ema_t0)
+        super().__post_init__()
         require_choice("mean_teacher: views", self.views, ("weak_strong", "shared"))
-        require_choice("mean_teacher: tested", self.tested, ("teacher", "student"))
 
     def terms(self, learner, batch, key):
         view_key, noise_key, student_key, teacher_key = jax.random.split(key, 4)

@@ -34,7 +34,8 @@ def pairs(rows: Array) -> Array:
     """
     if len(rows) % 2:
         raise UserError(
-            f"patches are mixed in pairs: input.unlabeled must be even; got {len(rows)}"
+            f"unlabeled patches are mixed in pairs, but the network is given {len(rows)} at once; "
+            "make input.unlabeled a multiple of 2 x train.accumulate"
         )
     return rows.reshape(len(rows) // 2, 2, *rows.shape[1:])
 
@@ -153,3 +154,14 @@ def paste_partner_slices(
 ) -> Int[Array, "N D K"]:
     """Slice labels of what `paste_partners` makes."""
     return paste_slices(mask, partners(slice_labels), slice_labels)
+
+
+def pierce_slices(
+    hole: Bool[Array, "N D H W"], slice_labels: Int[Array, "N D K"]
+) -> Int[Array, "N D K"]:
+    """Slice labels of patches in which nothing is seen where `hole` is True.
+
+    Whether a slice still shows a class is not known, for all of it may have been in the hole.
+    """
+    pierced = hole.any((2, 3))[..., None]
+    return jnp.where(pierced & (slice_labels == 1), -1, slice_labels)

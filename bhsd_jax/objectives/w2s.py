@@ -52,10 +52,11 @@ class WeakToStrong(SemiSupervised, SingleModel):
     pseudo: float = 0.5  # weight of a pseudo-labeled voxel in copy-paste; a labeled one has 1
 
     def __post_init__(self):
+        Ramp.of(self)  # which refuses what no ramp can be
         require_average("w2s", self.ema_decay, self.ema_t0)
+        super().__post_init__()
         require_choice("w2s: pairing", self.pairing, ("unlabeled", "labeled"))
-        require_choice("w2s: tested", self.tested, ("teacher", "student"))
-        for name in ("ramp", "sure", "sure_foreground", "chance", "holes", "side", "pseudo"):
+        for name in ("sure", "sure_foreground", "chance", "holes", "side", "pseudo"):
             require_fraction(name, getattr(self, name))
 
     @property
@@ -77,6 +78,10 @@ class WeakToStrong(SemiSupervised, SingleModel):
         hole = mixing.boxes(hole_key, count, shape, self.hole, chance=self.holes)
 
         pasted = partial(mixing.paste_partners, mask)
+
+        def mixed(slice_labels):
+            return mixing.pierce_slices(hole, mixing.paste_partner_slices(mask, slice_labels))
+
         shown = pasted(strong)
         # Not 0: on CT that is the mean of the lesions, which holes would teach to be background.
         seen = jnp.where(hole[..., None], shown.mean((1, 2, 3), keepdims=True), shown)
@@ -85,9 +90,8 @@ class WeakToStrong(SemiSupervised, SingleModel):
         labeled, unlabeled = forward_both(learner, learner.params, batch.image, seen, student_key)
         supervised = learner.segmentation(labeled, batch.label)
         follow = losses.cross_entropy(unlabeled[0], guess, sure) + _dice(unlabeled[0], guess, sure)
-        students, mixed = (unlabeled[0],), partial(mixing.paste_partner_slices, mask)
         said = {"sure": sure.mean()}
-        return Terms(supervised, "follow", follow, Ramp.of(self), students, mixed, said)
+        return Terms(supervised, "follow", follow, Ramp.of(self), (unlabeled[0],), mixed, said)
 
     def _copy_paste(self, learner, batch, strong, answer, key):
         box_key, inward_key, outward_key, plain_key = jax.random.split(key, 4)

@@ -9,6 +9,13 @@ from bhsd_jax.platform.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+TRAIN_WITH_LESS = (
+    "set a smaller input.patch or input.labeled, train.accumulate=2, train.remat=blocks, or "
+    "precision=bfloat16"
+)
+_OF_JAX = ("JaxRuntimeError", "XlaRuntimeError")  # the second is its older name
+_EXHAUSTED = ("resource_exhausted", "out of memory", "out_of_memory")
+
 
 def require_memory(needed: float, what: str, remedy: str, available: float | None = None) -> None:
     """Refuses work that cannot fit into memory.
@@ -28,6 +35,22 @@ def require_memory(needed: float, what: str, remedy: str, available: float | Non
             f"{what} needs at least {in_words(needed)} of memory, and there are {in_words(have)}; "
             f"{remedy}"
         )
+
+
+def explain_exhausted(error: BaseException) -> str | None:
+    """What JAX says where a device has no memory left, and what to do; None of any other error.
+
+    The device may be large enough: another program may hold what this one would need.
+    """
+    text = str(error).strip().rstrip(".")
+    of_jax = any(kind.__name__ in _OF_JAX for kind in type(error).__mro__)
+    if not of_jax or not any(words in text.lower() for words in _EXHAUSTED):
+        return None
+    return (
+        f"{text}; if another program holds memory of the device (`nvidia-smi` lists them), end it "
+        f"or wait for it. If not: to train, {TRAIN_WITH_LESS}, or spread it over more devices "
+        "(mesh.model, mesh.space); to predict and to validate, infer.tiles=1"
+    )
 
 
 def require_disk(folder: Path, needed: float, what: str, least: float | None = None) -> None:

@@ -76,7 +76,10 @@ def find(
     count = num_processes if num_processes is not None else _number(_JAX[1], words[1])
     index = process_id if process_id is not None else _number(_JAX[2], words[2])
     told = Place(coordinator or words[0], count, index, source="mesh and JAX_* variables")
-    batch = _slurm(environment) or _open_mpi(environment) or Place()
+    # A shell of Slurm's, or `mpirun -n 1`, is a task that others may be started from. Of two that
+    # have started several, Open MPI is the inner one: its variables come from `mpirun` alone.
+    launchers = [place for place in (_open_mpi(environment), _slurm(environment)) if place]
+    batch = max(launchers, key=lambda place: place.several, default=Place())
     _require_agreement(told, batch)
     if told == Place(source=told.source):
         return batch

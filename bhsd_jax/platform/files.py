@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 255  # bytes, on every file system that clusters have
 _LONGEST_REASON = 200  # letters
+_FILLED_S = 10.0  # within which a file that was created is filled, and everyone sees it
 _ABANDONED_S = 3600.0  # a temporary file nobody wrote to for so long is a killed program's
 _TEMPORARY = re.compile(r"\..*-(\d+)\.tmp", re.DOTALL)  # as `_hidden` names them
 MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
@@ -68,6 +69,9 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_first(path: str | Path, text: str) -> str:
     """Writes a text unless the file exists; returns its text, the same for processes that race.
 
+    So it is on file systems with hard links, and on those where of several that create a file one
+    is told that it was first: on one machine all, and gcsfuse from 2.8 on.
+
     Raises:
         faults.WriteError: If the system says no.
     """
@@ -81,9 +85,40 @@ def write_first(path: str | Path, text: str) -> str:
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
                 raise
-            if not path.exists():  # a file system without links: the moment between is a risk
-                os.replace(temporary, path)
+            _create(path, text)
         temporary.unlink(missing_ok=True)
+    return _read_filled(path)
+
+
+def _create(path: Path, text: str) -> None:
+    """Writes a text into a file that is not there yet; leaves alone what another process creates.
+
+    A rename would not do: it takes the place of what has come since one looked.
+    """
+    try:
+        file = path.open("x")
+    except FileExistsError:
+        return
+    try:
+        with file:
+            file.write(text)
+    except OSError as error:
+        # By gcsfuse the file of another machine came first; this one's is gone.
+        if error.errno != errno.ESTALE:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _read_filled(path: Path) -> str:
+    """The text of a file that another process may have created a moment ago, and fills now.
+
+    Network file systems say for some seconds that it is not there.
+    """
+    end = time.monotonic() + _FILLED_S
+    while time.monotonic() < end:
+        if path.is_file() and (text := path.read_text()):
+            return text
+        time.sleep(0.05)
     return path.read_text()
 
 

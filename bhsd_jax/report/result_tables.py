@@ -70,21 +70,24 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def dice_table(summary: Mapping[str, Any]) -> Table:
-    """Dice by class under every convention, with counts and the 95 % interval of the headline."""
+    """Dice by class under every convention, with counts and the 95 % interval of the headline.
+
+    The mean over classes has no counts: those of the classes do not add up to one of scans.
+    """
     conventions = summary["conventions"]
     rows = []
     several = len(summary["classes"]) > 1
     for name in [*summary["classes"], *(["mean"] if several else [])]:
         scores = {key: conventions[key].get(name, {}) for key in CONVENTIONS if key in conventions}
         head = scores.get("nnunet", {})
+        counts = [number(head.get(key)) for key in ("n_present", "n_false_positive")]
         rows.append(
             (
                 "mean of classes" if name == "mean" else name,
                 number(head.get("dice")),
                 _interval(head),
                 *(number(scores[key].get("dice")) for key in scores if key != "nnunet"),
-                number(head.get("n_present")),
-                number(head.get("n_false_positive")),
+                *(["", ""] if name == "mean" else counts),
             )
         )
     titles = tuple(CONVENTIONS[k][0] for k in CONVENTIONS if k in conventions and k != "nnunet")

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 SUMS = "SHA256SUMS"
 KEPT = 3  # newest steps; the best one stays beside them
 _SEAL = "# SHA-256 of all below this line: "
-_UNFINISHED = re.compile(r"(0|[1-9]\d*)\.unfinished")
+_UNFINISHED = re.compile(r"(0|[1-9]\d*)\.unfinished(-\d+)?")
 
 
 class Damaged(UserError):  # noqa: N818  (a state of the disk that callers get around)
@@ -203,10 +203,14 @@ def by_rank(folder: Path) -> tuple[list[int], dict[int, str]]:
 def set_aside(folder: Path, step: int) -> None:
     """Renames what stands where a step is to be written, so that nothing of it is lost."""
     path = folder / str(step)
-    if not path.exists():
-        return
-    names = (f"{step}.damaged{f'-{n}' if n > 1 else ''}" for n in range(1, 1_000_000))
-    target = next(folder / name for name in names if not (folder / name).exists())
+    if path.exists():
+        _rename(path, f"{step}.damaged")
+
+
+def _rename(path: Path, wanted: str) -> None:
+    """Renames what is in the way of a step; to the first of `wanted`, `wanted-2` ... not there."""
+    names = (f"{wanted}{f'-{n}' if n > 1 else ''}" for n in range(1, 1_000_000))
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     path.rename(target)
     logger.warning("%s is in the way of a checkpoint to be written; renamed to %s", path, target)
 
@@ -220,15 +224,30 @@ def make_room(folder: Path, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(folder)
     set_aside(folder, step)
-    unfinished(folder, step).mkdir()
+    place = unfinished(folder, step)
+    if place.exists():
+        _rename(place, place.name)
+    place.mkdir()
 
 
 def _remove_unfinished(folder: Path) -> None:
     """Deletes what killed saves have left; by their name these are ours and were never whole."""
     for path in folder.iterdir():
-        if _UNFINISHED.fullmatch(path.name) and not path.is_symlink():
+        if _UNFINISHED.fullmatch(path.name) and not path.is_symlink() and _delete(path):
             logger.info("%s: a save was cut off here; removed", path)
-            shutil.rmtree(path)
+
+
+def _delete(path: Path, *, under: Path | None = None) -> bool:
+    """Whether a folder could be deleted, which another user's or one in use on NFS cannot.
+
+    It takes room and harms nothing: that is said, and no reason to lose a checkpoint.
+    """
+    try:
+        shutil.rmtree(path.rename(under) if under else path)
+    except OSError as error:
+        logger.warning("%s: could not be deleted (%s); it is of no use and takes room", path, error)
+        return False
+    return True
 
 
 def prune(folder: Path) -> None:
@@ -239,7 +258,7 @@ def prune(folder: Path) -> None:
         path = folder / str(step)
         if not path.is_symlink():
             # Not under its own name: a half-deleted step must not look like a damaged one.
-            shutil.rmtree(path.rename(unfinished(folder, step)))
+            _delete(path, under=unfinished(folder, step))
 
 
 def is_old(folder: Path, step: int) -> bool:

@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,10 +48,12 @@ def make_mesh(
         devices: What to arrange; None: all devices of all processes.
 
     Raises:
-        ValueError: If the sizes do not multiply to the devices, a group neither divides nor
-            multiplies those of a process, or the batches do not spread over the processes.
+        ValueError: If the processes do not have equally many devices, the sizes do not multiply to
+            the devices, a group neither divides nor multiplies those of a process, or the batches
+            do not spread over the processes.
     """
     devices = jax.devices() if devices is None else devices
+    _require_equal_shares(devices)
     group = _group(model, space, twins)
     text = f"mesh: data {data} x model {model} x space {space} x twins {twins}"
     if len(devices) % group or (data != -1 and len(devices) != data * group):
@@ -82,6 +85,19 @@ def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(ordered).reshape(shape)
 
 
+def _require_equal_shares(devices: Sequence[Any]) -> None:
+    """What JAX sends from process to process takes for granted that each has as many devices."""
+    counts = Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"process {index} has {counts[index]}" for index in sorted(counts))
+        raise UserError(
+            f"mesh: the processes of a run must have equally many devices, but {told}; start one "
+            f"process for each device, or leave each process {min(counts.values())} of its own "
+            "(CUDA_VISIBLE_DEVICES or JAX_LOCAL_DEVICE_IDS says which). A machine that lacks one "
+            "may have lost it: look at nvidia-smi there"
+        )
+
+
 def _group(model: int, space: int, twins: int) -> int:
     """Devices that work on the same patches."""
     for name, size in (("model", model), ("space", space), ("twins", twins)):
@@ -96,7 +112,7 @@ def _fill(
     """The devices that the batches fill, as many of every process, and how many groups they are."""
     ordered = sorted(devices, key=operator.attrgetter("process_index"))
     owned = [list(o) for _, o in itertools.groupby(ordered, operator.attrgetter("process_index"))]
-    each = min(map(len, owned))
+    each = len(owned[0])
     if max(each, group) % min(each, group):
         raise UserError(
             f"mesh: model x space x twins is {group}, which neither divides nor multiplies the "

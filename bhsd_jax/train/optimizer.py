@@ -36,9 +36,12 @@ def make_schedule(
     Source: MONAI research-contributions `LinearWarmupCosineAnnealingLR`, whose `hold` is an epoch.
 
     Raises:
-        ValueError: If the name is unknown, or the warm-up is as long as the training; the latter
-            cannot be told of a traced length.
+        ValueError: If the name is unknown, a number of steps is too small, or the warm-up is as
+            long as the training; the latter cannot be told of a traced length.
     """
+    for name, value, least in (("hold", hold, 1), ("lag", lag, 0)):
+        if value < least:
+            raise UserError(f"optimizer.{name} counts steps, {least} or more; got {value}")
     rise = _warmup(warmup, steps)
     length = steps - rise
 

@@ -16,7 +16,7 @@ import jax
 from jax.experimental import multihost_utils
 from jax.extend import backend
 
-from bhsd_jax.platform import cluster, machine
+from bhsd_jax.platform import budget, cluster, machine
 from bhsd_jax.platform.cluster import Place
 from bhsd_jax.platform.errors import UserError, explain_extra
 
@@ -158,7 +158,7 @@ def _why_no_accelerator() -> str:
     return ""
 
 
-def share_cores(*batches: int, most: int | None = None) -> bool:
+def share_cores(*batches: int) -> bool:
     """On CPUs, splits the cores into as many devices as share batches of these sizes evenly.
 
     A device runs one operation at a time, and few operations keep all cores busy; devices with
@@ -167,7 +167,6 @@ def share_cores(*batches: int, most: int | None = None) -> bool:
 
     Args:
         batches: Samples of a step; 0 is no batch.
-        most: Devices at most, for there is only so much memory.
 
     Returns:
         Whether CPUs, where they are what computes, were split here.
@@ -176,8 +175,8 @@ def share_cores(*batches: int, most: int | None = None) -> bool:
     told |= _FORCED in os.environ.get("XLA_FLAGS", "")
     if told or jax.distributed.is_initialized():
         return False
-    limit = min(machine.cores(), most or machine.cores())
-    share = max(n for n in range(1, limit + 1) if all(count % n == 0 for count in batches))
+    counts = range(1, machine.cores() + 1)
+    share = max(n for n in counts if all(count % n == 0 for count in batches))
     try:
         jax.config.update("jax_num_cpu_devices", share)
     except RuntimeError:  # devices are in use already
@@ -208,17 +207,20 @@ def together() -> Iterator[None]:
     """In a run of several processes, says in one line that another one is gone.
 
     Raises:
-        ValueError: Instead of what the collective operation that missed it said.
+        ValueError: Instead of what the collective operation that missed it said; also where a
+            device of this process has no memory left, which says what to do.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
+        this = f"process {jax.process_index()} of {jax.process_count()}"
+        if full := budget.explain_exhausted(error):
+            raise UserError(f"{this}: {full}") from error
         raise UserError(
-            f"process {jax.process_index()} of {jax.process_count()}: "
-            f"{str(error).splitlines()[0]}; most likely another process has ended, look at its "
-            "words. The last checkpoint is untouched: start the same command again to go on"
+            f"{this}: {str(error).splitlines()[0]}; most likely another process has ended, look at "
+            "its words. The last checkpoint is untouched: start the same command again to go on"
         ) from error
 
 

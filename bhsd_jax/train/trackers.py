@@ -37,17 +37,31 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in a folder; those of a run that goes on hide what comes after its first step."""
+    """Event files in a folder; those of a run that goes on hide what comes after its first step.
+
+    Not by the library's `SummaryWriter`: that has a thread, which a full disk ends without a word,
+    and whoever hands it figures after that waits for ever.
+    """
 
     def __init__(self, folder: Path, resumed_at: int):
-        library = importlib.import_module("tensorboardX")
+        library = importlib.import_module("tensorboardX.event_file_writer")
+        self._kinds = importlib.import_module("tensorboardX.proto.event_pb2")
+        self._scalar = importlib.import_module("tensorboardX.summary").scalar
         purge = resumed_at + 1 if resumed_at or any(folder.glob("events.*")) else None
-        self.writer = library.SummaryWriter(str(folder), purge_step=purge)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.writer = library.EventsWriter(str(folder / "events"))
+        if purge is not None:
+            begins = self._kinds.SessionLog(status=self._kinds.SessionLog.START)
+            self._add(purge, file_version="brain.Event:2")
+            self._add(purge, session_log=begins)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
-            self.writer.add_scalar(key, value, step)
+            self._add(step, summary=self._scalar(key, value))
         self.writer.flush()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self.writer.write_event(self._kinds.Event(step=step, wall_time=time.time(), **what))
 
     def close(self) -> None:
         self.writer.close()

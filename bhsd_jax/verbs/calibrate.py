@@ -57,6 +57,8 @@ def run(config: Config, workdir: Path) -> None:
     made: dict[str, Any] = {
         "temperature": fitted,
         "networks": calibrated.key(members),
+        "steps": [member.step for member in members],
+        "made_with": calibrated.made_with(opened, members),
         "split": "val",
         "scans": len(cases),
         "voxels": len(labels),

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 def find_scans(config: Settings, workdir: Path) -> list[Case]:
     """The scans to predict, sorted: a file, a folder's, or a split of the data set.
 
-    NIfTI files of a folder itself, and every DICOM CT series anywhere below it. nnU-Net's channel
-    suffix `_0000` is not part of a case's name.
+    NIfTI files of a folder itself, and every DICOM CT series anywhere below it; pictures only where
+    there is neither. nnU-Net's channel suffix `_0000` is not part of a case's name.
 
     Raises:
         FileNotFoundError: If there is no such file or folder, or no scan in it.
@@ -35,9 +35,7 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
     path = Path(settings.images)
     series: list[Case] = []
     if path.is_dir():
-        listed = image_files.scans(path)
-        files = {n: f for n, f in listed.items() if not slice_file.is_dicom(f)}
-        series = _series(path, files, settings.dicom)
+        files, series = _in_folder(path, settings.dicom)
     elif path.is_file() and slice_file.is_dicom(path):
         raise UserError(
             f"{path}: one DICOM file is one slice or one part; name the folder of the series"
@@ -66,15 +64,20 @@ def _channels(workdir: Path) -> int:
     return max(len(Plan.load(workdir).channels), 1)
 
 
-def _series(path: Path, beside: Mapping[str, Path], how: DicomSeries) -> list[Case]:
-    """DICOM series of a folder; beside NIfTI files, images of no series are but a warning."""
+def _in_folder(path: Path, how: DicomSeries) -> tuple[dict[str, Path], list[Case]]:
+    """Files and DICOM series; beside files, images of no series are but a warning."""
+    series, wrong = list[Case](), None
     try:
-        return dicom_cases.scans(path, uneven=how.uneven, unshear=how.unshear)
+        series = dicom_cases.scans(path, uneven=how.uneven, unshear=how.unshear)
     except UserError as error:
-        if not beside:
-            raise
-        logger.warning("%s", error)
-        return []
+        wrong = error
+    listed = image_files.scans(path, pictures=not series)
+    files = {n: f for n, f in listed.items() if not slice_file.is_dicom(f)}
+    if wrong and not files:
+        raise wrong
+    if wrong:
+        logger.warning("%s", wrong)
+    return files, series
 
 
 def output_names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:

@@ -63,6 +63,9 @@ def run(config: Config, workdir: Path) -> None:
         histograms = [scored.histogram for scored in done if scored.histogram is not None]
         found["baseline"] = _baseline(threshold.best_band(histograms))
     beside = [row for scored in done for row in scored.beside]
+    # Of an evaluation before, which may be of other label maps.
+    for name in ("cases_also.csv", "summary_nnunet.json"):
+        files.unlink(workdir / name)
     if beside:
         found["also"] = also.summarize(beside)
         also.write_csv(workdir / "cases_also.csv", beside)
@@ -378,13 +381,13 @@ def _line(name: str, conventions: Mapping[str, Any], metrics: Mapping[str, Any] 
         f"{_number(conventions[key][name]['dice']):>9}"
         for key in ("present", "pooled", "both-empty=1")
     )
-    text = (
-        f"{name:<14}{_number(head['dice']):>7}  {interval:<16}{others}"
-        f"{head['n']:>5}{head['n_present']:>8}{head['n_false_positive']:>7}"
-    )
-    if metrics is None:
+    text = f"{name:<14}{_number(head['dice']):>7}  {interval:<16}{others}{head['n']:>5}"
+    if metrics is None:  # of the mean over classes: their counts do not add up to one of cases
         return text
-    return f"{text}{_number(metrics['hd95_mm_median'], 1):>9}{_number(metrics['nsd_mean']):>7}"
+    return (
+        f"{text}{head['n_present']:>8}{head['n_false_positive']:>7}"
+        f"{_number(metrics['hd95_mm_median'], 1):>9}{_number(metrics['nsd_mean']):>7}"
+    )
 
 
 def _number(value: float, digits: int = 3) -> str:

@@ -23,6 +23,7 @@ from flax import traverse_util
 from bhsd_jax import windows
 from bhsd_jax.assemble import deployed, wiring
 from bhsd_jax.assemble.run import Run
+from bhsd_jax.labels import Labels
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report.page import NOTICE
@@ -154,7 +155,8 @@ def _facts(run: Run, step: int, name: str) -> dict[str, Any]:
         "notice": NOTICE,
         "license": plan.license,
         "trained_on": plan.dataset,
-        "classes": run.labels.names,
+        "classes": run.labels.output_names,  # of the logits' channels
+        **_activation(run.labels),
         "patch": run.patch,
         "spacing_mm": plan.spacing_mm,
         "axes": plan.axes,
@@ -164,6 +166,16 @@ def _facts(run: Run, step: int, name: str) -> dict[str, Any]:
         "plan": plan.to_json(),
         "model": {"name": run.config.model["name"], "network": name, "step": step},
     }
+
+
+def _activation(labels: Labels) -> dict[str, Any]:
+    """What makes probabilities of logits; of regions also the value that each above 0.5 writes.
+
+    Later ones are written over earlier ones.
+    """
+    if not labels.regions:
+        return {"activation": "softmax"}
+    return {"activation": "sigmoid", "region_values": labels.region_order}
 
 
 def _normalization(run: Run) -> dict[str, Any]:

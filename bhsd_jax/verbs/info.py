@@ -63,7 +63,7 @@ def facts(run: Run) -> dict[str, Any]:
         },
         "unfinished": list(pages.unfinished(run)),
         "checkpoints": _checkpoints(run.folder / "checkpoints"),
-        "temperature": (calibrated.read(run.folder) or {}).get("temperature"),
+        **_calibration(run),
         "scores": _scores(run.folder / "summary.json"),
         "version": __version__,
     }
@@ -81,6 +81,24 @@ def _checkpoints(folder: Path) -> list[dict[str, Any]]:
         for step in steps
     ]
     return found + [{"step": step, "damaged": reason} for step, reason in unread.items()]
+
+
+def _calibration(run: Run) -> dict[str, Any]:
+    """The temperature of the checkpoint that predicts; of anything else, that it is of that."""
+    found = calibrated.read(run.folder)
+    if found is None or calibrated.is_of(found, _predicting(run)):
+        return {"temperature": found and found["temperature"]}
+    told = f"temperature {found['temperature']:.3g} of {calibrated.subject(found)}"
+    return {"temperature": None, "calibration": f"{told}, not of the checkpoint that predicts"}
+
+
+def _predicting(run: Run) -> list[str]:
+    """The digest of the checkpoint that predicts, if there is one."""
+    folder, which = run.folder / "checkpoints", run.config.predict.checkpoint
+    steps, _ = checkpoint_files.by_rank(folder)
+    named = [step for step in steps if str(step) == str(which)]
+    taken = {"best": steps[:1], "last": sorted(steps)[-1:]}.get(str(which), named)
+    return [checkpoint_files.digest(folder, step) for step in taken]
 
 
 def _scores(path: Path) -> dict[str, Any] | None:

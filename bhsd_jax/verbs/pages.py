@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ import numpy as np
 
 from bhsd_jax.assemble import calibrated
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import formats
 from bhsd_jax.datasets import image_files
 from bhsd_jax.metrics import scores
-from bhsd_jax.platform import step_log
+from bhsd_jax.platform import files, step_log
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures, viewer
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 NAMES, VIEWER = "names.csv", "viewer.html"
 _LISTED = 5  # names in a line
+_AGAIN = "run the verb `predict` again"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,28 @@ class Origin:
             noted.get("split") or "",
             noted.get("predictions", "predictions") == "predictions",
         )
+
+    @cached_property
+    def made(self) -> Mapping[str, Any]:
+        """What `predict` has noted beside the label maps; empty where it has not made them.
+
+        Raises:
+            ValueError: If the file is damaged; names it.
+        """
+        path = self.label_maps / "predictions.json"
+        return files.read_json(path, remedy=_AGAIN) if path.is_file() else {}
+
+    def label_map(self, case: str) -> Path:
+        """Of one scan, in whatever format `evaluate` has read; else where NIfTI would be.
+
+        Raises:
+            ValueError: If two files of the folder are of one scan.
+        """
+        return self._files.get(case, self.label_maps / f"{case}.nii.gz")
+
+    @cached_property
+    def _files(self) -> Mapping[str, Path]:
+        return image_files.scans(self.label_maps) if self.label_maps.is_dir() else {}
 
 
 def scans(run: Run, origin: Origin, ids: Sequence[str]) -> dict[str, Case]:
@@ -87,13 +110,6 @@ def scans(run: Run, origin: Origin, ids: Sequence[str]) -> dict[str, Case]:
             " ..." if missing[_LISTED:] else "",
         )
     return found
-
-
-def label_map(folder: Path, case: str) -> Path:
-    """Of one scan, in whatever format it is there; else where NIfTI would be."""
-    endings = (".nii.gz", *formats.ENDINGS)
-    places = [folder / f"{case}{ending}" for ending in endings]
-    return next((path for path in places if path.is_file()), places[0])
 
 
 def beside(path: Path, folder: Path) -> str:
@@ -132,8 +148,11 @@ def unfinished(run: Run) -> tuple[str, ...]:
     )
 
 
-def calibration(run: Run) -> Section | None:
-    """Reliability curve and Brier score, where `calibrate` has measured them."""
+def calibration(run: Run, origin: Origin) -> Section | None:
+    """Reliability curve and Brier score, where `calibrate` has measured them.
+
+    They need not be of the networks whose label maps were scored, which is said.
+    """
     found = calibrated.read(run.folder)
     if found is None:
         return None
@@ -146,7 +165,10 @@ def calibration(run: Run) -> Section | None:
         for name, title in titles.items()
     )
     columns = ("", "Brier score", "negative log-likelihood", "calibration error")
+    weights = origin.made.get("weights_sha256")
+    other = weights is not None and not calibrated.is_of(found, weights)
     words = (
+        f"Of {calibrated.subject(found)}{', not of the label maps above' * other}. "
         f"On {found['voxels']} voxels drawn from {found['scans']} validation scans, to which the "
         "temperature was fitted. Where the curve lies below the diagonal the network is too sure. "
         "The temperature changes no label map; --calibrated=True applies it to probabilities."
@@ -166,7 +188,7 @@ def write_viewer(
     rows: Sequence[Mapping[str, str]],
     names: Mapping[str, str],
     cases: Mapping[str, Case],
-    label_maps: Path,
+    origin: Origin,
 ) -> None:
     """Writes `viewer.html` into the run folder, the worst scans first.
 
@@ -175,7 +197,7 @@ def write_viewer(
         rows: Of its cases.csv.
         names: Of scans on the page, by case.
         cases: The scans at hand, as `scans` gives them.
-        label_maps: Folder of those that were scored.
+        origin: Of the scores.
 
     Raises:
         ValueError: If the extra `viewer` is not installed, or a scan is damaged.
@@ -187,7 +209,7 @@ def write_viewer(
         ml.setdefault(row["case"], {})[row["class"]] = float(row["volume_pred_ml"])
     entries = [
         Entry(
-            *(cases[case], label_map(label_maps, case), names[case], volumes),
+            *(cases[case], origin.label_map(case), names[case], volumes),
             dice=None if math.isnan(dice.get(case, math.nan)) else dice[case],
         )
         for case, volumes in ml.items()

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,21 @@ def own(jobs: Sequence[_T]) -> list[_T]:
     """This process' share of the jobs: of n processes each takes every n-th."""
     index, count = barrier.place()
     return list(jobs[index::count])
+
+
+def first_alone(make: Callable[[], _T]) -> _T:
+    """What `make` returns, called in the first process before it is in the others.
+
+    For what is made once and read ever after: not every file system settles who was first.
+    """
+    index, _ = barrier.place()
+    if index:
+        barrier.wait_for_all("first")
+    try:
+        return make()
+    finally:
+        if not index:
+            barrier.wait_for_all("first")
 
 
 def gather(folder: Path, name: str, part: Mapping[str, Any]) -> list[dict[str, Any]] | None:

@@ -47,9 +47,7 @@ def run(config: Config, workdir: Path) -> None:
     parts.join(config)
     logger.warning("%s", NOTICE)
     every = find_scans(config, workdir)
-    # Of all scans, so that several jobs give no two of them one name.
-    names = output_names(every, workdir, settings)
-    series = series_digests(every, names, workdir)
+    names, series = parts.first_alone(lambda: _names(every, workdir, settings))
     cases = part(every, settings)
     _require_possible(settings, cases)
     run = Run.of(config, workdir)
@@ -80,6 +78,17 @@ def run(config: Config, workdir: Path) -> None:
         finally:
             if settings.report and not found.fault:
                 scan_report.write(run, out, {names[case.id]: case for case in cases})
+
+
+def _names(
+    every: Sequence[Case], workdir: Path, settings: Predict
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Of scans in the outputs, and digests of series; both draw the run's salt if it has none.
+
+    Of all scans, so that several jobs give no two of them one name.
+    """
+    names = output_names(every, workdir, settings)
+    return names, series_digests(every, names, workdir)
 
 
 def _open(
@@ -132,7 +141,7 @@ def _judged(predict: Predictor, run: Run, members: Sequence[Member]) -> Predicto
     """With the temperature of its probabilities, and what says how far to trust a label map."""
     settings = run.config.predict
     if settings.calibrated:
-        predict = replace(predict, temperature=calibrated.temperature(run.folder, members))
+        predict = replace(predict, temperature=calibrated.temperature(run, members))
     parts_of = [(p.window, p.networks, p.fill) for p in (predict, *predict.others)]
     return replace(predict, trust=trust.make(run, parts_of if settings.confidence else ()))
 
@@ -211,6 +220,9 @@ def _gather(tables: Path, found: Found, names: Mapping[str, str]) -> Found | Non
     """What all processes of this job have found, in the order of the scans; None but in the first.
 
     They meet where its tables go: processes of other jobs may work on the same label maps' folder.
+
+    Raises:
+        UserError: If another process calls scans otherwise than the first: none may be lost.
     """
     together = parts.gather(tables, "predict", asdict(found))
     if together is None:
@@ -221,6 +233,13 @@ def _gather(tables: Path, found: Found, names: Mapping[str, str]) -> Found | Non
     ]
     rows = {row.case: row for one in every for row in one.rows}
     skipped = {name: reason for one in every for name, reason in one.skipped.items()}
+    if foreign := sorted({*rows, *skipped} - set(names.values())):
+        raise UserError(
+            f"{tables}: other processes have {len(foreign)} scans that the first does not know by "
+            f"their names ({', '.join(foreign[:4])}); see that all have the same scans and the "
+            "same .salt in the run folder, then run the same command with "
+            "--config.predict.overwrite=False"
+        )
     return Found(
         [rows[name] for name in names.values() if name in rows],
         {name: skipped[name] for name in names.values() if name in skipped},
@@ -269,8 +288,11 @@ def _log_estimate(predict: Predictor, scans: int) -> None:
     shape = predict.plan.median_shape
     groups = [each for one in (predict, *predict.apart) for each in (one, *one.others)]
     tiles = sum(p.window.count(shape) * len(p.networks) for p in groups)
-    share = 2 ** len(predict.window.mirror_axes)
-    hint = f"; infer.mirror=False needs one in {share}" if predict.window.mirror else ""
+    axes = predict.window.mirror_axes if predict.window.mirror else ()
+    hint = ""
+    if axes:
+        named = ", ".join("DHW"[axis] for axis in axes)
+        hint = f"; mirrored along {named}, infer.mirror=False needs one in {2 ** len(axes)}"
     logger.info("%d scans, about %d tiles each, %d in all%s", scans, tiles, scans * tiles, hint)
 
 
@@ -290,7 +312,7 @@ def _facts(run: Run, members: Sequence[Member], seen: Mapping[str, int]) -> dict
         "combine": config.predict.combine if others or len(own.networks) > 1 else None,
         "classes": run.labels.names,
         "split": None if config.predict.images else config.predict.split,
-        "mirror": config.infer.mirror_axes if config.infer.mirror else (),
+        "mirror": own.mirror,
         "tile": run.patch,
         "tile_step": config.infer.step,
         "trained_on": run.plan.dataset,

@@ -3,7 +3,7 @@
 import csv
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from bhsd_jax.volume import Case
 
 logger = logging.getLogger(__name__)
 
-_AGAIN = {verb: f"run the verb `{verb}` again" for verb in ("predict", "evaluate")}
 _SUMMARY = ("binary", "bootstrap", "classes", "conventions", "metrics", "n_cases", "nsd_mm")
 _MEASURES = {
     "hd95_mm_median": "HD95, median (mm)",
@@ -60,7 +59,7 @@ def run(config: Config, workdir: Path) -> None:
     if config.report.images:
         _of_images(config, workdir)
         return
-    summary = _read_json(workdir / "summary.json", "evaluate")
+    summary = _read_summary(workdir)
     rows = _read_rows(workdir / "cases.csv")
     run = Run.of(config, workdir)
     plan = run.plan
@@ -74,7 +73,7 @@ def run(config: Config, workdir: Path) -> None:
         _results(summary),
         _overlays(run, origin, rows, names, seen) if pictures else None,
         _agreement(rows),
-        pages.calibration(run),
+        pages.calibration(run, origin),
         _training(workdir),
         _comparison(config.report.compare, summary, workdir),
         _every_scan(run, origin, rows, names, seen),
@@ -118,13 +117,13 @@ def _every_scan(
 
     Names that hide something must not link to it: `names.csv` stays where the files are.
     """
-    paths = {names[row["case"]]: pages.label_map(origin.label_maps, row["case"]) for row in rows}
+    paths = {names[row["case"]]: origin.label_map(row["case"]) for row in rows}
     shown = {name: pages.beside(path, run.folder) for name, path in paths.items()}
     pages.write_names(run.folder, shown)
     links = shown if run.config.report.show_ids else {}
     words = [f"{pages.NAMES} in the run folder leads from these names to the label maps."]
     if run.config.report.viewer:
-        pages.write_viewer(run, rows, names, cases, origin.label_maps)
+        pages.write_viewer(run, rows, names, cases, origin)
         words.append("{Scroll through the scans|viewer.html}, worst first.")
     table = replace(cases_table(rows, names), links=links)
     return Section("Every scan", (" ".join(words), table))
@@ -158,8 +157,7 @@ def _whose(origin: Origin) -> str:
     """Whose scans were scored, in words; no more is said than is known."""
     if origin.references is not None:
         return "scans with masks of a folder; whether the network has seen them is not known"
-    made = origin.label_maps / "predictions.json"
-    facts = files.read_json(made, remedy=_AGAIN["predict"]) if made.is_file() else {}
+    facts = origin.made
     # Older files do not say whether the runs beside the first were trained on the scans.
     unknown = origin.split == "val" and "averaged_with" in facts
     if origin.split and facts.get("seen_in_training", unknown):
@@ -172,8 +170,7 @@ def _whose(origin: Origin) -> str:
 
 
 def _subtitle(config: Settings, origin: Origin, summary: Mapping[str, Any]) -> str:
-    made = origin.label_maps / "predictions.json"
-    facts = files.read_json(made, remedy=_AGAIN["predict"]) if made.is_file() else {}
+    facts = origin.made
     step = f", checkpoint of step {facts['step']}" if "step" in facts else ""
     chosen = facts.get("options", {}).get("predict", {}).get("checkpoint") == "best"
     step += ", chosen on these very scans" * (chosen and origin.split == "val")
@@ -229,7 +226,7 @@ def _overlays(
             case = cases.get(row["case"])
             if case is None or case.label is None:
                 continue
-            overlay = _overlay(case, pages.label_map(origin.label_maps, case.id), run, values)
+            overlay = _overlay(case, origin.label_map(case.id), run, values)
             caption = (
                 f"{name}, {word} of {len(scored)}: scan {names[row['case']]}, "
                 f"Dice {number(float(row['dice']))}, reference "
@@ -289,22 +286,41 @@ def _comparison(
     runs = {workdir.resolve(): (workdir, summary)}
     for folder in map(Path, folders):
         if folder.resolve() not in runs:
-            found = _read_json(folder / "summary.json", "evaluate")
-            runs[folder.resolve()] = folder, found
+            runs[folder.resolve()] = folder, _read_summary(folder)
     names = _apart([folder for folder, _ in runs.values()])
     names[0] += " (this run)"
+    several = any(len(found["classes"]) > 1 for _, found in runs.values())
     rows = tuple(
         (
             name,
             number(found["binary"]["dice"]),
-            number(found["conventions"]["nnunet"].get("mean", {}).get("dice")),
+            number(_over_classes(found, several)),
             str(found["n_cases"]),
         )
         for name, (_, found) in zip(names, runs.values(), strict=True)
     )
-    return Section(
-        "Beside other runs", (Table(("run", "Dice, binary", "Dice, classes", "scans"), rows),)
-    )
+    table = Table(("run", "Dice, binary", "Dice, classes", "scans"), rows)
+    return Section("Beside other runs", (table, *_unlike(list(runs.values()))))
+
+
+def _over_classes(summary: Mapping[str, Any], several: bool) -> float | None:
+    """The mean Dice of the classes; of one class it is the binary Dice, no match for several."""
+    alone = several and len(summary["classes"]) == 1
+    return None if alone else summary["conventions"]["nnunet"].get("mean", {}).get("dice")
+
+
+def _unlike(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> Iterator[str]:
+    """Sentences on what the scores of these runs do not have in common, as far as it is noted."""
+    noted = [(folder, found["scored"]) for folder, found in runs if found.get("scored")]
+    masks = {
+        (one.get("split"), (folder / place).resolve() if place else None)
+        for folder, one in noted
+        for place in (one.get("references"),)
+    }
+    if len(masks) > 1 or len({found["n_cases"] for _, found in runs}) > 1:
+        yield "The runs were scored on different scans or masks: no two such rows can be compared."
+    if len({tuple(found["classes"]) for _, found in runs}) > 1:
+        yield "The runs have different classes: no two means over others can be compared."
 
 
 def _apart(folders: Sequence[Path]) -> list[str]:
@@ -348,10 +364,11 @@ def _resampled(summary: Mapping[str, Any]) -> str:
     return summary.get("scored", {}).get("resampled", "patients")
 
 
-def _read_json(path: Path, verb: str) -> dict[str, Any]:
+def _read_summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there; run the verb `{verb}` first")
-    return files.read_json(path, keys=_SUMMARY, remedy=_AGAIN[verb])
+        raise FileNotFoundError(f"{path}: not there; run the verb `evaluate` first")
+    return files.read_json(path, keys=_SUMMARY, remedy="run the verb `evaluate` again")
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -139,9 +139,13 @@ def _by_value(run: Run, label: np.ndarray, volume: Volume) -> dict[str, float]:
 def _label(
     run: Run, place: Label, entry: Entry, volume: Volume, own: OwnSlices
 ) -> UInt8[np.ndarray, "D H W"]:
-    """A label map on the planes of the volume; it lies on the scan's own slices."""
+    """A label map on the planes of the volume; it lies on the scan's own slices.
+
+    What is not annotated is shown as background: it is of no class.
+    """
     like = volume if own.is_even else own.blank(volume.case)
     where = scan.native(entry.case.image)
     found, _ = scan.read_label(place, where, like, num_classes=None)
     label = own.on_planes(found.voxels)
+    label = np.where(run.labels.annotated(label), label, 0).astype(np.uint8)
     return (label > 0).astype(np.uint8) if len(run.classes) == 2 else label

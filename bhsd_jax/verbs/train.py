@@ -42,6 +42,7 @@ from bhsd_jax.train.loop import Every, Interrupted, fit
 from bhsd_jax.train.processes import Preemption
 from bhsd_jax.train.profile import Span, profiling
 from bhsd_jax.train.speed import Timed, watching
+from bhsd_jax.training_settings import OF_A_CALL
 from bhsd_jax.types import Metrics, TrainState
 from bhsd_jax.verbs import parts
 from bhsd_jax.volume import Plan
@@ -63,6 +64,8 @@ def run(config: Config, workdir: Path) -> None:
     span = Span.parse(config.train.profile, config.train.steps)
     trackers.require(config.train.trackers)
     parts.join(config, saves=True)
+    # The run keeps nothing of who was which process: later calls are other processes.
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **OF_A_CALL))
     # The plan of the shards, and not the run's own: `require_sequel` compares them.
     run = Run.of(config, workdir, Plan.load(data.shards_folder(config, workdir)))
     share_cores(run)

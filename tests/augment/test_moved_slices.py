@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bhsd_jax.augment.chain import SpatialChain
+from bhsd_jax.assemble.recipe import make_augment
+from bhsd_jax.augment.chain import IntensityChain, SpatialChain
 from bhsd_jax.augment.slices import follow, mark
 from bhsd_jax.augment.spatial import Affine, Mirror
+from bhsd_jax.types import Batch
 
 AIR = -1000
 
@@ -84,6 +86,31 @@ def test_turning_within_the_slices_keeps_them_apart():
     rows = ROWS[: source[0]]
     found = moved(head(source[0], source[1], 6), rows, ops, (4, 20, 20))
     np.testing.assert_array_equal(found, rows[::-1])
+
+
+class Blurred:
+    """An operation of one's own: the image of a slice and of the next, the label of the first."""
+
+    def __call__(self, key, image, label):
+        return 0.6 * image + 0.4 * jnp.roll(image, -1, axis=0), label
+
+
+class Kept(Blurred):
+    keeps_slices = True
+
+
+def test_an_operation_of_ones_own_is_taken_to_mix_neighbors_unless_it_says_otherwise():
+    patch = (6, 24, 24)
+    assert not SpatialChain((Mirror(), Blurred()), patch).keeps_slices
+    assert SpatialChain((Mirror(), Kept()), patch).keeps_slices
+    rows = [[0], [0], [1], [0], [0], [0]]
+    augment = make_augment(
+        lambda x: x.astype(jnp.float32), SpatialChain((Blurred(),), patch), IntensityChain(())
+    )
+    raw, inside = head(), np.ones((1, *patch), np.int8)
+    batch = Batch(raw, inside, raw, jnp.asarray([rows], jnp.int8), inside)
+    found = np.asarray(jax.jit(augment)(jax.random.key(0), batch).slice_labels)[0]
+    np.testing.assert_array_equal(found[:, 0], [0, -1, 1, -1, 0, 0])
 
 
 def test_turning_out_of_the_slices_leaves_only_what_all_of_them_lack():

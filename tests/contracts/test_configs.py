@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 from bhsd_jax.configs.backbones import BACKBONES, RECIPES
+from tiny_run import PLAN
 
-from bhsd_jax.assemble import trained
+from bhsd_jax.assemble import trained, wiring
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.build import find
 from bhsd_jax.configs import common
+from bhsd_jax.platform import cluster
 from bhsd_jax.settings import Settings
+from bhsd_jax.verbs import parts
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(
@@ -34,6 +38,14 @@ def test_the_resolved_config_is_the_recorded_one(name):
     path = GOLDEN / f"{name}.json"
     assert path.is_file(), f"record it: python tools/record_configs.py writes {path.name}"
     assert resolved(name) == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_mirrors_its_predictions_was_trained_with_all_three_mirrors(name):
+    """Recorded configs leave the axes to the training; results that are published have all."""
+    config = importlib.import_module(f"bhsd_jax.configs.{name}").get_config("")
+    run = Run.of(config, Path("run"), PLAN)
+    assert wiring.mirror_axes(run) == ((0, 1, 2) if config.infer.mirror else ())
 
 
 @pytest.mark.parametrize("word", sorted(set(common.DATA) - {"synthetic"}))
@@ -122,6 +134,12 @@ def test_a_recipe_of_one_config_does_not_reach_the_next():
     again = supervised.get_config("backbone=unetr")
     assert again.optimizer.clip is None
     assert again.optimizer.lr == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("labels", ["10%", "ten", "1.2.3"])
+def test_a_number_of_masks_that_is_none_names_the_word_and_what_it_takes(labels):
+    with pytest.raises(ValueError, match=f"labels={labels} is no number; give a count, .* a share"):
+        resolved("supervised", f"labels={labels}")
 
 
 def test_words_reach_their_fields():
@@ -234,6 +252,21 @@ def test_a_finished_run_is_a_config(tmp_path):
     assert isinstance(again.input.patch, tuple)
     with pytest.raises(FileNotFoundError, match="folder of a run"):
         from_run.get_config(str(tmp_path / "none"))
+
+
+def test_who_was_which_process_is_not_the_runs(tmp_path):
+    from bhsd_jax.configs import cps, from_run
+
+    config = cps.get_config("smoke")
+    saved = json.loads(json.dumps(config.to_dict()))
+    here = {"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": 1, "detect": "mpi4py"}
+    saved["mesh"] |= here | {"space": 2}  # as versions before wrote it
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    found = from_run.get_config(str(tmp_path))
+    assert parts.place(Settings.of(found)) == cluster.Place()
+    assert found.mesh.to_dict() == config.mesh.to_dict() | {"space": 2}
+    found.mesh.update(here)  # what this call says is heard
+    assert Settings.of(found).mesh.process_id == 1
 
 
 def test_a_run_of_an_older_version_gets_todays_defaults_for_what_it_lacks(tmp_path):

@@ -6,6 +6,7 @@ import inspect
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -138,14 +139,17 @@ def test_fields_of_the_config_come_before_the_plans(name, cls):
 
 @models
 def test_a_model_gives_float32_logits_full_resolution_first(name, cls, key):
+    """For any number of patches: in an export it is a symbol."""
     model = cls(num_classes=6)
     patch = getattr(model, "patch", None) or model.stride
     image = jnp.zeros((1, *patch, 1))
     variables = jax.eval_shape(lambda: model.init(key, image, train=False))
     assert set(variables) == {"params"}, "no mutable collections"
-    logits = jax.eval_shape(lambda v: model.apply(v, image, train=False), variables)
+    (batch,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, *patch, 1), jnp.float32)
+    logits = jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
     assert isinstance(logits, tuple)
-    assert logits[0].shape == (1, *patch, 6)
+    assert logits[0].shape == (batch, *patch, 6)
     assert all(head.dtype == jnp.float32 for head in logits)
     sizes = [np.prod(head.shape[1:4]) for head in logits]
     assert sizes == sorted(sizes, reverse=True)
@@ -191,6 +195,15 @@ def test_an_objective_is_reproducible_and_teaches_every_parameter(name, cls, key
     assert np.isfinite(value)
     assert all(np.shape(metric) == () for metric in metrics.values())
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads)), "a parameter never learns"
+
+
+@objectives
+def test_an_objective_that_can_keep_an_average_refuses_one_that_is_none(name, cls):
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for wrong in ({"ema_decay": 1.5}, {"ema_decay": 0.9, "ema_t0": -1}, {"tested": "studnet"}):
+        if wrong.keys() <= fields:
+            with pytest.raises(ValueError, match=next(reversed(wrong))):
+                cls(**wrong)
 
 
 @objectives

@@ -147,17 +147,22 @@ def test_integers_are_those_of_simpleitk_to_the_last_bit(layout, seed):
     np.testing.assert_array_equal(found, sitk.GetArrayFromImage(want))
 
 
-@pytest.mark.parametrize("kind", [np.int16, np.float32])
-def test_neither_padding_nor_metal_is_clipped(kind):
-    """BLAST-CT does not clip: between padding and skin other limits would give other values."""
+@pytest.mark.parametrize(
+    ("kind", "metal"), [(np.int16, 9000), (np.float32, 9000), (np.float32, 9000.5)]
+)
+def test_neither_padding_nor_metal_is_clipped(kind, metal):
+    """BLAST-CT does not clip: between padding and skin other limits would give other values.
+
+    Whole numbers are integers, in whatever type they come, and lose their fraction.
+    """
     voxels = np.full((4, 16, 16), -2000, kind)
     voxels[:, 2:-2, 2:-2] = -1000
     voxels[:, 4:-4, 4:-4] = 35
-    voxels[2, 8, 8] = 9000
+    voxels[2, 8, 8] = metal
     affine = np.array([[0, 0, -1, 9], [0, -1, 0, 4], [2, 0, 0, -3], [0, 0, 0, 1.0]])
     plan = replace(tiny_run.PLAN, law=geometry.CENTERS, spacing_mm=NEW, axes="SPL")
     image, _, found = prepare.prepare_volume(Volume(voxels, affine, "a"), plan)
-    assert image.dtype == (np.int32 if kind is np.int16 else np.float32)
-    assert (image.min(), image.max()) == (-2000, 9000)
-    assert image[3, 8, 8, 0] == (4517 if kind is np.int16 else 4517.5)
+    assert image.dtype == (np.int32 if metal == 9000 else np.float32)
+    assert (image.min(), image.max()) == (-2000, metal)
+    assert image[3, 8, 8, 0] == (4517 if metal == 9000 else 4517.75)
     assert not found

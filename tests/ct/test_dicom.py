@@ -315,11 +315,36 @@ def test_series_of_a_study_come_apart_and_what_is_no_slice_is_said(tmp_path):
         assert volume.voxels.shape[0] == len(group.slices)
 
 
-def test_links_and_hidden_files_are_not_followed(tmp_path):
+def test_loops_end_and_hidden_files_are_left_out(tmp_path):
     write_series(tmp_path / "a", block())
     (tmp_path / "a" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "a" / "self").symlink_to("self")
     (tmp_path / "a" / "._IM003").write_bytes((tmp_path / "a" / "IM003").read_bytes())
     (group,) = dicom_series.find(tmp_path)
+    assert len(group.slices) == 6
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_looked_at_once(tmp_path, caplog):
+    """As scans of a share are collected in a study; a true folder comes before links to it."""
+    study, store = tmp_path / "study", tmp_path / "store"
+    places = study / "p1", store / "p2" / "ct", store / "p3", store / "not_ours"
+    for number, place in enumerate(places):
+        write_series(place, block(), series=f"1.2.{number}")
+    (study / "p2").symlink_to(store / "p2")
+    (study / "a2").symlink_to(store / "p2" / "ct")  # twice
+    (study / "a1").symlink_to("p1")
+    (store / "p2" / "ct" / "beside").symlink_to(store / "p3")  # from behind a link
+    (store / "p2" / "ct" / "loop").symlink_to(study)
+    folders = [group.folder for group in dicom_series.find(study)]
+    assert folders == [study / "a2", study / "a2" / "beside", study / "p1"]
+    assert "above" not in caplog.text
+    (store / "p2" / "up").symlink_to(tmp_path)
+    (study / "up").symlink_to(tmp_path)
+    assert [group.folder for group in dicom_series.find(study)] == folders
+    assert caplog.text.count("a link in it leads to a folder above and is not followed") == 2
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "p3").symlink_to(store / "p3")
+    (group,) = dicom_series.find(tmp_path / "none")
     assert len(group.slices) == 6
 
 

@@ -128,8 +128,33 @@ def test_a_sform_that_pixdim_contradicts_is_taken_and_told_to_all_who_use_the_sc
     )
     (text,) = texts(scan.read_channels(Channels((both,), 2))[1])
     assert text.startswith("sform has steps of 0.5 x 0.5 x 5 mm, pixdim 0.5 x 0.5 x 6:")
-    only = save(tmp_path / "c.nii", stored, upright, pixdim=[1, 1, 1, 9, 1, 1, 1, 1], sform_code=0)
+    only = save(
+        tmp_path / "c.nii",
+        stored,
+        upright,
+        pixdim=[1, 1, 1, 9, 1, 1, 1, 1],
+        sform_code=0,
+        qform_code=1,
+    )
     assert scan.read(only)[1] == []
+
+
+@pytest.mark.parametrize(("codes", "known"), [((0, 0), False), ((1, 0), True), ((0, 2), True)])
+def test_a_header_that_states_no_position_is_told_to_all_who_use_the_scan(
+    tmp_path, stored, codes, known
+):
+    """nibabel then takes x to run to the left and y to the front, ITK to the left and the back."""
+    path = save(tmp_path / "a.nii.gz", stored, qform_code=codes[0], sform_code=codes[1])
+    found = scan.read(path)[1]
+    assert [(one.kind, one.done) for one in found] == [(Kind.NO_POSITION, "kept")] * (not known)
+    assert prepare.doubts_of(found) == tuple(texts(found))
+    assert scan.has_sides(path) is known
+    assert scan.has_sides(Channels((path, tmp_path / "b.nii"), 2)) is known
+    assert scan.has_sides(tmp_path / "a.mha"), "its format always states it"
+    if not known:
+        runs = np.sign(nifti.read(path).affine[[2, 1, 0], [0, 1, 2]])
+        assert runs.tolist() == [1, 1, -1], "D up, H to the front, W to the left"
+        assert "right and left may be exchanged" in str(found[0])
 
 
 def test_meters_become_millimeters(tmp_path, stored):
@@ -384,8 +409,8 @@ def test_odd_headers_are_remarked_on(tmp_path, stored):
     ]
     lost = save(tmp_path / "lost.nii", stored, slope=np.nan, sform_code=0, qform_code=0)
     found = nifti.remarks(lost, None)
-    assert [finding.kind for finding in found] == [Kind.SCALE_IGNORED, Kind.NO_POSITION]
-    assert texts(found) == ["scale factor nan ignored", "no position in the header"]
+    assert [finding.kind for finding in found] == [Kind.SCALE_IGNORED]
+    assert texts(found) == ["scale factor nan ignored"]
     (tmp_path / "text.nii").write_text("no scan")
     assert nifti.remarks(tmp_path / "text.nii", tmp_path / "none.nii") == []
     assert nifti.remarks(object(), object()) == []  # scans that are no file

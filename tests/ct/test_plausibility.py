@@ -1,6 +1,7 @@
 """CT that is not in HU: undone where nothing else can be meant, else refused or marked."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -168,6 +169,23 @@ def test_an_overflow_is_undone_only_where_it_makes_air_of_the_edges(air):
     made, found = plausibility.settle(metal)
     assert kinds(found) == [Kind.OFFSET]
     assert made[6, 30, 30] == 3200 - 1024, "metal stays metal"
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("scan", ["padded", "wrapped"])
+def test_what_is_undone_does_not_depend_on_the_order_of_the_files_axes(scan, order):
+    """Sagittal and coronal stacks, and files of tools that turn arrays: axes are not yet turned."""
+    raw = padded(HU, -32768)
+    raw[6, 30:34, 30:34] = -30_000  # metal that wrapped around
+    if scan == "wrapped":
+        tight = HU[:, 14:50, 14:50].copy()  # enough air at the edges, and none at the ends
+        tight[[0, -1]] = BRAIN
+        raw = np.where(tight < 0, np.maximum(tight, AIR) + 4096, tight)
+    want, findings = plausibility.settle(raw)
+    made, found = plausibility.settle(raw.transpose(order))
+    np.testing.assert_array_equal(made, want.transpose(order))
+    assert found == findings
+    assert {one.kind for one in found} >= {Kind.OVERFLOW if scan == "wrapped" else Kind.PADDING}
 
 
 @pytest.mark.parametrize("scan", [HU, TIGHT - 12, padded(HU, -3024)], ids=["", "tight", "padded"])

@@ -2,8 +2,11 @@ import json
 
 import pytest
 
+from bhsd_jax.ct.integrity import checkup
 from bhsd_jax.datasets import splits, splits_file
 from bhsd_jax.datasets.msd import MSD
+from bhsd_jax.defects import Kind
+from bhsd_jax.platform.errors import UserError
 
 V1 = {
     "name": "Hippocampus",
@@ -314,6 +317,57 @@ def test_missing_descriptions_and_images_say_where_to_point(tmp_path, nnunet):
     describe(nnunet, V2 | {"file_ending": ".npy"})
     with pytest.raises(ValueError, match="only NIfTI"):
         list(MSD(nnunet).cases())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"labels": {"background": 0},}', "is no JSON"),
+        ('{"labels": {"backgr', "is no JSON"),
+        ("[]", r"expected \{"),
+        ('{"channel_names": {"0": "CT"}, "training": 3}', "`training` is a list"),
+        ('{"channel_names": ["CT"]}', r"channel_names is \{.*; got \['CT'\]"),
+        ('{"channel_names": {"0": "CT"}, "labels": ["a"]}', r"labels is \{.*; got \['a'\]"),
+    ],
+)
+def test_a_description_with_a_typing_error_is_named(tmp_path, text, message):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=rf"dataset\.json: .*{message}"):
+        _ = MSD(tmp_path).classes
+
+
+def test_channels_that_have_no_numbers_keep_their_order(nnunet):
+    """nnU-Net 2.8.1 takes them as they are listed."""
+    describe(nnunet, V2 | {"channel_names": {"channel_0": "CT"}})
+    assert MSD(nnunet).modality == "ct"
+    describe(nnunet, V2 | {"channel_names": {"b": "T2", "a": "T1"}})
+    assert [name for name, _ in MSD(nnunet).channels] == ["T2", "T1"]
+    many = {str(number): f"c{number}" for number in reversed(range(11))}
+    describe(nnunet, V2 | {"channel_names": many})
+    assert [name for name, _ in MSD(nnunet).channels] == [f"c{number}" for number in range(11)]
+
+
+def test_another_number_of_training_cases_than_stated_is_told(nnunet, touch):
+    """nnU-Net's verify_dataset_integrity stops there: a copy may have ended early."""
+
+    def told(dataset):
+        return [(one.kind, one.done) for one in checkup.survey(dataset).findings]
+
+    odd = [(Kind.LIST_COUNT, "kept")]
+    assert told(MSD(nnunet)) == []
+    for stated, want in ((5, odd), (1, odd), ("5", []), (None, [])):
+        describe(nnunet, V2 | {"numTraining": stated})
+        assert told(MSD(nnunet)) == want
+    describe(nnunet, V2 | {"numTraining": 5})
+    (finding,) = MSD(nnunet).survey().findings
+    assert "numTraining is 5, and there are 2 training cases" in finding.text
+    assert told(MSD(nnunet, ignore=("c", "d", "e"))) == []
+    touch(nnunet / "imagesTr" / "c_0000.nii.gz")
+    touch(nnunet / "labelsTr" / "c.nii.gz")
+    listed = [{"image": f"./imagesTr/{id}.nii.gz"} for id in ("a_0001", "b_2")]
+    for stated, want in ((1, odd), (2, []), (3, []), (4, odd)):
+        describe(nnunet, V2 | {"numTraining": stated, "training": listed})
+        assert told(MSD(nnunet)) == want
 
 
 def test_one_id_in_training_and_test_is_refused(decathlon, touch):

@@ -125,7 +125,9 @@ def test_only_the_named_axes_are_mirrored():
 def test_tiles_per_call_and_devices_do_not_change_the_result():
     image = volume(7, 19, 9)
     want = SlidingWindow(lopsided, TILE, tiles_per_call=1).logits([PARAMS], image)
-    for count, mesh in ((7, None), (64, None), (None, None), (3, meshes.make_mesh())):
+    three = meshes.make_mesh(devices=jax.local_devices()[:3])
+    meshed = ((3, meshes.make_mesh()), (None, three))
+    for count, mesh in ((7, None), (64, None), (None, None), *meshed):
         window = SlidingWindow(lopsided, TILE, tiles_per_call=count, mesh=mesh)
         np.testing.assert_allclose(
             window.logits([PARAMS], image), want, rtol=1e-6, atol=1e-6, err_msg=f"{count}, {mesh}"

@@ -159,6 +159,24 @@ def test_only_the_last_third_of_a_labeled_batch_is_centered_on_foreground(monkey
     assert centered == [False, False, True] * 2 + [False] * 6
 
 
+def test_a_third_of_the_batches_of_one_patch_are_centered_on_foreground(monkeypatch):
+    centered, corner = [], sampling.corner
+
+    def spy(*arguments):
+        centered.append(arguments[-1] is not None)
+        return corner(*arguments)
+
+    monkeypatch.setattr(sampling, "corner", spy)
+    elements = stream(batch=1)
+    for i in range(300):
+        elements[i]
+    assert 70 < sum(centered) < 130
+    first = list(centered)
+    for i in range(300):
+        elements[i]
+    assert centered[300:] == first, "an element is a function of its number"
+
+
 def test_masked_patches_say_which_voxels_lie_in_the_scan():
     full = {
         name: dataclasses.replace(scan, image=np.full_like(scan.image, 5))

@@ -11,22 +11,37 @@ from bhsd_jax.input.pipeline import Cut, Decoded, Stream
 BHSD = {"shape": (34, 512, 512), "cut": (20, 376, 376), "patch": (20, 320, 256)}
 
 
+def rows_forced(batch, share):
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    rows = [sampling.is_forced(rng, row, batch, share) for row in range(batch)]
+    assert rng.bit_generator.state == before, "other streams would have other draws"
+    return rows
+
+
 @pytest.mark.parametrize(
     ("batch", "forced"),
     [(2, 1), (3, 1), (4, 1), (9, 3), (12, 4), (35, 12), (51, 17), (58, 19), (366, 121)],
 )
 def test_forced_share_of_a_batch(batch, forced):
-    rows = [sampling.is_forced(row, batch, 0.33) for row in range(batch)]
+    rows = rows_forced(batch, 0.33)
     assert sum(rows) == forced
     assert rows == sorted(rows), "the last rows are the forced ones"
 
 
 @pytest.mark.parametrize(
     ("batch", "share", "forced"),
-    [(3, 0.5, 1), (5, 0.5, 3), (7, 0.5, 3), (1, 0.33, 0), (4, 0.0, 0), (4, 1.0, 4)],
+    [(3, 0.5, 1), (5, 0.5, 3), (7, 0.5, 3), (1, 0.0, 0), (4, 0.0, 0), (4, 1.0, 4)],
 )
 def test_rows_that_are_not_forced_are_rounded_half_to_even(batch, share, forced):
-    assert sum(sampling.is_forced(row, batch, share) for row in range(batch)) == forced
+    assert sum(rows_forced(batch, share)) == forced
+
+
+@pytest.mark.parametrize(("batch", "share"), [(1, 0.33), (2, 0.2), (4, 0.1)])
+def test_where_no_row_would_be_forced_chance_keeps_the_share(batch, share):
+    rng = np.random.default_rng(0)
+    forced = [sampling.is_forced(rng, row % batch, batch, share) for row in range(20_000)]
+    assert np.mean(forced) == pytest.approx(share, abs=0.01)
 
 
 def test_a_random_corner_covers_nnunets_ranges_and_no_more():

@@ -4,6 +4,7 @@ import functools
 import json
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -139,6 +140,16 @@ def test_dropout_and_dropped_branches_draw_in_training_alone():
 
     np.testing.assert_array_equal(logits(0, train=False), logits(1, train=False))
     assert float(abs(logits(0, train=True) - logits(1, train=True)).max()) > 0
+
+
+def test_registers_are_before_any_number_of_patches():
+    """The batch of an export is a symbol."""
+    net = Primus(2, registers=1, **TINY)
+    (batch,) = jax.export.symbolic_shape("b")
+    variables = _shapes(net, (1, 8, 8, 8, 1))[1]
+    image = jax.ShapeDtypeStruct((batch, 8, 8, 8, 1), jnp.float32)
+    (logits,) = jax.eval_shape(lambda v, x: net.apply(v, x, train=False), variables, image)
+    assert logits.shape == (batch, 8, 8, 8, 2)
 
 
 @pytest.mark.parametrize(

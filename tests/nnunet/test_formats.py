@@ -273,7 +273,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
 
 
 def test_a_folder_to_predict_is_grouped_by_channel(tmp_path):
-    for name in ("a_0000.png", "a_0001.png", "b_0000.mha", "b_0001.mha", "notes.txt"):
+    for name in ("a_0000.nrrd", "a_0001.nrrd", "b_0000.mha", "b_0001.mha", "notes.txt"):
         (tmp_path / name).touch()
     files = image_files.scans(tmp_path)
     assert list(files) == ["a_0000", "a_0001", "b_0000", "b_0001"]
@@ -291,3 +291,24 @@ def test_a_folder_to_predict_is_grouped_by_channel(tmp_path):
         with pytest.raises(ValueError, match=rf"c\{ending}: \{ending} is not read here; convert"):
             image_files.scans(tmp_path)
         (tmp_path / f"c{ending}").unlink()
+
+
+def test_pictures_beside_volumes_are_previews_and_alone_they_are_scans(tmp_path, caplog):
+    pictures = {name[0]: tmp_path / name for name in ("a.png", "b.bmp", "c.tif")}
+    for path in pictures.values():
+        path.touch()
+    (tmp_path / "c.json").write_text('{"EchoTime": 1}')  # of a converter
+    assert image_files.scans(tmp_path) == pictures
+    assert not caplog.text
+    assert image_files.scans(tmp_path, pictures=False) == {}
+    for volume in ("a.nii.gz", "a.mha", "c.json"):
+        caplog.clear()
+        (tmp_path / volume).touch()
+        if volume == "c.json":  # which says that c.tif is a volume
+            (tmp_path / volume).write_text('{"spacing": [5, 1, 1]}')
+        want = tmp_path / ("c.tif" if volume == "c.json" else volume)
+        assert image_files.scans(tmp_path) == {want.name[0]: want}
+        (line,) = caplog.messages
+        passed = 2 if volume == "c.json" else 3
+        assert line.endswith(f"beside volumes are no scans; passed over: {passed}")
+        (tmp_path / volume).unlink()

@@ -262,6 +262,14 @@ def test_deep_pseudo_labels_weigh_the_heads_as_masks_do(key):
     assert float(FULL._teach(heads, teacher)) == float(cross_entropy(full, label))
 
 
+@pytest.mark.parametrize(
+    "name", ["cps.CrossPseudoSupervision", "cps_cutmix.CrossPseudoSupervisionCutMix"]
+)
+def test_an_average_that_nothing_would_use_is_refused(name):
+    with pytest.raises(ValueError, match="unknown ema_decay; it takes weight"):
+        build("bhsd_jax.objectives", {"name": name, "ema_decay": 0.99})
+
+
 def test_wrong_settings_name_the_field():
     with pytest.raises(ValueError, match=r"ramp .* 0\.\.1"):
         CrossPseudoSupervision(ramp=40.0)

@@ -65,6 +65,19 @@ def test_a_ramped_weight_times_its_term_is_added_to_the_supervised_loss(
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [("staircase", 0, 1), ("staircase", -150, 1), ("ramp_steps", -1, 0)],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_ramp_that_never_rises_is_refused(name, field, value, least):
+    message = rf"objective\.{field} counts steps, {least} or more; got {value}"
+    with pytest.raises(ValueError, match=message):
+        objective_of(name, **{field: value})
+    with pytest.raises(ValueError, match=r"ramp .* 0\.\.1; got 40"):
+        objective_of(name, ramp=40.0)
+
+
+@pytest.mark.parametrize(
     ("name", "own"),
     [
         ("entropy", {"patches": "all", "voxels": "all", "measure": "entropy", "ema_decay": None}),

@@ -107,5 +107,5 @@ def test_half_makes_one_blend_of_two_patches_and_an_odd_number_is_refused(learn,
     HALF.loss(dataclasses.replace(learner, forward=forward), batch, key)
     assert seen == [2, 2, 1], "teacher, labeled, blended"
     odd = dataclasses.replace(batch, unlabeled=batch.unlabeled[:1])
-    with pytest.raises(ValueError, match=r"input\.unlabeled must be even; got 1"):
+    with pytest.raises(ValueError, match=r"is given 1 at once; make input\.unlabeled a multiple"):
         FULL.loss(learner, odd, key)

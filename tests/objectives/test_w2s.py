@@ -64,6 +64,20 @@ def test_a_hole_is_of_the_mean_intensity_of_its_patch(learn, nets, batch, key, m
         np.testing.assert_array_equal(patch[~hole], was[~hole])
 
 
+def test_of_a_slice_with_a_hole_it_is_not_known_what_it_shows(learn, nets, batch, key, monkeypatch):
+    """The lesion that its label is about may have been in the hole."""
+    mask = jnp.zeros((2, 4, 6, 6), bool).at[0, 1:3, 2:5, 1:4].set(True)
+    monkeypatch.setattr(mixing, "boxes", lambda *a, chance: mask & (chance == 1.0))
+    rows = jnp.asarray(np.resize([1, 0, -1], (2, 4, 2)), jnp.int8)
+    want = np.array(rows)
+    want[0, 1:3] = np.where(want[0, 1:3] == 1, -1, want[0, 1:3])
+    pierced = dataclasses.replace(PLAIN, holes=1.0)
+    found = pierced.terms(learn(nets[0], ema=nets[1]), batch, key).mixed(rows)
+    assert found.dtype == jnp.int8
+    np.testing.assert_array_equal(found, want)
+    assert (want != rows).any()
+
+
 def test_foreground_has_its_own_threshold_and_nobody_sure_is_no_loss(learn, nets, batch, key):
     p = np.asarray([0.94, 0.96, 0.31, 0.25])
     pair = jnp.asarray(np.log(np.stack([p, 1 - p], -1)), jnp.float32)

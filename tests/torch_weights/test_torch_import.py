@@ -42,11 +42,12 @@ def _seen(image):
 
 
 def _require_a_kink(module, variables, image, wanted):
-    """Float32 alone is on the other side of a leaky ReLU's kink than the reference, and here alone.
+    """Passes where nothing but the kink of a leaky ReLU sets float32 apart from the reference.
 
-    A value that rounds to the other side of 0 changes the gradient at all voxels that see it.
-    Which one does is up to the processor: with AVX-512 one of `nnunet_plain_2` in its deep stages.
-    In float64 the gradient is the reference's, and that of mirrored images in float32 ours.
+    A value that rounds to the other side of 0 changes the gradient at all voxels that see it, and
+    which value does is up to the processor: with AVX-512 it is one in the deep stages of
+    `nnunet_plain_2`. In float64 the gradient is the reference's, and of most mirrored images
+    float32 has that of float64.
     """
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)

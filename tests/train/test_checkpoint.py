@@ -1,8 +1,12 @@
 """Checkpoints come back bit for bit, on any devices, or say what is wrong."""
 
+import errno
 import functools
+import os
 import re
+import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -212,6 +216,46 @@ def test_an_unfinished_step_is_no_checkpoint_and_goes_at_the_next_save(three):
     save(checkpoints, 4)
     checkpoints.close()
     assert names(three) == ["1", "2", "4"]
+
+
+def test_what_cannot_be_deleted_is_a_warning_and_ends_no_training(three, monkeypatch, caplog):
+    """Another user's folder in one that both may write to, or on NFS a file that someone reads."""
+    refused = ["1.unfinished", "5.unfinished", "5.unfinished-2"]
+    delete = shutil.rmtree
+
+    def rmtree(path):
+        if path.name in refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path / "state"))
+        delete(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    (three / "5.unfinished").mkdir()
+    checkpoints = opened(three)
+    save(checkpoints, 4, 5, 6)
+    assert names(three) == ["1.unfinished", "4", "5", "5.unfinished-2", "6"]
+    assert caplog.text.count(f"{three / '1'}: could not be deleted ([Errno 13]") == 1
+    assert f"{three / '5.unfinished'} is in the way of a checkpoint" in caplog.text
+    refused.clear()
+    save(checkpoints, 7)
+    checkpoints.close()
+    assert names(three) == ["5", "6", "7"]
+    assert opened(three).latest() == 7
+
+
+def test_an_old_step_that_cannot_be_renamed_keeps_none_of_the_others(three, monkeypatch, caplog):
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name == "1":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    checkpoints = opened(three)
+    save(checkpoints, 4, 5, 6)
+    checkpoints.close()
+    assert names(three) == ["1", "4", "5", "6"]
+    assert caplog.text.count(f"{three / '1'}: could not be deleted ([Errno 1]") == 3
 
 
 def test_a_run_that_has_saved_never_starts_at_0(three):

@@ -1,4 +1,4 @@
-"""Cores of a CPU as devices that share a batch."""
+"""Cores of a CPU as devices that share a batch, or the tiles of a prediction."""
 
 import os
 import subprocess
@@ -6,6 +6,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_run
+
+from bhsd_jax.assemble import devices
+from bhsd_jax.assemble.run import Run
+from bhsd_jax.configs import common
+from bhsd_jax.infer.sliding import bytes_per_tile
+
+TILE, LARGER, SEEN = (4, 16, 16), (8, 32, 32), (10, 22, 22)  # D H W
+CONTEXT = {  # of 3 voxels on every side: of TILE, SEEN
+    "name": "deepmedic.DeepMedic",
+    "scales": ((1, 1, 1),),
+    "features": (2, 3, 2),
+    "joined": (4,),
+    "dropout": (0.0, 0.0),
+    "context": "given",
+}
 
 _SHARE = """
 from bhsd_jax.platform import machine
@@ -23,7 +39,6 @@ print(split, processes.share_cores(5), jax.device_count())
     [
         (4, "8, 6", {}, 2),
         (4, "8, 0", {}, 4),
-        (4, "0, most=3", {}, 3),
         (4, "7", {}, 1),
         (4, "4", {"JAX_NUM_CPU_DEVICES": "3"}, 3),
         (4, "4", {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
@@ -83,3 +98,33 @@ def test_cores_that_would_mostly_update_copies_of_the_state_are_one_device():
     assert (devices, 0 < share < 100) == (4, True)
     assert train(share * 1.001)[0] == 4
     assert train(share * 0.999)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("patch", "room", "tiles", "want"),
+    [
+        (TILE, (9, TILE), None, (8, 8)),
+        (TILE, (3, TILE), None, (3, 3)),
+        (LARGER, (9, TILE), None, (1, 1)),  # although devices were made for another run
+        (LARGER, (3, LARGER), None, (3, 3)),
+        (TILE, (3, TILE), 4, (2, 4)),  # as many tiles as are asked for, shared evenly
+        (TILE, (0.5, TILE), None, (1, 1)),
+        (SEEN, (2, SEEN), None, (2, 2)),  # counted with what the network takes around a tile
+    ],
+)
+def test_no_more_devices_than_have_memory_for_a_tile_predict(patch, room, tiles, want, monkeypatch):
+    count, tile = room
+    working = []
+    monkeypatch.setattr(devices.machine, "memory", lambda: int(2 * count * bytes_per_tile(tile)))
+    monkeypatch.setattr(devices.allocator, "mind_memory", working.append)
+    config = common.get_config()
+    config.infer.tiles = tiles
+    config.input.patch = TILE if patch == SEEN else patch
+    if patch == SEEN:
+        config.model = CONTEXT
+    run = Run.of(config, Path("run"), tiny_run.PLAN)
+    window = devices.make_predictor(run, []).window
+    used = window.mesh.size if window.mesh else 1
+    assert (used, window._batch) == want
+    assert window._seen == patch
+    assert working == [used * bytes_per_tile(patch)]

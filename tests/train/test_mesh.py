@@ -159,6 +159,15 @@ def test_parts_keep_the_rows_of_a_device_and_their_neighbors():
     assert deal(rows, 16).tolist() == [[row] for row in range(16)]
 
 
+@pytest.mark.parametrize("kind", ["ict", "w2s", "cps_cutmix"])
+def test_parts_in_which_no_pair_is_whole_are_refused_with_both_fields(kind, key):
+    batch = make_batch(labeled=2, unlabeled=2)
+    state = jax.eval_shape(lambda: init_state(parts_of(kind), batch.image, key))
+    step = make_train_step(parts_of(kind, accumulate=2))
+    with pytest.raises(ValueError, match=r"make input\.unlabeled a multiple of 2 x train\.accumul"):
+        jax.eval_shape(step, state, batch)
+
+
 def test_parts_hold_a_part_of_the_memory(key, full_compilation):
     batch = make_batch(labeled=64, unlabeled=0)
 
@@ -300,6 +309,15 @@ def test_any_split_of_a_tpu_is_a_mesh_of_neighbors(sizes, monkeypatch):
     for group in groups:
         at = np.asarray([chip.coords for chip in group])
         assert np.prod(np.ptp(at, 0) + 1) == len(group), "a group is a rectangle without holes"
+
+
+@pytest.mark.parametrize("data", [-1, 15])
+def test_processes_of_unequally_many_devices_are_refused(data):
+    """JAX would say that it cannot reshape an array, at the first word between processes."""
+    devices = [Far(int(id >= 8), id) for id in range(15)]
+    told = r"process 0 has 8, process 1 has 7; start one .* each process 7 of its own \(CUDA_V"
+    with pytest.raises(ValueError, match=told):
+        meshes.make_mesh(data, batches=(14, 14), devices=devices)
 
 
 def test_batches_that_processes_cannot_share_are_refused():

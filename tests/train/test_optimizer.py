@@ -119,3 +119,11 @@ def test_unknown_names_list_the_choices():
         make_schedule("step", lr=0.1, steps=5)
     with pytest.raises(ValueError, match="warmup is 9 of 5"):
         make_schedule("poly", lr=0.1, steps=5, warmup=9)
+
+
+def test_a_rate_that_is_held_for_no_step_is_refused():
+    """By 0 it would be divided, which XLA does without a word."""
+    with pytest.raises(ValueError, match=r"optimizer\.hold counts steps, 1 or more; got 0"):
+        make_schedule("poly", lr=0.1, steps=5, hold=0)
+    with pytest.raises(ValueError, match=r"optimizer\.lag counts steps, 0 or more; got -1"):
+        make_schedule("poly", lr=0.1, steps=5, lag=-1)

@@ -23,6 +23,7 @@ from bhsd_jax.configs import common
 from bhsd_jax.datasets import splits_file
 from bhsd_jax.input.pipeline import Cut
 from bhsd_jax.models.nnunet import PlainConvUNet
+from bhsd_jax.models.primus import Primus
 from bhsd_jax.models.swin_unetr import SwinUNETR
 from bhsd_jax.objectives.cps import CrossPseudoSupervision
 from bhsd_jax.objectives.ensemble import Ensemble
@@ -86,6 +87,17 @@ def test_nothing_that_fits_is_refused(tmp_path):
         begin_from(str(tmp_path), drawn(UNET), UNET, 1, twins=())
     with pytest.raises(FileNotFoundError, match="no such file"):
         begin_from(str(tmp_path / "none.npz"), drawn(UNET), UNET, 1, twins=())
+
+
+@pytest.mark.parametrize("field", ["only", "leave"])
+def test_a_word_that_begins_no_name_is_refused_with_the_names(tmp_path, field):
+    """Primus has no head of that name: its weights would all be taken."""
+    primus = Primus(2, token=(2, 4, 4), width=12, heads=2, layers=1)
+    run = saved_run(tmp_path, drawn(primus, 1.0), SUPERVISED)
+    with pytest.raises(ValueError, match=rf"init_{field}: no .* begins with 'head'; .* up_1"):
+        begin_from(run, drawn(primus), primus, 1, twins=(), **{field: ("up_0", "head")})
+    left = flat(begin_from(run, drawn(primus), primus, 1, twins=(), leave=("up_1",)))
+    assert {name.partition("/")[0] for name, leaf in left.items() if not leaf.any()} == {"up_1"}
 
 
 def test_each_twin_gets_a_network_where_there_are_as_many(tmp_path, caplog):

@@ -10,10 +10,12 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import pytest
 
 from bhsd_jax.experiments.local import free_port
 from bhsd_jax.platform import cluster
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import processes
 from bhsd_jax.train.processes import Preemption
 
@@ -247,6 +249,21 @@ def test_a_verb_that_is_told_half_says_what_is_missing(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("evaluate: mesh and JAX_* variables: not all is known")
     assert "JAX_NUM_PROCESSES" in last
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory", r"RESOURCE_EXHAUSTED: Out .*train\.accumulate=2"),
+        ("UNAVAILABLE: closed\nby peer", "UNAVAILABLE: closed; most likely another process has"),
+    ],
+)
+def test_a_device_without_memory_is_not_taken_for_a_process_that_is_gone(said, told, monkeypatch):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=said), processes.together():
+        raise jax.errors.JaxRuntimeError(said)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=f"^process 0 of 2: {told}"), processes.together():
+        raise jax.errors.JaxRuntimeError(said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

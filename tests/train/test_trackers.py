@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import resource
 import struct
 import sys
+import threading
 import types
 
 import pytest
@@ -57,6 +59,27 @@ def test_tensorboard_is_always_written_and_purged_on_resuming(tmp_path):
     log_to(tmp_path, trackers.start((), tmp_path, 0, "run", FACTS))
     steps = [step for step, tag, _ in scalars(tmp_path / "events") if tag == "start"]
     assert steps == [1], "all of it, where a run begins anew"
+
+
+def test_a_full_disk_is_said_every_time_and_no_thread_waits_for_room(tmp_path):
+    """A thread of the library's own would end at the first error and leave its callers waiting."""
+    threads = threading.active_count()
+    (tracker,) = trackers.start((), tmp_path, 0, "run", FACTS)
+    tracker.write(1, {"train/loss": 0.5})
+    assert threading.active_count() == threads
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (128, hard))
+    try:
+        for step in (2, 3, 4):
+            with pytest.raises(OSError, match="File too large"):
+                tracker.write(step, {f"train/{number}": 0.5 for number in range(9)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tracker.write(5, {"train/loss": 0.25})
+    tracker.close()
+    found = scalars(tmp_path / "events")
+    assert (found[0], found[-1]) == ((1, "train/loss", 0.5), (5, "train/loss", 0.25))
+    assert len(found) == 29, "what there was no room for has followed"
 
 
 def test_what_is_not_installed_is_named_before_anything_is_trained(monkeypatch):
@@ -144,7 +167,8 @@ def mlflow(monkeypatch):
 
 def test_mlflow_is_asked_once_for_all_figures_of_a_line(tmp_path, mlflow):
     for step in (0, 5, 0):
-        (tracker,) = trackers.start(("mlflow",), tmp_path, step, "run", FACTS)[1:]
+        tensorboard, tracker = trackers.start(("mlflow",), tmp_path, step, "run", FACTS)
+        tensorboard.close()
         tracker.write(step, {"train/loss": 0.5, "train/lr": 0.1})
         tracker.close()
     lines = [("run 1", 0), ("run 1", 5), ("run 2", 0)]

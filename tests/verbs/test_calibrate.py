@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 
 import nibabel as nib
 import numpy as np
@@ -10,9 +11,12 @@ import pytest
 import tiny_run
 
 from bhsd_jax.assemble import calibrated, data, devices, ensemble
+from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.ct import probabilities
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.metrics import calibration
+from bhsd_jax.platform import files
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report.page import Picture
 from bhsd_jax.verbs import calibrate, pages, predict
 from bhsd_jax.volume import Case
@@ -53,6 +57,7 @@ def test_a_temperature_makes_probabilities_fit_and_is_used_on_request(run, tmp_p
     calibrate.run(opened.config, run)
     found = json.loads((run / "calibration.json").read_text())
     assert found["scans"] == 1
+    assert found["made_with"].keys() == {"infer", "precision"}, "of one network none are combined"
     assert found["voxels"] == 7 * 26 * 20, "all voxels of a small scan"
     assert found["after"]["nll"] < found["before"]["nll"] - 1e-3, "a random network is off"
     written = {}
@@ -80,18 +85,77 @@ def test_a_temperature_makes_probabilities_fit_and_is_used_on_request(run, tmp_p
     odds = [np.log(one[1][inside] / one[0][inside]) for one in (before, after)]
     np.testing.assert_allclose(odds[0] / found["temperature"], odds[1], atol=0.05)
 
-    section = pages.calibration(opened)
+    section = pages.calibration(opened, pages.Origin(tmp_path / "on"))
     assert section is not None
     assert isinstance(section.parts[-1], Picture)
+    assert section.parts[0].startswith("Of the checkpoint of step 0. On 3640 voxels")
     assert f"{found['after']['brier']:.5f}" in section.parts[1].to_markdown()
 
     found["networks"][0]["weights_sha256"] = "0"
     (run / "calibration.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match="fitted to other networks"):
         predict.run(dataclasses.replace(opened.config, predict=on), run)
-    (run / "calibration.json").write_text("{}")
+
+
+def test_the_page_says_what_a_calibration_is_of(run, tmp_path):
+    """Trained on and predicted again since, or calibrated together with other runs."""
+    opened, maps = ensemble.run_of(run), tmp_path / "maps"
+    logits = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    measured = dataclasses.asdict(calibration.measure(logits, np.arange(100) % 3, 1.0))
+    made = {"temperature": 1.5, "scans": 1, "voxels": 100, "before": measured, "after": measured}
+
+    def told(weights, predicted, **more):
+        networks = [{"weights_sha256": one, "networks": ["a"]} for one in weights]
+        files.write_json(run / calibrated.NAME, made | {"networks": networks} | more)
+        if predicted is not None:
+            files.write_json(maps / "predictions.json", {"weights_sha256": predicted})
+        section = pages.calibration(opened, pages.Origin(maps))
+        return section.parts[0].partition(". On ")[0]
+
+    assert told(["0"], None, steps=[8]) == "Of the checkpoint of step 8", "of another tool's maps"
+    assert told(["0"], ["0"], steps=[8]) == "Of the checkpoint of step 8"
+    other = ", not of the label maps above"
+    assert told(["0"], ["1"], steps=[8]) == f"Of the checkpoint of step 8{other}"
+    assert told(["0"], ["1"]) == f"Of a checkpoint of unknown step{other}", "of an older version"
+    assert told(["0", "1"], ["0"], steps=[8, 9]) == f"Of 2 runs together{other}"
+    files.write_json(run / calibrated.NAME, {})
     with pytest.raises(ValueError, match=r"calibration\.json: damaged.*`calibrate`"):
-        calibrated.read(run)
+        pages.calibration(opened, pages.Origin(maps))
+
+
+def test_a_temperature_is_of_logits_that_are_made_alike(run, caplog):
+    """The mean of probabilities is less sure than that of logits."""
+    opened = ensemble.run_of(run)
+    alone, two = (Member(run, 0, names) for names in (("a",), ("a", "b")))
+    rest = {"before": {}, "after": {}, "scans": 1, "voxels": 1}
+
+    def fit(member, made_with):
+        made = {"temperature": 1.5, "networks": calibrated.key([member])} | rest | made_with
+        files.write_json(run / calibrated.NAME, made)
+
+    def changed(**fields):
+        groups = {"infer": opened.config.infer, "predict": opened.config.predict}
+        new = {name: dataclasses.replace(groups[name], **of) for name, of in fields.items()}
+        return dataclasses.replace(opened, config=dataclasses.replace(opened.config, **new))
+
+    logits = changed(predict={"combine": "logits"})
+    exact = dataclasses.replace(opened.config, precision="float32")
+    fit(two, {"made_with": calibrated.made_with(opened, [two])})
+    for other, text in (
+        (logits, "combine (probabilities -> logits)"),
+        (changed(infer={"mirror": True}), "infer.mirror (False -> True)"),
+        (changed(infer={"law": "monai"}), "infer.law (nnunet -> monai)"),
+        (dataclasses.replace(opened, config=exact), "precision ("),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"logits made otherwise: {text}")):
+            calibrated.temperature(other, [two])
+    assert calibrated.temperature(changed(infer={"tiles": 1}), [two]) == 1.5
+    fit(alone, {"made_with": calibrated.made_with(opened, [alone])})
+    assert calibrated.temperature(logits, [alone]) == 1.5, "nothing is averaged over networks"
+    assert not caplog.text
+    fit(two, {})  # as older versions did
+    assert calibrated.temperature(logits, [two]) == 1.5
+    assert "does not say how its networks were averaged, mirrored and tiled" in caplog.text
 
 
 def test_runs_that_were_trained_on_the_scans_are_not_calibrated_and_said_to_be(
@@ -129,5 +193,5 @@ def test_without_masks_there_is_nothing_to_fit(run, monkeypatch):
     monkeypatch.setattr(data, "roles", lambda config, workdir: (roles, []))
     with pytest.raises(ValueError, match="none of its scans has a mask"):
         calibrate.run(opened.config, run)
-    assert pages.calibration(opened) is None
+    assert pages.calibration(opened, pages.Origin(run / "predictions")) is None
     assert calibration.BINS == 10

@@ -110,6 +110,17 @@ def test_a_binary_run_has_one_row_a_case(tree):
     assert set(table(run)) == {"any"}
 
 
+def test_tables_of_the_evaluation_before_do_not_stay_beside_the_new_ones(tree):
+    data, run = tree
+    evaluate.run(configure(data, also=("medpy",)), run)
+    old = {"cases_also.csv", "summary_nnunet.json"}
+    assert old <= {path.name for path in run.iterdir()}
+    config = configure(data)
+    config.split.binary = True
+    evaluate.run(config, run)
+    assert not old & {path.name for path in run.iterdir()}
+
+
 def test_raters_need_several_masks(tree):
     data, run = tree
     config = configure(data, also=("raters",))

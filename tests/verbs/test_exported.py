@@ -53,8 +53,8 @@ def run(tmp_path_factory):
     return saved_run(tmp_path_factory.mktemp("run"), common.get_config(), TILE)
 
 
-def saved_run(folder, config, seen):
-    model = wiring.model(Run.of(config, Path("run"), PLAN))
+def saved_run(folder, config, seen, plan=PLAN):
+    model = wiring.model(Run.of(config, Path("run"), plan))
     image = jax.ShapeDtypeStruct((1, *seen, 1), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     random = np.random.default_rng(0)
@@ -62,8 +62,8 @@ def saved_run(folder, config, seen):
     plain = json.loads(json.dumps(config.to_dict()))
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(plain))
-    (folder / "plan.json").write_text(json.dumps(PLAN.to_json()))
-    save_networks(folder / "checkpoints", variables["params"], config=plain, plan=PLAN.to_json())
+    (folder / "plan.json").write_text(json.dumps(plan.to_json()))
+    save_networks(folder / "checkpoints", variables["params"], config=plain, plan=plan.to_json())
     return folder, model, variables
 
 
@@ -112,6 +112,7 @@ def test_stablehlo_gives_the_logits_without_the_package(run, tmp_path, monkeypat
         "scale": [20.0],
     }
     assert (facts["license"], facts["patch"], facts["classes"][2]) == ("CC0", [4, 8, 8], "SDH")
+    assert facts["activation"] == "softmax"
     assert "Research use only" in facts["notice"]
     assert facts["spacing_mm"] == [5.0, 2.0, 2.0]
 
@@ -152,6 +153,22 @@ def test_a_network_with_a_margin_takes_it_around_the_tile(tmp_path, monkeypatch)
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
     facts = json.loads((tmp_path / "out" / "model.json").read_text())
     assert (facts["patch"], facts["margin"]) == (list(TILE), [3, 3, 3])
+
+
+def test_regions_are_named_by_channel_and_said_to_be_sigmoids(tmp_path):
+    pytest.importorskip("flatbuffers", reason="extra export: StableHLO files")
+    regions = ("any", (1, 2)), ("subdural", (2,))
+    plan = dataclasses.replace(PLAN, regions=regions, region_order=(1, 2))
+    folder, _, _ = saved_run(tmp_path / "run", common.get_config(), TILE, plan)
+    config = from_run.get_config(str(folder))
+    export.stablehlo(config, folder, tmp_path / "out")
+    export.safetensors(config, folder, tmp_path / "out" / "weights.safetensors")
+    network = jax.export.deserialize(bytearray((tmp_path / "out/model.stablehlo").read_bytes()))
+    for name in ("model.json", "weights.json"):
+        facts = json.loads((tmp_path / "out" / name).read_text())
+        assert facts["classes"] == ["any", "subdural"]
+        assert len(facts["classes"]) == network.out_avals[0].shape[-1]
+        assert (facts["activation"], facts["region_values"]) == ("sigmoid", [1, 2])
 
 
 def test_safetensors_come_back_as_the_same_run(run, tmp_path, monkeypatch):

@@ -114,6 +114,45 @@ def test_the_best_config_is_found_and_its_stray_voxels_are_not_needed(made):
     assert (found["checkpoint"], "the figures are too good" in page) == ("best", True)
 
 
+def test_a_class_in_no_mask_does_not_choose_the_config(made, caplog):
+    """One config draws a stray voxel of it: its Dice is 0, and that of the other not defined."""
+    for run in made.runs:
+        for fold in ("predictions", f"../../../masks/{run.row[-1]}"):
+            for path in sorted((run.workdir / fold).glob("*.nii.gz")):
+                label = nifti.read(path).voxels.astype(np.uint8)
+                label[label == 3] = 0
+                if run.row.startswith("two") and fold == "predictions":
+                    label[3, 0, 11] = 3
+                nifti.write_volume(path, Volume(label, AFFINE, ""))
+    assert folds.conclude(made, ensembles=False) == 4
+
+    def refuse(token):
+        raise AssertionError(f"{token} is no JSON")
+
+    text = (made.out / "best.json").read_text()
+    found = json.loads(text, parse_constant=refuse)
+    one, two = found["scores"]["one"], found["scores"]["two"]
+    assert (one["IVH"], two["IVH"]) == (None, 0.0)
+    drawn = ("EDH", "IPH", "SAH", "SDH")
+    for scores in (one, two):
+        assert scores["mean"] == pytest.approx(np.mean([scores[name] for name in drawn]))
+    assert (found["best"], found["in_no_mask"]) == ("one", ["IVH"])
+    assert found["postprocessing"] == {"keep_largest": [["IPH"]]}
+    assert found["after_postprocessing"]["mean"] == 1.0
+    assert found["tried"][0]["before"] is None, "nnU-Net's rule is left as it is"
+    assert "no mask has IVH: left out of the mean Dice" in caplog.text
+    page = (made.out / "report.md").read_text()
+    assert "Left out of the mean, as no mask has them: IVH." in page
+    assert f"{100 * one['mean']:.2f}** Dice in percent" in page
+
+
+def test_masks_without_any_class_leave_no_mean(made):
+    counts = np.zeros((2, 3, 3), int)
+    assert cross_validation.in_no_mask(counts, ("background", "a", "b")) == {"a", "b"}
+    dice = cross_validation.mean_dice(counts, ("background", "a", "b"), {"a", "b"})
+    assert all(map(np.isnan, dice.values()))
+
+
 def test_two_configs_may_be_better_together(made):
     assert folds.conclude(made) == 4
     scores = best(made)["scores"]

@@ -138,6 +138,17 @@ def test_folds_are_chosen_and_must_be_of_one_model(tmp_path, monkeypatch, model)
         run_tool(monkeypatch, model, tmp_path / "none")
 
 
+def test_axes_that_are_given_stand_above_those_of_nnunets_reader(tmp_path, monkeypatch, model):
+    """TotalSegmentator turns every scan to RAS before its nnU-Net, which reads axes as they lie."""
+    for name, path in (("all", model), ("one", model / "fold_0")):
+        run_tool(monkeypatch, path, tmp_path / name, "--axes", "SAR")
+        assert Plan.load(tmp_path / name).axes == "SAR"
+    run_tool(monkeypatch, model / "fold_0", tmp_path / "plain")
+    assert Plan.load(tmp_path / "plain").axes == "file"
+    with pytest.raises(SystemExit, match="three letters, one each of R/L, A/P, S/I; got 'SAX'"):
+        run_tool(monkeypatch, model, tmp_path / "none", "--axes", "SAX")
+
+
 def test_batch_norms_that_the_plans_do_not_name_are_taken_with_their_statistics(
     tmp_path, monkeypatch, model
 ):
@@ -301,6 +312,10 @@ def test_the_second_stage_of_a_cascade_brings_the_first(golden, tmp_path, monkey
     run_tool(monkeypatch, model, tmp_path / "alone")
     assert "There is no 3d_lowres beside it" in capsys.readouterr().out
     cascaded(golden, tmp_path, "3d_lowres", "low")
+    run_tool(monkeypatch, model, tmp_path / "turned", "--axes", "SAR")
+    assert "its first stage" in capsys.readouterr().out
+    turned = tmp_path / "turned", tmp_path / "turned" / cascade.PREVIOUS_STAGE
+    assert [Plan.load(run).axes for run in turned] == ["SAR", "SAR"]
     for number, path in enumerate((model, model / "fold_0")):
         folder = tmp_path / f"run{number}"
         run_tool(monkeypatch, path, folder)

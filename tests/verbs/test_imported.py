@@ -207,6 +207,46 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path, monkeypatch, plain):
         run_tool(monkeypatch, tmp_path / "w.npz", tmp_path / "run", *given)
 
 
+def test_options_that_a_network_says_itself_are_refused_by_name(tmp_path, monkeypatch):
+    model, fold, blast = tmp_path / "model", tmp_path / "fold.pth", tmp_path / "blast"
+    (model / "fold_0").mkdir(parents=True)
+    blast.mkdir()
+    (blast / "config.json").write_text(json.dumps({"model": {"DeepMedic": {}}}))
+    of_nnunet = weights_file.WeightsFile({}, {"network_weights": 0, "init_args": {}})
+    monkeypatch.setattr(weights_file, "read", lambda path: of_nnunet)
+    options = ("--spacing-mm", 1, 1, 1, "--window", 0, 80, "--classes", "background", "a")
+    names = "--classes, --spacing-mm, --window, --mirror-axes"
+    for path, kind in (
+        (model, "nnU-Net's folder of a model"),
+        (fold, "a checkpoint of nnU-Net"),
+        (blast, "BLAST-CT's networks"),
+    ):
+        with pytest.raises(SystemExit, match=f"{names} given, but {kind} says that itself") as why:
+            run_tool(monkeypatch, path, tmp_path / "none", *options, "--mirror-axes")
+        assert "bhsd predict has --infer.mirror_axes" in str(why.value)
+    for path, *option in (
+        (model, "--crop-hu", 0),
+        (model, "--zscore"),
+        (fold, "--reference", "PlainConvUNet"),
+        (blast, "--axes", "SPL"),
+    ):
+        with pytest.raises(SystemExit, match=rf": {option[0]} given, but .* says that itself"):
+            run_tool(monkeypatch, path, tmp_path / "none", *option)
+
+
+def test_normalizations_that_exclude_one_another_are_refused(tmp_path, monkeypatch, plain):
+    np.savez(tmp_path / "w.npz", **plain[2])
+    given = ["--reference", "PlainConvUNet", "--constructor", json.dumps(CONSTRUCTOR)]
+    given += ["--classes", "background", "a", "b", "--spacing-mm", "5", "2", "2", "--patch", *TILE]
+    for options, said in (
+        (("--zscore", "--window", "0", "80"), "exclude one another"),
+        (("--zscore", "--range", "0", "1"), "--range is what a --window becomes"),
+        (("--window", "0", "80", "--mean-std", "40", "20"), "--mean-std goes with --clip"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            run_tool(monkeypatch, tmp_path / "w.npz", tmp_path / "run", *given, *options)
+
+
 def test_a_network_that_does_not_fit_its_plan_is_refused(tmp_path, monkeypatch, plain):
     np.savez(tmp_path / "w.npz", **plain[2])
     given = ["--reference", "PlainConvUNet", "--constructor", json.dumps(CONSTRUCTOR), *OPTIONS]

@@ -58,6 +58,36 @@ def test_scores_are_those_of_the_evaluation(runs):
     assert "Dice 0.500 IPH" in text
 
 
+def test_a_temperature_is_given_only_of_the_checkpoint_that_predicts(tmp_path):
+    run = tiny_run.make(tmp_path / "run")
+    folder = run / "checkpoints"
+    for step, dice in ((7, 0.9), (9, 0.1)):
+        path = checkpoint_files.unfinished(folder, step)
+        path.mkdir()
+        (path / "made by hand").write_text(str(step))
+        checkpoint_files.finish(folder, step, dice, {})
+    best, last = (checkpoint_files.digest(folder, step) for step in (7, 9))
+
+    def told(*digests, checkpoint="best"):
+        made = dict.fromkeys(("before", "after", "scans", "voxels"), 0)
+        made |= {"networks": [{"weights_sha256": one} for one in digests]}
+        made |= {"temperature": 1.25, "steps": [7]}
+        (run / "calibration.json").write_text(json.dumps(made))
+        config = ensemble.run_of(run, checkpoint=checkpoint).config
+        found = json.loads(info.text(config, run, as_json=True))
+        return found["temperature"], found.get("calibration"), info.text(config, run)
+
+    assert told(best)[:2] == told(last, checkpoint="last")[:2] == (1.25, None)
+    assert told(best, checkpoint=7)[:2] == told(last, checkpoint="9")[:2] == (1.25, None)
+    assert "temperature  1.25\n" in told(best)[2]
+    other = "temperature 1.25 of the checkpoint of step 7, not of the checkpoint that predicts"
+    assert told(best, checkpoint="last")[:2] == told("0")[:2] == (None, other)
+    assert f"calibration  {other}\n" in told("0")[2]
+    assert "\ntemperature" not in told("0")[2]
+    together = "temperature 1.25 of 2 runs together, not of the checkpoint that predicts"
+    assert told(best, last)[:2] == (None, together)
+
+
 def test_the_program_prints_it(runs):
     words = [sys.executable, "-m", "bhsd_jax.main", "info", str(runs[0]), "--json"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -24,6 +24,7 @@ from pydicom import dcmread
 from tiny_run import CLASSES, PLAN, TILE
 
 from bhsd_jax.assemble import data, deployed, devices, origins, predictor, wiring
+from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
 from bhsd_jax.ct import geometry, plausibility
@@ -36,8 +37,9 @@ from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.platform import faults, files
 from bhsd_jax.settings import Settings
 from bhsd_jax.train.checkpoint import save_networks
-from bhsd_jax.verbs import evaluate, predict
-from bhsd_jax.volume import Case
+from bhsd_jax.verbs import evaluate, parts, predict
+from bhsd_jax.verbs.predict_scans import Found
+from bhsd_jax.volume import Case, Series
 
 ROOT = Path(__file__).parents[2]
 DEAD = 2**22 + 1  # above the largest number of a process
@@ -211,6 +213,17 @@ def test_the_sides_and_sizes_of_the_two_bleeds_are_told(tmp_path):
     assert {less.flat()[f"{name}_present"] for name in CLASSES[1:]} == {"no"}
     none = dataclasses.replace(row, lesions=(), ml={"IPH": 0.0}, present_ml=0.0)
     assert none.flat()["IPH_present"] == "no", "nothing is never there"
+
+
+def test_a_bleed_has_no_side_where_the_file_does_not_say_which_side_is_which(tmp_path):
+    voxels = np.kron(head(), np.ones((4, 4, 1), np.int16))
+    image = nib.Nifti1Image(voxels, None)  # neither sform nor qform
+    image.header.set_zooms((2.0, 2.0, 5.0))
+    _, _, row = predicted(tmp_path, image)
+    assert row.lesions
+    assert {lesion["side"] for lesion in row.lesions} == {""}
+    assert row.flat()["IPH_side"] == ""
+    assert "no position in the header" in row.warning
 
 
 def test_a_scan_that_is_not_in_hu_has_lesions_without_sides_where_networks_take_it(tmp_path):
@@ -591,6 +604,16 @@ def test_a_seg_for_the_archive_comes_on_request_and_is_the_only_file_that_names_
     assert not list(out.glob("*.npz"))
 
 
+def test_pictures_beside_a_series_are_passed_over(tmp_path, caplog):
+    """As on a CD from a hospital: a logo beside the folder of the slices."""
+    for name in ("logo.png", "logo.bmp"):  # of one name, which scans may not have
+        (tmp_path / name).touch()
+    as_dicom(tmp_path / "slices", head())
+    (found,) = find_scans(configure(tmp_path), tmp_path)
+    assert isinstance(found.image, Series)
+    assert "pictures (.png, .bmp, .tif) beside volumes are no scans; passed over: 2" in caplog.text
+
+
 def test_one_slice_is_no_scan(tmp_path):
     paths = as_dicom(tmp_path / "dicom", head())
     with pytest.raises(ValueError, match="one DICOM file is one slice"):
@@ -702,6 +725,29 @@ def test_a_full_disk_is_noticed_before_the_network_is_read(folder, scans, disk):
     (folder / "checkpoints").rename(folder / "away")
     with pytest.raises(faults.WriteError, match="Read-only"):
         predict.run(configure(scans, out=str(place)), folder)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_first_process_draws_the_salt_before_the_others_look_for_it(index, monkeypatch):
+    """Not every file system that processes share settles who was first."""
+    order = []
+    monkeypatch.setattr(parts.barrier, "place", lambda: (index, 2))
+    monkeypatch.setattr(parts.barrier, "wait_for_all", order.append)
+    assert parts.first_alone(lambda: order.append("draw") or "drawn") == "drawn"
+    assert order == (["first", "draw"] if index else ["draw", "first"])
+    with pytest.raises(ZeroDivisionError):  # which the others must not wait for
+        parts.first_alone(lambda: 1 / 0)
+    assert order[2:] == ["first"]
+
+
+@pytest.mark.parametrize(
+    "part", [{"rows": [ScanVolumes("5c1f", 0.0, 1.0, {"IPH": 2.0})]}, {"skipped": {"5c1f": "cut"}}]
+)
+def test_a_scan_that_another_process_calls_otherwise_is_not_lost(part, tmp_path, monkeypatch):
+    theirs = dataclasses.asdict(Found(**part))
+    monkeypatch.setattr(predict.parts, "gather", lambda folder, name, part: [part, theirs])
+    with pytest.raises(ValueError, match=r"does not know by their names \(5c1f\); .* same \.salt"):
+        predict._gather(tmp_path, Found(), {"ID_1": "77aa"})
 
 
 TOGETHER = """

@@ -480,6 +480,41 @@ def test_a_clip_of_none_clips_nothing(experiment, words, clip):
     assert (largest > 100) == (clip is None)
 
 
+AFFINE, MIRROR = {"name": "spatial.Affine"}, {"name": "spatial.Mirror"}
+
+
+@pytest.mark.parametrize(
+    ("spatial", "axes"),
+    [
+        ((AFFINE, MIRROR), (0, 1, 2)),
+        ((AFFINE, {**MIRROR, "axes": (2,)}), (2,)),
+        ((AFFINE, {**MIRROR, "axes": (2, 1), "p": 0.1}), (1, 2)),
+        (({**MIRROR, "axes": (2,)}, {**MIRROR, "axes": (0,)}), (0, 2)),
+        (({**MIRROR, "p": 0.0},), ()),
+        (({"name": "turned.Turned", "axes": (1,)},), ()),  # one's own, of which that is not known
+        ((AFFINE,), ()),
+        ((), ()),
+    ],
+)
+def test_predictions_are_mirrored_along_the_axes_of_the_training_and_no_others(spatial, axes):
+    config = config_of(supervised)
+    config.augment.spatial = spatial
+    assert wiring.mirror_axes(run_of(config)) == axes
+    config.infer.mirror_axes = (0, 2)
+    assert wiring.mirror_axes(run_of(config)) == (0, 2), "what is named stays"
+    config.infer.mirror = False
+    assert wiring.mirror_axes(run_of(config)) == ()
+
+
+def test_what_is_put_around_a_scan_is_what_an_augmentation_says_else_air():
+    config = config_of(supervised)
+    config.augment.spatial = (AFFINE,)
+    run = run_of(config)
+    assert recipes.make_chains(run)[0].ops[0].fill == run.normalization.fill("air")
+    config.augment.spatial = ({**AFFINE, "fill": 0.5},)
+    assert recipes.make_chains(run_of(config))[0].ops[0].fill == 0.5
+
+
 def test_an_unknown_model_argument_is_refused():
     config = config_of(supervised)
     config.model.name = "nnunet.PlainConvNet"

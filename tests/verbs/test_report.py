@@ -1,6 +1,7 @@
 """The page of a run: whose scans, which label maps, and other runs beside it."""
 
 import csv
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -170,11 +171,13 @@ def test_a_summary_of_an_older_version_has_its_pictures(tree, drawn, caplog):
     assert "no pictures of 1 of the 2" in caplog.text
 
 
-def summary(dice):
+def summary(dice, classes=("EDH", "SDH"), **more):
     return dict.fromkeys(report._SUMMARY) | {
         "binary": {"dice": dice},
+        "classes": list(classes),
         "conventions": {"nnunet": {"mean": {"dice": dice}}},
         "n_cases": 2,
+        **more,
     }
 
 
@@ -200,3 +203,58 @@ def test_every_run_that_is_compared_has_a_row(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "cps")
     assert compared(Path("seed0"), ["../w2s"]) == [("seed0 (this run)", "0.100"), ("w2s", "0.400")]
     assert compared(this, [this]) == [("seed0 (this run)", "0.100")]
+
+
+def test_a_binary_dice_never_stands_among_means_over_classes(tmp_path):
+    for name, classes in (("binary", ["any"]), ("other", ["EDH", "SAH", "SDH"])):
+        files.write_json(tmp_path / name / "summary.json", summary(0.7, classes))
+    own = summary(0.4)
+
+    def shown(*others):
+        folders = [str(tmp_path / name) for name in others]
+        table, *words = report._comparison(folders, own, tmp_path / "own").parts
+        return [row[1:3] for row in table.rows], words
+
+    rows, words = shown("binary")
+    assert rows == [("0.400", "0.400"), ("0.700", "n/a")]
+    assert words == ["The runs have different classes: no two means over others can be compared."]
+    assert shown("other") == ([("0.400", "0.400"), ("0.700", "0.700")], words)
+    own = summary(0.4, ["any"])
+    assert shown("binary") == ([("0.400", "0.400"), ("0.700", "0.700")], [])
+
+
+def test_runs_that_were_scored_on_other_scans_or_masks_are_said_to_be(tmp_path):
+    told = "The runs were scored on different scans or masks: no two such rows can be compared."
+    this, other = tmp_path / "this", tmp_path / "deep" / "other"
+    test = {"split": "test", "references": None}
+
+    def words(ours, theirs, **more):
+        own = summary(0.1) | ({"scored": ours} if ours else {})
+        noted = {"scored": theirs} if theirs else {}
+        files.write_json(other / "summary.json", summary(0.2, **noted, **more))
+        return report._comparison([str(other)], own, this).parts[1:]
+
+    assert words(test, test) == words(None, test) == ()
+    assert words(test, test | {"split": "val"}) == (told,)
+    assert words(None, test, n_cases=3) == (told,)
+    masks = {"split": None, "references": "../masks"}
+    assert words(masks, masks | {"references": "../../masks"}) == (), "one folder"
+    assert words(masks, masks) == (told,)
+
+
+def test_label_maps_of_any_format_that_is_scored_are_shown(tree, drawn):
+    data, run = tree
+    (tmp := run / "predictions").rename(run / "zipped")
+    tmp.mkdir()
+    label = (run / "zipped" / f"{FIRST}.nii.gz").read_bytes()
+    (tmp / f"{FIRST}.nii").write_bytes(gzip.decompress(label))
+    itk = pytest.importorskip("SimpleITK")
+    name = str(run / "zipped" / f"{SECOND}.nii.gz")
+    itk.WriteImage(itk.ReadImage(name), str(run / "second.nrrd"))
+    (run / "second.nrrd").rename(tmp / f"{SECOND}.NRRD")
+    evaluate.run(configure(data), run)
+    report.run(configure(data), run)
+    assert [np.count_nonzero(overlay.predicted) for overlay in drawn] == [4, 2]
+    with (run / "names.csv").open(newline="") as file:
+        listed = {row["label_map"] for row in csv.DictReader(file)}
+    assert listed == {f"predictions/{FIRST}.nii", f"predictions/{SECOND}.NRRD"}

@@ -12,6 +12,7 @@ import tiny_run
 from dicom_files import NAME, PATIENT, write_series
 
 from bhsd_jax.assemble import data, devices, ensemble
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import niivue, viewer
 from bhsd_jax.report.page import Page, Picture, Section, save
@@ -174,6 +175,24 @@ def test_a_scan_that_lost_its_intercept_is_shown_in_the_hu_that_the_network_saw(
     seen = np.sort(found.image.ravel())
     np.testing.assert_array_equal(seen, np.sort(np.maximum(hu, -1024).ravel()))
     assert found.image[found.prediction > 0].min() > 60
+
+
+@pytest.mark.parametrize("classes", [("lesion",), ("core", "edema")])
+def test_voxels_that_are_not_annotated_are_shown_as_no_lesion(run, tmp_path, classes):
+    """One voxel is outlined; 27 are to be ignored."""
+    names = ("background", *classes)
+    plan = dataclasses.replace(tiny_run.PLAN, classes=names, ignore=len(names))
+    opened = Run.of(ensemble.run_of(run).config, run, plan)
+    label = np.zeros(tiny_run.head().shape, np.uint8)
+    label[10:13, 8:11, 3:6] = len(names)
+    label[5, 5, 5] = 1
+    for name, voxels in (("scan", tiny_run.head()), ("mask", label), ("map", label == 1)):
+        image = nib.Nifti1Image(voxels.astype(np.int16), tiny_run.upright())
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+    case = Case("a", "a", tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz", "test")
+    found = shown.read(opened, shown.Entry(case, tmp_path / "map.nii.gz", "a", {}))
+    assert found.reference.sum() == 1
+    np.testing.assert_array_equal(found.reference, found.prediction)
 
 
 def test_a_sheared_scan_is_shown_upright_with_its_bleeds_on_it(run, tmp_path):

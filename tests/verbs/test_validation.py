@@ -7,9 +7,12 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny_run
 
 from bhsd_jax import settings
 from bhsd_jax.assemble.validation import Validation
+from bhsd_jax.configs import common
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train.checkpoint import Checkpoints
 from bhsd_jax.train.loop import Interrupted
 from bhsd_jax.types import TrainState
@@ -49,6 +52,24 @@ def test_a_last_step_that_is_validated_after_a_stop_may_be_stopped_again(asked):
     else:
         train._catch_up(every, 40, state, late, checkpoints)
         assert rated == [0.5]
+
+
+def test_a_run_keeps_nothing_of_who_was_which_process(tmp_path, monkeypatch):
+    joined, kept = [], []
+
+    def stop(config, *_):
+        kept.append(config.mesh)
+        raise UserError("enough")
+
+    monkeypatch.setattr(train.parts, "join", lambda config, **_: joined.append(config.mesh))
+    monkeypatch.setattr(train.Plan, "load", lambda folder: tiny_run.PLAN)
+    monkeypatch.setattr(train.Run, "of", stop)
+    config = common.get_config("smoke")
+    config.mesh.update(space=2, coordinator="a:1", num_processes=2, process_id=1, detect="mpi4py")
+    with pytest.raises(UserError, match="enough"):
+        train.run(config, tmp_path)
+    assert joined == [settings.Mesh(-1, 1, 2, 1, "a:1", 2, 1, "mpi4py")]
+    assert kept == [settings.Mesh(space=2)]
 
 
 def test_a_folder_that_has_a_trainer_is_refused_and_one_that_knows_no_locks_is_not(

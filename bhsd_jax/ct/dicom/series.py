@@ -61,7 +61,10 @@ def find(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> l
 
 
 def survey(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> Found:
-    """Every CT series below a folder, in the order of its first file; links are not followed.
+    """Every CT series below a folder, in the order of its first file.
+
+    Links to files and to folders are followed; a folder that several lead to is looked at once, and
+    those above `root` are not.
 
     Files are known by content, not by name. Localizers, reports, captures, other kinds of images,
     single images and those all at one place are left out; the findings of their study's first
@@ -242,12 +245,38 @@ def _look(path: Path) -> tuple[bool, list[Slice]]:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if not name.startswith(".") and name != "DICOMDIR":
-                yield path
+    """All but hidden ones, those behind links to folders last; each folder once."""
+    seen: set[str] = set()
+    waiting = [str(root)]
+    while waiting:
+        for folder, folders, names in os.walk(waiting.pop(0)):
+            real = os.path.realpath(folder)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            waiting += _links(root, folder, folders, seen)
+            for name in sorted(names):
+                path = Path(folder, name)
+                if not name.startswith(".") and name != "DICOMDIR":
+                    yield path
+
+
+def _links(root: Path, folder: str, names: Sequence[str], seen: set[str]) -> list[str]:
+    """Those of a folder's entries that link to folders not yet seen, but for those around it."""
+    links = []
+    for link in (os.path.join(folder, name) for name in names):
+        target = os.path.realpath(link)
+        if not os.path.islink(link) or target in seen:
+            continue
+        inside = (os.path.realpath(place) for place in (root, folder))
+        if any(os.path.commonpath([target, place]) == target for place in inside):
+            text = "%s: a link in it leads to a folder above and is not followed; link the series"
+            logger.warning(text, root)
+        else:
+            links.append(link)
+    return links
 
 
 def _told(left: Left) -> str:
