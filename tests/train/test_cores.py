@@ -13,15 +13,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
 from bhsd_jax.infer.sliding import bytes_per_tile
 
-TILE, LARGER, SEEN = (4, 16, 16), (8, 32, 32), (10, 22, 22)  # D H W
-CONTEXT = {  # of 3 voxels on every side: of TILE, SEEN
-    "name": "deepmedic.DeepMedic",
-    "scales": ((1, 1, 1),),
-    "features": (2, 3, 2),
-    "joined": (4,),
-    "dropout": (0.0, 0.0),
-    "context": "given",
-}
+TILE, LARGER = (4, 16, 16), (8, 32, 32)  # D H W
 
 _SHARE = """
 from bhsd_jax.platform import machine
@@ -109,7 +101,6 @@ def test_cores_that_would_mostly_update_copies_of_the_state_are_one_device():
         (LARGER, (3, LARGER), None, (3, 3)),
         (TILE, (3, TILE), 4, (2, 4)),  # as many tiles as are asked for, shared evenly
         (TILE, (0.5, TILE), None, (1, 1)),
-        (SEEN, (2, SEEN), None, (2, 2)),  # counted with what the network takes around a tile
     ],
 )
 def test_no_more_devices_than_have_memory_for_a_tile_predict(patch, room, tiles, want, monkeypatch):
@@ -119,12 +110,9 @@ def test_no_more_devices_than_have_memory_for_a_tile_predict(patch, room, tiles,
     monkeypatch.setattr(devices.allocator, "mind_memory", working.append)
     config = common.get_config()
     config.infer.tiles = tiles
-    config.input.patch = TILE if patch == SEEN else patch
-    if patch == SEEN:
-        config.model = CONTEXT
+    config.input.patch = patch
     run = Run.of(config, Path("run"), tiny_run.PLAN)
     window = devices.make_predictor(run, []).window
     used = window.mesh.size if window.mesh else 1
     assert (used, window._batch) == want
-    assert window._seen == patch
     assert working == [used * bytes_per_tile(patch)]
