@@ -54,16 +54,17 @@ def convolve(
     window, features = kernel.shape[:3], kernel.shape[4]
     sizes = zip(image.shape[1:4], window, strides, strict=True)
     blocks = _Blocks(tuple((n - k) // s + 1 for n, k, s in sizes), window, strides)
+    places, room = blocks.places, blocks.no_lines(image)
     weights = _values(kernel.transpose(2, 0, 1, 3, 4).reshape(-1, features))
 
     def block(lines: Array, place: Array) -> tuple[Array, Array]:
         lines = blocks.lines(image, place, lines)
         return lines, bits(_product(blocks.neighborhoods(lines), weights, (((2,), (0,)), ((), ()))))
 
-    if len(blocks.places) == 1:
-        out = block(blocks.no_lines(image), blocks.places[0])[1][None]
+    if len(places) == 1:  # see `_loop`
+        out = block(room, places[0])[1][None]
     else:
-        _, out = lax.scan(block, blocks.no_lines(image), blocks.places)  # [blocks B voxels F]
+        _, out = lax.scan(block, room, places)  # [blocks B voxels F]
     return out.swapaxes(0, 1).reshape(len(image), *blocks.shape, features)
 
 
@@ -126,7 +127,6 @@ class _Blocks:
         depth, height = (
             (n - 1) * s + 1 for n, s in zip((planes, lines), self.strides, strict=False)
         )
-
         ahead = jnp.array([*itertools.product(range(self.window[0]), range(self.window[1]))])
 
         def put(tap: Array | int, room: Array) -> Array:
