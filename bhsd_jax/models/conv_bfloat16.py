@@ -6,10 +6,10 @@ slower than those of float32, and every other operation on bfloat16 goes by way 
 writing one row of an array converts the whole of it. So arrays are held here as the integers of
 their bits, which are merely copied, and are bfloat16 only where they are multiplied.
 
-A convolution is one matrix product a block of voxels, whose left side has all that the window sees
-of a voxel in one row. Such rows are copied fastest if each is one run of memory, so two steps make
-them: of every line of the image, its neighbors along D and H are laid beside it, voxel by voxel;
-then a row is the run of as many voxels of that as the window is wide.
+A convolution is one matrix product a block of voxels. Of every line of the image its neighbors
+along D and H are laid beside it, voxel by voxel, and the product gives what each of these voxels
+adds to the outputs at all taps along W; those are then added, each moved by its tap. So what is
+copied is as wide as the window along D and H alone.
 """
 
 import functools
@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt16
 
 Triple = tuple[int, int, int]  # along D, H, W
 
-LEAST_CHANNELS = 8  # of image and output; below, gathering costs more than the products save
-_VOXELS = 1024  # of the output in a block, whose gathered neighborhoods then stay in the cache
+LEAST_CHANNELS = 8  # of image and output; below, copying costs more than the products save
+_VOXELS = 1024  # of the output in a block, whose lines then stay in the cache
 
 
 def bits(array: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
@@ -54,17 +53,22 @@ def convolve(
     window, features = kernel.shape[:3], kernel.shape[4]
     sizes = zip(image.shape[1:4], window, strides, strict=True)
     blocks = _Blocks(tuple((n - k) // s + 1 for n, k, s in sizes), window, strides)
-    places, room = blocks.places, blocks.no_lines(image)
-    weights = _values(kernel.transpose(2, 0, 1, 3, 4).reshape(-1, features))
+    image, places = blocks.without_stride(image), blocks.places
+    room, taps, width = blocks.no_lines(image), blocks.taps, blocks.shape[2]
+    folded = _resize(kernel, 2, taps * strides[2]).reshape(*window[:2], taps, -1, features)
+    weights = _values(folded.transpose(0, 1, 3, 2, 4).reshape(-1, taps * features))
 
     def block(lines: Array, place: Array) -> tuple[Array, Array]:
         lines = blocks.lines(image, place, lines)
-        return lines, bits(_product(blocks.neighborhoods(lines), weights, (((2,), (0,)), ((), ()))))
+        by_tap = _product(blocks.rows(lines), weights, (((2,), (0,)), ((), ())))
+        by_tap = by_tap.reshape(*lines.shape[:4], taps, features)
+        shifted = (by_tap[..., tap : tap + width, tap, :] for tap in range(taps))
+        return lines, bits(functools.reduce(jnp.add, shifted))
 
     if len(places) == 1:  # see `_loop`
         out = block(room, places[0])[1][None]
     else:
-        _, out = lax.scan(block, room, places)  # [blocks B voxels F]
+        _, out = lax.scan(block, room, places)  # [blocks B planes lines W F]
     return out.swapaxes(0, 1).reshape(len(image), *blocks.shape, features)
 
 
@@ -79,28 +83,61 @@ def kernel_grad(
     The sum over samples comes last, as in `conv_cpu.kernel_grad`.
     """
     blocks = _Blocks(grad.shape[1:4], window, strides)
-    batch, features, places = len(image), grad.shape[4], blocks.places
-    grads = grad.reshape(batch, len(places), -1, features).swapaxes(2, 3)
+    channels, features, taps = image.shape[4], grad.shape[4], blocks.taps
+    image = blocks.without_stride(image)
+    batch, places, width = len(image), blocks.places, blocks.shape[2]
+    # Lines as wide as the window sees, zeros behind each and in front of all of a block: moved by
+    # one tap or more a block is the run that begins earlier.
+    grads = _resize(grad.reshape(batch, len(places), -1, width, features), 3, width + taps - 1)
+    before = [(0, 0, 0), (0, 0, 0), (taps - 1, 0, 0), (0, 0, 0)]
+    grads = grads.reshape(batch, len(places), -1, features)
+    voxels = grads.shape[2]
+    grads = lax.pad(grads, jnp.zeros((), grads.dtype), before).swapaxes(2, 3)
 
     def block(i: Array | int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         lines = blocks.lines(image, places[i], state[0])
-        left = _values(lax.dynamic_index_in_dim(grads, i, 1, keepdims=False))
-        near = blocks.neighborhoods(lines)
-        return lines, state[1] + _product(left, near, (((2,), (1,)), ((0,), (0,))))
+        own = lax.dynamic_index_in_dim(grads, i, 1, keepdims=False)
+        moved = lax.gather(
+            own,
+            jnp.arange(taps - 1, -1, -1, jnp.int32)[:, None],
+            lax.GatherDimensionNumbers((1, 2, 3), collapsed_slice_dims=(), start_index_map=(2,)),
+            (batch, features, voxels),
+            mode="promise_in_bounds",
+        )
+        left = _values(moved.swapaxes(0, 1).reshape(batch, -1, voxels))
+        return lines, state[1] + _product(left, blocks.rows(lines), (((2,), (1,)), ((0,), (0,))))
 
-    total = jnp.zeros((batch, features, math.prod(window) * image.shape[4]))
-    _, total = _loop(len(places), block, (blocks.no_lines(image), total))
-    by_tap = total.sum(0).reshape(features, window[2], *window[:2], -1)
-    return by_tap.transpose(2, 3, 1, 4, 0)
+    room = blocks.no_lines(image)
+    total = jnp.zeros((batch, taps * features, math.prod(room.shape[4:])))
+    _, total = _loop(len(places), block, (room, total))
+    folded = total.sum(0).reshape(taps, features, *window[:2], strides[2], -1)
+    whole = folded.transpose(2, 3, 0, 4, 5, 1).reshape(*window[:2], -1, channels, features)
+    return whole[:, :, : window[2]]
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """An output in blocks of lines or of planes, and what a window sees of the voxels of one."""
+    """An output in blocks of lines or of planes, and what a window sees of the voxels of one.
+
+    As many voxels of a line as the stride along it count as one of so many times the channels.
+    """
 
     shape: tuple[int, ...]  # of the output
     window: tuple[int, ...]
     strides: Triple
+
+    @property
+    def taps(self) -> int:
+        """Of the window along W, in voxels that count as one."""
+        return -(-self.window[2] // self.strides[2])
+
+    def without_stride(self, image: Array) -> Array:
+        """The image with lines of such voxels, as many as the window sees."""
+        width, stride = self.shape[2] + self.taps - 1, self.strides[2]
+        if stride == 1:
+            return image
+        image = _resize(image, 3, width * stride)
+        return image.reshape(*image.shape[:3], width, -1)
 
     @functools.cached_property
     def planes_and_lines(self) -> tuple[int, int]:
@@ -141,20 +178,9 @@ class _Blocks:
         # number.
         return _loop(taps, put, room)
 
-    def neighborhoods(self, lines: Array) -> Float[Array, "B voxels K"]:
-        """What the window sees of each voxel: its taps along W, D and H, and channels."""
-        batch, planes, rows, width, taps, channels = lines.shape
-        first = np.arange(planes * rows)[:, None] * width
-        first = (first + np.arange(self.shape[2]) * self.strides[2]).reshape(-1, 1)
-        size = taps * channels
-        near = lax.gather(
-            lines.reshape(batch, -1),
-            jnp.asarray(first * size, jnp.int32),
-            lax.GatherDimensionNumbers((0, 2), collapsed_slice_dims=(), start_index_map=(1,)),
-            (batch, self.window[2] * size),
-            mode="promise_in_bounds",
-        )
-        return _values(near)
+    def rows(self, lines: Array) -> Float[Array, "B voxels K"]:
+        """What the window sees of each voxel along D and H."""
+        return _values(lines.reshape(len(lines), -1, math.prod(lines.shape[4:])))
 
 
 def _loop(count: int, step: Callable[[Any, Any], Any], state: Any) -> Any:
@@ -173,6 +199,13 @@ def _values(array: Array) -> Array:
 
 def _product(left: Array, right: Array, axes: lax.DotDimensionNumbers) -> Array:
     return lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
+
+
+def _resize(array: Array, axis: int, length: int) -> Array:
+    """Zeros behind what is there along an axis, or its end cut off."""
+    config = [(0, 0, 0)] * array.ndim
+    config[axis] = (0, length - array.shape[axis], 0)
+    return lax.pad(array, jnp.zeros((), array.dtype), config)
 
 
 def divisor(number: int, most: int) -> int:

@@ -21,7 +21,7 @@ from bhsd_jax.models.conv_bfloat16 import Triple
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # voxels before and after
 
 _ONE: Triple = (1, 1, 1)
-_VOXELS = 2048  # in a block for the kernel's gradient
+_VOXELS = 1024  # in a block for the kernel's gradient
 _AXES = ("NHWC", "HWIO", "NHWC")
 
 
@@ -138,40 +138,44 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
     """One sample, stride 1: tap t gets the sum over voxels o of `image[o + t - before] grad[o]`.
 
     The image is transposed once: XLA:CPU multiplies [C, voxels] by [voxels, F] nearly twice as
-    fast as [voxels, C] transposed. Taps along D and H are slices of it. Along W the side with
-    fewer channels is shifted instead, zeros coming in, so that rows stay whole.
+    fast as [voxels, C] transposed. Its lines are as wide as the window sees, and the gradient's are
+    made so with zeros: what a tap sees of a block of lines is then one run of memory a channel, and
+    such runs are copied fast.
     """
-    depth, height, width, features = grad.shape
-    channels = image.shape[-1]
-    image = _shift(
-        _shift(image, 0, before[0], depth + taps[0] - 1), 1, before[1], height + taps[1] - 1
-    )
-    image = image.transpose(0, 3, 1, 2)
-    # A block is some planes, or some lines of one: what its products read stays in a core's cache.
-    lines = _divisor(height, _VOXELS / width)
-    planes = _divisor(depth, _VOXELS / (height * width)) if lines == height else 1
-    shifts = [tap - before[2] for tap in range(taps[2])]
-    narrow = channels < features
+    width, features, channels = *grad.shape[2:], image.shape[-1]
+    sizes = [n + k - 1 for n, k in zip(grad.shape, taps, strict=False)]
+    for axis, size in enumerate(sizes):
+        image = _shift(image, axis, before[axis], size)
+    # Where a plane is smaller than a block, the lines of all planes are taken for those of one.
+    flat = math.prod(grad.shape[1:3]) < _VOXELS / 4
+    if flat:
+        grad = _shift(grad, 1, 0, sizes[1]).reshape(1, -1, width, features)
+        image = image.reshape(1, -1, *image.shape[2:])
+    # What the last lines' taps see past their end is multiplied by zeros.
+    image = _shift(image, 1, 0, image.shape[1] + taps[1]).transpose(0, 3, 1, 2)
+    planes, height = grad.shape[:2]
+    lines, wide = _divisor(height, _VOXELS / sizes[2]), sizes[2]
+    ahead = [h * wide + w for h, w in itertools.product(*map(range, taps[1:]))]
+    runs = lax.GatherDimensionNumbers((1, 2), collapsed_slice_dims=(0,), start_index_map=(0, 2))
 
     def block(i: Array | int) -> Array:
-        plane, line = i // (height // lines) * planes, i % (height // lines) * lines
-        inside = (planes + taps[0] - 1, channels, lines + taps[1] - 1, image.shape[3])
-        part = lax.dynamic_slice(image, (plane, 0, line, 0), inside)
-        right = lax.dynamic_slice(grad, (plane, line, 0, 0), (planes, lines, width, features))
-        if narrow:
-            parts, rights = [_shift(part, 3, -s, width) for s in shifts], [right] * taps[2]
-        else:
-            parts = [part] * taps[2]
-            rights = [_shift(right, 2, s, part.shape[3]) for s in shifts]
-        products = [
-            parts[w][d : d + planes, :, h : h + lines].swapaxes(0, 1).reshape(channels, -1)
-            @ rights[w].reshape(-1, features)
-            for d, h, w in itertools.product(*map(range, taps))
-        ]
-        return jnp.stack(products)
+        plane, line = i // (height // lines), i % (height // lines) * lines
+        right = lax.dynamic_slice(grad, (plane, line, 0, 0), (1, lines, width, features))
+        right = _shift(right, 2, 0, wide).reshape(-1, features)
+        # Inside the loop, for outside of it this would be compiled together with the transposition.
+        channels_first = image.reshape(len(image), channels, -1)
+        products = []
+        for tap in range(taps[0]):
+            deep, down = (plane, line + tap * sizes[1]) if flat else (plane + tap, line)
+            starts = jnp.stack([jnp.stack([deep, down * wide + run]) for run in ahead])
+            seen = lax.gather(
+                channels_first, starts, runs, (1, channels, len(right)), mode="promise_in_bounds"
+            )
+            products.append(seen.reshape(-1, len(right)) @ right)
+        return jnp.concatenate(products).reshape(-1, channels, features)
 
     total = jnp.zeros((math.prod(taps), channels, features))
-    blocks = depth // planes * (height // lines)
+    blocks = planes * (height // lines)
     total = lax.fori_loop(0, blocks, lambda i, total: total + block(i), total)
     return total.reshape(*taps, channels, features)
 

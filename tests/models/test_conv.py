@@ -26,6 +26,11 @@ CASES = [  # size, kernel, strides, padding
     ((5, 7, 2), (2, 2, 2), (4, 3, 5), NONE),
     ((1, 1, 2), (3, 3, 3), (2, 2, 2), SAME),
 ]
+BLOCKS = [  # of which a kernel's gradient is the sum
+    ((2, 96, 20), (3, 3, 3), (1, 1, 1), SAME),  # two of lines of each plane
+    ((40, 6, 7), (3, 3, 3), (1, 1, 1), SAME),  # several of the lines of all planes
+    ((3, 50, 41), (2, 3, 2), (1, 2, 2), SAME),  # of lines, by phases of the stride
+]
 
 
 def _arrays(size, kernel, dtype=jnp.float32):
@@ -47,7 +52,7 @@ def _pass_values(function, image, kernel):
     return out, *grads
 
 
-@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), CASES)
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), CASES + BLOCKS)
 def test_conv3d_and_its_gradients_are_those_of_lax(size, kernel, strides, padding):
     image, weight = _arrays(size, kernel)
     native = functools.partial(
