@@ -228,8 +228,9 @@ class Preemption:
     """Notices that the machine wants the run to end, alike in every process.
 
     SIGTERM is what Slurm, Kubernetes and most others send, SIGUSR1 what Slurm users choose, SIGINT
-    what a person types; a second SIGINT ends the run at once. One process that is told tells the
-    others: JAX's service picks a call that all of them are still to make.
+    what a person types; a second SIGINT ends the run at once. SIGHUP comes when a terminal closes;
+    under `nohup` it stays without effect. One process that is told tells the others: JAX's service
+    picks a call that all of them are still to make.
     """
 
     def __init__(self):
@@ -238,7 +239,9 @@ class Preemption:
         self._alone = jax.process_count() == 1
 
     def __enter__(self) -> "Preemption":
-        signals = (signal.SIGINT, signal.SIGUSR1)  # SIGTERM belongs to JAX's service, if it runs
+        signals = [signal.SIGINT, signal.SIGUSR1]  # SIGTERM belongs to JAX's service, if it runs
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
         self._before = {
             number: signal.signal(number, self._note)
             for number in ((*signals, signal.SIGTERM) if self._alone else signals)
@@ -264,7 +267,9 @@ class Preemption:
             raise KeyboardInterrupt
         name = signal.Signals(signum).name
         # Written as a signal handler must: the log may be in the middle of a line.
-        os.write(sys.stderr.fileno(), f"{name}: saving after this step\n".encode())
+        # Nobody may read it any more: Ctrl-C ends `| tee log` as well.
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"{name}: saving after this step\n".encode())
         self._told = True
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -266,7 +266,10 @@ def test_a_device_without_memory_is_not_taken_for_a_process_that_is_gone(said, t
         raise jax.errors.JaxRuntimeError(said)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+ASKS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", ASKS)
 def test_a_single_process_notices_every_way_of_being_asked(number):
     before = signal.getsignal(number)
     with Preemption() as asked:
@@ -275,6 +278,26 @@ def test_a_single_process_notices_every_way_of_being_asked(number):
         assert asked()
         assert asked(), "it stays so"
     assert signal.getsignal(number) == before
+
+
+def test_who_asks_is_heard_where_nobody_reads_the_log_any_more(monkeypatch):
+    """Ctrl-C reaches all of `bhsd train ... | tee log`, and `tee` is gone at once."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as unread, Preemption() as asked:
+        monkeypatch.setattr(sys, "stderr", unread)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+
+
+def test_a_closed_terminal_ends_nothing_that_nohup_started():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_who_insists_is_obeyed_at_once():
