@@ -1,20 +1,24 @@
 """Commands that a series runs, each in its place: their words, and how they are stopped."""
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 from bhsd_jax.experiments.places import Place
 
+ASKS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # to end, as `Preemption` has them
+
 
 class Stopped(Exception):  # noqa: N818  (a request, not an error)
-    """Raised where SIGTERM has asked a series of trials to end."""
+    """Raised where a signal has asked a series of trials to end."""
 
 
 class Children:
@@ -85,8 +89,26 @@ class Call:
             log.write(line)
             log.flush()
             last = line.strip() or last
-            sys.stderr.write(f"  {self.prefix}{line}")
+            say(f"  {self.prefix}{line}")
         return last
+
+
+def say(text: str) -> None:
+    """To standard error, where anybody reads it: Ctrl-C ends `| tee log` before it reaches us."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+
+
+def heed(numbers: Iterable[int], handler: Callable[..., None]) -> Mapping[int, Any]:
+    """Handles these signals, but not SIGHUP under `nohup`; what handled them before."""
+    ignored = [] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [signal.SIGHUP]
+    return {number: signal.signal(number, handler) for number in numbers if number not in ignored}
+
+
+def heed_again(before: Mapping[int, Any]) -> None:
+    """Undoes `heed`."""
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _cpu_seconds(process: int) -> float | None:
@@ -104,13 +126,13 @@ def _cpu_seconds(process: int) -> float | None:
 
 @contextmanager
 def running() -> Iterator[Children]:
-    """A context that passes SIGTERM on to the children, and leaves none running at its end."""
+    """A context that passes what asks it to end on to the children, and leaves none running."""
     children = Children()
-    before = signal.signal(signal.SIGTERM, children.stop)
+    before = heed(ASKS, children.stop)
     try:
         yield children
     finally:
-        signal.signal(signal.SIGTERM, before)
+        heed_again(before)
         children.stop()
         for call in children.calls:
             if call.child is not None:

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import IO
 
-from bhsd_jax.experiments import places
+from bhsd_jax.experiments import children, places
 from bhsd_jax.platform import cluster
 from bhsd_jax.platform.errors import UserError
 
 _USAGE = "launch/local.sh N VERB --config=configs/FILE.py:WORDS --workdir=FOLDER"
 _LAST_WORDS_S = 60.0  # for the others, once one has ended with an error or was asked to stop twice
 _KILL_S = 15.0  # between SIGTERM and SIGKILL
-_ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_ASKED = (signal.SIGINT, *children.ASKS)
 
 
 def cli(arguments: Sequence[str]) -> int:
@@ -35,7 +35,7 @@ def cli(arguments: Sequence[str]) -> int:
     count = int(arguments[0])
     shared = places.share(count, option="local: N")
     for gpu in places.idle(count):
-        sys.stderr.write(f"local: GPU {gpu} is idle, for {count} processes get as many each\n")
+        children.say(f"local: GPU {gpu} is idle, for {count} processes get as many each\n")
     command = [sys.executable, "-m", "bhsd_jax.main", *arguments[1:]]
     meeting = _meeting(count)
     group = Group(
@@ -57,7 +57,7 @@ class Group:
 
     def run(self) -> int:
         """Starts all and waits; returns the exit code of the first that failed, or 0."""
-        before = {number: signal.signal(number, self._pass_on) for number in _ASKED}
+        before = children.heed(_ASKED, self._pass_on)
         threads: list[threading.Thread] = []
         try:
             for index, command in enumerate(self.commands):
@@ -82,8 +82,7 @@ class Group:
             self._end(signal.SIGKILL)
             for thread in threads:
                 thread.join(timeout=5.0)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            children.heed_again(before)
 
     def _wait(self) -> int:
         """Until all have ended; what outlives a failure by a minute is ended."""
@@ -100,7 +99,7 @@ class Group:
             if deadline is not None and time.monotonic() > deadline:
                 self._end(signal.SIGKILL if ended else signal.SIGTERM)
                 if not ended:
-                    sys.stderr.write(f"local: a process ended with {code}; ending {len(alive)}\n")
+                    children.say(f"local: a process ended with {code}; ending {len(alive)}\n")
                 ended, deadline = True, time.monotonic() + _KILL_S
         return code or self._first_bad()
 
@@ -123,7 +122,7 @@ class Group:
 def _relay(lines: IO[str], index: int) -> None:
     """What other processes than the first say, with their number."""
     for line in lines:
-        sys.stderr.write(f"[{index}] {line}")
+        children.say(f"[{index}] {line}")
 
 
 def _meeting(count: int) -> str:

@@ -29,13 +29,13 @@ time.sleep(600)
 """
 
 
-def group(*scripts):
-    """A program that runs the scripts as one group, in a process of its own.
+def group(*scripts, before=""):
+    """A program that runs the scripts as one group, in a process of its own; a line comes before.
 
     Who is asked to save may take longer than any test waits.
     """
     lines = (
-        "import sys\nfrom bhsd_jax.experiments import local\n"
+        f"import sys\nfrom bhsd_jax.experiments import local\n{before}\n"
         "local._LAST_WORDS_S, local._KILL_S = 3600.0, 1.0\n"
         f"scripts = {scripts!r}\n"
         "commands = [[sys.executable, '-c', script] for script in scripts]\n"
@@ -85,7 +85,7 @@ def test_all_well_is_0_and_others_are_prefixed():
     assert "[1] second\n" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_reaches_all_and_they_save(tmp_path, number):
     marks = [tmp_path / "0", tmp_path / "1"]
     whole = group(*(SAVES.replace("UP", up(mark)) for mark in marks))
@@ -96,6 +96,32 @@ def test_a_signal_reaches_all_and_they_save(tmp_path, number):
     assert "saved" in out
     assert "[1] saved" in err
     assert not any(map(is_alive, pids))
+
+
+def test_all_save_where_nobody_reads_the_log_any_more(tmp_path):
+    marks, saved = [tmp_path / "0", tmp_path / "1"], tmp_path / "saved"
+    saves = SAVES.replace("print('saved', flush=True)", f"open({str(saved)!r}, 'a').write('x')")
+    whole = group(*(saves.replace("UP", "print('up', flush=True)\n" + up(m)) for m in marks))
+    wait_for(marks)
+    whole.stdout.close()
+    whole.stderr.close()  # as where Ctrl-C has ended `| tee log`
+    whole.send_signal(signal.SIGINT)
+    assert whole.wait(timeout=LONG) == 75
+    assert saved.read_text() == "xx"
+
+
+def test_a_closed_terminal_ends_nothing_that_nohup_started(tmp_path):
+    marks = [tmp_path / "0", tmp_path / "1"]
+    nohup = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    whole = group(*(SAVES.replace("UP", up(mark)) for mark in marks), before=nohup)
+    pids = wait_for(marks)
+    whole.send_signal(signal.SIGHUP)
+    time.sleep(0.2)  # as long as it takes to be passed on, and more
+    assert all(map(is_alive, pids))
+    assert whole.poll() is None
+    whole.terminate()
+    out, _ = whole.communicate(timeout=LONG)
+    assert (whole.returncode, out) == (75, "saved\n")
 
 
 @pytest.mark.parametrize(

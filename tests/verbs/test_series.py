@@ -1,5 +1,6 @@
 """What is finished stays, what stopped goes on, what fails is named: with verbs that do nothing."""
 
+import io
 import json
 import os
 import signal
@@ -266,7 +267,8 @@ def test_the_driver_is_asked_where_nobody_chose(tmp_path, monkeypatch):
     assert places.gpus() == []
 
 
-def test_sigterm_reaches_the_training(scripted):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_to_end_reaches_the_training(scripted, number, monkeypatch):
     Script.scripts = {
         ("suponly", "train"): "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
@@ -278,13 +280,17 @@ def test_sigterm_reaches_the_training(scripted):
         log = scripted[0].workdir / "log.txt"
         while not (log.is_file() and "\nup" in log.read_text()):
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
+    reads, writes = os.pipe()
+    os.close(reads)  # nobody reads what the series says, as where its terminal was closed
     thread = threading.Thread(target=terminate)
     thread.start()
     begun = time.monotonic()
-    with pytest.raises(queue.Stopped):
-        queue.perform(scripted)
+    with io.TextIOWrapper(os.fdopen(writes, "wb", 0), write_through=True) as unread:
+        monkeypatch.setattr(sys, "stderr", unread)
+        with pytest.raises(queue.Stopped):
+            queue.perform(scripted)
     thread.join()
     assert time.monotonic() - begun < 500, "it was not waited for"
 
