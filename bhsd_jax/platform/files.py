@@ -122,6 +122,17 @@ def _read_filled(path: Path) -> str:
     return path.read_text()
 
 
+def appears(path: Path) -> bool:
+    """Whether a file that another process has written is there, or comes within seconds.
+
+    Network file systems say for some seconds that it is not there.
+    """
+    end = time.monotonic() + _FILLED_S
+    while not path.is_file() and time.monotonic() < end:
+        time.sleep(0.05)
+    return path.is_file()
+
+
 def append(path: Path, text: str) -> None:
     """Appends to a file all of a text or nothing of it.
 

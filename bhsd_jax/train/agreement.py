@@ -10,6 +10,8 @@ from jax.experimental import multihost_utils
 
 from bhsd_jax.platform.errors import UserError
 
+_MOST_BYTES = 2000  # of what a process says to the others
+
 
 def agree(decide: Callable[[], Any]) -> Any:
     """What process 0 decides, in every process; as JSON has it where there are several.
@@ -32,3 +34,14 @@ def agree(decide: Callable[[], Any]) -> Any:
     if "error" in told:
         raise failure or UserError(told["error"])
     return told["value"]
+
+
+def gather_words(text: str) -> list[str]:
+    """What every process says, in every process; by their numbers, and cut where it is long."""
+    if jax.process_count() == 1:
+        return [text]
+    mine = np.zeros(_MOST_BYTES, np.uint8)
+    data = np.frombuffer(text.encode()[:_MOST_BYTES], np.uint8)
+    mine[: data.size] = data
+    rows = np.asarray(multihost_utils.process_allgather(mine), np.uint8)
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bhsd_jax import fields
-from bhsd_jax.assemble import data, held_out, pretrained, program
+from bhsd_jax.assemble import data, held_out, pretrained, program, together
 from bhsd_jax.assemble.recipe import (
     Recipe,
     make_mesh,
@@ -71,6 +71,7 @@ def run(config: Config, workdir: Path) -> None:
     share_cores(run)
     processes.say_devices()
     workdir.mkdir(parents=True, exist_ok=True)
+    together.require_one_run(run)
     with _alone(workdir), Preemption() as asked, processes.together():
         try:
             _train(run, asked, span)
