@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -125,13 +126,35 @@ def _quiet_about_kubernetes(place: Place) -> Iterator[None]:
 
 def say_devices() -> None:
     """Logs what this run computes on; where an accelerator lies idle, so that nobody misses it."""
-    devices, kind = jax.devices(), jax.devices()[0].device_kind
+    devices = _devices()
+    kind = devices[0].device_kind
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     logger.info("%s: %d x %s%s", jax.default_backend(), len(devices), kind, processes)
     reason = _why_no_accelerator() if jax.default_backend() == "cpu" else ""
     if reason:
         line = "!" * 78
         logger.warning("\n%s\nTHIS RUNS ON THE CPU ALONE: %s\n%s", line, reason, line)
+
+
+def _devices() -> list[Any]:
+    """All devices of the run.
+
+    Raises:
+        UserError: If `JAX_PLATFORMS` asks for what there is none of.
+    """
+    wanted = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter without a GPU and JAX's plugin
+        if not wanted:
+            raise
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0]
+        raise UserError(
+            f"JAX_PLATFORMS is {wanted!r}, and JAX finds no such device here"
+            f"{f' ({reason})' if reason else ''}; start on a machine that has one, with the extra "
+            "`cuda` or `tpu` installed (BHSD_EXTRAS=cuda tools/env), or unset JAX_PLATFORMS to "
+            "take what there is"
+        ) from error
 
 
 def _why_no_accelerator() -> str:
@@ -170,7 +193,16 @@ def share_cores(*batches: int) -> bool:
 
     Returns:
         Whether CPUs, where they are what computes, were split here.
+
+    Raises:
+        UserError: If `JAX_PLATFORMS` asks for devices of which there is none.
     """
+    split = _split_cores(batches)
+    _devices()
+    return split
+
+
+def _split_cores(batches: Sequence[int]) -> bool:
     told = jax.config.jax_num_cpu_devices >= 0  # pyright: ignore[reportAttributeAccessIssue]
     told |= _FORCED in os.environ.get("XLA_FLAGS", "")
     if told or jax.distributed.is_initialized():

@@ -2,6 +2,7 @@
 
 import fnmatch
 import http.server
+import importlib.util
 import os
 import shutil
 import signal
@@ -339,6 +340,19 @@ def test_an_accelerator_that_lies_idle_is_a_loud_warning(
     assert len(loud) == 1
     assert "THIS RUNS ON THE CPU ALONE" in loud[0]
     assert words in loud[0]
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "rocm"])
+def test_a_platform_that_is_asked_for_and_not_there_is_one_line(wanted):
+    """As on a login node; JAX says it by a bare AssertionError, or by a traceback."""
+    if any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        pytest.skip("there may be such devices here")
+    script = "from bhsd_jax.train import processes; processes.share_cores(2)"
+    done = begin(script, JAX_PLATFORMS=wanted)
+    _, said = done.communicate(timeout=600)
+    assert said.splitlines()[-1].startswith(
+        f"bhsd_jax.platform.errors.UserError: JAX_PLATFORMS is {wanted!r}, and JAX finds no such"
+    )
 
 
 @pytest.mark.parametrize("file", ["/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1"])
