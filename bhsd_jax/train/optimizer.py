@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules from plain numbers."""
 
+import math
 from typing import Any
 
 import jax
@@ -36,9 +37,10 @@ def make_schedule(
     Source: MONAI research-contributions `LinearWarmupCosineAnnealingLR`, whose `hold` is an epoch.
 
     Raises:
-        ValueError: If the name is unknown, a number of steps is too small, or the warm-up is as
-            long as the training; the latter cannot be told of a traced length.
+        ValueError: If the name is unknown, the rate is below 0, a number of steps is too small, or
+            the warm-up is as long as the training; the latter cannot be told of a traced length.
     """
+    _require_within("lr", lr, 0)
     for name, value, least in (("hold", hold, 1), ("lag", lag, 0)):
         if value < least:
             raise UserError(f"optimizer.{name} counts steps, {least} or more; got {value}")
@@ -107,8 +109,17 @@ def make_optimizer(
     al. 2025, arXiv:2502.16982.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or a number means nothing.
     """
+    _require_within("momentum", momentum, 0, below=1)
+    _require_within("beta2", beta2, 0, below=1)
+    _require_within("weight_decay", weight_decay, 0)
+    if clip is not None and not clip > 0:
+        # 0 would stop all learning, and a negative norm turn every gradient around.
+        raise UserError(
+            f"optimizer.clip is the largest gradient norm, above 0, or None, which clips nothing; "
+            f"got {clip!r}"
+        )
     mask = None if decay_biases else _matrices
     decay = optax.add_decayed_weights(weight_decay, mask)
     at_rate = optax.scale_by_learning_rate(schedule)
@@ -123,6 +134,12 @@ def make_optimizer(
     # Without clipping the state has the same parts: a checkpoint can be resumed with and without.
     clipping = optax.identity() if clip is None else clip_each(clip, parts)
     return optax.chain(clipping, *rules[name])
+
+
+def _require_within(name: str, value: float, least: float, below: float = math.inf) -> None:
+    if not least <= value < below:
+        most = f" and below {below:g}" if below < math.inf else ""
+        raise UserError(f"optimizer.{name} is {least:g} or more{most}; got {value!r}")
 
 
 def _muon(

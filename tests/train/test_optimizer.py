@@ -127,3 +127,28 @@ def test_a_rate_that_is_held_for_no_step_is_refused():
         make_schedule("poly", lr=0.1, steps=5, hold=0)
     with pytest.raises(ValueError, match=r"optimizer\.lag counts steps, 0 or more; got -1"):
         make_schedule("poly", lr=0.1, steps=5, lag=-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (
+            "clip",
+            0,
+            "clip is the largest gradient norm, above 0, or None, which clips nothing; got 0",
+        ),
+        ("clip", -1.0, r"clip is .*got -1\.0"),
+        ("momentum", 1.0, r"momentum is 0 or more and below 1; got 1\.0"),
+        ("beta2", -0.9, r"beta2 is 0 or more and below 1; got -0\.9"),
+        ("weight_decay", -1e-4, r"weight_decay is 0 or more; got -0\.0001"),
+    ],
+)
+def test_numbers_that_would_undo_the_training_are_refused(name, value, words):
+    """A clip of 0, "off" elsewhere, trained nothing without a word; -1 turned all gradients."""
+    with pytest.raises(ValueError, match=f"optimizer.{words}"):
+        make_optimizer("adamw", lambda step: 0.1, **{name: value})
+
+
+def test_a_negative_rate_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer\.lr is 0 or more; got -0\.1"):
+        make_schedule("poly", lr=-0.1, steps=5)
