@@ -263,25 +263,55 @@ def test_a_shard_that_lost_all_its_cases_is_gone(data, tmp_path, monkeypatch):
     assert len(store.Shards(tmp_path / "run" / "shards").entries) == CASES - 2
 
 
-@pytest.mark.parametrize(("extra", "number"), [({}, 8), ({"BHSD_NUM_SHARDS": "64"}, 64)])
-def test_a_slurm_task_is_the_job_of_its_number(tmp_path, extra, number):
+@pytest.fixture
+def slurm_task(tmp_path):
+    """Runs a task of an array of Slurm: what it calls, or what it says if it refuses."""
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "env").write_text('PATH="$PWD:$PATH"')
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"')
     (tmp_path / "python").chmod(0o755)
-    array = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": "3"}
-    done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "slurm_prepare.sbatch"), "--config=a b.py", "--workdir=w"],
-        env=os.environ | array | {"SLURM_ARRAY_TASK_MAX": "7"} | extra,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines() == [
+
+    def called(**variables):
+        done = subprocess.run(
+            ["bash", ROOT / "launch" / "slurm_prepare.sbatch", "--config=a b.py", "--workdir=w"],
+            env=os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)} | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == (2 if done.stderr else 0), done
+        return done.stderr or done.stdout.splitlines()
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("array", "index", "number"),
+    [
+        ("3 0 7 1 8", 3, 8),  # --array=0-7
+        ("3 1 8 1 8", 2, 8),  # --array=1-8
+        ("6 0 14 2 8", 3, 8),  # --array=0-15:2
+        ("3 3 3 1 1", 0, 1),  # --array=3
+    ],
+)
+def test_a_slurm_task_is_the_job_of_its_place_in_the_array(slurm_task, array, index, number):
+    names = ("ID", "MIN", "MAX", "STEP", "COUNT")
+    told = {f"SLURM_ARRAY_TASK_{n}": v for n, v in zip(names, array.split(), strict=True)}
+    assert slurm_task(**told) == [
         *("-m", "bhsd_jax.main", "preprocess", "--config=a b.py", "--workdir=w"),
-        "--config.preprocess.shard_index=3",
+        f"--config.preprocess.shard_index={index}",
         f"--config.preprocess.num_shards={number}",
     ]
+
+
+def test_some_slurm_tasks_of_an_earlier_array_are_the_jobs_of_their_numbers(slurm_task):
+    names = ("ID", "MIN", "MAX", "COUNT")
+    told = {f"SLURM_ARRAY_TASK_{n}": v for n, v in zip(names, "3372", strict=True)}
+    assert slurm_task(**told, BHSD_NUM_SHARDS="64")[-2:] == [
+        "--config.preprocess.shard_index=3",
+        "--config.preprocess.num_shards=64",
+    ]
+    assert "the array has 2 jobs and gaps; say of how many jobs" in slurm_task(**told)
 
 
 @pytest.mark.parametrize(("index", "number"), [(4, 4), (-1, 4), (0, 0)])
