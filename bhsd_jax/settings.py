@@ -218,7 +218,7 @@ class Settings:
     """A whole config."""
 
     name: Annotated[str, "of the experiment; runs go to runs/<name> unless --workdir says so"]
-    seed: Annotated[int, "of everything that is drawn in a training"]
+    seed: Annotated[int, "of everything that is drawn in a training", NOT_NEGATIVE]
     preset: Annotated[str, "recommended; or ssl4mis: the whole training as in SSL4MIS' scripts"]
     task: Annotated[
         str,

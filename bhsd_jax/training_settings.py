@@ -76,7 +76,7 @@ class Split:
         "images join the unlabeled stream",
         NOT_NEGATIVE,
     ] = None
-    seed: Annotated[int, "of the nested labeled subsets"] = 0
+    seed: Annotated[int, "of the nested labeled subsets", NOT_NEGATIVE] = 0
     binary: Annotated[bool, "merge all classes into one (Tasks 2 and 3)"] = False
     bleeding: Annotated[
         int | None, "unlabeled volumes known to bleed to use; None: all", NOT_NEGATIVE

@@ -142,6 +142,14 @@ def test_a_number_of_masks_that_is_none_names_the_word_and_what_it_takes(labels)
         resolved("supervised", f"labels={labels}")
 
 
+@pytest.mark.parametrize("field", ["seed", "split.seed"])
+def test_a_seed_below_0_is_refused_before_anything_is_drawn(field):
+    config = common.get_config()
+    config.update_from_flattened_dict({field: -1})
+    with pytest.raises(ValueError, match=rf"config\.{field} must be 0 or more; got -1"):
+        Settings.of(config)
+
+
 def test_words_reach_their_fields():
     assert resolved("supervised", "data=msd")["data"]["name"] == "msd.MSD"
     assert resolved("supervised", "labels=8")["split"]["labeled"] == 8
