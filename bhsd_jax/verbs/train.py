@@ -247,7 +247,13 @@ def _open_run(run: Run) -> Checkpoints:
         plan=plan,
         recorded={line[SAVED] for line in lines if SAVED in line},
     )
-    if checkpoints.latest() is not None:
+    step, steps = checkpoints.latest(), run.config.train.steps
+    if step is not None and step > steps:
+        raise UserError(
+            f"{workdir}: {step} steps are trained and saved, and config.train.steps is {steps}; "
+            f"set {step} or more, or for a shorter training name another --workdir"
+        )
+    if step is not None:
         for field in fields.differences(as_saved_today(checkpoints.config()), plain):
             if not field.startswith(_ELSEWHERE):
                 logger.warning("resuming with another value of config.%s", field)

@@ -10,9 +10,11 @@ import pytest
 import tiny_run
 
 from bhsd_jax import settings
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.configs import common
 from bhsd_jax.platform.errors import UserError
+from bhsd_jax.train import checkpoint_files as disk
 from bhsd_jax.train.checkpoint import Checkpoints
 from bhsd_jax.train.loop import Interrupted
 from bhsd_jax.types import TrainState
@@ -52,6 +54,17 @@ def test_a_last_step_that_is_validated_after_a_stop_may_be_stopped_again(asked):
     else:
         train._catch_up(every, 40, state, late, checkpoints)
         assert rated == [0.5]
+
+
+def test_a_training_that_is_longer_already_than_asked_for_is_left_as_it_is(tmp_path):
+    """It was said to have been trained for fewer steps, and config.json said so too."""
+    folder = tmp_path / "checkpoints"
+    disk.make_room(folder, 5)
+    disk.finish(folder, 5, None, {"config": {}, "plan": {}})
+    config = common.get_config("smoke")
+    config.train.steps = 3
+    with pytest.raises(UserError, match=r"5 steps are trained and saved, .*steps is 3; set 5 or"):
+        train._open_run(Run.of(config, tmp_path, tiny_run.PLAN))
 
 
 def test_a_run_keeps_nothing_of_who_was_which_process(tmp_path, monkeypatch):
