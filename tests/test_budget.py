@@ -4,9 +4,11 @@ import logging
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
 
+from bhsd_jax import main
 from bhsd_jax.platform import budget, machine
 from bhsd_jax.platform.errors import UserError
 
@@ -33,6 +35,15 @@ def test_a_device_without_memory_is_explained_below_what_jax_says():
     assert budget.explain_exhausted(JaxRuntimeError(graph)).startswith(graph)
     for other in (JaxRuntimeError("INTERNAL: no such kernel"), ValueError("out of memory")):
         assert budget.explain_exhausted(other) is None
+
+
+def test_a_machine_without_memory_is_no_defect_of_the_program(tmp_path):
+    with pytest.raises(MemoryError, match="Unable to allocate") as caught:
+        np.zeros(2**60, np.uint8)
+    for error in (caught.value, MemoryError()):
+        told = main._reason(error, tmp_path)
+        assert "has no more. Ask for more, or use less: preprocess.processes=1" in told
+    assert main._reason(caught.value, tmp_path).startswith("Unable to allocate 1.00 EiB")
 
 
 def test_where_the_system_does_not_tell_nothing_is_refused(monkeypatch):

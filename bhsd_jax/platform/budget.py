@@ -38,10 +38,16 @@ def require_memory(needed: float, what: str, remedy: str, available: float | Non
 
 
 def explain_exhausted(error: BaseException) -> str | None:
-    """What JAX says where a device has no memory left, and what to do; None of any other error.
+    """What JAX or NumPy says where there is no memory left, and what to do; None of other errors.
 
     The device may be large enough: another program may hold what this one would need.
     """
+    if isinstance(error, MemoryError):
+        return (
+            f"{str(error).rstrip('.') or 'no memory is left'}; this machine, or what a batch "
+            "system, a container or `ulimit -v` leaves of it, has no more. Ask for more, or use "
+            "less: preprocess.processes=1, input.cache_mb=0, infer.tiles=1"
+        )
     text = str(error).strip().rstrip(".")
     of_jax = any(kind.__name__ in _OF_JAX for kind in type(error).__mro__)
     if not of_jax or not any(words in text.lower() for words in _EXHAUSTED):
