@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -209,8 +211,17 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not equals:
             takes = bool(rest) and not rest[0].startswith("--") and name not in ("help", "h")
             value = rest.pop(0) if takes else "True"
-        given[name] = value
+        given[name] = at_home(value)
     return names, given
+
+
+def at_home(word: str) -> str:
+    """The same with `~/` as the home folder, wherever a path may begin in it.
+
+    A shell does that at the beginning of a word alone: `--workdir=~/runs` would make a folder `~`.
+    """
+    home = os.path.expanduser("~")
+    return re.sub(r"(?<![^=,:(\['\"])~(?=/)", lambda _: home, word)
 
 
 def _full_name(name: str, verb: str) -> str:

@@ -44,6 +44,9 @@ for argument in "$@"; do
   esac
 done
 [ -n "$workdir" ] || die "give --workdir=FOLDER, where the run is kept"
+# No shell expands ~ behind =, and the verbs do.
+case "$workdir" in [~]/*) workdir=$HOME${workdir#?} ;; esac
+case "$predictions" in [~]/*) predictions=$HOME${predictions#?} ;; esac
 predictions=${predictions:-$workdir/predictions}
 nodes=${SLURM_JOB_NUM_NODES:-1}
 processes=${SLURM_NTASKS:-$nodes}

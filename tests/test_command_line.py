@@ -181,6 +181,25 @@ def test_flags_are_fields_by_path_or_by_the_name_that_a_verb_gives_them():
         parse(["train", "--config=cps", "--images=x"], "")
 
 
+@pytest.mark.parametrize(
+    ("word", "want"),
+    [
+        ("~/runs/x", "/home/me/runs/x"),
+        ("~/a,/b,~/c", "/home/me/a,/b,/home/me/c"),
+        ("('~/a',)", "('/home/me/a',)"),
+        ("--root=~/BHSD", "--root=/home/me/BHSD"),
+        ("configs/from_run.py:~/runs/x", "configs/from_run.py:/home/me/runs/x"),
+        ("/data/scan~/x", "/data/scan~/x"),
+        ("~other/runs", "~other/runs"),
+    ],
+)
+def test_a_path_behind_an_equals_sign_may_begin_at_home(monkeypatch, word, want):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert command_line.at_home(word) == want
+    flags = parse(["predict", "--config=cps", f"--images={word}", f"--workdir={word}"], "").flags
+    assert flags[1:] == (f"--config.predict.images={want}", f"--workdir={want}")
+
+
 def trained(folder, config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))

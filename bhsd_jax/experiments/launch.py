@@ -161,7 +161,7 @@ def launch(
 def main(program: Callable[[Sequence[str]], int]) -> None:
     """Runs a program of the command line; what a user can mend is one line, not a traceback."""
     try:
-        sys.exit(program(sys.argv[1:]))
+        sys.exit(program([command_line.at_home(word) for word in sys.argv[1:]]))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell says it
     except (UserError, FileNotFoundError) as error:

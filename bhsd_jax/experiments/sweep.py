@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bhsd_jax import command_line
 from bhsd_jax.experiments import launch
 from bhsd_jax.experiments.study import Heading, Study
 from bhsd_jax.platform.errors import UserError
@@ -97,7 +98,7 @@ def read_list(path: Path) -> Settings:
     found = []
     for line in path.read_text().splitlines():
         words = shlex.split(line, comments=True)
-        words = [word.removeprefix("--config.") for word in words]
+        words = [command_line.at_home(word).removeprefix("--config.") for word in words]
         if words:
             name = None if "=" in words[0] else words[0]
             found.append((name, tuple(words[name is not None :])))

@@ -280,7 +280,7 @@ def job(tmp_path):
     # A shell option that it leaves behind must not end the job before it is queued again.
     (home / "tools" / "env").write_text("set -e\n")
 
-    def run(lines, *words, after=(), **more):
+    def run(lines, *words, after=(), workdir="", **more):
         programs = {
             "srun": '#!/bin/sh\nwhile [ "$1" != python ]; do shift; done\n"$@"\n',
             "squeue": "#!/bin/sh\necho RUNNING\n",
@@ -305,7 +305,7 @@ def job(tmp_path):
                 ROOT / "launch" / "slurm.sh",
                 *after,
                 "--config=x",
-                f"--workdir={tmp_path}",
+                f"--workdir={workdir or tmp_path}",
                 *words,
             ],
             env=environment,
@@ -317,6 +317,14 @@ def job(tmp_path):
         return done, [call.split() for call in calls], (home / "requeued").exists()
 
     return run
+
+
+def test_the_job_keeps_its_notes_in_a_run_folder_at_home(job, tmp_path):
+    """As `sbatch launch/slurm.sh --workdir=~/runs/x` has it: no shell expands that."""
+    done, _, _ = job("exit 1", workdir="~/runs/x", HOME=str(tmp_path))
+    assert done.returncode == 1
+    noted = {path.name for path in (tmp_path / "runs" / "x").iterdir()}
+    assert noted == {".slurm-starts", "failed.json"}
 
 
 @pytest.mark.parametrize(
