@@ -129,7 +129,11 @@ class Input:
     ] = "learned"
     threads: Annotated[int, "threads that read patches", COUNT] = 4
     buffer: Annotated[int, "patches read ahead, per stream", COUNT] = 8
-    cache_mb: Annotated[int, "MB of decoded cases kept in memory, per process", NOT_NEGATIVE] = 4096
+    cache_mb: Annotated[
+        int,
+        "MB of decoded cases kept in memory, per process; half of the machine's at most",
+        NOT_NEGATIVE,
+    ] = 4096
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
-from bhsd_jax.platform import budget, cluster, files, step_log
+from bhsd_jax.platform import budget, cluster, files, machine, step_log
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures
 from bhsd_jax.settings import Config, Settings, Train, as_saved_today
@@ -318,7 +318,7 @@ def _batches(
             whole.image, whole.label, whole.foreground, whole.slice_labels, whole.bleeding
         )
 
-    cache = Cache(shards.open, decoded, config.input.cache_mb * 2**20)
+    cache = Cache(shards.open, decoded, _cache_bytes(config.input.cache_mb))
     two_stream = config.input.cases == "two_stream"
     streams = [
         Stream(
@@ -344,6 +344,20 @@ def _batches(
         threads=config.input.threads,
         buffer=config.input.buffer,
     )
+
+
+def _cache_bytes(asked_mb: int) -> int:
+    """Memory for decoded scans: as asked, but half of what there is at most.
+
+    A small container would be ended by the system, without a word, once enough scans were read.
+    """
+    asked, most = asked_mb * 2**20, machine.memory() // 2
+    if not 0 < most < asked:
+        return asked
+    logger.info(
+        "input.cache_mb is %d, but half of the memory is %s", asked_mb, budget.in_words(most)
+    )
+    return most
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Decoded, Stream
 from bhsd_jax.models import cotr, nnformer, unetr
 from bhsd_jax.objectives.common import Ramp
+from bhsd_jax.platform import machine
 from bhsd_jax.settings import Settings
 from bhsd_jax.shards import store
 from bhsd_jax.shards.store import Shards
@@ -202,6 +203,15 @@ def test_the_mask_of_the_scan_reaches_the_loss_in_the_shape_of_the_network():
         ValueError, match=r"input\.outside must be learned or masked; got 'ignored'"
     ):
         make_recipe(config, PLAN)
+
+
+@pytest.mark.parametrize(
+    ("asked_mb", "memory", "want"),
+    [(4096, 2**31, 2**30), (512, 2**31, 2**29), (4096, 0, 2**32)],  # 0: the system does not tell
+)
+def test_scans_kept_in_memory_leave_half_of_it(monkeypatch, asked_mb, memory, want):
+    monkeypatch.setattr(machine, "memory", lambda: memory)
+    assert train._cache_bytes(asked_mb) == want
 
 
 @pytest.mark.parametrize("cases", ["in_turn", "with_replacement"])
