@@ -43,7 +43,11 @@ def over_seeds(runs: Sequence[_Draws]) -> OverSeeds:
     own = table[:, 0][np.isfinite(table[:, 0])] if table.size else np.empty(0)
     if not own.size:
         return OverSeeds(math.nan, math.nan, math.nan, math.nan, 0)
-    means = _nanmean(table[:, 1:])
+    drawn = np.isfinite(table[:, 1:])
+    # Of a run that counts in a single patient there are no resamples, and those of the others alone
+    # would lie about another mean.
+    whole = drawn.any(1) | ~np.isfinite(table[:, 0])
+    means = _nanmean(table[:, 1:]) if whole.all() else np.empty(0)
     means = means[np.isfinite(means)]
     low, high = np.percentile(means, _LEVEL) if means.size else (math.nan, math.nan)
     sd = float(np.std(own, ddof=1)) if own.size > 1 else math.nan

@@ -59,8 +59,9 @@ def summarize(
     """Mean per convention and foreground class, and over classes under the key "mean".
 
     A class without any case is NaN with n = 0. Intervals are percentiles over resamples of
-    patients, all cases of a patient together, the same draws for all classes and conventions. The
-    mean over classes leaves out, in every resample, the classes that are not defined in it.
+    patients, all cases of a patient together, the same draws for all classes and conventions; of
+    what counts in a single patient there is none (NaN). The mean over classes leaves out, in every
+    resample, the classes that are not defined in it.
 
     Args:
         rows: In any order; a pair of case and class that is missing counts as empty in both.
@@ -82,7 +83,8 @@ def resampled(
     """Mean Dice by convention and class (and "mean") of the sample, then of every resample.
 
     Two predictions of the same scans meet the same resamples of patients, so that their
-    difference in each of them is that of a paired comparison.
+    difference in each of them is that of a paired comparison. Resamples of what counts in a single
+    patient are NaN.
 
     Raises:
         ValueError: If a row is of another class, or comes twice.
@@ -156,6 +158,11 @@ def _values(
     values = _ratio(draws @ _per_patient(above, voxels), draws @ _per_patient(below, voxels))
     defined = np.isfinite(values)
     over_classes = _ratio(np.where(defined, values, 0).sum(1), defined.sum(1))
+    # Every resample of one patient is that patient again: a range of nothing, not of no width.
+    counting = _per_patient(counted.astype(float), voxels) > 0
+    values[1:, counting.sum(0) < 2] = math.nan
+    if counting.any(1).sum() < 2:
+        over_classes[1:] = math.nan
     return {name: values[:, i] for i, name in enumerate(classes)} | {"mean": over_classes}, counted
 
 

@@ -131,13 +131,11 @@ def _every_scan(
 
 def _headline(summary: Mapping[str, Any], origin: Origin) -> tuple[tuple[str, str], ...]:
     binary, mean = summary["binary"], summary["conventions"]["nnunet"].get("mean", {})
-    found = [
-        (
-            number(binary["dice"]),
-            f"Dice, all classes merged, mean of {binary['n']} scans "
-            f"(95 % interval {number(binary['low'])} to {number(binary['high'])})",
-        )
-    ]
+    interval = f"95 % interval {number(binary['low'])} to {number(binary['high'])}"
+    if binary["low"] is None:
+        interval = f"no interval, as fewer than two {_resampled(summary)} count"
+    words = f"Dice, all classes merged, mean of {binary['n']} scans ({interval})"
+    found = [(number(binary["dice"]), words)]
     if len(summary["classes"]) > 1:
         found.append((number(mean.get("dice")), "Dice by class, mean of the classes"))
     baseline = summary.get("baseline")
@@ -184,7 +182,8 @@ def _subtitle(config: Settings, origin: Origin, summary: Mapping[str, Any]) -> s
 def _results(summary: Mapping[str, Any]) -> Section:
     parts: list[Any] = [
         "Dice measures overlap with the reference drawing: 1 is identical, 0 is disjoint. "
-        f"The interval says how far the mean may move with other {_resampled(summary)}.",
+        f"The interval says how far the mean may move with other {_resampled(summary)}; of a class "
+        "that counts in one alone there is none.",
         dice_table(summary),
         "Columns: " + "; ".join(f"{title}: {what}" for title, what in CONVENTIONS.values()) + ".",
     ]

@@ -54,6 +54,13 @@ def test_a_seed_in_which_the_class_is_not_defined_does_not_count():
     assert (found.low, found.high) == pytest.approx((0.2, 0.2))
 
 
+def test_a_seed_without_resamples_leaves_no_interval_of_the_mean():
+    found = over_seeds([np.array([0.8, math.nan, math.nan]), np.array([0.4, 0.0, 0.8])])
+    assert (found.mean, found.seeds) == (pytest.approx(0.6), 2)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+
+
 def test_runs_with_different_numbers_of_resamples_are_refused():
     with pytest.raises(ValueError, match=r"\[1, 2\] resamples"):
         over_seeds([np.zeros(2), np.zeros(3)])

@@ -100,6 +100,26 @@ def test_a_class_in_no_case_is_nan_with_n_0_and_left_out_of_the_mean():
     assert (found["nnunet"]["mean"].dice, found["nnunet"]["mean"].n) == (0.5, 1)
 
 
+def test_what_counts_in_one_patient_has_no_interval():
+    """Every resample is that patient again, so that the limits would be the mean itself."""
+    rows = [row(f"s{i}", tp=5 + i, predicted=10, reference=10) for i in range(6)]
+    rows += [row("s0", tp=4, predicted=8, reference=8, name="EDH", patient="s0")]
+    found = means(rows, ("SDH", "EDH"), resamples=50)
+    for convention in ("nnunet", "present", "pooled"):
+        rare, common = found[convention]["EDH"], found[convention]["SDH"]
+        assert (rare.dice, rare.n) == (0.5, 1)
+        assert math.isnan(rare.low)
+        assert math.isnan(rare.high)
+        assert common.low < common.dice < common.high
+        assert found[convention]["mean"].low < found[convention]["mean"].high
+    assert found["both-empty=1"]["EDH"].low < found["both-empty=1"]["EDH"].high
+    twice = [row(f"v{i}", tp=5 + i, predicted=10, reference=10, patient="p") for i in range(3)]
+    alone = means(twice, resamples=50)["nnunet"]
+    assert alone["SDH"].dice == pytest.approx(0.6)
+    assert math.isnan(alone["SDH"].low)
+    assert math.isnan(alone["mean"].high)
+
+
 def test_nothing_at_all_is_not_an_error():
     found = means([], ("SDH", "EDH"), resamples=5)
     for values in found.values():
@@ -143,8 +163,10 @@ def test_intervals_are_those_of_resampling_patients_one_by_one():
 
 def test_cases_of_one_patient_are_drawn_together():
     rows = [row(f"c{i}", tp=i, predicted=10, reference=10, patient="one") for i in range(10)]
+    rows += [row(f"d{i}", tp=10 - i, predicted=10, reference=10, patient="two") for i in range(10)]
     found = means(rows, resamples=50)["nnunet"]["SDH"]
-    assert found.low == found.dice == found.high == pytest.approx(0.45)
+    # Of two patients there are three resamples: either of them twice, or both.
+    assert (found.low, found.dice, found.high) == pytest.approx((0.45, 0.5, 0.55))
 
 
 def test_the_interval_of_two_patients_spans_both():
