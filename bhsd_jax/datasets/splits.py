@@ -32,7 +32,10 @@ class Candidate(Protocol):
 
 @dataclass(frozen=True)
 class Roles:
-    """Ids by use, each sorted; no patient of `val` or `test` is in `train` or `unlabeled`."""
+    """Ids by use, each sorted; no patient of `val` or `test` is in `train` or `unlabeled`.
+
+    Nor is one of `test` in `val`, which chooses checkpoints and temperatures.
+    """
 
     train: tuple[str, ...]  # image and mask
     unlabeled: tuple[str, ...]  # image only, whether or not a mask exists
@@ -141,12 +144,16 @@ def roles(
     notes: list[str] = []
     patient = {row.id: row.patient for row in rows}
     test = tuple(sorted(row.id for row in rows if row.split == "test"))
-    trainable = [row.id for row in rows if row.split == "train" and row.has_label]
+    tested = {patient[name] for name in test}
+    trainable = {row.id for row in rows if row.split == "train" and row.has_label}
+    # Before a fold is drawn of them, so that none of it is lost.
+    trainable = list(_without(tested, trainable, patient, "training", notes))
     if folds and fold >= 0 and not any(row.split == "val" for row in rows):
         trainable, val = _given(folds[fold], set(trainable), fold, notes)
     else:
         val = _validation(rows, trainable, fold, patient, notes)
-    held_out = {patient[name] for name in (*val, *test)}
+        val = _without(tested, set(val), patient, "validation", notes)
+    held_out = tested | {patient[name] for name in val}
     trainable = _without(held_out, set(trainable) - set(val), patient, "training", notes)
     train = labeled_subset(trainable, labeled, seed)
     unmasked = {row.id for row in rows if row.split == "train" and not row.has_label}
@@ -206,11 +213,13 @@ def _validation(
 def _without(
     held_out: set[str], ids: set[str], patient: Mapping[str, str], use: str, notes: list[str]
 ) -> tuple[str, ...]:
+    """Ids of patients that are not held out, sorted; notes what was dropped."""
     kept = tuple(sorted(name for name in ids if patient[name] not in held_out))
     if len(kept) < len(ids):
         gone = sorted(ids - set(kept))
+        held = "tested" if use == "validation" else "validated or tested"
         notes.append(
-            f"dropped {len(gone)} {use} cases whose patient is validated or tested on: "
+            f"dropped {len(gone)} {use} cases whose patient is {held} on: "
             + ", ".join(gone[:5])
             + (" ..." if len(gone) > 5 else "")
         )

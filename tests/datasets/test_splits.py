@@ -196,6 +196,20 @@ def test_asking_for_more_than_there_is_takes_all_and_says_so():
     assert notes == ["asked for 7 unlabeled bleeding cases, took all 3 there are"]
 
 
+def test_no_patient_is_validated_and_tested():
+    rows = [*train_rows(20), *(Row(f"e{i}", f"pt{i:02d}", "test") for i in range(5))]
+    for fold in range(-1, 5):
+        found, notes = splits.roles(rows, fold=fold, labeled=None, seed=0)
+        assert len(found.train) + len(found.val) == 15
+        assert not {f"t{i:02d}" for i in range(5)} & set(found.val)
+        assert len(found.val) == (0 if fold < 0 else 3)
+        assert [note[:24] for note in notes] == ["dropped 5 training cases"]
+    rows = [*train_rows(4), Row("v0", "w", "val"), Row("v1", "x", "val"), Row("e", "x", "test")]
+    found, notes = splits.roles(rows, fold=0, labeled=None, seed=0)
+    assert found.val == ("v0",)
+    assert notes == ["dropped 1 validation cases whose patient is tested on: v1"]
+
+
 def test_no_patient_is_trained_on_and_tested():
     rows = [
         *train_rows(10),
