@@ -315,7 +315,9 @@ def require_matching(run: Run, recipe: Recipe, roles: Roles, mesh: Mesh) -> None
         raise UserError(
             f"objective {config.objective['name']} needs unlabeled patches: input.unlabeled is "
             f"{recipe.unlabeled} and {len(roles.unlabeled)} scans are unlabeled; raise the first, "
-            "or set split.labeled so that some masks are left out"
+            "set split.labeled so that some masks are left out, or set split.bleeding and "
+            "split.nonbleeding (the word task=), which take only scans known to bleed or not, to "
+            "None"
         )
     if recipe.slices is not None and not wants:
         raise UserError(

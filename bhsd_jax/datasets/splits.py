@@ -163,6 +163,11 @@ def roles(
     taken = _by_bleeding([row for row in rows if row.id in spare], bleeding, nonbleeding, seed)
     for word, asked, got in taken.short:
         notes.append(f"asked for {asked} unlabeled {word} cases, took all {got} there are")
+    if taken.unknown and (bleeding or nonbleeding):
+        notes.append(
+            f"left out {taken.unknown} unlabeled cases of which it is not known whether they "
+            "bleed; split.bleeding=None takes them, too"
+        )
     unlabeled = (set(trainable) - set(train)) | unmasked | taken.ids
     return Roles(train, tuple(sorted(unlabeled)), val, test), notes
 
@@ -229,13 +234,15 @@ def _without(
 @dataclass(frozen=True)
 class _Taken:
     ids: set[str]
+    unknown: int  # that were not taken, as it is not known whether they bleed
     short: list[tuple[str, int, int]]  # of what, asked, got
 
 
 def _by_bleeding(
     rows: Sequence[Candidate], bleeding: int | None, nonbleeding: int | None, seed: int
 ) -> _Taken:
-    ids = {row.id for row in rows if row.bleeding is None and bleeding is None}
+    unknown = {row.id for row in rows if row.bleeding is None}
+    ids, left = (set(unknown), 0) if bleeding is None else (set(), len(unknown))
     short = []
     for stream, word, bleeds, asked in (
         (1, "bleeding", True, bleeding),
@@ -246,7 +253,7 @@ def _by_bleeding(
             short.append((word, asked, len(choices)))
         count = len(choices) if asked is None else min(asked, len(choices))
         ids.update(_draw(choices, count, (seed, stream)))
-    return _Taken(ids, short)
+    return _Taken(ids, left, short)
 
 
 def _draw(names: tuple[str, ...], count: int, seed: tuple[int, ...]) -> tuple[str, ...]:

@@ -178,7 +178,9 @@ def test_bleeding_and_nonbleeding_cases_are_counted_apart_and_nested():
 
     def letters(**counts):
         found, notes = splits.roles(rows, fold=-1, labeled=None, seed=4, **counts)
-        assert notes == []
+        unknown = [note for note in notes if "not known whether they bleed" in note]
+        assert notes == unknown
+        assert bool(unknown) == ("bleeding" in counts)
         return found.unlabeled
 
     everything = letters()
@@ -194,6 +196,17 @@ def test_asking_for_more_than_there_is_takes_all_and_says_so():
     found, notes = splits.roles(rows, fold=-1, labeled=None, seed=0, bleeding=7, nonbleeding=2)
     assert found.unlabeled == ("b0", "b1", "b2", "n0", "n1")
     assert notes == ["asked for 7 unlabeled bleeding cases, took all 3 there are"]
+
+
+def test_scans_of_which_nobody_knows_whether_they_bleed_are_said_to_be_left_out():
+    rows = [*train_rows(5), *unlabeled_rows(40, None, "u")]
+    for counts in ({"bleeding": 500, "nonbleeding": 0}, {"bleeding": 0, "nonbleeding": 9}):
+        found, notes = splits.roles(rows, fold=-1, labeled=3, seed=0, **counts)
+        assert len(found.unlabeled) == 2  # whose masks are not used
+        assert "left out 40 unlabeled cases" in notes[-1]
+        assert "split.bleeding=None" in notes[-1]
+    found, notes = splits.roles(rows, fold=-1, labeled=3, seed=0, bleeding=0, nonbleeding=0)
+    assert (len(found.unlabeled), notes) == (2, [])  # none were asked for
 
 
 def test_no_patient_is_validated_and_tested():
