@@ -97,22 +97,26 @@ class Validation:
         """Writes Dice by nnU-Net's rule, averaged over cases.
 
         `val/dice/<class>` and `val/dice/mean` are the first network's; the others' are
-        `val_<network>/dice/...`. Every network's mean is also `val/dice/<network>`. Nothing is
-        written if the run is asked to stop meanwhile.
+        `val_<network>/dice/...`. Every network's mean is also `val/dice/<network>`. The means are
+        over the classes that some mask has: one in none counts 0 as soon as a voxel of it is drawn
+        and nothing else, so that a mean over it would not rank the checkpoints. Nothing is written
+        if the run is asked to stop meanwhile.
         """
         if not self.cases:
             return
         begun = time.monotonic()
         found = self.deployable(state.params, state.ema)
-        scores = self._scores({name: _local(params) for name, params in found.items()}, step)
-        if scores is None:
+        scored = self._scores({name: _local(params) for name, params in found.items()}, step)
+        if scored is None:
             logger.warning("validation of step %d is left undone: asked to stop", step)
             return
+        scores, shown = scored
         values: dict[str, float] = {}
         for index, (name, dice) in enumerate(scores.items()):
             prefix = "val/dice" if index == 0 else f"val_{name}/dice"
             values |= {f"{prefix}/{c}": v for c, v in zip(self.classes[1:], dice, strict=True)}
-            values[f"{prefix}/mean"] = values[f"val/dice/{name}"] = _mean(dice)
+            mean = _mean(np.where(shown, dice, np.nan))
+            values[f"{prefix}/mean"] = values[f"val/dice/{name}"] = mean
         if self.newest[0] < 0 and jax.default_backend() == "cpu":
             allocator.close_holes()  # the first validation has compiled programs of its own
         self.newest = (step, values["val/dice/mean"])
@@ -134,13 +138,16 @@ class Validation:
         """Mean Dice if this very step was validated, else NaN."""
         return self.newest[1] if self.newest[0] == step else float("nan")
 
-    def _scores(self, networks: dict[str, Params], step: int) -> dict[str, list[float]] | None:
-        """Mean Dice per foreground class, by network; NaN for a class in no case.
+    def _scores(
+        self, networks: dict[str, Params], step: int
+    ) -> tuple[dict[str, list[float]], np.ndarray] | None:
+        """Mean Dice per foreground class, by network; and which classes some mask has.
 
-        None if the run is to stop before the last case.
+        The Dice of a class is NaN if no case has it in mask or answer. None if the run is to stop
+        before the last case.
         """
         names = (*networks, "ensemble") if self.twins else tuple(networks)
-        rows = np.full((len(self.cases), len(names), len(self.classes) - 1), np.nan)
+        rows = np.full((len(self.cases), len(names) + 1, len(self.classes) - 1), np.nan)
         said = time.monotonic()
         for first in range(0, len(self.cases), jax.process_count()):
             if self.asked():
@@ -155,13 +162,14 @@ class Validation:
             # As pairs of integers: JAX would round float64 to float32 on the way.
             parts = multihost_utils.process_allgather(rows.view(np.uint32))
             rows = np.fmax.reduce(np.asarray(parts).view(np.float64))
-        return {
+        dice = {
             name: [_mean(rows[:, i, k]) for k in range(rows.shape[2])]
             for i, name in enumerate(names)
         }
+        return dice, np.asarray((rows[:, -1] > 0).any(0))
 
     def _case(self, networks: dict[str, Params], case: str) -> np.ndarray:
-        """Dice [network, foreground class]; the twins' ensemble comes last."""
+        """What `_rows` makes of the networks' answers, the twins' ensemble being the last."""
         prepared = self.shards.load(case)
         image = np.asarray(self.normalize(prepared.channels_last))
         assert prepared.label is not None  # validation cases have masks
@@ -178,21 +186,25 @@ class Validation:
             together = together + softmax(logits, axis=0)
         if self.twins:
             predicted.append(np.argmax(together, axis=0).astype(np.uint8))
-        return np.stack(
-            [overlap.dice_per_class(each, reference, len(self.classes)) for each in predicted]
-        )
+        counts = [overlap.count(reference, each, len(self.classes))[1:] for each in predicted]
+        return _rows(counts)
 
     def _targets(
         self, networks: dict[str, Params], image: np.ndarray, reference: np.ndarray
     ) -> np.ndarray:
         """The same where outputs are regions, or masks leave voxels out."""
-        rows = []
+        counts = []
         for params in networks.values():
             logits = self.window.logits([params], image, fill=self.fill)
             predicted = self.labels.of_logits(logits)
-            counts = overlap.count_targets(reference, predicted, self.labels)
-            rows.append([each.dice for each in counts])
-        return np.array(rows)
+            counts.append(overlap.count_targets(reference, predicted, self.labels))
+        return _rows(counts)
+
+
+def _rows(counts: Sequence[Sequence[overlap.Counts]]) -> np.ndarray:
+    """Dice [network, foreground class], and below it the voxels of each class in the mask."""
+    dice = [[each.dice for each in network] for network in counts]
+    return np.array([*dice, [each.reference for each in counts[0]]])
 
 
 def _mean(values: Any) -> float:

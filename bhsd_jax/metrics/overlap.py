@@ -87,16 +87,6 @@ def count(
     )
 
 
-def dice_per_class(
-    predicted: Integer[np.ndarray, "..."],
-    reference: Integer[np.ndarray, "..."],
-    num_classes: int,
-) -> np.ndarray:
-    """Dice of every foreground class; NaN for a class that is in neither."""
-    counts = count(reference, predicted, num_classes)
-    return np.array([each.dice for each in counts[1:]])
-
-
 def count_targets(
     reference: UInt8[np.ndarray, "..."], predicted: UInt8[np.ndarray, "..."], labels: Labels
 ) -> tuple[Counts, ...]:

@@ -3,9 +3,11 @@
 import errno
 import fcntl
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_run
 
@@ -13,6 +15,7 @@ from bhsd_jax import settings
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.configs import common
+from bhsd_jax.labels import Labels
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import checkpoint_files as disk
 from bhsd_jax.train.checkpoint import Checkpoints
@@ -27,6 +30,51 @@ def test_only_a_step_that_was_validated_itself_is_saved_with_a_dice():
     validation.newest = (40, 0.75)
     assert validation.dice_at(40) == 0.75
     assert math.isnan(validation.dice_at(50))
+
+
+@pytest.mark.parametrize("ignore", [None, 3])
+def test_a_stray_voxel_of_a_class_in_no_mask_does_not_rank_checkpoints(ignore):
+    """Its Dice is 0 with such a voxel and not defined without, whatever else was learned."""
+    masks = {"x": np.array([[[0, 1, 1, 0]]], np.uint8), "y": np.array([[[1, 1, 0, 0]]], np.uint8)}
+    answers = {"worse": [[[0, 1, 0, 0]]], "better": [[[0, 1, 1, 2]]]}
+
+    class Answering:
+        def labels(self, networks, image, fill):
+            return np.array(answers[networks[0]], np.uint8)
+
+        def logits(self, networks, image, fill):
+            return np.moveaxis(np.eye(3)[answers[networks[0]]], -1, 0)
+
+    def scan(case):
+        return SimpleNamespace(channels_last=np.zeros((1, 1, 4, 1)), label=masks[case])
+
+    written = {}
+    log = SimpleNamespace(
+        pause=lambda seconds: None, write=lambda step, found: written.update(found)
+    )
+    validation = object.__new__(Validation)  # the rest of it is a whole run
+    vars(validation).update(
+        window=Answering(),
+        deployable=lambda params, ema: params,
+        twins=(),
+        normalize=lambda image: image,
+        fill=(0.0,),
+        shards=SimpleNamespace(load=scan),
+        cases=("x", "y"),
+        labels=Labels(("background", "IPH", "EDH"), ignore=ignore),
+        binary=False,
+        log=log,
+        asked=lambda: False,
+        newest=(0, math.nan),
+    )
+    dice = {}
+    for name in answers:
+        state = TrainState(jnp.zeros((), jnp.int32), {name: name}, (), None, jax.random.key(0))
+        validation(1, state, {})
+        dice[name] = validation.dice_at(1)
+        assert written["val/dice/mean"] == written["val/dice/IPH"] == dice[name]
+    assert dice == pytest.approx({"worse": 2 / 3, "better": 3 / 4})
+    assert written["val/dice/EDH"] == 0
 
 
 @pytest.mark.parametrize("asked", [False, True])
