@@ -1,9 +1,12 @@
 """Turns a config spec into an object: `{"name": "module.Attribute", **kwargs}`."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from bhsd_jax.platform.errors import UserError
@@ -39,6 +42,34 @@ def find(package: str, name: str) -> Any:
             f"{package}.{module_name}: no {attribute!r}; it has {', '.join(choices) or 'no class'}"
         )
     return found
+
+
+def arguments(package: str, name: str) -> set[str]:
+    """What `package.<name>` takes, fields of what it is derived from among it; {} if there is none.
+
+    It is read in the source: importing it would start JAX, which is not prepared yet where a
+    command line is read.
+    """
+    module, _, attribute = name.partition(".")
+    return _arguments(f"{package}.{module}", attribute) if module in names(package) else set()
+
+
+def _arguments(module: str, name: str) -> set[str]:
+    found = find_spec(module)
+    if found is None or not found.origin:
+        return set()
+    tree = ast.parse(Path(found.origin).read_text(encoding="utf-8"))
+    imports = (node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module)
+    origins = {alias.name: str(node.module) for node in imports for alias in node.names}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return {each.arg for each in (*node.args.args, *node.args.kwonlyargs)}
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            own = [each.target for each in node.body if isinstance(each, ast.AnnAssign)]
+            bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+            parts = [_arguments(origins.get(base, module), base) for base in bases if base != name]
+            return {each.id for each in own if isinstance(each, ast.Name)}.union(*parts)
+    return set()
 
 
 def build(package: str, spec: Mapping[str, Any], **extra: Any) -> Any:

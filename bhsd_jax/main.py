@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from bhsd_jax import __version__, command_line
 from bhsd_jax.assemble import trained
@@ -25,7 +24,7 @@ _DEFECT = (
     "This is a defect of bhsd_jax and not of your data. Please report it, with all lines above, "
     "the command, config.json of the run, and what `bhsd --version` and `pip list` say."
 )
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
+_CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config.name>.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object (`bhsd info`).")
 

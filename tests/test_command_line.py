@@ -1,6 +1,8 @@
 """The front door: words, flags, help and errors, as the installed program gives them anywhere."""
 
 import dataclasses
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -12,8 +14,10 @@ import pytest
 
 from bhsd_jax import command_line, fields
 from bhsd_jax.assemble.trained import as_trained
+from bhsd_jax.build import arguments, names
 from bhsd_jax.command_line import UsageError, parse
-from bhsd_jax.configs import common, cps, from_run, supervised
+from bhsd_jax.configs import common, cps, from_run, mean_teacher, supervised
+from bhsd_jax.experiments import queue
 from bhsd_jax.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -206,6 +210,47 @@ def trained(folder, config):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
+@pytest.mark.parametrize(
+    ("name", "flag", "value"),
+    [
+        ("supervised", "objective.ema_decay=0.99", 0.99),  # of the class it is derived from
+        ("mean_teacher", "objective.tested=student", "student"),
+        ("cps_cutmix", "objective.deep=True", True),  # from another module
+        ("w2s", "objective.covered=(0.1,0.2)", (0.1, 0.2)),
+        ("supervised", "model.deep_supervision=False", False),
+        ("supervised", "optimizer.nesterov=False", False),
+        ("supervised", "optimizer.hold=250", 250),
+        ("supervised", "data.seed=7", 7),
+    ],
+)
+def test_an_argument_that_the_config_leaves_at_its_default_may_be_given(name, flag, value):
+    path, _, _ = flag.partition("=")
+    group, _, argument = path.partition(".")
+    found = queue.resolve([f"--config=configs/{name}.py", f"--config.{flag}"])
+    assert getattr(found, group)[argument] == value
+    with pytest.raises(ValueError, match=f"{argument}x"):
+        queue.resolve([f"--config=configs/{name}.py", f"--config.{path}x=1"])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
+def test_the_class_that_is_named_says_what_may_be_given():
+    named = ["--config=configs/supervised.py", "--config.objective.name=w2s.WeakToStrong"]
+    found = queue.resolve([*named, "--config.objective.pairing=labeled"])
+    assert found.objective["pairing"] == "labeled"
+
+
+@pytest.mark.parametrize("package", ["datasets", "models", "objectives"])
+def test_what_a_class_takes_is_read_off_its_source(package):
+    place = f"bhsd_jax.{package}"
+    for module in names(place):
+        for name, one in vars(importlib.import_module(f"{place}.{module}")).items():
+            own = dataclasses.is_dataclass(one) and one.__module__ == f"{place}.{module}"
+            if own and name[0] != "_":
+                takes = set(inspect.signature(one).parameters) - {"parent", "name"}
+                assert takes <= arguments(place, f"{module}.{name}"), name
+
+
 def test_a_trained_run_needs_no_config(tmp_path):
     run = trained(tmp_path / "run", cps.get_config("smoke"))
     command = parse(["report", str(run)], "")
@@ -258,6 +303,16 @@ def test_what_a_run_was_trained_with_cannot_differ(tmp_path, changes, field):
         as_trained(Settings.of(given), run)
     with pytest.raises(ValueError, match=r"objective\.name"):
         as_trained(Settings.of(supervised_binary()), run)
+
+
+def test_the_network_that_was_to_be_tested_is_no_choice_of_later_verbs(tmp_path):
+    """It was dropped without a word, and the other network predicted."""
+    run = trained(tmp_path / "run", mean_teacher.get_config("smoke"))
+    given = mean_teacher.get_config("smoke")
+    assert as_trained(Settings.of(given), run).objective == given.objective.to_dict()
+    given.objective.tested = "student"
+    with pytest.raises(ValueError, match=r"--predict\.networks=student, says which"):
+        as_trained(Settings.of(given), run)
 
 
 def supervised_binary():

@@ -21,13 +21,13 @@ from typing import Any
 import apache_beam as beam
 from absl import app, flags
 from apache_beam.options.pipeline_options import PipelineOptions
-from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bhsd_jax import command_line
 from bhsd_jax.platform import faults
 from bhsd_jax.verbs import preprocess
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
+CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run.", required=True)
 
 

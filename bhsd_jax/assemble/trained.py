@@ -38,6 +38,12 @@ def as_trained(config: Settings, workdir: Path) -> Settings:
                 f"config.{field} is {_told(now)}, but {workdir} was trained with {_told(was)}; "
                 "leave --config out, or give that run's own config and fields"
             )
+    tested, was = (_get(one, "objective.tested") for one in (given, saved))
+    if tested not in (None, was):
+        raise UserError(
+            f"config.objective.tested is {_told(tested)}, which counts in training; of a trained "
+            f"run --predict.networks={tested}, says which network predicts"
+        )
     later = {name: getattr(config, name) for name in _LATER}
     return dataclasses.replace(Settings.of(fields.complete(saved, given)), **later)
 
