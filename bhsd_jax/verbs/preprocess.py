@@ -84,6 +84,7 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
         order = share.order(cases, settings.cases_per_shard)
         facts, unread = _look(order, dataset, _crop_hu(dataset, settings), workers, known_facts)
         facts.sort(key=lambda fact: fact.case)
+        cases, facts = checkup.with_patients(cases, facts)
         facts, skipped = checkup.conclude(workdir, dataset, found, facts, unread)
         _write_ledger(ledger, skipped)
         checkup.require_ct(dataset.name, len(cases), unread)

@@ -1,5 +1,7 @@
+import dataclasses
 import logging
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from bhsd_jax.datasets.dicom import DICOM
 from bhsd_jax.datasets.folder import Folder
 from bhsd_jax.datasets.synthetic import Synthetic
 from bhsd_jax.defects import Finding, Kind, Refusal, refused
-from bhsd_jax.volume import Survey
+from bhsd_jax.volume import Case, Survey
 
 CLASSES = ("background", "EDH", "IPH")
 
@@ -100,6 +102,32 @@ def test_copies_of_a_test_scan_leave_the_pool_and_are_refused_in_training():
         ("g", "kept"),
     ]
     assert "the same voxels as b (test); left out of the pool" in [f.text for f in found]
+
+
+def test_who_has_copies_of_one_scan_is_one_patient():
+    """Else the copy of a validation scan would train, with its mask or without."""
+
+    def scan(case, patient, digest, split="train"):
+        return dataclasses.replace(facts(case, split, digest=digest), patient=patient)
+
+    found = doctor.patients(
+        [
+            scan("a1", "A", "1"),
+            scan("a2", "A", "2"),
+            scan("b1", "B", "1"),  # a copy of a1
+            scan("b2", "B", "3"),
+            scan("u", "U", "3", "unlabeled"),  # a copy of b2
+            scan("c", "C", "4"),
+            scan("d", "D", ""),
+            scan("e", "E", ""),
+        ]
+    )
+    assert len({found[case] for case in ("a1", "a2", "b1", "b2", "u")}) == 1
+    assert [found[case] for case in "cde"] == ["C", "D", "E"]
+    cases = [Case(name, name.upper(), Path(name), None, "train") for name in ("a1", "b1", "x")]
+    named, same = checkup.with_patients(cases, [scan("a1", "A", "1"), scan("b1", "B", "1")])
+    assert [case.patient for case in named] == ["A", "A", "X"]  # x could not be read
+    assert [fact.patient for fact in same] == ["A", "A"]
 
 
 def test_errors_of_one_kind_are_one_defect():

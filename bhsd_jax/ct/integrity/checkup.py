@@ -1,5 +1,6 @@
 """What `preprocess` tells of a data set before it uses it: the integrity table and the defects."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform import csv_files, files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Dataset, Survey
+from bhsd_jax.volume import Case, Dataset, Survey
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,16 @@ def conclude(
     logger.info("integrity, also in %s:\n\n%s\n", workdir, page)
     unread = [f for f in (*found.findings, *copies) if f.done == "refused"]
     return used, {f.case: f.text for f in (*unread, *skipped.values())}
+
+
+def with_patients(
+    cases: Sequence[Case], facts: Sequence[Facts]
+) -> tuple[tuple[Case, ...], list[Facts]]:
+    """Both, with one patient for whoever has copies of one scan."""
+    patients = doctor.patients(facts)
+    facts = [dataclasses.replace(fact, patient=patients[fact.case]) for fact in facts]
+    named = [(case, patients.get(case.id, case.patient)) for case in cases]
+    return tuple(dataclasses.replace(case, patient=patient) for case, patient in named), facts
 
 
 def require_ct(name: str, cases: int, skipped: Mapping[str, Finding]) -> None:

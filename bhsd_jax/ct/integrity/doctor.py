@@ -42,22 +42,36 @@ def of_copies(facts: Sequence[Facts]) -> list[Finding]:
     Of a copy of a test scan nothing may be trained on: "repaired" and "refused" ones are to be
     left out.
     """
-    same: dict[str, list[Facts]] = defaultdict(list)
-    for fact in facts:
-        same[fact.voxels_sha256 or fact.case].append(fact)
-    rank = {"test": 0, "val": 1, "train": 2, "unlabeled": 3}
     found = []
-    for copies in same.values():
-        first, *others = sorted(copies, key=lambda fact: (rank[fact.split], fact.case))
+    for first, *others in _alike(facts):
         for fact in others:
             text = f"the same voxels as {first.case} ({first.split})"
             if first.split not in ("test", "val") or fact.split == first.split:
-                found.append(_copy("kept", fact, f"{text}; it counts twice"))
+                text += "; it counts twice, as another scan of that patient"
+                found.append(_copy("kept", fact, text))
             elif fact.split == "unlabeled":
                 found.append(_copy("repaired", fact, f"{text}; left out of the pool"))
             else:
                 found.append(_copy("refused", fact, f"{text}; delete one of them"))
     return found
+
+
+def patients(facts: Sequence[Facts]) -> dict[str, str]:
+    """Patient by case, where who has copies of one scan is one patient under several names.
+
+    Else one copy could validate what another was trained on.
+    """
+    called: dict[str, str] = {}
+
+    def found(patient: str) -> str:
+        while (other := called.get(patient, patient)) != patient:
+            patient = other
+        return patient
+
+    for first, *others in _alike(facts):
+        for fact in others:
+            called[found(fact.patient)] = found(first.patient)
+    return {fact.case: found(fact.patient) for fact in facts}
 
 
 def of_values(facts: Iterable[Facts], classes: Sequence[str], binary_flag: str) -> list[Finding]:
@@ -80,6 +94,17 @@ def group(findings: Iterable[Finding]) -> list[Group]:
     order = ("refused", "kept", "repaired")
     made = [Group(kind, done, tuple(found)) for (kind, done), found in groups.items()]
     return sorted(made, key=lambda g: (order.index(g.done), -len(g.cases), g.kind))
+
+
+def _alike(facts: Sequence[Facts]) -> list[list[Facts]]:
+    """Scans of the same voxels together, those first that are to be tested on."""
+    same: dict[str, list[Facts]] = defaultdict(list)
+    for fact in facts:
+        same[fact.voxels_sha256 or fact.case].append(fact)
+    rank = {"test": 0, "val": 1, "train": 2, "unlabeled": 3}
+    return [
+        sorted(alike, key=lambda fact: (rank[fact.split], fact.case)) for alike in same.values()
+    ]
 
 
 def _copy(done: Outcome, fact: Facts, text: str) -> Finding:
