@@ -92,7 +92,7 @@ class Kind(enum.StrEnum):
     SLICES_UNEVEN = (
         "slices at uneven steps, # to # mm, mostly # mm; interpolated to # slices at steps of # mm"
     )
-    ACQUISITIONS = "acquisitions of one series over the same stretch: a volume each"
+    ACQUISITIONS = "acquisitions or reconstructions of one series: a volume each"
     LEFT_OUT_HEADER = "left out: # images of a header that cannot be read"
     LEFT_OUT_MODALITY = "left out: # images of another kind than CT"
     LEFT_OUT_LOCALIZER = "left out: # images a localizer"

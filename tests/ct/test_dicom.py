@@ -732,6 +732,7 @@ def two_passes(root, tags, off=2.5, per_rotation=6):
     for number, voxels in enumerate(heads):
 
         def change(index, data, number=number):
+            data.InstanceNumber = 1 + index + 6 * number
             for tag, values in tags.items():
                 value = values[number]
                 setattr(data, tag, value(index // per_rotation) if callable(value) else value)

@@ -79,13 +79,17 @@ def split(slices: Sequence[Slice], left: Left) -> list[Group]:
 
 
 def _grouped(slices: Sequence[Slice]) -> list[list[Slice]]:
-    """Slices that may be one volume: a series, split where matrix, pixels or orientation differ."""
+    """Slices that may be one volume: a series, split where matrix, pixels or orientation differ.
+
+    And where patients do: some tools give the same UIDs to all that they made anonymous.
+    """
     groups: dict[tuple, list[list[Slice]]] = {}
     for item in slices:
         alone = str(item.file) if item.flaw is Flaw.MULTI_FRAME else item.container
         # Files that name no series are of one only if they lie in one folder.
         series = item.series or str(item.file.parent)
-        key = (study(item), series, item.flaw, item.shape, alone, item.phase)
+        who = study(item), item.patient
+        key = (*who, series, item.flaw, item.shape, alone, item.phase)
         for group in groups.setdefault(key, []):
             if item.flaw or _alike(item, group[0]):
                 group.append(item)
@@ -130,7 +134,7 @@ def _passes(slices: Sequence[Slice], left: Left) -> list[Group]:
             parts.append(part)
     if len(parts) < 2:
         return [Group(tuple(part), ()) for part in parts]
-    text = f"{len(parts)} acquisitions of one series over the same stretch: a volume each"
+    text = f"{len(parts)} acquisitions or reconstructions of one series: a volume each"
     found = (Finding(Kind.ACQUISITIONS, "kept", text),)
     return [Group(tuple(part), found) for part in parts]
 

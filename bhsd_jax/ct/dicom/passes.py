@@ -1,8 +1,8 @@
-"""Passes over one stretch that share a series, told apart."""
+"""Passes over one stretch that share a series, told apart; and what was reconstructed twice."""
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,11 @@ from bhsd_jax.ct.dicom import stack as dicom_stack
 from bhsd_jax.ct.dicom.slice_file import Slice
 
 _NUMBER, _TIME = "acquisition", "time"  # a scanner gives the number to tell just this
-_TOLD_BY = ("moment", "kernel", _NUMBER, _TIME)  # fields of a slice, the surest first
+_THICKNESS, _FOLDER = "thickness", "folder"
+_TOLD_BY = (  # fields of a slice, the surest first
+    *("moment", "series_number", "kernel", _THICKNESS),
+    *(_NUMBER, _TIME, _FOLDER),
+)
 _ENOUGH = 3  # slices of each that lie among the other's, where a number tells them apart
 _IN_COMMON = 0.5  # of a pass, or without a number of the longest: what both went over
 _FILLED = 0.1  # slices whose thickness is as near as this to the step leave no gaps
@@ -42,10 +46,12 @@ def tell_apart(slices: Sequence[Slice]) -> list[list[Slice]]:
 def _cut(slices: list[Slice], told_by: str) -> list[list[Slice]]:
     found: dict[str, list[int]] = {}
     for index, item in enumerate(slices):
-        found.setdefault(getattr(item, told_by), []).append(index)
+        found.setdefault(_told(item, told_by), []).append(index)
     *_, fewer, _ = (0, *sorted(map(len, found.values())))  # slices of the second largest
     singles = min(map(len, found.values())) < 2
     if "" in found or fewer < 2 or (singles and told_by != _NUMBER):
+        return [slices]
+    if told_by == _FOLDER and not _are_numbered_anew(slices, found):
         return [slices]
     places = dicom_stack.along_normal(slices)
     runs = [_Run(found[key], np.sort(places[found[key]])) for key in sorted(found, key=_order)]
@@ -60,6 +66,31 @@ def _cut(slices: list[Slice], told_by: str) -> list[list[Slice]]:
     if len(parts) < 2 or len(strays) >= min(map(len, parts)) or not _are_whole(parts, told_by):
         return [slices]
     return [*parts, *([slices[n] for n in run.index] for run in strays)]
+
+
+def _told(item: Slice, told_by: str) -> str:
+    """What a slice says of it; "" if it does not."""
+    if told_by == _FOLDER:
+        return str(item.file.parent)
+    if told_by == _THICKNESS:
+        return f"{item.thickness_mm:.2f}" if item.thickness_mm else ""
+    return getattr(item, told_by)
+
+
+def _are_numbered_anew(slices: Sequence[Slice], parts: Mapping[str, Sequence[int]]) -> bool:
+    """Whether each folder counts its images from the start, and none holds copies of another's.
+
+    So it is where several series were given one UID. An archive that spreads one over folders
+    leaves each image its number.
+    """
+    copies = [{slices[n].instance for n in part} for part in parts.values()]
+    numbers = [{slices[n].number for n in part} for part in parts.values()]
+    if any(one & other for one, other in itertools.combinations(copies, 2)):
+        return False
+    return all(
+        "" not in one | other and len(one & other) >= _IN_COMMON * min(len(one), len(other))
+        for one, other in itertools.combinations(numbers, 2)
+    ) and all(len(one) == len(part) for one, part in zip(numbers, parts.values(), strict=True))
 
 
 def _order(text: str) -> tuple[tuple[float, ...], str]:
@@ -119,6 +150,8 @@ def _are_whole(parts: Sequence[list[Slice]], told_by: str) -> bool:
     if not dicom_stack.are_even(together):
         return True
     if not all(map(dicom_stack.are_even, ordered)):
+        return False
+    if told_by == _THICKNESS:  # alike but for rounding, or they would not be even together
         return False
     return told_by not in (_NUMBER, _TIME) or not _leave_no_gaps(together)
 

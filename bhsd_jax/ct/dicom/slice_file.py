@@ -28,6 +28,7 @@ _TAGS = (
     *("Modality", "ImageType", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
     *("AcquisitionNumber", "AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime"),
+    *("SeriesNumber", "InstanceNumber"),
     *("TemporalPositionIdentifier", "ConvolutionKernel", "SliceThickness"),
     *frames.TAGS,
 )
@@ -57,6 +58,8 @@ class Slice:
     time: str = ""  # when it was acquired
     moment: str = ""  # number of its place in time, in files of one image
     kernel: str = ""  # of the reconstruction
+    series_number: str = ""
+    number: str = ""  # of the image in its series
     thickness_mm: float = 0.0  # of the slice; 0 if the file does not say
     derived: bool = False  # computed from other images, as a reformat is
     frame: int | None = None  # which of the file's, from 0; None: the file is one image
@@ -266,6 +269,8 @@ def _slice(path: Path, data: Any) -> Slice:
         or _text(data, "AcquisitionDate") + _text(data, "AcquisitionTime"),
         moment=_text(data, "TemporalPositionIdentifier"),
         kernel=_text(data, "ConvolutionKernel"),
+        series_number=_text(data, "SeriesNumber"),
+        number=_text(data, "InstanceNumber"),
         flaw=image_kind.flaw_of(data),
         derived=image_kind.is_derived(data),
     )
