@@ -17,7 +17,8 @@ from bhsd_jax.ct.dicom import grouping, no_slice, slice_file
 from bhsd_jax.ct.dicom import stack as dicom_stack
 from bhsd_jax.ct.dicom.grouping import Group, Left
 from bhsd_jax.ct.dicom.image_kind import Flaw
-from bhsd_jax.ct.dicom.slice_file import Plane, Slice
+from bhsd_jax.ct.dicom.plane import Plane
+from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.ct.dicom.stack import Stack
 from bhsd_jax.defects import Finding, Kind, Refusal, kind_of, said_of
 from bhsd_jax.platform import machine

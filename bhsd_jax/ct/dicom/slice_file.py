@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Num
 
-from bhsd_jax.ct import hu
-from bhsd_jax.ct.dicom import bare_file, directions, frames, image_kind
+from bhsd_jax.ct.dicom import bare_file, directions, frames, header_repairs, image_kind, plane
 from bhsd_jax.ct.dicom.image_kind import Flaw
+from bhsd_jax.ct.dicom.plane import Plane
 from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.platform.errors import UserError, explain_extra
 
@@ -32,7 +31,6 @@ _TAGS = (
     *("TemporalPositionIdentifier", "ConvolutionKernel", "SliceThickness"),
     *frames.TAGS,
 )
-_TISSUE_HU = (-200.0, 200.0)
 _BROKEN = (Exception,)  # pydicom throws what the file makes it throw: KeyError, struct.error, ...
 
 
@@ -69,17 +67,6 @@ class Slice:
     whole: bool = True  # the file is long enough for its voxels; not known of compressed ones
 
 
-@dataclass(frozen=True, eq=False)
-class Plane:
-    """Voxels of one image and what was done to them."""
-
-    voxels: np.ndarray  # [H W] int16 if that is exact, else float32; HU
-    padding: int  # voxels set to air because the file calls them padding
-    doubtful: bool  # a padding value that is tissue was not believed
-    unwrapped: bool  # 12-bit overflow undone
-    unscaled: bool  # no rescale factors in the header; taken for 1 and 0
-
-
 def is_dicom(path: Path) -> bool:
     """True if the file says so after its preamble, or begins with a data set at once."""
     try:
@@ -110,8 +97,8 @@ def headers(path: Path) -> list[Slice]:
 
 def pixels(path: Path) -> Plane:
     """Reads the voxels of a file that is one image, as `planes` does."""
-    (plane,) = planes(path, (None,))
-    return plane
+    (only,) = planes(path, (None,))
+    return only
 
 
 def planes(path: Path, wanted: Sequence[int | None], *, unwrap: bool = True) -> list[Plane]:
@@ -131,12 +118,13 @@ def planes(path: Path, wanted: Sequence[int | None], *, unwrap: bool = True) -> 
     try:
         with quiet(), path.open("rb") as file:
             data = read(file)
+            header_repairs.complete(data)
             _require_decoder(data)
             if None in wanted:
                 stored = np.asarray(data.pixel_array)
                 if stored.ndim != 2:
                     raise Refusal(Kind.MULTI_FRAME, f"{Flaw.MULTI_FRAME}, not a slice")
-                return [_plane(data, stored.astype(np.int32), unwrap)]
+                return [plane.of(data, stored.astype(np.int32), unwrap)]
             return _planes(data, [index for index in wanted if index is not None], unwrap)
     except Refusal:  # the message is ours, and safe to show
         raise
@@ -147,6 +135,8 @@ def planes(path: Path, wanted: Sequence[int | None], *, unwrap: bool = True) -> 
 
 def read(file: BinaryIO, **options: Any) -> Any:
     """A data set; one that does not state its transfer syntax gets that which it is written in.
+
+    Decimal commas become points.
 
     Warnings and errors are pydicom's, which quote values: for callers that hold them back.
     """
@@ -161,6 +151,7 @@ def read(file: BinaryIO, **options: Any) -> Any:
         implicit, little = data.original_encoding
         explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
         data.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
+    header_repairs.put_points(data)
     return data
 
 
@@ -252,7 +243,7 @@ def _planes(data: Any, wanted: Sequence[int], unwrap: bool) -> list[Plane]:
     found = frames.of(data)
     stored = iter_pixels(data, indices=list(wanted))
     return [
-        _plane(found[index], np.asarray(one).astype(np.int32), unwrap)
+        plane.of(found[index], np.asarray(one).astype(np.int32), unwrap)
         for index, one in zip(wanted, stored, strict=True)
     ]
 
@@ -346,48 +337,3 @@ def _require_decoder(data: Any) -> None:
             f"compressed as {syntax.name}, and no decoder for it is installed; decompress the "
             "files (gdcmconv --raw), or install pylibjpeg with its plug-ins",
         )
-
-
-def _plane(data: Any, stored: Num[np.ndarray, "H W"], unwrap: bool) -> Plane:
-    slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
-    unscaled = slope is None or intercept is None
-    slope, intercept = float(1 if slope is None else slope), float(intercept or 0)
-    bits = int(data.get("BitsStored") or 16)
-    signed = int(data.get("PixelRepresentation") or 0) == 1
-    wraps = bits == 12 and not signed and intercept > -100 and slope == 1
-    padding = _padding(data, stored, signed, 4096 if wraps else 0)
-    unwrapped = False
-    if unwrap and wraps and (stored >= 3096).any():
-        stored = np.where(stored >= 3096, stored - 4096, stored)
-        unwrapped = True
-    values = stored * slope + intercept
-    doubtful = False
-    if padding.any():
-        low, high = _TISSUE_HU
-        doubtful = bool(low <= values[padding][0] <= high)
-        if doubtful:
-            padding = np.zeros_like(padding)
-        values = np.where(padding, hu.LOWEST_HU, values)
-    exact = slope == 1 and intercept == int(intercept)
-    exact = exact and values.min() >= -32768 and values.max() <= 32767
-    return Plane(
-        voxels=values.astype(np.int16 if exact else np.float32),
-        padding=int(np.count_nonzero(padding)),
-        doubtful=doubtful,
-        unwrapped=unwrapped,
-        unscaled=unscaled,
-    )
-
-
-def _padding(data: Any, stored: np.ndarray, signed: bool, modulus: int) -> np.ndarray:
-    """Where the stored value is the padding value, or between it and the limit."""
-    value = data.get("PixelPaddingValue")
-    if value is None:
-        return np.zeros(stored.shape, bool)
-    limit = data.get("PixelPaddingRangeLimit")
-    ends = [int(value), int(value if limit is None else limit)]
-    if signed:  # some files state a negative number in the unsigned type
-        ends = [end - 65536 if end > 32767 else end for end in ends]
-    elif modulus:
-        ends = [end % modulus for end in ends]
-    return (stored >= min(ends)) & (stored <= max(ends))

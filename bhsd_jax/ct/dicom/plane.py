@@ -1,0 +1,68 @@
+"""Stored values of one DICOM image to HU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Num
+
+from bhsd_jax.ct import hu
+
+_TISSUE_HU = (-200.0, 200.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """Voxels of one image and what was done to them."""
+
+    voxels: np.ndarray  # [H W] int16 if that is exact, else float32; HU
+    padding: int  # voxels set to air because the file calls them padding
+    doubtful: bool  # a padding value that is tissue was not believed
+    unwrapped: bool  # 12-bit overflow undone
+    unscaled: bool  # no rescale factors in the header; taken for 1 and 0
+
+
+def of(data: Any, stored: Num[np.ndarray, "H W"], unwrap: bool) -> Plane:
+    """The image of a header and stored values; `unwrap` as in `slice_file.planes`."""
+    slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
+    unscaled = slope is None or intercept is None
+    slope, intercept = float(1 if slope is None else slope), float(intercept or 0)
+    bits = int(data.get("BitsStored") or 16)
+    signed = int(data.get("PixelRepresentation") or 0) == 1
+    wraps = bits == 12 and not signed and intercept > -100 and slope == 1
+    padding = _padding(data, stored, signed, 4096 if wraps else 65536)
+    unwrapped = False
+    if unwrap and wraps and (stored >= 3096).any():
+        stored = np.where(stored >= 3096, stored - 4096, stored)
+        unwrapped = True
+    values = stored * slope + intercept
+    doubtful = False
+    if padding.any():
+        low, high = _TISSUE_HU
+        doubtful = bool(low <= values[padding][0] <= high)
+        if doubtful:
+            padding = np.zeros_like(padding)
+        values = np.where(padding, hu.LOWEST_HU, values)
+    exact = slope == 1 and intercept == int(intercept)
+    exact = exact and values.min() >= -32768 and values.max() <= 32767
+    return Plane(
+        voxels=values.astype(np.int16 if exact else np.float32),
+        padding=int(np.count_nonzero(padding)),
+        doubtful=doubtful,
+        unwrapped=unwrapped,
+        unscaled=unscaled,
+    )
+
+
+def _padding(data: Any, stored: np.ndarray, signed: bool, modulus: int) -> np.ndarray:
+    """Where the stored value is the padding value, or between it and the limit."""
+    value = data.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(stored.shape, bool)
+    limit = data.get("PixelPaddingRangeLimit")
+    ends = [int(value), int(value if limit is None else limit)]
+    if signed:  # some files state a negative number in the unsigned type
+        ends = [end - 65536 if end > 32767 else end for end in ends]
+    else:  # and some the other way round
+        ends = [end % modulus for end in ends]
+    return (stored >= min(ends)) & (stored <= max(ends))
