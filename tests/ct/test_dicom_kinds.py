@@ -54,6 +54,8 @@ def read(group: Group, **options):
         ),
         (typed("DERIVED", "SECONDARY", "MIP"), Kind.LEFT_OUT_PROJECTION),
         (typed("DERIVED", "PRIMARY", "AXIAL", "CBF"), Kind.LEFT_OUT_MAP),
+        (typed("DERIVED", "SECONDARY", "AXIAL", RescaleType="Z_EFF"), Kind.LEFT_OUT_MAP),
+        (typed("DERIVED", "PRIMARY", "AXIAL", RescaleType="mg/ml"), Kind.LEFT_OUT_MAP),
         (typed("ORIGINAL", "PRIMARY", Modality="SR"), Kind.LEFT_OUT_MODALITY),
         (typed("ORIGINAL", "PRIMARY", "AXIAL", SamplesPerPixel=3), Kind.LEFT_OUT_COLOR),
         (at_one_place, Kind.LEFT_OUT_PLACE),
@@ -90,6 +92,13 @@ def test_slices_of_other_types_are_read_and_reformats_are_said(tmp_path, words):
     np.testing.assert_array_equal(volume.voxels, block()[:, ::-1])
     derived = words[0] == "DERIVED"
     assert [finding.kind for finding in found] == ([Kind.DERIVED] if derived else [])
+
+
+@pytest.mark.parametrize("scale", ["HU", "US", "HU_MOD", ""])
+def test_a_scale_that_is_hu_or_not_said_is_read(tmp_path, scale):
+    write_series(tmp_path, block(), change=typed("ORIGINAL", "PRIMARY", RescaleType=scale))
+    (group,) = dicom_series.find(tmp_path)
+    np.testing.assert_array_equal(read(group)[0].voxels, block()[:, ::-1])
 
 
 def test_a_directory_of_a_medium_is_no_image_whatever_it_is_called(tmp_path):

@@ -15,6 +15,9 @@ _REPORTS = {"DOSE", "REPORT", "PROTOCOL", "PROT", "INFO", "RESULTS", "SUMMARY"}
 _CAPTURES = {"SCREEN", "SCREENSAVE", "SCREENSHOT"}
 _PROJECTIONS = {"MIP", "MINIP", "VRT", "SSD", "RAYSUM", "PROJECTION", "MAXIMUM", "MINIMUM"}
 _MAPS = {"CBF", "CBV", "MTT", "TTP", "TMAX", "TTD", "PERFUSION"}
+# Letters of RescaleType for what dual energy measures: effective atomic number, electron density,
+# that over water's, mg/ml of a material, percent. HU_MOD, and US for what is not said, are HU.
+_MEASURES = {"ZEFF", "ED", "EDW", "MGML", "PCT"}
 
 
 class Flaw(enum.StrEnum):
@@ -49,7 +52,7 @@ def flaw_of(data: Any) -> Flaw | None:
         return Flaw.DIRECTORY
     if str(data.get("Modality") or "CT") != "CT":
         return Flaw.MODALITY
-    return _by_type(data) or _by_class(data) or _by_place(data)
+    return _by_type(data) or _by_scale(data) or _by_class(data) or _by_place(data)
 
 
 def is_derived(data: Any) -> bool:
@@ -77,6 +80,11 @@ def _by_type(data: Any) -> Flaw | None:
     if words & _MAPS and is_derived(data):
         return Flaw.MAP
     return None
+
+
+def _by_scale(data: Any) -> Flaw | None:
+    letters = re.sub(r"[^A-Z]", "", str(data.get("RescaleType") or "").upper())
+    return Flaw.MAP if letters in _MEASURES else None
 
 
 def _by_class(data: Any) -> Flaw | None:

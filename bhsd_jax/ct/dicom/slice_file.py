@@ -28,7 +28,7 @@ _TAGS = (
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
     *("AcquisitionNumber", "AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime"),
     *("SeriesNumber", "InstanceNumber"),
-    *("TemporalPositionIdentifier", "ConvolutionKernel", "SliceThickness"),
+    *("TemporalPositionIdentifier", "ConvolutionKernel", "SliceThickness", "RescaleType"),
     *frames.TAGS,
 )
 _BROKEN = (Exception,)  # pydicom throws what the file makes it throw: KeyError, struct.error, ...
