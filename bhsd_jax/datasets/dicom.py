@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,9 @@ from pathlib import Path
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.grouping import Group
-from bhsd_jax.datasets.bhsd_files import find
+from bhsd_jax.datasets import series_masks
 from bhsd_jax.datasets.label_maps import own_names
-from bhsd_jax.defects import Refusal
 from bhsd_jax.platform.csv_files import write_records
-from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case, Series, Survey
 
 logger = logging.getLogger(__name__)
@@ -28,8 +25,8 @@ class DICOM:
     """Studies and series in folders of any shape and with any names.
 
     A mask belongs to the series whose SeriesInstanceUID it is named for, or whose folder (its path
-    below the root joined by _, or its name if no other has it), or to the only series of the
-    folder it lies in. Series with a mask train (a fold of them validates),
+    below the root joined by _, or its name if no other has it), or to the only series in the
+    folder it lies in, or below that. Series with a mask train (a fold of them validates),
     others are unlabeled. Patients are told apart by PatientID, else by study. Unless `show_ids`,
     cases and patients are called by salted hashes.
     """
@@ -74,12 +71,21 @@ class DICOM:
         root = Path(self.root)
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; set data.root to the DICOM folder")
-        there = dicom_series.survey(root)
+        nifti: list[Path] = []
+        there = dicom_series.survey(root, wanted=lambda path: not _put_aside(path, nifti))
         groups = there.groups
         if not groups:
             raise FileNotFoundError(f"{root}: no DICOM CT series in it or below; look at data.root")
         names = _names(root, groups)
-        masks = self._masks(root, groups, names)
+        folder = Path(self.masks) if self.masks else root / _MASKS
+        if self.masks and not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; look at data.masks")
+        masks, findings = series_masks.match(root, folder, groups, names, nifti)
+        if self.masks and not any(map(series_masks.is_nifti, folder.iterdir())):
+            raise FileNotFoundError(
+                f"{folder}: no NIfTI file in it, and folders in it are not looked into; look at "
+                "data.masks"
+            )
         cases = []
         for group, name, mask in zip(groups, names, masks, strict=True):
             id = name if self.show_ids else self._hashed(group.first.series + name)
@@ -87,57 +93,18 @@ class DICOM:
             image = group.as_series(id, uneven=self.uneven, unshear=self.unshear)
             split = "unlabeled" if mask is None else "train"
             cases.append(Case(id, self._hashed(who), image, mask, split))
-        return Survey(tuple(sorted(cases, key=lambda case: case.id)), there.findings)
+        cases.sort(key=lambda case: case.id)
+        return Survey(tuple(cases), (*there.findings, *findings))
 
     def _hashed(self, text: str) -> str:
         return hashlib.sha256((self.salt + text).encode()).hexdigest()[:12]
 
-    def _masks(
-        self, root: Path, groups: Sequence[Group], names: Sequence[str]
-    ) -> list[Path | None]:
-        folder = Path(self.masks) if self.masks else root / _MASKS
-        if self.masks and not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; look at data.masks")
-        apart = _nifti_files(folder, str(folder)) if folder.is_dir() else {}
-        apart = {name: path for name, path in apart.items() if path.suffix}
-        crowded = Counter(group.folder for group in groups)
-        alike = Counter(group.folder.name for group in groups)
-        masks: list[Path | None] = []
-        used = set()
-        for group, name in zip(groups, names, strict=True):
-            this = f"series {len(masks) + 1} of {len(groups)} in the order of paths"
-            keys = {group.first.series, name}
-            if alike[group.folder.name] == 1:
-                keys.add(group.folder.name)
-            keys &= set(apart)
-            paths = [apart[key] for key in sorted(keys)]
-            used |= keys
-            if crowded[group.folder] == 1:
-                beside = _nifti_files(group.folder, f"the folder of {this}").values()
-                paths += [path for path in beside if ".nii" in path.name]
-            if len(paths) > 1:
-                raise UserError(f"{this} has {len(paths)} masks; keep one")
-            masks.append(paths[0] if paths else None)
-        lonely = len(set(apart) - used)
-        if lonely:
-            raise UserError(
-                f"{folder}: {lonely} of {len(apart)} masks belong to no series; name each for its "
-                "SeriesInstanceUID or for the folder of its series"
-            )
-        return masks
 
-
-def _nifti_files(folder: Path, place: str) -> dict[str, Path]:
-    """NIfTI files of a folder; what is refused is not named, since names may be a patient's."""
-    paths, findings = find(folder)
-    refused = [finding.kind for finding in findings if finding.done == "refused"]
-    if refused:
-        raise Refusal(
-            refused[0],
-            f"{place}: files that cannot be used as masks: {len(refused)} ({refused[0]}); masks "
-            "are .nii.gz, each once: convert the others, or move them away",
-        )
-    return paths
+def _put_aside(path: Path, nifti: list[Path]) -> bool:
+    """Whether a file is NIfTI, which is then added to those."""
+    if is_nifti := series_masks.is_nifti(path):
+        nifti.append(path)
+    return is_nifti
 
 
 def scans(root: Path, *, uneven: str, unshear: bool) -> list[Case]:

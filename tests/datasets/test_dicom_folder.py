@@ -64,6 +64,49 @@ def test_masks_are_found_by_series_by_folder_and_beside_the_slices(tree):
         list(DICOM(tree).cases())
 
 
+def test_a_mask_around_its_only_series_is_its_mask(tree):
+    first, *_ = DICOM(tree, show_ids=True).cases()
+    around = mask(tree, first, tree / f"{NAME} 0" / "drawn.nii.gz")
+    cases = list(DICOM(tree, show_ids=True).cases())
+    assert [case.label for case in cases] == [around, None, None]
+    assert [case.split for case in cases] == ["train", "unlabeled", "unlabeled"]
+
+
+def test_a_mask_beside_two_series_has_to_say_of_which_it_is(tree):
+    first, *_ = DICOM(tree, show_ids=True).cases()
+    folder = tree / f"{NAME} 0" / "head"
+    write_series(folder, block(), study="1.2.0", series="9", names=[f"z{k}" for k in range(6)])
+    drawn = mask(tree, first, folder / "drawn.nii.gz")
+    with pytest.raises(ValueError, match=r"series 1 of 4 .* holds 2 series and 1 NIfTI") as caught:
+        list(DICOM(tree).cases())
+    assert NAME not in str(caught.value)
+    named = drawn.rename(folder / "9.nii.gz")
+    labels = {case.id: case.label for case in DICOM(tree, show_ids=True).cases()}
+    assert {name: path for name, path in labels.items() if path} == {f"{NAME} 0_head_2": named}
+
+
+def test_one_mask_is_not_given_to_two_series_of_one_uid(tree):
+    first, *_ = DICOM(tree, show_ids=True).cases()
+    write_series(tree / "copy", block(), study="1.2.1", series="1.2.1.7", patient="MRN-3")
+    mask(tree, first, tree / "masks" / "1.2.1.7.nii.gz")
+    with pytest.raises(ValueError, match="1 of 1 masks belong to no series"):
+        list(DICOM(tree).cases())
+
+
+def test_nifti_files_that_are_no_masks_are_told(tree, tmp_path):
+    first, *_ = DICOM(tree, show_ids=True).cases()
+    mask(tree, first, tree / "nifti" / "drawn.nii.gz")
+    (tree / "masks").mkdir()
+    mask(tree, first, tree / "masks" / "patient" / "drawn.nii.gz")
+    found = DICOM(tree).survey()
+    assert not [case for case in found.cases if case.label]
+    (finding,) = found.findings
+    assert finding.kind is Kind.MASK_UNUSED
+    assert finding.text.startswith("2 NIfTI files belong to no series")
+    with pytest.raises(FileNotFoundError, match=r"no NIfTI file in it.*data\.masks"):
+        DICOM(tree, masks=tree / "masks").survey()
+
+
 @pytest.mark.parametrize("ending", [".seg.nrrd", ".mha", ".hdr"])
 def test_masks_in_other_formats_are_refused_and_not_passed_over(tree, ending):
     first, *_ = DICOM(tree, show_ids=True).cases()

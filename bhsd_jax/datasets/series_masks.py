@@ -1,0 +1,125 @@
+"""Which NIfTI file is the mask of which DICOM series, by names and by folders."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from bhsd_jax.ct.dicom.grouping import Group
+from bhsd_jax.datasets.bhsd_files import find
+from bhsd_jax.defects import Finding, Kind, Refusal
+from bhsd_jax.platform.errors import UserError
+
+_NIFTI = (".nii", ".nii.gz")
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether a file's name says that it is NIfTI."""
+    return path.name.lower().endswith(_NIFTI)
+
+
+def match(
+    root: Path,
+    folder: Path,
+    groups: Sequence[Group],
+    names: Sequence[str],
+    there: Iterable[Path],
+) -> tuple[list[Path | None], list[Finding]]:
+    """The mask of each series or None, and what is said of NIfTI files that are no mask of any.
+
+    Args:
+        root: Below which the series lie.
+        folder: Of masks that are named for their series; need not be there.
+        groups: The series.
+        names: Of the series, of their folders.
+        there: NIfTI files below `root`.
+
+    Raises:
+        UserError: If a mask of `folder`, or one beside several series, belongs to none; or a series
+            has two.
+        Refusal: If a mask is in another format.
+    """
+    apart = _nifti_files(folder, str(folder)) if folder.is_dir() else {}
+    apart = {name: path for name, path in apart.items() if path.suffix}
+    shared = Counter(group.first.series for group in groups)
+    alike = Counter(group.folder.name for group in groups)
+    homes = _homes(root, groups)
+    masks: list[Path | None] = []
+    used, named = set[Path](), set[str]()
+    for group, name in zip(groups, names, strict=True):
+        this = f"series {len(masks) + 1} of {len(groups)} in the order of paths"
+        # A UID that several have would give one mask to each of them.
+        uid = group.first.series if shared[group.first.series] == 1 else ""
+        keys = {name, uid}
+        if alike[group.folder.name] == 1:
+            keys.add(group.folder.name)
+        keys &= set(apart)
+        named |= keys
+        paths = [apart[key] for key in sorted(keys)]
+        paths += [path for path in _beside(group, homes, uid, this) if path not in paths]
+        if len(paths) > 1:
+            raise UserError(f"{this} has {len(paths)} masks; keep one")
+        used.update(paths)
+        masks.append(paths[0] if paths else None)
+    if lonely := len(set(apart) - named):
+        raise UserError(
+            f"{folder}: {lonely} of {len(apart)} masks belong to no series; name each for its "
+            "SeriesInstanceUID or for the folder of its series"
+        )
+    return masks, list(_unused([path for path in there if path not in used], groups))
+
+
+def _unused(paths: Sequence[Path], groups: Sequence[Group]) -> Iterator[Finding]:
+    """Says that files are no masks; raises where some lie beside the slices of several series."""
+    crowded = Counter(group.folder for group in groups)
+    for folder in dict.fromkeys(path.parent for path in paths):
+        if crowded[folder]:
+            count = sum(path.parent == folder for path in paths)
+            place = [group.folder for group in groups].index(folder) + 1
+            raise UserError(
+                f"the folder of series {place} of {len(groups)} in the order of paths holds "
+                f"{crowded[folder]} series and {count} NIfTI files, and nothing says which is the "
+                "mask of which; name each mask for its SeriesInstanceUID, put it into data.masks "
+                "under the name of its series, or move the files away"
+            )
+    if paths:
+        text = (
+            f"{len(paths)} NIfTI files belong to no series and are not used; a mask lies in the "
+            "folder of its only series or around it, or in data.masks under the name of its series"
+        )
+        yield Finding(Kind.MASK_UNUSED, "kept", text)
+
+
+def _homes(root: Path, groups: Sequence[Group]) -> dict[Path, int]:
+    """How many series lie in a folder or below it, for all that hold some."""
+    homes = Counter[Path]()
+    for group in groups:
+        inside = [folder for folder in group.folder.parents if folder.is_relative_to(root)]
+        homes.update([group.folder, *inside])
+    return homes
+
+
+def _beside(group: Group, homes: dict[Path, int], uid: str, this: str) -> list[Path]:
+    """NIfTI files around a series: in folders that hold no other, and those that have its UID."""
+    found = []
+    for folder in (group.folder, *group.folder.parents):
+        if folder not in homes:
+            break
+        if homes[folder] == 1:
+            where = "the folder of" if folder == group.folder else "a folder around"
+            found += _nifti_files(folder, f"{where} {this}").values()
+    if uid and homes[group.folder] > 1:
+        found += [group.folder / f"{uid}{ending}" for ending in _NIFTI]
+    return [path for path in found if is_nifti(path) and path.is_file()]
+
+
+def _nifti_files(folder: Path, place: str) -> dict[str, Path]:
+    """NIfTI files of a folder; what is refused is not named, since names may be a patient's."""
+    paths, findings = find(folder)
+    refused = [finding.kind for finding in findings if finding.done == "refused"]
+    if refused:
+        raise Refusal(
+            refused[0],
+            f"{place}: files that cannot be used as masks: {len(refused)} ({refused[0]}); masks "
+            "are .nii.gz, each once: convert the others, or move them away",
+        )
+    return paths
