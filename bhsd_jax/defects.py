@@ -59,6 +59,7 @@ class Kind(enum.StrEnum):
     MASK_MOVED = "mask that lies elsewhere than its image"
     MASK_MIRRORED = "mask that may be mirrored"
     MASK_GEOMETRY = "mask without usable geometry"
+    MASK_UNEVEN = "mask on slices at uneven steps; planes between them have the nearest one's"
     MASK_UNUSED = "NIfTI files that belong to no series"
     MASK_OUTSIDE = "mask beyond the head"
     MASK_UPRIGHT = "mask of a converter that hides the gantry's tilt; the series' is taken"

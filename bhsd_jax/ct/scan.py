@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from bhsd_jax.ct import channels, formats, geometry, hu, masks, nifti, shear
+from bhsd_jax.ct import channels, formats, hu, masks, nifti, series_mask, shear
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.defects import Finding, Kind, Refusal, kind_of, said_of
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Channels, Image, Label, Masks, Series, Volume
-
-_OFF_GRID_MM = 0.1  # how far a mask's voxels may lie from the series'
 
 
 def read(image: Image) -> tuple[Volume, list[Finding]]:
@@ -189,26 +187,24 @@ def _read_label(
         # Not chained: the original names the file, and with it perhaps the patient.
         text = str(error).replace(str(path), "its mask")
         raise Refusal(kind_of(error), f"{image.name}: {text}") from None
-    found = []
+    stack = None
+    shape, affine = volume.voxels.shape, volume.affine
     if image.unshear:
         stack = dicom_series.arrange(image)
         shape, affine = stack.shape, stack.affine
-    else:
-        shape, affine = volume.voxels.shape, volume.affine
-    turned = _onto(label, shape, affine)
+    turned = series_mask.onto(label, shape, affine)
     if turned is None:
-        # Converters write tilted stacks with perpendicular axes: the same voxels, drawn upright.
-        turned = _onto(label, shape, _straightened(affine))
-        text = "mask of a converter that hides the gantry's tilt; the series' is taken"
-        found.append(Finding(Kind.MASK_UPRIGHT, "kept", text))
+        stack = stack or dicom_series.arrange(image)
+        turned = series_mask.onto_planes(label, stack, shape)
     if turned is None:
         raise UserError(
             f"{image.name}: its mask has shape {label.voxels.shape} (D, H, W) and does not lie on "
             f"the voxels of the series, {shape}; draw it on the series itself, or on a conversion"
         )
+    voxels, found = turned
     if image.unshear:
-        turned = shear.unshear_label(turned, affine)
-    return Volume(turned, volume.affine, volume.case), found
+        voxels = shear.unshear_label(voxels, affine)
+    return Volume(voxels, volume.affine, volume.case), found
 
 
 def _read_other(
@@ -247,33 +243,3 @@ def ending(image: Image) -> str:
     """Of the label maps that belong to a scan: its own; of DICOM and any NIfTI, .nii.gz."""
     file = None if isinstance(image, Series) else files(image)[0]
     return (file and formats.ending(file)) or ".nii.gz"
-
-
-def _onto(label: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray | None:
-    """The label in the voxel order of another grid of the same voxels; None if they are others."""
-    moved = np.linalg.inv(affine) @ label.affine
-    turn = np.rint(moved[:3, :3])
-    a, b, c = np.abs(turn).argmax(axis=1).tolist()  # the mask's axis behind each of ours
-    if sorted((a, b, c)) != [0, 1, 2] or np.abs(turn).sum() != 3:
-        return None
-    flip = bool(turn[0, a] < 0), bool(turn[1, b] < 0), bool(turn[2, c] < 0)
-    turned = geometry.turn(label.voxels, (a, b, c), flip)
-    if turned.shape != shape:
-        return None
-    exact = np.zeros((4, 4))
-    exact[3, 3] = 1
-    exact[:3, :3] = turn
-    exact[:3, 3] = np.where(flip, np.asarray(shape) - 1, 0)
-    if geometry.distance_mm(label.affine, affine @ exact, label.voxels.shape) > _OFF_GRID_MM:
-        return None
-    return np.ascontiguousarray(turned)
-
-
-def _straightened(affine: np.ndarray) -> np.ndarray:
-    """With the step from slice to slice turned into the slices' normal, its length kept."""
-    across = np.cross(affine[:3, 1], affine[:3, 2])
-    across = across / np.linalg.norm(across)
-    across = across * np.copysign(np.linalg.norm(affine[:3, 0]), across @ affine[:3, 0])
-    straight = affine.copy()
-    straight[:3, 0] = across
-    return straight

@@ -1,0 +1,100 @@
+"""A label map of a DICOM series, turned to the planes that were read of it."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float64
+
+from bhsd_jax.ct import geometry
+from bhsd_jax.ct.dicom.stack import Stack
+from bhsd_jax.defects import Finding, Kind
+from bhsd_jax.volume import Shape, Volume
+
+_OFF_GRID_MM = 0.1  # how far a mask's voxels may lie from the series'
+_NEAR = 0.02  # of a slice step: how far outside those of a series a mask's may be
+
+Turned = tuple[np.ndarray, list[Finding]]
+
+
+def onto(label: Volume, shape: Shape, affine: Float64[np.ndarray, "4 4"]) -> Turned | None:
+    """The label map in the order of these voxels, if they are its own; and what was found."""
+    turned = _turn(label, shape, affine)
+    if turned is not None:
+        return turned, []
+    # Converters write tilted stacks with perpendicular axes: the same voxels, drawn upright.
+    turned = _turn(label, shape, _straightened(affine))
+    if turned is None:
+        return None
+    text = "mask of a converter that hides the gantry's tilt; the series' is taken"
+    return turned, [Finding(Kind.MASK_UPRIGHT, "kept", text)]
+
+
+def onto_planes(label: Volume, stack: Stack, shape: Shape) -> Turned | None:
+    """Of a label map with a plane for each slice of an uneven series: these, or all of `shape`.
+
+    NIfTI knows no uneven steps. dcm2niix states the first, SimpleITK and `scan.write` the mean; and
+    the place of the first slice, or of the last. A plane between slices has the nearest one's.
+    """
+    own = (len(stack.slices), stack.shape[1], stack.shape[2])
+    if stack.is_even:
+        return None
+    for affine in _stated(label, stack):
+        found = onto(label, own, affine)
+        if found is None:
+            continue
+        turned, findings = found
+        if shape == own:
+            return found
+        nearest = np.abs(np.arange(shape[0])[:, None] - stack.places).argmin(1)
+        text = "mask on slices at uneven steps; planes between them have the nearest one's"
+        return turned[nearest], [*findings, Finding(Kind.MASK_UNEVEN, "kept", text)]
+    return None
+
+
+def _stated(label: Volume, stack: Stack) -> Iterator[Float64[np.ndarray, "4 4"]]:
+    """Affines that a label map on the slices may have, with its own step between them."""
+    own = stack.own_affine
+    mean = float(np.linalg.norm(own[:3, 0]))
+    steps = np.diff(stack.places_mm)
+    low, high = mean * steps.min() / steps.mean(), mean * steps.max() / steps.mean()
+    upright = _straightened(own)[:3, 0]
+    for along, step in itertools.product((own[:3, 0], upright), label.spacing_mm):
+        if not low * (1 - _NEAR) <= step <= high * (1 + _NEAR):
+            continue
+        first = own.copy()
+        first[:3, 0] = along / np.linalg.norm(along) * step
+        yield first
+        last = first.copy()
+        last[:3, 3] += (len(stack.slices) - 1) * (own[:3, 0] - first[:3, 0])
+        yield last
+
+
+def _turn(label: Volume, shape: Shape, affine: np.ndarray) -> np.ndarray | None:
+    """The label in the voxel order of another grid of the same voxels; None if they are others."""
+    moved = np.linalg.inv(affine) @ label.affine
+    turn = np.rint(moved[:3, :3])
+    a, b, c = np.abs(turn).argmax(axis=1).tolist()  # the mask's axis behind each of ours
+    if sorted((a, b, c)) != [0, 1, 2] or np.abs(turn).sum() != 3:
+        return None
+    flip = bool(turn[0, a] < 0), bool(turn[1, b] < 0), bool(turn[2, c] < 0)
+    turned = geometry.turn(label.voxels, (a, b, c), flip)
+    if turned.shape != shape:
+        return None
+    exact = np.zeros((4, 4))
+    exact[3, 3] = 1
+    exact[:3, :3] = turn
+    exact[:3, 3] = np.where(flip, np.asarray(shape) - 1, 0)
+    if geometry.distance_mm(label.affine, affine @ exact, label.voxels.shape) > _OFF_GRID_MM:
+        return None
+    return np.ascontiguousarray(turned)
+
+
+def _straightened(affine: np.ndarray) -> np.ndarray:
+    """With the step from slice to slice turned into the slices' normal, its length kept."""
+    across = np.cross(affine[:3, 1], affine[:3, 2])
+    across = across / np.linalg.norm(across)
+    across = across * np.copysign(np.linalg.norm(affine[:3, 0]), across @ affine[:3, 0])
+    straight = affine.copy()
+    straight[:3, 0] = across
+    return straight
