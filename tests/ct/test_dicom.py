@@ -7,13 +7,14 @@ import threading
 import warnings
 from pathlib import Path, PurePath
 
+import imagecodecs
 import numpy as np
 import pytest
 import tiny_run
 from dicom_files import NAME, PATIENT, block, store, write_series
 from pydicom import Dataset, dcmread, dcmwrite
-from pydicom.pixels import get_decoder
-from pydicom.uid import JPEGExtended12Bit, JPEGLosslessSV1, RLELossless
+from pydicom.encaps import encapsulate
+from pydicom.uid import MPEG2MPML, JPEGExtended12Bit, JPEGLosslessSV1, RLELossless
 from turned import stored
 
 from bhsd_jax.ct import hu, nifti, plausibility, prepare, scan, shear
@@ -362,22 +363,56 @@ def test_compressed_files_are_decoded_or_refused_with_a_way_out(tmp_path):
     write_series(tmp_path / "rle", head, change=lambda k, data: data.compress(RLELossless))
     np.testing.assert_array_equal(in_file(read(tmp_path / "rle")[0]), head)
 
-    def claim_another(k, data):
-        data.compress(RLELossless)
-        data.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    def claim(syntax):
+        def change(k, data):
+            data.compress(RLELossless)
+            data.file_meta.TransferSyntaxUID = syntax
 
-    write_series(tmp_path / "jpeg", head, change=claim_another)
-    with pytest.raises(ValueError, match=r"file 1 of 6.*JPEG Lossless.*no decoder.*gdcmconv"):
+        return change
+
+    write_series(tmp_path / "video", head, change=claim(MPEG2MPML))
+    with pytest.raises(ValueError, match=r"file 1 of 6.*MPEG2.*no decoder.*gdcmconv.*pylibjpeg"):
+        read(tmp_path / "video")
+    write_series(tmp_path / "jpeg", head, change=claim(JPEGLosslessSV1))
+    with pytest.raises(ValueError, match=r"file 1 of 6.*: damaged"):
         read(tmp_path / "jpeg")
 
-    def in_twelve_bits(k, data):  # which pillow's plug-in says it decodes
-        data.compress(RLELossless)
-        data.file_meta.TransferSyntaxUID, data.BitsStored = JPEGExtended12Bit, 12
 
-    if not {"pylibjpeg"} & set(get_decoder(JPEGExtended12Bit).available_plugins):
-        write_series(tmp_path / "twelve", head, change=in_twelve_bits)
-        with pytest.raises(ValueError, match=r"JPEG Extended.*no decoder.*gdcmconv"):
-            read(tmp_path / "twelve")
+@pytest.mark.parametrize(("bits", "signed"), [(16, False), (16, True), (12, False), (12, True)])
+def test_lossless_jpeg_is_decoded(tmp_path, bits, signed):
+    """The syntax in which most archives keep CT, in each way that scanners store it."""
+    head = block()
+    offset = 0 if signed else 1024
+
+    def change(k, data):
+        store(data, head[k] + offset, bits=bits, signed=signed, intercept=-offset)
+        stored = (head[k] + offset).astype(np.int16).view(np.uint16) & (2**bits - 1)
+        frame = imagecodecs.ljpeg_encode(np.ascontiguousarray(stored), bitspersample=bits)
+        data.PixelData = encapsulate([frame])
+        data["PixelData"].is_undefined_length = True
+        data.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+
+    write_series(tmp_path, head, change=change)
+    volume, found = read(tmp_path)
+    np.testing.assert_array_equal(in_file(volume), head)
+    assert not found
+
+
+def test_jpeg_in_twelve_bits_is_decoded(tmp_path):
+    ramp = np.add.outer(np.arange(0, 400, 8), np.arange(64)) - 100
+    head = np.stack([ramp, ramp + 30])
+
+    def change(k, data):
+        store(data, head[k] + 1024, bits=12, signed=False, intercept=-1024)
+        stored = (head[k] + 1024).astype(np.uint16)
+        frame = imagecodecs.jpeg_encode(stored, level=100, bitspersample=12)
+        data.PixelData = encapsulate([frame])
+        data["PixelData"].is_undefined_length = True
+        data.file_meta.TransferSyntaxUID = JPEGExtended12Bit
+
+    write_series(tmp_path, head, change=change)
+    volume, _ = read(tmp_path)
+    np.testing.assert_allclose(in_file(volume), head, atol=1)  # lossy
 
 
 def test_without_pydicom_the_remedy_is_told_and_no_file_is_called_damaged(tmp_path, monkeypatch):

@@ -5,14 +5,18 @@ them says; imagecodecs does the work.
 """
 
 import importlib.util
+import threading
 from typing import Any
 
 import numpy as np
 
-_LOSSLESS = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")  # any predictor; the first one
-_EXTENDED = "1.2.840.10008.1.2.4.51"
-DECODER_DEPENDENCIES = dict.fromkeys((*_LOSSLESS, _EXTENDED), ("imagecodecs",))
+DECODER_DEPENDENCIES = {
+    "1.2.840.10008.1.2.4.57": ("imagecodecs",),  # lossless, any predictor
+    "1.2.840.10008.1.2.4.70": ("imagecodecs",),  # lossless, the first predictor
+    "1.2.840.10008.1.2.4.51": ("imagecodecs",),  # extended: 12 bits
+}
 _LABEL = "imagecodecs"
+_LOCK = threading.Lock()
 
 
 def is_available(uid: str) -> bool:
@@ -28,18 +32,19 @@ def decode(source: bytes, runner: Any) -> bytes:
     """
     import imagecodecs
 
-    lossless = str(runner.transfer_syntax) in _LOSSLESS
-    frame = (imagecodecs.ljpeg_decode if lossless else imagecodecs.jpeg_decode)(source)
+    # Not its ljpeg_decode, which takes some lossless frames for corrupt that others decode.
+    frame = imagecodecs.jpeg_decode(source)
     if frame.shape != (runner.rows, runner.columns):
         raise ValueError(f"a frame of {frame.shape} where {runner.rows, runner.columns} was stated")
     return frame.astype(np.dtype(f"<u{runner.bits_allocated // 8}")).tobytes()
 
 
 def register() -> None:
-    """Makes it one of pydicom's decoders, once; not to be called by several threads at once."""
+    """Makes it one of pydicom's decoders, if it can work; once."""
     from pydicom.pixels.decoders.base import get_decoder
 
-    for uid in DECODER_DEPENDENCIES:
-        decoder = get_decoder(uid)
-        if _LABEL not in (*decoder.available_plugins, *decoder.missing_dependencies):
-            decoder.add_plugin(_LABEL, (__name__, decode.__name__))
+    with _LOCK:
+        for uid in filter(is_available, DECODER_DEPENDENCIES):
+            decoder = get_decoder(uid)
+            if _LABEL not in decoder.available_plugins:
+                decoder.add_plugin(_LABEL, (__name__, decode.__name__))

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bhsd_jax.ct.dicom import bare_file, directions, frames, header_repairs, image_kind, plane
+from bhsd_jax.ct.dicom import bare_file, directions, frames, header_repairs, image_kind, jpeg, plane
 from bhsd_jax.ct.dicom.image_kind import Flaw
 from bhsd_jax.ct.dicom.plane import Plane
 from bhsd_jax.defects import Kind, Refusal
@@ -323,6 +323,7 @@ def _require_decoder(data: Any) -> None:
     from pydicom import uid
     from pydicom.pixels.decoders.base import get_decoder
 
+    jpeg.register()
     try:
         ready = set(get_decoder(syntax).available_plugins)
     except NotImplementedError:
@@ -332,8 +333,10 @@ def _require_decoder(data: Any) -> None:
         # (findings/pydicom_jpeg12_decoder_refuses.sh).
         ready -= {"pillow", "gdcm"}
     if not ready:
+        ours = syntax in jpeg.DECODER_DEPENDENCIES
+        remedy = explain_extra("dicom") if ours else "install pylibjpeg with its plug-ins"
         raise Refusal(
             Kind.COMPRESSED,
             f"compressed as {syntax.name}, and no decoder for it is installed; decompress the "
-            "files (gdcmconv --raw), or install pylibjpeg with its plug-ins",
+            f"files (gdcmconv --raw), or {remedy}",
         )
