@@ -14,7 +14,7 @@ import tiny_run
 from dicom_files import NAME, PATIENT, block, store, write_series
 from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.encaps import encapsulate
-from pydicom.uid import MPEG2MPML, JPEGExtended12Bit, JPEGLosslessSV1, RLELossless
+from pydicom.uid import MPEG2MPML, JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 from turned import stored
 
 from bhsd_jax.ct import hu, nifti, plausibility, prepare, scan, shear
@@ -396,6 +396,20 @@ def test_lossless_jpeg_is_decoded(tmp_path, bits, signed):
     volume, found = read(tmp_path)
     np.testing.assert_array_equal(in_file(volume), head)
     assert not found
+
+
+def test_signed_values_keep_their_sign_in_a_codec_of_more_bits(tmp_path):
+    head = block()
+
+    def change(k, data):
+        store(data, head[k], bits=12)
+        frame = imagecodecs.jpegls_encode(head[k].astype(np.int16).view(np.uint16) & 4095)
+        data.PixelData = encapsulate([frame])
+        data["PixelData"].is_undefined_length = True
+        data.file_meta.TransferSyntaxUID = JPEGLSLossless
+
+    write_series(tmp_path, head, change=change)
+    np.testing.assert_array_equal(in_file(read(tmp_path)[0]), head)
 
 
 def test_jpeg_in_twelve_bits_is_decoded(tmp_path):

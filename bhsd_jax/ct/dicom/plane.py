@@ -29,6 +29,8 @@ def of(data: Any, stored: Num[np.ndarray, "H W"], unwrap: bool) -> Plane:
     slope, intercept = float(1 if slope is None else slope), float(intercept or 0)
     bits = int(data.get("BitsStored") or 16)
     signed = int(data.get("PixelRepresentation") or 0) == 1
+    if signed:  # a codec of more bits than are stored has kept no sign
+        stored = np.where(stored >= 1 << (bits - 1), stored - (1 << bits), stored)
     wraps = bits == 12 and not signed and intercept > -100 and slope == 1
     padding = _padding(data, stored, signed, 4096 if wraps else 65536)
     unwrapped = False
