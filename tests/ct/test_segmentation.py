@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from dicom_files import NAME, PATIENT, write_series
 from enhanced_files import write_enhanced
-from pydicom import Dataset, dcmread
+from pydicom import Dataset, config, dcmread
 
 from bhsd_jax.ct.dicom import segment_codes, segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
@@ -189,6 +189,28 @@ def test_a_name_in_another_alphabet_arrives_whole(tmp_path, charset, name):
     np.testing.assert_array_equal(reread(path, series_of(tmp_path / "dicom")), label)
 
 
+@pytest.mark.parametrize(
+    ("tag", "text", "kept"),
+    [
+        ("PatientBirthDate", "19700000", ""),  # day and month hidden
+        ("PatientBirthDate", "REMOVED", ""),
+        ("PatientBirthDate", "19700102", "19700102"),
+        ("StudyDate", "20200000", ""),
+        ("StudyTime", "12:30:15", "123015"),  # as ACR-NEMA wrote it
+        ("StudyTime", "123015.0000001", ""),
+    ],
+)
+def test_dates_that_are_none_are_left_empty(tmp_path, tag, text, kept):
+    def change(k, data):
+        complete(k, data)
+        with config.disable_value_validation():
+            setattr(data, tag, text)
+
+    make(tmp_path / "dicom", change=change)
+    path = write(tmp_path / "dicom", tmp_path / "a.dcm", label_of())
+    assert str(dcmread(path)[tag].value) == kept
+
+
 def test_headers_that_nothing_can_refer_to_are_refused_without_a_name(tmp_path):
     def lose(k, data):
         complete(k, data)
@@ -200,7 +222,7 @@ def test_headers_that_nothing_can_refer_to_are_refused_without_a_name(tmp_path):
 
     def odd(k, data):
         complete(k, data)
-        data.StudyDate = f"{NAME} was here"
+        data.PatientName = [NAME, NAME]
 
     make(tmp_path / "odd", change=odd)
     with pytest.raises(ValueError, match="no SEG can refer to its headers") as strange:

@@ -30,6 +30,7 @@ _MAY_BE_EMPTY = (  # type 2 of the standard: highdicom wants them there
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("AccessionNumber", "StudyID", "StudyDate", "StudyTime"),
 )
+_DATES, _TIMES = ("PatientBirthDate", "StudyDate"), ("StudyTime",)
 _SEXES = ("M", "F", "O")  # of the standard; some files have others, such as HL7's U
 
 
@@ -182,6 +183,7 @@ def _header(path: Path, series: Series) -> Any:
     for name in _MAY_BE_EMPTY:
         if name not in data:
             setattr(data, name, "")
+    _clear_impossible(data)
     if data.PatientSex not in _SEXES:
         data.PatientSex = ""
     coded = "DeidentificationMethodCodeSequence"
@@ -189,6 +191,25 @@ def _header(path: Path, series: Series) -> Any:
         # Required of what is copied from the source, which may have left it empty.
         data.DeidentificationMethod = data.get("DeidentificationMethod") or "not stated"
     return data
+
+
+def _clear_impossible(data: Any) -> None:
+    """Empties dates and times that are none, such as 19700000 of a tool that hides the day.
+
+    The standard allows it, and objects are filed by UIDs.
+    """
+    from pydicom.valuerep import DA, TM
+
+    for kind, names in ((DA, _DATES), (TM, _TIMES)):
+        for name in names:
+            text = str(data.get(name) or "")
+            if kind is TM:
+                text = text.replace(":", "")  # as ACR-NEMA wrote it
+            try:
+                kind(text)
+            except ValueError:
+                text = ""
+            setattr(data, name, text)
 
 
 def _make(
