@@ -97,6 +97,7 @@ class Kind(enum.StrEnum):
     ACQUISITIONS = "acquisitions or reconstructions of one series: a volume each"
     LEFT_OUT_HEADER = "left out: # images of a header that cannot be read"
     LEFT_OUT_MODALITY = "left out: # images of another kind than CT"
+    LEFT_OUT_OUTLINE = "left out: # images of outlines (SEG, RTSTRUCT), which are not read"
     LEFT_OUT_LOCALIZER = "left out: # images a localizer"
     LEFT_OUT_COLOR = "left out: # images in color"
     LEFT_OUT_POSITION = "left out: # images without a usable position"

@@ -9,6 +9,7 @@ _CAPTURE = f"{_STORAGE}7"  # and its multi-frame relatives
 PLAIN_CT = f"{_STORAGE}2"
 ENHANCED_CT = (f"{_STORAGE}2.1", f"{_STORAGE}2.2")  # the latter: converted from plain CT
 _DIRECTORY = "1.2.840.10008.1.3.10"  # what a DICOMDIR is, whatever the file is called
+_OUTLINES = ("SEG", "RTSTRUCT")
 # Words of ImageType, in which underscores and spaces part words: REF_SURVIEW, SCREEN SAVE.
 _LOCALIZERS = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM", "SCANO", "SCANOSCOPE"}
 _REPORTS = {"DOSE", "REPORT", "PROTOCOL", "PROT", "INFO", "RESULTS", "SUMMARY"}
@@ -24,6 +25,10 @@ class Flaw(enum.StrEnum):
     """Why an image is no slice of a CT volume, as what follows "is"."""
 
     MODALITY = "of another kind than CT"
+    OUTLINE = (
+        "of outlines (SEG, RTSTRUCT), which are not read: a mask is NIfTI, into which dcmqi or "
+        "plastimatch convert them"
+    )
     LOCALIZER = "a localizer"
     MULTI_FRAME = "a multi-frame image"
     COLOR = "in color"
@@ -50,6 +55,8 @@ def flaw_of(data: Any) -> Flaw | None:
     """
     if _is_directory(data):
         return Flaw.DIRECTORY
+    if str(data.get("Modality") or "CT") in _OUTLINES:
+        return Flaw.OUTLINE
     if str(data.get("Modality") or "CT") != "CT":
         return Flaw.MODALITY
     return _by_type(data) or _by_scale(data) or _by_class(data) or _by_place(data)

@@ -31,6 +31,7 @@ _THREADS = 16  # that read headers: on a shared disk a file is waited for longer
 _AT_ONCE = 1024  # files that are handed to them
 _LEFT_OUT = {
     Flaw.MODALITY: Kind.LEFT_OUT_MODALITY,
+    Flaw.OUTLINE: Kind.LEFT_OUT_OUTLINE,
     Flaw.LOCALIZER: Kind.LEFT_OUT_LOCALIZER,
     Flaw.COLOR: Kind.LEFT_OUT_COLOR,
     Flaw.POSITION: Kind.LEFT_OUT_POSITION,
