@@ -152,6 +152,7 @@ class Kind(enum.StrEnum):
     COPY_IN_FOLDERS = "one scan in two folders"
     COPY_LABELED = "labeled scan in the pool"
     BLEEDS_AND_NOT = "scan that bleeds and does not"
+    PATIENT_NOBODY = "PatientID that was written over: studies count as patients"
     PATIENT_TWICE = "patient scanned twice"
     PATIENT_TESTED_POOL = "unlabeled scan of a test patient"
     PATIENT_TESTED = "training scan of a tested one"

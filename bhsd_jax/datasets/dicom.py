@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,21 @@ from pathlib import Path
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.grouping import Group
+from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.datasets import series_masks
 from bhsd_jax.datasets.label_maps import own_names
+from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.volume import HEMORRHAGE, Case, Series, Survey
 
 logger = logging.getLogger(__name__)
 
 _MASKS = "masks"
+_NOBODY = re.compile(  # what tools and people write over PatientID; letters and digits alone
+    r"(anon(ym\w*)?|de?identified|removed|redacted|hidden|unknown|none|null|na|noid|"
+    r"(no)?patient(id)?|test|0*|x*)",
+    re.IGNORECASE | re.ASCII,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,8 @@ class DICOM:
     A mask belongs to the series whose SeriesInstanceUID it is named for, or whose folder (its path
     below the root joined by _, or its name if no other has it), or to the only series in the
     folder it lies in, or below that. Series with a mask train (a fold of them validates),
-    others are unlabeled. Patients are told apart by PatientID, else by study. Unless `show_ids`,
+    others are unlabeled. Patients are told apart by PatientID, else by study, as where it is a word
+    such as ANONYMOUS. Unless `show_ids`,
     cases and patients are called by salted hashes.
     """
 
@@ -89,15 +98,38 @@ class DICOM:
         cases = []
         for group, name, mask in zip(groups, names, masks, strict=True):
             id = name if self.show_ids else self._hashed(group.first.series + name)
-            who = group.first.patient or group.first.study or name
+            who = _who(group.first) or name
             image = group.as_series(id, uneven=self.uneven, unshear=self.unshear)
             split = "unlabeled" if mask is None else "train"
             cases.append(Case(id, self._hashed(who), image, mask, split))
         cases.sort(key=lambda case: case.id)
+        findings += _about_patients(groups)
         return Survey(tuple(cases), (*there.findings, *findings))
 
     def _hashed(self, text: str) -> str:
         return hashlib.sha256((self.salt + text).encode()).hexdigest()[:12]
+
+
+def _is_nobody(patient: str) -> bool:
+    """Whether a PatientID was written over by a word that all have."""
+    return bool(_NOBODY.fullmatch(re.sub(r"[\W_]", "", patient)))
+
+
+def _who(item: Slice) -> str:
+    """What tells patients apart; "" if nothing does."""
+    return item.study if _is_nobody(item.patient) else item.patient
+
+
+def _about_patients(groups: Sequence[Group]) -> list[Finding]:
+    """Says that studies count as patients, where PatientID is there and of nobody."""
+    nobody = [g.first for g in groups if g.first.patient and _is_nobody(g.first.patient)]
+    if not nobody:
+        return []
+    text = (
+        f"{len(nobody)} series have a PatientID that many may have, such as ANONYMOUS: each study "
+        "counts as a patient, and two of one may be on both sides of a split"
+    )
+    return [Finding(Kind.PATIENT_NOBODY, "kept", text)]
 
 
 def _put_aside(path: Path, nifti: list[Path]) -> bool:

@@ -107,6 +107,23 @@ def test_nifti_files_that_are_no_masks_are_told(tree, tmp_path):
         DICOM(tree, masks=tree / "masks").survey()
 
 
+@pytest.mark.parametrize(
+    ("patient", "people"),
+    [
+        *(("ANONYMOUS", 2), ("anon.", 2), ("000000", 2), ("XXXX", 2), ("NOID", 2), ("", 2)),
+        *(("Patient", 2), ("anon-0815", 1), ("0815", 1), ("PAT01", 1)),
+    ],
+)
+def test_a_patient_id_that_was_written_over_is_of_nobody(tmp_path, patient, people):
+    for study in ("1", "2"):
+        ids = {"study": f"1.2.{study}", "series": f"1.2.{study}.7", "patient": patient}
+        write_series(tmp_path / study, block(), **ids)
+    found = DICOM(tmp_path).survey()
+    assert len({case.patient for case in found.cases}) == people
+    told = [finding.kind for finding in found.findings]
+    assert told == ([Kind.PATIENT_NOBODY] if people == 2 and patient else [])
+
+
 @pytest.mark.parametrize("ending", [".seg.nrrd", ".mha", ".hdr"])
 def test_masks_in_other_formats_are_refused_and_not_passed_over(tree, ending):
     first, *_ = DICOM(tree, show_ids=True).cases()
