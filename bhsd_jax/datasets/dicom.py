@@ -139,12 +139,13 @@ def _put_aside(path: Path, nifti: list[Path]) -> bool:
     return is_nifti
 
 
-def scans(root: Path, *, uneven: str, unshear: bool) -> list[Case]:
+def scans(root: Path, *, uneven: str, unshear: bool, only: Path | None = None) -> list[Case]:
     """Series to predict, in the order of their paths; called by their folders, which may be names.
 
-    The series itself is called by its number, since its errors are logged.
+    The series itself is called by its number, since its errors are logged. `only` is the one file
+    below `root` that counts.
     """
-    there = dicom_series.survey(root)
+    there = dicom_series.survey(root, wanted=lambda path: only in (None, path))
     for finding in there.findings:
         logger.warning("%s", finding)
     groups = there.groups

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_scans(config: Settings, workdir: Path) -> list[Case]:
-    """The scans to predict, sorted: a file, a folder's, or a split of the data set.
+    """The scans to predict, sorted: a file's, a folder's, or those of a split of the data set.
 
     NIfTI files of a folder itself, and every DICOM CT series anywhere below it; pictures only where
     there is neither. nnU-Net's channel suffix `_0000` is not part of a case's name.
@@ -37,9 +38,7 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
     if path.is_dir():
         files, series = _in_folder(path, settings.dicom)
     elif path.is_file() and slice_file.is_dicom(path):
-        raise UserError(
-            f"{path}: one DICOM file is one slice or one part; name the folder of the series"
-        )
+        files, series = {}, _in_file(path, settings.dicom)
     elif path.is_file():
         files = {formats.stem(path): path}
     else:
@@ -78,6 +77,19 @@ def _in_folder(path: Path, how: DicomSeries) -> tuple[dict[str, Path], list[Case
     if wrong:
         logger.warning("%s", wrong)
     return files, series
+
+
+def _in_file(path: Path, how: DicomSeries) -> list[Case]:
+    """The volumes of one file of an enhanced CT, called by it: its folder may hold several."""
+    if len(slice_file.headers(path)) < 2:
+        raise UserError(
+            f"{path}: this DICOM file is one slice or less; name the folder of the series"
+        )
+    cases = dicom_cases.scans(path.parent, uneven=how.uneven, unshear=how.unshear, only=path)
+    return [
+        replace(case, id=f"{path.stem}_{number}" if number > 1 else path.stem)
+        for number, case in enumerate(cases, start=1)
+    ]
 
 
 def output_names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:

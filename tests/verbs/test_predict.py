@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from dicom_files import NAME, PATIENT, write_series
+from enhanced_files import write_enhanced
 from nibabel import orientations
 from pydicom import dcmread
 from tiny_run import CLASSES, PLAN, TILE
@@ -616,8 +617,17 @@ def test_pictures_beside_a_series_are_passed_over(tmp_path, caplog):
 
 def test_one_slice_is_no_scan(tmp_path):
     paths = as_dicom(tmp_path / "dicom", head())
-    with pytest.raises(ValueError, match="one DICOM file is one slice"):
+    with pytest.raises(ValueError, match="this DICOM file is one slice"):
         find_scans(configure(paths[0]), tmp_path)
+
+
+def test_one_file_of_an_enhanced_ct_is_a_scan(tmp_path):
+    paths = as_dicom(tmp_path / "dicom", head())
+    (one,) = write_enhanced(tmp_path / "enhanced" / "one.dcm", paths)
+    write_enhanced(tmp_path / "enhanced" / "other.dcm", paths)
+    (case,) = find_scans(configure(one), tmp_path)
+    assert (case.id, case.image.files) == ("one", (one,))
+    assert len(dicom_series.arrange(case.image).slices) == len(paths)
 
 
 def test_long_scans_say_how_far_they_are(monkeypatch, caplog):
