@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from dicom_files import NAME, PATIENT, block, store, write_series
 from enhanced_files import write_enhanced
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 from pydicom.uid import RLELossless
 
 from bhsd_jax.ct import scan
@@ -134,6 +134,33 @@ def test_the_stacks_the_phases_and_the_localizers_of_one_file_come_apart(tmp_pat
         scan.write(tmp_path / "label.nii", (volume.voxels > 40).astype("u1"), like=case.image)
         texts = [finding.text for finding in found]
         assert ("left out: 1 image a localizer" in texts) == (name == "a")
+
+
+def by_kernel(number, groups):
+    item = Dataset()
+    item.ConvolutionKernel = ("H31s", "H60s")[number]
+    groups.CTReconstructionSequence = [item]
+
+
+def by_time(number, groups):
+    groups.FrameContentSequence[0].FrameAcquisitionDateTime = f"2020010112000{number}"
+
+
+@pytest.mark.parametrize("off", [0.0, 2.5])
+@pytest.mark.parametrize("tell", [by_kernel, by_time])
+def test_kernels_and_times_of_frames_tell_volumes_apart(tmp_path, tell, off):
+    heads = block(), block(seed=1)
+    paths = [
+        path
+        for n, head in enumerate(heads)
+        for path in write_series(tmp_path / f"{n}", head, places=np.arange(6) * 5 + off * n)
+    ]
+    write_enhanced(tmp_path / "in" / "IM", paths, frame=lambda k, groups: tell(k // 6, groups))
+    cases = dicom.scans(tmp_path / "in", uneven="refuse", unshear=False)
+    for case, head in zip(cases, heads, strict=True):
+        volume, found = scan.read(case.image)
+        np.testing.assert_array_equal(volume.voxels[:, ::-1], head)
+        assert [one.kind for one in found] == [Kind.ACQUISITIONS]
 
 
 def test_damaged_files_are_refused_and_no_name_is_told(tmp_path):

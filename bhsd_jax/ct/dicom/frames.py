@@ -16,11 +16,16 @@ _GROUPS = (
     "PixelValueTransformationSequence",
     "FrameContentSequence",
     "CTImageFrameTypeSequence",
+    "CTReconstructionSequence",
     "UnassignedPerFrameConvertedAttributesSequence",
     "UnassignedSharedConvertedAttributesSequence",
 )
 _SHARED, _PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
-_RENAMED = {"ImageType": "FrameType", "AcquisitionNumber": "FrameAcquisitionNumber"}
+_RENAMED = {
+    "ImageType": "FrameType",
+    "AcquisitionNumber": "FrameAcquisitionNumber",
+    "AcquisitionDateTime": "FrameAcquisitionDateTime",
+}
 _OF_ONE = {"NumberOfFrames": 1, "SOPClassUID": image_kind.PLAIN_CT}
 TAGS = (
     *(_SHARED, _PER_FRAME),
