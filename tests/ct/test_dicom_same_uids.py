@@ -40,6 +40,16 @@ def test_patients_that_were_given_one_uid_are_not_mixed(tmp_path, folders, off):
         np.testing.assert_array_equal(voxels, head)
 
 
+def test_slices_that_name_no_patient_are_of_the_one_that_others_name(tmp_path):
+    def change(index, data):
+        data.PatientID = "" if index % 2 else "anon"
+
+    write_series(tmp_path, block(), change=change)
+    ((voxels, kinds),) = volumes(tmp_path)
+    np.testing.assert_array_equal(voxels, block())
+    assert kinds == []
+
+
 @pytest.mark.parametrize("off", [0.0, 2.5])
 def test_folders_that_number_their_images_anew_are_not_mixed(tmp_path, off):
     heads = block(), block(seed=1)

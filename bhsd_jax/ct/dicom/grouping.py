@@ -88,8 +88,7 @@ def _grouped(slices: Sequence[Slice]) -> list[list[Slice]]:
         alone = str(item.file) if item.flaw is Flaw.MULTI_FRAME else item.container
         # Files that name no series are of one only if they lie in one folder.
         series = item.series or str(item.file.parent)
-        who = study(item), item.patient
-        key = (*who, series, item.flaw, item.shape, alone, item.phase)
+        key = (study(item), series, item.flaw, item.shape, alone, item.phase)
         for group in groups.setdefault(key, []):
             if item.flaw or _alike(item, group[0]):
                 group.append(item)
@@ -149,4 +148,6 @@ def _with_remarks(group: Group) -> Group:
 def _alike(one: Slice, other: Slice) -> bool:
     turned = np.subtract(one.along_row + one.along_column, other.along_row + other.along_column)
     wider = np.divide(one.spacing_mm, other.spacing_mm) - 1
+    if len({one.patient, other.patient} - {""}) > 1:
+        return False
     return bool(np.abs(turned).max() < _SAME_COSINE and np.abs(wider).max() < _SAME_SPACING)
