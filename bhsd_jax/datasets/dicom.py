@@ -174,9 +174,7 @@ def write_series(folder: Path, cases: Sequence[Case], names: Mapping[str, str]) 
     rows = []
     for case in cases:
         if isinstance(case.image, Series):
-            study, series = segmentation.uids(case.image)
-            name = names[case.id]
-            rows.append({"case": name, "StudyInstanceUID": study, "SeriesInstanceUID": series})
+            rows.append({"case": names[case.id], **segmentation.leads(case.image)})
     before = os.umask(0o077)  # not afterwards: others could read the file until then
     try:
         write_records(folder / "series.csv", rows, line_end="\n", harmless=True)

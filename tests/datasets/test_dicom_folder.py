@@ -1,5 +1,8 @@
+import csv
+
 import pytest
 from dicom_files import NAME, PATIENT, block, write_series
+from pydicom import dcmread
 
 from bhsd_jax.ct import nifti, scan
 from bhsd_jax.datasets import dicom
@@ -122,6 +125,24 @@ def test_a_patient_id_that_was_written_over_is_of_nobody(tmp_path, patient, peop
     assert len({case.patient for case in found.cases}) == people
     told = [finding.kind for finding in found.findings]
     assert told == ([Kind.PATIENT_NOBODY] if people == 2 and patient else [])
+
+
+def test_two_scans_of_one_uid_are_told_apart_in_the_table_of_series(tmp_path):
+    for name, kernel in (("a", "H31s"), ("b", "H60s")):
+
+        def change(index, data, kernel=kernel):
+            data.ConvolutionKernel, data.SliceThickness, data.SeriesNumber = kernel, 5, 3
+
+        names = [f"{name}{k}" for k in range(6)]
+        paths = write_series(tmp_path / "in", block(), names=names, change=change)
+    cases = dicom.scans(tmp_path / "in", uneven="refuse", unshear=False)
+    dicom.write_series(tmp_path, cases, {case.id: case.id for case in cases})
+    with (tmp_path / "series.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["SeriesInstanceUID"] for row in rows] == ["1.2.3.4"] * 2
+    assert [row["ConvolutionKernel"] for row in rows] == ["H31s", "H60s"]
+    assert rows[1]["SOPInstanceUID"] == dcmread(paths[0]).SOPInstanceUID
+    assert rows[1]["files"] == "6"
 
 
 @pytest.mark.parametrize("ending", [".seg.nrrd", ".mha", ".hdr"])

@@ -119,13 +119,25 @@ def is_whole(path: Path, kind: str) -> bool:
         return False
 
 
-def uids(series: Series) -> tuple[str, str]:
-    """StudyInstanceUID and SeriesInstanceUID; "" where the file cannot be read or does not say."""
+def leads(series: Series) -> dict[str, str]:
+    """What leads to a series in an archive, and tells it from others of its UID, by DICOM's names.
+
+    "" where the file cannot be read or does not say. The instance is one of its slices.
+    """
     try:
-        first = slice_file.headers(min(series.files))[0]
-    except (UserError, OSError, IndexError):
-        return "", ""
-    return first.study, first.series
+        found = slice_file.headers(min(series.files))
+    except (UserError, OSError):
+        found = []
+    first = found[0] if found else None
+    return {
+        "StudyInstanceUID": first.study if first else "",
+        "SeriesInstanceUID": first.series if first else "",
+        "SeriesNumber": first.series_number if first else "",
+        "ConvolutionKernel": first.kernel if first else "",
+        "SliceThickness": f"{first.thickness_mm:g}" if first and first.thickness_mm else "",
+        "SOPInstanceUID": first.instance if first else "",
+        "files": str(len(series.files)),
+    }
 
 
 def _sources(
