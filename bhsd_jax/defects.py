@@ -95,6 +95,9 @@ class Kind(enum.StrEnum):
         "slices at uneven steps, # to # mm, mostly # mm; interpolated to # slices at steps of # mm"
     )
     ACQUISITIONS = "acquisitions or reconstructions of one series: a volume each"
+    SERIES_PARTS = (
+        "one of # volumes of its series, which differ in orientation, matrix or pixel size"
+    )
     LEFT_OUT_HEADER = "left out: # images of a header that cannot be read"
     LEFT_OUT_MODALITY = "left out: # images of another kind than CT"
     LEFT_OUT_OUTLINE = "left out: # images of outlines (SEG, RTSTRUCT), which are not read"

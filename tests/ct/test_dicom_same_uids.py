@@ -98,3 +98,17 @@ def test_a_thickness_that_is_rounded_slice_by_slice_is_one_series(tmp_path):
     ((voxels, kinds),) = volumes(tmp_path)
     np.testing.assert_array_equal(voxels, block((12, 12, 10)))
     assert kinds == []
+
+
+@pytest.mark.parametrize(
+    "second", [{"tilt_deg": 12.0}, {"spacing_mm": (5.0, 2.5, 2.0)}, {"hu": block((6, 16, 14))}]
+)
+def test_pieces_of_a_series_that_are_no_one_volume_are_told(tmp_path, second):
+    """As where the base of the skull was scanned at another tilt than the rest."""
+    write_series(tmp_path, block())
+    rest = {"hu": block(), "places": 35 + 5.0 * np.arange(6)} | second
+    hu = rest.pop("hu")
+    write_series(tmp_path, hu, names=list("abcdef"), **rest)
+    found = volumes(tmp_path)
+    assert [voxels.shape for voxels, _ in found] == [block().shape, hu.shape]
+    assert all(Kind.SERIES_PARTS in kinds for _, kinds in found)

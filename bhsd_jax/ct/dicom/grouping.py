@@ -75,7 +75,7 @@ def split(slices: Sequence[Slice], left: Left) -> list[Group]:
             groups.append(Group(tuple(group), ()))
         elif flaw is not Flaw.DIRECTORY:
             left[study(group[0]), flaw] += len(group)
-    return _numbered(groups, slices)
+    return _numbered(_with_parts(groups), slices)
 
 
 def _grouped(slices: Sequence[Slice]) -> list[list[Slice]]:
@@ -143,6 +143,34 @@ def _with_remarks(group: Group) -> Group:
         return group
     text = "images derived from others: a reformat, perhaps, whose original lies beside it"
     return replace(group, findings=(*group.findings, Finding(Kind.DERIVED, "kept", text)))
+
+
+def _with_parts(groups: Sequence[Group]) -> list[Group]:
+    """Says of a series that was cut in pieces: each has a part of the head, and of its bleeds."""
+    parts: dict[tuple[str, ...], list[Slice]] = {}
+    for group in groups:
+        parts.setdefault(_scanned(group.first), []).append(group.first)
+    out = []
+    for group in groups:
+        pieces = parts[_scanned(group.first)]
+        if group.first.series and any(not _may_be_one(pieces[0], piece) for piece in pieces):
+            text = (
+                f"one of {len(pieces)} volumes of its series, which differ in orientation, matrix "
+                "or pixel size: each may have a part of the head, so look at all of them"
+            )
+            found = Finding(Kind.SERIES_PARTS, "kept", text)
+            group = replace(group, findings=(*group.findings, found))
+        out.append(group)
+    return out
+
+
+def _scanned(item: Slice) -> tuple[str, ...]:
+    return study(item), item.series, item.patient
+
+
+def _may_be_one(one: Slice, other: Slice) -> bool:
+    """Whether neither of two slices that are none of a volume together has another grid."""
+    return bool(one.flaw or other.flaw) or (one.shape == other.shape and _alike(one, other))
 
 
 def _alike(one: Slice, other: Slice) -> bool:
