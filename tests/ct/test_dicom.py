@@ -270,6 +270,17 @@ def test_each_slice_has_its_own_rescale_factors(tmp_path):
     np.testing.assert_array_equal(in_file(volume), head)
 
 
+def test_a_slice_without_the_rescale_factors_of_the_others_is_refused(tmp_path):
+    def lose(k, data):
+        if k == 2:
+            del data.RescaleIntercept
+
+    write_series(tmp_path, block(), change=lose)
+    with pytest.raises(ValueError, match="case: 1 of 6 slices lack the rescale factors") as caught:
+        read(tmp_path)
+    assert kind_of(caught.value) is Kind.SERIES_DAMAGED
+
+
 def test_missing_rescale_factors_are_said(tmp_path):
     def strip(k, data):
         del data.RescaleSlope

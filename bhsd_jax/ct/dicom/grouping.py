@@ -17,6 +17,7 @@ from bhsd_jax.volume import Series
 
 _SAME_COSINE = 2e-3  # of each other: rounding to three decimals differs by one of the last
 _SAME_SPACING = 5e-3  # of each other: rounding, or a reconstruction slice by slice
+_OTHER_VIEW = 0.7  # cosine between normals below which one is a reformat of the other
 Left = Counter[tuple[str, Flaw]]
 """How many images of a study were left out, by reason."""
 
@@ -153,7 +154,7 @@ def _with_parts(groups: Sequence[Group]) -> list[Group]:
     out = []
     for group in groups:
         pieces = parts[_scanned(group.first)]
-        if group.first.series and any(not _may_be_one(pieces[0], piece) for piece in pieces):
+        if group.first.series and any(not _are_no_pieces(pieces[0], piece) for piece in pieces):
             text = (
                 f"one of {len(pieces)} volumes of its series, which differ in orientation, matrix "
                 "or pixel size: each may have a part of the head, so look at all of them"
@@ -168,9 +169,13 @@ def _scanned(item: Slice) -> tuple[str, ...]:
     return study(item), item.series, item.patient
 
 
-def _may_be_one(one: Slice, other: Slice) -> bool:
-    """Whether neither of two slices that are none of a volume together has another grid."""
-    return bool(one.flaw or other.flaw) or (one.shape == other.shape and _alike(one, other))
+def _are_no_pieces(one: Slice, other: Slice) -> bool:
+    """Whether two slices are no pieces of one scan: on one grid, or seen from another side."""
+    if one.flaw or other.flaw:
+        return True
+    across, beside = (np.cross(item.along_row, item.along_column) for item in (one, other))
+    turned = abs(float(across @ beside)) < _OTHER_VIEW
+    return turned or (one.shape == other.shape and _alike(one, other))
 
 
 def _alike(one: Slice, other: Slice) -> bool:

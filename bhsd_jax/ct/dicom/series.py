@@ -106,6 +106,7 @@ def read(series: Series) -> tuple[Volume, list[Finding]]:
     planes = _planes(stack.slices, series)
     if any(plane.unwrapped for plane in planes) and not _air_at_edges(planes):
         planes = _planes(stack.slices, series, unwrap=False)
+    _require_alike(planes, series)
     kind = np.result_type(*(plane.voxels.dtype for plane in planes))
     if (stack.source % 1).any():
         kind = np.dtype(np.float32)
@@ -346,6 +347,17 @@ def _planes(slices: Sequence[Slice], series: Series, *, unwrap: bool = True) -> 
             raise Refusal(kind_of(error), f"{_called(items[0], series)}: {said}") from None
         found |= {(file, item.frame): plane for item, plane in zip(items, planes, strict=True)}
     return [found[item.file, item.frame] for item in slices]
+
+
+def _require_alike(planes: Sequence[Plane], series: Series) -> None:
+    """That all slices state rescale factors, or none: what lacks them may be 1024 HU off."""
+    lacking = sum(plane.unscaled for plane in planes)
+    if 0 < lacking < len(planes):
+        raise Refusal(
+            Kind.SERIES_DAMAGED,
+            f"{series.name}: {lacking} of {len(planes)} slices lack the rescale factors that the "
+            "others have, and may be in other units; fetch them again",
+        )
 
 
 def _called(item: Slice, series: Series) -> str:
