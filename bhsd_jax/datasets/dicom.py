@@ -12,7 +12,7 @@ from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.ct.dicom.slice_file import Slice
-from bhsd_jax.datasets import series_masks
+from bhsd_jax.datasets import archives, series_masks
 from bhsd_jax.datasets.label_maps import own_names
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform.csv_files import write_records
@@ -84,7 +84,10 @@ class DICOM:
         there = dicom_series.survey(root, wanted=lambda path: not _put_aside(path, nifti))
         groups = there.groups
         if not groups:
-            raise FileNotFoundError(f"{root}: no DICOM CT series in it or below; look at data.root")
+            raise FileNotFoundError(
+                f"{root}: no DICOM CT series in it or below; look at data.root"
+                f"{archives.about(root)}"
+            )
         names = _names(root, groups)
         folder = Path(self.masks) if self.masks else root / _MASKS
         if self.masks and not folder.is_dir():

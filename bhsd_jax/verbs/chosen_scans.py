@@ -10,8 +10,8 @@ from typing import Any
 from bhsd_jax.assemble import data, held_out
 from bhsd_jax.ct import formats
 from bhsd_jax.ct.dicom import slice_file
+from bhsd_jax.datasets import archives, image_files
 from bhsd_jax.datasets import dicom as dicom_cases
-from bhsd_jax.datasets import image_files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import DicomSeries, Settings
 from bhsd_jax.volume import Case, Plan, Series, outlined_of
@@ -39,6 +39,8 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
         files, series = _in_folder(path, settings.dicom)
     elif path.is_file() and slice_file.is_dicom(path):
         files, series = {}, _in_file(path, settings.dicom)
+    elif path.is_file() and archives.is_archive(path):
+        raise UserError(f"{path}: an archive is not looked into; unpack it and name the folder")
     elif path.is_file():
         files = {formats.stem(path): path}
     else:
@@ -46,6 +48,7 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
     if not files and not series:
         raise FileNotFoundError(
             f"{path}: no NIfTI file and no DICOM CT series in it; look at config.predict.images"
+            f"{archives.about(path)}"
         )
     chosen = image_files.group(files, _channels(workdir))
     found = [Case(name, name, file, None, "test") for name, file in sorted(chosen.items())]

@@ -485,6 +485,18 @@ def test_scans_come_from_a_file_or_a_folder(tmp_path, scans):
             find_scans(configure(tmp_path / wrong), tmp_path)
 
 
+def test_archives_are_to_be_unpacked(tmp_path):
+    (tmp_path / "study.ZIP").write_bytes(b"PK")
+    with pytest.raises(
+        ValueError, match=r"study\.ZIP: an archive .* unpack it and name the folder"
+    ):
+        find_scans(configure(tmp_path / "study.ZIP"), tmp_path)
+    with pytest.raises(FileNotFoundError, match="unpack the archives in it: 1"):
+        find_scans(configure(tmp_path), tmp_path)
+    with pytest.raises(FileNotFoundError, match="unpack the archives in it: 1"):
+        dicom_cases.DICOM(tmp_path).survey()
+
+
 # DICOM series.
 
 
