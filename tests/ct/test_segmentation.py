@@ -211,6 +211,19 @@ def test_dates_that_are_none_are_left_empty(tmp_path, tag, text, kept):
     assert str(dcmread(path)[tag].value) == kept
 
 
+def test_cosines_that_differ_in_a_last_digit_do_not_prevent_a_seg(tmp_path):
+    def change(k, data):
+        complete(k, data)
+        data.ImageOrientationPatient = [1, 1e-4 * (k % 2), 0, 0, 1, 0]
+        if k == 3:
+            del data.SOPClassUID
+
+    make(tmp_path / "dicom", change=change)
+    label = label_of()
+    path = write(tmp_path / "dicom", tmp_path / "a.dcm", label)
+    np.testing.assert_array_equal(reread(path, series_of(tmp_path / "dicom")), label)
+
+
 def test_headers_that_nothing_can_refer_to_are_refused_without_a_name(tmp_path):
     def lose(k, data):
         complete(k, data)

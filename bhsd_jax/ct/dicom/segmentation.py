@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Num, UInt8
 
 from bhsd_jax import __version__
-from bhsd_jax.ct.dicom import segment_codes, slice_file
+from bhsd_jax.ct.dicom import image_kind, segment_codes, slice_file
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.stack import Stack
 from bhsd_jax.platform import files
@@ -159,6 +159,8 @@ def _sources(
     if slices[0].frame is None:
         for data in sources:
             data.SliceThickness = data.get("SliceThickness") or thickness_mm
+            # Rounded slice by slice it differs in its last digit, and a SEG has one for all.
+            data.ImageOrientationPatient = sources[0].ImageOrientationPatient
         return sources, np.ascontiguousarray(voxels)
     _share(sources[0], slices[0].frame, thickness_mm)
     frames = np.zeros((int(sources[0].NumberOfFrames), *voxels.shape[1:]), voxels.dtype)
@@ -192,6 +194,8 @@ def _header(path: Path, series: Series) -> Any:
             f"{series.name}: its headers lack {' and '.join(lacks)}, which a SEG refers to; "
             "predict without one"
         )
+    if not data.get("SOPClassUID"):
+        data.SOPClassUID = image_kind.PLAIN_CT
     for name in _MAY_BE_EMPTY:
         if name not in data:
             setattr(data, name, "")
