@@ -16,7 +16,10 @@ from bhsd_jax.ct.prepared import Facts, Prepared
 from bhsd_jax.defects import Finding, Kind, Refusal, said_of, texts
 from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Volume
 
-_DOUBTFUL = (*plausibility.KINDS, Kind.NO_DICOM, Kind.NO_POSITION, Kind.TWO_SPACINGS)
+_DOUBTFUL = (
+    *plausibility.KINDS,
+    *(Kind.NO_DICOM, Kind.SERIES_PARTS, Kind.NO_POSITION, Kind.TWO_SPACINGS),
+)
 
 
 def fingerprint_case(

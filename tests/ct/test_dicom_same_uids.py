@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import tiny_run
 from dicom_files import block, write_series
 
+from bhsd_jax.ct import prepare
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.defects import Kind
+from bhsd_jax.volume import Case
 
 
 def volumes(root):
@@ -112,3 +115,7 @@ def test_pieces_of_a_series_that_are_no_one_volume_are_told(tmp_path, second):
     found = volumes(tmp_path)
     assert [voxels.shape for voxels, _ in found] == [block().shape, hu.shape]
     assert all(Kind.SERIES_PARTS in kinds for _, kinds in found)
+    (group, _) = dicom_series.find(tmp_path)
+    image = group.as_series("a", uneven="refuse", unshear=False)
+    (doubt,) = prepare.prepare_case(Case("a", "a", image, None, "test"), tiny_run.PLAN).doubts
+    assert doubt.startswith("one of 2 volumes of its series")
