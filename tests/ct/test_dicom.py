@@ -812,6 +812,7 @@ def two_passes(root, tags, off=2.5, per_rotation=6):
         ({"AcquisitionTime": (lambda n: f"12000{n}.5", lambda n: f"12050{n}")}, 3),
         ({"AcquisitionNumber": (1, 1), "ConvolutionKernel": ("H31s", "H60s")}, 6),
         ({"TemporalPositionIdentifier": (1, 2), "SliceThickness": (2.5, 2.5)}, 6),
+        ({"FrameOfReferenceUID": ("1.2.3.7", "1.2.3.8"), "SliceThickness": (2.5, 2.5)}, 6),
     ],
 )
 def test_two_passes_over_the_same_stretch_are_two_volumes(tmp_path, off, tags, per_rotation):
@@ -840,6 +841,7 @@ def test_numbered_passes_that_share_a_few_slices_are_two_volumes(tmp_path):
         {"AcquisitionNumber": (1, 2), "SliceThickness": (2.5, 2.5)},  # the second fills the gaps
         {"AcquisitionNumber": (lambda n: 1 + n // 4, lambda n: 1 + n // 4)},  # one after another
         {"AcquisitionNumber": (lambda n: 1 + n // 2 % 2,) * 2},  # pieces by turns
+        {"FrameOfReferenceUID": (lambda n: f"1.2.3.{n}", lambda n: f"1.2.3.1{n}")},
         {"ConvolutionKernel": (lambda n: "H31s" if n < 4 else "H60s",) * 2},
     ],
 )

@@ -27,7 +27,7 @@ _TAGS = (
     *("Modality", "ImageType", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
     *("AcquisitionNumber", "AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime"),
-    *("SeriesNumber", "InstanceNumber"),
+    *("SeriesNumber", "InstanceNumber", "FrameOfReferenceUID"),
     *("TemporalPositionIdentifier", "ConvolutionKernel", "SliceThickness", "RescaleType"),
     *frames.TAGS,
 )
@@ -57,6 +57,7 @@ class Slice:
     moment: str = ""  # number of its place in time, in files of one image
     kernel: str = ""  # of the reconstruction
     series_number: str = ""
+    space: str = ""  # UID of the coordinates that positions are in
     number: str = ""  # of the image in its series
     thickness_mm: float = 0.0  # of the slice; 0 if the file does not say
     derived: bool = False  # computed from other images, as a reformat is
@@ -261,6 +262,7 @@ def _slice(path: Path, data: Any) -> Slice:
         moment=_text(data, "TemporalPositionIdentifier"),
         kernel=_text(data, "ConvolutionKernel"),
         series_number=_text(data, "SeriesNumber"),
+        space=_text(data, "FrameOfReferenceUID"),
         number=_text(data, "InstanceNumber"),
         flaw=image_kind.flaw_of(data),
         derived=image_kind.is_derived(data),
