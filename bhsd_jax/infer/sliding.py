@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Float32, Num, UInt8
 
-from bhsd_jax.infer import slabs, tiles
+from bhsd_jax.infer import answers, slabs, tiles
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Logits, Params
 from bhsd_jax.volume import Shape
@@ -124,7 +124,9 @@ class SlidingWindow:
         the whole volume are held nowhere.
         """
         found = np.empty(image.shape[:3], np.uint8)
-        finish = partial(_written, values=self.regions) if self.regions else _most_likely
+        finish = (
+            partial(answers.written, values=self.regions) if self.regions else answers.most_likely
+        )
         window = self._fitted(image.shape[:3])
         for rows, label in window._in_rows(networks, image, fill, progress, finish):
             found[rows] = label
@@ -171,8 +173,8 @@ class SlidingWindow:
 
     def _mean(self, logits: Sequence[Array]) -> Array:
         if self.combine == "logits":
-            return _mean(logits)
-        return _logit_mean(logits) if self.regions else _log_mean(logits)
+            return answers.mean(logits)
+        return answers.logit_mean(logits) if self.regions else answers.log_mean(logits)
 
     def _canvas(
         self,
@@ -203,10 +205,9 @@ class SlidingWindow:
         report: Callable[[int], None],
     ) -> Iterator[tuple[slice, Array, Array]]:
         """Rows that are complete, logits [K d H W] from there on, how many are not finite."""
-        sums, previous, top = None, None, 0
-        for starts, flips, used in self._calls(size):
-            batch = jax.device_put(_cut(canvas, starts, self._seen), self._spread)
-            votes = jax.device_put(self._apply(params, batch, flips), self._home)
+        sums, top = None, 0
+        for starts, used, answer in self._answers(params, canvas, size):
+            votes = jax.device_put(answer, self._home)
             if sums is None:
                 _, h, w = tiles.bucket(size, self.tile)
                 sums = slabs.zeros(votes.shape[1], (self.tile[0], h, w), self._home)
@@ -219,12 +220,27 @@ class SlidingWindow:
                 last = first + int((starts[first:used, 0] == top).sum())
                 sums = slabs.add(sums, votes, self._weights, starts[:, 1:], first, last)
                 first = last
-            # At most one call ahead: the queue would hold the logits of every tile in it.
-            jax.block_until_ready(previous)
-            previous = votes
             report(used)
         assert sums is not None, "every volume has a tile"
         yield slice(top, size[0]), *slabs.mean(sums, size[0] - top)
+
+    def _answers(
+        self, params: Params, canvas: np.ndarray, size: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, int, Array]]:
+        """Starts of every call, how many count, and what the network makes of its tiles.
+
+        While one answer is added up the next call is computed, but no two calls at once, which
+        would take twice the memory.
+        """
+        ready = None
+        for starts, flips, used in self._calls(size):
+            batch = jax.device_put(_cut(canvas, starts, self._seen), self._spread)
+            jax.block_until_ready(ready)
+            before, ready = ready, (starts, used, self._apply(params, batch, flips))
+            if before:
+                yield before
+        assert ready, "every volume has a tile"
+        yield ready
 
     def _places(self, size: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
         """First voxel and mirrored axes of everything the network is to see."""
@@ -357,44 +373,3 @@ def _flip(value: Array, flips: Bool[Array, " 3"], first: int) -> Array:
     for axis in range(3):
         value = jnp.where(flips[axis], jnp.flip(value, first + axis), value)
     return value
-
-
-@jax.jit
-def _mean(logits: Sequence[Float[Array, "K D H W"]]) -> Float[Array, "K D H W"]:
-    return sum(logits[1:], logits[0]) / len(logits)
-
-
-@jax.jit
-def _log_mean(logits: Sequence[Float[Array, "K D H W"]]) -> Float[Array, "K D H W"]:
-    """The logarithm of the mean of their softmax; of one network what it gives."""
-    if len(logits) == 1:
-        return logits[0]
-    probability = [jax.nn.softmax(one, axis=0) for one in logits]
-    mean = sum(probability[1:], probability[0]) / len(probability)
-    return jnp.log(jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
-
-
-@jax.jit
-def _logit_mean(logits: Sequence[Float[Array, "R D H W"]]) -> Float[Array, "R D H W"]:
-    """The logit of the mean of their sigmoid; of one network what it gives."""
-    if len(logits) == 1:
-        return logits[0]
-    probability = [jax.nn.sigmoid(one) for one in logits]
-    mean = sum(probability[1:], probability[0]) / len(probability)
-    # No farther from 0 and 1 than float32 is exact near 1: the logits stay finite.
-    least = jnp.finfo(jnp.float32).eps
-    mean = jnp.clip(mean, least, 1 - least)
-    return jnp.log(mean) - jnp.log1p(-mean)
-
-
-@partial(jax.jit, static_argnames="values")
-def _written(logits: Float[Array, "R D H W"], values: tuple[int, ...]) -> UInt8[Array, "D H W"]:
-    label = jnp.zeros(logits.shape[1:], jnp.uint8)
-    for one, value in zip(logits, values, strict=True):
-        label = jnp.where(one > 0, jnp.uint8(value), label)
-    return label
-
-
-@jax.jit
-def _most_likely(logits: Float[Array, "K D H W"]) -> UInt8[Array, "D H W"]:
-    return jnp.argmax(logits, axis=0).astype(jnp.uint8)
