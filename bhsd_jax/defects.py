@@ -46,6 +46,7 @@ class Kind(enum.StrEnum):
     AFFINE = "impossible affine"
     TOO_LARGE = "spacing that makes a scan too large"
     CHANNELS = "channels that do not go together"
+    TURNED = "axes in another order than the scan's, turned to it"
 
     # Of a mask.
     MASK_EMPTY = "empty mask"

@@ -61,14 +61,27 @@ SCHEMES: dict[str, Callable[[Box, np.ndarray | None, Channel], Box]] = {
 }
 
 
-def require_alike(channels: Sequence[Volume]) -> list[Finding]:
-    """Refuses channels that do not lie voxel on voxel.
+def alike(channels: Sequence[Volume], *, placed: bool) -> tuple[tuple[Volume, ...], list[Finding]]:
+    """Channels voxel on voxel, and what is to be said of their places.
+
+    Args:
+        channels: As their files have them.
+        placed: Whether all files state a place: then channels whose axes run in another order than
+            those of the first, on the same voxels, are turned to it.
 
     Raises:
         Refusal: If shapes or spacings differ; affines may, which is said.
     """
     first, found = channels[0], []
+    made = [first]
     for index, other in enumerate(channels[1:], start=1):
+        turned = geometry.turned_onto(other, first) if placed else None
+        if turned is not None:
+            text = f"channel {index} has axes in another order than channel 0; turned to its"
+            found.append(Finding(Kind.TURNED, "repaired", text))
+            made.append(Volume(turned, first.affine, other.case))
+            continue
+        made.append(other)
         if other.voxels.shape != first.voxels.shape or not np.allclose(
             other.spacing_mm, first.spacing_mm, rtol=_SAME_SPACING
         ):
@@ -81,7 +94,7 @@ def require_alike(channels: Sequence[Volume]) -> list[Finding]:
         if apart > _SAME_PLACE_MM:
             text = f"channel {index} lies up to {apart:.3g} mm off channel 0, which is taken"
             found.append(Finding(Kind.CHANNELS, "kept", text))
-    return found
+    return tuple(made), found
 
 
 def union(channels: Sequence[Volume]) -> Volume:

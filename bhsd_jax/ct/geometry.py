@@ -25,6 +25,7 @@ _SAME_LINE = str.maketrans("LPI", "RAS")
 CANONICAL, AS_IN_FILE = "SPL", "file"
 CENTERS = "centers"  # the law of `ct/centers`; every other grid keeps that of `ct/resample`
 LEAST_TILT_DEG = 0.5  # of a gantry: less is rounding
+_OFF_GRID_MM = 0.1  # how far voxels of one grid may lie from those of another that is the same
 _MARGIN_MM = 5.0  # around the largest component
 _MOST_VOXELS = 2**29  # of a prepared scan: a whole body at half a millimeter has as many
 
@@ -70,6 +71,34 @@ def distance_mm(
     corners = np.stack([*np.meshgrid(*[(0, n - 1) for n in shape]), np.ones((2, 2, 2))])
     moved = (one - other)[:3] @ corners.reshape(4, -1)
     return float(np.linalg.norm(moved, axis=0).max())
+
+
+def onto(
+    volume: Volume, shape: tuple[int, ...], affine: Float[np.ndarray, "4 4"]
+) -> Shaped[np.ndarray, "_ _ _"] | None:
+    """The voxels in the order of another grid of the same voxels; None if they are others."""
+    moved = np.linalg.inv(affine) @ volume.affine
+    whole = np.rint(moved[:3, :3])
+    a, b, c = np.abs(whole).argmax(axis=1).tolist()  # the volume's axis behind each of ours
+    if sorted((a, b, c)) != [0, 1, 2] or np.abs(whole).sum() != 3:
+        return None
+    flip = bool(whole[0, a] < 0), bool(whole[1, b] < 0), bool(whole[2, c] < 0)
+    turned = turn(volume.voxels, (a, b, c), flip)
+    if turned.shape != shape:
+        return None
+    exact = np.zeros((4, 4))
+    exact[3, 3] = 1
+    exact[:3, :3] = whole
+    exact[:3, 3] = np.where(flip, np.asarray(shape) - 1, 0)
+    if distance_mm(volume.affine, affine @ exact, volume.voxels.shape) > _OFF_GRID_MM:
+        return None
+    return np.ascontiguousarray(turned)
+
+
+def turned_onto(one: Volume, other: Volume) -> Shaped[np.ndarray, "_ _ _"] | None:
+    """Voxels of `one` in the order of `other`, which has the same in another; None of all else."""
+    same = canonical(one.affine) == canonical(other.affine)
+    return None if same else onto(one, other.voxels.shape, other.affine)
 
 
 def locate(

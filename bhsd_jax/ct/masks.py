@@ -1,14 +1,66 @@
-"""One label map of several, and label maps with other class values."""
+"""Label maps on the voxels of their scans, one of several, and those with other class values."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 
-from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.ct import geometry
+from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.platform.errors import UserError
+from bhsd_jax.volume import Volume
 
 WAYS = ("first", "majority", "union", "intersection")
+_SAME_PLACE_MM = 0.01  # two affines that put every voxel this close are the same
+
+
+def lay(label: Volume, image: Volume, *, placed: bool) -> tuple[np.ndarray, list[Finding]]:
+    """The voxels of a label map in the order of its image's, and what is to be said of its place.
+
+    Where both have the same voxels in another order of axes, as after MONAI's `Orientation` or
+    FSL's `fslreorient2std`, the label map is turned: an affine that was lost or mistaken would not
+    hit the same places. Any other counts for nothing: the image's is taken, and the label map's
+    voxels as they lie.
+
+    Args:
+        label: As its file has it.
+        image: Its scan.
+        placed: Whether the label map's file states a place at all.
+
+    Raises:
+        Refusal: If it has other voxels than its image.
+    """
+    turned = geometry.turned_onto(label, image) if placed else None
+    if turned is not None:
+        text = "label has its axes in another order than the image, on the same voxels; turned"
+        return turned, [Finding(Kind.TURNED, "repaired", text)]
+    require_shape(label.voxels, image)
+    return label.voxels, _apart(label, image)
+
+
+def require_shape(label: np.ndarray, image: Volume) -> None:
+    """Refuses a label map of another shape than its image."""
+    if label.shape != image.voxels.shape:
+        raise Refusal(
+            Kind.MASK_SHAPE,
+            f"label has shape {label.shape} (D, H, W), but its image {image.voxels.shape}; draw it "
+            "on this scan, or resample it onto the scan's voxels, nearest neighbor",
+        )
+
+
+def _apart(label: Volume, image: Volume) -> list[Finding]:
+    """What is to be said of a label map whose affine is not that of its image; [] if it is."""
+    apart_mm = geometry.distance_mm(label.affine, image.affine, label.voxels.shape)
+    if apart_mm <= _SAME_PLACE_MM:
+        return []
+    if geometry.canonical(label.affine) == geometry.canonical(image.affine):
+        text = f"label affine is up to {apart_mm:.3g} mm off the image's, which is taken"
+        return [Finding(Kind.MASK_MOVED, "repaired", text)]
+    text = (
+        "label affine has axes that run the other way than the image's; its voxels are taken as "
+        "they lie: look whether the mask is mirrored"
+    )
+    return [Finding(Kind.MASK_MIRRORED, "kept", text)]
 
 
 def reclass(

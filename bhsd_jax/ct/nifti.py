@@ -15,7 +15,7 @@ from jaxtyping import Num, Shaped, UInt8
 from nibabel.nifti1 import Nifti1Header
 from nibabel.spatialimages import HeaderDataError
 
-from bhsd_jax.ct import geometry, nifti_header
+from bhsd_jax.ct import masks, nifti_header
 from bhsd_jax.defects import Finding, Kind, Refusal, said_of
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
@@ -25,7 +25,6 @@ MAX_BYTES = 4 * 2**30
 _CHUNK = 2**20
 _SLACK = 2**20  # bytes after the voxels that are still taken for padding
 _DEFLATE_RATIO = 1032  # no gzip stream unpacks to more than this many times its size
-_SAME_PLACE_MM = 0.01  # two affines that put every voxel this close are the same
 _INTEGER = 1e-4  # scaled labels may miss their integer by this
 _GEOMETRY = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
@@ -79,8 +78,9 @@ def read_label(
 ) -> tuple[Volume, list[Finding]]:
     """Reads the label map of `image` as uint8, on the geometry and under the name of `image`.
 
-    Shapes must agree; affines need not, since masks in circulation have lost theirs: that only
-    adds a finding to the list. `num_classes` None allows 0..255. Whole numbers that were saved as
+    A mask whose affine puts it on the voxels of the image, in another order, is turned. Else shapes
+    must agree; affines need not, since masks in circulation have lost theirs: that only adds a
+    finding to the list. `num_classes` None allows 0..255. Whole numbers that were saved as
     integers behind a scale factor come back up to half the factor off, and are rounded.
 
     Raises:
@@ -92,22 +92,30 @@ def read_label(
     found = []
     with _naming(path):
         header, voxels = _load(path, MAX_BYTES)
-        if voxels.shape != image.voxels.shape:
-            raise Refusal(
-                Kind.MASK_SHAPE,
-                f"label has shape {voxels.shape} (D, H, W), but its image {image.voxels.shape}",
-            )
+        voxels, lies = _lay(header, voxels, image)
         off = nifti_header.rounding(header)
         label = _as_classes(voxels, 256 if num_classes is None else num_classes, max(off, _INTEGER))
         if off and (most := float(np.abs(voxels - label).max())) > _INTEGER:
             text = f"mask values up to {most:.2g} off whole numbers by their scale factor; rounded"
             found.append(Finding(Kind.MASK_ROUNDED, "repaired", text))
-        try:
-            found += apart(Volume(voxels, nifti_header.affine(header), ""), image)
-        except (ValueError, HeaderDataError) as error:
-            text = f"label geometry is unusable ({error}); the image's is taken"
-            found.append(Finding(Kind.MASK_GEOMETRY, "repaired", text))
-    return Volume(voxels=label, affine=image.affine, case=image.case), found
+    return Volume(voxels=label, affine=image.affine, case=image.case), [*found, *lies]
+
+
+def _lay(
+    header: Nifti1Header, voxels: np.ndarray, image: Volume
+) -> tuple[np.ndarray, list[Finding]]:
+    """The voxels of a label map in the order of its image's; an affine that is none says nothing.
+
+    Raises:
+        Refusal: If they are others.
+    """
+    try:
+        label = Volume(voxels, nifti_header.affine(header), "")
+    except (ValueError, HeaderDataError) as error:
+        masks.require_shape(voxels, image)
+        text = f"label geometry is unusable ({error}); the image's is taken"
+        return voxels, [Finding(Kind.MASK_GEOMETRY, "repaired", text)]
+    return masks.lay(label, image, placed=nifti_header.has_position(header))
 
 
 def remarks(image: object, label: object) -> list[Finding]:
@@ -318,24 +326,6 @@ def _as_classes(voxels: np.ndarray, num_classes: int, off: float) -> UInt8[np.nd
         text = f"label values must be integers in 0..{top}; got {shown}{more}"
         raise Refusal(Kind.MASK_VALUES, text)
     return voxels.astype(np.uint8)
-
-
-def apart(label: Volume, image: Volume) -> list[Finding]:
-    """What is to be said of a label map whose affine is not that of its image; [] if it is.
-
-    The image's is taken, and the label map's voxels as they lie.
-    """
-    apart_mm = geometry.distance_mm(label.affine, image.affine, label.voxels.shape)
-    if apart_mm <= _SAME_PLACE_MM:
-        return []
-    if geometry.canonical(label.affine) == geometry.canonical(image.affine):
-        text = f"label affine is up to {apart_mm:.3g} mm off the image's, which is taken"
-        return [Finding(Kind.MASK_MOVED, "repaired", text)]
-    text = (
-        "label affine has axes that run the other way than the image's; its voxels are taken as "
-        "they lie: look whether the mask is mirrored"
-    )
-    return [Finding(Kind.MASK_MIRRORED, "kept", text)]
 
 
 def _sform(affine: np.ndarray) -> dict[str, Any]:

@@ -52,8 +52,10 @@ def read_channels(image: Image) -> tuple[tuple[Volume, ...], list[Finding]]:
     else:
         parts = [read(path) for path in image.files]
         every, found = tuple(v for v, _ in parts), [one for _, more in parts for one in more]
+    placed = all(finding.kind is not Kind.NO_POSITION for finding in found)
     try:
-        return every, [*found, *channels.require_alike(every)]
+        every, more = channels.alike(every, placed=placed)
+        return every, [*found, *more]
     except Refusal as error:
         raise said_of(called(image), error) from error
 
@@ -87,8 +89,8 @@ def read_label(
 ) -> tuple[Volume, list[Finding]]:
     """The label map of `volume`, which `read` made from `image`.
 
-    A file's must have its shape, and a finding says if it lies elsewhere, as by
-    `nifti.read_label`. A DICOM series has no voxel order that every tool shares, so that a mask of
+    A file's must have its voxels, and is turned where their order is another; a finding says so,
+    and if it lies elsewhere, as by `nifti.read_label`. A DICOM series has no voxel order that every tool shares, so that a mask of
     it, in whatever format, is turned to the series' by its affine.
 
     Raises:
@@ -212,13 +214,14 @@ def _read_other(
 ) -> tuple[Volume, list[Finding]]:
     """A label map in a format that is not NIfTI, on the voxels of its scan."""
     made = formats.read(path)
-    if made.voxels.shape != volume.voxels.shape:
-        text = f"{path}: label has shape {made.voxels.shape}, but its image {volume.voxels.shape}"
-        raise Refusal(Kind.MASK_SHAPE, text)
-    label = _classes(path, made.voxels, num_classes)
     frame = formats.frame(path)
-    same = frame and frame == formats.frame(files(image)[0])
-    return Volume(label, volume.affine, volume.case), nifti.apart(made, volume) if same else []
+    same = bool(frame) and frame == formats.frame(files(image)[0])
+    try:
+        voxels, found = masks.lay(made, volume, placed=frame == "space" and same)
+    except Refusal as error:
+        raise said_of(path, error) from error
+    label = _classes(path, voxels, num_classes)
+    return Volume(label, volume.affine, volume.case), found if same else []
 
 
 def _where_it_lies(path: Path, num_classes: int | None) -> Volume:

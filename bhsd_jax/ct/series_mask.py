@@ -11,7 +11,6 @@ from bhsd_jax.ct.dicom.stack import Stack
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.volume import Shape, Volume
 
-_OFF_GRID_MM = 0.1  # how far a mask's voxels may lie from the series'
 _NEAR = 0.02  # of a slice step: how far outside those of a series a mask's may be
 
 Turned = tuple[np.ndarray, list[Finding]]
@@ -19,11 +18,11 @@ Turned = tuple[np.ndarray, list[Finding]]
 
 def onto(label: Volume, shape: Shape, affine: Float64[np.ndarray, "4 4"]) -> Turned | None:
     """The label map in the order of these voxels, if they are its own; and what was found."""
-    turned = _turn(label, shape, affine)
+    turned = geometry.onto(label, shape, affine)
     if turned is not None:
         return turned, []
     # Converters write tilted stacks with perpendicular axes: the same voxels, drawn upright.
-    turned = _turn(label, shape, _straightened(affine))
+    turned = geometry.onto(label, shape, _straightened(affine))
     if turned is None:
         return None
     text = "mask of a converter that hides the gantry's tilt; the series' is taken"
@@ -68,26 +67,6 @@ def _stated(label: Volume, stack: Stack) -> Iterator[Float64[np.ndarray, "4 4"]]
         last = first.copy()
         last[:3, 3] += (len(stack.slices) - 1) * (own[:3, 0] - first[:3, 0])
         yield last
-
-
-def _turn(label: Volume, shape: Shape, affine: np.ndarray) -> np.ndarray | None:
-    """The label in the voxel order of another grid of the same voxels; None if they are others."""
-    moved = np.linalg.inv(affine) @ label.affine
-    turn = np.rint(moved[:3, :3])
-    a, b, c = np.abs(turn).argmax(axis=1).tolist()  # the mask's axis behind each of ours
-    if sorted((a, b, c)) != [0, 1, 2] or np.abs(turn).sum() != 3:
-        return None
-    flip = bool(turn[0, a] < 0), bool(turn[1, b] < 0), bool(turn[2, c] < 0)
-    turned = geometry.turn(label.voxels, (a, b, c), flip)
-    if turned.shape != shape:
-        return None
-    exact = np.zeros((4, 4))
-    exact[3, 3] = 1
-    exact[:3, :3] = turn
-    exact[:3, 3] = np.where(flip, np.asarray(shape) - 1, 0)
-    if geometry.distance_mm(label.affine, affine @ exact, label.voxels.shape) > _OFF_GRID_MM:
-        return None
-    return np.ascontiguousarray(turned)
 
 
 def _straightened(affine: np.ndarray) -> np.ndarray:

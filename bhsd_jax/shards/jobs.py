@@ -27,7 +27,7 @@ from bhsd_jax.volume import Case, Plan
 logger = logging.getLogger(__name__)
 
 _KEYS = ("key", "bytes", "entries")  # of every record; those of older versions have no more
-_SHIFTED = (Kind.OFFSET, Kind.UNSIGNED)
+_SHIFTED = (Kind.OFFSET, Kind.UNSIGNED, Kind.TURNED)
 _SEALED = (*_KEYS, "sha256")  # what the seal is of
 
 
@@ -40,7 +40,7 @@ class ShardJob:
     cases: tuple[Case, ...]
     digests: tuple[str, ...]  # of each case's files
     plan: Plan
-    shifted: tuple[str, ...] = ()  # cases whose HU older versions took as they lay
+    shifted: tuple[str, ...] = ()  # cases that older versions took as they lay
 
     @property
     def key(self) -> str:

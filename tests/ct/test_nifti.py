@@ -414,3 +414,41 @@ def test_odd_headers_are_remarked_on(tmp_path, stored):
     (tmp_path / "text.nii").write_text("no scan")
     assert nifti.remarks(tmp_path / "text.nii", tmp_path / "none.nii") == []
     assert nifti.remarks(object(), object()) == []  # scans that are no file
+
+
+def turns(affine, voxels):
+    """A file's voxels, and the same in the orders that other tools write them in."""
+    whole = nib.Nifti1Image(voxels, affine)
+    native = nib.io_orientation(affine)
+    for letters in ("RAS", "LPS", "SRA", "PIL"):
+        how = nib.orientations.ornt_transform(native, nib.orientations.axcodes2ornt(letters))
+        yield whole.as_reoriented(how)
+
+
+def test_a_mask_of_the_same_voxels_in_another_order_is_turned(tmp_path, stored):
+    """As MONAI, FSL or nibabel have sorted its axes; and channels of one scan likewise."""
+    place = save(tmp_path / "scan.nii", stored)
+    image, truth = nifti.read(place), (stored > 0).astype(np.uint8)
+    for turned in turns(AFFINE, truth):
+        nib.save(turned, tmp_path / "l.nii.gz")
+        label, found = scan.read_label(tmp_path / "l.nii.gz", place, image, num_classes=2)
+        np.testing.assert_array_equal(label.voxels, truth.T)
+        assert {finding.kind for finding in found} <= {Kind.TURNED}
+    for turned in turns(AFFINE, stored):
+        nib.save(turned, tmp_path / "other.nii.gz")
+        both = Channels((place, tmp_path / "other.nii.gz"), 2)
+        (first, second), found = scan.read_channels(both)
+        np.testing.assert_array_equal(second.voxels, first.voxels)
+        assert {finding.kind for finding in found} <= {Kind.TURNED}
+
+
+def test_a_mask_that_states_no_place_is_not_turned(tmp_path, stored):
+    """Its affine is nibabel's custom, though it may hit the voxels of a scan about the origin."""
+    center = np.diag([1.0, 1, 1, 1])
+    center[:3, 3] = -1, -1.5, -2
+    image = nifti.read(save(tmp_path / "scan.nii", stored, center))
+    truth = (stored > 0).astype(np.uint8)
+    path = save(tmp_path / "l.nii", truth, center, sform_code=0, qform_code=0)
+    label, found = nifti.read_label(path, image, num_classes=2)
+    np.testing.assert_array_equal(label.voxels, truth.T)
+    assert [finding.kind for finding in found] == [Kind.MASK_MIRRORED]

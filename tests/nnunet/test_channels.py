@@ -216,8 +216,8 @@ def clipped(ct, plan, grid):
 
 def test_channels_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="channel 1 has"):
-        channels.require_alike([volume(0), volume(1, shape=(6, 8, 9))])
+        channels.alike([volume(0), volume(1, shape=(6, 8, 9))], placed=True)
     moved = volume(1)
     moved.affine[0, 3] += 0.5
-    (finding,) = channels.require_alike([volume(0), moved])
+    _, (finding,) = channels.alike([volume(0), moved], placed=True)
     assert "channel 1 lies up to 0.5 mm off" in finding.text

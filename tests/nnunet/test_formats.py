@@ -133,7 +133,7 @@ def test_an_image_is_where_itk_says(tmp_path):
 
 @pytest.mark.parametrize("ending", [".mha", ".nrrd", ".gipl"])
 def test_a_label_map_that_lies_elsewhere_than_its_scan_is_told(tmp_path, ending):
-    """As of NIfTI: its voxels are taken as they lie."""
+    """As of NIfTI: taken as it lies, but for the very voxels of the scan in another order."""
     voxels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     image = tmp_path / "a.nii.gz"
     nifti.write_volume(image, Volume(voxels, np.diag([-1.0, -2.0, 5.0, 1.0])[:, [2, 1, 0, 3]], ""))
@@ -144,18 +144,22 @@ def test_a_label_map_that_lies_elsewhere_than_its_scan_is_told(tmp_path, ending)
     for name, origin, direction in (
         ("as the scan", (0, 0, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1)),
         ("elsewhere", (0, 4, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1)),
-        ("mirrored", (3, 0, 0), (-1, 0, 0, 0, 1, 0, 0, 0, 1)),
+        ("turned", (3, 0, 0), (-1, 0, 0, 0, 1, 0, 0, 0, 1)),
+        ("mirrored", (0, 0, 0), (-1, 0, 0, 0, 1, 0, 0, 0, 1)),
     ):
         made.SetOrigin(origin)
         made.SetDirection(direction)
         itk.WriteImage(made, str(tmp_path / f"m{ending}"))
         label, found = scan.read_label(tmp_path / f"m{ending}", image, volume, num_classes=None)
-        np.testing.assert_array_equal(label.voxels, voxels)
-        np.testing.assert_array_equal(label.affine, volume.affine)
         lies[name] = [one.kind for one in found]
-    moved = [Kind.MASK_MOVED]
-    mirrored = moved if ending == ".gipl" else [Kind.MASK_MIRRORED]  # it states no direction
-    assert lies == {"as the scan": [], "elsewhere": moved, "mirrored": mirrored}
+        turned = lies[name] == [Kind.TURNED]
+        np.testing.assert_array_equal(label.voxels, voxels[..., ::-1] if turned else voxels)
+        np.testing.assert_array_equal(label.affine, volume.affine)
+    moved, mirrored = [Kind.MASK_MOVED], [Kind.MASK_MIRRORED]
+    same = [Kind.TURNED]
+    if ending == ".gipl":  # it states no direction
+        mirrored, same = [], moved
+    assert lies == {"as the scan": [], "elsewhere": moved, "turned": same, "mirrored": mirrored}
 
 
 def test_spacings_of_tiff_are_compared_where_both_are_stated(tmp_path):
