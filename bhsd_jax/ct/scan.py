@@ -90,8 +90,8 @@ def read_label(
     """The label map of `volume`, which `read` made from `image`.
 
     A file's must have its voxels, and is turned where their order is another; a finding says so,
-    and if it lies elsewhere, as by `nifti.read_label`. A DICOM series has no voxel order that every tool shares, so that a mask of
-    it, in whatever format, is turned to the series' by its affine.
+    and if it lies elsewhere, as by `nifti.read_label`. A DICOM series has no voxel order that every
+    tool shares, so that a mask of it, in whatever format, is turned to the series' by its affine.
 
     Raises:
         ValueError: If it is refused as by `nifti.read_label`, or lies off the series' grid.

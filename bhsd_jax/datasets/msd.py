@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.ct import formats
-from bhsd_jax.datasets import splits_file
+from bhsd_jax.datasets import json_lists, splits_file
+from bhsd_jax.datasets.splits_file import Folds
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.labels import Labels
 from bhsd_jax.nnunet import dataset_json
@@ -19,7 +20,6 @@ from bhsd_jax.volume import Case, Channels, Survey
 
 Pairs = dict[str, tuple[Path | Channels | None, Path | None]]  # image and mask by case
 
-_DATASET = 'is {"<case>": {"images": ["<file>"], "label": "<file>"}, ...}'
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})")  # nnU-Net's names of images
 _OF_MODALITY = (["CTNormalization"], [dataset_json.Z_SCORES])  # one channel, usual normalization
 
@@ -30,8 +30,10 @@ class MSD:
 
     Cases of `imagesTs` are "test", with masks where `labelsTs` has them. Every case counts as its
     own patient, since the format knows none. Where `dataset.json` lists its training cases, only
-    those are taken. A `splits_final.json` beside it holds the folds. Every one of several channels
-    has a file (`<case>_0000`, `<case>_0001`, ...); or one file has all, along a fourth axis.
+    those are taken; those of MONAI's list "validation" are "val". A `splits_final.json` beside it
+    holds the folds, else the list may number them, as MONAI's Auto3DSeg does. Every one of several
+    channels has a file (`<case>_0000`, `<case>_0001`, ...); or one file has all, along a fourth
+    axis.
 
     Source: nnU-Net v2, documentation/dataset_format.md.
     """
@@ -77,6 +79,11 @@ class MSD:
         """Where nnU-Net's folds lie, if a user has given any."""
         return Path(self.root) / splits_file.NAME
 
+    @property
+    def folds(self) -> Folds:
+        """Those of MONAI's Auto3DSeg, whose list "training" has a number for each case; or ()."""
+        return json_lists.folds(self._listed)
+
     @functools.cached_property
     def labels(self) -> Labels:
         """What the values of its masks mean.
@@ -107,15 +114,15 @@ class MSD:
             FileNotFoundError: If `dataset.json` or `imagesTr` is not there.
             ValueError: If an image has no mask or a mask no image, or channels are missing.
         """
-        train = self._training()
-        test = self._pairs("imagesTs", "labelsTs") if self._folder("imagesTs").is_dir() else {}
+        train, test = self._training(), self._testing()
         self._check(train, test)
-        listed = self._listed
+        lists = {id: item.split for id, item in self._listed.items()}
+        others = None if set(lists.values()) - {"test"} else "train"  # of cases in no list
+        split_of = {id: lists.get(id, others) for id in train} | dict.fromkeys(test, "test")
         cases = [
             Case(id, id, image, label, split)
-            for split, pairs in (("train", train), ("test", test))
-            for id, (image, label) in pairs.items()
-            if image is not None and (split == "test" or not listed or id in listed)
+            for id, (image, label) in (train | test).items()
+            if image is not None and (split := split_of[id])
         ]
         taken = sum(case.split == "train" for case in cases)
         findings = self._counted(taken, len(train))
@@ -142,48 +149,43 @@ class MSD:
         Decathlon's list "training", as MONAI's `load_decathlon_datalist` takes it.
         """
         if "dataset" in self._facts:
-            return self._described(self._facts["dataset"])
+            return self._described()
         pairs = self._pairs("imagesTr", "labelsTr")
-        for id, item in self._listed.items():
-            image, label = pairs.get(id, (None, None))
-            # Lists made for other tools name images without the suffix of the channel.
-            # One channel of a case stands for all of them.
-            own = image.files if isinstance(image, Channels) else filter(None, [image])
-            files = [self._place(name) for name in item["image"]]
-            known = {path.resolve() for path in own}.issuperset(path.resolve() for path in files)
-            if not known and all(path.is_file() for path in files):
-                image = self._image(id, files)
-            if item.get("label"):
-                label = self._at(item["label"])
-            if image is not None:
-                pairs[id] = (image, label)
+        for id, item in self._of("train", "val").items():
+            self._put(pairs, id, item)
+        tested = self._of("test")  # of imagesTr too, by MONAI's lists
+        return {id: pair for id, pair in pairs.items() if id not in tested}
+
+    def _testing(self) -> Pairs:
+        """Those of `imagesTs`, and those that the list "test" names elsewhere."""
+        pairs = self._pairs("imagesTs", "labelsTs") if self._folder("imagesTs").is_dir() else {}
+        for id, item in self._of("test").items():
+            self._put(pairs, id, item)
         return pairs
 
-    def _described(self, listed: Any) -> Pairs:
-        """The cases of nnU-Net's key "dataset": `{case: {"images": [...], "label": ...}}`."""
-        pairs: Pairs = {}
-        if not isinstance(listed, dict) or not listed:
-            raise UserError(f"{self._json}: `dataset` {_DATASET}; got {listed!r:.60}")
-        for id, item in listed.items():
-            if id in self.ignore:
-                continue
-            if (
-                not isinstance(item, dict)
-                or not isinstance(item.get("images"), list)
-                or not isinstance(item.get("label"), str)
-            ):
-                raise UserError(
-                    f"{self._json}: case {id!r} of `dataset`: it {_DATASET}; got {item!r:.60}"
-                )
-            if len(item["images"]) not in (1, len(self._channels)) or "/" in id:
-                raise UserError(
-                    f"{self._json}: case {id!r} of `dataset` has {len(item['images'])} images; it "
-                    f"needs one or {len(self._channels)}, as many as there are channels, and a "
-                    "name without slashes"
-                )
-            images = [self._at(name) for name in item["images"]]
-            pairs[id] = (self._image(id, images), self._at(item["label"]))
-        return pairs
+    def _put(self, pairs: Pairs, id: str, item: json_lists.Listed) -> None:
+        """Image and mask of a listed case, where the list says that they lie."""
+        image, label = pairs.get(id, (None, None))
+        # Lists made for other tools name images without the suffix of the channel.
+        # One channel of a case stands for all of them.
+        own = image.files if isinstance(image, Channels) else filter(None, [image])
+        files = [self._place(name) for name in item.images]
+        known = {path.resolve() for path in own}.issuperset(path.resolve() for path in files)
+        if not known and all(path.is_file() for path in files):
+            image = self._image(id, files)
+        if item.label:
+            label = self._at(item.label)
+        if image is not None:
+            pairs[id] = (image, label)
+
+    def _described(self) -> Pairs:
+        """The cases of nnU-Net's key "dataset"."""
+        count = len(self._channels)
+        listed = json_lists.described(self._facts, self._json, count, self.ignore)
+        return {
+            id: (self._image(id, [self._at(name) for name in item.images]), self._at(item.label))
+            for id, item in listed.items()
+        }
 
     def _at(self, name: str) -> Path:
         """A path of `dataset.json`: relative to it, with variables of the environment.
@@ -229,10 +231,11 @@ class MSD:
             raise UserError(
                 f"{self._json}: is no JSON ({error}); correct it, or copy it again"
             ) from error
-        if not isinstance(found, dict) or not isinstance(found.get("training", []), list):
+        if not isinstance(found, dict) or not json_lists.are_lists(found):
             raise UserError(
                 f'{self._json}: expected {{"channel_names": ..., "labels": ...}}, where `training` '
-                f"is a list if it is there; got {found!r:.60}"
+                "is a list if it is there, and so are `validation` and `test`; got "
+                f"{found!r:.60}"
             )
         return found
 
@@ -262,25 +265,25 @@ class MSD:
         return found
 
     @functools.cached_property
-    def _listed(self) -> dict[str, dict[str, Any]]:
-        """The Decathlon's list "training" by case; nothing where nnU-Net's own list is there."""
-        found: dict[str, dict[str, Any]] = {}
-        for item in () if "dataset" in self._facts else self._facts.get("training", []):
-            item = item if isinstance(item, dict) else {"image": item}
-            image: Any = item.get("image")
-            names: list[Any] = image if isinstance(image, list) else [image]  # MONAI's channels
-            if not names or not all(isinstance(name, str) for name in names):
-                raise UserError(
-                    f"{self._json}: an item of `training` names its image; got {item!r:.60}"
-                )
-            id = self._id(Path(names[0]).name, image=True)
-            if id in found:
-                raise UserError(
-                    f"{self._json}: `training` lists two images called {id}; cases are called by "
-                    "the names of their files, without folders"
-                )
-            found[id] = item | {"image": names}
+    def _listed(self) -> dict[str, json_lists.Listed]:
+        """The Decathlon's and MONAI's lists by case; nothing where nnU-Net's own list is there.
+
+        Of "test" those whose images are there, and not in `imagesTs`: copies often come without.
+        """
+        tests = self._folder("imagesTs").resolve()
+
+        def is_used(item: json_lists.Listed) -> bool:
+            places = map(self._place, item.images)
+            return item.split != "test" or all(
+                place.is_file() and place.resolve().parent != tests for place in places
+            )
+
+        named = functools.partial(self._id, image=True)
+        found = json_lists.lists(self._facts, self._json, named, is_used)
         return {id: item for id, item in found.items() if id not in self.ignore}
+
+    def _of(self, *splits: str) -> dict[str, json_lists.Listed]:
+        return {id: item for id, item in self._listed.items() if item.split in splits}
 
     def _folder(self, name: str) -> Path:
         return Path(self.root) / name
@@ -346,7 +349,7 @@ class MSD:
                 f"{self.root}: {_some(lonely)}; put the missing file there, or name the case in "
                 "config.data.ignore"
             )
-        absent = sorted(set(self._listed) - set(train))
+        absent = sorted(set(self._of("train", "val")) - set(train))
         if absent:
             raise UserError(
                 f"{self._json}: lists {_some(absent)}, not in imagesTr; fetch it, or take it off "

@@ -25,14 +25,15 @@ _SHAPE = 'a list with one {"train": [case, ...], "val": [case, ...]} per fold'
 def beside(dataset: Any, cases: Iterable[Case]) -> Folds:
     """The folds a user has given for a data set that says where they lie; () if there are none.
 
-    Such a data set has `splits_file`, a path. Cases that it was told to ignore are in no fold.
+    Such a data set has `splits_file`, a path, or else `folds`. Cases that it was told to ignore are
+    in no fold.
 
     Raises:
         ValueError: If the file is no list of folds, or names what is no training case.
     """
     path = getattr(dataset, "splits_file", None)
     if path is None or not Path(path).is_file():
-        return ()
+        return getattr(dataset, "folds", ())
     folds = load(path)
     ignored: set[str] = set(getattr(dataset, "ignore", ()))
     _require_known(path, folds, {case.id for case in cases if case.split == "train"} | ignored)

@@ -1,4 +1,5 @@
 import json
+from typing import NamedTuple
 
 import pytest
 
@@ -45,6 +46,18 @@ def nnunet(tmp_path, touch):
     touch(tmp_path / "imagesTr" / "._b_2_0000.nii.gz")
     describe(tmp_path, V2)
     return tmp_path
+
+
+class Row(NamedTuple):
+    id: str
+    patient: str
+    split: str
+    has_label: bool
+    bleeding: bool | None
+
+    @classmethod
+    def of(cls, case):
+        return cls(case.id, case.patient, case.split, case.label is not None, case.bleeding)
 
 
 def summary(dataset):
@@ -134,6 +147,53 @@ def test_only_listed_training_cases_are_taken(decathlon, touch):
     for folder in ("imagesTr", "labelsTr"):
         touch(decathlon / folder / "h_99.nii.gz")
     assert "h_99" not in [case.id for case in MSD(decathlon).cases()]
+
+
+def test_monais_lists_of_validation_and_test_cases_count(decathlon, touch):
+    """Of `load_decathlon_datalist`, as in its BTCV tutorials: all images lie in imagesTr."""
+    for id in ("h_3", "h_4"):
+        touch(decathlon / "imagesTr" / f"{id}.nii.gz")
+        touch(decathlon / "labelsTr" / f"{id}.nii.gz")
+    by_key = {"training": ("h_2", "h_10"), "validation": ("h_3",), "test": ("h_4",)}
+    lists = {
+        key: [{"image": f"imagesTr/{i}.nii.gz", "label": f"labelsTr/{i}.nii.gz"} for i in ids]
+        for key, ids in by_key.items()
+    }
+    lists["test"] += ["imagesTs/h_7.nii.gz", "imagesTs/gone.nii.gz"]
+    describe(decathlon, V1 | lists)
+    found = MSD(decathlon)
+    assert summary(found) == [
+        ("h_10", "h_10", "train", True),
+        ("h_2", "h_2", "train", True),
+        ("h_3", "h_3", "val", True),
+        ("h_4", "h_4", "test", True),
+        ("h_7", "h_7", "test", False),
+    ]
+    roles, _ = splits.roles(list(map(Row.of, found.cases())), fold=0, labeled=None, seed=0)
+    assert (roles.train, roles.val) == (("h_10", "h_2"), ("h_3",))
+    describe(decathlon, V1 | lists | {"validation": lists["training"][:1]})
+    with pytest.raises(ValueError, match="`validation` lists two images called h_2"):
+        list(MSD(decathlon).cases())
+
+
+def test_folds_that_monais_list_numbers_are_the_users(decathlon, touch):
+    """Of Auto3DSeg: a case validates in the fold of its number; one without trains in all."""
+    numbers = {"h_2": 0, "h_10": 2, "h_3": 0, "h_4": None}
+    listed = []
+    for id, number in numbers.items():
+        touch(decathlon / "imagesTr" / f"{id}.nii.gz")
+        touch(decathlon / "labelsTr" / f"{id}.nii.gz")
+        item = {"image": f"imagesTr/{id}.nii.gz", "label": f"labelsTr/{id}.nii.gz"}
+        listed.append(item if number is None else item | {"fold": number})
+    describe(decathlon, V1 | {"training": listed})
+    found = MSD(decathlon)
+    assert splits_file.beside(found, list(found.cases())) == (
+        (("h_10", "h_4"), ("h_2", "h_3")),
+        (("h_10", "h_2", "h_3", "h_4"), ()),
+        (("h_2", "h_3", "h_4"), ("h_10",)),
+    )
+    own = folds(decathlon, [{"train": ["h_2"], "val": ["h_3"]}])
+    assert own == ((("h_2",), ("h_3",)),)
 
 
 def test_masks_lie_where_the_list_says(decathlon, touch):

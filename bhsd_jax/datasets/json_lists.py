@@ -1,0 +1,135 @@
+"""Cases as a dataset.json lists them: the Decathlon's and MONAI's lists, and nnU-Net's key."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bhsd_jax.datasets.splits_file import Folds
+from bhsd_jax.platform.errors import UserError
+
+SPLITS = {"training": "train", "validation": "val", "test": "test"}  # by key
+KEY = "dataset"  # nnU-Net's own
+_ITEM = 'is {"<case>": {"images": ["<file>"], "label": "<file>"}, ...}'
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a list says of one case."""
+
+    images: tuple[str, ...]  # paths as the list has them
+    label: str  # "": it names none
+    split: str
+    fold: int | None = None  # in which it validates, where MONAI's Auto3DSeg says so
+
+
+def are_lists(facts: Mapping[str, Any]) -> bool:
+    """Whether what is there of the lists are such."""
+    return all(isinstance(facts.get(key, []), list) for key in SPLITS)
+
+
+def lists(
+    facts: Mapping[str, Any],
+    place: object,
+    case_of: Callable[[str], str],
+    is_used: Callable[[Listed], bool],
+) -> dict[str, Listed]:
+    """The lists "training", "validation" and "test" by case; nothing where nnU-Net's key is there.
+
+    Args:
+        facts: The dataset.json.
+        place: What errors call it.
+        case_of: A case's name by that of an image's file, without folders.
+        is_used: Whether an item is to be taken at all.
+
+    Raises:
+        UserError: If an item names no image, or two are one case.
+
+    Source: MONAI 1.6, `load_decathlon_datalist`, `datafold_read`.
+    """
+    found: dict[str, Listed] = {}
+    every = [(key, item) for key in SPLITS for item in facts.get(key, [])]
+    for key, item in () if KEY in facts else every:
+        one = _listed(key, item, place)
+        if not is_used(one):
+            continue
+        case = case_of(Path(one.images[0]).name)
+        if case in found:
+            raise UserError(
+                f"{place}: `{key}` lists two images called {case}, or a list before it has one; "
+                "cases are called by the names of their files, without folders"
+            )
+        found[case] = one
+    return found
+
+
+def described(
+    facts: Mapping[str, Any], place: object, channels: int, ignore: Collection[str]
+) -> dict[str, Listed]:
+    """nnU-Net's key "dataset" by case: `{case: {"images": [...], "label": ...}}`.
+
+    Args:
+        facts: The dataset.json.
+        place: What errors call it.
+        channels: How many images a case may have, if not one.
+        ignore: Cases that are left out, whatever they are.
+
+    Raises:
+        UserError: If it has another shape, or a case another number of images.
+
+    Source: nnU-Net v2.8.1, `get_filenames_of_train_images_and_targets`.
+    """
+    given = facts[KEY]
+    if not isinstance(given, dict) or not given:
+        raise UserError(f"{place}: `dataset` {_ITEM}; got {given!r:.60}")
+    return {
+        case: _described(case, item, place, channels)
+        for case, item in given.items()
+        if case not in ignore
+    }
+
+
+def folds(listed: Mapping[str, Listed]) -> Folds:
+    """Training and validation cases by fold, where items say in which one they validate."""
+    train = {case: item.fold for case, item in listed.items() if item.split == "train"}
+    numbers = {number for number in train.values() if number is not None}
+    if len(numbers) < 2:
+        return ()
+    return tuple(
+        (
+            tuple(sorted(case for case, own in train.items() if own != number)),
+            tuple(sorted(case for case, own in train.items() if own == number)),
+        )
+        for number in range(max(numbers) + 1)
+    )
+
+
+def _described(case: str, item: Any, place: object, channels: int) -> Listed:
+    if (
+        not isinstance(item, dict)
+        or not isinstance(item.get("images"), list)
+        or not isinstance(item.get("label"), str)
+    ):
+        raise UserError(f"{place}: case {case!r} of `dataset`: it {_ITEM}; got {item!r:.60}")
+    count = len(item["images"])
+    if count not in (1, channels) or "/" in case:
+        raise UserError(
+            f"{place}: case {case!r} of `dataset` has {count} images; it needs one or {channels}, "
+            "as many as there are channels, and a name without slashes"
+        )
+    return Listed(tuple(item["images"]), item["label"], "train")
+
+
+def _listed(key: str, given: Any, place: object) -> Listed:
+    item = given if isinstance(given, dict) else {"image": given}
+    image: Any = item.get("image")
+    names: list[Any] = image if isinstance(image, list) else [image]  # MONAI's channels
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{place}: an item of `{key}` names its image; got {given!r:.60}")
+    label, fold = item.get("label"), item.get("fold")
+    return Listed(
+        tuple(names),
+        label if isinstance(label, str) else "",
+        SPLITS[key],
+        fold if type(fold) is int and fold >= 0 else None,
+    )
