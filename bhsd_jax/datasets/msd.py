@@ -253,9 +253,16 @@ class MSD:
         )
         return images.isdisjoint(masks) and any(f"{mask}_0000" in images for mask in masks)
 
-    @property
+    @functools.cached_property
     def _ending(self) -> str:
-        return str(self._facts.get("file_ending", ".nii.gz"))
+        """As nnU-Net v2 states it; else .nii.gz, or what the files of a folder without it have."""
+        usual = ".nii.gz"
+        if "file_ending" in self._facts:
+            return str(self._facts["file_ending"])
+        folder = self._folder("imagesTr")
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        seen = {end for end in (usual, ".nii", *formats.ENDINGS) for n in names if n.endswith(end)}
+        return seen.pop() if len(seen) == 1 else usual
 
     @functools.cached_property
     def _channels(self) -> tuple[tuple[str, str], ...]:
@@ -340,7 +347,8 @@ class MSD:
             )
         if not any(image for image, _ in train.values()):
             raise FileNotFoundError(
-                f"{self._folder('imagesTr')}: no images that end in {self._ending}"
+                f"{self._folder('imagesTr')}: no images that end in {self._ending}; another "
+                "ending is said as `file_ending` in dataset.json"
             )
         lonely = [f"{id} (no image)" for id, (image, _) in {**train, **test}.items() if not image]
         lonely += [f"{id} (no mask)" for id, (_, label) in train.items() if not label]

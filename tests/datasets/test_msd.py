@@ -138,6 +138,19 @@ def test_a_channel_may_ask_for_another_normalization(nnunet, name, scheme):
     assert MSD(nnunet).classes == ("background", "brain", "lesion")
 
 
+@pytest.mark.parametrize("ending", [".nii", ".mha", ".nrrd"])
+def test_a_folder_that_states_no_ending_has_that_of_its_files(tmp_path, touch, ending):
+    """As MONAI and others read them: only nnU-Net v2 has the key `file_ending`."""
+    for name in ("imagesTr/a", "labelsTr/a", "imagesTr/b", "labelsTr/b", "imagesTs/c"):
+        touch(tmp_path / f"{name}{ending}")
+    describe(tmp_path, V1)
+    ids = [("a", "train"), ("b", "train"), ("c", "test")]
+    assert [(case.id, case.split) for case in MSD(tmp_path).cases()] == ids
+    listed = [{"image": f"./imagesTr/a{ending}", "label": f"./labelsTr/a{ending}"}]
+    describe(tmp_path, V1 | {"training": listed})
+    assert [(case.id, case.split) for case in MSD(tmp_path).cases()] == [ids[0], ids[2]]
+
+
 def test_masks_of_test_images_are_used_where_there_are_any(decathlon, touch):
     touch(decathlon / "labelsTs" / "h_7.nii.gz")
     assert ("h_7", "h_7", "test", True) in summary(MSD(decathlon))
