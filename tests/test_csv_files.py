@@ -19,6 +19,28 @@ def test_records_become_lines_and_no_records_no_file(tmp_path, end):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_tables_are_read_as_spreadsheets_export_them(tmp_path, separator, encoding):
+    """Separators of all countries, spaces, lines of empty cells, and lines cut short."""
+    lines = ["case; any ;Höhe", "a; 1.0 ;x", ";;", "", "b;0"]
+    text = "\r\n".join(lines).replace(";", separator)
+    (tmp_path / "t.csv").write_bytes(text.encode(encoding))
+    (_, names), *rows = csv_files.read_records(tmp_path / "t.csv")
+    assert list(names)[:2] == ["case", "any"]
+    assert [(number, *row.values()) for number, row in rows] == [
+        (2, "a", "1.0", "x"),
+        (5, "b", "0", ""),
+    ]
+
+
+def test_whole_numbers_may_have_a_decimal_of_zero():
+    assert [csv_files.whole(cell) for cell in ("1", "1.0", "0,0", "-1")] == [1, 1, 0, -1]
+    for cell in ("", "x", "0.5", "nan", "inf"):
+        with pytest.raises(ValueError, match=r"whole|convert"):
+            csv_files.whole(cell)
+
+
 def test_floats_keep_all_their_digits(tmp_path):
     csv_files.write_csv(tmp_path / "t.csv", "xyz", iter([(0.1 + 0.2, math.nan, math.inf)]))
     assert (tmp_path / "t.csv").read_bytes() == b"x,y,z\r\n0.30000000000000004,nan,inf\r\n"

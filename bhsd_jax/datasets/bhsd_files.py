@@ -3,14 +3,14 @@
 Nothing here stops at the first defect: each is a `Finding`, and the rest is read.
 """
 
-import csv
 import filecmp
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bhsd_jax.defects import Finding, Kind
+from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
 
 _PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
@@ -97,38 +97,46 @@ def slice_labels(path: Path, classes: tuple[str, ...]) -> dict[str, tuple]:
     if not path.is_file():
         return {}
     rows: dict[str, dict[int, tuple[int, ...]]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        expected = f"expected case, slice, any, {', '.join(classes)}"
-        lacking = {"case", "slice"} - set(reader.fieldnames or ())
-        if lacking:
-            raise UserError(f"{path}: no column {', '.join(sorted(lacking))}; {expected}")
-        untold = [name for name in classes if name not in (reader.fieldnames or ())]
-        for row in reader:
-            # No bleeding at all is known of every class.
-            default = 0 if row.get("any") == "0" else -1
-            try:
-                index = int(row["slice"])
-                values = tuple(int(row.get(name) or default) for name in classes)
-            except (TypeError, ValueError):
-                index, values = -1, ()
-            if not set(values) <= {-1, 0, 1} or not 0 <= index < _MOST_SLICES:
-                raise UserError(
-                    f"{path}, line {reader.line_num}: expected 0, 1 or -1 per class and a slice "
-                    f"below {_MOST_SLICES}; got {row}"
-                )
-            if untold and row.get("any") == "1" and 1 not in values:
-                raise UserError(
-                    f"{path}, line {reader.line_num}: any is 1 but no class is, and there is no "
-                    f"column {', '.join(untold)}; {expected}: say which class the slice shows, or "
-                    "leave the line out"
-                )
-            rows.setdefault(base_name(row["case"]), {})[index] = values
+    lines = csv_files.read_records(path)
+    names = next(lines, (0, {}))[1]
+    expected = f"expected case, slice, any, {', '.join(classes)}"
+    if lacking := {"case", "slice"} - set(names):
+        raise UserError(f"{path}: no column {', '.join(sorted(lacking))}; {expected}")
+    untold = [name for name in classes if name not in names]
+    for number, row in lines:
+        place = f"{path}, line {number}"
+        union, index, values = _slice_row(row, classes)
+        if not set(values) <= {-1, 0, 1} or not 0 <= index < _MOST_SLICES:
+            raise UserError(
+                f"{place}: expected 0, 1 or -1 per class and a slice below {_MOST_SLICES}; got "
+                f"{row}"
+            )
+        if untold and union == 1 and 1 not in values:
+            raise UserError(
+                f"{place}: any is 1 but no class is, and there is no column {', '.join(untold)}; "
+                f"{expected}: say which class the slice shows, or leave the line out"
+            )
+        if rows.setdefault(base_name(row["case"]), {}).setdefault(index, values) != values:
+            raise UserError(f"{place}: contradicts an earlier line of that slice; {_KEEP_ONE}")
     unknown = (-1,) * len(classes)
     return {
         case: tuple(by_slice.get(k, unknown) for k in range(max(by_slice) + 1))
         for case, by_slice in rows.items()
     }
+
+
+def _slice_row(
+    row: Mapping[str, str], classes: tuple[str, ...]
+) -> tuple[int, int, tuple[int, ...]]:
+    """`any`, the slice and a value per class, -1 where nothing is said; slice -1 if one is none."""
+    try:
+        union = csv_files.whole(row.get("any") or "-1")
+        # No bleeding at all is known of every class.
+        default = "0" if union == 0 else "-1"
+        values = tuple(csv_files.whole(row.get(name) or default) for name in classes)
+        return union, csv_files.whole(row["slice"]), values
+    except ValueError:
+        return -1, -1, ()
 
 
 def _examine(path: Path, name: str, read_too: tuple[str, ...]) -> tuple[bool, Finding | None]:

@@ -1,6 +1,5 @@
 """PhysioNet CT-ICH: 75 head CTs, bleeding outlined as one class and typed slice by slice."""
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from bhsd_jax.datasets.label_maps import LabelMap
 from bhsd_jax.datasets.pairs import pairs
 from bhsd_jax.datasets.rsna import any_bleeding
+from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
@@ -67,20 +67,22 @@ def _rows(path: Path, typed: bool) -> dict[str, tuple[tuple[int, ...], ...]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; it comes with the data set")
     by_case: dict[str, dict[int, tuple[int, ...]]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        lacking = {"PatientNumber", "SliceNumber", *_COLUMNS} - set(reader.fieldnames or ())
-        if lacking:
-            raise UserError(f"{path}: no column {', '.join(sorted(lacking))}")
-        for row in reader:
-            try:
-                values = tuple(int(row[name]) for name in _COLUMNS)
-                case, index = f"{int(row['PatientNumber']):03d}", int(row["SliceNumber"]) - 1
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path}, line {reader.line_num}: expected numbers") from error
-            if not set(values) <= {0, 1} or index < 0:
-                raise UserError(f"{path}, line {reader.line_num}: expected 0 or 1; got {values}")
-            by_case.setdefault(case, {})[index] = values if typed else (max(values),)
+    lines = csv_files.read_records(path)
+    lacking = {"PatientNumber", "SliceNumber", *_COLUMNS} - set(next(lines, (0, {}))[1])
+    if lacking:
+        raise UserError(f"{path}: no column {', '.join(sorted(lacking))}")
+    for number, row in lines:
+        try:
+            values = tuple(csv_files.whole(row[name]) for name in _COLUMNS)
+            patient, index = (csv_files.whole(row[n]) for n in ("PatientNumber", "SliceNumber"))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: expected numbers ({error})") from error
+        if not set(values) <= {0, 1} or index < 1:
+            raise UserError(f"{path}, line {number}: expected 0 or 1; got {values}")
+        by_slice = by_case.setdefault(f"{patient:03d}", {})
+        shown = values if typed else (max(values),)
+        if by_slice.setdefault(index - 1, shown) != shown:
+            raise UserError(f"{path}, line {number}: contradicts an earlier line of that slice")
     unknown = (-1,) * (len(_COLUMNS) if typed else 1)
     return {
         case: tuple(slices.get(k, unknown) for k in range(max(slices) + 1))

@@ -1,6 +1,5 @@
 """HemSeg-200 and -500: masks of scans from the RSNA 2019 challenge, as one class."""
 
-import csv
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.datasets.label_maps import LabelMap
 from bhsd_jax.datasets.pairs import first_folder
+from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case, Image, Series
 
@@ -122,11 +122,13 @@ def _splits(root: Path) -> dict[str, str]:
     splits = {}
     for name, split in (*_SPLITS.items(), ("test_set.csv", "test")):
         if (root / name).is_file():
-            with (root / name).open(newline="", encoding="utf-8-sig") as file:
-                for row in csv.DictReader(file):
-                    study = _study(Path(row["filename"]).name.split(".")[0], root / name)
-                    if splits.setdefault(study, split) != split:
-                        raise UserError(f"{root / name}: {study} is in another list as well")
+            lines = csv_files.read_records(root / name)
+            if "filename" not in next(lines, (0, {}))[1]:
+                raise UserError(f"{root / name}: no column filename; fetch the list again")
+            for _, row in lines:
+                study = _study(Path(row["filename"]).name.split(".")[0], root / name)
+                if splits.setdefault(study, split) != split:
+                    raise UserError(f"{root / name}: {study} is in another list as well")
     return splits
 
 

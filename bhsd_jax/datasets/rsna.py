@@ -1,6 +1,6 @@
 """The RSNA 2019 challenge: head CTs as loose DICOM slices, labeled slice by slice."""
 
-import csv
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +12,15 @@ from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.datasets import bhsd_files
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.defects import Finding
+from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case, Series, Survey
 
 TYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 SliceRow = tuple[int, ...]  # per type 1, 0 or -1 (not known)
 UNKNOWN: SliceRow = (-1,) * len(TYPES)
+_LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "0,0": 0, "1,0": 1}  # pandas makes floats of a gap
+_FILE = re.compile(r"\.(dcm|dicom|png|jpg)$", re.IGNORECASE)  # tables of slices name files, too
 _CLOSE = 0.25  # of the way to the next slice: as far as an interpolated one is taken for the first
 
 
@@ -101,10 +104,11 @@ class RSNA:
 
 
 def read_table(path: Path) -> dict[str, SliceRow]:
-    """Rows by slice from the challenge's table of `ID_<slice>_<type>,Label`.
+    """Rows by slice from the challenge's table of `ID_<slice>_<type>,Label`, or one made of it.
 
-    Lines that repeat one are dropped. `any` 0 says 0 of all types, 1 says nothing of those that
-    are not listed.
+    Such a table has a line per slice and a column per type; columns may be in any order. Lines that
+    repeat one are dropped. `any` 0 says 0 of all types, 1 says nothing of those that are not
+    listed.
 
     Raises:
         FileNotFoundError: If it is not there.
@@ -112,26 +116,48 @@ def read_table(path: Path) -> dict[str, SliceRow]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; it is the challenge's table of slice labels")
-    places = {name: place for place, name in enumerate((*TYPES, "any"))}
     codes: dict[str, int] = {}  # two bits per type, for the table has millions of lines
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        if next(reader, None) != ["ID", "Label"]:
-            raise UserError(f"{path}: the first line must be ID,Label")
-        for line in reader:
-            name, _, kind = (line[0] if line else "").rpartition("_")
-            if len(line) != 2 or not name or kind not in places or line[1] not in ("0", "1"):
-                raise UserError(f"{path}, line {reader.line_num}: expected ID_<slice>_<type>,0|1")
-            shift, value = 2 * places[kind], 2 + int(line[1])
-            before = codes.get(name, 0) >> shift & 3
-            if before not in (0, value):
-                raise UserError(f"{path}, line {reader.line_num}: contradicts an earlier line")
-            codes[name] = codes.get(name, 0) | value << shift
+    for number, name, kind, label in _cells(path):
+        shift, value = 2 * kind, 2 + label
+        before = codes.get(name, 0) >> shift & 3
+        if before not in (0, value):
+            raise UserError(f"{path}, line {number}: contradicts an earlier line")
+        codes[name] = codes.get(name, 0) | value << shift
     rows = {code: _row(code) for code in set(codes.values())}
     odd = next((name for name, code in codes.items() if rows[code] is None), None)
     if odd is not None:
         raise UserError(f"{path}: {odd}: 'any' is not the union of the types")
     return {name: row for name, code in codes.items() if (row := rows[code]) is not None}
+
+
+def _cells(path: Path) -> Iterator[tuple[int, str, int, int]]:
+    """Line, slice, number of the type (the last is `any`) and label of all that a table says."""
+    lines = csv_files.read_rows(path)
+    names = [name.strip().casefold() for name in next(lines, (0, []))[1]]
+    kinds = {name: kind for kind, name in enumerate((*TYPES, "any"))}
+    columns = [(names.index(name), kind) for name, kind in kinds.items() if name in names]
+    if "id" not in names or not ("label" in names or columns):
+        raise UserError(
+            f"{path}: the first line must be ID,Label, or ID and the names of types, such as "
+            f"{', '.join(TYPES)}; got {', '.join(names)}"
+        )
+    id, wide = names.index("id"), "label" not in names
+    at = -1 if wide else names.index("label")
+    for number, line in lines:
+        try:
+            if wide:
+                name = _FILE.sub("", line[id].strip())
+                said = [(kind, _LABELS[line[column].strip()]) for column, kind in columns]
+            else:
+                name, _, word = line[id].strip().rpartition("_")
+                said = [(kinds[word], _LABELS[line[at].strip()])]
+        except LookupError:
+            name, said = "", []
+        if not name:
+            what = "a slice and 0|1 of every type" if wide else "ID_<slice>_<type>,0|1"
+            raise UserError(f"{path}, line {number}: expected {what}; got {line}")
+        for kind, label in said:
+            yield number, name, kind, label
 
 
 def _row(code: int) -> SliceRow | None:

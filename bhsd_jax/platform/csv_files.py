@@ -1,9 +1,9 @@
-"""Tables as CSV files, whole or not at all."""
+"""Tables as CSV files: written whole or not at all, read as spreadsheets export them."""
 
 import csv
 import io
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,50 @@ from bhsd_jax.platform import files
 
 # What Excel, LibreOffice and Sheets take for the beginning of a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_SEPARATORS = ",;\t"  # Excel's is that of the country
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a file begins that Excel calls Unicode text
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Lines of a table with their numbers, the one of column names first; empty ones are left out.
+
+    What separates the cells is known by the first line. Other encodings than UTF-8 and UTF-16
+    differ from those in accents alone, which stay unknown.
+    """
+    with path.open("rb") as file:
+        encoding = "utf-16" if file.read(2) in _UTF16 else "utf-8-sig"
+    with path.open(newline="", encoding=encoding, errors="replace") as file:
+        first = file.readline()
+        file.seek(0)
+        separator = max(_SEPARATORS, key=first.count)
+        reader = csv.reader(file, delimiter=separator, skipinitialspace=True)
+        for line in reader:
+            if any(map(str.strip, line)):
+                yield reader.line_num, line
+
+
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Lines of a table with their numbers, cells by name of the column; as by `read_rows`.
+
+    The first is that of the names itself. Cells that a line lacks are "".
+    """
+    names: list[str] | None = None
+    for number, line in read_rows(path):
+        cells = [cell.strip() for cell in line]
+        names = names or cells
+        yield number, dict(itertools.zip_longest(names, cells[: len(names)], fillvalue=""))
+
+
+def whole(cell: str) -> int:
+    """A whole number, as 1, or as 1.0 or 1,0, which is what a column with gaps becomes.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    value = float(cell.replace(",", "."))
+    if not value.is_integer():
+        raise ValueError(f"{cell!r} is no whole number")
+    return int(value)
 
 
 def write_csv(

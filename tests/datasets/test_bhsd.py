@@ -121,9 +121,20 @@ def test_slice_labels_are_read_in_slice_order_with_gaps_unknown(tree, studies):
     assert set(found.values()) == {None}
 
 
+def test_slice_labels_of_a_spreadsheet_say_what_they_say(tree, studies):
+    """0.0 in `any` lacks all classes, as 0 does."""
+    first, _ = studies["any"]
+    (tree / "slice_labels.csv").write_text(
+        f"case;slice;any;EDH;IPH;IVH;SAH;SDH\n{first};0;0.0;;;;;\n{first};1;1,0;0.0;1.0;0;0;0\n"
+    )
+    found = {case.id: case.slice_labels for case in BHSD(tree).cases()}
+    assert found[first] == ((0,) * 5, (0, 1, 0, 0, 0))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("case,slice,EDH\na,0,0\na,0,1\n", "line 3: contradicts an earlier line"),
         ("name,slice\na,0\n", "no column case"),
         ("case,slice,EDH\na,0,2\n", "line 2: expected 0, 1"),
         ("case,slice\na,1000000000\n", "line 2: .*below 10000"),

@@ -113,8 +113,21 @@ def test_ctich_slices_without_a_row_are_not_known_to_bleed(ctich):
         assert may_bleed.slice_labels[2] == unknown
 
 
+def test_a_table_of_ctich_that_excel_has_saved_is_the_same(ctich):
+    before = [case.slice_labels for case in CTICH(ctich, masks="types").cases()]
+    path = ctich / "hemorrhage_diagnosis_raw_ct.csv"
+    text = path.read_text(encoding="utf-8-sig").replace("Fracture", "Schädel").replace(",", ";")
+    path.write_bytes(f"{text};;;;;;;;\n".encode("cp1252"))
+    assert [case.slice_labels for case in CTICH(ctich, masks="types").cases()] == before
+
+
 @pytest.mark.parametrize(
-    ("line", "message"), [("49,0,0,0,0,0,0,1,0", "0 or 1"), ("49,3,0,2,0,0,0,1,0", "0 or 1")]
+    ("line", "message"),
+    [
+        ("49,1,0,0,1,0,0,1,0", "contradicts"),
+        ("49,0,0,0,0,0,0,1,0", "0 or 1"),
+        ("49,3,0,2,0,0,0,1,0", "0 or 1"),
+    ],
 )
 def test_ctich_tables_that_make_no_sense_are_refused(ctich, line, message):
     with (ctich / "hemorrhage_diagnosis_raw_ct.csv").open("a") as file:

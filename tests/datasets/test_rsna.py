@@ -105,6 +105,35 @@ def test_tables_that_make_no_sense_are_refused(tmp_path, more, message):
         rsna.read_table(tmp_path / "t.csv")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ID,Label\nID_a_any,1.0\nID_a_epidural,1.0\nID_a_subdural,0.0\n",  # of a column with gaps
+        "ID;Label\r\nID_a_any;1\r\nID_a_epidural;1\r\nID_a_subdural;0\r\n",
+        ",Label,ID\n0,1,ID_a_any\n1,1,ID_a_epidural\n2,0,ID_a_subdural\n",  # with pandas' index
+        "ID,any,epidural,subdural\nID_a,1,1,0\n",
+        "id;subdural;epidural\nID_a.dcm;0;1\n",
+    ],
+)
+def test_tables_that_others_have_made_of_the_challenges_are_read(tmp_path, text):
+    (tmp_path / "t.csv").write_text(text)
+    assert rsna.read_table(tmp_path / "t.csv") == {"ID_a": (1, -1, -1, -1, 0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n", "first line must be ID,Label, or ID and the names of types"),
+        ("ID,epidural\nID_a,2\n", r"line 2: expected a slice and 0\|1"),
+        ("ID,epidural\nID_a\n", "line 2: expected a slice"),
+    ],
+)
+def test_tables_of_other_columns_are_refused(tmp_path, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        rsna.read_table(tmp_path / "t.csv")
+
+
 def test_repeated_lines_are_dropped_and_any_alone_says_what_it_can(tmp_path):
     more = [f"{SLICES[1]}_epidural,0", "ID_a_any,0", "ID_b_any,1", "ID_b_subdural,0"]
     table(tmp_path / "t.csv", dict(zip(SLICES, ROWS, strict=True)), more)
