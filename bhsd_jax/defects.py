@@ -40,6 +40,7 @@ class Kind(enum.StrEnum):
     NO_POSITION = "no position in the header"
     TILT_AMBIGUOUS = "turned affine: oblique, or a tilted gantry drawn upright"
     TWO_SPACINGS = "sform and pixdim that state different spacings"
+    TWO_DIRECTIONS = "sform and qform that run in different directions"
     SHEAR_SHORT = "slice step too short in a sheared sform"
     AXES = "not three axes"
     SPACING = "impossible spacing"

@@ -136,14 +136,14 @@ def remarks(image: object, label: object) -> list[Finding]:
     return found
 
 
-def has_position(path: Path) -> bool:
-    """Whether a file says where in the patient its voxels lie.
+def has_sides(path: Path) -> bool:
+    """Whether a file says which side of its scan is the patient's right, and does not in two ways.
 
     Raises:
         Refusal: If the file is no NIfTI; names it.
     """
     with _naming(path), _stream(path) as (stream, _):
-        return nifti_header.has_position(nifti_header.parse(stream))
+        return nifti_header.has_sides(nifti_header.parse(stream))
 
 
 def repairs(path: Path) -> list[Finding]:

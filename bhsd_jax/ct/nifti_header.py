@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float64
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
+from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import HeaderDataError
 
 from bhsd_jax.defects import Finding, Kind, Refusal
@@ -160,7 +161,7 @@ def repairs(header: Nifti1Header) -> list[Finding]:
         return [Finding(Kind.NO_POSITION, "kept", text)]
     longer = _lengthened(header)
     if longer == 1:
-        return _contradictions(header)
+        return [*_contradictions(header), *_directions(header)]
     step = float(np.linalg.norm(np.asarray(header.get_sform())[:3, 2]))
     text = f"sheared sform of dcm2niix: slice step {step:.3f} mm, in truth {step * longer:.3f}"
     return [Finding(Kind.SHEAR_SHORT, "repaired", text)]
@@ -190,6 +191,48 @@ def _contradictions(header: Nifti1Header) -> list[Finding]:
         "follow it"
     )
     return [Finding(Kind.TWO_SPACINGS, "kept", text)]
+
+
+def has_sides(header: Nifti1Header) -> bool:
+    """Whether it says which side of a scan is the patient's right, and in one way."""
+    letters = _letters(header)
+    sides = ["".join(letter for letter in each if letter in "RL") for each in letters]
+    places = [each.find(side) for each, side in zip(letters, sides, strict=True)]
+    return has_position(header) and len(set(sides)) < 2 and len(set(places)) < 2
+
+
+def _directions(header: Nifti1Header) -> list[Finding]:
+    """Whether the qform runs in other directions than the sform, which is taken.
+
+    Tools that turn a scan or state its sides anew, and change only one of the two, leave such
+    files. One that was moved to a template has two places, but hardly two directions.
+
+    Source: ITK 5.4, `itkNiftiImageIO.cxx`: the qform is preferred unless sform_code is 1.
+    """
+    letters = _letters(header)
+    if len(set(letters)) < 2:
+        return []
+    text = (
+        f"sform runs to {letters[0]}, qform to {letters[1]}: the sform is taken, as nibabel does; "
+        "ITK takes the qform, unless sform_code is 1"
+    )
+    if not has_sides(header):
+        text += "; right and left may be exchanged"
+    return [Finding(Kind.TWO_DIRECTIONS, "kept", text)]
+
+
+def _letters(header: Nifti1Header) -> list[str]:
+    """Where i, j and k run by the sform and the qform, such as LAS; of one alone nothing."""
+    if int(header["sform_code"]) <= 0 or int(header["qform_code"]) <= 0:
+        return []
+    try:
+        both = [np.array(header.get_sform()), np.array(header.get_qform())]
+    except (ValueError, HeaderDataError):  # a quaternion or a spacing that is none
+        return []
+    columns = np.stack([matrix[:3, :3] for matrix in both])
+    if not np.isfinite(columns).all() or np.linalg.norm(columns, axis=1).min() <= 0:
+        return []
+    return ["".join(map(str, aff2axcodes(matrix))) for matrix in both]
 
 
 def _mm_per_unit(header: Nifti1Header) -> float:

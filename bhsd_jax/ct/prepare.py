@@ -18,7 +18,8 @@ from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Volume
 
 _DOUBTFUL = (
     *plausibility.KINDS,
-    *(Kind.NO_DICOM, Kind.SERIES_PARTS, Kind.NO_POSITION, Kind.TWO_SPACINGS),
+    *(Kind.NO_DICOM, Kind.SERIES_PARTS, Kind.NO_POSITION),
+    *(Kind.TWO_SPACINGS, Kind.TWO_DIRECTIONS),
 )
 
 

@@ -70,7 +70,7 @@ def has_sides(image: Image) -> bool:
     if isinstance(image, Series):
         return True
     first = files(image)[0]  # whose affine counts
-    return bool(formats.ending(first)) or nifti.has_position(first)
+    return bool(formats.ending(first)) or nifti.has_sides(first)
 
 
 def native(image: Image) -> Image:

@@ -1,4 +1,5 @@
 import gzip
+import re
 import struct
 
 import nibabel as nib
@@ -155,6 +156,29 @@ def test_a_header_that_states_no_position_is_told_to_all_who_use_the_scan(
         runs = np.sign(nifti.read(path).affine[[2, 1, 0], [0, 1, 2]])
         assert runs.tolist() == [1, 1, -1], "D up, H to the front, W to the left"
         assert "right and left may be exchanged" in str(found[0])
+
+
+def test_a_qform_that_runs_elsewhere_than_the_sform_is_told_and_leaves_no_side(tmp_path, stored):
+    """nibabel goes by the sform; ITK by the qform unless sform_code is 1, and so Slicer."""
+    sform = np.diag([-0.5, 0.5, 5.0, 1.0])
+    mirrored, upside_down, moved = (sform.copy() for _ in range(3))
+    mirrored[0, 0], upside_down[2, 2], moved[:3, 3] = 0.5, -5.0, 40.0
+    for qform, told, sides in (
+        (sform, "", True),
+        (moved, "", True),
+        (mirrored, "sform runs to LAS, qform to RAS.*right and left may be exchanged", False),
+        (upside_down, "sform runs to LAS, qform to LAI.*sform_code is 1$", True),
+    ):
+        made = nib.Nifti1Image(stored, sform)
+        made.set_sform(sform, 2)
+        made.set_qform(qform, 1)
+        nib.save(made, tmp_path / "a.nii.gz")
+        volume, found = scan.read(tmp_path / "a.nii.gz")
+        np.testing.assert_array_equal(volume.affine[:, [2, 1, 0, 3]], sform)
+        assert [one.kind for one in found] == [Kind.TWO_DIRECTIONS] * bool(told)
+        assert prepare.doubts_of(found) == tuple(texts(found))
+        assert all(re.match(told, str(one)) for one in found)
+        assert scan.has_sides(tmp_path / "a.nii.gz") is sides
 
 
 def test_meters_become_millimeters(tmp_path, stored):
