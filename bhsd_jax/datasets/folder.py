@@ -9,6 +9,8 @@ from bhsd_jax.datasets.pairs import pairs
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
+_MASKS = "masks"
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -26,7 +28,7 @@ class Folder:
 
     root: str | Path
     images: str = "images"  # in `root`; "" or ".": the root itself
-    masks: str = "masks"  # in `root`
+    masks: str = _MASKS  # in `root`; it may be missing, as of unlabeled images alone
     labels: str | Sequence[str] = "bhsd"
     modality: str = "ct"
     split: str = "train"  # of the images with a mask; or "test"
@@ -54,10 +56,12 @@ class Folder:
         """All cases, sorted by id.
 
         Raises:
-            FileNotFoundError: If there is no image.
+            FileNotFoundError: If there is no image, or not the folder of masks that was named.
             ValueError: If a mask has no image, or the label map is not known.
         """
         root, label_map = Path(self.root), LabelMap.of(self.labels)
+        if self.masks != _MASKS and not (root / self.masks).is_dir():
+            raise FileNotFoundError(f"{root / self.masks}: no such folder; look at data.masks")
         for id, (image, mask) in pairs(root / self.images, root / self.masks).items():
             if mask is None:
                 yield Case(id, id, image, None, "unlabeled")

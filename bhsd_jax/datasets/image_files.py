@@ -74,3 +74,18 @@ def group(files: Mapping[str, Path], channels: int) -> dict[str, Path | Channels
                 f"_{channels - 1:04d}; got {names}"
             )
     return {case: Channels(tuple(paths), channels) for case, paths in parts.items()}
+
+
+def below(folder: Path) -> str:
+    """What a message adds where a folder has no scans, but folders in it do; "" if they have none.
+
+    Such are those of TotalSegmentator and BraTS, with a folder for each case.
+    """
+    found = sorted(path for path in folder.glob("*/**/*.nii*") if path.is_file())
+    if not found:
+        return ""
+    return (
+        f", but {len(found)} NIfTI files in folders below it, such as "
+        f"{found[0].relative_to(folder)}: put the scans, or links to them, into one folder, each "
+        "called as its case"
+    )

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from bhsd_jax.datasets import image_files
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.platform.errors import UserError
+
+_CHANNEL = "_0000"  # of the first of a case's files, by nnU-Net
 
 
 def first_folder(root: Path, names: Sequence[str]) -> Path | None:
@@ -15,14 +18,20 @@ def first_folder(root: Path, names: Sequence[str]) -> Path | None:
 def pairs(images: Path, masks: Path | None) -> dict[str, tuple[Path, Path | None]]:
     """Image and mask (None if it has none) by base name, sorted.
 
+    Where masks lack nnU-Net's number of the one channel, `_0000`, it is no part of a name.
+
     Raises:
         FileNotFoundError: If there is no image.
         ValueError: If a mask has no image.
     """
     paths = scans(images) if images.is_dir() else {}
     if not paths:
-        raise FileNotFoundError(f"{images}: no NIfTI images; look at config.data")
+        raise FileNotFoundError(_without_images(images))
     outlined = scans(masks) if masks is not None and masks.is_dir() else {}
+    short = {name.removesuffix(_CHANNEL): path for name, path in paths.items()}
+    if outlined.keys() - paths.keys() and outlined.keys() <= short.keys():
+        # Two images that would have one name keep theirs, and the masks are told to have none.
+        paths = short if len(short) == len(paths) else paths
     lonely = sorted(set(outlined) - set(paths))
     if lonely:
         more = f" and {len(lonely) - 3} more" if len(lonely) > 3 else ""
@@ -30,3 +39,9 @@ def pairs(images: Path, masks: Path | None) -> dict[str, tuple[Path, Path | None
             f"{masks}: no image for {', '.join(lonely[:3])}{more}; image and mask have one name"
         )
     return {name: (path, outlined.get(name)) for name, path in paths.items()}
+
+
+def _without_images(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such folder of NIfTI images; look at config.data"
+    return f"{folder}: no NIfTI images in it{image_files.below(folder)}; look at config.data"

@@ -25,6 +25,11 @@ from bhsd_jax.volume import Channel, Millimeters, Plan, Shape
 
 FULL, PLANAR, CASCADE = "3d_fullres", "2d", "3d_cascade_fullres"
 
+_NO_MASKS = (
+    "no training case with a mask; nothing to plan from: look whether masks lie where config.data "
+    "has them"
+)
+
 
 def make_plan(
     facts: Sequence[Facts],
@@ -54,7 +59,7 @@ def make_plan(
         ValueError: If there is no training case with a mask, or all masks are empty.
     """
     if not facts:
-        raise UserError(f"{dataset}: no training case with a mask; nothing to plan from")
+        raise UserError(f"{dataset}: {_NO_MASKS}")
     # Of a scan with an empty mask nothing was drawn, whatever its channels.
     seen = [fact.foreground for fact in _in_full_range(facts) if fact.foreground.size]
     if not seen:

@@ -47,8 +47,8 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
         raise FileNotFoundError(f"{path}: no such file or folder; look at config.predict.images")
     if not files and not series:
         raise FileNotFoundError(
-            f"{path}: no NIfTI file and no DICOM CT series in it; look at config.predict.images"
-            f"{archives.about(path)}"
+            f"{path}: no NIfTI file and no DICOM CT series in it{image_files.below(path)}; look at "
+            f"config.predict.images{archives.about(path)}"
         )
     chosen = image_files.group(files, _channels(workdir))
     found = [Case(name, name, file, None, "test") for name, file in sorted(chosen.items())]

@@ -222,6 +222,27 @@ def test_mbhseg_combines_the_raters_there_are(mbhseg):
         MBHSeg(mbhseg, rater="random")
 
 
+def test_images_named_as_by_nnunet_pair_with_masks_that_are_not_numbered(tmp_path, touch):
+    for name in ("images/a_0000", "images/b_0000", "masks/a"):
+        touch(tmp_path / f"{name}.nii.gz")
+    assert summary(Folder(tmp_path)) == [("a", "train", True), ("b", "unlabeled", False)]
+    touch(tmp_path / "masks" / "c.nii.gz")
+    with pytest.raises(ValueError, match=r"no image for a, c; image and mask have one name"):
+        list(Folder(tmp_path).cases())
+
+
+def test_folders_without_images_or_masks_say_where_they_are_looked_for(tmp_path, touch):
+    with pytest.raises(FileNotFoundError, match="images: no such folder of NIfTI images"):
+        list(Folder(tmp_path).cases())
+    touch(tmp_path / "images" / "s1" / "ct.nii.gz")
+    with pytest.raises(FileNotFoundError, match=r"in folders below it, such as s1/ct\.nii\.gz"):
+        list(Folder(tmp_path).cases())
+    touch(tmp_path / "images" / "a.nii.gz")
+    assert summary(Folder(tmp_path)) == [("a", "unlabeled", False)]
+    with pytest.raises(FileNotFoundError, match=r"labels: no such folder; look at data\.masks"):
+        list(Folder(tmp_path, masks="labels").cases())
+
+
 def test_plain_folders_pair_by_name(tmp_path, touch):
     for name in ("a", "b", "c"):
         touch(tmp_path / "images" / f"{name}.nii.gz")
