@@ -30,7 +30,10 @@ def parse(stream: BufferedIOBase) -> Nifti1Header:
     sizes = {"<": int.from_bytes(first, "little"), ">": int.from_bytes(first, "big")}
     endianness = next((key for key, size in sizes.items() if size in _KINDS), None)
     if endianness is None:
-        raise Refusal(Kind.NO_NIFTI, "not a NIfTI file: the first number is no header size")
+        raise Refusal(
+            Kind.NO_NIFTI,
+            "not a NIfTI file: the first number is no header size; convert it to .nii.gz",
+        )
     size = sizes[endianness]
     kind, magic, _ = _KINDS[size]
     block = first + stream.read(size - 4)
@@ -57,7 +60,9 @@ def shape(header: Nifti1Header, channels: int = 1) -> Shape:
     rank, *sizes = (int(n) for n in header["dim"])
     if rank in range(1, 8):
         sizes = sizes[:rank]
-    fourth = sizes[3] if rank >= 4 else 1
+    if channels > 1 and rank == 5 and sizes[3] == 1:
+        del sizes[3]  # ITK has the components of a voxel on the fifth axis, after time
+    fourth = sizes[3] if len(sizes) >= 4 else 1
     if channels > 1 and fourth != channels:
         text = f"expected {channels} channels along a fourth axis; sizes are {tuple(sizes)}"
         raise Refusal(Kind.AXES, text)

@@ -476,3 +476,19 @@ def test_a_mask_that_states_no_place_is_not_turned(tmp_path, stored):
     label, found = nifti.read_label(path, image, num_classes=2)
     np.testing.assert_array_equal(label.voxels, truth.T)
     assert [finding.kind for finding in found] == [Kind.MASK_MIRRORED]
+
+
+def test_channels_that_itk_has_written_as_vectors_are_read(tmp_path, stored):
+    """SimpleITK stores the components of a voxel along the fifth axis; a label map fits them."""
+    both = np.stack([stored, stored + 7], -1)[:, :, :, None]
+    place = save(tmp_path / "a.nii.gz", both)
+    (first, second), _ = scan.read_channels(Channels((place,), 2))
+    np.testing.assert_array_equal(first.voxels, stored.T)
+    np.testing.assert_array_equal(second.voxels, stored.T + 7)
+    label = (stored > 0).T.astype(np.uint8)
+    scan.write(tmp_path / "l.nii.gz", label, Channels((place,), 2))
+    np.testing.assert_array_equal(nifti.read(tmp_path / "l.nii.gz").voxels, label)
+    with pytest.raises(ValueError, match=r"expected 3 channels .* sizes are \(3, 4, 5, 2\)"):
+        scan.read_channels(Channels((place,), 3))
+    with pytest.raises(ValueError, match=r"not a 3D scan: .* \(3, 4, 5, 1, 2\)"):
+        nifti.read(place)
