@@ -323,9 +323,18 @@ def _as_classes(voxels: np.ndarray, num_classes: int, off: float) -> UInt8[np.nd
         values = np.unique(voxels[bad])
         shown = ", ".join(f"{value:g}" for value in values[:10].tolist())
         more = f" and {len(values) - 10} more" if len(values) > 10 else ""
-        text = f"label values must be integers in 0..{top}; got {shown}{more}"
+        text = f"label values must be integers in 0..{top}; got {shown}{more}{_advice(values)}"
         raise Refusal(Kind.MASK_VALUES, text)
     return voxels.astype(np.uint8)
+
+
+def _advice(values: np.ndarray) -> str:
+    """What is to be done about values that are no classes; "" where they do not say."""
+    if values.tolist() == [255]:
+        return "; where 255 stands for 1, set data.labels=binary of data=folder, or write 1"
+    if (values != np.rint(values)).any():
+        return "; interpolated? Resample label maps by nearest neighbor"
+    return ""
 
 
 def _sform(affine: np.ndarray) -> dict[str, Any]:

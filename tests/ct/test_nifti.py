@@ -347,8 +347,14 @@ def test_wrong_labels_are_refused_with_their_values(tmp_path, stored):
     label[0, 0, :3] = -1, 2.5, 6
     with pytest.raises(ValueError, match=r"0\.\.5; got -1, 2\.5, 6"):
         nifti.read_label(save(tmp_path / "l.nii", label), image, num_classes=6)
+    label[0, 0, :3] = 0.3, 1, 2
+    with pytest.raises(ValueError, match=r"got 0\.3; interpolated\? .* nearest neighbor$"):
+        nifti.read_label(save(tmp_path / "l.nii", label), image, num_classes=6)
+    label[0, 0, :3] = 0, 255, 255
+    with pytest.raises(ValueError, match=r"got 255; where 255 stands for 1, .*labels=binary"):
+        nifti.read_label(save(tmp_path / "l.nii", label), image, num_classes=6)
     label = np.full((3, 4, 5), 300, np.int16)
-    with pytest.raises(ValueError, match=r"0\.\.255; got 300"):
+    with pytest.raises(ValueError, match=r"0\.\.255; got 300$"):
         nifti.read_label(save(tmp_path / "l.nii", label), image, num_classes=None)
     with pytest.raises(ValueError, match=r"\(5, 4, 2\).*\(5, 4, 3\)"):
         nifti.read_label(save(tmp_path / "l.nii", label[:2]), image, num_classes=None)
