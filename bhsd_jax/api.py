@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 
 from bhsd_jax.assemble import devices, ensemble, predictor
 from bhsd_jax.assemble.manifest import Member
-from bhsd_jax.ct import geometry, nifti, nifti_header
+from bhsd_jax.ct import geometry, nifti_header, scan
 from bhsd_jax.ct.prepare import prepare_volume
 from bhsd_jax.ct.probabilities import Probabilities
 from bhsd_jax.platform import startup
@@ -144,7 +144,9 @@ class Prediction:
 
 
 def read_scan(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and affine of a NIfTI file, as `predict` reads it: known defects are put right.
+    """Voxels and affine of a file, as `predict` reads it: known defects are put right.
+
+    NIfTI, or with the extra `formats` one of `ct/formats`, such as .mha and .nrrd.
 
     What was put right of the affine, or taken though the header contradicts it, is logged as a
     warning: nobody who is given the arrays alone can find it.
@@ -153,8 +155,8 @@ def read_scan(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         ValueError: If the file is broken; names it.
         FileNotFoundError: If there is no such file.
     """
-    volume = nifti.read(path)
-    for finding in nifti.repairs(Path(path)):
+    volume, found = scan.read(Path(path))
+    for finding in found:
         logger.warning("%s: %s", path, finding)
     return volume.voxels.transpose(2, 1, 0), volume.affine[:, [2, 1, 0, 3]]
 

@@ -10,6 +10,7 @@ import pytest
 from dicom_files import block, write_series
 from nnunet_raw import Reference, config
 
+from bhsd_jax import api
 from bhsd_jax.ct import formats, nifti, scan
 from bhsd_jax.datasets import image_files
 from bhsd_jax.datasets.dicom import DICOM
@@ -129,6 +130,16 @@ def test_an_image_is_where_itk_says(tmp_path):
         for d, h, w in ((0, 0, 0), (1, 2, 3), (1, 0, 2)):
             x, y, z = made.TransformIndexToPhysicalPoint((w, h, d))
             np.testing.assert_allclose((found.affine @ (d, h, w, 1))[:3], (-x, -y, z), atol=1e-6)
+
+
+def test_a_scan_is_read_from_python_as_by_predict(tmp_path):
+    made = itk.GetImageFromArray(np.arange(24, dtype=np.int16).reshape(2, 3, 4))
+    made.SetSpacing((0.5, 0.75, 3.0))
+    for ending in (".mha", ".nrrd"):
+        itk.WriteImage(made, str(tmp_path / f"a{ending}"))
+        voxels, affine = api.read_scan(tmp_path / f"a{ending}")
+        np.testing.assert_array_equal(voxels, itk.GetArrayFromImage(made).T)
+        np.testing.assert_allclose(affine, np.diag([-0.5, -0.75, 3.0, 1.0]))
 
 
 @pytest.mark.parametrize("ending", [".mha", ".nrrd", ".gipl"])
