@@ -52,8 +52,9 @@ _LEAST = 1000  # voxels; fewer tell nothing
 _CORE = 32.0  # half the width of a peak of tissue, noise included
 _BIN = 4.0
 _REMEDY = (
-    "give the scan in HU (look at the rescale slope and intercept of its conversion); for MR set "
-    "--config.data.modality=mr of data=folder, or take data=msd"
+    "give the scan in HU (look at the rescale slope and intercept of its conversion); for MR, or "
+    "to have every scan brought to zero mean as it is, set --config.data.modality=mr of "
+    "data=folder or data=msd"
 )
 
 

@@ -4,8 +4,11 @@ Nothing here stops at the first defect: each is a `Finding`, and the rest is rea
 """
 
 import filecmp
+import gzip
+import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,6 +27,7 @@ _MAGIC = (b"\x1f\x8b", b"\x5c\x01", b"\x00\x00")  # gzip; 348, the first field o
 _SPLITS = {"training": "train", "test": "test"}
 _KINDS = {"epidural": "1", "intraparenchymal": "2", "intraventricular": "3"}
 _KINDS |= {"subarachnoid": "4", "subdural": "5"}
+_CHUNK = 2**20
 _MOST_SLICES = 10_000
 _KEEP_ONE = "keep one and delete the other"
 
@@ -168,10 +172,25 @@ def _other_ending(path: Path) -> str:
 
 def _twice(first: Path, second: Path, name: str) -> Finding:
     pair = f"{first.parent}: {first.name} and {second.name} are one case"
-    if filecmp.cmp(first, second, shallow=False):
+    if filecmp.cmp(first, second, shallow=False) or _unpacked(first) == _unpacked(second):
         text = f"{pair} and equal; the first is taken"
         return Finding(Kind.FILE_TWICE, "repaired", text, name)
     return Finding(Kind.NAME_TWICE, "refused", f"{pair} but differ; {_KEEP_ONE}", name)
+
+
+def _unpacked(path: Path) -> bytes:
+    """Digest of what a file holds, packed or not: `gunzip --keep` leaves it twice."""
+    total = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == _MAGIC[0]
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) if packed else file as stream:
+                while part := stream.read(_CHUNK):
+                    total.update(part)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        total.update(str(path).encode())  # damaged: equal to nothing
+    return total.digest()
 
 
 def _unusable(path: Path) -> tuple[Kind, str] | None:

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 
@@ -287,6 +288,17 @@ def test_two_files_of_one_name_are_one_scan_if_they_are_equal(tree, studies):
     assert (equal, "one scan in two files", "repaired") in found
     assert (other, "two scans of one name", "refused") in found
     assert summary(tree) == without(studies, other)
+
+
+def test_a_scan_and_its_unpacked_copy_are_one(tmp_path):
+    """As `gunzip --keep` leaves them; one that is damaged is equal to none."""
+    whole = gzip.compress(b"voxels" * 100)
+    (tmp_path / "a.nii.gz").write_bytes(whole)
+    (tmp_path / "a.nii").write_bytes(b"voxels" * 100)
+    assert [path.name for path in scans(tmp_path).values()] == ["a.nii"]
+    (tmp_path / "a.nii.gz").write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=r"a\.nii and a\.nii\.gz are one case but differ"):
+        scans(tmp_path)
 
 
 def test_links_in_a_circle_pipes_and_names_with_control_characters_are_refused(tree, studies):
