@@ -27,6 +27,7 @@ _MAGIC = (b"\x1f\x8b", b"\x5c\x01", b"\x00\x00")  # gzip; 348, the first field o
 _SPLITS = {"training": "train", "test": "test"}
 _KINDS = {"epidural": "1", "intraparenchymal": "2", "intraventricular": "3"}
 _KINDS |= {"subarachnoid": "4", "subdural": "5"}
+_WORDS = _KINDS | {"edh": "1", "iph": "2", "ivh": "3", "sah": "4", "sdh": "5"}
 _CHUNK = 2**20
 _MOST_SLICES = 10_000
 _KEEP_ONE = "keep one and delete the other"
@@ -246,7 +247,11 @@ def _check_labels(path: Path, labels: object) -> None:
         return
     by_name = {str(v).lower(): str(k) for k, v in labels.items()}
     by_name |= {str(k).lower(): str(v) for k, v in labels.items()}  # nnU-Net v2: name to number
-    wrong = {kind: by_name[kind] for kind, n in _KINDS.items() if by_name.get(kind, n) != n}
+    wrong = {}
+    for name, number in by_name.items():
+        meant = {_WORDS[word] for word in re.findall("[a-z]+", name) if word in _WORDS}
+        if len(meant) == 1 and number not in meant:
+            wrong[name] = number
     if wrong:
         raise UserError(
             f"{path}: numbers the classes {wrong}; BHSD has {_KINDS}: "

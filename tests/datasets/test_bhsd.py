@@ -371,6 +371,11 @@ def test_names_in_the_lists_that_lead_out_of_the_tree_read_nothing_there(tree, s
         ('{"training": [{"label": "x"}]}', "in 'training': expected a file name"),
         ('{"labels": {"1": "epidural", "2": "subdural"}}', "numbers the classes.*subdural': '2'"),
         ('{"labels": {"epidural": 2}}', "numbers the classes.*epidural': '2'"),
+        ('{"labels": {"background": 0, "SDH": 1, "EDH": 2}}', "numbers the classes.*sdh': '1'"),
+        (
+            '{"labels": {"3": "Subarachnoid Hemorrhage (SAH)"}}',
+            r"numbers the classes.*\(sah\)': '3'",
+        ),
     ],
 )
 def test_lists_that_make_no_sense_are_refused_by_name(tree, text, message):
