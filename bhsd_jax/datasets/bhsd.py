@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bhsd_jax.datasets.bhsd_files import Scans, find, official_split, patient, slice_labels
+from bhsd_jax.datasets.bhsd_files import (
+    Scans,
+    find,
+    official_split,
+    patient,
+    slice_labels,
+    unnumbered,
+)
 from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case, Survey
@@ -98,6 +105,7 @@ class BHSD:
         split, findings = official_split(_lists(root, folder))
         images, more = find(folder)
         masks, most = find(masks_folder)
+        images = unnumbered(images, masks)
         findings += [*more, *most, *_folder_name(folder.parent, len(images))]
         if " " in masks_folder.name:
             text = f"{masks_folder}: found all the same; many tools break a path at its space"

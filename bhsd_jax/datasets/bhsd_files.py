@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from bhsd_jax.defects import Finding, Kind
@@ -30,6 +30,7 @@ _KINDS |= {"subarachnoid": "4", "subdural": "5"}
 _WORDS = _KINDS | {"edh": "1", "iph": "2", "ivh": "3", "sah": "4", "sdh": "5"}
 _CHUNK = 2**20
 _MOST_SLICES = 10_000
+_CHANNEL = "_0000"
 _KEEP_ONE = "keep one and delete the other"
 
 Scans = dict[str, Path]
@@ -63,6 +64,17 @@ def find(folder: Path, read_too: tuple[str, ...] = ()) -> tuple[Scans, list[Find
         findings += [finding] if finding else []
     refused = {finding.case for finding in findings if finding.done == "refused"}
     return {name: path for name, path in scans.items() if name not in refused}, findings
+
+
+def unnumbered(images: Scans, masks: Collection[str]) -> Scans:
+    """Images without nnU-Net's number of the one channel, `_0000`, where masks lack it.
+
+    Two images that would then have one name keep theirs, and so do those of several channels.
+    """
+    short = {name.removesuffix(_CHANNEL): path for name, path in images.items()}
+    numbered = (set(masks) - images.keys()) & short.keys()
+    several = any(f"{name}_0001" in images for name in numbered)
+    return short if numbered and not several and len(short) == len(images) else images
 
 
 def official_split(path: Path) -> tuple[dict[str, str], list[Finding]]:

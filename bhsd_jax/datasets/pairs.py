@@ -5,9 +5,8 @@ from pathlib import Path
 
 from bhsd_jax.datasets import image_files
 from bhsd_jax.datasets.bhsd import scans
+from bhsd_jax.datasets.bhsd_files import unnumbered
 from bhsd_jax.platform.errors import UserError
-
-_CHANNEL = "_0000"  # of the first of a case's files, by nnU-Net
 
 
 def first_folder(root: Path, names: Sequence[str]) -> Path | None:
@@ -28,10 +27,7 @@ def pairs(images: Path, masks: Path | None) -> dict[str, tuple[Path, Path | None
     if not paths:
         raise FileNotFoundError(_without_images(images))
     outlined = scans(masks) if masks is not None and masks.is_dir() else {}
-    short = {name.removesuffix(_CHANNEL): path for name, path in paths.items()}
-    if outlined.keys() - paths.keys() and outlined.keys() <= short.keys():
-        # Two images that would have one name keep theirs, and the masks are told to have none.
-        paths = short if len(short) == len(paths) else paths
+    paths = unnumbered(paths, outlined)
     lonely = sorted(set(outlined) - set(paths))
     if lonely:
         more = f" and {len(lonely) - 3} more" if len(lonely) > 3 else ""

@@ -95,6 +95,13 @@ def test_folders_in_the_words_of_nnunet_are_found_at_the_top_or_one_below(tree, 
     assert summary(tree) == expected(studies)
 
 
+def test_a_copy_with_nnunets_numbers_of_channels_is_the_same(tree, studies):
+    before = summary(tree)
+    for path in (tree / "label_192" / "images").iterdir():
+        path.rename(path.with_name(path.name.replace(".nii", "_0000.nii")))
+    assert summary(tree) == before == expected(studies)
+
+
 def test_files_that_lost_their_suffix_count_and_others_do_not(tree, studies):
     for folder in ("label_192/images", "label_192/ground truths", "unlabel_2000/anybleed"):
         for path in list((tree / folder).iterdir()):

@@ -226,8 +226,12 @@ def test_images_named_as_by_nnunet_pair_with_masks_that_are_not_numbered(tmp_pat
     for name in ("images/a_0000", "images/b_0000", "masks/a"):
         touch(tmp_path / f"{name}.nii.gz")
     assert summary(Folder(tmp_path)) == [("a", "train", True), ("b", "unlabeled", False)]
+    (tmp_path / "images" / "b_0000.nii.gz").rename(tmp_path / "images" / "a_0001.nii.gz")
+    with pytest.raises(ValueError, match=r"no image for a; image"):
+        list(Folder(tmp_path).cases())
+    (tmp_path / "images" / "a_0001.nii.gz").unlink()
     touch(tmp_path / "masks" / "c.nii.gz")
-    with pytest.raises(ValueError, match=r"no image for a, c; image and mask have one name"):
+    with pytest.raises(ValueError, match=r"no image for c; image and mask have one name"):
         list(Folder(tmp_path).cases())
 
 
