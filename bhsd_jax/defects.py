@@ -148,6 +148,7 @@ class Kind(enum.StrEnum):
     LIST_COUNT = "numTraining that is not the number of training cases"
     LIST_BOTH = "in both official lists"
     LIST_NONE = "in no official list"
+    FOLDS_UNREAD = "folds in a file that is not read"
     IMAGE_MISSING = "image that is not there"
     MASK_MISSING = "mask that is not there"
     SLICE_LABELS_ALONE = "slice labels without a scan"

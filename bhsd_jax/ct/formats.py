@@ -101,7 +101,8 @@ def read_channels(path: Path, channels: int = 1) -> tuple[Volume, ...]:
     if voxels.dtype.kind == "f":
         voxels = voxels.astype(np.float32)
         if not np.isfinite(voxels).all():
-            raise Refusal(Kind.NOT_FINITE, f"{path}: holds voxels that are not finite numbers")
+            text = f"{path}: holds voxels that are not finite numbers; {nifti.NOT_FINITE_REMEDY}"
+            raise Refusal(Kind.NOT_FINITE, text)
     return tuple(Volume(np.ascontiguousarray(one), affine, case_name(path)) for one in voxels)
 
 

@@ -22,6 +22,7 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Volume
 
 MAX_BYTES = 4 * 2**30
+NOT_FINITE_REMEDY = "outside a registered scan? Set them to air, -1000 HU, or to 0 in MR"
 _CHUNK = 2**20
 _SLACK = 2**20  # bytes after the voxels that are still taken for padding
 _DEFLATE_RATIO = 1032  # no gzip stream unpacks to more than this many times its size
@@ -297,7 +298,7 @@ def _scaled(voxels: np.ndarray, header: Nifti1Header) -> np.ndarray:
             out[...] = plane.astype(np.float64) * slope + inter
             broken += out.size - int(np.count_nonzero(np.isfinite(out)))
     if broken:
-        text = f"{broken} of {voxels.size} voxels are not finite numbers"
+        text = f"{broken} of {voxels.size} voxels are not finite numbers; {NOT_FINITE_REMEDY}"
         raise Refusal(Kind.NOT_FINITE, text)
     return scaled
 

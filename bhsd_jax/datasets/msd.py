@@ -125,7 +125,7 @@ class MSD:
             if image is not None and (split := split_of[id])
         ]
         taken = sum(case.split == "train" for case in cases)
-        findings = self._counted(taken, len(train))
+        findings = [*self._counted(taken, len(train)), *splits_file.unread(self.splits_file)]
         return Survey(tuple(sorted(cases, key=lambda case: case.id)), tuple(findings))
 
     def _counted(self, taken: int, there: int) -> list[Finding]:

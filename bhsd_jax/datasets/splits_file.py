@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.datasets.splits import FOLDS, kfold
+from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
@@ -38,6 +39,18 @@ def beside(dataset: Any, cases: Iterable[Case]) -> Folds:
     ignored: set[str] = set(getattr(dataset, "ignore", ()))
     _require_known(path, folds, {case.id for case in cases if case.split == "train"} | ignored)
     return tuple((_without(train, ignored), _without(val, ignored)) for train, val in folds)
+
+
+def unread(path: Path) -> list[Finding]:
+    """Whether the folds of nnU-Net v1 lie where those of v2 would, which are read."""
+    old = path.with_suffix(".pkl")
+    if path.is_file() or not old.is_file():
+        return []
+    text = (
+        f"{old}: is not read, and folds are drawn as nnU-Net draws them; write its list to {NAME}, "
+        "names in place of arrays"
+    )
+    return [Finding(Kind.FOLDS_UNREAD, "kept", text)]
 
 
 def load(path: str | Path) -> Folds:

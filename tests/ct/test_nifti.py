@@ -278,7 +278,7 @@ def test_the_size_limit_is_the_callers(tmp_path, stored):
 def test_voxels_that_are_no_numbers_are_refused(tmp_path):
     voxels = np.ones((3, 4, 5), np.float32)
     voxels[1, 2, 3], voxels[0, 0, 0] = np.nan, np.inf
-    with pytest.raises(ValueError, match="2 of 60 voxels"):
+    with pytest.raises(ValueError, match=r"2 of 60 voxels .* Set them to air"):
         nifti.read(save(tmp_path / "a.nii", voxels))
 
 

@@ -480,6 +480,15 @@ def test_folds_beside_the_data_set_are_the_users(nnunet, tmp_path):
     assert splits_file.beside(ignoring, list(ignoring.cases()))[0] == (("b_2",), ())
 
 
+def test_folds_of_nnunets_first_version_are_told_to_be_unread(nnunet, touch):
+    touch(nnunet / "splits_final.pkl")
+    (found,) = MSD(nnunet).survey().findings
+    assert (found.kind, found.done) == (Kind.FOLDS_UNREAD, "kept")
+    assert "splits_final.pkl: is not read" in found.text
+    folds(nnunet, [{"train": ["b_2"], "val": ["a_0001"]}])
+    assert MSD(nnunet).survey().findings == ()
+
+
 def test_folds_are_offered_to_nnunet_where_the_layout_is_its_own(nnunet, tmp_path):
     patients = {f"c_{i}": f"c_{i}" for i in range(12)}
     path = tmp_path / splits_file.NAME
