@@ -24,6 +24,8 @@ def channels(
 ) -> tuple[tuple[str, str], ...]:
     """Name and normalization of every channel, by number, or as listed where keys are no numbers.
 
+    Written the other way about, as labels are, {"CT": 0}, they are meant all the same.
+
     Raises:
         UserError: If it names them otherwise; says `place`.
 
@@ -32,7 +34,11 @@ def channels(
     named = facts.get("channel_names") or facts.get("modality") or {}
     if not isinstance(named, Mapping):
         raise UserError(f'{place}: channel_names is {{"0": "<name>", ...}}; got {named!r:.60}')
+    values = [str(value) for value in named.values()]
     numbered = all(str(key).isdecimal() for key in named)
+    if not numbered and sorted(values) == [str(number) for number in range(len(named))]:
+        named = {number: name for name, number in zip(named, values, strict=True)}
+        numbered = True
     names = [str(named[key]) for key in (sorted(named, key=int) if numbered else named)]
     return tuple((name, _SCHEMES.get(name.casefold(), Z_SCORES)) for name in names)
 

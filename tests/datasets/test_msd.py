@@ -409,6 +409,17 @@ def test_a_description_with_a_typing_error_is_named(tmp_path, text, message):
         _ = MSD(tmp_path).classes
 
 
+def test_channels_may_be_written_as_labels_are(nnunet):
+    """The two run opposite ways in nnU-Net's file: {"0": "CT"}, but {"lesion": 1}."""
+    for number in (0, "0"):
+        describe(nnunet, V2 | {"channel_names": {"CT": number}})
+        assert (MSD(nnunet).modality, MSD(nnunet).channels) == ("ct", ())
+    describe(nnunet, V2 | {"channel_names": {"CT": 1, "T2": 0}})
+    assert [name for name, _ in MSD(nnunet).channels] == ["T2", "CT"]
+    describe(nnunet, V2 | {"channel_names": {"0": "0", "1": "1"}})
+    assert [name for name, _ in MSD(nnunet).channels] == ["0", "1"]
+
+
 def test_channels_that_have_no_numbers_keep_their_order(nnunet):
     """nnU-Net 2.8.1 takes them as they are listed."""
     describe(nnunet, V2 | {"channel_names": {"channel_0": "CT"}})
