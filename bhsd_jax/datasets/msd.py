@@ -154,7 +154,14 @@ class MSD:
         for id, item in self._of("train", "val").items():
             self._put(pairs, id, item)
         tested = self._of("test")  # of imagesTr too, by MONAI's lists
-        return {id: pair for id, pair in pairs.items() if id not in tested}
+        # A list may pair names that differ, img0035 and label0035: such a mask is not alone.
+        listed = (item.label for item in self._listed.values() if item.label)
+        masks = {self._place(name).resolve() for name in listed}
+        return {
+            id: (image, label)
+            for id, (image, label) in pairs.items()
+            if id not in tested and (image or (label and label.resolve() not in masks))
+        }
 
     def _testing(self) -> Pairs:
         """Those of `imagesTs`, and those that the list "test" names elsewhere."""

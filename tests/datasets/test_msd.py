@@ -189,6 +189,27 @@ def test_monais_lists_of_validation_and_test_cases_count(decathlon, touch):
         list(MSD(decathlon).cases())
 
 
+def test_a_list_pairs_images_and_masks_of_other_names(tmp_path, touch):
+    """As those of BTCV, img0035 and label0035; what no list names is still told to be alone."""
+    ids = {"0035": "training", "0036": "validation", "0037": "test"}
+    lists = {key: [] for key in ids.values()}
+    for id, key in ids.items():
+        item = {"image": f"imagesTr/img{id}.nii.gz", "label": f"labelsTr/label{id}.nii.gz"}
+        lists[key].append(item)
+        for name in item.values():
+            touch(tmp_path / name)
+    describe(tmp_path, V1 | lists)
+    found = [(case.id, case.label.name, case.split) for case in MSD(tmp_path).cases()]
+    assert found == [
+        ("img0035", "label0035.nii.gz", "train"),
+        ("img0036", "label0036.nii.gz", "val"),
+        ("img0037", "label0037.nii.gz", "test"),
+    ]
+    touch(tmp_path / "labelsTr" / "label0038.nii.gz")
+    with pytest.raises(ValueError, match=r"label0038 \(no image\)"):
+        list(MSD(tmp_path).cases())
+
+
 def test_folds_that_monais_list_numbers_are_the_users(decathlon, touch):
     """Of Auto3DSeg: a case validates in the fold of its number; one without trains in all."""
     numbers = {"h_2": 0, "h_10": 2, "h_3": 0, "h_4": None}
