@@ -1,12 +1,22 @@
 """Folders of NIfTI images and of their masks, matched by base name."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bhsd_jax.datasets import image_files
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.datasets.bhsd_files import unnumbered
 from bhsd_jax.platform.errors import UserError
+
+
+def _word(names: str) -> re.Pattern[str]:
+    """One of these at the beginning or the end of a name, with what separates it."""
+    return re.compile(rf"^({names})[-_. ]*(?=.)|(?<=.)[-_. ]+({names})$", re.IGNORECASE)
+
+
+_IMAGE_WORD = _word("images?|img|imaging|volume|vol|scan|ct|ncct")
+_MASK_WORD = _word("masks?|msk|labels?|segmentation|seg|gt|annotation|annot")
 
 
 def first_folder(root: Path, names: Sequence[str]) -> Path | None:
@@ -17,7 +27,9 @@ def first_folder(root: Path, names: Sequence[str]) -> Path | None:
 def pairs(images: Path, masks: Path | None) -> dict[str, tuple[Path, Path | None]]:
     """Image and mask (None if it has none) by base name, sorted.
 
-    Where masks lack nnU-Net's number of the one channel, `_0000`, it is no part of a name.
+    Where masks lack nnU-Net's number of the one channel, `_0000`, it is no part of a name. Where no
+    mask is called as an image, names may say which is which: `a_ct` and `a_seg`, as `volume-1` and
+    `segmentation-1` of LiTS. A case is called as its image.
 
     Raises:
         FileNotFoundError: If there is no image.
@@ -28,6 +40,7 @@ def pairs(images: Path, masks: Path | None) -> dict[str, tuple[Path, Path | None
         raise FileNotFoundError(_without_images(images))
     outlined = scans(masks) if masks is not None and masks.is_dir() else {}
     paths = unnumbered(paths, outlined)
+    outlined = _as_images(paths, outlined)
     lonely = sorted(set(outlined) - set(paths))
     if lonely:
         more = f" and {len(lonely) - 3} more" if len(lonely) > 3 else ""
@@ -35,6 +48,18 @@ def pairs(images: Path, masks: Path | None) -> dict[str, tuple[Path, Path | None
             f"{masks}: no image for {', '.join(lonely[:3])}{more}; image and mask have one name"
         )
     return {name: (path, outlined.get(name)) for name, path in paths.items()}
+
+
+def _as_images(images: Mapping[str, Path], masks: dict[str, Path]) -> dict[str, Path]:
+    """Masks by the names of their images, where all differ by a word that says which is which."""
+    if masks.keys() & images.keys():
+        return masks
+    of_images = {_IMAGE_WORD.sub("", name): name for name in images}
+    of_masks = {_MASK_WORD.sub("", name): path for name, path in masks.items()}
+    sure = len(of_images) == len(images) and len(of_masks) == len(masks)
+    if not sure or not of_masks.keys() <= of_images.keys():
+        return masks
+    return {of_images[name]: path for name, path in of_masks.items()}
 
 
 def _without_images(folder: Path) -> str:

@@ -235,6 +235,30 @@ def test_images_named_as_by_nnunet_pair_with_masks_that_are_not_numbered(tmp_pat
         list(Folder(tmp_path).cases())
 
 
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("img{}", "label{}"),  # BTCV
+        ("volume-{}", "segmentation-{}"),  # LiTS
+        ("{}_image", "{}_mask"),
+        ("{}_CT", "{}_seg"),
+        ("{}", "{}_seg"),
+    ],
+)
+def test_images_and_masks_pair_where_a_word_alone_tells_them_apart(tmp_path, touch, image, mask):
+    names = ("p1", "p2", "p10")
+    for name in names:
+        touch(tmp_path / "images" / f"{image.format(name)}.nii.gz")
+    for name in names[1:]:
+        touch(tmp_path / "masks" / f"{mask.format(name)}.nii.gz")
+    found = {case.id: case.label and case.label.name for case in Folder(tmp_path).cases()}
+    want = {image.format(name): f"{mask.format(name)}.nii.gz" for name in names[1:]}
+    assert found == {image.format("p1"): None} | want
+    touch(tmp_path / "masks" / f"{mask.format('p3')}.nii.gz")
+    with pytest.raises(ValueError, match=r"no image for .*; image and mask have one name"):
+        list(Folder(tmp_path).cases())
+
+
 def test_folders_without_images_or_masks_say_where_they_are_looked_for(tmp_path, touch):
     with pytest.raises(FileNotFoundError, match="images: no such folder of NIfTI images"):
         list(Folder(tmp_path).cases())
