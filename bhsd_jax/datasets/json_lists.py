@@ -1,6 +1,6 @@
 """Cases as a dataset.json lists them: the Decathlon's and MONAI's lists, and nnU-Net's key."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ class Listed:
 
 
 def are_lists(facts: Mapping[str, Any]) -> bool:
-    """Whether what is there of the lists are such."""
-    return all(isinstance(facts.get(key, []), list) for key in SPLITS)
+    """Whether those that cases are trained or validated by are such, if they are there."""
+    return all(isinstance(facts.get(key, []), list) for key in ("training", "validation"))
 
 
 def lists(
@@ -40,7 +40,7 @@ def lists(
         facts: The dataset.json.
         place: What errors call it.
         case_of: A case's name by that of an image's file, without folders.
-        is_used: Whether an item is to be taken at all.
+        is_used: Whether an item of "test" is to be taken.
 
     Raises:
         UserError: If an item names no image, or two are one case.
@@ -48,11 +48,13 @@ def lists(
     Source: MONAI 1.6, `load_decathlon_datalist`, `datafold_read`.
     """
     found: dict[str, Listed] = {}
-    every = [(key, item) for key in SPLITS for item in facts.get(key, [])]
-    for key, item in () if KEY in facts else every:
-        one = _listed(key, item, place)
-        if not is_used(one):
+    for key, item in () if KEY in facts else _items(facts):
+        one = _listed(key, item)
+        # Nobody reads "test" but MONAI, so that it may be anything.
+        if key == "test" and (one is None or not is_used(one)):
             continue
+        if one is None:
+            raise UserError(f"{place}: an item of `{key}` names its image; got {item!r:.60}")
         case = case_of(Path(one.images[0]).name)
         if case in found:
             raise UserError(
@@ -120,12 +122,19 @@ def _described(case: str, item: Any, place: object, channels: int) -> Listed:
     return Listed(tuple(item["images"]), item["label"], "train")
 
 
-def _listed(key: str, given: Any, place: object) -> Listed:
+def _items(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key in SPLITS:
+        found = facts.get(key)
+        yield from ((key, item) for item in (found if isinstance(found, list) else ()))
+
+
+def _listed(key: str, given: Any) -> Listed | None:
+    """None if an item names no image."""
     item = given if isinstance(given, dict) else {"image": given}
     image: Any = item.get("image")
     names: list[Any] = image if isinstance(image, list) else [image]  # MONAI's channels
     if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{place}: an item of `{key}` names its image; got {given!r:.60}")
+        return None
     label, fold = item.get("label"), item.get("fold")
     return Listed(
         tuple(names),

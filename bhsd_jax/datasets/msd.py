@@ -241,8 +241,7 @@ class MSD:
         if not isinstance(found, dict) or not json_lists.are_lists(found):
             raise UserError(
                 f'{self._json}: expected {{"channel_names": ..., "labels": ...}}, where `training` '
-                "is a list if it is there, and so are `validation` and `test`; got "
-                f"{found!r:.60}"
+                f"is a list if it is there, and so is `validation`; got {found!r:.60}"
             )
         return found
 
@@ -288,9 +287,7 @@ class MSD:
 
         def is_used(item: json_lists.Listed) -> bool:
             places = map(self._place, item.images)
-            return item.split != "test" or all(
-                place.is_file() and place.resolve().parent != tests for place in places
-            )
+            return all(place.is_file() and place.resolve().parent != tests for place in places)
 
         named = functools.partial(self._id, image=True)
         found = json_lists.lists(self._facts, self._json, named, is_used)

@@ -172,7 +172,7 @@ def test_monais_lists_of_validation_and_test_cases_count(decathlon, touch):
         key: [{"image": f"imagesTr/{i}.nii.gz", "label": f"labelsTr/{i}.nii.gz"} for i in ids]
         for key, ids in by_key.items()
     }
-    lists["test"] += ["imagesTs/h_7.nii.gz", "imagesTs/gone.nii.gz"]
+    lists["test"] += ["imagesTs/h_7.nii.gz", "imagesTs/gone.nii.gz", {"input": "x"}]
     describe(decathlon, V1 | lists)
     found = MSD(decathlon)
     assert summary(found) == [
