@@ -182,6 +182,8 @@ def _value(kind: Any, value: Any) -> Any:
         if kind is float and type(value) is int:
             value = float(value)
         fits = isinstance(value, origin or kind) and (kind is bool or not isinstance(value, bool))
+        if isinstance(value, Mapping):
+            fits = fits and isinstance(value.get("name"), str)
     if not fits:
         raise _UnfitError
     return tuples(value) if isinstance(value, Mapping) else value

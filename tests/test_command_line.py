@@ -356,6 +356,7 @@ def test_settings_take_what_files_and_command_lines_say():
         ("windows", ((40, 80, 2),), "plan or"),
         ("split.labeled", "some", "a number or None; got 'some'"),
         ("predict.dicom", 3, "a group of fields; got 3"),
+        ("objective", {"weight": 3.0}, "fields with a name; got {'weight': 3.0}"),
     ],
 )
 def test_a_value_that_means_nothing_is_refused(path, value, message):

@@ -28,8 +28,8 @@ from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train import optimizer as optimizers
 from bhsd_jax.train import processes
-from bhsd_jax.train.optimizer import make_optimizer, make_schedule
 from bhsd_jax.train.step import Parts, init_state
 from bhsd_jax.types import Batch, TrainState
 from bhsd_jax.volume import Plan
@@ -38,14 +38,6 @@ from bhsd_jax.windows import CascadeInput
 logger = logging.getLogger(__name__)
 
 _LEAST_TURNS = 10.0  # time constants 1 / (1 - decay) of a moving average in a training
-_TIMING = (
-    "lr",
-    "schedule",
-    "power",
-    "warmup",
-    "hold",
-    "lag",
-)  # of the optimizer spec: the schedule's
 
 
 @dataclass(frozen=True)
@@ -384,9 +376,4 @@ def _slice_labels(run: Run) -> tuple[SliceTerms | None, Slices | None]:
 
 
 def _optimizer(config: Settings, steps: Any, *, parts: bool) -> tuple[Any, Any]:
-    # None is the optimizer's own value, but of `clip`, where it means that nothing is clipped.
-    spec: dict[str, Any] = dict(config.optimizer)
-    spec = {k: v for k, v in spec.items() if v is not None or k == "clip"}
-    timing = {k: spec.pop(k) for k in _TIMING if k in spec}
-    schedule = make_schedule(timing.pop("schedule"), steps=steps, **timing)
-    return schedule, make_optimizer(spec.pop("name"), schedule, parts=parts, **spec)
+    return optimizers.of_spec(config.optimizer, steps, parts=parts)

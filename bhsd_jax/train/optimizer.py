@@ -1,6 +1,8 @@
 """Optimizers and learning-rate schedules from plain numbers."""
 
+import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +13,39 @@ from jaxtyping import Array, Int
 
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.types import Params
+
+_NEEDED = ("name", "lr", "schedule")  # of a config's optimizer; all else has a default here
+
+
+def of_spec(
+    spec: Mapping[str, Any], steps: Int[Array, ""] | int, *, parts: bool = False
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Learning rate by step, and the optimizer that follows it, as `config.optimizer` names them.
+
+    None is a field's own default, but of `clip`, where it means that nothing is clipped.
+
+    Raises:
+        ValueError: If a field is missing, unknown or out of its range; names it.
+    """
+    given: dict[str, Any] = {
+        name: value for name, value in spec.items() if value is not None or name == "clip"
+    }
+    if missing := [name for name in _NEEDED if name not in given]:
+        raise UserError(
+            f"config.optimizer: no {', '.join(missing)}; whoever replaces the whole group gives "
+            f"{', '.join(_NEEDED)}, and whoever does not sets single fields of it, such as "
+            "config.optimizer.lr"
+        )
+    timings = [name for name in inspect.signature(make_schedule).parameters if name != "steps"]
+    rules = inspect.signature(make_optimizer).parameters
+    known = dict.fromkeys(name for name in (*rules, *timings) if name != "parts")
+    if unknown := sorted(given.keys() - known):
+        raise UserError(
+            f"config.optimizer: unknown {', '.join(unknown)}; it takes {', '.join(known)}"
+        )
+    timing = {name: given.pop(name) for name in timings if name in given}
+    schedule = make_schedule(steps=steps, **timing)
+    return schedule, make_optimizer(schedule=schedule, parts=parts, **given)
 
 
 def make_schedule(
@@ -114,7 +149,7 @@ def make_optimizer(
     _require_within("momentum", momentum, 0, below=1)
     _require_within("beta2", beta2, 0, below=1)
     _require_within("weight_decay", weight_decay, 0)
-    if clip is not None and not clip > 0:
+    if clip is not None and (isinstance(clip, bool | str) or not clip > 0):
         # 0 would stop all learning, and a negative norm turn every gradient around.
         raise UserError(
             f"optimizer.clip is the largest gradient norm, above 0, or None, which clips nothing; "
@@ -137,7 +172,7 @@ def make_optimizer(
 
 
 def _require_within(name: str, value: float, least: float, below: float = math.inf) -> None:
-    if not least <= value < below:
+    if isinstance(value, bool | str) or not least <= value < below:
         most = f" and below {below:g}" if below < math.inf else ""
         raise UserError(f"optimizer.{name} is {least:g} or more{most}; got {value!r}")
 

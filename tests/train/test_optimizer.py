@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bhsd_jax.train.optimizer import clip_each, make_optimizer, make_schedule
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.train.optimizer import clip_each, make_optimizer, make_schedule, of_spec
 
 
 def test_the_poly_schedule_gives_nnunets_rates():
@@ -152,3 +153,22 @@ def test_numbers_that_would_undo_the_training_are_refused(name, value, words):
 def test_a_negative_rate_is_refused():
     with pytest.raises(ValueError, match=r"optimizer\.lr is 0 or more; got -0\.1"):
         make_schedule("poly", lr=-0.1, steps=5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"schedule": None}, r"config.optimizer: no schedule; whoever replaces the whole group"),
+        (
+            {"betas": (0.9, 0.99)},
+            r"unknown betas; it takes name, schedule, momentum, nesterov, bet",
+        ),
+        ({"lr": -0.01}, r"optimizer\.lr is 0 or more; got -0\.01"),
+        ({"lr": "0.01"}, r"optimizer\.lr is 0 or more; got '0\.01'"),
+    ],
+)
+def test_what_a_config_says_wrong_of_the_optimizer_is_told(fields, said):
+    spec = {"name": "sgd", "lr": 0.01, "schedule": "poly", "clip": 12.0}
+    of_spec(spec, 10)
+    with pytest.raises(UserError, match=said):
+        of_spec(spec | fields, 10)
