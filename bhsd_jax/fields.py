@@ -26,10 +26,11 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Between:
-    """The numbers that a field may hold, both ends included."""
+    """The numbers that a field may hold, both ends included; or all above one."""
 
     least: float | None = None
     most: float | None = None
+    above: float | None = None
 
 
 @dataclass(frozen=True)
@@ -217,10 +218,12 @@ def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
 
 def _require_limits(value: Any, limits: tuple[Any, ...]) -> None:
     numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if n is not None]
-    for limit in limits:
-        if limit.least is not None and any(number < limit.least for number in numbers):
+    for limit in limits:  # NaN is neither more nor less than any, and fits none
+        if limit.above is not None and not all(number > limit.above for number in numbers):
+            raise _UnfitError(f"above {limit.above:g}")
+        if limit.least is not None and not all(number >= limit.least for number in numbers):
             raise _UnfitError(f"{limit.least:g} or more")
-        if limit.most is not None and any(number > limit.most for number in numbers):
+        if limit.most is not None and not all(number <= limit.most for number in numbers):
             raise _UnfitError(f"{limit.most:g} or less")
 
 

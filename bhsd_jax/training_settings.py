@@ -21,6 +21,7 @@ class Preprocess:
         Millimeters | None,
         "target spacing D, H, W in mm; None: nnU-Net's rule. BHSD and the sets that hold its scans "
         "are pinned, because that rule flips between 5.0 and 2.7 mm on subsets of it",
+        Between(above=0),
     ] = None
     planner: Annotated[
         Literal["default", "resenc_m", "resenc_l", "resenc_xl"], "nnU-Net's planner"

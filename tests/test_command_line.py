@@ -356,6 +356,9 @@ def test_settings_take_what_files_and_command_lines_say():
         ("windows", ((40, 80, 2),), "plan or"),
         ("split.labeled", "some", "a number or None; got 'some'"),
         ("predict.dicom", 3, "a group of fields; got 3"),
+        ("preprocess.spacing_mm", (0, 1, 1), r"above 0; got \(0, 1, 1\)"),
+        ("preprocess.spacing_mm", (5.0, -1.0, 1.0), "above 0"),
+        ("infer.step", float("nan"), "0.01 or more; got nan"),
         ("objective", {"weight": 3.0}, "fields with a name; got {'weight': 3.0}"),
     ],
 )
