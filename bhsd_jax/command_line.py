@@ -12,18 +12,13 @@ import functools
 import importlib
 import os
 import re
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, FieldReference, config_flags
-
-from bhsd_jax import configs, fields
-from bhsd_jax.build import arguments
+from bhsd_jax import configs, fields, overrides
 from bhsd_jax.settings import RENAMED, Settings
 
 VERBS = {  # in the order of the pipeline: what each does, the groups it reads, two examples
@@ -91,13 +86,7 @@ EXIT_CODES = {
     130: "interrupted",
 }
 _PLACES = {"predict": ("images", "out")}  # what words after the run folder stand for
-_FREE = {  # groups whose fields are those of what they name, in a package
-    "data": "bhsd_jax.datasets",
-    "model": "bhsd_jax.models",
-    "objective": "bhsd_jax.objectives",
-    "optimizer": "bhsd_jax.train",
-}
-_OPTIMIZER = ("optimizer.make_schedule", "optimizer.make_optimizer")  # what the group is given to
+_FREE = overrides.PACKAGES  # groups whose fields are those of what they name
 _WORDS_ONLY = ("preset", "task")  # what a config was made with: its other fields follow from them
 _OWN_FLAGS = (
     "config",
@@ -146,7 +135,9 @@ def parse(words: Sequence[str], version: str) -> Command:
         raise UsageError("--json is for `bhsd info`")
     # The file first: its fields are known only when it has been read.
     flags = {"config": _config_of(verb, given)}
-    flags |= {_full_name(name, verb): given[name] for name in given if name != "config"}
+    flags |= {
+        _full_name(name, verb, given[name]): given[name] for name in given if name != "config"
+    }
     return Command(verb, tuple(f"--{name}={value}" for name, value in flags.items()))
 
 
@@ -168,55 +159,18 @@ def _places(verb: str, words: Sequence[str], given: Mapping[str, str]) -> dict[s
     return found
 
 
-def define_config(
-    flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None
-) -> flags.FlagHolder:
-    """The flag `--config`, and its overrides in `argv`; None: in those of the program.
-
-    An override may also name an argument that a class has and the config leaves at its default.
-    """
-    defined = config_flags.DEFINE_config_file(
-        "config", help_string="Experiment file.", flag_values=flag_values, sys_argv=argv
-    )
-    flag_values["config"].parser = _ConfigFile(argv)
-    return defined
-
-
-class _ConfigFile(config_flags.config_flags.ConfigFileFlagParser):
-    """Makes room in a config for arguments that its file does not set."""
-
-    def __init__(self, argv: Sequence[str] | None):
-        super().__init__("config")
-        self.argv = argv
-
-    def parse(self, path: str) -> Any:
-        config = super().parse(path)
-        if isinstance(config, ConfigDict):  # and not what a file that cannot be read leaves
-            words = [word.lstrip("-") for word in self.argv or sys.argv]
-            pairs = (word.partition("=") for word in words if word.startswith("config."))
-            _open_arguments(config, {path.partition(".")[2]: value for path, _, value in pairs})
-        return config
-
-
-def _open_arguments(config: Any, given: Mapping[str, str]) -> None:
-    """Lets the config have the given fields, by path, that are arguments of what it names."""
-    for path in given:
-        group, _, argument = path.partition(".")
-        if group in _FREE and argument and argument not in config[group]:
-            name = given.get(f"{group}.name", config[group]["name"])
-            sources = _OPTIMIZER if group == "optimizer" else (name,)
-            if any(argument in arguments(_FREE[group], source) for source in sources):
-                with config.unlocked():
-                    config[group][argument] = FieldReference(None, field_type=object)
-
-
 def find_config(given: str) -> str:
     """`FILE:WORDS` for a path, or for the name of an experiment file that comes with the package.
+
+    The folder of a run, or its config.json, stands for the config of that run.
 
     Raises:
         UsageError: If there is neither; lists the names.
     """
     name, colon, words = given.partition(":")
+    run = Path(name).parent if Path(name).name == "config.json" else Path(name)
+    if (run / "config.json").is_file():
+        return f"{find_config('from_run')}:{run}"
     if Path(name).is_file():
         return given
     bare = name.removeprefix("configs/").removesuffix(".py")
@@ -240,6 +194,11 @@ def names_of_configs() -> list[str]:
 def help_on(verb: str) -> str:
     """The help of one verb, or of the program."""
     return "\n".join(_verb_help(verb) if verb else _overview()) + "\n"
+
+
+def kind_of(path: str) -> str:
+    """What a field holds, in words; "" of one that is not known."""
+    return next((field.kind for field in _described() if field.path == path), "")
 
 
 def config_lines(config: Settings) -> Iterator[str]:
@@ -277,11 +236,11 @@ def at_home(word: str) -> str:
     return re.sub(r"(?<![^=,:(\['\"])~(?=/)", lambda _: home, word)
 
 
-def _full_name(name: str, verb: str) -> str:
+def _full_name(name: str, verb: str, value: str) -> str:
     """The flag that a user's flag stands for.
 
     Raises:
-        UsageError: If it is none; names the nearest.
+        UsageError: If it is none, names the nearest; or a word of a config, or a whole group.
     """
     if name in _OWN_FLAGS:
         return name
@@ -295,6 +254,8 @@ def _full_name(name: str, verb: str) -> str:
     if name == field and f"{verb}.{field}" in paths:
         return f"config.{verb}.{field}"
     group = field.partition(".")[0]
+    if group == field and not value.lstrip().startswith("{"):
+        _require_no_word(name, field, value)
     if field in paths or (group in _FREE and field != group):
         return f"config.{field}"
     if group in RENAMED:
@@ -303,6 +264,19 @@ def _full_name(name: str, verb: str) -> str:
     raise UsageError(
         f"no field --{name}{_near(field, [*paths, *own])}; `bhsd {verb} --help` lists them"
     )
+
+
+def _require_no_word(name: str, field: str, value: str) -> None:
+    """Refuses as flags the words of a config's name, and what names a class by its group alone."""
+    common: Any = importlib.import_module("bhsd_jax.configs.common")
+    if field in common.WORDS:
+        word = field if isinstance(common.WORDS[field], bool) else f"{field}={value}"
+        raise UsageError(f"--{name} is a word of a config's name: --config=NAME:{word}")
+    if field in _FREE:
+        backbone = f", or a backbone with --config=NAME:backbone={value}" * (field == "model")
+        raise UsageError(
+            f"--{name} is a group of fields: name a class by --{name}.name=...{backbone}"
+        )
 
 
 def _config_of(verb: str, given: Mapping[str, str]) -> str:

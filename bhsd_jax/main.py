@@ -3,6 +3,7 @@
 import importlib
 import logging as standard_logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from bhsd_jax import __version__, command_line
+from bhsd_jax import __version__, command_line, overrides
 from bhsd_jax.assemble import trained
 from bhsd_jax.command_line import UsageError
 from bhsd_jax.platform import budget, cluster, faults, files, startup
@@ -24,7 +25,7 @@ _DEFECT = (
     "This is a defect of bhsd_jax and not of your data. Please report it, with all lines above, "
     "the command, config.json of the run, and what `bhsd --version` and `pip list` say."
 )
-_CONFIG = command_line.define_config()
+_CONFIG = overrides.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config.name>.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object (`bhsd info`).")
 
@@ -105,16 +106,44 @@ def _reason(error: Exception, workdir: Path) -> str | None:
 
 def _parse_flags(argv: Sequence[str]) -> Any:
     """As absl does; but a field, a word or a config file that is refused is one line as well."""
+    file = argv[1].removeprefix("--config=").partition(":")[0]
     try:
         return flags.FLAGS(argv)
     except AttributeError as error:
+        if error.name == "get_config":
+            text = (
+                f"{file}: no function get_config(arg), which returns a config; begin with that of"
+            )
+            raise UsageError(f"{text} bhsd_jax.configs.common") from None
         # The text went through `repr` on its way.
         words = str(error.args[0]).replace("\\n", "\n").replace("\\'", "'")
         field, _, hint = words.strip("'\"").partition("\n")
         reason = f"no field {field.strip(chr(39))} in this config, see `bhsd config`. {hint}"
+        reason = f"{_place(file, error)}{reason}"
+    except flags.IllegalFlagValueError as error:
+        reason = _of_type(_last(error))
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
         reason = _last(error)
+    except SyntaxError as error:
+        reason = f"{error.filename}, line {error.lineno}: {error.msg}"
+    except Exception as error:  # whatever a file of one's own may raise
+        reason = f"{_place(file, error)}{type(error).__name__}: {error}"
     raise UsageError(reason.strip())
+
+
+def _place(file: str, error: Exception) -> str:
+    """The line of a config file that raised an error, before a message; "" if it is none of it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [one.lineno for one in frames if Path(one.filename) == Path(file).absolute()]
+    lines = lines or [one.lineno for one in frames if one.filename == file]
+    return f"{file}, line {lines[-1]}: " if lines else ""
+
+
+def _of_type(reason: str) -> str:
+    """What absl says of a value that it cannot read, with the field's type in words."""
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", reason)
+    kind = match and command_line.kind_of(match[1])
+    return f"--{match[1]}={match[2]}: must be {kind}" if match and kind else reason
 
 
 def _last(error: Exception) -> str:
@@ -122,7 +151,11 @@ def _last(error: Exception) -> str:
     # ml_collections wraps what a config file raises: "... failure to load: Traceback ...".
     text = str(error).strip().rpartition("failure to load: ")[2]
     if "Traceback" in text:
-        text = text.splitlines()[-1].strip().removeprefix("ValueError: ")
+        places = re.findall(r'File "(.*?)", line (\d+), in get_config', text)
+        text = text.splitlines()[-1].strip()
+        told = re.sub(r"^([\w.]*\.UserError|ValueError): ", "", text)
+        where = "".join(f"{file}, line {line}: " for file, line in places[-1:])
+        text = f"{where}{text}" if told == text else told
     return " ".join(text.split())
 
 

@@ -135,6 +135,13 @@ def test_later_verbs_know_the_run_from_any_folder_and_refuse_another_config(bhsd
         (["predict", "--config=cps", "--predict.networks=None"], 1, "got None"),
         (["predict", "nowhere"], 2, "nowhere holds no config.json"),
         (["evaluate", "a", "b", "--config=cps"], 2, "one run folder; got a and b"),
+        (["train", "--config=cps:data=BHSD"], 2, "bhsd: data=BHSD is not known; choose from"),
+        (["train", "--config=cps", "--data=bhsd"], 2, "--config=NAME:data=bhsd"),
+        (["train", "--config=cps", "--backbone", "unetr"], 2, "--config=NAME:backbone=unetr"),
+        (["train", "--config=cps", "--smoke"], 2, "--config=NAME:smoke"),
+        (["train", "--config=cps", "--model=unetr"], 2, "name a class by --model.name=..., or"),
+        (["train", "--config=cps", "--train.steps=1e5"], 2, "=1e5: must be a whole number"),
+        (["train", "--config=cps", "--infer.mirror=no"], 2, "=no: must be True or False"),
     ],
 )
 def test_what_is_misspelt_is_one_line_before_jax_is_imported(bhsd, words, code, want):
@@ -267,6 +274,42 @@ def test_a_config_of_ones_own_need_not_know_the_fields_that_came_since():
     config.augment.spatail = ()
     with pytest.raises(ValueError, match=r"config\.augment has no field spatail"):
         Settings.of(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("config = 3", "mine.py: no function get_config(arg), which returns a config"),
+        ("def get_config(arg=''):\n    return STEPS", "mine.py, line 2: NameError: name 'STEPS'"),
+        ("import nowhere", "mine.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        ("def get_config(arg='')\n    return 3", "mine.py, line 1: expected ':'"),
+        (
+            OWN.replace("return ", "config = ") + "    config.optimiser.lr = 1e-3",
+            "mine.py, line 4: no field optimiser in this config, see `bhsd config`. Did you mean",
+        ),
+        (
+            OWN.replace("return ", "config = ") + "    config.train.steps = 2.5",
+            "mine.py, line 4: TypeError: Could not override field 'steps'",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_config_file_of_ones_own_is_one_line(tmp_path, monkeypatch, text, want):
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    code = "import sys; from bhsd_jax import main; sys.argv[1:] = ['config', '--config=mine.py']\n"
+    run = [sys.executable, "-c", f"{code}main.cli()"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()
+    assert want in said
+
+
+def test_the_folder_of_a_run_or_its_config_json_stands_for_its_config(tmp_path):
+    run = trained(tmp_path / "run", cps.get_config("smoke"))
+    for given in (run, run / "config.json"):
+        command = parse(["train", "other", f"--config={given}"], "")
+        assert command.flags[0].endswith(f"from_run.py:{run}")
 
 
 def test_later_verbs_read_the_config_of_the_run(tmp_path):

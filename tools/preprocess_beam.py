@@ -23,11 +23,10 @@ from absl import app, flags
 from apache_beam.options.pipeline_options import PipelineOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bhsd_jax import command_line
 from bhsd_jax.platform import faults
 from bhsd_jax.verbs import preprocess
 
-CONFIG = command_line.define_config()
+CONFIG = overrides.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run.", required=True)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from bhsd_jax import command_line, fields
+from bhsd_jax import fields, overrides
 from bhsd_jax.experiments.children import Call, Stopped, running
 from bhsd_jax.experiments.places import Place
 from bhsd_jax.platform import cluster, files
@@ -86,7 +86,7 @@ def resolve(arguments: Sequence[str]) -> Settings:
         ValueError: If the file, a word, a field or a value is not accepted.
     """
     values = flags.FlagValues()
-    command_line.define_config(values, ["", *arguments])
+    overrides.define_config(values, ["", *arguments])
     try:
         values(["", *arguments])
         config = Settings.of(values["config"].value)  # a file that cannot be read shows here

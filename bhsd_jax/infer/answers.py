@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 
 @jax.jit
 def mean(logits: Sequence[Float[Array, "K D H W"]]) -> Float[Array, "K D H W"]:
+    """The mean of the logits themselves."""
     return sum(logits[1:], logits[0]) / len(logits)
 
 
@@ -38,6 +39,7 @@ def logit_mean(logits: Sequence[Float[Array, "R D H W"]]) -> Float[Array, "R D H
 
 @partial(jax.jit, static_argnames="values")
 def written(logits: Float[Array, "R D H W"], values: tuple[int, ...]) -> UInt8[Array, "D H W"]:
+    """The value of the last region that is likelier than not; 0 where none is."""
     label = jnp.zeros(logits.shape[1:], jnp.uint8)
     for one, value in zip(logits, values, strict=True):
         label = jnp.where(one > 0, jnp.uint8(value), label)
@@ -46,4 +48,5 @@ def written(logits: Float[Array, "R D H W"], values: tuple[int, ...]) -> UInt8[A
 
 @jax.jit
 def most_likely(logits: Float[Array, "K D H W"]) -> UInt8[Array, "D H W"]:
+    """The class of the largest logit."""
     return jnp.argmax(logits, axis=0).astype(jnp.uint8)

@@ -43,6 +43,9 @@ def of_spec(
         raise UserError(
             f"config.optimizer: unknown {', '.join(unknown)}; it takes {', '.join(known)}"
         )
+    for name, value in given.items():
+        if isinstance(value, str) and name not in ("name", "schedule"):
+            raise UserError(f"config.optimizer.{name} is a number; got {value!r}")
     timing = {name: given.pop(name) for name in timings if name in given}
     schedule = make_schedule(steps=steps, **timing)
     return schedule, make_optimizer(schedule=schedule, parts=parts, **given)
@@ -149,7 +152,7 @@ def make_optimizer(
     _require_within("momentum", momentum, 0, below=1)
     _require_within("beta2", beta2, 0, below=1)
     _require_within("weight_decay", weight_decay, 0)
-    if clip is not None and (isinstance(clip, bool | str) or not clip > 0):
+    if clip is not None and not clip > 0:
         # 0 would stop all learning, and a negative norm turn every gradient around.
         raise UserError(
             f"optimizer.clip is the largest gradient norm, above 0, or None, which clips nothing; "
@@ -172,7 +175,7 @@ def make_optimizer(
 
 
 def _require_within(name: str, value: float, least: float, below: float = math.inf) -> None:
-    if isinstance(value, bool | str) or not least <= value < below:
+    if not least <= value < below:
         most = f" and below {below:g}" if below < math.inf else ""
         raise UserError(f"optimizer.{name} is {least:g} or more{most}; got {value!r}")
 

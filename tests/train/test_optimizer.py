@@ -164,7 +164,7 @@ def test_a_negative_rate_is_refused():
             r"unknown betas; it takes name, schedule, momentum, nesterov, bet",
         ),
         ({"lr": -0.01}, r"optimizer\.lr is 0 or more; got -0\.01"),
-        ({"lr": "0.01"}, r"optimizer\.lr is 0 or more; got '0\.01'"),
+        ({"lr": "0.01"}, r"optimizer\.lr is a number; got '0\.01'"),
     ],
 )
 def test_what_a_config_says_wrong_of_the_optimizer_is_told(fields, said):
