@@ -5,6 +5,7 @@ nnU-Net calls channel 1 of a case `<case>_0001` and the file's ending.
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,11 +57,16 @@ def scans(folder: Path, *, pictures: bool = True) -> dict[str, Path]:
 def group(files: Mapping[str, Path], channels: int) -> dict[str, Path | Channels]:
     """Scans by case: the number of a channel is no part of a case's name.
 
+    For one channel `_0000` is such a number unless `_0001` or another is there too: then the files
+    are scans that somebody has numbered.
+
     Raises:
         UserError: If a case has another number of files than one or `channels`; names it.
     """
     if channels == 1:
-        short = {name.removesuffix("_0000"): path for name, path in files.items()}
+        counts = Counter(match["case"] for name in files if (match := _NUMBERED.fullmatch(name)))
+        alone = {f"{case}_0000" for case, count in counts.items() if count == 1}
+        short = {n.removesuffix("_0000") if n in alone else n: path for n, path in files.items()}
         return dict(short if len(short) == len(files) else files)
     parts: dict[str, list[Path]] = {}
     for name, path in sorted(files.items()):

@@ -299,6 +299,8 @@ def test_a_folder_to_predict_is_grouped_by_channel(tmp_path):
     with pytest.raises(ValueError, match="a: the network takes 3 channels"):
         image_files.group(files, 3)
     assert list(image_files.group({"a_0000": tmp_path / "x"}, 1)) == ["a"]
+    numbered = {f"scan_{n:04d}": tmp_path / f"{n}" for n in range(3)} | {"b_0000": tmp_path / "b"}
+    assert list(image_files.group(numbered, 1)) == ["scan_0000", "scan_0001", "scan_0002", "b"]
     assert chosen_scans._channels(tmp_path) == 1
     for ending, voxels in ((".hdr", ".img"), (".mhd", ".raw"), (".nhdr", ".raw.gz"), (".mgz", "")):
         for path in (tmp_path / f"c{ending}", tmp_path / f"c{voxels or ending}"):
