@@ -11,7 +11,7 @@ from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.measured import ScanVolumes
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.ct import scan
+from bhsd_jax.ct import formats, nifti, scan
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.metrics import postprocessing
@@ -56,6 +56,7 @@ def run(config: Config, workdir: Path) -> None:
     cases, first = cascade.first_of(run, cases)
     rules = _rules(run)
     out = Path(settings.out or workdir / "predictions")
+    _require_folder(out)
     _require_apart(out, cases, names)
     files.open_folder(out)
     files.sweep(out)
@@ -166,6 +167,15 @@ def _require_possible(settings: Predict, cases: Sequence[Case]) -> None:
                 f"config.predict.{flag}: probabilities of unsheared series would not lie on the "
                 "series' own voxels; set unshear=False, or leave them out"
             )
+
+
+def _require_folder(out: Path) -> None:
+    """Refuses the name of a file, after which a folder would be called."""
+    if not out.is_dir() and (formats.ending(out) or nifti.case_name(out) != out.name):
+        raise UserError(
+            f"config.predict.out: {out} is the name of a file; name the folder that label maps go "
+            f"to, such as {out.parent / 'label_maps'}: each is called as its scan is"
+        )
 
 
 def _require_apart(out: Path, cases: Sequence[Case], names: Mapping[str, str]) -> None:

@@ -749,6 +749,13 @@ def test_a_full_disk_is_noticed_before_the_network_is_read(folder, scans, disk):
         predict.run(configure(scans, out=str(place)), folder)
 
 
+@pytest.mark.parametrize("name", ["seg.nii.gz", "seg.nii", "seg.nrrd"])
+def test_no_folder_is_made_of_the_name_of_a_file(folder, scans, name):
+    with pytest.raises(ValueError, match=rf"out: .*{name} is the name of a file; name the folder"):
+        predict.run(configure(scans, out=str(folder / name)), folder)
+    assert not (folder / name).exists()
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_first_process_draws_the_salt_before_the_others_look_for_it(index, monkeypatch):
     """Not every file system that processes share settles who was first."""
