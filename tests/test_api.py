@@ -164,6 +164,8 @@ def test_three_runs_give_the_mean_of_their_probabilities(runs, scans, tmp_path):
     voxels, affine = nibabels(scans / "b.nii.gz")
     alone = [Predictor.from_run(run).predict(voxels, affine) for run in runs]
     together = Predictor.from_run(*runs)
+    again = Predictor.from_run(*runs, runs[0], f"{runs[1]}/../{runs[1].name}/")
+    assert again.members == together.members, "each counts once, however often it is named"
     assert [member.folder for member in together.members] == runs
     found = together.predict(voxels, affine)
     # On the prepared grid, before anything is brought back to the scan's voxels.

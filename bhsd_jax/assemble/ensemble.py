@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Infer, Settings
+
+logger = logging.getLogger(__name__)
 
 _PREPARATION = (  # fields of a plan that decide what a network is given of a scan
     *("classes", "modality", "spacing_mm", "transpose", "axes", "crop_hu"),
@@ -62,7 +65,7 @@ def open_runs(
     """
     first, member = _open(run)
     members, groups = [member], [(run, [first])]
-    for folder in more:
+    for folder in _each_once(run.folder, more):
         # Its own networks of its own best checkpoint: steps of different runs are not alike.
         chosen = run.config.predict.checkpoint
         which = chosen if chosen in ("best", "last") else "best"
@@ -76,6 +79,16 @@ def open_runs(
         members.append(member)
     one, *others = (dataclasses.replace(own[0], others=tuple(own[1:])) for _, own in groups)
     return dataclasses.replace(one, apart=tuple(others)), tuple(members)
+
+
+def _each_once(first: Path, more: Sequence[str | Path]) -> list[str | Path]:
+    """Further folders without the first and without those that come twice: each counts alike."""
+    found: dict[Path, str | Path] = {first.resolve(): first}
+    for folder in more:
+        found.setdefault(Path(folder).resolve(), folder)
+    if len(found) <= len(more):
+        logger.warning("runs that are named twice count once: these are %d", len(found))
+    return list(found.values())[1:]
 
 
 def seen(run: Run, more: Sequence[str | Path], cases: Sequence[str]) -> dict[str, int]:
