@@ -99,6 +99,7 @@ _OWN_FLAGS = (
     "log_dir",
 )
 _WIDTH = 100
+# A shell puts the home folder in place of this at the beginning of a word alone.
 
 
 class UsageError(Exception):
@@ -223,6 +224,11 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not equals:
             takes = bool(rest) and not rest[0].startswith("--") and name not in ("help", "h")
             value = rest.pop(0) if takes else "True"
+        if name in given and _is_list(name, names):
+            raise UsageError(
+                f"--{name} is given twice, {given[name]} and {value}; give all at once: "
+                f"--{name}={given[name]},{value}"
+            )
         given[name] = at_home(value)
     return names, given
 
@@ -234,6 +240,13 @@ def at_home(word: str) -> str:
     """
     home = os.path.expanduser("~")
     return re.sub(r"(?<![^=,:(\['\"])~(?=/)", lambda _: home, word)
+
+
+def _is_list(name: str, names: Sequence[str]) -> bool:
+    """Whether a flag takes any number of words: of two such flags none may be lost."""
+    field = name.removeprefix("config.")
+    paths = field, *(f"{verb}.{field}" for verb in names[:1])
+    return any(kind_of(path) == "(text, ...)" for path in paths)
 
 
 def _full_name(name: str, verb: str, value: str) -> str:

@@ -211,6 +211,14 @@ def test_a_path_behind_an_equals_sign_may_begin_at_home(monkeypatch, word, want)
     assert flags[1:] == (f"--config.predict.images={want}", f"--workdir={want}")
 
 
+@pytest.mark.parametrize("name", ["runs", "predict.runs", "config.predict.runs"])
+def test_no_folder_is_lost_where_a_list_is_given_in_two_flags(name):
+    words = ["predict", "r", "--config=cps", f"--{name}=b", f"--{name}=c"]
+    with pytest.raises(UsageError, match=rf"--{name} is given twice, b and c; .*--{name}=b,c"):
+        parse(words, "")
+    assert "--config.seed=2" in parse(["train", "--config=cps", "--seed=1", "--seed=2"], "").flags
+
+
 def trained(folder, config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))

@@ -23,6 +23,7 @@ from absl import app, flags
 from apache_beam.options.pipeline_options import PipelineOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bhsd_jax import overrides
 from bhsd_jax.platform import faults
 from bhsd_jax.verbs import preprocess
 
