@@ -325,6 +325,7 @@ def require_matching(run: Run, recipe: Recipe, roles: Roles, mesh: Mesh) -> None
     meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, rows, accumulate)
     _require_twins(config, recipe, mesh)
     # A patch the model cannot take is refused by the model, here.
+    wiring.require_output(recipe.parts.model, recipe.cut.patch, recipe.channels)
     jax.eval_shape(recipe.init, jax.random.key(0))
 
 

@@ -1,5 +1,6 @@
 """From a run to its network and its objective."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -12,6 +13,7 @@ from bhsd_jax.models import conv
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.types import Objective
+from bhsd_jax.volume import Shape
 
 _MODELS = "bhsd_jax.models"
 
@@ -38,8 +40,45 @@ def model(run: Run) -> Any:
     fields["num_classes"] = run.labels.outputs
     require_arguments(f"{_MODELS}.{name}", made, fields)
     if for_plan is None:
-        return made(**fields)
-    return for_plan(plan.network, run.patch, plan.spacing_mm, **fields)
+        network = made(**fields)
+    else:
+        network = for_plan(plan.network, run.patch, plan.spacing_mm, **fields)
+    arguments = inspect.signature(network.__call__).parameters.values()
+    if not any(one.name == "train" or one.kind is one.VAR_KEYWORD for one in arguments):
+        raise UserError(
+            f"{_MODELS}.{name}: its __call__ has no argument `train`, which says whether dropout "
+            "is to be drawn: __call__(self, image, *, train)"
+        )
+    return network
+
+
+def require_output(network: Any, patch: Shape, channels: int) -> None:
+    """Refuses a network that does not answer as `types.Backbone` says, before it is trained.
+
+    A loss of whatever it answers could be computed, for lower heads have fewer voxels.
+
+    Raises:
+        ValueError: Says what it returns, and what it should; or what it keeps beside parameters.
+    """
+    image = jax.ShapeDtypeStruct((1, *patch, channels), jnp.float32)
+    start = functools.partial(network.init_with_output, train=False)
+    found, variables = jax.eval_shape(start, jax.random.key(0), image)
+    name = f"{type(network).__module__}.{type(network).__qualname__}"
+    if kept := sorted(set(variables) - {"params"}):
+        raise UserError(
+            f"{name}: keeps {', '.join(kept)} beside its parameters, as a batch norm does, which "
+            "no training here updates; use a group or instance norm"
+        )
+    shapes = (
+        [getattr(head, "shape", None) for head in found] if isinstance(found, tuple | list) else []
+    )
+    wanted = (1, *patch, network.num_classes)
+    if not shapes or shapes[0] != wanted:
+        got = shapes or getattr(found, "shape", type(found).__name__)
+        raise UserError(
+            f"{name}: returns {got} for patches {patch}; it must return a tuple whose first entry "
+            f"is logits of {wanted}: [B D H W K], channels last, one voxel for each of the image"
+        )
 
 
 def objective(config: Settings) -> Any:

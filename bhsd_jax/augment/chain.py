@@ -115,7 +115,9 @@ class SpatialChain:
             image, label = center_crop(image, self.patch), center_crop(label, self.patch)
         for index, op in enumerate(ops):
             if not isinstance(op, Cutter):
-                image, label = op(jax.random.fold_in(key, index), image, label)
+                moved = op(jax.random.fold_in(key, index), image, label)
+                _require_pair(op, moved, image, label)
+                image, label = moved
         return image, label
 
 
@@ -144,11 +146,44 @@ class IntensityChain:
         changed = image
         for index, op in enumerate(self.ops):
             changed = op(jax.random.fold_in(key, index), changed)
+            if getattr(changed, "shape", None) != image.shape:
+                raise UserError(
+                    f"{_name(op)}: must return one image of the shape it is given, {image.shape}; "
+                    f"got {_told(changed)}"
+                )
         if not self.masked:
             return changed
         own = np.asarray(self.masked)
         outside = (image[..., own] == 0).all(-1, keepdims=True)
         return changed.at[..., own].set(jnp.where(outside, 0, changed[..., own]))
+
+
+def _require_pair(op: Any, moved: Any, image: Array, label: Array) -> None:
+    """Refuses what is not image and label again: a loss of shifted ones could be computed."""
+    if isinstance(moved, tuple) and len(moved) == 2:
+        same = all(
+            getattr(new, "shape", None) == old.shape
+            and jnp.issubdtype(new.dtype, jnp.integer) == jnp.issubdtype(old.dtype, jnp.integer)
+            for new, old in zip(moved, (image, label), strict=True)
+        )
+        if same:
+            return
+    raise UserError(
+        f"{_name(op)}: must return image {image.shape} and label {label.shape}, integers, of the "
+        f"shapes it is given; got {_told(moved)}"
+    )
+
+
+def _name(op: Any) -> str:
+    return f"{type(op).__module__}.{type(op).__qualname__}"
+
+
+def _told(value: Any) -> str:
+    """Shapes and types of what somebody's function has returned."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_told, value))})"
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{shape} {value.dtype}"
 
 
 def _over_batch(

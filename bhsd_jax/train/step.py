@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, Scalar
 
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import layout
 from bhsd_jax.types import (
     Batch,
@@ -81,7 +82,9 @@ def make_train_step(parts: Parts) -> TrainStep:
                 parts.steps,
                 layout.each_twin(parts.mesh),
             )
-            return parts.objective.loss(learner, patches, key)
+            found = parts.objective.loss(learner, patches, key)
+            _require_scalars(parts.objective, found)
+            return found
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         if parts.accumulate > 1:
@@ -102,6 +105,19 @@ def make_train_step(parts: Parts) -> TrainStep:
         return state, metrics
 
     return train_step
+
+
+def _require_scalars(objective: Objective, found: Any) -> None:
+    """Refuses an objective whose loss is not one number with numbers to log; seen while tracing."""
+    pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)
+    odd = [jnp.shape(found[0])] if pair and jnp.shape(found[0]) else []
+    odd += [f"{k} {jnp.shape(v)}" for k, v in found[1].items() if jnp.shape(v)] if pair else []
+    if not pair or odd:
+        kind = type(objective)
+        raise UserError(
+            f"{kind.__module__}.{kind.__qualname__}: loss must return a pair, one number and a "
+            f"dictionary of numbers to log; got {odd if pair else type(found).__name__}"
+        )
 
 
 def _in_parts(gradient: Gradient, count: int, mesh: Mesh | None) -> Gradient:

@@ -19,6 +19,7 @@ from bhsd_jax.augment.intensity import (
 from bhsd_jax.augment.spatial import Affine, Mirror
 from bhsd_jax.build import build
 from bhsd_jax.configs import common
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train.mesh import batch_sharding, make_mesh
 
 PATCH = (2, 12, 10)
@@ -190,3 +191,26 @@ def test_a_sharded_batch_is_augmented_where_it_lies(key):
     assert not re.findall(
         r"all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter", text
     )
+
+
+@pytest.mark.parametrize(
+    ("chain", "said"),
+    [
+        (IntensityChain((lambda key, image: image[1:],)), r"must return one image of the shape"),
+        (
+            IntensityChain((lambda key, image: (image, None),)),
+            r"got \(\(4, 4, 4, 1\) float32, None",
+        ),
+        (SpatialChain((lambda key, image, label: image,), (4, 4, 4)), r"must return image \(4, 4"),
+        (SpatialChain((lambda key, image, label: (label, image),), (4, 4, 4)), "of the shapes it"),
+        (
+            SpatialChain((lambda key, image, label: (image[1:], label[1:]),), (4, 4, 4)),
+            r"got \(\(3, 4, 4, 1\) float32, \(3, 4, 4\) int8\)",
+        ),
+    ],
+)
+def test_an_operation_of_ones_own_that_returns_something_else_is_refused(chain, said, key):
+    image, label = jnp.zeros((2, 4, 4, 4, 1)), jnp.zeros((2, 4, 4, 4), jnp.int8)
+    given = (image,) if isinstance(chain, IntensityChain) else (image, label)
+    with pytest.raises(UserError, match=said):
+        jax.eval_shape(chain, key, *given)

@@ -14,6 +14,7 @@ from bhsd_jax.assemble.recipe import make_recipe
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import cps, supervised
 from bhsd_jax.models.cost import cost
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train.step import make_train_step
 from tools import model_table
 
@@ -50,6 +51,35 @@ class Planned(Bare):
 
 def small(num_classes):
     return Bare(num_classes)
+
+
+class Alone(Bare):
+    @nn.compact
+    def __call__(self, image, *, train):
+        return nn.Dense(self.num_classes)(image)
+
+
+class Coarse(Bare):
+    @nn.compact
+    def __call__(self, image, *, train):
+        return (nn.Conv(self.num_classes, (3, 3, 3), strides=2)(image),)
+
+
+class First(Bare):
+    @nn.compact
+    def __call__(self, image, *, train):
+        return (jnp.moveaxis(nn.Dense(self.num_classes)(image), -1, 1),)
+
+
+class Normed(Bare):
+    @nn.compact
+    def __call__(self, image, *, train):
+        return (nn.BatchNorm(not train)(nn.Dense(self.num_classes)(image)),)
+
+
+class Untold(Bare):
+    def __call__(self, image):
+        return (image,)
 """
 
 
@@ -101,3 +131,27 @@ def test_with_for_plan_it_takes_what_it_wants_and_nothing_else():
 def test_an_argument_it_does_not_have_is_refused(name):
     with pytest.raises(ValueError, match=rf"models.own.{name}: unknown wide; it takes .*num_clas"):
         built(name, wide=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Alone", r"own.Alone: returns \(1, .*it must return a tuple whose first entry is logits"),
+        ("Coarse", r"own.Coarse: returns \[\(1, .*one voxel for each of the image"),
+        ("First", r"own.First: returns \[\(1, 6, .*channels last"),
+        ("Normed", r"own.Normed: keeps batch_stats beside its parameters"),
+        ("Untold", r"own.Untold: its __call__ has no argument `train`"),
+    ],
+)
+def test_a_network_that_answers_otherwise_is_refused_before_it_is_trained(name, said):
+    def require():
+        run, model = built(name)
+        wiring.require_output(model, run.patch, 1)
+
+    with pytest.raises(UserError, match=said):
+        require()
+
+
+def test_one_that_answers_as_it_should_is_not_refused():
+    run, model = built("Bare")
+    wiring.require_output(model, run.patch, 1)

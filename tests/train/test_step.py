@@ -19,6 +19,7 @@ from bhsd_jax.objectives.mean_teacher import MeanTeacher
 from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 from bhsd_jax.objectives.supervised import Supervised
 from bhsd_jax.objectives.w2s import WeakToStrong
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import mesh as meshes
 from bhsd_jax.train.step import init_state, make_train_step, moving_average
 
@@ -235,3 +236,22 @@ def test_data_parallel_steps_only_reduce(objective, terms, groups, key, full_com
     for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert other not in text
     assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == groups
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda loss: loss, "loss must return a pair, one number and a dictionary of numbers"),
+        (lambda loss: (jnp.stack([loss, loss]), {}), r"got \[\(2,\)\]"),
+        (lambda loss: (loss, {"map": jnp.zeros((4, 4))}), r"got \['map \(4, 4\)'\]"),
+    ],
+)
+def test_an_objective_of_ones_own_whose_loss_is_no_number_is_refused(returned, said, key):
+    class Odd(Supervised):
+        def loss(self, learner, batch, key):
+            return returned(super().loss(learner, batch, key)[0])
+
+    parts, batch = make_parts(Odd()), make_batch()
+    state = jax.eval_shape(lambda: init_state(parts, batch.image, key))
+    with pytest.raises(UserError, match=said):
+        jax.eval_shape(make_train_step(parts), state, batch)
