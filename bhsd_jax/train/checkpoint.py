@@ -297,7 +297,7 @@ def _choose(folder: Path, which: str | int) -> int:
         candidates = saved[::-1]
     elif which == "best":
         candidates, unread = disk.by_rank(folder)
-    elif int(which) in saved:
+    elif str(which).isdecimal() and int(which) in saved:
         candidates = [int(which)]
     else:
         raise FileNotFoundError(

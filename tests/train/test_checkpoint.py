@@ -329,6 +329,14 @@ def test_nothing_there_says_what_to_do(tmp_path):
         load_networks(tmp_path / "none", "best")
 
 
+@pytest.mark.parametrize("which", ["final", "4.0", "checkpoint_best", 7])
+def test_a_checkpoint_that_there_is_not_is_told_with_those_there_are(three, which):
+    with pytest.raises(
+        FileNotFoundError, match=rf"no checkpoint '?{which}'?; choose best, last, o"
+    ):
+        load_networks(three, which)
+
+
 def test_imported_weights_are_a_run(tmp_path):
     params = make_state().params
     save_networks(tmp_path / "c", params, **EXTRA)
