@@ -8,6 +8,7 @@ labels = predictor(voxels, affine)
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +52,7 @@ class Predictor:
         run: str | Path,
         *more: str | Path,
         checkpoint: str | int | None = None,
-        networks: tuple[str, ...] = (),
+        networks: str | Sequence[str] = (),
         mirror: bool | None = None,
     ) -> "Predictor":
         """Reads a run; of several, folds say, probabilities are averaged.
@@ -71,6 +72,7 @@ class Predictor:
                 before this module was imported, in a version that then adds up wrongly on CPUs.
         """
         chosen: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
+        networks = (networks,) if isinstance(networks, str) else tuple(networks)
         chosen |= {"networks": networks} if networks else {}
         first = ensemble.run_of(run, **chosen)
         if mirror is not None:
@@ -144,9 +146,9 @@ class Prediction:
 
 
 def read_scan(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and affine of a file, as `predict` reads it: known defects are put right.
+    """Voxels and affine of a scan in one file, as `predict` reads it: known defects are put right.
 
-    NIfTI, or with the extra `formats` one of `ct/formats`, such as .mha and .nrrd.
+    NIfTI, and with the extra `formats` the others that `predict` takes, such as .mha and .nrrd.
 
     What was put right of the affine, or taken though the header contradicts it, is logged as a
     warning: nobody who is given the arrays alone can find it.
@@ -155,8 +157,8 @@ def read_scan(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         ValueError: If the file is broken; names it.
         FileNotFoundError: If there is no such file.
     """
-    volume, found = scan.read(Path(path))
-    for finding in found:
+    volume, findings = scan.read(Path(path))
+    for finding in findings:
         logger.warning("%s: %s", path, finding)
     return volume.voxels.transpose(2, 1, 0), volume.affine[:, [2, 1, 0, 3]]
 
@@ -222,7 +224,8 @@ def _of_first(previous: np.ndarray | None, volume: Volume, plan: Plan) -> np.nda
 def _volume(voxels: np.ndarray, affine: np.ndarray) -> Volume:
     """A scan in memory as one from a file: the same order of axes, integers or float32."""
     voxels, affine = np.asarray(voxels), np.asarray(affine, np.float64)
-    if voxels.ndim != 3 or voxels.dtype.kind not in "iuf" or affine.shape != (4, 4):
+    shaped = voxels.ndim == 3 and voxels.size > 0 and affine.shape == (4, 4)
+    if not shaped or voxels.dtype.kind not in "iuf":
         raise UserError(
             f"a scan is an array of numbers [i, j, k] and an affine [4, 4]; got "
             f"{voxels.dtype}{voxels.shape} and {affine.shape}"

@@ -77,6 +77,22 @@ def test_labels_are_those_of_the_verb_on_the_same_file(runs, scans, tmp_path):
             np.testing.assert_array_equal(found, label)
 
 
+def test_scans_in_the_other_formats_are_read_as_predict_reads_them(scans):
+    itk = pytest.importorskip("SimpleITK")
+    image = itk.ReadImage(str(scans / "b.nii.gz"))
+    voxels, affine = read_scan(scans / "b.nii.gz")
+    for name in ("b.nrrd", "b.mha"):
+        itk.WriteImage(image, str(scans / name))
+        same, place = read_scan(scans / name)
+        np.testing.assert_array_equal(same, voxels)
+        np.testing.assert_allclose(place, affine, atol=1e-5)
+
+
+def test_one_network_may_be_named_without_a_tuple(runs):
+    found = Predictor.from_run(runs[0], networks="student").members
+    assert found == Predictor.from_run(runs[0], networks=("student",)).members
+
+
 def test_whole_numbers_are_integers_whatever_type_they_come_in(tmp_path):
     """BLAST-CT's law takes the fraction of integers away, and nibabel's arrays are floats."""
     near = {"spacing_mm": (2.5, 1.7, 1.7), "crop_hu": None, "axes": "SPL", "law": "centers"}
@@ -292,6 +308,7 @@ def test_threads_give_what_one_gives(runs, scans):
     [
         (np.zeros((4, 4)), np.eye(4), r"an array of numbers \[i, j, k\]"),
         (np.zeros((4, 4, 4), bool), np.eye(4), "got bool"),
+        (np.zeros((4, 0, 4)), np.eye(4), r"got float64\(4, 0, 4\)"),
         (np.zeros((4, 4, 4)), np.eye(3), r"\(3, 3\)"),
         (np.full((4, 4, 4), np.nan), np.eye(4), "not finite numbers"),
         (np.zeros((4, 4, 4)), np.diag([1.0, 1, 0, 1]), "zero axis"),
