@@ -78,6 +78,7 @@ VERBS = {  # in the order of the pipeline: what each does, the groups it reads, 
         ("bhsd config --config=cps:data=bhsd", "bhsd config runs/cps"),
     ),
 }
+LATER = ("predict", "evaluate", "report", "calibrate", "info")  # verbs on a run that was trained
 EXIT_CODES = {
     0: "done",
     1: "the input, the config or the machine must be mended: one line says what",
@@ -299,6 +300,11 @@ def _config_of(verb: str, given: Mapping[str, str]) -> str:
     folder = given.get("workdir")
     if folder and (Path(folder) / "config.json").is_file():
         return f"{find_config('from_run')}:{folder}"
+    if folder and verb in LATER:
+        raise UsageError(
+            f"{verb}: {folder} holds no config.json; name the folder of a run that was trained or "
+            "imported"
+        )
     where = f"; {folder} holds no config.json" if folder else ""
     raise UsageError(f"{verb} needs --config=NAME, one of {', '.join(names_of_configs())}{where}")
 

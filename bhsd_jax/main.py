@@ -36,7 +36,7 @@ def main(verb: str) -> None:
     try:
         config = Settings.of(_CONFIG.value)  # here it shows if the file could not be read
         workdir = Path(_WORKDIR.value or f"runs/{config.name}")
-        if verb in ("predict", "evaluate", "report", "calibrate", "info"):
+        if verb in command_line.LATER:
             config = trained.as_trained(config, workdir)
         told = _told(verb, config, workdir)
     except (OSError, ValueError) as error:

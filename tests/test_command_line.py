@@ -133,7 +133,7 @@ def test_later_verbs_know_the_run_from_any_folder_and_refuse_another_config(bhsd
         (["train", "--config=cps", "--input.patch=32"], 1, "config.input.patch must be (a whole"),
         (["predict", "--config=cps", "--infer.mirror_axes=3,4"], 1, "got (3, 4)"),
         (["predict", "--config=cps", "--predict.networks=None"], 1, "got None"),
-        (["predict", "nowhere"], 2, "nowhere holds no config.json"),
+        (["predict", "nowhere"], 2, "nowhere holds no config.json; name the folder of a run that"),
         (["evaluate", "a", "b", "--config=cps"], 2, "one run folder; got a and b"),
         (["train", "--config=cps:data=BHSD"], 2, "bhsd: data=BHSD is not known; choose from"),
         (["train", "--config=cps", "--data=bhsd"], 2, "--config=NAME:data=bhsd"),

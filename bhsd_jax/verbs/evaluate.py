@@ -128,6 +128,10 @@ def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
             f"modality is {known.modality!r}, references {config.evaluate.references!r}"
         )
     folder = _predictions(config, workdir)
+    for place, field in ((folder, "predictions"), (config.evaluate.references, "references")):
+        if Path(place).is_file():
+            text = f"{place}: is a file; name the folder of label maps with evaluate.{field}"
+            raise UserError(text)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no predictions; run the verb `predict` first")
     predicted = scans(folder)

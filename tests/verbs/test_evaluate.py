@@ -309,6 +309,15 @@ def test_without_predictions_the_verb_to_run_is_named(tree):
         evaluate.run(configure(data), run.parent / "elsewhere")
 
 
+@pytest.mark.parametrize("field", ["predictions", "references"])
+def test_a_file_in_place_of_a_folder_is_told(tree, field):
+    data, run = tree
+    config = configure(data)
+    config.evaluate[field] = str(run / "predictions" / f"{FIRST}.nii.gz")
+    with pytest.raises(ValueError, match=rf"is a file; name the folder .*evaluate\.{field}"):
+        evaluate.run(config, run)
+
+
 def test_a_prediction_on_another_grid_is_refused(tree):
     data, run = tree
     write(run / "predictions" / f"{SECOND}.nii.gz", PREDICTED[SECOND][:3])
