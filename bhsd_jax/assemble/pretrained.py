@@ -138,8 +138,8 @@ def _of_run(folder: Path) -> Found:
 
 def _of_file(path: Path, module: Any, channels: int) -> Found:
     """Tensors under PyTorch's names for this network, as far as there are any."""
-    state = importing.unwrapped(weights_file.read(path).state)
     recipe = recipe_for(module, channels)
+    state = importing.of_network(recipe, weights_file.read(path).state)
     arrays = {}
     for name, value in state.items():
         weight = recipe.weights.get(recipe.canonical(name))

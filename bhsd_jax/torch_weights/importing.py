@@ -31,7 +31,7 @@ def load(
     shapes = shapes_of(recipe)
     paths = {weight.path for weight in recipe.weights.values()}
     assert paths == set(shapes), f"{reference}: from_torch misses {sorted(paths ^ set(shapes))}"
-    arrays, problems = _collect(recipe, unwrapped(state))
+    arrays, problems = _collect(recipe, of_network(recipe, state))
     flat = {}
     for name, weight in recipe.weights.items():
         if name not in arrays:
@@ -45,6 +45,30 @@ def load(
         listed = "\n  ".join(problems)
         raise UserError(f"{reference}: these weights do not fit its constructor:\n  {listed}")
     return recipe.module, traverse_util.unflatten_dict(flat)
+
+
+def of_network(recipe: Recipe, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of the network alone, without the prefixes of what it was wrapped in.
+
+    Lightning calls a network what the module that trains it does, `_model.` say, and keeps weights
+    of its loss beside it. Only where one prefix leads to all of the network's weights is it taken.
+    """
+    plain = unwrapped(state)
+    wanted = set(recipe.weights)
+    if not wanted or wanted & {recipe.canonical(name) for name in plain}:
+        return plain
+    first = next(iter(recipe.weights))
+    found = {}
+    for prefix in {name[: -len(first)] for name in plain if name.endswith(f".{first}")}:
+        own = {n.removeprefix(prefix): v for n, v in plain.items() if n.startswith(prefix)}
+        if wanted <= {recipe.canonical(name) for name in own}:
+            found[prefix] = own
+    if len(found) > 1:
+        raise UserError(
+            f"the file has several networks, {', '.join(sorted(found))}; save the weights of one "
+            "alone: torch.save(network.state_dict(), ...)"
+        )
+    return next(iter(found.values()), plain)
 
 
 def unwrapped(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

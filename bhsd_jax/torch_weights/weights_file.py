@@ -3,6 +3,7 @@
 import importlib
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class WeightsFile:
 def read(path: Path) -> WeightsFile:
     """Reads weights, told apart by suffix; anything else is taken for a file of `torch.save`.
 
-    A state dict may lie under one of the usual names, however deep.
+    A state dict may lie under one of the usual names, however deep, or be the only one there is.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -100,6 +101,7 @@ def _npz(path: Path) -> WeightsFile:
 
 
 def _torch(path: Path) -> Any:
+    _require_weights(path)
     torch = library("torch", path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
@@ -115,6 +117,31 @@ def _torch(path: Path) -> Any:
         raise UserError(f"{path}: not a sound PyTorch file ({error})") from error
 
 
+def _require_weights(path: Path) -> None:
+    """Refuses what stands in the place of a file of weights, with what to do about it."""
+    with path.open("rb") as file:
+        begins = file.read(64).lstrip().lower()
+    if begins.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path}: a pointer of Git LFS in place of the file; fetch it: git lfs pull"
+        )
+    if begins.startswith((b"<!doctype", b"<html")):
+        raise UserError(f"{path}: a web page in place of the file; download the file itself")
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = [name.rpartition("/")[2] for name in archive.namelist()]
+    if "constants.pkl" in names:
+        raise UserError(
+            f"{path}: a TorchScript archive, whose network is code that would have to be run; give "
+            "the state dict that it was made of, often model.pt beside it"
+        )
+    if "data.pkl" not in names:
+        raise UserError(
+            f"{path}: an archive of files; unpack it, and give the folder or file in it"
+        )
+
+
 def _numpy_scalars() -> list[Any]:
     """Exactly what a NumPy number in a log needs, under the names of NumPy 1 and 2."""
     scalar = np.float64(0).__reduce__()[0]
@@ -128,6 +155,9 @@ def _state(content: Any, path: Path) -> dict[str, np.ndarray]:
     while not _is_state(state):
         keys = list(state) if isinstance(state, Mapping) else []
         nest = next((name for name in _NESTS if name in keys), None)
+        alone = [key for key in keys if _is_state(state[key])]
+        if nest is None and len(alone) == 1:
+            nest = alone[0]
         if nest is None:
             raise UserError(
                 f"{path}: no weights under {', '.join(_NESTS)}; it holds "

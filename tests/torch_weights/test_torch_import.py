@@ -146,6 +146,20 @@ def test_aliases_and_wrappers_are_accepted_when_they_agree(golden):
         importing.load(*arguments, broken)
 
 
+def test_a_network_beside_weights_of_its_loss_is_found_by_its_prefix(golden):
+    """As Lightning saves `self._model` and what else the module that trains it holds."""
+    about, _, state = _read(golden, CASES[0])
+    arguments = about["backbone"], about["constructor_args"]
+    module, variables = importing.load(*arguments, state)
+    held = {f"_model.{n}": v for n, v in state.items()} | {"loss.weight": np.ones(2)}
+    same, found = importing.load(*arguments, held)
+    assert same == module
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    held |= {f"ema.{n}": v + 1 for n, v in state.items()}
+    with pytest.raises(ValueError, match=r"several networks, _model\., ema\.; save the weights of"):
+        importing.load(*arguments, held)
+
+
 def test_everything_wrong_with_the_weights_is_in_one_message(golden):
     about, _, state = _read(golden, "nnunet_resenc_2")
     state["encoder.stem.convs.0.conv.weight"] = np.zeros((5, 3, 3, 3, 3), np.float32)

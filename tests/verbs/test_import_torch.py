@@ -5,6 +5,7 @@ import pydoc
 import runpy
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -218,12 +219,34 @@ def test_no_code_in_a_file_is_run(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a web page in place of the file"),
+        ({"model/constants.pkl": "", "model/data.pkl": ""}, "a TorchScript archive, whose network"),
+        ({"Dataset004/plans.json": "{}"}, "an archive of files; unpack it"),
+    ],
+)
+def test_what_stands_in_the_place_of_weights_is_told(content, said, tmp_path):
+    path = tmp_path / "model.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, text in content.items():
+                archive.writestr(name, text)
+    with pytest.raises(ValueError, match=said):
+        weights_file.read(path)
+
+
+@pytest.mark.parametrize(
     "nest",
     [
         lambda state: state,
         lambda state: {"state_dict": state, "optimizer": {"lr": 0.1}},
         lambda state: {"epoch": 1, "net": {"model_state_dict": state}},
         lambda state: {"network_weights": state, "model": "a name"},
+        lambda state: {"net_state": state, "optimizer": {"state": {0: {}}}, "epoch": 3},
     ],
 )
 def test_weights_are_found_where_scripts_put_them(nest, tmp_path):
