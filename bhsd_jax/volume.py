@@ -153,6 +153,12 @@ class Case:
     previous: Path | None = None
     """Label map that the first network of a cascade has predicted; None: there is no cascade."""
 
+    def __post_init__(self):
+        """Takes paths as text, which data sets of one's own may have."""
+        for name in ("image", "label", "previous"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
+
 
 @dataclass(frozen=True)
 class Survey:

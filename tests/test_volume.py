@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from bhsd_jax.volume import bounding_box
+from bhsd_jax.volume import Case, bounding_box
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 7, 5)])
@@ -23,3 +25,9 @@ def test_a_box_holds_all_that_is_marked_and_no_plane_more(shape):
 
 def test_an_array_without_voxels_has_no_box():
     assert bounding_box(np.zeros((3, 0, 2), bool)) is None
+
+
+def test_a_case_takes_paths_as_text():
+    case = Case("a", "a", "scans/a.nii.gz", "masks/a.nii.gz", "train")  # pyright: ignore
+    assert (case.image, case.label) == (Path("scans/a.nii.gz"), Path("masks/a.nii.gz"))
+    assert Case("a", "a", Path("a.nii"), None, "test").label is None
