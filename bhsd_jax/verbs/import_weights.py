@@ -53,7 +53,9 @@ def find(path: Path) -> Path:
         return path
     found = [path / name for name in CHECKPOINTS if (path / name).is_file()]
     if not found:
-        raise FileNotFoundError(f"{path}: none of {', '.join(CHECKPOINTS)} in this folder")
+        models = sorted({fold.parent for fold in path.glob("**/fold_*") if fold.is_dir()} - {path})
+        hint = f"; models are in {', '.join(map(str, models[:4]))}: name one" if models else ""
+        raise FileNotFoundError(f"{path}: none of {', '.join(CHECKPOINTS)} in this folder{hint}")
     return found[0]
 
 

@@ -263,3 +263,12 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path):
     with pytest.raises(ValueError, match=r"no weights under .*it holds epoch, lr"):
         weights_file.read(tmp_path / "w.pth")
     assert not import_weights.is_nnunet(weights_file.WeightsFile({}, {"init_args": {}}))
+
+
+def test_the_models_of_a_data_sets_folder_are_named(tmp_path):
+    model = tmp_path / "Dataset004" / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    (model / "fold_0").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=f"models are in {model}: name one"):
+        import_weights.find(tmp_path / "Dataset004")
+    with pytest.raises(FileNotFoundError, match=r"in this folder$"):
+        import_weights.find(model / "fold_0")
