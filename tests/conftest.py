@@ -3,6 +3,7 @@
 import gc
 import os
 import pkgutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from bhsd_jax.platform import startup
 
 ALL = bool(os.environ.get("BHSD_TEST_ALL"))  # all is compiled as the program compiles
 startup.settle_compiler()  # as the program does
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` and some services ignore for all below
 jax.config.update("jax_num_cpu_devices", 8)
 # The words are left out: transformations rebuild pytree containers around specs and None.
 _CHECKED = [
