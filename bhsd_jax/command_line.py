@@ -100,7 +100,6 @@ _OWN_FLAGS = (
     "log_dir",
 )
 _WIDTH = 100
-# A shell puts the home folder in place of this at the beginning of a word alone.
 
 
 class UsageError(Exception):

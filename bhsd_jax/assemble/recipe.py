@@ -115,7 +115,7 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
     objective = wiring.objective(config)
     spatial, intensity = make_chains(run, mesh)
     cascade = _cascade(run, mesh)
-    rates = partial(_optimizer, config, parts=bool(objective.twins))
+    rates = partial(optimizers.of_spec, config.optimizer, parts=bool(objective.twins))
     schedule, optimizer = rates(config.train.steps)
     terms, slices = _slice_labels(run)
     if terms is not None:
@@ -374,7 +374,3 @@ def _slice_labels(run: Run) -> tuple[SliceTerms | None, Slices | None]:
     if not terms.active:
         return None, None
     return terms, slices
-
-
-def _optimizer(config: Settings, steps: Any, *, parts: bool) -> tuple[Any, Any]:
-    return optimizers.of_spec(config.optimizer, steps, parts=parts)

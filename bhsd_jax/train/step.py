@@ -35,7 +35,7 @@ class Parts:
     model: nn.Module
     objective: Objective
     optimizer: optax.GradientTransformation
-    schedule: Callable[[Array], Array]  # learning rate by step, for the log
+    schedule: optax.Schedule  # learning rate by step, for the log
     segmentation: Callable[..., Array]  # (logits, label) -> supervised loss
     augment: Callable[[PRNGKeyArray, Batch], Batch]  # raw batch -> normalized, augmented patches
     view: Callable[[PRNGKeyArray, Array], Array]  # a fresh intensity draw

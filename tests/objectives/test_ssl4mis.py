@@ -15,11 +15,12 @@ import numpy as np
 import optax
 import pytest
 
-from bhsd_jax.assemble import recipe, wiring
+from bhsd_jax.assemble import wiring
 from bhsd_jax.losses import DiceCE
 from bhsd_jax.objectives import mixing
 from bhsd_jax.objectives.common import Ramp
 from bhsd_jax.settings import Settings
+from bhsd_jax.train.optimizer import of_spec
 from bhsd_jax.train.step import Parts, make_train_step
 from bhsd_jax.types import Batch, TrainState
 
@@ -85,7 +86,7 @@ def recorded(golden, name):
 def parts_of(config, monkeypatch, draws):
     """The step of a config without its augmentation, and with these random draws."""
     objective = wiring.objective(config)
-    schedule, optimizer = recipe._optimizer(config, config.train.steps, parts=bool(objective.twins))
+    schedule, optimizer = of_spec(config.optimizer, config.train.steps, parts=bool(objective.twins))
     terms = getattr(objective, "terms", None)
 
     def drawn(learner, batch, key):
@@ -197,7 +198,7 @@ def test_the_rates_of_a_whole_training_are_the_scripts_to_its_last_step(golden, 
     want = recorded(golden, "schedules")[f"lr/{name}"]
     config = settings(name)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=len(want)))
-    schedule, _ = recipe._optimizer(config, config.train.steps, parts=False)
+    schedule, _ = of_spec(config.optimizer, config.train.steps, parts=False)
     rates = jax.jit(jax.vmap(schedule))(jnp.arange(len(want)))
     np.testing.assert_allclose(rates, want, rtol=REL)
     assert (want[0] == want[1]) == (name != "cps")
