@@ -30,6 +30,7 @@ from bhsd_jax.settings import Settings
 from bhsd_jax.shards import store
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.train import mesh as meshes
+from bhsd_jax.train.optimizer import of_spec
 from bhsd_jax.train.step import make_train_step
 from bhsd_jax.types import Batch
 from bhsd_jax.verbs import train
@@ -480,7 +481,7 @@ def test_a_loud_twin_does_not_mute_the_other():
 def test_a_clip_of_none_clips_nothing(experiment, words, clip):
     config = Settings.of(experiment.get_config(words))
     assert config.optimizer["clip"] == clip
-    _, optimizer = recipes._optimizer(config, config.train.steps, parts=True)
+    _, optimizer = of_spec(config.optimizer, config.train.steps, parts=True)
     params = {"a": jnp.zeros(4), "b": jnp.zeros(4)}
     grads = {"a": jnp.full(4, 1e4), "b": jnp.ones(4)}
     state = optimizer.init(params)
