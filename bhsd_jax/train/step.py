@@ -63,6 +63,8 @@ def _quick(key: PRNGKeyArray) -> PRNGKeyArray:
 def make_train_step(parts: Parts) -> TrainStep:
     """Closes the update over what never changes; the caller jits it."""
 
+    # A program of its own, so that it is traced once for all networks and patches of one shape.
+    @jax.jit
     def forward(params: Params, image: Array, key: PRNGKeyArray) -> Logits:
         with layout.keep_rows(parts.mesh):
             return parts.model.apply({"params": params}, image, train=True, rngs={"dropout": key})  # pyright: ignore[reportReturnType]
