@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 BLAST_CT = "BLAST-CT (Monteiro et al. 2020), trained on head CT of traumatic brain injury"
 _BLAST_WEIGHTS = re.compile(r"model_(\d+)\.(pt|torch_model)")
 _BLAST_TILE: Shape = (60, 60, 60)  # of theirs 30: fewer voxels are computed twice, none differs
-_FOLD = re.compile(r"fold_(\d+|all)")
 _ALL = "fold_all"  # no case was kept back from it
 
 
@@ -36,7 +35,11 @@ class Model:
 
 def folds(path: Path) -> dict[str, Path]:
     """Folders of folds by name, `fold_0` first, in nnU-Net's folder of a model; {}: it is none."""
-    found = [one for one in path.glob("fold_*") if one.is_dir() and _FOLD.fullmatch(one.name)]
+    found = [
+        one
+        for one in path.glob("fold_*")
+        if one.is_dir() and import_weights.FOLD.fullmatch(one.name)
+    ]
     return {one.name: one for one in sorted(found, key=lambda one: (len(one.name), one.name))}
 
 

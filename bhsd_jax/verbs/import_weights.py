@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +25,10 @@ from bhsd_jax.torch_weights.weights_file import WeightsFile
 from bhsd_jax.train.checkpoint import save_networks
 from bhsd_jax.volume import Millimeters, Network, Plan, Shape
 
+logger = logging.getLogger(__name__)
+
 REFERENCE_FILE = "reference.json"  # what the network is in PyTorch; `tools/export.py` reads it
+FOLD = re.compile(r"fold_(\d+|all)")  # nnU-Net's folders in that of a model
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth")
 _FIXED_SIZE = ("img_size", "crop_size")  # constructor arguments that say the patch
 _NOT_IN_A_CONFIG = ("parent", "name", "num_classes", "dtype", "remat")
@@ -67,15 +72,18 @@ def is_nnunet(weights: WeightsFile) -> bool:
 def from_nnunet(weights: WeightsFile, path: Path) -> Source:
     """Network, plan and mirrored axes of a checkpoint of nnU-Net v2.
 
-    What the file does not say is looked for in plans.json and dataset.json beside it, or one folder
-    up.
+    Of a fold in the folder of a model, plans.json and dataset.json of that folder count, as in
+    nnU-Net, whatever the checkpoint was trained with. What a file alone does not say is looked for
+    beside it, or one folder up.
+
+    Source: nnU-Net v2.8.1, `nnUNetPredictor.initialize_from_trained_model_folder`.
 
     Raises:
         ValueError: If something is missing or not supported.
     """
     given = weights.beside["init_args"]
     plans, dataset = (
-        given.get(key) or _beside(path, file)
+        _described(path, file, given.get(key))
         for key, file in (("plans", "plans.json"), ("dataset_json", "dataset.json"))
     )
     configuration = given.get("configuration", "3d_fullres")
@@ -217,6 +225,18 @@ def digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _described(path: Path, name: str, trained_with: Any) -> dict[str, Any]:
+    """A JSON file of the model that a checkpoint belongs to, or what the checkpoint has kept."""
+    fold = path.absolute().parent  # files may be links into a cache
+    current = fold.with_name(name)
+    if not trained_with or not (FOLD.fullmatch(fold.name) and current.is_file()):
+        return trained_with or _beside(path, name)
+    found = weights_file.json_of(str(current))
+    if found != trained_with:
+        logger.warning("%s: is not what %s was trained with; taken, as by nnU-Net", current, path)
+    return found
 
 
 def _beside(path: Path, name: str) -> dict[str, Any]:

@@ -138,6 +138,29 @@ def test_folds_are_chosen_and_must_be_of_one_model(tmp_path, monkeypatch, model)
         run_tool(monkeypatch, model, tmp_path / "none")
 
 
+def test_the_models_folder_stands_above_what_a_checkpoint_was_trained_with(model, tmp_path, caplog):
+    """nnU-Net predicts by the folder's plans.json and dataset.json, which people edit."""
+    file = model / "fold_0" / "checkpoint_final.pth"
+    older = plans() | {"image_reader_writer": "NibabelIOWithReorient"}
+    named = DATASET | {"labels": {"background": 0, "a": 1, "b": 2}}
+    kept = {"configuration": "3d_fullres", "plans": older, "dataset_json": named}
+    weights = WeightsFile({}, {"network_weights": 0, "init_args": kept})
+    cached = tmp_path / "blobs" / "ab12"  # as in the cache of a hub
+    cached.parent.mkdir()
+    file.rename(cached)
+    file.symlink_to(cached)
+    plan = import_weights.from_nnunet(weights, file).plan
+    assert (plan.axes, plan.classes) == ("file", ("background", "IPH", "SDH"))
+    assert "plans.json: is not what" in caplog.text
+    assert "dataset.json: is not what" in caplog.text
+    alone = tmp_path / "downloads" / "checkpoint_final.pth"
+    alone.parent.mkdir()
+    shutil.copy(file, alone)
+    shutil.copy(model / "dataset.json", tmp_path)
+    plan = import_weights.from_nnunet(weights, alone).plan
+    assert (plan.axes, plan.classes) == ("SAR", ("background", "a", "b"))
+
+
 def test_axes_that_are_given_stand_above_those_of_nnunets_reader(tmp_path, monkeypatch, model):
     """TotalSegmentator turns every scan to RAS before its nnU-Net, which reads axes as they lie."""
     for name, path in (("all", model), ("one", model / "fold_0")):
