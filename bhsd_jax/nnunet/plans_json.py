@@ -29,6 +29,8 @@ _LAYERS = {  # what all of nnU-Net's plans have in common, but for the number of
     "nonlin_kwargs": {"inplace": True},
 }
 _ENCODER = {"PlainConvUNet": "n_conv_per_stage", "ResidualEncoderUNet": "n_blocks_per_stage"}
+_PER_STAGE = ("n_conv_per_stage_decoder", "features_per_stage", *_ENCODER.values())
+_PER_AXIS = ("kernel_sizes", "strides")
 _COUNTS = (  # arguments that `network` reads, and those that come with a data set
     *("n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage_decoder"),
     *(*_ENCODER.values(), "input_channels", "num_classes", "deep_supervision"),
@@ -222,7 +224,25 @@ def architecture(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         KeyError: If a setting is missing.
     """
     described = settings["architecture"] if "architecture" in settings else _older(settings)
-    return described["network_class_name"].rpartition(".")[2], dict(described["arch_kwargs"])
+    arguments = _by_stage(described["arch_kwargs"], axes=len(settings["patch_size"]))
+    return described["network_class_name"].rpartition(".")[2], arguments
+
+
+def _by_stage(given: Mapping[str, Any], axes: int) -> dict[str, Any]:
+    """Arguments with an entry for every stage and axis, where one number stands for all of them.
+
+    Source: `dynamic_network_architectures` 0.4.4, `PlainConvEncoder` and `UNetDecoder`.
+    """
+    arguments = dict(given)
+    stages = arguments.get("n_stages", 0)
+    for name in (*_PER_STAGE, *_PER_AXIS):
+        if isinstance(arguments.get(name), int):
+            entries = stages - 1 if name == _PER_STAGE[0] else stages
+            arguments[name] = [arguments[name]] * entries
+    for name in (name for name in _PER_AXIS if name in arguments):
+        sizes = arguments[name]
+        arguments[name] = [[size] * axes if isinstance(size, int) else size for size in sizes]
+    return arguments
 
 
 def unusual_layers(settings: Mapping[str, Any]) -> list[str]:

@@ -304,6 +304,20 @@ def test_plans_in_the_older_spelling_are_read_alike(golden):
     assert planner.from_nnunet_plans(plans) == expected
 
 
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_one_number_may_stand_for_every_stage_and_axis(golden, configuration):
+    """As the networks themselves take it, so that plans which people edit by hand have it."""
+    plans = load(golden, "full_BHSDtrain96_nnUNetPlans")
+    arguments = plans["configurations"][configuration]["architecture"]["arch_kwargs"]
+    stages, axes = arguments["n_stages"], len(arguments["strides"][0])
+    arguments |= {"kernel_sizes": [[3] * axes] * stages, "features_per_stage": [32] * stages}
+    arguments["strides"] = [[1] * axes, *[[2] * axes] * (stages - 1)]
+    expected = planner.from_nnunet_plans(plans, configuration)
+    arguments |= {"kernel_sizes": 3, "features_per_stage": 32, "n_conv_per_stage": 2}
+    arguments |= {"n_conv_per_stage_decoder": 2, "strides": [1] + [2] * (stages - 1)}
+    assert planner.from_nnunet_plans(plans, configuration) == expected
+
+
 def test_a_configuration_inherits_and_its_own_settings_win(golden):
     plans = load(golden, "full_BHSDtrain96_nnUNetPlans")
     plans["configurations"]["large"] = {"inherits_from": "3d_fullres", "batch_size": 7}
