@@ -6,8 +6,9 @@ FINGERPRINT.json holds `spacings` (mm) and `shapes_after_crop` (voxels), one row
 per training scan, axes z, y, x: nnU-Net's own dataset_fingerprint.json will do, and so will a file
 with these under the key `fingerprint`. The other keys of nnU-Net's file are used where present.
 A dataset.json, as the Decathlon or nnU-Net has it, says how many classes, channels and training
-scans there are, and whether they are CT; the one beside the fingerprint is taken if none is named,
-and the options win.
+scans there are, how each channel is normalized, and what reads the files; the one beside the
+fingerprint is taken if none is named, and the options win. The plan bears the name of nnU-Net's
+folder, Dataset004_Hippocampus, where one of the files lies in such.
 
 The arguments of a network are where nnU-Net has them, in `architecture.arch_kwargs`, and once more
 beside that, in `architecture`. Where the target spacing rests on a few scans, stderr says so.
@@ -15,8 +16,9 @@ beside that, in `architecture`. Where the target spacing rests on a few scans, s
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ KEYS = ("spacings", "shapes_after_crop")
 def main() -> None:
     """Reads, plans, prints; says what is wrong and exits 2 where it cannot."""
     sys.path.insert(0, str(ROOT))
-    from bhsd_jax.nnunet import planner, plans_json
+    from bhsd_jax.nnunet import dataset_json, planner, plans_json
     from bhsd_jax.nnunet.topology import PLANNERS
 
     parser = argparse.ArgumentParser(
@@ -48,20 +50,20 @@ def main() -> None:
     beside = options.fingerprint.with_name("dataset.json")  # where nnU-Net puts it
     path = options.dataset or (beside if beside.is_file() else None)
     try:
-        known = described(path) if path else {}
+        facts = read_json(path) if path else {}
+        known: dict[str, Any] = {"num_channels": options.channels or 1}
+        known |= described(facts, options.channels, options.modality) if path else {}
+        known["dataset"] = name_of((options.fingerprint, path), facts)
         path = options.fingerprint
         found = read(path)
-        given = {name: getattr(options, name) for name in ("classes", "channels", "cases")}
-        given["modality"] = options.modality
+        given = {"num_classes": options.classes, "cases": options.cases}
         known |= {name: value for name, value in given.items() if value is not None}
         plans = planner.make_plans(
             *(found[key] for key in KEYS),
             planner=options.planner,
-            modality=known.get("modality", "ct"),
-            num_channels=known.get("channels", 1),
-            num_classes=known.get("classes", 2),
-            cases=known.get("cases"),
-            dataset=known.get("name", ""),
+            modality=options.modality or "ct",
+            reader=dataset_json.reader(facts, slices=of_slices(found)),
+            **known,
             spacing_mm=options.spacing_mm,
             memory_gb=options.memory_gb,
             relative_size=found.get("median_relative_size_after_cropping", 1.0),
@@ -84,28 +86,64 @@ def read(path: Path) -> Mapping[str, Any]:
     Raises:
         ValueError: If it is no JSON, or a key is missing.
     """
-    found = json.loads(path.read_text())
-    if isinstance(found, dict):
-        found = found.get("fingerprint", found)
+    found = read_json(path)
+    found = found.get("fingerprint", found)
     missing = [key for key in KEYS if not isinstance(found, dict) or key not in found]
     if missing:
         raise ValueError(f"no {' and no '.join(missing)}; a data-set fingerprint has {KEYS}")
     return found
 
 
-def described(path: Path) -> dict[str, Any]:
-    """What a dataset.json says that a plan depends on.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.
 
     Raises:
-        ValueError: If it is no JSON, or has no labels or channels.
+        ValueError: If it is no JSON, or something else.
     """
-    found = json.loads(path.read_text())
-    channels = found.get("channel_names") or found.get("modality")
-    if not channels or not found.get("labels"):
+    found = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(found, dict):
+        raise ValueError(f"no {' and no '.join(KEYS)}, nor labels: holds a {type(found).__name__}")
+    return found
+
+
+def of_slices(found: Mapping[str, Any]) -> bool:
+    """Whether the first scan of a fingerprint is a single slice."""
+    import numpy as np
+
+    return np.ravel(found["shapes_after_crop"])[:1].tolist() == [1]
+
+
+def described(
+    facts: Mapping[str, Any], channels: int | None, modality: str | None
+) -> dict[str, Any]:
+    """What a dataset.json says that a plan depends on, as arguments of `make_plans`.
+
+    Raises:
+        ValueError: If it has no labels or channels, or others than the options.
+    """
+    from bhsd_jax.nnunet import dataset_json
+
+    schemes = tuple(scheme for _, scheme in dataset_json.channels(facts, "channels"))
+    if not schemes or not facts.get("labels"):
         raise ValueError("no labels or no channel_names; is this a dataset.json?")
-    known = {"classes": len(found["labels"]), "channels": len(channels)}
-    known["modality"] = "ct" if {str(n).casefold() for n in channels.values()} == {"ct"} else "mr"
-    return known | {"cases": found.get("numTraining"), "name": found.get("name", "")}
+    known = {"num_classes": len(facts["labels"]), "cases": facts.get("numTraining")}
+    if modality is not None:
+        return known | {"num_channels": channels or len(schemes)}
+    if channels not in (None, len(schemes)) and len(set(schemes)) > 1:
+        raise ValueError(
+            f"names {len(schemes)} channels that are normalized in several ways, so that "
+            f"--channels={channels} does not tell how: leave it out, or give --modality too"
+        )
+    return known | {
+        "schemes": schemes if channels in (None, len(schemes)) else schemes[:1] * channels
+    }
+
+
+def name_of(paths: Sequence[Path | None], facts: Mapping[str, Any]) -> str:
+    """NnU-Net's name of the data set, by which its trainer finds it; else dataset.json's."""
+    folders = (path.resolve().parent.name for path in paths if path is not None)
+    named = (name for name in folders if re.fullmatch(r"Dataset\d{3}_.+", name))
+    return next(named, str(facts.get("name", "")))
 
 
 if __name__ == "__main__":

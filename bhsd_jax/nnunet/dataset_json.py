@@ -18,6 +18,13 @@ _SCHEMES = {  # by name of the channel, in any case; all others get z-scores
     "rgb_to_0_1": "RGBTo01Normalization",
 }
 
+_READERS = {  # by file ending; all others SimpleITK
+    ".png": "NaturalImage2DIO",
+    ".bmp": "NaturalImage2DIO",
+    ".tiff": "Tiff3DIO",
+    ".nii": "NibabelIO",
+}
+
 
 def channels(
     facts: Mapping[str, Any], place: str = "nnU-Net dataset.json"
@@ -41,6 +48,24 @@ def channels(
         numbered = True
     names = [str(named[key]) for key in (sorted(named, key=int) if numbered else named)]
     return tuple((name, _SCHEMES.get(name.casefold(), Z_SCORES)) for name in names)
+
+
+def reader(facts: Mapping[str, Any], *, slices: bool = False) -> str:
+    """The class with which nnU-Net reads a data set's files, as its plans.json names it.
+
+    Args:
+        facts: The dataset.json.
+        slices: Whether a scan is a single slice, which tells the readers of TIFF apart.
+
+    Source: nnU-Net v2.8.1, `determine_reader_writer_from_dataset_json`.
+    """
+    wanted = str(facts.get("overwrite_image_reader_writer") or "None")
+    if wanted != "None":
+        return wanted
+    ending = str(facts.get("file_ending", "")).casefold()
+    if ending == ".tif":
+        return "NaturalImage2DIO" if slices else "Tiff3DIO"
+    return _READERS.get(ending, "SimpleITKIO")
 
 
 def labels(facts: Mapping[str, Any], place: str) -> Labels:

@@ -98,6 +98,7 @@ def make_plans(
     relative_size: float = 1.0,
     foreground: Mapping[str, Any] | None = None,
     dataset: str = "",
+    reader: str = "SimpleITKIO",
 ) -> dict[str, Any]:
     """Plans all configurations nnU-Net would, in the schema of its plans.json.
 
@@ -117,6 +118,7 @@ def make_plans(
             the non-zero mask.
         foreground: Copied to `foreground_intensity_properties_per_channel`.
         dataset: Copied to `dataset_name`.
+        reader: Copied to `image_reader_writer`.
 
     Raises:
         ValueError: If the fingerprint, the planner or the modality is not usable.
@@ -141,7 +143,7 @@ def make_plans(
         "plans_name": chosen.plans_name,
         "original_median_spacing_after_transp": np.median(spacing, 0)[forward].tolist(),
         "original_median_shape_after_transp": [round(n) for n in np.median(shape, 0)[forward]],
-        "image_reader_writer": "SimpleITKIO",
+        "image_reader_writer": reader,
         "transpose_forward": forward,
         "transpose_backward": [forward.index(axis) for axis in range(3)],
         "configurations": plans_json.configurations(

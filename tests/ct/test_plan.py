@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bhsd_jax.nnunet import planner
+from bhsd_jax.nnunet import dataset_json, planner
 from bhsd_jax.nnunet.topology import PLANNERS, Pooling, activations, pool
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
@@ -424,6 +424,46 @@ def test_the_tool_reads_classes_channels_and_modality_from_a_dataset_json(golden
     done = run(fingerprint)
     assert (done.returncode, done.stdout) == (2, "")
     assert "dataset.json: no labels" in done.stderr
+
+
+def test_the_tool_plans_as_nnunet_for_channels_readers_and_its_name_of_the_data_set(tmp_path):
+    """PET/CT beside a mask that is not normalized, in .nii, where nnU-Net keeps its fingerprint."""
+    folder = tmp_path / "Dataset221_AutoPET"
+    folder.mkdir()
+    fingerprint, about = folder / "dataset_fingerprint.json", folder / "dataset.json"
+    measured = {"spacings": [[3, 2, 2]] * 10, "shapes_after_crop": [[90, 100, 100]] * 10}
+    measured["median_relative_size_after_cropping"] = 0.5
+    fingerprint.write_text(json.dumps(measured))
+    named = {"channel_names": {"0": "CT", "1": "PET", "2": "noNorm"}, "name": "PET"}
+    named |= {"labels": {"background": 0, "lesion": 1}, "file_ending": ".nii"}
+    about.write_text(json.dumps(named))
+    plans = json.loads(run(fingerprint).stdout)
+    assert (plans["dataset_name"], plans["image_reader_writer"]) == (folder.name, "NibabelIO")
+    # Source: nnU-Net v2.8.1, `determine_normalization_scheme_and_whether_mask_is_used_for_norm`.
+    settings = plans["configurations"]["3d_fullres"]
+    schemes = ["CTNormalization", "ZScoreNormalization", "NoNormalization"]
+    assert settings["normalization_schemes"] == schemes
+    assert settings["use_mask_for_norm"] == [False, True, False]
+    assert "several ways, so that --channels=2" in run(fingerprint, "--channels", "2").stderr
+
+
+@pytest.mark.parametrize(
+    ("facts", "slices", "reader"),
+    [
+        ({"file_ending": ".nii.gz"}, False, "SimpleITKIO"),
+        ({"file_ending": ".mha", "overwrite_image_reader_writer": "None"}, False, "SimpleITKIO"),
+        ({"file_ending": ".png"}, True, "NaturalImage2DIO"),
+        ({"file_ending": ".tif"}, True, "NaturalImage2DIO"),
+        ({"file_ending": ".tif"}, False, "Tiff3DIO"),
+        (
+            {"file_ending": ".nii.gz", "overwrite_image_reader_writer": "NibabelIOWithReorient"},
+            False,
+            "NibabelIOWithReorient",
+        ),
+    ],
+)
+def test_the_reader_is_nnunets(facts, slices, reader):
+    assert dataset_json.reader(facts, slices=slices) == reader
 
 
 @pytest.mark.parametrize(
