@@ -5,6 +5,7 @@ are all that training needs.
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case
 
+logger = logging.getLogger(__name__)
+
 NAME = "splits_final.json"
 Folds = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
 """Training and validation cases by fold, each sorted."""
@@ -23,22 +26,43 @@ Folds = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
 _SHAPE = 'a list with one {"train": [case, ...], "val": [case, ...]} per fold'
 
 
-def beside(dataset: Any, cases: Iterable[Case]) -> Folds:
+def beside(dataset: Any, cases: Iterable[Case], plan: str | Path = "") -> Folds:
     """The folds a user has given for a data set that says where they lie; () if there are none.
 
-    Such a data set has `splits_file`, a path, or else `folds`. Cases that it was told to ignore are
+    Such a data set has `splits_file`, a path, or else `folds`. Without any they are those beside
+    nnU-Net's plan of the data set, where nnU-Net keeps them. Cases that it was told to ignore are
     in no fold.
+
+    Args:
+        dataset: Whose folds they are.
+        cases: Its cases.
+        plan: The plans.json of nnU-Net that takes the place of our own; "": none.
 
     Raises:
         ValueError: If the file is no list of folds, or names what is no training case.
     """
     path = getattr(dataset, "splits_file", None)
-    if path is None or not Path(path).is_file():
-        return getattr(dataset, "folds", ())
-    folds = load(path)
     ignored: set[str] = set(getattr(dataset, "ignore", ()))
-    _require_known(path, folds, {case.id for case in cases if case.split == "train"} | ignored)
+    known = {case.id for case in cases if case.split == "train"} | ignored
+    if path is not None and Path(path).is_file():
+        folds = load(path)
+        _require_known(path, folds, known)
+    elif folds := getattr(dataset, "folds", ()):
+        return folds
+    else:
+        folds = _of_plan(Path(plan).with_name(NAME), known) if plan else ()
     return tuple((_without(train, ignored), _without(val, ignored)) for train, val in folds)
+
+
+def _of_plan(path: Path, known: Collection[str]) -> Folds:
+    """Those of a data set of nnU-Net's, or () if it is another one, from which the plan comes."""
+    folds = load(path)
+    if unknown := sorted({case for fold in folds for part in fold for case in part} - set(known)):
+        logger.warning("%s: is of another data set (%s); not read", path, _some(unknown))
+        return ()
+    if folds:
+        logger.info("the folds are those of %s", path)
+    return folds
 
 
 def unread(path: Path) -> list[Finding]:

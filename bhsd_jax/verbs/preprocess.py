@@ -76,7 +76,7 @@ def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
         dataset.prepare()
     found = _cascaded(checkup.survey(dataset), maps)
     cases = found.cases
-    folds = splits_file.beside(dataset, cases)
+    folds = splits_file.beside(dataset, cases, settings.plan or "")
     ledger = workdir / "skipped.csv"
     # Who checks a data set wants its files read, not what was known of them.
     known_facts = None if settings.verify_only and share.number == 1 else workdir / "looked"

@@ -512,6 +512,25 @@ def test_folds_beside_the_data_set_are_the_users(nnunet, tmp_path):
     assert splits_file.beside(ignoring, list(ignoring.cases()))[0] == (("b_2",), ())
 
 
+def test_folds_beside_nnunets_plan_are_taken_where_they_are_of_the_data_set(
+    nnunet, tmp_path, caplog
+):
+    """nnU-Net keeps both in the folder of a data set in nnUNet_preprocessed."""
+    plan = tmp_path / "preprocessed" / "nnUNetPlans.json"
+    plan.parent.mkdir()
+    kept = plan.with_name(splits_file.NAME)
+    kept.write_text(json.dumps([{"train": ["b_2"], "val": ["a_0001"]}]))
+    data = MSD(nnunet)
+    cases = list(data.cases())
+    assert splits_file.beside(data, cases) == ()
+    assert splits_file.beside(data, cases, plan) == ((("b_2",), ("a_0001",)),)
+    kept.write_text(json.dumps([{"train": ["c_1"], "val": ["c_2"]}]))
+    assert splits_file.beside(data, cases, plan) == ()
+    assert "splits_final.json: is of another data set (c_1, c_2)" in caplog.text
+    assert folds(nnunet, [{"train": ["a_0001"], "val": ["b_2"]}]) == ((("a_0001",), ("b_2",)),)
+    assert splits_file.beside(data, cases, plan) == ((("a_0001",), ("b_2",)),)
+
+
 def test_folds_of_nnunets_first_version_are_told_to_be_unread(nnunet, touch):
     touch(nnunet / "splits_final.pkl")
     (found,) = MSD(nnunet).survey().findings
