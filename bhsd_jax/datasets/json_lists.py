@@ -8,7 +8,12 @@ from typing import Any
 from bhsd_jax.datasets.splits_file import Folds
 from bhsd_jax.platform.errors import UserError
 
-SPLITS = {"training": "train", "validation": "val", "test": "test"}  # by key
+SPLITS = {  # by key; Auto3DSeg calls the last list "testing"
+    "training": "train",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 KEY = "dataset"  # nnU-Net's own
 _ITEM = 'is {"<case>": {"images": ["<file>"], "label": "<file>"}, ...}'
 
@@ -45,13 +50,13 @@ def lists(
     Raises:
         UserError: If an item names no image, or two are one case.
 
-    Source: MONAI 1.6, `load_decathlon_datalist`, `datafold_read`.
+    Source: MONAI 1.6, `load_decathlon_datalist`, `datafold_read`, `nnUNetV2Runner`.
     """
     found: dict[str, Listed] = {}
     for key, item in () if KEY in facts else _items(facts):
         one = _listed(key, item)
         # Nobody reads "test" but MONAI, so that it may be anything.
-        if key == "test" and (one is None or not is_used(one)):
+        if SPLITS[key] == "test" and (one is None or not is_used(one)):
             continue
         if one is None:
             raise UserError(f"{place}: an item of `{key}` names its image; got {item!r:.60}")

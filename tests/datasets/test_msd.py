@@ -162,17 +162,21 @@ def test_only_listed_training_cases_are_taken(decathlon, touch):
     assert "h_99" not in [case.id for case in MSD(decathlon).cases()]
 
 
-def test_monais_lists_of_validation_and_test_cases_count(decathlon, touch):
-    """Of `load_decathlon_datalist`, as in its BTCV tutorials: all images lie in imagesTr."""
+@pytest.mark.parametrize("tested", ["test", "testing"])
+def test_monais_lists_of_validation_and_test_cases_count(decathlon, touch, tested):
+    """Of `load_decathlon_datalist`, as in its BTCV tutorials: all images lie in imagesTr.
+
+    Auto3DSeg and `nnUNetV2Runner` call the last list "testing".
+    """
     for id in ("h_3", "h_4"):
         touch(decathlon / "imagesTr" / f"{id}.nii.gz")
         touch(decathlon / "labelsTr" / f"{id}.nii.gz")
-    by_key = {"training": ("h_2", "h_10"), "validation": ("h_3",), "test": ("h_4",)}
+    by_key = {"training": ("h_2", "h_10"), "validation": ("h_3",), tested: ("h_4",)}
     lists = {
         key: [{"image": f"imagesTr/{i}.nii.gz", "label": f"labelsTr/{i}.nii.gz"} for i in ids]
         for key, ids in by_key.items()
     }
-    lists["test"] += ["imagesTs/h_7.nii.gz", "imagesTs/gone.nii.gz", {"input": "x"}]
+    lists[tested] += ["imagesTs/h_7.nii.gz", "imagesTs/gone.nii.gz", {"input": "x"}]
     describe(decathlon, V1 | lists)
     found = MSD(decathlon)
     assert summary(found) == [
