@@ -154,21 +154,24 @@ class MSD:
         for id, item in self._of("train", "val").items():
             self._put(pairs, id, item)
         tested = self._of("test")  # of imagesTr too, by MONAI's lists
-        # A list may pair names that differ, img0035 and label0035: such a mask is not alone.
-        listed = (item.label for item in self._listed.values() if item.label)
-        masks = {self._place(name).resolve() for name in listed}
-        return {
-            id: (image, label)
-            for id, (image, label) in pairs.items()
-            if id not in tested and (image or (label and label.resolve() not in masks))
-        }
+        return self._paired({id: pair for id, pair in pairs.items() if id not in tested})
 
     def _testing(self) -> Pairs:
         """Those of `imagesTs`, and those that the list "test" names elsewhere."""
         pairs = self._pairs("imagesTs", "labelsTs") if self._folder("imagesTs").is_dir() else {}
         for id, item in self._of("test").items():
             self._put(pairs, id, item)
-        return pairs
+        return self._paired(pairs)
+
+    def _paired(self, pairs: Pairs) -> Pairs:
+        """Without masks that a list pairs with images of other names, img0035 and label0035."""
+        listed = (item.label for item in self._listed.values() if item.label)
+        masks = {self._place(name).resolve() for name in listed}
+        return {
+            id: (image, label)
+            for id, (image, label) in pairs.items()
+            if image or (label and label.resolve() not in masks)
+        }
 
     def _put(self, pairs: Pairs, id: str, item: json_lists.Listed) -> None:
         """Image and mask of a listed case, where the list says that they lie."""
@@ -281,13 +284,16 @@ class MSD:
     def _listed(self) -> dict[str, json_lists.Listed]:
         """The Decathlon's and MONAI's lists by case; nothing where nnU-Net's own list is there.
 
-        Of "test" those whose images are there, and not in `imagesTs`: copies often come without.
+        Of "test" those whose images are there: copies often come without. Those of `imagesTs` are
+        known by their folder, but for masks of other names.
         """
         tests = self._folder("imagesTs").resolve()
 
         def is_used(item: json_lists.Listed) -> bool:
-            places = map(self._place, item.images)
-            return all(place.is_file() and place.resolve().parent != tests for place in places)
+            places, mask = [*map(self._place, item.images)], self._place(item.label)
+            renamed = mask.is_file() and mask.name != places[0].name
+            there = all(place.is_file() for place in places)
+            return there and (renamed or all(p.resolve().parent != tests for p in places))
 
         named = functools.partial(self._id, image=True)
         found = json_lists.lists(self._facts, self._json, named, is_used)

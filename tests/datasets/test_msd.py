@@ -214,6 +214,14 @@ def test_a_list_pairs_images_and_masks_of_other_names(tmp_path, touch):
         list(MSD(tmp_path).cases())
 
 
+def test_a_list_pairs_test_images_and_masks_of_other_names(decathlon, touch):
+    touch(decathlon / "labelsTs" / "label7.nii.gz")
+    listed = [{"image": "imagesTs/h_7.nii.gz", "label": "labelsTs/label7.nii.gz"}]
+    describe(decathlon, V1 | {"test": listed})
+    (tested,) = [case for case in MSD(decathlon).cases() if case.split == "test"]
+    assert (tested.id, tested.label.name) == ("h_7", "label7.nii.gz")
+
+
 def test_folds_that_monais_list_numbers_are_the_users(decathlon, touch):
     """Of Auto3DSeg: a case validates in the fold of its number; one without trains in all."""
     numbers = {"h_2": 0, "h_10": 2, "h_3": 0, "h_4": None}
