@@ -1,8 +1,9 @@
 """Cases as a dataset.json lists them: the Decathlon's and MONAI's lists, and nnU-Net's key."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from bhsd_jax.datasets.splits_file import Folds
@@ -41,6 +42,9 @@ def lists(
 ) -> dict[str, Listed]:
     """The lists "training", "validation" and "test" by case; nothing where nnU-Net's key is there.
 
+    Cases are called as their images. Where those of folders of their own all have one name, as
+    `s0001/ct.nii.gz`, the folders that tell them apart are part of it.
+
     Args:
         facts: The dataset.json.
         place: What errors call it.
@@ -52,7 +56,7 @@ def lists(
 
     Source: MONAI 1.6, `load_decathlon_datalist`, `datafold_read`, `nnUNetV2Runner`.
     """
-    found: dict[str, Listed] = {}
+    used: list[tuple[str, Listed]] = []
     for key, item in () if KEY in facts else _items(facts):
         one = _listed(key, item)
         # Nobody reads "test" but MONAI, so that it may be anything.
@@ -60,14 +64,34 @@ def lists(
             continue
         if one is None:
             raise UserError(f"{place}: an item of `{key}` names its image; got {item!r:.60}")
-        case = case_of(Path(one.images[0]).name)
+        used.append((key, one))
+    found: dict[str, Listed] = {}
+    for case, (key, one) in zip(_names([one for _, one in used], case_of), used, strict=True):
         if case in found:
             raise UserError(
                 f"{place}: `{key}` lists two images called {case}, or a list before it has one; "
-                "cases are called by the names of their files, without folders"
+                "cases are called as their files, and by folders too where each name comes again"
             )
         found[case] = one
     return found
+
+
+def images(facts: Mapping[str, Any]) -> list[str]:
+    """The images that the lists name, as they name them."""
+    items = (_listed(key, item) for key, item in _items(facts))
+    return [name for one in items if one is not None for name in one.images]
+
+
+def _names(listed: Sequence[Listed], case_of: Callable[[str], str]) -> list[str]:
+    """What the cases are called, in their order."""
+    paths = [PurePath(one.images[0]) for one in listed]
+    names = [case_of(path.name) for path in paths]
+    folders = [path.parent.parts for path in paths]
+    depth = min(map(len, folders), default=0)
+    shared = next((i for i in range(depth) if len({own[i] for own in folders}) > 1), depth)
+    longer = ["_".join((*own[shared:], name)) for own, name in zip(folders, names, strict=True)]
+    each_again = min(Counter(names).values(), default=0) > 1
+    return longer if each_again and len(set(longer)) == len(longer) else names
 
 
 def described(

@@ -264,12 +264,13 @@ class MSD:
 
     @functools.cached_property
     def _ending(self) -> str:
-        """As nnU-Net v2 states it; else .nii.gz, or what the files of a folder without it have."""
+        """As nnU-Net v2 states it; else .nii.gz, or what all files of the folder or list have."""
         usual = ".nii.gz"
         if "file_ending" in self._facts:
             return str(self._facts["file_ending"])
         folder = self._folder("imagesTr")
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        names = names or json_lists.images(self._facts)
         seen = {end for end in (usual, ".nii", *formats.ENDINGS) for n in names if n.endswith(end)}
         return seen.pop() if len(seen) == 1 else usual
 

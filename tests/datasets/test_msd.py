@@ -222,6 +222,23 @@ def test_a_list_pairs_test_images_and_masks_of_other_names(decathlon, touch):
     assert (tested.id, tested.label.name) == ("h_7", "label7.nii.gz")
 
 
+@pytest.mark.parametrize("root", ["", "./", "cases/train/"])
+def test_cases_in_folders_of_their_own_are_called_by_them(tmp_path, touch, root):
+    """As in data sets with a folder for each case, whose files all have one name."""
+    listed = [
+        {"image": f"{root}s{n}/ct.nii", "label": f"{root}s{n}/bleed.nii", "fold": n} for n in (1, 0)
+    ]
+    for item in listed:
+        touch(tmp_path / item["image"])
+        touch(tmp_path / item["label"])
+    describe(tmp_path, V1 | {"training": listed})
+    found = MSD(tmp_path)
+    cases = [(case.id, case.image.parent.name, case.label.name) for case in found.cases()]
+    assert cases == [("s0_ct", "s0", "bleed.nii"), ("s1_ct", "s1", "bleed.nii")]
+    first, second = (("s0_ct",), ("s1_ct",))
+    assert splits_file.beside(found, list(found.cases())) == ((second, first), (first, second))
+
+
 def test_folds_that_monais_list_numbers_are_the_users(decathlon, touch):
     """Of Auto3DSeg: a case validates in the fold of its number; one without trains in all."""
     numbers = {"h_2": 0, "h_10": 2, "h_3": 0, "h_4": None}
