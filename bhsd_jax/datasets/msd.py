@@ -231,9 +231,13 @@ class MSD:
     @functools.cached_property
     def _facts(self) -> dict[str, Any]:
         if not self._json.is_file():
+            others = sorted(path.name for path in Path(self.root).glob("*.json"))
+            list_of = (
+                f"; MONAI's list of cases ({_some(others)}?) is to be called so" if others else ""
+            )
             raise FileNotFoundError(
                 f"{self._json}: not there; set data.root to the folder that holds dataset.json, "
-                "imagesTr and labelsTr"
+                f"imagesTr and labelsTr{list_of}"
             )
         try:
             found = json.loads(self._json.read_text(encoding="utf-8-sig"))
@@ -358,8 +362,8 @@ class MSD:
             )
         if not any(image for image, _ in train.values()):
             raise FileNotFoundError(
-                f"{self._folder('imagesTr')}: no images that end in {self._ending}; another "
-                "ending is said as `file_ending` in dataset.json"
+                f"{self._folder('imagesTr')}: no images that end in {self._ending}; "
+                + self._about_images()
             )
         lonely = [f"{id} (no image)" for id, (image, _) in {**train, **test}.items() if not image]
         lonely += [f"{id} (no mask)" for id, (_, label) in train.items() if not label]
@@ -376,7 +380,16 @@ class MSD:
             )
         double = sorted(set(train) & set(test))
         if double:
-            raise UserError(f"{self.root}: {_some(double)} in imagesTr and imagesTs; keep one")
+            raise UserError(
+                f"{self.root}: {_some(double)} in imagesTr and imagesTs; keep one of equal scans, "
+                "and give different ones different names"
+            )
+
+    def _about_images(self) -> str:
+        """What to do where there are none."""
+        if not self._folder("imagesTr").is_dir() and self._folder("gt_segmentations").is_dir():
+            return "this is a folder of nnUNet_preprocessed: name that of nnUNet_raw"
+        return "another ending is said as `file_ending` in dataset.json"
 
 
 def _some(names: list[str]) -> str:

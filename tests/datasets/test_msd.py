@@ -437,6 +437,12 @@ def test_missing_descriptions_and_images_say_where_to_point(tmp_path, nnunet):
     describe(nnunet, V2 | {"file_ending": ".nii"})
     with pytest.raises(FileNotFoundError, match=r"no images that end in \.nii"):
         list(MSD(nnunet).cases())
+    (nnunet / "imagesTr").rename(nnunet / "gt_segmentations")
+    with pytest.raises(FileNotFoundError, match="folder of nnUNet_preprocessed: name that of nnU"):
+        list(MSD(nnunet).cases())
+    (nnunet / "dataset.json").rename(nnunet / "dataset_0.json")
+    with pytest.raises(FileNotFoundError, match=r"list of cases \(dataset_0\.json\?\)"):
+        MSD(nnunet)
     describe(nnunet, V2 | {"file_ending": ".npy"})
     with pytest.raises(ValueError, match="only NIfTI"):
         list(MSD(nnunet).cases())
