@@ -25,8 +25,16 @@ def read(path: str | Path) -> dict[str, Any]:
         ValueError: If it is no JSON, or JSON of something else; names the file.
     """
     path = Path(path)
+    if path.is_dir():
+        there = ", ".join(sorted(one.name for one in path.glob("*Plans*.json"))) or "none is in it"
+        raise UserError(f"{path}: a folder; config.preprocess.plan names a plans.json ({there})")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; config.preprocess.plan names it")
+    if path.suffix == ".pkl":
+        raise UserError(
+            f"{path}: plans of nnU-Net v1 are not read; leave config.preprocess.plan out, and the "
+            "data set is planned as by v2"
+        )
     try:
         plans = json.loads(path.read_text())
     except ValueError as error:

@@ -208,3 +208,12 @@ def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"plans\.json: .*{message}"):
         adoption.read(path)
+
+
+def test_a_folder_and_plans_of_nnunets_first_version_are_told(tmp_path):
+    (tmp_path / "nnUNetResEncUNetLPlans.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"a folder; .*\(nnUNetResEncUNetLPlans\.json\)"):
+        adoption.read(tmp_path)
+    (tmp_path / "nnUNetPlansv2.1_plans_3D.pkl").write_bytes(b"\x80\x04N.")
+    with pytest.raises(ValueError, match="plans of nnU-Net v1 are not read; leave"):
+        adoption.read(tmp_path / "nnUNetPlansv2.1_plans_3D.pkl")
