@@ -49,7 +49,8 @@ def load(
     """The rules of a JSON file: of `launch/folds`, or the `postprocessing.json` of nnU-Net.
 
     The first is like {"keep_largest": [["EDH", "SDH"], ["SAH"]]}; nnU-Net's names values of label
-    maps. `values` are those of each of `classes`, which are regions; None: their numbers.
+    maps. `values` are those of each of `classes`, which are regions; None: their numbers. Of a
+    `postprocessing.pkl` the JSON file is read that nnU-Net writes beside it.
 
     Source: nnU-Net v2.8.1, `determine_postprocessing`, for its file.
 
@@ -57,6 +58,8 @@ def load(
         FileNotFoundError: If there is no such file.
         UserError: If it holds something else, or a class that is not a foreground class.
     """
+    if path.suffix == ".pkl":
+        path = path.with_suffix(".json")
     stored = files.read_json(path, remedy="choose another predict.postprocessing")
     values = values or [(index,) for index in range(len(classes))]
     try:

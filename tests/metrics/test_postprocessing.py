@@ -86,6 +86,9 @@ def test_the_file_of_nnunet_names_values(tmp_path):
     path.write_text(json.dumps(stored))
     classes = ("background", "a", "b", "c")
     assert postprocessing.load(path, classes) == ((1, 2, 3), (2, 3), (3,))
+    # What nnUNetv2_apply_postprocessing is given; the same rules lie beside it.
+    path.with_suffix(".pkl").write_bytes(b"\x80\x04N.")
+    assert postprocessing.load(path.with_suffix(".pkl"), classes) == ((1, 2, 3), (2, 3), (3,))
     regions = ((0,), (1, 2, 3), (3,), (2, 3))
     labels = Labels(
         ("background", "a", "b", "c"),
