@@ -11,7 +11,9 @@ probabilities of them (of regions also which value of a label map each writes), 
 normalization and license.
 
 safetensors holds the weights under the names PyTorch has, for nnU-Net's two networks and for runs
-that were imported from PyTorch: `network.load_state_dict(safetensors.torch.load_file(...))`.
+that were imported from PyTorch: `network.load_state_dict(safetensors.torch.load_file(...))`. Of
+others than nnU-Net's, tensors without influence and indices that follow from the constructor are
+not in it: `load_state_dict(..., strict=False)`.
 """
 
 import argparse
