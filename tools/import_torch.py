@@ -94,6 +94,7 @@ def found(options: argparse.Namespace) -> tuple[Any, Any]:
         model = import_folders.from_blast_ct(path, config, tile)
         return model.source, model.members
     path = import_weights.find(path)
+    import_weights.require_no_v1(path)
     weights = weights_file.read(path)
     if import_weights.is_nnunet(weights):
         require_read(options, ("axes",), "a checkpoint of nnU-Net")

@@ -58,10 +58,26 @@ def find(path: Path) -> Path:
         return path
     found = [path / name for name in CHECKPOINTS if (path / name).is_file()]
     if not found:
+        require_no_v1(path)
         models = sorted({fold.parent for fold in path.glob("**/fold_*") if fold.is_dir()} - {path})
         hint = f"; models are in {', '.join(map(str, models[:4]))}: name one" if models else ""
         raise FileNotFoundError(f"{path}: none of {', '.join(CHECKPOINTS)} in this folder{hint}")
     return found[0]
+
+
+def require_no_v1(path: Path) -> None:
+    """Refuses networks of the first nnU-Net by that name, wherever below a folder they lie.
+
+    Raises:
+        UserError: If one is there.
+    """
+    found = [path] if path.is_file() else sorted(path.glob("**/*.model"))
+    first = next((one for one in found if one.with_name(f"{one.name}.pkl").is_file()), None)
+    if first is not None:
+        raise UserError(
+            f"{first}: a network of nnU-Net v1, which is not imported; its data set is read as it "
+            "is, with data=msd, to train one here"
+        )
 
 
 def is_nnunet(weights: WeightsFile) -> bool:

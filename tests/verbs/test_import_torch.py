@@ -272,3 +272,14 @@ def test_the_models_of_a_data_sets_folder_are_named(tmp_path):
         import_weights.find(tmp_path / "Dataset004")
     with pytest.raises(FileNotFoundError, match=r"in this folder$"):
         import_weights.find(model / "fold_0")
+
+
+def test_networks_of_nnunets_first_version_are_called_so(tmp_path, monkeypatch):
+    fold = tmp_path / "nnUNetTrainerV2__nnUNetPlansv2.1" / "fold_0"
+    fold.mkdir(parents=True)
+    weights = fold / "model_final_checkpoint.model"
+    torch.save({"state_dict": {"conv_blocks_context.0.weight": torch.zeros(1)}}, weights)
+    (fold / f"{weights.name}.pkl").write_bytes(b"")
+    for given in (fold.parent, fold, weights):
+        with pytest.raises(SystemExit, match=r"checkpoint\.model: a network of nnU-Net v1, which"):
+            run_tool(monkeypatch, given, tmp_path / "run")
