@@ -277,7 +277,10 @@ def _check(
     if unknown:
         raise UserError(f"roles: split is one of {', '.join(_SPLITS)}; got {', '.join(unknown)}")
     if fold not in range(-1, folds):
-        raise UserError(f"roles: fold is -1 (none) to {folds - 1}; got {fold}")
+        raise UserError(
+            f"config.split.fold is -1 (none) to {folds - 1}; got {fold}: there are {folds} folds, "
+            "of a splits_final.json or drawn as nnU-Net draws them"
+        )
     for name, count in counts.items():
         if count is not None and count < 0:
             raise UserError(f"roles: {name} is a count or None; got {count}")

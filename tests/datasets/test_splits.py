@@ -138,7 +138,7 @@ def test_the_folds_of_a_user_are_taken_and_counted():
     assert {*found.train, *found.unlabeled} == {"t02", "t03", "u"}
     assert splits.roles(rows, fold=2, labeled=None, seed=0, folds=THREE)[0].val == ()
     assert len(splits.roles(rows, fold=-1, labeled=None, seed=0, folds=THREE)[0].train) == 5
-    with pytest.raises(ValueError, match=r"fold is -1 \(none\) to 2; got 3"):
+    with pytest.raises(ValueError, match=r"split\.fold is -1 \(none\) to 2; got 3: there are 3"):
         splits.roles(rows, fold=3, labeled=None, seed=0, folds=THREE)
     more = THREE * 3
     assert splits.roles(rows, fold=7, labeled=None, seed=0, folds=more)[0].val == ("t00", "t01")
