@@ -33,6 +33,7 @@ class Found:
 
     origin: str
     networks: Mapping[str, Mapping[str, np.ndarray]]
+    merging: str | None = None  # of a SwinUNETR, see there; None: nobody knows
 
 
 def begin_from(
@@ -64,8 +65,16 @@ def begin_from(
         ValueError: If it cannot be read, nothing in it fits, or a word of `only` or `leave` is the
             beginning of no name.
     """
-    found = _of_run(Path(path)) if Path(path).is_dir() else _of_file(Path(path), module, channels)
+    if Path(path).is_dir():
+        found = _of_run(Path(path), getattr(type(module), "merging", None))
+    else:
+        found = _of_file(Path(path), module, channels)
     networks = list(found.networks.values())
+    _compare_merging(found, getattr(module, "merging", None))
+    taken = [*found.networks][: len(twins) or 1]
+    if len(taken) < len(networks):
+        text = "train.init_from: %s has %d networks; taken: %s"
+        logger.warning(text, found.origin, len(networks), ", ".join(taken))
     if not twins:
         return _filled(found.origin, params, networks[0], only, leave)
     own = networks if len(networks) >= len(twins) else [networks[0]] * len(twins)
@@ -79,6 +88,25 @@ def begin_from(
     return {
         t: _filled(f"{found.origin}, {t}", params[t], network, only, leave) for t, network in pairs
     }
+
+
+def _compare_merging(found: Found, own: str | None) -> None:
+    """Warns where weights that fit would be multiplied with other channels than they learned."""
+    if own in (None, found.merging):
+        return
+    if found.merging is not None:
+        logger.warning(
+            "train.init_from: %s merges patches in the order %r, and this network in the order %r: "
+            "its weights of merging mean other channels; set --model.merging=%s",
+            *(found.origin, found.merging, own, found.merging),
+        )
+    elif own == "fixed":
+        logger.warning(
+            "train.init_from: %s does not tell the order in which its patches are merged; if a "
+            "MONAI before 1.5 built the network, as all that were published until 2025, set "
+            "--model.merging=legacy",
+            found.origin,
+        )
 
 
 def require_apart(recipe: Recipe, params: Params) -> None:
@@ -120,7 +148,7 @@ def _differ_by_chance(recipe: Recipe, network: Params) -> bool:
     return False
 
 
-def _of_run(folder: Path) -> Found:
+def _of_run(folder: Path, usual_merging: str | None) -> Found:
     """The networks that a run deploys, the first one first."""
     saved = folder / "config.json"
     if not saved.is_file() or not (folder / "checkpoints").is_dir():
@@ -133,7 +161,8 @@ def _of_run(folder: Path) -> Found:
     objective = build("bhsd_jax.objectives", config["objective"])
     networks = objective.deployable(params, ema)
     flat: Any = {name: traverse_util.flatten_dict(tree, sep="/") for name, tree in networks.items()}
-    return Found(f"{folder}, step {step}", flat)
+    merging = config.get("model", {}).get("merging", usual_merging)
+    return Found(f"{folder}, step {step}", flat, merging)
 
 
 def _of_file(path: Path, module: Any, channels: int) -> Found:

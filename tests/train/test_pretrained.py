@@ -111,6 +111,10 @@ def test_each_twin_gets_a_network_where_there_are_as_many(tmp_path, caplog):
     params = begin_from(one, both, UNET, 1, twins=("a", "b"))
     assert {float(leaf.min()) for leaf in jax.tree.leaves(params)} == {3.0}
     assert "has one network, and the 2 of the objective all begin with it" in caplog.text
+    assert "taken" not in caplog.text
+    params = begin_from(run, drawn(UNET), UNET, 1, twins=())
+    assert {float(leaf.max()) for leaf in jax.tree.leaves(params)} == {1.0}
+    assert "two, step 0 has 2 networks; taken: fold_0" in caplog.text
 
 
 def test_a_file_of_pytorch_is_read_by_the_names_of_the_network(tmp_path):
@@ -154,6 +158,26 @@ def test_an_encoder_of_swin_that_was_trained_by_itself(tmp_path, caplog, prefix,
     encoder = ("patch_embed", "stage_", "merging_")
     assert all(leaf.any() == name.startswith(encoder) for name, leaf in params.items())
     assert "random stays" in caplog.text
+    assert "does not tell the order in which its patches are merged" in caplog.text
+
+
+def test_patches_that_were_merged_in_another_order_are_told(tmp_path, caplog):
+    """The weights fit, and mean other channels: MONAI 1.5 changed the order."""
+    saved = {"objective": SUPERVISED, "model": {"name": "swin_unetr.SwinUNETR"}}
+    legacy = SWIN.clone(merging="legacy")
+    for own, kept, told in (
+        (SWIN, {}, ""),
+        (SWIN, {"merging": "legacy"}, "--model.merging=legacy"),
+        (legacy, {}, "--model.merging=fixed"),
+        (legacy, {"merging": "legacy"}, ""),
+    ):
+        run = saved_run(tmp_path / f"{own.merging}{len(kept)}", drawn(SWIN, 1.0), SUPERVISED)
+        described = saved | {"model": saved["model"] | kept}
+        (tmp_path / f"{own.merging}{len(kept)}" / "config.json").write_text(json.dumps(described))
+        caplog.clear()
+        begin_from(run, drawn(own), own, 1, twins=())
+        assert told in caplog.text
+        assert ("mean other channels" in caplog.text) == bool(told)
 
 
 def toy_recipe(objective):
