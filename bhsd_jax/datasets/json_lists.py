@@ -164,10 +164,17 @@ def _listed(key: str, given: Any) -> Listed | None:
     names: list[Any] = image if isinstance(image, list) else [image]  # MONAI's channels
     if not names or not all(isinstance(name, str) for name in names):
         return None
-    label, fold = item.get("label"), item.get("fold")
-    return Listed(
-        tuple(names),
-        label if isinstance(label, str) else "",
-        SPLITS[key],
-        fold if type(fold) is int and fold >= 0 else None,
-    )
+    label = item.get("label")
+    if isinstance(label, list) and len(label) == 1:
+        label = label[0]
+    named = label if isinstance(label, str) else ""
+    return Listed(tuple(names), named, SPLITS[key], _fold(item.get("fold")))
+
+
+def _fold(given: Any) -> int | None:
+    """A number of a fold, which tables of other programs have as 1.0 or "1"; None: it is none."""
+    try:
+        number = int(str(given).removesuffix(".0"))
+    except ValueError:
+        return None
+    return number if number >= 0 else None

@@ -240,13 +240,16 @@ def test_cases_in_folders_of_their_own_are_called_by_them(tmp_path, touch, root)
 
 
 def test_folds_that_monais_list_numbers_are_the_users(decathlon, touch):
-    """Of Auto3DSeg: a case validates in the fold of its number; one without trains in all."""
-    numbers = {"h_2": 0, "h_10": 2, "h_3": 0, "h_4": None}
+    """Of Auto3DSeg: a case validates in the fold of its number; one without trains in all.
+
+    A table that lacks a number has the others as floats.
+    """
+    numbers = {"h_2": 0, "h_10": 2.0, "h_3": "0", "h_4": None}
     listed = []
     for id, number in numbers.items():
         touch(decathlon / "imagesTr" / f"{id}.nii.gz")
         touch(decathlon / "labelsTr" / f"{id}.nii.gz")
-        item = {"image": f"imagesTr/{id}.nii.gz", "label": f"labelsTr/{id}.nii.gz"}
+        item = {"image": f"imagesTr/{id}.nii.gz", "label": [f"labelsTr/{id}.nii.gz"]}
         listed.append(item if number is None else item | {"fold": number})
     describe(decathlon, V1 | {"training": listed})
     found = MSD(decathlon)
