@@ -12,7 +12,7 @@ from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.nnunet import plans_json
 from bhsd_jax.nnunet.planner import from_nnunet_plans
-from bhsd_jax.nnunet.trained import PREPROCESSOR, READERS, unusual_resampling
+from bhsd_jax.nnunet.trained import LABEL_MANAGER, PREPROCESSOR, READERS, unusual_resampling
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Channel, Plan, Shape
 
@@ -48,8 +48,8 @@ def require_usable(plans: Mapping[str, Any], configuration: str) -> None:
     """Refuses plans by which another network would be trained here, or on other voxels.
 
     Raises:
-        ValueError: If the configuration cannot be used; or lists the layers, the preprocessor and
-            the reader that nnU-Net itself does not plan.
+        ValueError: If the configuration cannot be used; or lists the layers, the preprocessor, the
+            reader and the label manager that nnU-Net itself does not plan.
     """
     from_nnunet_plans(plans, configuration)
     settings = plans_json.resolve(plans, configuration)
@@ -58,6 +58,8 @@ def require_usable(plans: Mapping[str, Any], configuration: str) -> None:
     reader = plans.get("image_reader_writer")
     wrong += [f"preprocessor_name={preprocessor}"] * (preprocessor != PREPROCESSOR)
     wrong += [f"image_reader_writer={reader}"] * (reader not in (None, *READERS))
+    manager = plans.get("label_manager") or LABEL_MANAGER
+    wrong += [f"label_manager={manager}"] * (manager != LABEL_MANAGER)
     if wrong:
         raise UserError(
             f"nnU-Net plans: {configuration} has {'; '.join(wrong)}, but what is trained here is "

@@ -23,6 +23,7 @@ READERS = {  # by reader: what its arrays' axes are
     "SimpleITKIOWithReorient": "SAR",
 }
 PREPROCESSOR = "DefaultPreprocessor"
+LABEL_MANAGER = "LabelManager"  # says what makes labels of logits
 _MODALITIES = {scheme: modality for modality, scheme in plans_json.NORMALIZATION.items()}
 _PRIMUS = re.compile(r"(nnUNet)?_Primus(?P<version>(V2)?)_?(?P<size>[SBML])_")  # its trainers
 _RESAMPLING = {"data": 3, "seg": 1, "probabilities": 1}  # what: spline order
@@ -143,6 +144,9 @@ def _require_supported(
         wrong.append(f"reader {reader} (known: {', '.join(READERS)})")
     if settings.get("preprocessor_name", PREPROCESSOR) != PREPROCESSOR:
         wrong.append(f"preprocessor {settings['preprocessor_name']}")
+    manager = plans.get("label_manager") or LABEL_MANAGER
+    if manager != LABEL_MANAGER:
+        wrong.append(f"label manager {manager}")
     wrong += unusual_resampling(settings, ("data", "probabilities"))
     if wrong:
         raise UserError(f"nnU-Net plans: not supported: {'; '.join(wrong)}")

@@ -147,6 +147,7 @@ def test_what_the_plan_lacks_or_wants_otherwise_is_said(golden):
         ({"nonlin_first": True}, "nonlin_first=True"),
         ({"preprocessor_name": "Own"}, "preprocessor_name=Own"),
         ({"image_reader_writer": "OwnIO"}, "image_reader_writer=OwnIO"),
+        ({"label_manager": "OwnManager"}, "label_manager=OwnManager"),
     ],
 )
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
@@ -157,7 +158,8 @@ def test_layers_and_readers_of_ones_own_are_refused_by_name(golden, configuratio
     arguments = settings["architecture"]["arch_kwargs"]
     arguments |= {"dropout_op": "torch.nn.Dropout2d", "dropout_op_kwargs": {"p": 0}}
     adoption.require_usable(theirs, configuration)
-    places = {"preprocessor_name": settings, "image_reader_writer": theirs}
+    places = {"preprocessor_name": settings}
+    places |= dict.fromkeys(("image_reader_writer", "label_manager"), theirs)
     for name, value in changed.items():
         places.get(name, arguments)[name] = value
     with pytest.raises(

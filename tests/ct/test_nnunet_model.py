@@ -97,11 +97,18 @@ def test_everything_without_a_counterpart_is_listed(plans):
         "resampling_fn_probabilities": "resample_torch_fornnunet",
         "preprocessor_name": "Own",
     }
-    plans["image_reader_writer"] = "OwnIO"
+    plans |= {"image_reader_writer": "OwnIO", "label_manager": "OwnManager"}
     two = DATASET | {"channel_names": {"0": "CT", "1": "PET"}}
     with pytest.raises(ValueError, match="not supported") as caught:
         trained.plan_of(plans, two, FULL, "")
-    for part in ("2 channels", "Own (known", "OwnIO (known", "Own", "resample_torch_fornnunet"):
+    for part in (
+        "2 channels",
+        "Own (known",
+        "OwnIO (known",
+        "preprocessor Own",
+        "label manager OwnManager",
+        "resample_torch_fornnunet",
+    ):
         assert part in str(caught.value)
 
 
