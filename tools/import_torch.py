@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+_OF_MONAI = ("UNETR", "SwinUNETR")  # whose programs mirror nothing
 _DESCRIPTION = (  # options that say what weights alone do not
     *("reference", "constructor", "classes", "patch", "spacing_mm", "axes", "window", "range"),
     *("clip", "mean_std", "zscore", "pad", "crop_hu", "mirror_axes", "dataset", "license"),
@@ -174,7 +175,8 @@ def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
         dataset=options.dataset or "imported",
         license=options.license or "",
     )
-    axes = (0, 1, 2) if options.mirror_axes is None else tuple(options.mirror_axes)
+    usual = () if reference.partition("/")[0] in _OF_MONAI else (0, 1, 2)
+    axes = usual if options.mirror_axes is None else tuple(options.mirror_axes)
     return import_weights.Source(reference, constructor, plan, axes, options.pad or "air", windows)
 
 
@@ -247,8 +249,9 @@ def parse() -> argparse.Namespace:
     add("--zscore", action="store_true", default=None, help=scores)
     add("--pad", choices=("air", "nnunet"), help="outside the scan; default air")
     add("--crop-hu", type=float, help="crop to the largest component above; default: non-zero")
+    mirrored = "mirrored along in prediction; 0 1 2, none of UNETR and SwinUNETR"
     which = {"type": int, "choices": range(3), "nargs": "*"}
-    add("--mirror-axes", **which, help="mirrored along in prediction; 0 1 2")
+    add("--mirror-axes", **which, help=mirrored)
     add("--dataset", help="what it was trained on")
     add("--license", help="of the data it was trained on")
     return parser.parse_args()

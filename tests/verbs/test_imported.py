@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import flax.linen as nn
@@ -232,6 +233,20 @@ def test_options_that_a_network_says_itself_are_refused_by_name(tmp_path, monkey
     ):
         with pytest.raises(SystemExit, match=rf": {option[0]} given, but .* says that itself"):
             run_tool(monkeypatch, path, tmp_path / "none", *option)
+
+
+def test_networks_of_monai_are_mirrored_only_if_that_is_asked_for(tmp_path):
+    """Its inferers mirror nothing, and classes such as BTCV's tell left from right."""
+    (tmp_path / "w.npz").touch()
+    constructor = {"in_channels": 1, "out_channels": 2, "img_size": 32}
+    said = {"reference": "UNETR", "constructor": json.dumps(constructor), "window": [[0, 80]]}
+    said |= {"classes": ["background", "a"], "spacing_mm": [1, 1, 1]}
+    tool = runpy.run_path(str(TOOL))
+    options = Namespace(**dict.fromkeys(tool["_DESCRIPTION"]) | said)
+    for given, axes in ((None, ()), ([0], (0,))):
+        options.mirror_axes = given
+        source = tool["described"](options, tmp_path / "w.npz", {})
+        assert source.mirror_axes == axes
 
 
 def test_normalizations_that_exclude_one_another_are_refused(tmp_path, monkeypatch, plain):
