@@ -14,8 +14,9 @@ maps; of a cascade, the first stage is imported with it from the folder beside i
 may be given, where a program turns scans before its network sees them. Nor does a folder of
 BLAST-CT's networks with its config.json, but for a `--patch`. UNETR and SwinUNETR of MONAI,
 CoTr and nnFormer (as nnFormer/synapse, /acdc, /tumor) need the rest of the options, and so
-do weights of nnU-Net's networks in safetensors or npz files. .pth and its kin need the extra
-`torch-import`; no pickle is executed.
+do weights of nnU-Net's networks in safetensors or npz files. A bundle of MONAI's, named by its
+folder, says itself what its network is; so does its config as --constructor. .pth and its kin need
+the extra `torch-import`; no pickle is executed.
 
     bhsd predict --config=configs/from_run.py:runs/imported --workdir=runs/imported \
         --config.predict.images=/new/scans
@@ -139,17 +140,20 @@ def turned(source: Any, axes: str | None) -> Any:
 
 
 def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
-    """Network and plan from the options; `tools/export.py` leaves the network in the header.
+    """Network and plan from the options.
+
+    `tools/export.py` leaves the network in the header, a bundle of MONAI's in a config.
 
     Raises:
         ValueError: Lists the options that are missing.
     """
-    from bhsd_jax.torch_weights import weights_file
+    from bhsd_jax.torch_weights import bundle, weights_file
     from bhsd_jax.torch_weights.recipe import recipe_of
     from bhsd_jax.verbs import import_weights
 
-    reference = options.reference or header.get("reference")
-    text = options.constructor or header.get("constructor")
+    text = options.constructor or header.get("constructor") or bundle.config_of(path)
+    target, constructor = bundle.network_of(weights_file.json_of(str(text)) if text else {})
+    reference = options.reference or header.get("reference") or target
     needed = {
         "--reference": reference,
         "--constructor": text,
@@ -160,7 +164,6 @@ def described(options: argparse.Namespace, path: Path, header: Any) -> Any:
     missing = [name for name, value in needed.items() if not value]
     if missing:
         raise ValueError(f"{path}: does not say it all itself; give {', '.join(missing)}")
-    constructor = weights_file.json_of(text)
     recipe_of(reference, constructor)  # what it lacks is said first
     foreground, windows = normalization(options)
     plan = import_weights.plan_for(

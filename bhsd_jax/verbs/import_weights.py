@@ -19,7 +19,7 @@ from bhsd_jax.objectives.ensemble import Ensemble
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Config, Infer, Settings
-from bhsd_jax.torch_weights import importing, weights_file
+from bhsd_jax.torch_weights import bundle, importing, weights_file
 from bhsd_jax.torch_weights.recipe import recipe_of
 from bhsd_jax.torch_weights.weights_file import WeightsFile
 from bhsd_jax.train.checkpoint import save_networks
@@ -49,14 +49,17 @@ class Source:
 
 
 def find(path: Path) -> Path:
-    """The file itself, or the final, best or latest checkpoint in nnU-Net's folder of a fold.
+    """The file itself; of nnU-Net's folder of a fold the final, best or latest checkpoint.
+
+    Of a bundle of MONAI's its weights.
 
     Raises:
         FileNotFoundError: If there is none.
     """
     if not path.is_dir():
         return path
-    found = [path / name for name in CHECKPOINTS if (path / name).is_file()]
+    names = (*CHECKPOINTS, bundle.WEIGHTS)
+    found = [path / name for name in names if (path / name).is_file()]
     if not found:
         require_no_v1(path)
         models = sorted({fold.parent for fold in path.glob("**/fold_*") if fold.is_dir()} - {path})
