@@ -24,6 +24,10 @@ Millimeters = tuple[float, float, float]  # D, H, W
 HEMORRHAGE = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
 """Classes of BHSD by value in its masks, and of all data sets with the same kinds of bleeding."""
 
+SOME = 2
+"""A slice label: the slice shows this class, or another of those that have this value in its row.
+So it is where only "any bleeding" is known, which is all that a binary task asks."""
+
 
 @dataclass(frozen=True)
 class Volume:
@@ -146,7 +150,8 @@ class Case:
     split: str  # "train", "val", "test", or "unlabeled" (training images used without a mask)
     bleeding: bool | None = None  # volume-level label; None: not known
     slice_labels: tuple[tuple[int, ...], ...] | None = None
-    """A row per slice in the file's k order, a column per foreground class: 1, 0, -1 (unknown)."""
+    """A row per slice in the file's k order, a column per foreground class: 1, 0, -1 (unknown), or
+    `SOME`."""
     table_feed: bool = False
     """Where the gantry was tilted, the affine is drawn upright and its slice step is the table's
     feed: a property of the data set's conversion, which no affine shows."""

@@ -36,6 +36,8 @@ def test_tables_are_read_as_spreadsheets_export_them(tmp_path, separator, encodi
 
 def test_whole_numbers_may_have_a_decimal_of_zero():
     assert [csv_files.whole(cell) for cell in ("1", "1.0", "0,0", "-1")] == [1, 1, 0, -1]
+    assert [csv_files.whole(cell) for cell in ("TRUE", "False")] == [1, 0]
+    assert [csv_files.known(cell, -1) for cell in ("NA", "nan", "", "0")] == [-1, -1, -1, 0]
     for cell in ("", "x", "0.5", "nan", "inf"):
         with pytest.raises(ValueError, match=r"whole|convert"):
             csv_files.whole(cell)

@@ -60,5 +60,6 @@ def align(case: Case, grid: Grid, num_classes: int) -> tuple[tuple[int, ...], ..
         low = max(0, math.floor(center - reach + 1e-6) + 1)
         high = min(len(table), math.ceil(center + reach - 1e-6))
         none = (table[low:high] == 0).all(0)
-        found.append(tuple(int(v) for v in np.where(nearest[i] == 1, 1, np.where(none, 0, -1))))
+        row = np.where(nearest[i] > 0, nearest[i], np.where(none, 0, -1))
+        found.append(tuple(map(int, row)))
     return tuple(found)

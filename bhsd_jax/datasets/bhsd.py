@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from bhsd_jax.datasets import slice_table
 from bhsd_jax.datasets.bhsd_files import (
     Scans,
     find,
     official_split,
     patient,
-    slice_labels,
     unnumbered,
 )
 from bhsd_jax.defects import Finding, Kind, Refusal
@@ -84,7 +84,7 @@ class BHSD:
                 "unlabel_*/anybleed and nobleed, or imagesTr and labelsTr"
             )
         table = root / "slice_labels.csv"
-        rows = slice_labels(table, self.classes[1:])
+        rows = slice_table.read(table, self.classes[1:])
         unknown = sorted(set(rows) - {case.id for case in cases})
         if unknown and pool:  # else rows of the pool have no scan here
             text = f"{table}: rows of {len(unknown)} scans that are not used, such as {unknown[0]}"

@@ -1,4 +1,4 @@
-"""Files of BHSD in all the copies that go round: scans by base name, official lists, slice labels.
+"""Files of BHSD in all the copies that go round: scans by base name, and official lists.
 
 Nothing here stops at the first defect: each is a `Finding`, and the rest is read.
 """
@@ -9,11 +9,10 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from bhsd_jax.defects import Finding, Kind
-from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
 
 _PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
@@ -27,9 +26,8 @@ _MAGIC = (b"\x1f\x8b", b"\x5c\x01", b"\x00\x00")  # gzip; 348, the first field o
 _SPLITS = {"training": "train", "test": "test"}
 _KINDS = {"epidural": "1", "intraparenchymal": "2", "intraventricular": "3"}
 _KINDS |= {"subarachnoid": "4", "subdural": "5"}
-_WORDS = _KINDS | {"edh": "1", "iph": "2", "ivh": "3", "sah": "4", "sdh": "5"}
+WORDS = _KINDS | {"edh": "1", "iph": "2", "ivh": "3", "sah": "4", "sdh": "5"}
 _CHUNK = 2**20
-_MOST_SLICES = 10_000
 _CHANNEL = "_0000"
 _KEEP_ONE = "keep one and delete the other"
 
@@ -103,57 +101,6 @@ def official_split(path: Path) -> tuple[dict[str, str], list[Finding]]:
         findings.append(Finding(Kind.LIST_BOTH, "refused", text, id))
         del split[id]
     return split, findings
-
-
-def slice_labels(path: Path, classes: tuple[str, ...]) -> dict[str, tuple]:
-    """Rows per case from columns case, slice, any, and one per class; -1 where nothing is said.
-
-    Raises:
-        ValueError: If a column is missing or a cell makes no sense; names the line.
-    """
-    if not path.is_file():
-        return {}
-    rows: dict[str, dict[int, tuple[int, ...]]] = {}
-    lines = csv_files.read_records(path)
-    names = next(lines, (0, {}))[1]
-    expected = f"expected case, slice, any, {', '.join(classes)}"
-    if lacking := {"case", "slice"} - set(names):
-        raise UserError(f"{path}: no column {', '.join(sorted(lacking))}; {expected}")
-    untold = [name for name in classes if name not in names]
-    for number, row in lines:
-        place = f"{path}, line {number}"
-        union, index, values = _slice_row(row, classes)
-        if not set(values) <= {-1, 0, 1} or not 0 <= index < _MOST_SLICES:
-            raise UserError(
-                f"{place}: expected 0, 1 or -1 per class and a slice below {_MOST_SLICES}; got "
-                f"{row}"
-            )
-        if untold and union == 1 and 1 not in values:
-            raise UserError(
-                f"{place}: any is 1 but no class is, and there is no column {', '.join(untold)}; "
-                f"{expected}: say which class the slice shows, or leave the line out"
-            )
-        if rows.setdefault(base_name(row["case"]), {}).setdefault(index, values) != values:
-            raise UserError(f"{place}: contradicts an earlier line of that slice; {_KEEP_ONE}")
-    unknown = (-1,) * len(classes)
-    return {
-        case: tuple(by_slice.get(k, unknown) for k in range(max(by_slice) + 1))
-        for case, by_slice in rows.items()
-    }
-
-
-def _slice_row(
-    row: Mapping[str, str], classes: tuple[str, ...]
-) -> tuple[int, int, tuple[int, ...]]:
-    """`any`, the slice and a value per class, -1 where nothing is said; slice -1 if one is none."""
-    try:
-        union = csv_files.whole(row.get("any") or "-1")
-        # No bleeding at all is known of every class.
-        default = "0" if union == 0 else "-1"
-        values = tuple(csv_files.whole(row.get(name) or default) for name in classes)
-        return union, csv_files.whole(row["slice"]), values
-    except ValueError:
-        return -1, -1, ()
 
 
 def _examine(path: Path, name: str, read_too: tuple[str, ...]) -> tuple[bool, Finding | None]:
@@ -261,7 +208,7 @@ def _check_labels(path: Path, labels: object) -> None:
     by_name |= {str(k).lower(): str(v) for k, v in labels.items()}  # nnU-Net v2: name to number
     wrong = {}
     for name, number in by_name.items():
-        meant = {_WORDS[word] for word in re.findall("[a-z]+", name) if word in _WORDS}
+        meant = {WORDS[word] for word in re.findall("[a-z]+", name) if word in WORDS}
         if len(meant) == 1 and number not in meant:
             wrong[name] = number
     if wrong:

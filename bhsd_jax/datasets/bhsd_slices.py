@@ -15,7 +15,7 @@ from bhsd_jax.datasets import rsna
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Case
+from bhsd_jax.volume import SOME, Case
 
 FILE = "slice_labels.csv"  # in BHSD's folder, where `datasets/bhsd.py` reads it
 _LEAST = 0.99  # correlation of a slice with its original
@@ -63,7 +63,8 @@ def write(path: Path, rows: Mapping[str, Sequence[rsna.SliceRow]], classes: Sequ
         for index, row in enumerate(rows[case]):
             if row != rsna.UNKNOWN:
                 union = rsna.any_bleeding([row])
-                table.append((case, index, "" if union is None else int(union), *row))
+                cells = ("" if value == SOME else value for value in row)
+                table.append((case, index, "" if union is None else int(union), *cells))
     csv_files.write_csv(path, ("case", "slice", "any", *classes), table, line_end="\n")
 
 

@@ -14,10 +14,10 @@ from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.defects import Finding
 from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import HEMORRHAGE, Case, Series, Survey
+from bhsd_jax.volume import HEMORRHAGE, SOME, Case, Series, Survey
 
 TYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
-SliceRow = tuple[int, ...]  # per type 1, 0 or -1 (not known)
+SliceRow = tuple[int, ...]  # per type, as `Case.slice_labels`
 UNKNOWN: SliceRow = (-1,) * len(TYPES)
 _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "0,0": 0, "1,0": 1}  # pandas makes floats of a gap
 _FILE = re.compile(r"\.(dcm|dicom|png|jpg)$", re.IGNORECASE)  # tables of slices name files, too
@@ -107,8 +107,8 @@ def read_table(path: Path) -> dict[str, SliceRow]:
     """Rows by slice from the challenge's table of `ID_<slice>_<type>,Label`, or one made of it.
 
     Such a table has a line per slice and a column per type; columns may be in any order. Lines that
-    repeat one are dropped. `any` 0 says 0 of all types, 1 says nothing of those that are not
-    listed.
+    repeat one are dropped. `any` 0 says 0 of all types; 1 says that one shows of those that are not
+    listed, unless a listed one does.
 
     Raises:
         FileNotFoundError: If it is not there.
@@ -165,7 +165,9 @@ def _row(code: int) -> SliceRow | None:
     row = tuple(max(value, -1) for value in types)
     if union == 0:
         return None if 1 in row else (0,) * len(TYPES)
-    return None if union == 1 and not (1 in row or -1 in row) else row
+    if union == 1 and 1 not in row:
+        return tuple(SOME if value == -1 else value for value in row) if -1 in row else None
+    return row
 
 
 def named(groups: Sequence[Group]) -> list[tuple[str, Group]]:
@@ -210,7 +212,7 @@ def _row_at(place: float, rows: Sequence[SliceRow]) -> SliceRow:
 
 def any_bleeding(rows: Sequence[SliceRow | None]) -> bool | None:
     """Of a volume: True if a slice bleeds, False if all are known not to, else None."""
-    if any(row is not None and 1 in row for row in rows):
+    if any(row is not None and max(row) > 0 for row in rows):
         return True
     clean = all(row is not None and set(row) == {0} for row in rows)
     return False if clean and rows else None

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Shape
+from bhsd_jax.volume import SOME, Shape
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class Slices:
             return np.full((depth, self.columns), -1, np.int8)
         table = np.asarray(labels, np.int8).reshape(depth, self.classes)
         if self.binary:
-            absent, shown = (table == 0).all(1, keepdims=True), (table == 1).any(1, keepdims=True)
+            absent, shown = (table == 0).all(1, keepdims=True), (table > 0).any(1, keepdims=True)
             table = np.where(shown, 1, np.where(absent, 0, -1)).astype(np.int8)
         near = np.zeros(table.shape, bool)
         for k in range(1, self.margin + 1):
-            near[k:] |= table[:-k] == 1
-            near[:-k] |= table[k:] == 1
+            near[k:] |= table[:-k] > 0
+            near[:-k] |= table[k:] > 0
+        # Which of several classes a slice shows is not known of any of them.
+        table = np.where(table == SOME, -1, table)
         return np.where((table == 0) & near, -1, table).astype(np.int8)
 
     def rows(

@@ -12,6 +12,8 @@ from bhsd_jax.platform import files
 # What Excel, LibreOffice and Sheets take for the beginning of a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _SEPARATORS = ",;\t"  # Excel's is that of the country
+_BOOLEANS = {"true": "1", "false": "0"}
+_NOTHING = ("", "na", "n/a", "<na>", "nan", "none", "null")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a file begins that Excel calls Unicode text
 
 
@@ -48,13 +50,24 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 def whole(cell: str) -> int:
     """A whole number, as 1, or as 1.0 or 1,0, which is what a column with gaps becomes.
 
+    TRUE and FALSE are 1 and 0.
+
     Raises:
         ValueError: If it is none.
     """
-    value = float(cell.replace(",", "."))
+    value = float(_BOOLEANS.get(cell.casefold(), cell).replace(",", "."))
     if not value.is_integer():
         raise ValueError(f"{cell!r} is no whole number")
     return int(value)
+
+
+def known(cell: str, unknown: int) -> int:
+    """A whole number, or `unknown` where the cell says nothing, in the words of pandas or R.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    return unknown if cell.casefold() in _NOTHING else whole(cell)
 
 
 def write_csv(

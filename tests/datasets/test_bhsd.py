@@ -6,6 +6,7 @@ import pytest
 
 from bhsd_jax.datasets.bhsd import BHSD, scans
 from bhsd_jax.defects import Refusal
+from bhsd_jax.volume import SOME
 
 OFFICIAL = "dataset.json"
 
@@ -124,8 +125,8 @@ def test_slice_labels_are_read_in_slice_order_with_gaps_unknown(tree, studies):
         f"{first},1,1,,,,,\n"
     )
     found = {case.id: case.slice_labels for case in BHSD(tree).cases()}
-    unknown = (-1,) * 5
-    assert found.pop(first) == ((0,) * 5, unknown, unknown, (0, 1, 0, 0, -1))
+    rows = ((0,) * 5, (SOME,) * 5, (-1,) * 5, (0, 1, 0, 0, -1))
+    assert found.pop(first) == rows
     assert set(found.values()) == {None}
 
 
@@ -140,14 +141,40 @@ def test_slice_labels_of_a_spreadsheet_say_what_they_say(tree, studies):
 
 
 @pytest.mark.parametrize(
+    ("head", "lines", "rows"),
+    [
+        ("Case,Slice,Any,edh,iph,ivh,sah,sdh", ["0,1,0,1,0,0,0"], [(0, 1, 0, 0, 0)]),
+        (
+            "case,slice,subdural,epidural,subarachnoid,Intraventricular,Intraparenchymal",
+            ["0,1,0,0,0,0"],
+            [(0, 0, 0, 0, 1)],
+        ),
+        ("case,slice,any", ["0,FALSE", "1,True"], [(0,) * 5, (SOME,) * 5]),
+        ("case,slice,EDH,IPH", ["0,NA,1", "1,nan,0"], [(-1, 1, -1, -1, -1), (-1, 0, -1, -1, -1)]),
+        ("case,slice,any,EDH", ["0,1,0"], [(0, SOME, SOME, SOME, SOME)]),
+    ],
+)
+def test_slice_labels_in_other_words_say_the_same(tree, studies, head, lines, rows):
+    """Names of RSNA and in small letters, pandas' booleans, what R writes, and `any` alone."""
+    first, _ = studies["any"]
+    text = "".join(f"{first},{line}\n" for line in lines)
+    (tree / "slice_labels.csv").write_text(f"{head}\n{text}")
+    found = {case.id: case.slice_labels for case in BHSD(tree).cases()}
+    assert found[first] == tuple(rows)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("case,slice,EDH\na,0,0\na,0,1\n", "line 3: contradicts an earlier line"),
         ("name,slice\na,0\n", "no column case"),
         ("case,slice,EDH\na,0,2\n", "line 2: expected 0, 1"),
-        ("case,slice\na,1000000000\n", "line 2: .*below 10000"),
+        ("case,slice,any\na,1000000000,0\n", "line 2: .*below 10000"),
+        ("case,slice,any,EDH\na,0,0,1\n", "line 2: any is 0, and of the classes EDH, .* one is 1"),
+        ("case,slice,any,EDH,IPH,IVH,SAH,SDH\na,0,1,0,0,0,0,0\n", "any is 1, .* none is; correct"),
+        ("case,slice,bleed\na,0,1\n", "no column says what a slice shows; .* got case, slice, bl"),
+        ("case,slice,EDH,epidural\na,0,1,0\n", "columns EDH and epidural are one"),
         ("case,slice,EDH\na,0,x\n", "line 2: expected 0, 1"),
-        ("case,slice,any\na,0,0\na,1,1\n", "line 3: any is 1 but no class is, .* no column EDH, "),
     ],
 )
 def test_slice_labels_that_make_no_sense_are_refused(tree, text, message):

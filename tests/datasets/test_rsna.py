@@ -11,7 +11,7 @@ from bhsd_jax.datasets import bhsd_slices, rsna
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.datasets.rsna import RSNA, TYPES
 from bhsd_jax.defects import Kind
-from bhsd_jax.volume import Volume
+from bhsd_jax.volume import SOME, Volume
 
 PATIENT, STUDY = "ID_0a000001", "ID_00000000a1"
 SLICES = [f"ID_0000000{k}{k}" for k in range(6)]  # by position
@@ -140,7 +140,15 @@ def test_repeated_lines_are_dropped_and_any_alone_says_what_it_can(tmp_path):
     found = rsna.read_table(tmp_path / "t.csv")
     assert [found[name] for name in SLICES] == list(ROWS)
     assert found["ID_a"] == (0,) * 5
-    assert found["ID_b"] == (-1, -1, -1, -1, 0)
+    assert found["ID_b"] == (SOME, SOME, SOME, SOME, 0)
+
+
+def test_a_table_of_any_alone_says_which_scans_bleed(root):
+    lines = [f"{name},{max(row)}" for name, row in zip(SLICES, ROWS, strict=True)]
+    (root / "stage_2_train.csv").write_text("\n".join(["ID,any", *lines]) + "\n")
+    (case,) = RSNA(root).cases()
+    assert case.bleeding is True
+    assert case.slice_labels == tuple((SOME if 1 in row else 0,) * 5 for row in ROWS)
 
 
 def bhsd_tree(root, volume, ids):

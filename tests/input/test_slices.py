@@ -7,6 +7,7 @@ import pytest
 from test_pipeline import CUT, SCANS, stream
 
 from bhsd_jax.input.slices import Slices
+from bhsd_jax.volume import SOME
 
 MANY = Slices(classes=2, margin=0)
 ROWS = ((0, 0), (0, 1), (0, 0), (-1, 0), (0, 0), (0, 0))
@@ -33,6 +34,15 @@ def test_the_neighbors_of_a_bleed_are_not_trusted_to_lack_it():
 def test_a_binary_slice_shows_any_class_and_lacks_all():
     table = dataclasses.replace(MANY, binary=True).table(ROWS, None, 6)
     np.testing.assert_array_equal(table, [[0], [1], [0], [-1], [0], [0]])
+
+
+def test_any_bleeding_is_known_of_a_binary_slice_and_of_no_class_of_several():
+    rows = ((0, 0), (SOME, SOME), (SOME, 0), (0, 0))
+    table = dataclasses.replace(MANY, binary=True).table(rows, None, 4)
+    np.testing.assert_array_equal(table, [[0], [1], [1], [0]])
+    np.testing.assert_array_equal(MANY.table(rows, None, 4), [[0, 0], [-1, -1], [-1, 0], [0, 0]])
+    near = dataclasses.replace(MANY, margin=1).table(rows, None, 4)
+    np.testing.assert_array_equal(near, [[-1, -1], [-1, -1], [-1, -1], [-1, 0]])
 
 
 def test_rows_are_cut_where_the_image_is_and_air_lies_beyond():
