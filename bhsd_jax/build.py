@@ -4,11 +4,13 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import typing
 from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bhsd_jax import fields
 from bhsd_jax.platform.errors import UserError
 
 
@@ -76,13 +78,14 @@ def build(package: str, spec: Mapping[str, Any], **extra: Any) -> Any:
     """Makes the object a config names: `package.<spec["name"]>(**rest of spec, **extra)`.
 
     Raises:
-        ValueError: If the name is unknown, or an argument is; the message lists the choices.
+        ValueError: If the name is unknown, or an argument is, where the message lists the choices;
+            or if an argument is of another type than the signature says.
     """
     kwargs = dict(spec) | extra
     name = kwargs.pop("name")
     made = find(package, name)
     require_arguments(f"{package}.{name}", made, kwargs)
-    return made(**kwargs)
+    return made(**fitting_arguments(f"{package}.{name}", made, kwargs))
 
 
 def require_arguments(name: str, made: Callable[..., Any], arguments: Collection[str]) -> None:
@@ -95,6 +98,30 @@ def require_arguments(name: str, made: Callable[..., Any], arguments: Collection
     unknown = sorted(set(arguments) - set(accepted))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         raise UserError(f"{name}: unknown {', '.join(unknown)}; it takes {', '.join(accepted)}")
+
+
+def fitting_arguments(
+    name: str, made: Callable[..., Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments as the signature of a class or function called `name` wants them.
+
+    A config holds whatever literal a flag gave it: the text "no" would be true.
+
+    Raises:
+        ValueError: If one is of another type; says which.
+    """
+    try:
+        kinds = typing.get_type_hints(made)
+    except (NameError, TypeError):  # of a class of one's own, with types that are not there
+        return dict(given)
+    found = dict(given)
+    for argument, value in given.items():
+        try:
+            found[argument] = fields.fitting(kinds.get(argument, Any), value)
+        except TypeError:
+            wanted = fields.in_words(kinds[argument])
+            raise UserError(f"{name}: {argument} must be {wanted}; got {value!r}") from None
+    return found
 
 
 def require_members(made: Any, protocol: type, how: str) -> None:

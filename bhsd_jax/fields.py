@@ -5,11 +5,12 @@ types are the plain ones, `Literal`, tuples and unions of them, `Spec`, or anoth
 """
 
 import dataclasses
+import numbers
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from bhsd_jax.platform.errors import UserError
 
@@ -93,6 +94,54 @@ def read(group: Any, values: Any, path: str) -> Any:
     return group(**found)
 
 
+def fitting(kind: Any, value: Any) -> Any:
+    """An argument of a class, as the type in its signature wants it.
+
+    Types that are not plain ones take anything.
+
+    Raises:
+        TypeError: If it is of another type.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if _is_union(origin):
+        first = next((one for one in inner if _fits(one, value)), None)
+        return _misfit(value) if first is None else fitting(first, value)
+    if origin in (tuple, Sequence):
+        many = origin is Sequence or inner[-1:] == (Ellipsis,)
+        return _fitting_items(inner[:1] if many else inner, value, many)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)  # 1e3 of a command line
+    if kind is bool:
+        return bool(value) if isinstance(value, int) and value in (0, 1) else _misfit(value)
+    plain = {int: numbers.Integral, float: numbers.Real, str: str, type(None): type(None)}
+    if kind in plain and (not isinstance(value, plain[kind]) or isinstance(value, bool)):
+        return _misfit(value)
+    return value
+
+
+def _fitting_items(kinds: tuple[Any, ...], value: Any, many: bool) -> tuple[Any, ...]:
+    if isinstance(value, str) and kinds[0] is str:
+        value = _words(value)
+    if not isinstance(value, list | tuple):
+        return _misfit(value)
+    kinds = kinds * len(value) if many else kinds
+    if len(kinds) != len(value):
+        return _misfit(value)
+    return tuple(fitting(one, item) for one, item in zip(kinds, value, strict=True))
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    try:
+        fitting(kind, value)
+    except TypeError:
+        return False
+    return True
+
+
+def _misfit(value: Any) -> NoReturn:
+    raise TypeError(repr(value))
+
+
 def complete(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Dictionaries that another version wrote: what it lacked is as the defaults have it.
 
@@ -143,8 +192,8 @@ def in_words(kind: Any) -> str:
         return " or ".join(in_words(argument) for argument in arguments)
     if origin is Literal:
         return " or ".join("nothing" if choice == "" else str(choice) for choice in arguments)
-    if origin is tuple:
-        if arguments[-1] is Ellipsis:
+    if origin in (tuple, Sequence):
+        if origin is Sequence or arguments[-1] is Ellipsis:
             return f"({in_words(arguments[0])}, ...)"
         return f"({', '.join(in_words(argument) for argument in arguments)})"
     return _WORDS.get(kind, "fields with a name")
@@ -201,7 +250,7 @@ def _first_fit(kinds: tuple[Any, ...], value: Any) -> Any:
 
 def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     if isinstance(value, str) and _is_text(kinds[0]):
-        value = tuple(word.strip() for word in value.strip("()").split(",") if word.strip())
+        value = _words(value)
     any_number = kinds[-1] is Ellipsis
     if any_number and value is not None and not isinstance(value, list | tuple):
         value = (value,)
@@ -214,6 +263,10 @@ def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     if any(typing.get_origin(kind) is Literal for kind in kinds) and len(set(found)) < len(found):
         raise _UnfitError
     return found
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.strip("()").split(",") if word.strip())
 
 
 def _require_limits(value: Any, limits: tuple[Any, ...]) -> None:

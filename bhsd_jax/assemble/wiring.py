@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from bhsd_jax.assemble.run import Run
-from bhsd_jax.build import build, find, require_arguments, require_members
+from bhsd_jax.build import (
+    build,
+    find,
+    fitting_arguments,
+    require_arguments,
+    require_members,
+)
 from bhsd_jax.models import conv
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
@@ -39,6 +45,7 @@ def model(run: Run) -> Any:
     fields = {k: v for k, v in offered.items() if k in accepted} | spec
     fields["num_classes"] = run.labels.outputs
     require_arguments(f"{_MODELS}.{name}", made, fields)
+    fields = fitting_arguments(f"{_MODELS}.{name}", made, fields)
     if for_plan is None:
         network = made(**fields)
     else:

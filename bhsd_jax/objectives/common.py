@@ -73,7 +73,8 @@ class Ramp:
     that is not 0: exp(-5 (1 - t)^2). A fraction of 0 is all of it from the start.
 
     Raises:
-        ValueError: If the fraction is not in 0..1, or a number of steps is too small.
+        ValueError: If the fraction is not in 0..1, a number of steps is too small, or the weight
+            below 0, with which networks would learn to contradict each other.
 
     Source: Laine and Aila 2017, arXiv:1610.02242, section 3.1; staircase as in SSL4MIS.
     """
@@ -84,6 +85,7 @@ class Ramp:
     length: int = 0
 
     def __post_init__(self):
+        require_least("objective.weight", self.weight, 0)
         require_fraction("ramp", self.fraction)
         for name, value, least in (
             ("staircase", self.staircase, 1),
@@ -250,11 +252,32 @@ def require_average(objective: str, decay: float | None, t0: int) -> None:
         raise UserError(f"{objective}: ema_t0 counts updates, 0 or more; got {t0}")
 
 
-def require_fraction(name: str, value: float) -> None:
+def require_fraction(name: str, value: float, what: str = "share of the training") -> None:
     """Refuses a share outside 0..1.
 
     Raises:
         ValueError: Names the field.
     """
     if not 0 <= value <= 1:
-        raise UserError(f"{name} is a share of the training and lies in 0..1; got {value}")
+        raise UserError(f"{name} is a {what} and lies in 0..1; got {value}")
+
+
+def require_range(name: str, value: tuple[float, float]) -> None:
+    """Refuses what is no range of shares, from low to high.
+
+    Raises:
+        ValueError: Names the field.
+    """
+    low, high = value
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"{name} is a range of shares, low to high in 0..1; got {value}")
+
+
+def require_least(name: str, value: float, least: float) -> None:
+    """Refuses what is less, and what is no number.
+
+    Raises:
+        ValueError: Names the field.
+    """
+    if not value >= least:
+        raise UserError(f"{name} is {least:g} or more; got {value}")

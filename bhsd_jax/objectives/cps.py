@@ -16,6 +16,7 @@ from bhsd_jax.objectives.common import (
     forward_both,
     over_heads,
     require_choice,
+    require_fraction,
     unmixed,
 )
 from bhsd_jax.types import Params
@@ -48,6 +49,7 @@ class CrossPseudoSupervision(SemiSupervised):
 
     def __post_init__(self):
         Ramp.of(self)  # which refuses what no ramp can be
+        require_fraction("cps: confidence", self.confidence, "probability")
         require_choice("cps: views", self.views, ("independent", "shared"))
         require_choice("cps: twin_init", self.twin_init, ("model", "kaiming_xavier"))
 

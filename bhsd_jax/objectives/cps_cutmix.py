@@ -6,7 +6,12 @@ from functools import partial
 import jax
 
 from bhsd_jax.objectives import mixing
-from bhsd_jax.objectives.common import forward_both
+from bhsd_jax.objectives.common import (
+    forward_both,
+    require_fraction,
+    require_least,
+    require_range,
+)
 from bhsd_jax.objectives.cps import CrossPseudoSupervision
 
 
@@ -25,6 +30,12 @@ class CrossPseudoSupervisionCutMix(CrossPseudoSupervision):
     covered: tuple[float, float] = (0.25, 0.5)  # share of the patch that comes from its partner
     number: int = 3  # of boxes
     chance: float = 1.0  # that a patch is pasted at all
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_range("cps_cutmix: covered", self.covered)
+        require_fraction("cps_cutmix: chance", self.chance, "probability")
+        require_least("cps_cutmix: number", self.number, 1)
 
     def terms(self, learner, batch, key):
         view_a, view_b, box_key, key_a, key_b, plain_a, plain_b = jax.random.split(key, 7)

@@ -14,6 +14,7 @@ from bhsd_jax.objectives.common import (
     Terms,
     forward_both,
     require_choice,
+    require_least,
 )
 
 _VOXELS = ("all", "balanced", "foreground")
@@ -46,6 +47,7 @@ class EntropyMinimization(SemiSupervised, SingleModel):
     def __post_init__(self):
         Ramp.of(self)  # which refuses what no ramp can be
         super().__post_init__()
+        require_least("entropy: epsilon", self.epsilon, 0)
         require_choice("entropy: patches", self.patches, _PATCHES)
         require_choice("entropy: voxels", self.voxels, _VOXELS)
         require_choice("entropy: measure", self.measure, _MEASURES)

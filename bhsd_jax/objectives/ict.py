@@ -52,7 +52,7 @@ class InterpolationConsistency(SemiSupervised, SingleModel):
         require_choice("ict: views", self.views, ("weak_strong", "shared"))
         require_choice("ict: pairs", self.pairs, ("each", "half"))
         require_choice("ict: mix", self.mix, ("prob", "logit"))
-        if self.beta <= 0:
+        if not self.beta > 0:
             raise UserError(f"ict: beta is the a of Beta(a, a), above 0; got {self.beta}")
 
     def terms(self, learner, batch, key):

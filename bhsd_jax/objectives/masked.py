@@ -31,7 +31,7 @@ class MaskedModeling(SingleModel):
 
     def __post_init__(self):
         super().__post_init__()
-        require_fraction("masked: hidden", self.hidden)
+        require_fraction("masked: hidden", self.hidden, "share of the blocks")
         if min(self.block) < 1 or self.hidden in (0, 1):
             raise UserError(
                 "masked: a block has at least one voxel, and some but not all blocks are hidden; "

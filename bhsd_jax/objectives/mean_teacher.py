@@ -15,6 +15,7 @@ from bhsd_jax.objectives.common import (
     forward_both,
     require_average,
     require_choice,
+    require_least,
 )
 
 
@@ -50,6 +51,8 @@ class MeanTeacher(SemiSupervised, SingleModel):
         Ramp.of(self)  # which refuses what no ramp can be
         require_average("mean_teacher", self.ema_decay, self.ema_t0)
         super().__post_init__()
+        for name in ("noise", "noise_clip"):
+            require_least(f"mean_teacher: {name}", getattr(self, name), 0)
         require_choice("mean_teacher: views", self.views, ("weak_strong", "shared"))
 
     def terms(self, learner, batch, key):

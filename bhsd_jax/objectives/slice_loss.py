@@ -55,6 +55,11 @@ class SliceTerms:
                 raise UserError(
                     f"slice_loss.{name} is a weight, 0 or above; got {getattr(self, name)}"
                 )
+        if not min(self.barrier) > 0:
+            raise UserError(
+                "slice_loss.barrier is a t and its growth, both above 0, for it divides; got "
+                f"{self.barrier}"
+            )
         for name in ("sharpness", "lesion_voxels"):
             if getattr(self, name) <= 0:
                 raise UserError(f"slice_loss.{name} must be above 0; got {getattr(self, name)}")

@@ -18,6 +18,7 @@ from bhsd_jax.objectives.common import (
     require_average,
     require_choice,
     require_fraction,
+    require_range,
 )
 from bhsd_jax.platform.errors import UserError
 
@@ -56,8 +57,10 @@ class WeakToStrong(SemiSupervised, SingleModel):
         require_average("w2s", self.ema_decay, self.ema_t0)
         super().__post_init__()
         require_choice("w2s: pairing", self.pairing, ("unlabeled", "labeled"))
+        for name in ("covered", "hole"):
+            require_range(f"w2s: {name}", getattr(self, name))
         for name in ("sure", "sure_foreground", "chance", "holes", "side", "pseudo"):
-            require_fraction(name, getattr(self, name))
+            require_fraction(f"w2s: {name}", getattr(self, name), "share or probability")
 
     @property
     def has_students(self):

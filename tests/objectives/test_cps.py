@@ -99,7 +99,7 @@ def test_the_twins_begin_apart_and_equal_twins_would_stay_equal(learn, params, b
 
 
 def test_a_confidence_out_of_reach_silences_the_unlabeled_part(learn, params, batch, key):
-    strict = dataclasses.replace(FULL, confidence=1.1)
+    strict = dataclasses.replace(FULL, confidence=1.0)
     _, metrics = strict.loss(learn(params), batch, key)
     assert float(metrics["cross"]) == 0
     _, metrics = FULL.loss(learn(params), batch, key)
@@ -275,3 +275,5 @@ def test_wrong_settings_name_the_field():
         CrossPseudoSupervision(ramp=40.0)
     with pytest.raises(ValueError, match="views is one of independent, shared"):
         CrossPseudoSupervision(views="none")
+    with pytest.raises(ValueError, match=r"confidence is a probability and lies in 0\.\.1; got 95"):
+        CrossPseudoSupervision(confidence=95)

@@ -77,6 +77,46 @@ def test_a_ramp_that_never_rises_is_refused(name, field, value, least):
         objective_of(name, ramp=40.0)
 
 
+@pytest.mark.parametrize("weight", [-0.1, float("nan")])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_below_0_is_refused(name, weight):
+    """Networks would learn to contradict each other."""
+    with pytest.raises(ValueError, match=r"objective\.weight is 0 or more; got"):
+        objective_of(name, weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "message"),
+    [
+        ("cps", {"deep": "no"}, "deep must be True or False; got 'no'"),
+        ("cps", {"confidence": None}, "confidence must be a number; got None"),
+        ("cps", {"weight": "0,5"}, "weight must be a number"),
+        ("ict", {"fold": "off"}, "fold must be True or False"),
+        ("ict", {"beta": float("nan")}, "beta is the a of Beta"),
+        ("mean_teacher", {"ema_decay": "high"}, "ema_decay must be a number or None"),
+        ("mean_teacher", {"noise": -0.1}, "noise is 0 or more"),
+        ("mean_teacher", {"noise_clip": -0.2}, "noise_clip is 0 or more"),
+        ("cps_cutmix", {"number": 0}, "number is 1 or more"),
+        ("cps_cutmix", {"covered": 0.3}, r"covered must be \(a number, a number\); got 0.3"),
+        ("cps_cutmix", {"covered": (0.5, 0.25)}, "covered is a range of shares, low to high"),
+        ("w2s", {"hole": (0.02, 10.0)}, "hole is a range of shares"),
+        ("entropy", {"epsilon": -1e-6}, "epsilon is 0 or more"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused_by_name(name, own, message):
+    with pytest.raises(ValueError, match=message):
+        objective_of(name, **own)
+
+
+def test_whole_numbers_may_come_as_floats_and_truths_as_numbers():
+    objective = objective_of("cps", ramp_steps=1e3, deep=1)
+    assert (objective.ramp_steps, objective.deep) == (1000, True)
+    members = build("bhsd_jax.objectives", {"name": "ensemble.Ensemble", "members": "a,b"}).twins
+    assert members == ("a", "b"), "and no network called by a comma"
+    with pytest.raises(ValueError, match=r"members must be \(text, \.\.\.\); got 3"):
+        build("bhsd_jax.objectives", {"name": "ensemble.Ensemble", "members": 3})
+
+
 @pytest.mark.parametrize(
     ("name", "own"),
     [

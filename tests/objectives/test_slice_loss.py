@@ -229,6 +229,7 @@ def test_whether_anything_is_on_and_wrong_settings():
     for wrong, message in (
         ({"neg_sup": -1.0}, r"slice_loss\.neg_sup"),
         ({"lesion_voxels": 0.0}, r"slice_loss\.lesion_voxels"),
+        ({"barrier": (0.0, 1.1)}, r"slice_loss\.barrier is a t and its growth"),
         ({"sizes": "none"}, r"slice_loss\.sizes is one of penalty, barrier"),
     ):
         with pytest.raises(ValueError, match=message):
