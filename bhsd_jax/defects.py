@@ -66,6 +66,8 @@ class Kind(enum.StrEnum):
     MASK_OUTSIDE = "mask beyond the head"
     MASK_UPRIGHT = "mask of a converter that hides the gantry's tilt; the series' is taken"
     SLICE_LABELS = "slice labels that do not fit"
+    SLICE_LABELS_TURNED = "slice labels that fit the mask better from the other end"
+    SLICE_LABELS_UNUSED = "slice labels of a scan whose slices are not axial"
 
     # Of a file.
     FILE_MISSING = "file that is not there"

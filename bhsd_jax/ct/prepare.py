@@ -57,7 +57,9 @@ def fingerprint_case(
     # The target spacing does not matter here: only the crop and the native spacing are used.
     shown = channels.union((volume, *every[1:]))
     grid = geometry.locate(shown, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
+    slice_labels.require_agreeing(case, len(volume.voxels))
     slice_labels.align(case, grid, num_classes)
+    found += slice_labels.doubts(case, grid, label)
     found += nifti.remarks(case.image, case.label)
     counts: tuple[int, ...] = ()
     drawn = np.zeros(0, np.float32)

@@ -1,12 +1,15 @@
 """What is known of each slice of a prepared scan, class by class."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 
 from bhsd_jax.ct.resample import nearest_index, separate_axis
-from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.volume import Case, Grid
+
+_CLEARLY = 4  # slices
 
 
 def of_case(
@@ -26,6 +29,60 @@ def of_case(
     return given
 
 
+def doubts(case: Case, grid: Grid, label: np.ndarray | None) -> list[Finding]:
+    """What is odd about a case's own slice labels; `label` is its mask [D H W], as in the file.
+
+    Readers disagree about single slices, so that labels are doubted only where their order turned
+    around agrees with the mask in several slices more.
+    """
+    if case.slice_labels is None:
+        return []
+    if grid.order[0] != 0:
+        text = (
+            "its slice labels are not used: they are of axial slices, which are not the slices of "
+            "the file; store it slice by slice"
+        )
+        return [Finding(Kind.SLICE_LABELS_UNUSED, "kept", text)]
+    if label is None:
+        return []
+    rows = [*case.slice_labels, *[(-1,)] * (len(label) - len(case.slice_labels))]
+    bleeds = np.array([1 if max(row) > 0 else 0 if set(row) == {0} else -1 for row in rows])
+    shown = label.any((1, 2)).astype(int)
+    agreed, turned = (int((some == shown).sum()) for some in (bleeds, bleeds[::-1]))
+    if turned - agreed < _CLEARLY:
+        return []
+    text = (
+        f"its slice labels agree with its mask in {agreed} of {len(label)} slices, and turned "
+        f"around in {turned}: does the table count from the other end? Slice 0 is the first of the "
+        "file"
+    )
+    return [Finding(Kind.SLICE_LABELS_TURNED, "kept", text)]
+
+
+def require_agreeing(case: Case, depth: int) -> None:
+    """Refuses slice labels of a scan without a mask that is known to bleed, or not to, otherwise.
+
+    Raises:
+        Refusal: Says which of them say what.
+    """
+    rows = case.slice_labels
+    # Of a series both are from one table, and a slice that bleeds may be damaged and left out.
+    if rows is None or case.label is not None or not isinstance(case.image, Path):
+        return
+    shown = [k for k, row in enumerate(rows) if max(row) > 0]
+    if case.bleeding is False and shown:
+        known, said = "not to bleed", f"slice {shown[0]} of it bleeds"
+    elif case.bleeding and len(rows) == depth and all(set(row) == {0} for row in rows):
+        known, said = "to bleed", "none of its slices does"
+    else:
+        return
+    raise Refusal(
+        Kind.BLEEDS_AND_NOT,
+        f"{case.id}: is known {known}, as by the folder it lies in, and by its slice labels "
+        f"{said}; correct one of them",
+    )
+
+
 def align(case: Case, grid: Grid, num_classes: int) -> tuple[tuple[int, ...], ...] | None:
     """One row per prepared slice, from the native slices that it comes from.
 
@@ -43,7 +100,8 @@ def align(case: Case, grid: Grid, num_classes: int) -> tuple[tuple[int, ...], ..
         raise Refusal(
             Kind.SLICE_LABELS,
             f"{case.id}: slice labels do not fit: {len(rows)} rows for {depth} slices, "
-            f"{len(rows[0])} columns for {num_classes - 1} foreground classes",
+            f"{len(rows[0])} columns for {num_classes - 1} foreground classes; slices are counted "
+            "from 0, the first of the file",
         )
     rows += [(-1,) * (num_classes - 1)] * (depth - len(rows))
     if grid.flip[0]:

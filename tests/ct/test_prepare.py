@@ -9,7 +9,7 @@ from bhsd_jax.ct import geometry, hu, nifti, prepare
 from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.defects import Finding, Kind, Refusal, texts
 from bhsd_jax.nnunet.dataset_plan import make_plan
-from bhsd_jax.volume import Case, Channel, Channels, Network, Plan, Volume
+from bhsd_jax.volume import SOME, Case, Channel, Channels, Network, Plan, Volume
 
 CANONICAL = ((0, 0, -1, 10), (0, -1, 0, 20), (1, 0, 0, -5))  # D up, H to the back, W to the left
 CLASSES = ("background", "a", "b")
@@ -365,6 +365,37 @@ def test_slice_labels_that_do_not_fit_the_scan_are_refused(mr):
                 modality="mr",
                 crop_hu=None,
             )
+
+
+def test_slice_labels_that_contradict_what_is_known_of_the_scan_are_refused(mr):
+    """Only where all slices are labeled is a scan said not to bleed."""
+    bare = dataclasses.replace(mr, label=None)
+    clean, shown = ((0, 0),) * 12, ((0, 0), (0, SOME), *((0, 0),) * 10)
+    for bleeding, rows, message in (
+        (False, shown, "known not to bleed, .* slice 1 of it bleeds"),
+        (True, clean, "known to bleed, .* none of its slices does"),
+    ):
+        case = dataclasses.replace(bare, bleeding=bleeding, slice_labels=rows)
+        with pytest.raises(ValueError, match=message):
+            prepare.fingerprint_case(case, num_classes=3, modality="mr", crop_hu=None)
+    for bleeding, rows in ((True, clean[:11]), (True, shown), (False, clean), (None, clean)):
+        case = dataclasses.replace(bare, bleeding=bleeding, slice_labels=rows)
+        prepare.fingerprint_case(case, num_classes=3, modality="mr", crop_hu=None)
+
+
+def test_slice_labels_counted_from_the_other_end_are_noticed_by_the_mask(tmp_path):
+    voxels = np.full((10, 12, 12), 100, np.float32)
+    label = np.zeros(voxels.shape, np.uint8)
+    label[1:4, 5, 5] = 1
+    rows = tuple((int(1 <= k < 4), 0) for k in range(10))
+    for order, told in ((1, False), (-1, True)):
+        matrix = affine((2.0, 1.0, 1.0))
+        case = store(tmp_path, voxels, label, matrix=matrix, slice_labels=rows[::order])
+        facts = prepare.fingerprint_case(case, num_classes=3, modality="mr", crop_hu=None)
+        assert told == any("turned around in 10: does the table" in w for w in facts.warnings)
+    case = store(tmp_path, voxels, label, matrix=np.eye(4), slice_labels=rows)  # sagittal slices
+    facts = prepare.fingerprint_case(case, num_classes=3, modality="mr", crop_hu=None)
+    assert any("slice labels are not used" in w for w in facts.warnings)
 
 
 def test_the_source_digest_is_that_of_the_bytes_and_notices_a_changed_mask(head):
