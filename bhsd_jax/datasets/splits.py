@@ -200,6 +200,10 @@ def _validation(
         val = sorted(row.id for row in marked if row.has_label)
         if len(val) < len(marked):
             notes.append(f"left out {len(marked) - len(val)} validation cases without a mask")
+        if fold > 0:
+            notes.append(
+                f"split.fold={fold} is not drawn: the data set says which {len(val)} cases validate"
+            )
         return tuple(val)
     if fold < 0 or not trainable:
         return ()

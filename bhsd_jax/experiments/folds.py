@@ -24,6 +24,7 @@ from bhsd_jax.platform.workers import Workers
 from bhsd_jax.report.page import Page, Section
 from bhsd_jax.report.points import points
 from bhsd_jax.report.result_tables import Table
+from bhsd_jax.shards.store import Shards
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def cli(arguments: Sequence[str]) -> int:
     paths = launch.enter_home(options, "out", "shards")
     again = [sys.executable, "-m", "bhsd_jax.experiments.folds", *arguments, *paths]
     what = make_study(options)
-    return launch.launch(what, options, again, partial(conclude, ensembles=options.ensembles))
+    write = partial(conclude, ensembles=options.ensembles)
+    return launch.launch(what, options, again, write, require_folds)
 
 
 def make_study(options: argparse.Namespace) -> Study:
@@ -63,7 +65,7 @@ def make_study(options: argparse.Namespace) -> Study:
     fields = launch.overrides(options.override)
     several = len(names) > 1 and options.ensembles
     runs = []
-    for fold in launch.seeds(options.folds):
+    for fold in launch.seeds(options.folds, "--folds"):
         for name, given in zip(names, options.config, strict=True):
             arguments = (f"--config={given.removeprefix(f'{name}=')}", *fields)
             arguments += (f"--config.seed={seeds[0]}", f"--config.split.fold={fold}")
@@ -73,6 +75,27 @@ def make_study(options: argparse.Namespace) -> Study:
             runs.append(launch.make_run(row, seeds[0], arguments, options.out, options.shards))
     title = f"Cross-validation of {', '.join(names)}"
     return Study(title, options.out, {run.row: Heading(run.row) for run in runs}, runs)
+
+
+def require_folds(what: Study) -> None:
+    """Refuses several folds of a data set that says itself which cases validate.
+
+    Raises:
+        UserError: Before anything is trained: all folds would be one and the same training.
+    """
+    folds = {run.config.split.fold for run in what.runs if run.config.split.fold >= 0}
+    if len(folds) < 2:
+        return
+    for folder in sorted({run.config.preprocess.shards for run in what.runs}):
+        if not (Path(folder) / "index.json").is_file():
+            continue  # all that was trained on them has finished, and they were removed
+        marked = [entry for entry in Shards(folder).entries if entry.split == "val"]
+        if marked:
+            raise UserError(
+                f"{folder}: the data set says which {len(marked)} cases validate, so that folds "
+                f"{', '.join(map(str, sorted(folds)))} would be one training; give --folds=0, or "
+                "prepare the data set without its validation part"
+            )
 
 
 def conclude(what: Study, failures: Sequence[Failure] = (), *, ensembles: bool = True) -> int:

@@ -41,7 +41,8 @@ def cli(arguments: Sequence[str]) -> int:
         options.out = options.out / "coronal"
         options.data = write_coronal(Path(options.data), options.out / "scans")
     again = [sys.executable, "-m", "bhsd_jax.experiments.hippocampus", *arguments, *paths]
-    studies = {masks: make_study(table, options, masks) for masks in launch.seeds(options.masks)}
+    numbers = launch.seeds(options.masks, "--masks")
+    studies = {masks: make_study(table, options, masks) for masks in numbers}
     code = 0
     with _time_limit(options.minutes):
         try:

@@ -55,15 +55,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def seeds(text: str) -> list[int]:
-    """Reads seeds: whole numbers separated by commas.
+def seeds(text: str, option: str = "--seeds") -> list[int]:
+    """Reads seeds, or other whole numbers, separated by commas.
 
     Raises:
         ValueError: If they are not.
     """
-    parts = text.split(",")
+    parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise UserError(f"--seeds: needs whole numbers like 0,1,2; got {text!r}")
+        raise UserError(f"{option}: needs whole numbers like 0,1,2; got {text!r}")
     return sorted({int(part) for part in parts})
 
 
@@ -123,6 +123,7 @@ def launch(
     options: argparse.Namespace,
     again: Sequence[str],
     write: Callable[[Study, Sequence[Failure]], int] = report,
+    check: Callable[[Study], None] = lambda what: None,
 ) -> int:
     """Lists, submits or runs all trials and writes the report; returns the exit code.
 
@@ -131,6 +132,7 @@ def launch(
         options: Of `add_options`.
         again: The command that was given, for the report's own job.
         write: Writes it, also between the runs, and says how many have finished.
+        check: Refuses, once there are shards, what the series cannot be run on.
     """
     _say()
     if options.dry_run:
@@ -146,6 +148,7 @@ def launch(
         try:
             where = _places(what.runs, options.jobs)
             _prepare(what.runs, what.out)
+            check(what)
             failures = queue.perform(what.runs, partial(_so_far, what, write), where)
         except Stopped as reason:
             logger.warning("%s; the same command goes on from here", reason)

@@ -154,7 +154,11 @@ def test_a_marked_validation_part_wins_over_the_fold():
     found, notes = splits.roles(rows, fold=2, labeled=None, seed=0)
     assert found.val == ("v1",)
     assert found.train == tuple(f"t{i:02d}" for i in range(8))
-    assert notes == ["left out 1 validation cases without a mask"]
+    assert notes == [
+        "left out 1 validation cases without a mask",
+        "split.fold=2 is not drawn: the data set says which 1 cases validate",
+    ]
+    assert len(splits.roles(rows, fold=0, labeled=None, seed=0)[1]) == 1
 
 
 def test_cases_whose_masks_are_not_used_join_the_unlabeled():

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny_run import PLAN
 
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
@@ -14,6 +15,7 @@ from bhsd_jax.experiments.queue import Failure, Trial
 from bhsd_jax.experiments.study import Heading, Study
 from bhsd_jax.platform import files
 from bhsd_jax.settings import Settings
+from bhsd_jax.shards.store import Entry, write_index
 from bhsd_jax.volume import Volume
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
@@ -230,6 +232,30 @@ def test_every_fold_is_a_run_of_its_own(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             folds.make_study(folds._parser().parse_args([*wrong, f"--out={tmp_path}"]))
+
+
+def test_folds_of_a_data_set_that_says_who_validates_are_refused(tmp_path):
+    """Every fold would be the same training; nothing is trained to find out."""
+    words = ["--config=configs/supervised.py:smoke", f"--out={tmp_path}", f"--shards={tmp_path}"]
+    files.write_json(tmp_path / "plan.json", PLAN.to_json())
+    for marked in (False, True):
+        splits = ["train"] * 5 + ["val"] * marked
+        entries = [
+            Entry(f"c{i}", f"p{i}", split, True, None, (8, 8, 8), (), (), "0", i)
+            for i, split in enumerate(splits)
+        ]
+        write_index(tmp_path, entries)
+        for given in ("0", "0,1,2"):
+            study = folds.make_study(folds._parser().parse_args([*words, f"--folds={given}"]))
+            if marked and given != "0":
+                with pytest.raises(ValueError, match="which 1 cases validate, so that folds 0, 1"):
+                    folds.require_folds(study)
+            else:
+                folds.require_folds(study)
+    (tmp_path / "index.json").unlink()
+    folds.require_folds(study)  # shards that nobody needs any more
+    with pytest.raises(ValueError, match="--folds: needs whole numbers"):
+        folds.make_study(folds._parser().parse_args([*words, "--folds=all"]))
 
 
 def test_the_last_checkpoint_is_scored_unless_another_is_asked_for(tmp_path):
