@@ -15,7 +15,7 @@ from pathlib import Path
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform.errors import UserError
 
-_PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)")
+_PATIENT = re.compile(r"ID_[0-9a-f]{8}(?=_|$)|sub-[A-Za-z0-9]+(?=_|$)")  # RSNA's, and BIDS'
 _SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _OTHERS = (  # no .npz, which `predict` writes beside label maps; no previews, such as .tif
     *(".hdr", ".hdr.gz", ".mhd", ".nhdr", ".nrrd", ".mha", ".mgz", ".mgh", ".mnc", ".mnc.gz"),
@@ -40,7 +40,7 @@ def base_name(name: str) -> str:
 
 
 def patient(name: str) -> str:
-    """Whose scan a base name is of; a name of another form is a patient of its own."""
+    """Whose scan a base name is of, as RSNA and BIDS write it; others are patients of their own."""
     match = _PATIENT.match(name)
     return match.group() if match else name
 

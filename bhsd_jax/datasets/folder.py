@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bhsd_jax.datasets.bhsd_files import patient
 from bhsd_jax.datasets.label_maps import LabelMap, own_names
 from bhsd_jax.datasets.pairs import pairs
 from bhsd_jax.platform.errors import UserError
@@ -14,7 +15,9 @@ _MASKS = "masks"
 
 @dataclass(frozen=True)
 class Folder:
-    """Images and masks of the same names. Each image is a patient.
+    """Images and masks of the same names. Each image is a patient, unless names say whose it is.
+
+    They do as BHSD's, `ID_<patient>_ID_<study>`, and those of BIDS, `sub-<patient>_ses-...`.
 
     Images with a mask train (a fold of them validates), or are what `split` says; others are
     unlabeled. `labels` is a preset of `label_maps.PRESETS`, or names of the classes by mask value,
@@ -64,6 +67,6 @@ class Folder:
             raise FileNotFoundError(f"{root / self.masks}: no such folder; look at data.masks")
         for id, (image, mask) in pairs(root / self.images, root / self.masks).items():
             if mask is None:
-                yield Case(id, id, image, None, "unlabeled")
+                yield Case(id, patient(id), image, None, "unlabeled")
             else:
-                yield Case(id, id, image, label_map.label(mask), self.split)
+                yield Case(id, patient(id), image, label_map.label(mask), self.split)

@@ -11,6 +11,7 @@ from typing import Any
 
 from bhsd_jax.ct import formats
 from bhsd_jax.datasets import json_lists, splits_file
+from bhsd_jax.datasets.bhsd_files import patient
 from bhsd_jax.datasets.splits_file import Folds
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.labels import Labels
@@ -29,11 +30,11 @@ class MSD:
     """One task folder with a `dataset.json`, of the Decathlon or of nnU-Net (v2, or v1's files).
 
     Cases of `imagesTs` are "test", with masks where `labelsTs` has them. Every case counts as its
-    own patient, since the format knows none. Where `dataset.json` lists its training cases, only
-    those are taken; those of MONAI's list "validation" are "val". A `splits_final.json` beside it
-    holds the folds, else the list may number them, as MONAI's Auto3DSeg does. Every one of several
-    channels has a file (`<case>_0000`, `<case>_0001`, ...); or one file has all, along a fourth
-    axis.
+    own patient, since the format knows none, but for names that say whose it is (`Folder`). Where
+    `dataset.json` lists its training cases, only those are taken; those of MONAI's list
+    "validation" are "val". A `splits_final.json` beside it holds the folds, else the list may
+    number them, as MONAI's Auto3DSeg does. Every one of several channels has a file (`<case>_0000`,
+    `<case>_0001`, ...); or one file has all, along a fourth axis.
 
     Source: nnU-Net v2, documentation/dataset_format.md.
     """
@@ -120,7 +121,7 @@ class MSD:
         others = None if set(lists.values()) - {"test"} else "train"  # of cases in no list
         split_of = {id: lists.get(id, others) for id in train} | dict.fromkeys(test, "test")
         cases = [
-            Case(id, id, image, label, split)
+            Case(id, patient(id), image, label, split)
             for id, (image, label) in (train | test).items()
             if image is not None and (split := split_of[id])
         ]

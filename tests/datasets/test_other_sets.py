@@ -16,6 +16,7 @@ from bhsd_jax.datasets.hemseg import HemSeg
 from bhsd_jax.datasets.instance import INSTANCE
 from bhsd_jax.datasets.label_maps import PRESETS, LabelMap
 from bhsd_jax.datasets.mbhseg import MBHSeg
+from bhsd_jax.datasets.msd import MSD
 from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.volume import HEMORRHAGE, Masks, Series, Volume
 
@@ -257,6 +258,26 @@ def test_images_and_masks_pair_where_a_word_alone_tells_them_apart(tmp_path, tou
     touch(tmp_path / "masks" / f"{mask.format('p3')}.nii.gz")
     with pytest.raises(ValueError, match=r"no image for .*; image and mask have one name"):
         list(Folder(tmp_path).cases())
+
+
+def test_names_of_rsna_and_bids_say_whose_scan_it_is(tmp_path, touch):
+    """Else one scan of a patient validates what another has trained."""
+    names = {
+        "ID_0a000001_ID_00000000a1": "ID_0a000001",
+        "ID_0a000001_ID_00000000a2": "ID_0a000001",
+        "sub-07_ses-1_ct": "sub-07",
+        "sub-07_ses-2_ct": "sub-07",
+        "sub-08": "sub-08",
+        "submandibular_1": "submandibular_1",
+        "case-1_2": "case-1_2",
+    }
+    for name in names:
+        for folder in ("images", "masks", "imagesTr", "labelsTr"):
+            touch(tmp_path / folder / f"{name}.nii.gz")
+    facts = {"labels": {"0": "background", "1": "a"}, "modality": {"0": "CT"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(facts))
+    for data in (Folder(tmp_path), MSD(tmp_path)):
+        assert {case.id: case.patient for case in data.cases()} == names
 
 
 def test_folders_without_images_or_masks_say_where_they_are_looked_for(tmp_path, touch):
