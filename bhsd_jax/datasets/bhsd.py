@@ -165,7 +165,8 @@ def scans(folder: Path, read_too: tuple[str, ...] = ()) -> dict[str, Path]:
 
 
 def _first(root: Path, names: tuple[str, ...]) -> Path | None:
-    bases = [root, *sorted(root.glob("label_*")), *sorted(root.glob("*_label"))]
+    patterns = ("label_*", "*_label", "label_*/label_*")  # the last: unpacked into its own name
+    bases = [root, *(base for pattern in patterns for base in sorted(root.glob(pattern)))]
     return next((base / n for base in bases for n in names if (base / n).is_dir()), None)
 
 
@@ -180,11 +181,23 @@ def _lists(root: Path, images: Path) -> Path:
     return path
 
 
+def _pools(root: Path) -> list[Path]:
+    """Folders of `anybleed` and `nobleed`, whatever they are called, and `unlabel_*` without them.
+
+    An archive that was unpacked into a folder of its own name lies one folder deeper.
+    """
+    named = sorted(path for path in root.iterdir() if path.name.casefold().startswith("unlabel"))
+    places = [root, *named, *root.glob("*/"), *(deep for path in named for deep in path.glob("*/"))]
+    found = {base for base in places if any((base / name).is_dir() for name in _BLEEDING)}
+    empty = (base for base in root.glob("unlabel_*") if not any(base in f.parents for f in found))
+    return sorted(found.union(empty))
+
+
 def _unlabeled(root: Path, labeled: set[str]) -> tuple[list[Case], list[Finding]]:
     """Scans known only to bleed or not; a copy of a labeled one, or of another, is no further."""
     cases: dict[str, Case] = {}
     findings, torn = [], set()
-    for base in sorted(root.glob("unlabel_*")):
+    for base in _pools(root):
         count = 0
         for name, bleeding in _BLEEDING.items():
             if not (base / name).is_dir():
@@ -205,7 +218,7 @@ def _unlabeled(root: Path, labeled: set[str]) -> tuple[list[Case], list[Finding]
                     taken = Path(str(cases[id].image)).parent
                     text = f"{image}: lies in two folders, {taken} is taken"
                     findings.append(Finding(Kind.COPY_IN_FOLDERS, "repaired", text, id))
-        findings += _folder_name(base, count)
+        findings += [] if base == root else _folder_name(base, count)
     return [case for id, case in cases.items() if id not in torn], findings
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from bhsd_jax.datasets.bhsd import BHSD, scans
-from bhsd_jax.defects import Refusal
+from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.volume import SOME
 
 OFFICIAL = "dataset.json"
@@ -284,6 +284,25 @@ def test_a_patient_scanned_twice_is_named_and_keeps_both_scans(tree, studies, to
     assert findings(tree) == [(second, "patient scanned twice", "repaired")]
     patients = {case.id: case.patient for case in BHSD(tree).cases()}
     assert patients[second] == patients[studies["train"][0]]
+
+
+@pytest.mark.parametrize("place", [".", "unlabelled", "Unlabel-1980", "unlabel_2000/unlabel_2000"])
+def test_the_pool_is_known_by_its_two_folders(tree, studies, place):
+    """Under any name, or unpacked into a folder of its own; it went without a word."""
+    (tree / "unlabel_2000").rename(tree / "away")
+    (tree / place).mkdir(parents=True, exist_ok=True)
+    for name in ("anybleed", "nobleed"):
+        (tree / "away" / name).rename(tree / place / name)
+    assert summary(tree) == expected(studies)
+    kinds = [f.kind for f in BHSD(tree).survey().findings]
+    assert kinds.count(Kind.FOLDER_COUNT) == (1 + place.startswith("unlabel_"))
+
+
+def test_labeled_scans_unpacked_into_a_folder_of_their_own_are_found(tree, studies):
+    (tree / "label_192").rename(tree / "away")
+    (tree / "label_192").mkdir()
+    (tree / "away").rename(tree / "label_192" / "label_192")
+    assert summary(tree) == expected(studies)
 
 
 def test_a_scan_in_two_folders_keeps_its_better_place_or_is_refused(tree, studies, touch):
