@@ -154,6 +154,7 @@ class Kind(enum.StrEnum):
     IMAGE_MISSING = "image that is not there"
     MASK_MISSING = "mask that is not there"
     SLICE_LABELS_ALONE = "slice labels without a scan"
+    SLICES_UNTOLD = "slices of which the table of slice labels says nothing"
 
     # Of scans that have to do with each other.
     COPY = "one scan under two names"

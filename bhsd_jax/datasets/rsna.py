@@ -11,7 +11,7 @@ from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.datasets import bhsd_files
 from bhsd_jax.datasets.bhsd import BHSD
-from bhsd_jax.defects import Finding
+from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, SOME, Case, Series, Survey
@@ -19,7 +19,7 @@ from bhsd_jax.volume import HEMORRHAGE, SOME, Case, Series, Survey
 TYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 SliceRow = tuple[int, ...]  # per type, as `Case.slice_labels`
 UNKNOWN: SliceRow = (-1,) * len(TYPES)
-_LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "0,0": 0, "1,0": 1}  # pandas makes floats of a gap
+_LABELS = {"0": 0, "1": 1}  # as the challenge writes them, millions of times
 _FILE = re.compile(r"\.(dcm|dicom|png|jpg)$", re.IGNORECASE)  # tables of slices name files, too
 _CLOSE = 0.25  # of the way to the next slice: as far as an interpolated one is taken for the first
 
@@ -85,7 +85,8 @@ class RSNA:
         kept = [group for group in groups if group.first.patient not in taken]
         found = [self._case(id, group, labels) for id, group in named(kept)]
         cases = sorted([*outlined, *found], key=lambda case: case.id)
-        return Survey(tuple(cases), (*findings, *there.findings))
+        lacking = _lacking(root / self.csv, groups, labels)
+        return Survey(tuple(cases), (*findings, *there.findings, *lacking))
 
     def _outlined(self) -> tuple[tuple[Case, ...], tuple[Finding, ...]]:
         """BHSD's scans with masks, and what is wrong with them."""
@@ -101,6 +102,24 @@ class RSNA:
         patient = group.first.patient or group.first.study
         rows = slice_rows(group, series, labels) if any(by_slice) else None
         return Case(id, patient, series, None, "unlabeled", bleeding, rows)
+
+
+def _lacking(
+    path: Path, groups: Sequence[Group], labels: Mapping[str, SliceRow]
+) -> tuple[Finding, ...]:
+    """Says of how many slices a table has nothing: of all, where its ids are those of scans."""
+    slices = [instance(item) for group in groups for item in group.slices]
+    lacking = [name for name in slices if name not in labels]
+    if not lacking:
+        return ()
+    text = (
+        f"{path}: says nothing of {len(lacking)} of {len(slices)} slices, such as {lacking[0]}, so "
+        "that it is not known what they show"
+    )
+    if len(lacking) == len(slices):
+        other = f", such as {next(iter(labels))}," if labels else ""
+        text += f"; its ids{other} are of no slice here: give those of slices, SOPInstanceUIDs"
+    return (Finding(Kind.SLICES_UNTOLD, "kept", text),)
 
 
 def read_table(path: Path) -> dict[str, SliceRow]:
@@ -147,17 +166,32 @@ def _cells(path: Path) -> Iterator[tuple[int, str, int, int]]:
         try:
             if wide:
                 name = _FILE.sub("", line[id].strip())
-                said = [(kind, _LABELS[line[column].strip()]) for column, kind in columns]
+                said = [(kind, _label(line[column].strip())) for column, kind in columns]
             else:
                 name, _, word = line[id].strip().rpartition("_")
-                said = [(kinds[word], _LABELS[line[at].strip()])]
-        except LookupError:
+                said = [(kinds[word], _label(line[at].strip()))]
+        except (LookupError, ValueError):
             name, said = "", []
         if not name:
             what = "a slice and 0|1 of every type" if wide else "ID_<slice>_<type>,0|1"
             raise UserError(f"{path}, line {number}: expected {what}; got {line}")
         for kind, label in said:
-            yield number, name, kind, label
+            if label is not None:
+                yield number, name, kind, label
+
+
+def _label(cell: str) -> int | None:
+    """0 or 1, or None where a cell says nothing.
+
+    Raises:
+        ValueError: If it says something else.
+    """
+    if cell in _LABELS:
+        return _LABELS[cell]
+    label = csv_files.known(cell, -1)
+    if label not in (-1, 0, 1):
+        raise ValueError(cell)
+    return None if label < 0 else label
 
 
 def _row(code: int) -> SliceRow | None:

@@ -56,11 +56,14 @@ def test_slices_that_are_not_in_the_table_are_unknown(root):
     (case,) = RSNA(root).cases()
     assert case.slice_labels == (UNKNOWN,) * 4 + ROWS[4:]
     assert case.bleeding is None
+    (found,) = RSNA(root).survey().findings
+    assert "says nothing of 4 of 6 slices, such as ID_" in found.text
     table(root / "stage_2_train.csv", dict.fromkeys(SLICES, (0,) * 5))
     assert next(RSNA(root).cases()).bleeding is False
     table(root / "stage_2_train.csv", {"ID_other": (0,) * 5})
     (case,) = RSNA(root).cases()
     assert (case.bleeding, case.slice_labels) == (None, None)
+    assert "ids, such as ID_other, are of no slice here" in RSNA(root).survey().findings[0].text
 
 
 def test_a_damaged_slice_is_left_out_and_its_neighbors_keep_their_labels(root):
@@ -113,6 +116,8 @@ def test_tables_that_make_no_sense_are_refused(tmp_path, more, message):
         ",Label,ID\n0,1,ID_a_any\n1,1,ID_a_epidural\n2,0,ID_a_subdural\n",  # with pandas' index
         "ID,any,epidural,subdural\nID_a,1,1,0\n",
         "id;subdural;epidural\nID_a.dcm;0;1\n",
+        "ID,any,epidural,intraventricular,subdural\nID_a,NA,1.0,,0.0\nID_b,,,,\n",
+        "ID,Label\nID_a_epidural,TRUE\nID_a_subdural,FALSE\nID_a_subarachnoid,\n",
     ],
 )
 def test_tables_that_others_have_made_of_the_challenges_are_read(tmp_path, text):
