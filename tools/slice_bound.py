@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("references", type=Path, help="folder of masks of the same names")
     parser.add_argument("--classes", default="1", help="values of the classes, such as 1,2")
     given = parser.parse_args()
+    if not all(value.strip().isdecimal() for value in given.classes.split(",")):
+        parser.error(f"--classes: values of masks, such as 1,2; got {given.classes}")
     classes = [int(value) for value in given.classes.split(",")]
     names = sorted(path.name for path in given.predictions.glob("*.nii.gz"))
     pairs = []

@@ -1,5 +1,7 @@
 import csv
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,6 +223,24 @@ def test_bhsd_gets_the_labels_of_the_study_that_its_slices_match(root, tmp_path)
     assert labeled == {case.id: ROWS, "ID_0c000003_ID_00000000c3": None}
     with (tree / bhsd_slices.FILE).open() as file:
         assert [row["any"] for row in csv.DictReader(file)] == list("011100")
+
+
+def test_labeling_no_scan_leaves_the_table_of_before(root, tmp_path, monkeypatch):
+    """As where the wrong folder was named; each mistake is one line."""
+    path = Path(__file__).parents[2] / "tools" / "label_slices.py"
+    main = runpy.run_path(str(path))["main"]
+    volume, _ = scan.read(next(RSNA(root).cases()).image)
+    tree = bhsd_tree(tmp_path / "bhsd", volume, {"ID_0c000003_ID_00000000c3": None})
+    (tree / bhsd_slices.FILE).write_text("case,slice,any\n")
+    for words, message in (
+        ([tree, root, "--counts-only"], "no scan of .* was labeled, and no table is written"),
+        ([tree, tree], "stage_2_train.csv: not there"),
+        ([tree / "none", root], "no such folder"),
+    ):
+        monkeypatch.setattr("sys.argv", ["label_slices", *map(str, words)])
+        with pytest.raises(SystemExit, match=message):
+            main()
+    assert (tree / bhsd_slices.FILE).read_text() == "case,slice,any\n"
 
 
 @pytest.mark.parametrize(
