@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bhsd_jax import command_line
 from bhsd_jax.experiments import launch
+from bhsd_jax.experiments.queue import Trial
 from bhsd_jax.experiments.study import Heading, Study
 from bhsd_jax.platform.errors import UserError
 
@@ -50,6 +51,7 @@ def make_study(options: argparse.Namespace) -> Study:
             config = _with_words(options.config, words)
             own = (config, *shared, *launch.overrides(fields), f"--config.seed={seed}")
             runs.append(launch.make_run(row, seed, own, options.out, options.shards))
+    _require_same_scans(runs)
     rows = {row: Heading(_title(row, fields)) for row, fields in settings.items()}
     smoke = "smoke" in options.config.partition(":")[2].split(",")
     return Study(
@@ -60,6 +62,25 @@ def make_study(options: argparse.Namespace) -> Study:
         baseline=next(iter(rows)) if len(rows) > 1 else "",
         smoke=smoke,
     )
+
+
+def _require_same_scans(runs: Sequence[Trial]) -> None:
+    """Refuses settings that are scored on other validation scans, before they are trained.
+
+    Raises:
+        ValueError: Says what compares folds.
+    """
+    validated = {
+        run.config.split.fold
+        for run in runs
+        if (run.config.evaluate.split or run.config.predict.split) == "val"
+    }
+    if len(validated) > 1:
+        raise UserError(
+            f"sweep: settings of folds {', '.join(map(str, sorted(validated)))} are each scored on "
+            "validation scans of their own, so that no table compares them; launch/folds runs a "
+            "config on all folds"
+        )
 
 
 def _with_words(config: str, words: Sequence[str]) -> str:

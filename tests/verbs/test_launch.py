@@ -80,6 +80,14 @@ def test_validation_scans_are_not_tested_with_the_checkpoint_they_chose(tmp_path
         assert queue.resolve(run.arguments) == run.config
 
 
+def test_a_sweep_over_validation_folds_is_refused_before_it_is_trained(tmp_path):
+    """It was trained whole, and then no report could be written."""
+    words = ["split.fold=0,1", "--seeds=0"]
+    assert len(swept(tmp_path, *words).runs) == 2  # all tested on the same scans
+    with pytest.raises(ValueError, match=r"folds 0, 1 are each scored .* launch/folds"):
+        swept(tmp_path, *words, "--override=predict.split=val")
+
+
 def test_a_sweep_varies_words_of_the_config_too(tmp_path):
     made = swept(tmp_path, ":recipe=nnunet,fast", "optimizer.lr=0.1,0.2", "--seeds=0")
     told = [(run.config.optimizer["name"], run.config.optimizer["lr"]) for run in made.runs]
