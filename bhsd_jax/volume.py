@@ -155,6 +155,9 @@ class Case:
     table_feed: bool = False
     """Where the gantry was tilted, the affine is drawn upright and its slice step is the table's
     feed: a property of the data set's conversion, which no affine shows."""
+    sorted_by: str = ""
+    """What cases are sorted by where some of them are drawn; "": by id. Ids that are salted anew in
+    every folder of shards would give folds of other scans in each."""
     previous: Path | None = None
     """Label map that the first network of a cascade has predicted; None: there is no cascade."""
 

@@ -165,6 +165,7 @@ def prepare_case(
         values=0 if plan.labels.plain else values,
         volume_ml=volume_ml,
         source_sha256=source_sha256 or source_digest(case),
+        sorted_by=case.sorted_by,
         warnings=tuple(texts([*found, *more])),
         doubts=doubts_of([*found, *more]),
     )

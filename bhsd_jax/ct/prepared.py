@@ -61,6 +61,7 @@ class Prepared:
     source_sha256: str = ""  # of the files the case was made from
     warnings: tuple[str, ...] = ()  # repairs and oddities; not in the record
     doubts: tuple[str, ...] = ()  # those of them that anyone who uses the scan has to know
+    sorted_by: str = ""  # as of its case
     values: int = 0  # that its mask may hold; 0: background and one per entry of `foreground`
 
     @property

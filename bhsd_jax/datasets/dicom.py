@@ -104,13 +104,18 @@ class DICOM:
             who = _who(group.first) or name
             image = group.as_series(id, uneven=self.uneven, unshear=self.unshear)
             split = "unlabeled" if mask is None else "train"
-            cases.append(Case(id, self._hashed(who), image, mask, split))
+            place = _digest(group.first.series + name)
+            cases.append(Case(id, self._hashed(who), image, mask, split, sorted_by=place))
         cases.sort(key=lambda case: case.id)
         findings += _about_patients(groups)
         return Survey(tuple(cases), (*there.findings, *findings))
 
     def _hashed(self, text: str) -> str:
-        return hashlib.sha256((self.salt + text).encode()).hexdigest()[:12]
+        return _digest(self.salt + text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _is_nobody(patient: str) -> bool:

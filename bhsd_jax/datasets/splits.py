@@ -49,12 +49,13 @@ def kfold(
     folds: int = FOLDS,
     seed: int = 12345,
     patients: Mapping[str, str] | None = None,
+    order: Mapping[str, str] | None = None,
 ) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Splits ids into training and validation part, `folds` times, as nnU-Net does.
 
-    The order in which ids come in does not matter. With `patients` (id to patient), all scans of a
-    patient go to the fold of the one whose id sorts first; where every patient has one scan, that
-    changes nothing.
+    The order in which ids come in does not matter: they are sorted, by `order` if it is given. With
+    `patients` (id to patient), all scans of a patient go to the fold of the one whose id sorts
+    first; where every patient has one scan, that changes nothing.
 
     Raises:
         ValueError: If there are fewer ids than folds, or an id twice.
@@ -62,16 +63,16 @@ def kfold(
     Source: nnU-Net v2.8.1, which calls `sklearn.model_selection.KFold(5, shuffle=True,
     random_state=12345)` on the sorted ids (scikit-learn 1.9).
     """
-    names = _distinct(ids)
+    names = _distinct(ids, order)
     if not 2 <= folds <= len(names):
         raise UserError(
             f"kfold: {folds} folds of {len(names)} labeled cases; needs 2 folds or more and at "
             "least one case per fold (config.split.fold = -1 trains without a validation part)"
         )
     # The legacy generator, because scikit-learn uses it.
-    order = np.random.RandomState(seed).permutation(len(names))
+    shuffled = np.random.RandomState(seed).permutation(len(names))
     fold_of = np.empty(len(names), dtype=int)
-    for fold, members in enumerate(np.array_split(order, folds)):
+    for fold, members in enumerate(np.array_split(shuffled, folds)):
         fold_of[members] = fold
     if patients is not None:
         first: dict[str, int] = {}
@@ -87,7 +88,10 @@ def kfold(
 
 
 def labeled_subset(
-    ids: Iterable[str], amount: int | float | None, seed: int = 0
+    ids: Iterable[str],
+    amount: int | float | None,
+    seed: int = 0,
+    order: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
     """Draws `amount` of the ids; of two draws with one seed, the larger holds the smaller.
 
@@ -96,13 +100,14 @@ def labeled_subset(
         amount: A whole number counts, a fraction in (0, 1] is a share (rounded, at least one id);
             None takes all. Note 1 is one id and 1.0 is all of them.
         seed: Of the draw.
+        order: What ids are sorted by before; None: by themselves.
 
     Raises:
         ValueError: If the amount is not positive, above what there is, or neither of the two kinds.
     """
-    names = _distinct(ids)
+    names = _distinct(ids, order)
     if amount is None:
-        return names
+        return tuple(sorted(names))
     if isinstance(amount, Integral) and not isinstance(amount, bool):
         count = int(amount)
     elif isinstance(amount, float) and 0 < amount <= 1:
@@ -143,6 +148,7 @@ def roles(
     _check(rows, fold, len(folds) or FOLDS, {"bleeding": bleeding, "nonbleeding": nonbleeding})
     notes: list[str] = []
     patient = {row.id: row.patient for row in rows}
+    order = _order(rows)
     test = tuple(sorted(row.id for row in rows if row.split == "test"))
     tested = {patient[name] for name in test}
     trainable = {row.id for row in rows if row.split == "train" and row.has_label}
@@ -151,16 +157,17 @@ def roles(
     if folds and fold >= 0 and not any(row.split == "val" for row in rows):
         trainable, val = _given(folds[fold], set(trainable), fold, notes)
     else:
-        val = _validation(rows, trainable, fold, patient, notes)
+        val = _validation(rows, trainable, fold, patient, order, notes)
         val = _without(tested, set(val), patient, "validation", notes)
     held_out = tested | {patient[name] for name in val}
     trainable = _without(held_out, set(trainable) - set(val), patient, "training", notes)
-    train = labeled_subset(trainable, labeled, seed)
+    train = labeled_subset(trainable, labeled, seed, order)
     unmasked = {row.id for row in rows if row.split == "train" and not row.has_label}
     spare = {row.id for row in rows if row.split == "unlabeled"}
     spare = set(_without(held_out, spare, patient, "unlabeled", notes))
     unmasked = set(_without(held_out, unmasked, patient, "unmasked training", notes))
-    taken = _by_bleeding([row for row in rows if row.id in spare], bleeding, nonbleeding, seed)
+    pool = sorted((row for row in rows if row.id in spare), key=lambda row: order[row.id])
+    taken = _by_bleeding(pool, bleeding, nonbleeding, seed)
     for word, asked, got in taken.short:
         notes.append(f"asked for {asked} unlabeled {word} cases, took all {got} there are")
     if taken.unknown and (bleeding or nonbleeding):
@@ -193,6 +200,7 @@ def _validation(
     trainable: list[str],
     fold: int,
     patient: Mapping[str, str],
+    order: Mapping[str, str],
     notes: list[str],
 ) -> tuple[str, ...]:
     marked = [row for row in rows if row.split == "val"]
@@ -207,7 +215,7 @@ def _validation(
         return tuple(val)
     if fold < 0 or not trainable:
         return ()
-    train, val = kfold(trainable, patients=patient)[fold]
+    train, val = kfold(trainable, patients=patient, order=order)[fold]
     if not (train and val):
         people = len({patient[name] for name in trainable})
         raise UserError(
@@ -252,7 +260,7 @@ def _by_bleeding(
         (1, "bleeding", True, bleeding),
         (2, "non-bleeding", False, nonbleeding),
     ):
-        choices = tuple(sorted(row.id for row in rows if row.bleeding is bleeds))
+        choices = tuple(row.id for row in rows if row.bleeding is bleeds)
         if asked is not None and asked > len(choices):
             short.append((word, asked, len(choices)))
         count = len(choices) if asked is None else min(asked, len(choices))
@@ -265,12 +273,18 @@ def _draw(names: tuple[str, ...], count: int, seed: tuple[int, ...]) -> tuple[st
     return tuple(sorted(names[index] for index in order[:count]))
 
 
-def _distinct(ids: Iterable[str]) -> tuple[str, ...]:
+def _order(rows: Sequence[Candidate]) -> dict[str, str]:
+    """What ids are sorted by: what their cases say (`Case.sorted_by`), if all do."""
+    told = {row.id: str(getattr(row, "sorted_by", "")) for row in rows}
+    return told if all(told.values()) else {name: name for name in told}
+
+
+def _distinct(ids: Iterable[str], order: Mapping[str, str] | None = None) -> tuple[str, ...]:
     names = sorted(ids)
     twice = sorted({a for a, b in itertools.pairwise(names) if a == b})
     if twice:
         raise UserError(f"splits: ids must be distinct; twice or more: {', '.join(twice[:5])}")
-    return tuple(names)
+    return tuple(names if order is None else sorted(names, key=lambda name: order[name]))
 
 
 def _check(

@@ -100,6 +100,8 @@ def pack(case: Prepared) -> tuple[dict[str, Any], bytes]:
         "sha256": {name: _digest(array) for name, array in arrays.items()},
         "source_sha256": case.source_sha256,
     }
+    if case.sorted_by:  # records of other data sets are as ever
+        header["sorted_by"] = case.sorted_by
     text = json.dumps(header).encode()
     return header, b"".join((_PREFIX.pack(len(text)), text, *frames.values()))
 
@@ -128,6 +130,7 @@ def unpack(reader: Reader) -> Prepared:
         foreground=reader.foreground,
         volume_ml=tuple(header["volume_ml"]),
         source_sha256=header["source_sha256"],
+        sorted_by=header.get("sorted_by", ""),
         values=_values(header),
     )
 

@@ -36,6 +36,7 @@ class Entry:
     volume_ml: tuple[float, ...]  # per class, background first; of the native grid
     shard: str  # file name in the folder
     record: int  # position in the shard
+    sorted_by: str = ""  # as of its case; older versions have not kept it
 
 
 class Shards:
@@ -184,5 +185,5 @@ def _parse_index(index: Mapping[str, Any]) -> tuple[int, tuple[Entry, ...]]:
 
 def _describe(header: Mapping[str, Any], *, shard: str, record: int) -> Entry:
     names = ("patient", "split", "has_label", "bleeding", "shape", "voxels", "volume_ml")
-    row = {name: header[name] for name in names}
+    row = {name: header[name] for name in names} | {"sorted_by": header.get("sorted_by", "")}
     return entry_from_json(row | {"id": header["case"], "shard": shard, "record": record})

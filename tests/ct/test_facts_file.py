@@ -105,6 +105,7 @@ def test_all_that_a_data_set_says_of_a_case_is_in_the_key(case):
         "bleeding": True,
         "slice_labels": ((1,),),
         "table_feed": True,
+        "sorted_by": "b",
         "previous": case.image,
     }
     assert set(changed) == {field.name for field in dataclasses.fields(Case)}

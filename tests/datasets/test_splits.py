@@ -15,6 +15,11 @@ class Row:
     bleeding: bool | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Salted(Row):
+    sorted_by: str = ""
+
+
 def train_rows(count):
     return [Row(f"t{i:02d}", f"pt{i:02d}") for i in range(count)]
 
@@ -147,6 +152,24 @@ def test_the_folds_of_a_user_are_taken_and_counted():
 def test_a_case_of_a_fold_that_was_not_prepared_is_said():
     _, notes = splits.roles(train_rows(2), fold=0, labeled=None, seed=0, folds=THREE)
     assert notes == ["fold 0: 2 cases it names were not prepared: t02, t03"]
+
+
+def test_draws_follow_what_cases_are_sorted_by():
+    """Salted ids are other ones in every folder of shards."""
+    names = [f"t{i:02d}" for i in range(20)]
+
+    def drawn(rename):
+        rows = [
+            Salted(rename(i), f"p{i}", "train", True, None, name) for i, name in enumerate(names)
+        ]
+        rows += [Salted(f"x{rename(i)}", "q", "unlabeled", False, True, f"u{i}") for i in range(9)]
+        found, _ = splits.roles(rows, fold=2, labeled=5, seed=0, bleeding=4)
+        back = {row.id: row.sorted_by for row in rows}
+        return [{back[id] for id in part} for part in (found.train, found.val, found.unlabeled)]
+
+    plain = drawn(lambda i: f"t{i:02d}")
+    assert plain == drawn(lambda i: f"{(7 * i) % 20:02d}")
+    assert plain[1] == set(splits.kfold(names)[2][1])
 
 
 def test_a_marked_validation_part_wins_over_the_fold():

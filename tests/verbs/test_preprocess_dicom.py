@@ -10,6 +10,7 @@ from dicom_files import NAME, PATIENT, block, write_series
 
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti, scan
+from bhsd_jax.datasets import splits
 from bhsd_jax.datasets.dicom import DICOM
 from bhsd_jax.datasets.rsna import TYPES
 from bhsd_jax.settings import Settings
@@ -109,6 +110,21 @@ def test_one_salt_gives_the_shards_of_two_folders_the_same_ids(tree, tmp_path):
     assert found[2] == found[3]
     with pytest.raises(ValueError, match=r"no label map of 3 of 3 .* the same --data\.salt"):
         preprocess._cascaded(sets[0], {})
+
+
+def test_folds_and_draws_are_the_same_whatever_the_salt(tree, tmp_path):
+    """Runs with shards of their own were trained and validated on other scans, without a word."""
+    found = []
+    for run in "ab":
+        config = Settings.of(configure(tree, uneven="resample"))
+        preprocess.run(config, tmp_path / run)
+        entries = store.Shards(tmp_path / run / "shards").entries
+        whose = {entry.id: (entry.shape, entry.volume_ml, entry.sorted_by) for entry in entries}
+        roles, _ = splits.roles(entries, fold=-1, labeled=1, seed=3)
+        found.append([{whose[id] for id in part} for part in (roles.train, roles.unlabeled)])
+        assert all(entry.sorted_by for entry in entries)
+        assert roles.train == tuple(sorted(roles.train))
+    assert found[0] == found[1]
 
 
 def test_a_series_that_is_refused_is_in_the_ledger_without_its_name(tree, tmp_path, caplog):
