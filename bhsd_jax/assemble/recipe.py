@@ -24,6 +24,7 @@ from bhsd_jax.input.slices import Slices
 from bhsd_jax.labels import Labels
 from bhsd_jax.losses import DiceBCE, DiceCE
 from bhsd_jax.models.cost import count_parameters
+from bhsd_jax.objectives.common import Ramp, Ramped
 from bhsd_jax.objectives.slice_loss import SliceTerms, WithSliceLoss
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
@@ -321,6 +322,7 @@ def require_matching(run: Run, recipe: Recipe, roles: Roles, mesh: Mesh) -> None
             f"objective {config.objective['name']} uses no unlabeled patches; set input.unlabeled=0"
         )
     _warn_of_slow_average(recipe.parts.objective.ema_decay, config.train.steps)
+    _warn_of_long_ramp(recipe.parts.objective, config.train.steps)
     rows, accumulate = recipe.cut.patch[1], recipe.parts.accumulate
     meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, rows, accumulate)
     _require_twins(config, recipe, mesh)
@@ -363,6 +365,23 @@ def _warn_of_slow_average(decay: float | None, steps: int) -> None:
             steps,
             max(0.0, 1 - _LEAST_TURNS / steps),
         )
+
+
+def _warn_of_long_ramp(objective: Any, steps: int) -> None:
+    """A ramp of so many steps, as SSL4MIS has it, may be longer than the training."""
+    inner = getattr(objective, "inner", objective)
+    if not isinstance(inner, Ramped) or inner.ramp_steps <= steps:
+        return
+    reached = float(Ramp.of(inner).at(jnp.asarray(steps), steps))
+    logger.warning(
+        "objective.ramp_steps is %d, of %d steps in all: the weight of the unlabeled term ends at "
+        "%.2g, and not at %g; set ramp_steps to %d or less, or train longer",
+        inner.ramp_steps,
+        steps,
+        reached,
+        inner.weight,
+        steps,
+    )
 
 
 def _slice_labels(run: Run) -> tuple[SliceTerms | None, Slices | None]:

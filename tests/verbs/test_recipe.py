@@ -308,6 +308,21 @@ def test_an_average_that_outlives_the_training_is_warned_of(steps, decay, fits, 
         assert not caplog.text
 
 
+def test_a_ramp_that_outlives_the_training_is_warned_of(caplog):
+    """As of `preset=ssl4mis`, whose ramp has the length of its scripts, in a shorter training."""
+    config = config_of(mean_teacher, unlabeled=8)
+    config.train.steps, config.objective.ema_decay = 10_000, 0.99
+    for length, told in (
+        (10_000, ""),
+        (30_000, "ends at 0.22, and not at 2; set ramp_steps to 10"),
+    ):
+        with config.unlocked():
+            config.objective.ramp_steps = length
+        require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
+        assert told in caplog.text
+        assert bool(told) == bool(caplog.text)
+
+
 def test_slice_labels_split_over_data_alone():
     config = config_of(cps)
     config.slice_loss.neg_sup = 1.0
