@@ -51,7 +51,24 @@ def roles(config: Settings, workdir: Path) -> tuple[splits.Roles, list[str]]:
     folder = shards_folder(config, workdir)
     asked = {k: v for k, v in vars(config.split).items() if k != "binary"}
     folds = splits_file.load(folder / splits_file.NAME)
-    return splits.roles(Shards(folder).entries, folds=folds, **asked)
+    shards = Shards(folder)
+    found, notes = splits.roles(shards.entries, folds=folds, **asked)
+    return found, [*notes, *_unseen(shards, found, binary=config.split.binary)]
+
+
+def _unseen(shards: Shards, found: splits.Roles, *, binary: bool) -> list[str]:
+    """Says which classes are in no mask that trains, as where few masks were drawn."""
+    train = set(found.train)
+    voxels = [entry.voxels for entry in shards.entries if entry.id in train and entry.voxels]
+    names = shards.plan.classes[1:]
+    seen = {name for row in voxels for name, count in zip(names, row[1:], strict=False) if count}
+    lacking = [name for name in names if name not in seen]
+    if not voxels or not lacking or (binary and seen):
+        return []
+    return [
+        f"none of the {len(train)} masks that train has {', '.join(lacking)}: a network cannot "
+        "learn what it never sees; draw other masks with split.seed, or more with split.labeled"
+    ]
 
 
 def short_names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str, str]:

@@ -114,10 +114,15 @@ def labeled_subset(
         count = max(1, round(amount * len(names)))
     else:
         raise UserError(
-            f"labeled_subset: amount is a count, a fraction in (0, 1], or None; got {amount!r}"
+            "labeled_subset: split.labeled is a count such as 8, a share in (0, 1] such as 0.1, or "
+            f"None for all masks; got {amount!r}"
         )
     if not 0 < count <= len(names):
-        raise UserError(f"labeled_subset: {amount} of {len(names)} cases cannot be drawn")
+        raise UserError(
+            f"labeled_subset: {amount} of {len(names)} cases cannot be drawn: split.labeled is of "
+            "cases with a mask that may train, those that validate or are tested left out; give 1 "
+            f"to {len(names)}, or None for all"
+        )
     return _draw(names, count, (seed,))
 
 

@@ -10,6 +10,7 @@ from bhsd_jax.assemble import data, ensemble, held_out
 from bhsd_jax.configs import common
 from bhsd_jax.datasets import splits_file
 from bhsd_jax.platform import files
+from bhsd_jax.settings import Settings
 from bhsd_jax.shards.store import Entry, write_index
 from bhsd_jax.train import checkpoint_files
 from bhsd_jax.verbs import calibrate, evaluate
@@ -56,6 +57,28 @@ def keep(folder, opened, **roles):
 def asked(opened, split):
     predict = dataclasses.replace(opened.config.predict, split=split)
     return dataclasses.replace(opened.config, predict=predict)
+
+
+def test_classes_in_no_mask_that_trains_are_told(tmp_path):
+    """As where few masks are drawn; a binary network needs any of them."""
+    index(tmp_path)
+    path = tmp_path / "shards" / "index.json"
+    rows = json.loads(path.read_text())
+    for number, row in enumerate(rows["entries"]):
+        row["voxels"] = [9] + [int(number == k) for k in range(1, len(PLAN.classes))]
+    path.write_text(json.dumps(rows))
+    config = common.get_config()
+    for labeled, binary, told in ((None, False, ""), (1, False, "1 masks"), (1, True, "1 masks")):
+        config.split.update(fold=-1, binary=binary)
+        config.split.labeled = labeled
+        roles, notes = data.roles(Settings.of(config), tmp_path)
+        seen = {k for k, name in enumerate(NAMES[: len(PLAN.classes)]) if name in roles.train} - {0}
+        if not told or (binary and seen):
+            assert notes == []
+        else:
+            (note,) = notes
+            lacking = ", ".join(n for k, n in enumerate(PLAN.classes) if k and k not in seen)
+            assert f"none of the 1 masks that train has {lacking}: a network" in note
 
 
 @pytest.fixture
