@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, traverse_util
 
+from bhsd_jax.assemble import ensemble
 from bhsd_jax.assemble.recipe import Recipe
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.build import build
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
@@ -107,6 +109,26 @@ def _compare_merging(found: Found, own: str | None) -> None:
             "--model.merging=legacy",
             found.origin,
         )
+
+
+def warn_of_seen(run: Run) -> None:
+    """Says so where the run to begin with was trained on scans that this one holds out.
+
+    Their scores would be too good, as of a network of another fold. Of a file of PyTorch's nobody
+    knows what it has seen.
+    """
+    folder = run.config.train.init_from
+    if not Path(folder).is_dir():
+        return
+    for part, cases in (("validation", run.roles[0].val), ("test", run.roles[0].test)):
+        count = ensemble.seen(run, [folder], cases).get(folder, 0) if cases else 0
+        if count:
+            logger.warning(
+                "train.init_from: %s was, or may have been, trained on %d of the %d %s scans, "
+                "whose scores would be too good; begin with a run that held them out, such as one "
+                "of the same fold",
+                *(folder, count, len(cases), part),
+            )
 
 
 def require_apart(recipe: Recipe, params: Params) -> None:

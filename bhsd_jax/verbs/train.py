@@ -277,6 +277,7 @@ def _start(
             drawn = jax.jit(recipe.init, out_shardings=meshes.replicated(mesh))(key)
             if run.config.train.init_from:
                 drawn = _begun_from(run.config.train, recipe, drawn, mesh)
+                pretrained.warn_of_seen(run)
             return jax.jit(lambda state: state, out_shardings=shardings)(drawn), {"batches": 0}
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

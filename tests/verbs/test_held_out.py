@@ -6,7 +6,8 @@ import json
 import pytest
 from tiny_run import PLAN
 
-from bhsd_jax.assemble import data, ensemble, held_out
+from bhsd_jax.assemble import data, ensemble, held_out, pretrained
+from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
 from bhsd_jax.datasets import splits_file
 from bhsd_jax.platform import files
@@ -57,6 +58,19 @@ def keep(folder, opened, **roles):
 def asked(opened, split):
     predict = dataclasses.replace(opened.config.predict, split=split)
     return dataclasses.replace(opened.config, predict=predict)
+
+
+def test_weights_that_have_seen_what_is_held_out_are_told(run, tmp_path, caplog):
+    """As of a run of another fold: what validates now has trained then."""
+    for fold, told in ((0, False), (1, True)):
+        config = common.get_config()
+        config.split.fold = fold
+        config.preprocess.shards = str(run.folder / "shards")
+        config.train.init_from = str(run.folder)
+        pretrained.warn_of_seen(Run.of(config, tmp_path / "next", run.plan))
+        words = "trained on 4 of the 4 validation scans, whose scores would be too good"
+        assert (words in caplog.text) == told
+    assert "test scans" not in caplog.text
 
 
 def test_classes_in_no_mask_that_trains_are_told(tmp_path):
