@@ -201,6 +201,16 @@ def mbhseg(tmp_path, touch):
     return tmp_path
 
 
+def test_folders_of_mbhseg_are_parts_by_whole_words(tmp_path, touch):
+    """ "latest" holds a "test", and "interval" a "val"."""
+    parts = {"latest": "train", "interval": "train", "Val_set": "val", "test_2": "test"}
+    parts |= {"evaluation": "val", "train_valid": "val"}
+    for number, folder in enumerate(parts):
+        for name in ("image", "label_annot_1"):
+            touch(tmp_path / folder / f"c{number}" / f"{name}.nii.gz")
+    assert [c.split for c in MBHSeg(tmp_path).cases()] == list(parts.values())
+
+
 def test_mbhseg_combines_the_raters_there_are(mbhseg):
     found = list(MBHSeg(mbhseg).cases())
     assert [(c.id[:11], c.patient, c.split) for c in found] == [
