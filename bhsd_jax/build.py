@@ -112,7 +112,11 @@ def fitting_arguments(
     """
     try:
         kinds = typing.get_type_hints(made)
-    except (NameError, TypeError):  # of a class of one's own, with types that are not there
+    except (
+        AttributeError,
+        NameError,
+        TypeError,
+    ):  # of a class of one's own, with types that are not there
         return dict(given)
     found = dict(given)
     for argument, value in given.items():

@@ -5,7 +5,7 @@ pasted into a labeled one and the other way round; the rest is `w2s.WeakToStrong
 Claim: on MSD Hippocampus with 4, 8, 16 masks 1.9, 2.0, 0.6 points above masks alone, in every seed,
 where an `ema_decay` of 0.98 fitted 1600 steps (tools/LAB_BOOK.md).
 Cost: 3.3 times the supervised step of as many labeled patches.
-Run:  python -m bhsd_jax.main train --config=configs/bcp.py:data=bhsd --workdir=runs/bcp
+Run:  python -m bhsd_jax.main train runs/bcp --config=configs/bcp.py:data=bhsd,task=2
 """
 
 import ml_collections
