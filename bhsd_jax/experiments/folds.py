@@ -28,6 +28,13 @@ from bhsd_jax.shards.store import Shards
 
 logger = logging.getLogger(__name__)
 
+# Fields that are set for each run, and what says to what.
+_DECIDED = {
+    "split.fold": "--folds",
+    "predict.split": "launch/folds, to the validation cases of its fold",
+    "evaluate.split": "launch/folds, to the validation cases of its fold",
+}
+
 
 def cli(arguments: Sequence[str]) -> int:
     """Trains and scores the unfinished folds, then chooses; returns the exit code.
@@ -62,7 +69,7 @@ def make_study(options: argparse.Namespace) -> Study:
             else f"--seeds: cross-validation takes one; got {options.seeds}"
         )
     options.out = options.out or Path("runs") / "folds"
-    fields = launch.overrides(options.override)
+    fields = launch.overrides(options.override, _DECIDED)
     several = len(names) > 1 and options.ensembles
     runs = []
     for fold in launch.seeds(options.folds, "--folds"):

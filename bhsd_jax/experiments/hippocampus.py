@@ -99,7 +99,7 @@ def _trial(
         given.append(f"--config.train.init_from={_pretraining(options, seed)}")
         given.append("--config.train.init_leave=('head',)")
     given += [f"--config.input.patch={_TURNED}"] if options.plane == "coronal" else []
-    given += launch.overrides(options.override)
+    given += launch.overrides(options.override, {"split.labeled": "--masks"})
     shards = options.shards or str(options.out / "shards")
     return launch.make_run(row, seed, given, out, shards)
 

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _HOME = Path(__file__).parents[2]  # the repository's root, where `configs/` lies
 _PLACES = ("root", "processes", "shards", "allow_skipped")  # do not change what a shard holds
+_SEEDS: Mapping[str, str] = {"seed": "--seeds"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,15 +68,27 @@ def seeds(text: str, option: str = "--seeds") -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def overrides(fields: Sequence[str]) -> tuple[str, ...]:
+def overrides(fields: Sequence[str], decided: Mapping[str, str] = {}) -> tuple[str, ...]:
     """Turns `field=value` words into flags of a verb.
 
+    Args:
+        fields: The words.
+        decided: Fields that the program sets for each run, and what says to what, beside the seed.
+            Of two values one would be dropped unsaid: all runs of a row might have one seed.
+
     Raises:
-        ValueError: If one has no value.
+        ValueError: If one has no value, or is of a field that the program sets.
     """
+    options = {**_SEEDS, **decided}
     for text in fields:
         if "=" not in text.strip("="):
             raise UserError(f"--override: needs FIELD=VALUE, like train.steps=1000; got {text!r}")
+        name = text.partition("=")[0].removeprefix("config.")
+        if name in options:
+            raise UserError(
+                f"{text}: {name} is set for each run by {options[name]}; say it there, and leave "
+                "this out"
+            )
     return tuple(f"--config.{text.removeprefix('config.')}" for text in fields)
 
 

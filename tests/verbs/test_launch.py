@@ -116,6 +116,24 @@ def test_wrong_options_are_one_line(tmp_path):
         paper_tables.cli(["table1", "--rows=nothing", "--dry-run"])
 
 
+def test_a_field_that_a_program_sets_for_each_run_is_refused(tmp_path):
+    """One of the two values would be dropped: rows `seed=5` and `seed=6` were the same runs."""
+    smoke = "--config=configs/supervised.py:smoke"
+    for program, words, option in (
+        (sweep.cli, [smoke, "seed=5,6"], "--seeds"),
+        (sweep.cli, [smoke, "train.steps=2,3", "-o", "config.seed=7"], "--seeds"),
+        (paper_tables.cli, ["table2", "--smoke", "-o", "seed=7"], "--seeds"),
+        (folds.cli, [smoke, "-o", "split.fold=1"], "--folds"),
+        (folds.cli, [smoke, "-o", "predict.split=test"], "launch/folds, to the validation cases"),
+    ):
+        with pytest.raises(ValueError, match=f"is set for each run by {option}"):
+            program([*words, "--dry-run", f"--out={tmp_path}"])
+    listed = tmp_path / "list"
+    listed.write_text("a seed=5\n")
+    with pytest.raises(ValueError, match="seed=5: seed is set for each run by --seeds"):
+        swept(tmp_path, f"--list={listed}")
+
+
 def test_a_dry_run_lists_commands_and_states(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
