@@ -13,9 +13,10 @@ from typing import Any
 import jax
 
 from bhsd_jax.platform import files, machine, step_log
+from bhsd_jax.train.loop import Interrupted
 from bhsd_jax.train.means import Means
 from bhsd_jax.train.speed import Speed
-from bhsd_jax.train.trackers import TensorBoard, Tracker
+from bhsd_jax.train.trackers import End, TensorBoard, Tracker
 from bhsd_jax.types import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
@@ -115,9 +116,22 @@ class Log:
         finite = {key: value for key, value in clean.items() if value is not None}
         self._tell(lambda tracker: tracker.write(step, finite))
 
-    def close(self) -> None:
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Closes it after the block, and tells the trackers how the training ended."""
+        end = End.FAILED
+        try:
+            yield
+            end = End.DONE
+        except Interrupted:
+            end = End.STOPPED
+            raise
+        finally:
+            self.close(end)
+
+    def close(self, end: End = End.DONE) -> None:
         """No line comes after it."""
-        self._tell(lambda tracker: tracker.close())
+        self._tell(lambda tracker: tracker.close(end))
 
     def _tell(self, what: Callable[[Tracker], None]) -> None:
         """Tells every tracker; one that fails, such as a server that is away, is told no more."""

@@ -12,6 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +24,14 @@ logger = logging.getLogger(__name__)
 _PROJECT = "bhsd_jax"
 
 
+class End(Enum):
+    """How a training ended, which decides how a tracker shows it."""
+
+    DONE = "done"  # all of its steps
+    STOPPED = "stopped"  # asked to, and saved: it is to go on
+    FAILED = "failed"
+
+
 @runtime_checkable
 class Tracker(Protocol):
     """Takes figures of one step after the other."""
@@ -31,7 +40,7 @@ class Tracker(Protocol):
         """Finite figures of a step, by names such as `train/loss`; a step may come in parts."""
         ...
 
-    def close(self) -> None:
+    def close(self, end: End = End.DONE) -> None:
         """Nothing comes after it; what is kept back is written."""
         ...
 
@@ -63,7 +72,7 @@ class TensorBoard:
     def _add(self, step: int, **what: Any) -> None:
         self.writer.write_event(self._kinds.Event(step=step, wall_time=time.time(), **what))
 
-    def close(self) -> None:
+    def close(self, end: End = End.DONE) -> None:
         self.writer.close()
 
 
@@ -88,8 +97,13 @@ class WeightsAndBiases:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, end: End = End.DONE) -> None:
+        if end is End.STOPPED:
+            self.run.mark_preempting()  # with a code other than 0 it is then shown as preempted
+        if end is End.DONE:
+            self.run.finish()
+        else:
+            self.run.finish(exit_code=1)
 
 
 class MLflow:
@@ -103,7 +117,9 @@ class MLflow:
         number = found.experiment_id if found else self.client.create_experiment(experiment)
         place = folder / "mlflow_run"
         self.run = _begun(place, resumed_at)
-        if not self.run:
+        if self.run:
+            self.client.update_run(self.run, "RUNNING")  # it was ended where it stopped
+        else:
             self.run = self.client.create_run(number, run_name=name).info.run_id
             self.client.log_dict(self.run, dict(facts), "config.json")
             files.write_text(place, self.run)
@@ -114,8 +130,11 @@ class MLflow:
         batch = [self.metric(key, value, now_ms, step) for key, value in values.items()]
         self.client.log_batch(self.run, metrics=batch)
 
-    def close(self) -> None:
-        self.client.set_terminated(self.run)
+    def close(self, end: End = End.DONE) -> None:
+        if end is End.DONE:
+            self.client.set_terminated(self.run)
+        else:
+            self.client.set_terminated(self.run, "KILLED" if end is End.STOPPED else "FAILED")
 
 
 def _begun(place: Path, resumed_at: int) -> str:

@@ -119,15 +119,18 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
     validation = Validation.of(run, roles.val, recipe, log, mesh, asked)
     record = _recorder(checkpoints, log, position)
     actions = _actions(run.config.train, log, validation, checkpoints, batches, asked)
-    try:
-        _catch_up(run.config.train, position, state, validation, checkpoints)
-        with watching(on_devices) as watch, profiling(span, workdir / "profile", position) as trace:
-            every = [watch, record, trace, *actions]
-            fit(state, on_devices, train_step, every, steps)
-    finally:
-        checkpoints.close()
-        record()
-        log.close()
+    with log.ending():
+        try:
+            _catch_up(run.config.train, position, state, validation, checkpoints)
+            with (
+                watching(on_devices) as watch,
+                profiling(span, workdir / "profile", position) as trace,
+            ):
+                every = [watch, record, trace, *actions]
+                fit(state, on_devices, train_step, every, steps)
+        finally:
+            checkpoints.close()
+            record()
     logger.info("trained %d steps; the run is %s", steps, workdir)
 
 

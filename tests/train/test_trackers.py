@@ -1,5 +1,6 @@
 """Figures of a training reach every tracker, without a network."""
 
+import contextlib
 import importlib.util
 import json
 import resource
@@ -13,6 +14,7 @@ import pytest
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import trackers
 from bhsd_jax.train.log import Log
+from bhsd_jax.train.loop import Interrupted
 
 FACTS = {"seed": 3, "model": {"name": "nnunet.PlainConvUNet"}}
 
@@ -126,6 +128,7 @@ class Server:
 
     def __init__(self):
         self.told, self.away, self.names = [], False, iter(("run 1", "run 2"))
+        self.states = []  # of runs, in turn
 
     def get_experiment_by_name(self, name):
         self.answer()
@@ -142,8 +145,12 @@ class Server:
         assert all(one.timestamp > 1.7e12 for one in metrics), "milliseconds"
         self.told.append((run, [(one.key, one.value, one.step) for one in metrics]))
 
-    def set_terminated(self, run):
+    def update_run(self, run, status):
+        self.states.append((run, status))
+
+    def set_terminated(self, run, status="FINISHED"):
         self.told.append("end")
+        self.states.append((run, status))
 
     def answer(self):
         if self.away:
@@ -176,6 +183,38 @@ def test_mlflow_is_asked_once_for_all_figures_of_a_line(tmp_path, mlflow):
         (run, [("train/loss", 0.5, step), ("train/lr", 0.1, step)]) for run, step in lines
     ], "what begins anew is a run of its own"
     assert set(mlflow.told[1::2]) == {"end"}
+
+
+@pytest.mark.parametrize(
+    ("error", "mlflow_says", "wandb_says"),
+    [
+        (None, "FINISHED", ["finish {}"]),
+        (Interrupted("SIGTERM"), "KILLED", ["preempting", "finish {'exit_code': 1}"]),
+        (FloatingPointError("loss nan"), "FAILED", ["finish {'exit_code': 1}"]),
+    ],
+)
+def test_trackers_are_told_how_a_training_ended(
+    tmp_path, mlflow, monkeypatch, error, mlflow_says, wandb_says
+):
+    """One that had diverged, or was stopped, was shown as finished."""
+    told = []
+    run = types.SimpleNamespace(
+        finish=lambda **how: told.append(f"finish {how}"),
+        mark_preempting=lambda: told.append("preempting"),
+    )
+    library = types.ModuleType("wandb")
+    library.init = lambda **options: run
+    library.__spec__ = importlib.util.spec_from_loader("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    for resumed_at in (0, 5):
+        tracked = trackers.start(("mlflow", "wandb"), tmp_path, resumed_at, "run", FACTS)
+        log = Log(tmp_path / "metrics.jsonl", 10, resumed_at, tracked=tracked)
+        with pytest.raises(type(error)) if error else contextlib.nullcontext(), log.ending():
+            if error:
+                raise error
+    states = [("run 1", mlflow_says), ("run 1", "RUNNING"), ("run 1", mlflow_says)]
+    assert mlflow.states == states, "one that goes on runs again"
+    assert told == 2 * wandb_says
 
 
 def test_a_server_that_is_away_ends_no_training_but_begins_none(tmp_path, mlflow, caplog):
