@@ -19,14 +19,20 @@ def load(run: Run) -> tuple[int, dict[str, Params]]:
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the objective has no network of a wanted name.
+        ValueError: If the objective has no network of a wanted name, or none that segments.
     """
     settings = run.config.predict
     which = settings.checkpoint
     which = int(which) if str(which).isdigit() else which
+    objective = wiring.objective(run.config)
+    if not getattr(objective, "segments", True):
+        raise UserError(
+            f"{run.folder}: objective {run.config.objective['name']} has seen no mask, so that its "
+            "network segments nothing; begin a training with its weights, by "
+            f"--train.init_from={run.folder}, and name that run"
+        )
     step, params, ema = load_networks(run.folder / "checkpoints", which)
     statistics = load_statistics(run.folder / "checkpoints", step)
-    objective = wiring.objective(run.config)
     found = objective.deployable(params, ema)
     asked = tuple(settings.networks) or tuple(found)[:1]
     together = {"ensemble": objective.twins} if objective.twins else {}

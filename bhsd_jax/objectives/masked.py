@@ -26,6 +26,8 @@ class MaskedModeling(SingleModel):
     alone); for U-Nets in three dimensions Wald et al. 2024, arXiv:2410.23132.
     """
 
+    # Of the class, and so without a type: with one it would be a field of a config.
+    segments = False  # the label maps of such a network would mean nothing
     block: tuple[int, int, int] = (4, 4, 4)  # D, H, W of what is hidden at once, voxels
     hidden: float = 0.6  # share of the blocks
 

@@ -13,13 +13,13 @@ from flax import traverse_util
 from tiny_run import PLAN
 from toy import Toy, make_batch, make_parts
 
-from bhsd_jax.assemble import held_out
+from bhsd_jax.assemble import deployed, held_out
 from bhsd_jax.assemble.pretrained import begin_from
 from bhsd_jax.assemble.recipe import Recipe
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.augment.chain import IntensityChain
 from bhsd_jax.augment.intensity import GaussianNoise
-from bhsd_jax.configs import common
+from bhsd_jax.configs import common, pretrain
 from bhsd_jax.datasets import splits_file
 from bhsd_jax.input.pipeline import Cut
 from bhsd_jax.models.nnunet import PlainConvUNet
@@ -290,6 +290,12 @@ def test_a_training_goes_on_only_on_the_scans_and_the_division_it_began_with(tmp
     older.save(4, state, {"batches": 4}, 0.5)
     older.close()
     assert position(opened()) == 4, "of an older version, which kept none"
+
+
+def test_a_network_that_has_seen_no_mask_predicts_nothing(tmp_path):
+    run = Run.of(pretrain.get_config("smoke"), tmp_path, PLAN)
+    with pytest.raises(ValueError, match=rf"segments nothing; .*init_from={tmp_path}"):
+        deployed.load(run)
 
 
 def test_imported_weights_are_no_training_to_go_on_with(tmp_path):
