@@ -1,5 +1,6 @@
 """From a config to the shards, the data set, its roles, and the names of scans. Needs no JAX."""
 
+import errno
 import hashlib
 import inspect
 import re
@@ -10,12 +11,13 @@ from pathlib import Path
 
 from bhsd_jax.build import build, find, require_members
 from bhsd_jax.datasets import splits, splits_file
-from bhsd_jax.platform import files
+from bhsd_jax.platform import faults, files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 from bhsd_jax.shards.store import Shards
 from bhsd_jax.volume import Dataset
 
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NUMBER = re.compile(r"\d+e\d+|0\d+")  # of hexadecimal digits, what spreadsheets write otherwise
 
 
@@ -71,7 +73,9 @@ def _unseen(shards: Shards, found: splits.Roles, *, binary: bool) -> list[str]:
     ]
 
 
-def short_names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str, str]:
+def short_names(
+    cases: Sequence[str], workdir: Path, show_ids: bool, out: Path | None = None
+) -> dict[str, str]:
     """Name of each scan in outputs: a salted hash, or its own id with `show_ids`.
 
     Of 20,000 scans two have the same eight digits once in twenty times; such get more of them. The
@@ -79,7 +83,7 @@ def short_names(cases: Sequence[str], workdir: Path, show_ids: bool) -> dict[str
     """
     if show_ids:
         return {case: case for case in cases}
-    salt = _salt(workdir)
+    salt = _salt(workdir, out)
     digests = {c: _unharmed(hashlib.sha256((salt + c).encode()).hexdigest()) for c in cases}
     alike = Counter(digest[:8] for digest in digests.values())
     return {c: d[: 8 if alike[d[:8]] == 1 else 16] for c, d in digests.items()}
@@ -95,12 +99,20 @@ def _unharmed(digest: str) -> str:
     return digest[next(kept, 0) :]
 
 
-def _salt(folder: Path) -> str:
-    """Drawn once; processes that ask for it at once are given the same."""
+def _salt(folder: Path, instead: Path | None = None) -> str:
+    """Drawn once; processes that ask for it at once are given the same.
+
+    It goes into the folder `instead` where nothing may be written into the first.
+    """
     path = folder / ".salt"
     drawn = secrets.token_hex(16)
     salt = path.read_text(errors="replace") if path.is_file() else ""
-    salt = salt or files.write_first(path, drawn)  # empty: another process may be writing it
+    try:
+        salt = salt or files.write_first(path, drawn)  # empty: another process may be writing it
+    except faults.WriteError as error:
+        if instead is None or error.errno not in _READ_ONLY:
+            raise
+        return _salt(instead)
     if len(salt) != len(drawn):
         raise UserError(
             f"{path}: damaged ({len(salt)} characters, not {len(drawn)}); restore it from a copy, "

@@ -106,7 +106,8 @@ def output_names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[st
     """
     hide = settings.show_ids is False, settings.show_ids is not True and bool(settings.images)
     hidden = {c.id: _known_by(c) for c in cases if hide[isinstance(c.image, Series)]}
-    short = data.short_names(sorted(hidden.values()), workdir, show_ids=False) if hidden else {}
+    out = label_maps(settings, workdir)
+    short = data.short_names(sorted(hidden.values()), workdir, False, out) if hidden else {}
     names = [short[hidden[c.id]] if c.id in hidden else c.id for c in cases]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
@@ -121,14 +122,19 @@ def _known_by(case: Case) -> str:
     return f"{case.image.uid}/{case.id}" if isinstance(case.image, Series) else case.id
 
 
+def label_maps(settings: Any, workdir: Path) -> Path:
+    """The folder that `predict` writes into."""
+    return Path(settings.out or workdir / "predictions")
+
+
 def series_digests(
-    cases: Sequence[Case], names: Mapping[str, str], workdir: Path
+    cases: Sequence[Case], names: Mapping[str, str], workdir: Path, out: Path | None = None
 ) -> dict[str, str]:
     """A salted hash of the UID of each series, by its name in the outputs; files have none."""
     uids = {names[c.id]: c.image.uid for c in cases if isinstance(c.image, Series) and c.image.uid}
     if not uids:
         return {}
-    short = data.short_names(sorted(set(uids.values())), workdir, show_ids=False)
+    short = data.short_names(sorted(set(uids.values())), workdir, False, out)
     return {name: short[uid] for name, uid in uids.items()}
 
 

@@ -22,7 +22,13 @@ from bhsd_jax.report.page import NOTICE
 from bhsd_jax.settings import Config, Predict, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.verbs import parts, review, scan_report
-from bhsd_jax.verbs.chosen_scans import find_scans, output_names, part, series_digests
+from bhsd_jax.verbs.chosen_scans import (
+    find_scans,
+    label_maps,
+    output_names,
+    part,
+    series_digests,
+)
 from bhsd_jax.verbs.predict_scans import Found, Scans, predict_all, write_tables
 from bhsd_jax.volume import Case, Series
 
@@ -47,6 +53,8 @@ def run(config: Config, workdir: Path) -> None:
     parts.join(config)
     logger.warning("%s", NOTICE)
     every = find_scans(config, workdir)
+    out = label_maps(settings, workdir)
+    _require_folder(out)
     names, series = parts.first_alone(lambda: _names(every, workdir, settings))
     cases = part(every, settings)
     _require_possible(settings, cases)
@@ -55,8 +63,6 @@ def run(config: Config, workdir: Path) -> None:
     seen = _seen(run, every)
     cases, first = cascade.first_of(run, cases)
     rules = _rules(run)
-    out = Path(settings.out or workdir / "predictions")
-    _require_folder(out)
     _require_apart(out, cases, names)
     files.open_folder(out)
     files.sweep(out)
@@ -89,7 +95,7 @@ def _names(
     Of all scans, so that several jobs give no two of them one name.
     """
     names = output_names(every, workdir, settings)
-    return names, series_digests(every, names, workdir)
+    return names, series_digests(every, names, workdir, label_maps(settings, workdir))
 
 
 def _open(

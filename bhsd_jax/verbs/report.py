@@ -97,11 +97,12 @@ def _of_images(config: Settings, workdir: Path) -> None:
         FileNotFoundError: If there are no such scans, or they were not predicted.
         ValueError: If a file is damaged; names it.
     """
-    settings = replace(config.predict, images=config.report.images)
+    where = config.report.predictions or config.predict.out
+    settings = replace(config.predict, images=config.report.images, out=where)
     config = replace(config, predict=settings)
     cases = predict.find_scans(config, workdir)
     names = predict.output_names(cases, workdir, settings)
-    out = Path(config.report.predictions or settings.out or workdir / "predictions")
+    out = predict.label_maps(settings, workdir)
     named = {names[case.id]: case for case in cases}
     scan_report.write(Run.of(config, workdir), out, named, strict=True)
 

@@ -58,7 +58,7 @@ def write(run: Run, out: Path, cases: Mapping[str, Case], *, strict: bool = Fals
     entries = [_entry(run, out, row, cases) for row in found.rows if row["case"] in cases]
     if not entries and not found.skipped:
         raise UserError(f"{out}: none of these scans was predicted there; {_AGAIN}")
-    names = _names(run, cases)
+    names = _names(run, out, cases)
     entries = [dataclasses.replace(entry, name=names[entry.name]) for entry in entries]
     pages.write_names(out, {one.name: one.label_map.name for one in entries})
     wanted = bool(entries) and (run.config.report.viewer if strict else niivue.available())
@@ -118,13 +118,14 @@ def _entry(run: Run, out: Path, row: Mapping[str, Any], cases: Mapping[str, Case
     )
 
 
-def _names(run: Run, cases: Mapping[str, Case]) -> dict[str, str]:
+def _names(run: Run, out: Path, cases: Mapping[str, Case]) -> dict[str, str]:
     """Names on the page by those of the outputs: salted hashes, unless it is told to show names.
 
     What is hidden in the outputs already, as names of DICOM series are, keeps its name.
     """
     open_ = sorted(name for name, case in cases.items() if name == case.id)
-    short = data.short_names(open_, run.folder, run.config.report.show_ids) if open_ else {}
+    show = run.config.report.show_ids
+    short = data.short_names(open_, run.folder, show, out) if open_ else {}
     return {name: short.get(name, name) for name in cases}
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import os
 import shutil
 
 import nibabel as nib
@@ -12,7 +13,7 @@ from dicom_files import write_series
 
 from bhsd_jax.assemble import origins
 from bhsd_jax.assemble.predictor import Predictor
-from bhsd_jax.configs import from_run
+from bhsd_jax.configs import common, from_run
 from bhsd_jax.platform import faults
 from bhsd_jax.settings import Settings
 from bhsd_jax.train import barrier
@@ -127,6 +128,33 @@ def test_a_folder_that_is_filled_again_has_other_hidden_names(tmp_path):
     cases = chosen_scans.find_scans(settings, tmp_path / "run")
     names = chosen_scans.output_names(cases, tmp_path / "run", settings.predict)
     assert len({*names.values(), found[0]}) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_series_are_predicted_with_a_run_that_can_only_be_read(tmp_path):
+    """Their hidden names need a salt, which a shared run without one cannot be given."""
+    config, shared, out = common.get_config(), tmp_path / "run", tmp_path / "out"
+    refill(tmp_path / "in", 1)
+    config.predict.update(images=str(tmp_path / "in"), out=str(out))
+    settings = Settings.of(config)
+    shared.mkdir(mode=0o755)
+    out.mkdir()
+    out.chmod(0o777)
+    for above in list(out.parents)[:-1]:
+        above.chmod(above.stat().st_mode | 0o011)
+    cases = chosen_scans.find_scans(settings, shared)
+    os.seteuid(65534)
+    try:
+        first, again = (
+            chosen_scans.output_names(cases, shared, settings.predict) for _ in range(2)
+        )
+        digests = chosen_scans.series_digests(cases, first, shared, out)
+    finally:
+        os.seteuid(0)
+    assert first == again
+    assert digests
+    assert [path.name for path in out.iterdir()] == [".salt"]
+    assert not list(shared.iterdir())
 
 
 def test_nothing_of_another_patient_stays_under_an_open_name(tmp_path, caplog):
