@@ -48,6 +48,19 @@ def data_set(config: Settings, workdir: Path) -> Dataset:
     return found
 
 
+def on_other_scans(config: Settings, workdir: Path, dataset: str) -> list[str]:
+    """A note where the shards are of another data set than the config's: a word was left out."""
+    own = getattr(find("bhsd_jax.datasets", config.data["name"]), "name", "")
+    if not isinstance(own, str) or own in ("", dataset):  # some ask their files
+        return []
+    return [
+        f"config.data is {own}, but the scans in {shards_folder(config, workdir)}, on which this "
+        f"trains, are of {dataset}. What the word data= sets beside them is that of {own}, and "
+        "`predict` and `evaluate` would look for the scans there; give `train` the same --config "
+        "and --data.root as `preprocess`"
+    ]
+
+
 def roles(config: Settings, workdir: Path) -> tuple[splits.Roles, list[str]]:
     """Case ids for training, validation and test; and a note on each wish that was adjusted."""
     folder = shards_folder(config, workdir)
@@ -79,7 +92,8 @@ def short_names(
     """Name of each scan in outputs: a salted hash, or its own id with `show_ids`.
 
     Of 20,000 scans two have the same eight digits once in twenty times; such get more of them. The
-    salt stays in the run folder: a plain hash of a public list of ids can be reversed.
+    salt stays in the run folder: a plain hash of a public list of ids can be reversed. A run that
+    many share may be one that they can only read: if it has none, it is kept with the outputs.
     """
     if show_ids:
         return {case: case for case in cases}

@@ -85,7 +85,7 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
     workdir, steps = run.folder, run.config.train.steps
     mesh = make_mesh(run)
     roles, notes = run.roles
-    for note in notes:
+    for note in (*notes, *data.on_other_scans(run.config, workdir, run.plan.dataset)):
         logger.warning("%s", note)
     with heartbeat("checking config, plan and network"):
         recipe = make_recipe(run, mesh)
