@@ -149,6 +149,21 @@ def require_apart(recipe: Recipe, params: Params) -> None:
     )
 
 
+def require_begun_so(run: Run, saved: str, step: int) -> None:
+    """Refuses weights to begin with where a training has begun: they would change nothing.
+
+    Raises:
+        UserError: Says how to go on, and how to begin with them.
+    """
+    asked = run.config.train.init_from
+    if asked and (not saved or Path(asked).absolute() != Path(saved).absolute()):
+        raise UserError(
+            f"config.train.init_from is {asked}, but {run.folder} has trained {step} steps, which "
+            f"began with {saved or 'random weights'}; leave it out to go on, or name another "
+            "--workdir to begin with these"
+        )
+
+
 def _equal(one: Params, other: Params) -> bool:
     return jax.tree.all(jax.tree.map(np.array_equal, one, other))
 

@@ -257,7 +257,9 @@ def _open_run(run: Run) -> Checkpoints:
             f"set {step} or more, or for a shorter training name another --workdir"
         )
     if step is not None:
-        for field in fields.differences(as_saved_today(checkpoints.config()), plain):
+        saved = as_saved_today(checkpoints.config())
+        pretrained.require_begun_so(run, saved["train"]["init_from"], step)
+        for field in fields.differences(saved, plain):
             if not field.startswith(_ELSEWHERE):
                 logger.warning("resuming with another value of config.%s", field)
     elif lines:

@@ -114,6 +114,34 @@ def ids(opened, split="val"):
     return tuple(case.id for case in find_scans(asked(opened, split), opened.folder))
 
 
+def test_a_training_that_has_begun_takes_no_other_weights_to_begin_with(tmp_path):
+    """It went on as it was, and its config.json said that it had begun with them."""
+    opened = trained(tmp_path)
+
+    def go_on(init_from, saved):
+        training = dataclasses.replace(opened.config.train, init_from=init_from)
+        config = dataclasses.replace(opened.config, train=training)
+        pretrained.require_begun_so(dataclasses.replace(opened, config=config), saved, 40)
+
+    for asked, saved in (("", ""), ("", "runs/a"), ("runs/a", "runs/a/")):
+        go_on(asked, saved)
+    with pytest.raises(ValueError, match="has trained 40 steps, which began with random weights"):
+        go_on("runs/b", "")
+    with pytest.raises(ValueError, match=r"began with runs/a; leave it out .* another --workdir"):
+        go_on("runs/b", "runs/a")
+
+
+def test_a_word_for_the_data_set_that_was_left_out_is_told(tmp_path):
+    """`predict` would look for the scans in a generated set, and say to prepare that instead."""
+    config = trained(tmp_path).config
+    assert config.data["name"] == "synthetic.Synthetic"
+    (note,) = data.on_other_scans(config, tmp_path, "BHSD")
+    assert note.startswith(f"config.data is synthetic, but the scans in {tmp_path / 'shards'}")
+    assert data.on_other_scans(config, tmp_path, "synthetic") == []
+    msd = dataclasses.replace(config, data={"name": "msd.MSD", "root": "nowhere"})
+    assert data.on_other_scans(msd, tmp_path, "Task04") == [], "whose files would have to be asked"
+
+
 def test_scans_that_were_added_make_every_verb_refuse_the_folds_of_today(run):
     assert ids(run) == run.roles[0].val
     assert ids(run, "test") == ("t1", "t2")
