@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax import configs, fields, overrides
+from bhsd_jax.platform import files
 from bhsd_jax.settings import RENAMED, Settings
 
 VERBS = {  # in the order of the pipeline: what each does, the groups it reads, two examples
@@ -90,14 +91,8 @@ _PLACES = {"predict": ("images", "out")}  # what words after the run folder stan
 _FREE = overrides.PACKAGES  # groups whose fields are those of what they name
 _WORDS_ONLY = ("preset", "task")  # what a config was made with: its other fields follow from them
 _OWN_FLAGS = (
-    "config",
-    "workdir",
-    "json",
-    "v",
-    "verbosity",
-    "alsologtostderr",
-    "logtostderr",
-    "log_dir",
+    *("config", "workdir", "json", "v", "verbosity"),
+    *("alsologtostderr", "logtostderr", "log_dir"),
 )
 _WIDTH = 100
 
@@ -137,7 +132,9 @@ def parse(words: Sequence[str], version: str) -> Command:
     # The file first: its fields are known only when it has been read.
     flags = {"config": _config_of(verb, given)}
     flags |= {
-        _full_name(name, verb, given[name]): given[name] for name in given if name != "config"
+        _full_name(name, verb, value): files.keep_whole(value) if _is_list(name, (verb,)) else value
+        for name, value in given.items()
+        if name != "config"
     }
     return Command(verb, tuple(f"--{name}={value}" for name, value in flags.items()))
 
@@ -244,9 +241,13 @@ def at_home(word: str) -> str:
 
 def _is_list(name: str, names: Sequence[str]) -> bool:
     """Whether a flag takes any number of words: of two such flags none may be lost."""
+    return _holds("(text, ...)", name, names)
+
+
+def _holds(kind: str, name: str, names: Sequence[str]) -> bool:
+    """Whether a flag is of a field of that kind, by its path or by its name within the verb."""
     field = name.removeprefix("config.")
-    paths = field, *(f"{verb}.{field}" for verb in names[:1])
-    return any(kind_of(path) == "(text, ...)" for path in paths)
+    return any(kind_of(p) == kind for p in (field, *(f"{verb}.{field}" for verb in names[:1])))
 
 
 def _full_name(name: str, verb: str, value: str) -> str:
@@ -274,9 +275,8 @@ def _full_name(name: str, verb: str, value: str) -> str:
     if group in RENAMED:
         raise UsageError(f"--{name} is called --{RENAMED[group]}{field.removeprefix(group)} now")
     own = [path.removeprefix(f"{verb}.") for path in paths]
-    raise UsageError(
-        f"no field --{name}{_near(field, [*paths, *own])}; `bhsd {verb} --help` lists them"
-    )
+    text = f"no field --{name}{_near(field, [*paths, *own])}"
+    raise UsageError(f"{text}; `bhsd {verb} --help` lists them")
 
 
 def _require_no_word(name: str, field: str, value: str) -> None:

@@ -219,6 +219,21 @@ def test_no_folder_is_lost_where_a_list_is_given_in_two_flags(name):
     assert "--config.seed=2" in parse(["train", "--config=cps", "--seed=1", "--seed=2"], "").flags
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
+def test_folders_with_commas_in_their_names_are_one_word_of_a_list(tmp_path, monkeypatch):
+    """`launch/sweep` makes such; each was taken for two folders, neither of which is there."""
+    for name in ("lr=0.1,weight=2/seed0", "plain"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for given, want in (
+        ("plain,lr=0.1,weight=2/seed0", ("plain", "lr=0.1,weight=2/seed0")),
+        ("lr=0.1,weight=2/seed0", ("lr=0.1,weight=2/seed0",)),
+        ("plain,b", ("plain", "b")),
+    ):
+        found = parse(["predict", "r", "--config=cps", f"--runs={given}"], "").flags
+        assert queue.resolve(found[:2]).predict.runs == want
+
+
 def trained(folder, config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))

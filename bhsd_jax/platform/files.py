@@ -165,6 +165,20 @@ def open_folder(folder: Path) -> None:
             probe.unlink(missing_ok=True)
 
 
+def keep_whole(words: str) -> str:
+    """A list of words for a config, in which names of files with commas are one word each.
+
+    `launch/sweep` calls its folders so: `runs/sweep-cps/lr=0.1,weight=0.5/seed0`.
+    """
+    left, found = words.split(","), list[str]()
+    while left:
+        counts = range(len(left), 1, -1)
+        count = next((n for n in counts if os.path.exists(",".join(left[:n]))), 1)
+        found.append(",".join(left[:count]))
+        left = left[count:]
+    return words if len(found) > words.count(",") else repr(tuple(found))
+
+
 def sweep(folder: Path) -> None:
     """Removes what killed programs left half-written in a folder and those just below it.
 
