@@ -220,6 +220,8 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         name, equals, value = word.lstrip("-").partition("=")
         if not equals:
             takes = bool(rest) and not rest[0].startswith("--") and name not in ("help", "h")
+            if takes and (name == "json" or _holds("True or False", name, names)):  # else a folder
+                takes = rest[0].lower() in ("true", "false", "t", "f", "1", "0", "yes", "no")
             value = rest.pop(0) if takes else "True"
         if name in given and _is_list(name, names):
             raise UsageError(

@@ -234,6 +234,21 @@ def test_folders_with_commas_in_their_names_are_one_word_of_a_list(tmp_path, mon
         assert queue.resolve(found[:2]).predict.runs == want
 
 
+def test_a_word_behind_a_flag_of_yes_or_no_is_no_value_of_it():
+    """As with the flags of other programs: `--report runs/a` was to be True or False."""
+    words = ["predict", "--report", "runs/a", "scans", "--infer.mirror", "False", "--config=cps"]
+    assert set(parse(words, "").flags[1:]) == {
+        "--config.predict.report=True",
+        "--workdir=runs/a",
+        "--config.predict.images=scans",
+        "--config.infer.mirror=False",
+    }
+    assert parse(["info", "--json", "runs/a", "--config=cps"], "").flags[1:] == (
+        "--json=True",
+        "--workdir=runs/a",
+    )
+
+
 def trained(folder, config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
