@@ -277,6 +277,8 @@ def _full_name(name: str, verb: str, value: str) -> str:
     if group in RENAMED:
         raise UsageError(f"--{name} is called --{RENAMED[group]}{field.removeprefix(group)} now")
     own = [path.removeprefix(f"{verb}.") for path in paths]
+    if not any(path.endswith(f".{field}") for path in paths):
+        own += (path for path in overrides.paths_in_classes() if path.endswith(f".{field}"))
     text = f"no field --{name}{_near(field, [*paths, *own])}"
     raise UsageError(f"{text}; `bhsd {verb} --help` lists them")
 

@@ -134,7 +134,7 @@ def _parse_flags(argv: Sequence[str]) -> Any:
         reason = f"no field {field.strip(chr(39))} in this config, see `bhsd config`. {hint}"
         reason = f"{_place(file, error)}{reason}"
     except flags.IllegalFlagValueError as error:
-        reason = _of_type(_last(error))
+        reason = _of_type(re.sub(r"^flag --config=.*?: (?=no field )", "", _last(error)))
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
         reason = _last(error)
     except SyntaxError as error:

@@ -1,13 +1,16 @@
 """The flag `--config`, and the fields of a config that other flags set."""
 
+import difflib
+import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from bhsd_jax.build import arguments
+from bhsd_jax.platform.errors import UserError
 
 PACKAGES = {  # of groups whose fields are those of what they name: where that is
     "data": "bhsd_jax.datasets",
@@ -49,12 +52,40 @@ class _ConfigFile(config_flags.config_flags.ConfigFileFlagParser):
 
 
 def _open_arguments(config: Any, given: Mapping[str, str]) -> None:
-    """Lets the config have the given fields, by path, that are arguments of what it names."""
+    """Lets the config have the given fields, by path, that are arguments of what it names.
+
+    Raises:
+        UserError: If one is none of them; names the nearest, or all.
+    """
     for path in given:
         group, _, argument = path.partition(".")
         if group in PACKAGES and argument and argument not in config[group]:
             name = given.get(f"{group}.name", config[group]["name"])
-            sources = _OPTIMIZER if group == "optimizer" else (name,)
-            if any(argument in arguments(PACKAGES[group], source) for source in sources):
-                with config.unlocked():
-                    config[group][argument] = FieldReference(None, field_type=object)
+            known = (
+                optimizer_arguments() if group == "optimizer" else arguments(PACKAGES[group], name)
+            )
+            if argument not in known:
+                raise UserError(_unknown(path, name, {*known, *config[group]} - {"name"}))
+            with config.unlocked():
+                config[group][argument] = FieldReference(None, field_type=object)
+
+
+def optimizer_arguments() -> set[str]:
+    """Fields that `config.optimizer` may have."""
+    found = set().union(*(arguments(PACKAGES["optimizer"], source) for source in _OPTIMIZER))
+    return found - {"steps", "parts"}  # which are not of a config
+
+
+def paths_in_classes() -> list[str]:
+    """Paths of fields that no `Settings` describe: of optimizers, and of the words `data=`."""
+    common: Any = importlib.import_module("bhsd_jax.configs.common")
+    of_data = {name for spec in common.DATA.values() for name in spec} - {"name"}
+    paths = [f"optimizer.{name}" for name in optimizer_arguments() - {"name"}]
+    return sorted([*paths, *(f"data.{name}" for name in of_data)])
+
+
+def _unknown(path: str, name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(path.partition(".")[2], known, n=1)
+    if near:
+        return f'no field {path} in this config, see `bhsd config`. Did you mean "{near[0]}"?'
+    return f"no field {path} in this config; {name} takes {', '.join(sorted(known))}"

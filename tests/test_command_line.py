@@ -142,6 +142,13 @@ def test_later_verbs_know_the_run_from_any_folder_and_refuse_another_config(bhsd
         (["train", "--config=cps", "--model=unetr"], 2, "name a class by --model.name=..., or"),
         (["train", "--config=cps", "--train.steps=1e5"], 2, "=1e5: must be a whole number"),
         (["train", "--config=cps", "--infer.mirror=no"], 2, "=no: must be True or False"),
+        (["train", "--config=cps", "--lr=0.1"], 2, "no field --lr, did you mean optimizer.lr?"),
+        (["train", "--config=cps", "--root=/d"], 2, "did you mean data.root?"),
+        (
+            ["train", "--config=cps", "--optimizer.learning_rate=1"],
+            2,
+            "bhsd: no field optimizer.learning_rate in this config; sgd takes beta2, clip, ",
+        ),
     ],
 )
 def test_what_is_misspelt_is_one_line_before_jax_is_imported(bhsd, words, code, want):
