@@ -197,18 +197,27 @@ def _page(
         sections.append(Section("What failed", (Table(("fold", "why"), rows),)))
     return Page(
         title=what.title,
-        subtitle=_subtitle(found["checkpoint"]),
+        subtitle=_subtitle(
+            found["checkpoint"], sorted({run.config.split.fold for run in what.runs})
+        ),
         headline=tuple(headline),
         sections=tuple(sections),
     )
 
 
-def _subtitle(checkpoint: str | int) -> str:
-    """Which network was scored, and whether the cases themselves have chosen it."""
+def _subtitle(checkpoint: str | int, folds: Sequence[int]) -> str:
+    """Of which folds, which network was scored, and whether the cases themselves have chosen it.
+
+    Of a data set's folds, which may be others than five, these need not be all.
+    """
     which = f"{checkpoint} checkpoint"
     if checkpoint not in ("best", "last"):
         which = f"checkpoint of step {checkpoint}"
-    words = f"Every labeled case was predicted by the {which} of the fold not trained on it."
+    listed = ", ".join(map(str, folds))
+    words = (
+        f"Of fold{'s' * (len(folds) > 1)} {listed}, every validation case was predicted by the "
+        f"{which} of the fold not trained on it."
+    )
     chosen = " These very cases chose it: the figures are too good." * (checkpoint == "best")
     return words + chosen
 

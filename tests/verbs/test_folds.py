@@ -272,5 +272,6 @@ def test_the_last_checkpoint_is_scored_unless_another_is_asked_for(tmp_path):
         assert run.config.predict.checkpoint == want
         assert folds.conclude(study) == 0
         page = (tmp_path / "report.md").read_text()
+        assert "Of fold 0, every validation case" in page, "which is not every labeled one"
         assert said in page
         assert ("too good" in page) == (want == "best")
