@@ -87,6 +87,7 @@ class Kind(enum.StrEnum):
     PADDING_VALUE = "# voxels of padding set to # HU"
     PADDING_IN_TISSUE = "the padding value is among tissue: not believed"
     UNSCALED = "no rescale factors in # of # slices; taken for # and #"
+    FLATTENED = "rescale slope of # in # of # slices; taken for #"
     FILES_DAMAGED = (
         "# of # files are damaged, the first is file # in the order of their names; left out"
     )

@@ -78,3 +78,27 @@ def test_padding_of_unsigned_values_may_be_stated_as_a_negative_number(tmp_path)
     assert (volume.voxels[:, -1] == -1024).all()
     np.testing.assert_array_equal(volume.voxels[:, -2::-1], head[:, 1:])
     assert [one.kind for one in found] == [Kind.PADDING_VALUE]
+
+
+def test_a_rescale_slope_of_0_is_taken_for_1(tmp_path):
+    """SimpleITK 2.5 reads the same; by the slope as it stands every voxel would be one."""
+    head = block()
+    write_series(tmp_path, head, change=lambda index, data: setattr(data, "RescaleSlope", 0))
+    volume, found = read(tmp_path)
+    np.testing.assert_array_equal(volume.voxels[:, ::-1], head)
+    assert [(one.kind, one.done) for one in found] == [(Kind.FLATTENED, "repaired")]
+
+
+def test_of_rescale_factors_that_are_stated_twice_the_first_count(tmp_path):
+    """As for SimpleITK 2.5 and dcm2niix 1.0; the series was called damaged."""
+    head = block()
+    write_series(
+        tmp_path,
+        head,
+        change=lambda index, data: data.update(
+            {"RescaleSlope": [1, 1], "RescaleIntercept": [-1024, -1024]}
+        ),
+    )
+    volume, found = read(tmp_path)
+    np.testing.assert_array_equal(volume.voxels[:, ::-1], head)
+    assert not found

@@ -1,5 +1,6 @@
 """Stored values of one DICOM image to HU."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,17 @@ class Plane:
     doubtful: bool  # a padding value that is tissue was not believed
     unwrapped: bool  # 12-bit overflow undone
     unscaled: bool  # no rescale factors in the header; taken for 1 and 0
+    flattened: bool = False  # by a slope of 0, taken for 1
 
 
 def of(data: Any, stored: Num[np.ndarray, "H W"], unwrap: bool) -> Plane:
-    """The image of a header and stored values; `unwrap` as in `slice_file.planes`."""
-    slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
-    unscaled = slope is None or intercept is None
-    slope, intercept = float(1 if slope is None else slope), float(intercept or 0)
+    """The image of a header and stored values; `unwrap` as in `slice_file.planes`.
+
+    Source: GDCM 3.0, in SimpleITK 2.5: a slope of 0, by which all voxels would be one, is none.
+    """
+    slope, intercept = (_first(data.get(f"Rescale{name}")) for name in ("Slope", "Intercept"))
+    unscaled, flattened = slope is None or intercept is None, slope == 0
+    slope, intercept = float(slope or 1), float(intercept or 0)
     bits = int(data.get("BitsStored") or 16)
     signed = int(data.get("PixelRepresentation") or 0) == 1
     if signed:  # a codec of more bits than are stored has kept no sign
@@ -53,7 +58,25 @@ def of(data: Any, stored: Num[np.ndarray, "H W"], unwrap: bool) -> Plane:
         doubtful=doubtful,
         unwrapped=unwrapped,
         unscaled=unscaled,
+        flattened=flattened,
     )
+
+
+def _first(value: Any) -> Any:
+    """Of several values where one is meant, as of a factor that is stated twice."""
+    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return next(iter(value), None) if several else value
+
+
+def _whole(value: Any) -> int | None:
+    """A number, or the bytes of one that is stated as words; None of what is missing or neither."""
+    first = _first(value)
+    if isinstance(first, bytes):
+        return int.from_bytes(first, "little") if len(first) == 2 else None
+    try:
+        return None if first is None else int(first)
+    except (TypeError, ValueError):
+        return None
 
 
 def _padding(data: Any, stored: np.ndarray, signed: bool, modulus: int) -> np.ndarray:

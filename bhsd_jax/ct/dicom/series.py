@@ -380,4 +380,7 @@ def _of_planes(planes: Sequence[Plane]) -> list[Finding]:
     if count := sum(plane.unscaled for plane in planes):
         text = f"no rescale factors in {count} of {total} slices; taken for 1 and 0"
         found.append(Finding(Kind.UNSCALED, "kept", text))
+    if count := sum(plane.flattened for plane in planes):
+        text = f"rescale slope of 0 in {count} of {total} slices; taken for 1"
+        found.append(Finding(Kind.FLATTENED, "repaired", text))
     return found
