@@ -102,3 +102,20 @@ def test_of_rescale_factors_that_are_stated_twice_the_first_count(tmp_path):
     volume, found = read(tmp_path)
     np.testing.assert_array_equal(volume.voxels[:, ::-1], head)
     assert not found
+
+
+def test_a_padding_value_may_be_stated_as_words_or_twice(tmp_path):
+    """GDCM and dcm2niix read such slices; they were called damaged."""
+    head = block()
+    for kind, value in (("OW", (63536).to_bytes(2, "little")), ("US", [63536, 63536])):
+
+        def pad(index, data, kind=kind, value=value):
+            stored = head[index].astype(np.int32) + 1024
+            stored[0] = 63536
+            store(data, stored, signed=False, intercept=-1024)
+            data.add_new(0x00280120, kind, value)
+
+        write_series(tmp_path / kind, head, change=pad)
+        volume, found = read(tmp_path / kind)
+        assert (volume.voxels[:, -1] == -1024).all()
+        assert [one.kind for one in found] == [Kind.PADDING_VALUE]

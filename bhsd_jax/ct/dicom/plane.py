@@ -81,11 +81,10 @@ def _whole(value: Any) -> int | None:
 
 def _padding(data: Any, stored: np.ndarray, signed: bool, modulus: int) -> np.ndarray:
     """Where the stored value is the padding value, or between it and the limit."""
-    value = data.get("PixelPaddingValue")
+    value, limit = (_whole(data.get(f"PixelPadding{name}")) for name in ("Value", "RangeLimit"))
     if value is None:
         return np.zeros(stored.shape, bool)
-    limit = data.get("PixelPaddingRangeLimit")
-    ends = [int(value), int(value if limit is None else limit)]
+    ends = [value, value if limit is None else limit]
     if signed:  # some files state a negative number in the unsigned type
         ends = [end - 65536 if end > 32767 else end for end in ends]
     else:  # and some the other way round
