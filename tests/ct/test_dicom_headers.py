@@ -104,6 +104,21 @@ def test_of_rescale_factors_that_are_stated_twice_the_first_count(tmp_path):
     assert not found
 
 
+def test_values_of_32_bits_are_read(tmp_path):
+    """As by SimpleITK 2.5 and dcm2niix 1.0; they were called damaged."""
+    head = block()
+
+    def widen(index, data):
+        store(data, head[index])
+        data.BitsAllocated, data.BitsStored, data.HighBit = 32, 32, 31
+        data.PixelData = head[index].astype("<i4").tobytes()
+
+    write_series(tmp_path, head, change=widen)
+    volume, found = read(tmp_path)
+    np.testing.assert_array_equal(volume.voxels[:, ::-1], head)
+    assert not found
+
+
 def test_a_padding_value_may_be_stated_as_words_or_twice(tmp_path):
     """GDCM and dcm2niix read such slices; they were called damaged."""
     head = block()

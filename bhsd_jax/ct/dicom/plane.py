@@ -10,6 +10,7 @@ from jaxtyping import Num
 from bhsd_jax.ct import hu
 
 _TISSUE_HU = (-200.0, 200.0)
+_WIDEST = 32  # bits; of the numbers that stored values are read as
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ def of(data: Any, stored: Num[np.ndarray, "H W"], unwrap: bool) -> Plane:
     slope, intercept = float(slope or 1), float(intercept or 0)
     bits = int(data.get("BitsStored") or 16)
     signed = int(data.get("PixelRepresentation") or 0) == 1
-    if signed:  # a codec of more bits than are stored has kept no sign
+    if signed and bits < _WIDEST:  # a codec of more bits than are stored has kept no sign
         stored = np.where(stored >= 1 << (bits - 1), stored - (1 << bits), stored)
     wraps = bits == 12 and not signed and intercept > -100 and slope == 1
     padding = _padding(data, stored, signed, 4096 if wraps else 65536)
