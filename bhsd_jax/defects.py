@@ -24,6 +24,8 @@ class Kind(enum.StrEnum):
     PADDING = "padding below -1024 HU"
     METAL = "metal beyond 3071 HU"
     NO_AIR = "no air: windowed, or no CT"
+    BLANK = "scan without an image"
+    BLANK_SLICES = "slices without an image between others"
     NO_HU = "values that are no HU"
     NOT_HU = "no CT, or a CT that is not in HU"
     OFFSET = "rescale intercept lost, or applied twice"

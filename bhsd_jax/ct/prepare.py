@@ -9,7 +9,17 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from bhsd_jax.ct import channels, geometry, hu, nifti, plausibility, scan, shear, slice_labels
+from bhsd_jax.ct import (
+    blank,
+    channels,
+    geometry,
+    hu,
+    nifti,
+    plausibility,
+    scan,
+    shear,
+    slice_labels,
+)
 from bhsd_jax.ct import previous as first_stage
 from bhsd_jax.ct.foreground import SEED, foreground_positions, target_positions
 from bhsd_jax.ct.prepared import Facts, Prepared
@@ -18,8 +28,8 @@ from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Volume
 
 _DOUBTFUL = (
     *plausibility.KINDS,
-    *(Kind.NO_DICOM, Kind.SERIES_PARTS, Kind.NO_POSITION),
-    *(Kind.TWO_SPACINGS, Kind.TWO_DIRECTIONS),
+    *(Kind.NO_DICOM, Kind.SERIES_PARTS, Kind.BLANK, Kind.BLANK_SLICES),
+    *(Kind.NO_POSITION, Kind.TWO_SPACINGS, Kind.TWO_DIRECTIONS),
 )
 
 
@@ -293,6 +303,7 @@ def _read(
         label = mask.voxels
     if modality != "ct":
         return raw, label, [*found, *_channel_doubts(every, schemes)]
+    found += blank.findings(raw)
     if as_it_lies:
         return raw, label, [*found, *plausibility.doubts(raw.voxels)]
     try:

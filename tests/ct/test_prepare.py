@@ -182,6 +182,36 @@ def test_a_scan_of_one_value_does_not_divide_by_zero(tmp_path):
     )
 
 
+def test_a_ct_of_one_value_is_told_to_all_who_use_the_scan(tmp_path):
+    """It passed for a scan without a bleed: -1024 everywhere is air."""
+    for value in (-1024, 0):
+        flat = store(tmp_path, np.full((12, 12, 12), value, np.int16), matrix=affine((1, 1, 1)))
+        facts = prepare.fingerprint_case(flat, num_classes=2, modality="ct", crop_hu=-200.0)
+        (found,) = (one for one in facts.findings if one.kind is Kind.BLANK)
+        assert found.done == "kept"
+        assert f"every voxel is {value}" in found.text
+        assert prepare.doubts_of([found]) == (found.text,)
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_slices_of_one_value_between_others_are_told_to_all_who_use_the_scan(tmp_path, up):
+    """As files that were cut off and filled up with zeros; at an end they say nothing."""
+    rng = np.random.default_rng(0)
+    voxels = rng.integers(-1000, 60, (10, 12, 12)).astype(np.int16)
+    voxels[[0, 1, 9]] = -1024
+    for blank, said in (([], []), ([3, 4], ["2 of 10 slices", "slice 4 from below"])):
+        voxels[blank] = -1024
+        turned = voxels if up else voxels[::-1]
+        matrix = affine((5.0, 1.0, 1.0))
+        matrix[2] *= 1 if up else -1
+        case = store(tmp_path, turned, matrix=matrix)
+        facts = prepare.fingerprint_case(case, num_classes=2, modality="ct", crop_hu=-200.0)
+        found = [one for one in facts.findings if one.kind is Kind.BLANK_SLICES]
+        assert all(words in found[0].text for words in said)
+        assert len(found) == bool(said)
+        assert prepare.doubts_of(found) == tuple(texts(found))
+
+
 def test_the_file_order_of_axes_does_not_matter(tmp_path, head):
     """One scan stored twice, the second time with other axes and directions."""
     plan = a_plan("ct", (5.0, 1.0, 1.0), crop_hu=-200.0)
