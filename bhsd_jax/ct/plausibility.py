@@ -26,6 +26,8 @@ padding (-1500, -2000, -2048, -3024) and shows nothing:
    tissue at -150..200. Taken as it is and marked.
 6. No air, a window: most of what was not clipped is one peak at 15..50, with 0.1 % or more below
    -5, or with air clipped to one value and bone above 300 or clipped. Taken as it is and marked.
+   In 5 and 6 the one value of all corners, with 5 % of the scan, is what lies outside a brain that
+   was cut out of its head, and not looked at.
 7. All else is refused: no MR has negative values, and what was scaled has its brain elsewhere.
 
 Fewer than 1000 voxels tell nothing. Measured on two heads, a dry skull and 208 MR scans: heads and
@@ -49,6 +51,7 @@ _OFFSET = 1024.0  # lost rescale intercept of nearly all scanners
 _PADDING_HU = -1200.0  # lower is padding
 _SAMPLE = 500_000  # voxels looked at, evenly spread
 _LEAST = 1000  # voxels; fewer tell nothing
+_LEAST_BACKGROUND = 0.05  # share of a scan
 _CORE = 32.0  # half the width of a peak of tissue, noise included
 _BIN = 4.0
 _REMEDY = (
@@ -75,7 +78,8 @@ def settle(
     step = _step(voxels)
     before, after = shifted.ravel()[::step], repaired.ravel()[::step]
     # What was below padding and no longer is was metal that had wrapped around.
-    seen = _Intensities(np.sort(after[(before >= _PADDING_HU) | (after > hu.LOWEST_HU)]))
+    shown = (before >= _PADDING_HU) | (after > hu.LOWEST_HU)
+    seen = _Intensities(np.sort(after[shown & ~_is_background(after, repaired)]))
     if voxels.size >= _LEAST:
         found += _examine_intercept(_Intensities(np.sort(before)))
         _require_no_bright_padding(before, after, seen)
@@ -156,6 +160,19 @@ def _step(voxels: np.ndarray) -> int:
 def _seen(voxels: np.ndarray) -> _Intensities:
     sample = voxels.ravel()[:: _step(voxels)]
     return _Intensities(np.sort(sample[sample >= _PADDING_HU].astype(np.float32)))
+
+
+def _is_background(sample: np.ndarray, voxels: np.ndarray) -> np.ndarray:
+    """Where a sample of a scan has the one value of all its corners, if that is within tissue.
+
+    Whatever cuts brains out of heads sets the rest to 0. What is lowest is told from tissue anyway.
+    """
+    corners = voxels[:: max(len(voxels) - 1, 1), [[0], [-1]], [0, -1]]
+    value = corners.flat[0]
+    if (corners != value).any() or value <= AIR_HU or value <= voxels.min():
+        return np.zeros(sample.shape, bool)
+    found = sample == value
+    return found if np.mean(found) >= _LEAST_BACKGROUND else np.zeros(sample.shape, bool)
 
 
 def _undo_unsigned(voxels: np.ndarray) -> tuple[np.ndarray, list[Finding]]:

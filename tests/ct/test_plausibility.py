@@ -30,6 +30,7 @@ def head(seed=0):
 
 HU = head()
 TIGHT = HU[4:8, 20:44, 20:44]
+BRAIN_AXES = ((12, np.s_[:, None, None]), (64, np.s_[:, None]), (64, np.s_[:]))
 PADDED = np.hypot(*np.meshgrid(np.linspace(-1, 1, 64), np.linspace(-1, 1, 64))) > 1.1
 
 
@@ -271,3 +272,20 @@ def test_scans_that_are_normalized_first_are_put_right_where_the_plan_says_so(tm
     np.testing.assert_array_equal(prepare.prepare_case(case, plan).image, right)
     as_it_lies = prepare.prepare_case(case, dataclasses.replace(plan, repaired=False)).image
     assert not np.array_equal(as_it_lies, right)
+
+
+def test_a_brain_that_was_cut_out_of_its_head_is_in_hu_however_tightly_it_is_cropped():
+    """The rest is 0, whose share of a crop decided whether it was taken for a scaled CT."""
+    radius = np.sqrt(sum(np.linspace(-1, 1, n)[at] ** 2 for n, at in BRAIN_AXES))
+    for noise in (3, 6, 15):
+        random = np.random.default_rng(noise)
+        tissue = np.where(radius < 0.3, 8, BRAIN) + random.normal(0, noise, radius.shape)
+        for slices, margin in ((0, 0), (2, 7), (3, 8)):
+            brain = np.where(radius < 0.8, np.rint(tissue), 0).astype(np.int16)
+            brain = brain[slices : 12 - slices, margin : 64 - margin, margin : 64 - margin]
+            made, found = plausibility.settle(brain)
+            np.testing.assert_array_equal(made, brain)
+            assert kinds(found) == [Kind.NO_AIR]
+    stripped = np.where(radius < 0.8, mr(), 0)
+    with pytest.raises(Refusal):
+        plausibility.settle(stripped.astype(np.float32))
