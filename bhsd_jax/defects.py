@@ -40,6 +40,8 @@ class Kind(enum.StrEnum):
     FIELD_OF_VIEW = "doubtful size"
     QFORM_ONLY = "position in the qform only"
     NO_POSITION = "no position in the header"
+    NO_SPACING = "no spacing in the header"
+    NO_SFORM = "sform that is no affine"
     TILT_AMBIGUOUS = "turned affine: oblique, or a tilted gantry drawn upright"
     TWO_SPACINGS = "sform and pixdim that state different spacings"
     TWO_DIRECTIONS = "sform and qform that run in different directions"

@@ -7,6 +7,7 @@ run to S, P and L.
 
 import importlib
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Num, UInt8
 
 from bhsd_jax.ct import nifti
-from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError, explain_extra
 from bhsd_jax.volume import Millimeters, Volume
@@ -27,6 +28,12 @@ _PICTURES = (".png", ".bmp")  # 2D, gray or in color
 _TIFF = (".tif", ".tiff")  # 2D, or 3D with its spacing in a JSON file beside it
 _PALETTE = ".bmp"  # ITK reads its grays as three colors
 ENDINGS = (*_ITK, *_PICTURES, *_TIFF)
+_HEADER = 2**16  # bytes in which the text at the start of a file ends
+# Fields that state directions, and those that state the spacing alone.
+_STATED = {
+    ".mha": ({"transformmatrix", "rotation", "orientation"}, {"elementspacing", "elementsize"}),
+    ".nrrd": ({"space directions"}, {"spacings"}),
+}
 _PICTURE_MM = (999.0, 1.0, 1.0)  # nnU-Net's spacing of a picture
 _SLICE_FACTOR = 999.0  # by nnU-Net, of the larger spacing of a 2D image, as its distance of slices
 _COLORS = (3, 4)
@@ -53,7 +60,8 @@ def stem(path: str | Path) -> str:
 def frame(path: Path) -> str:
     """What a file states of its place: "space", "spacing" alone, or "" (nothing).
 
-    NIfTI and ITK's formats state all of it. Only affines of one frame can be compared.
+    NIfTI states all of it, and so do ITK's formats, but for .mha and .nrrd of writers that leave it
+    out. Only affines of one frame can be compared.
 
     Raises:
         Refusal: If the spacing beside a TIFF is no such.
@@ -61,7 +69,68 @@ def frame(path: Path) -> str:
     kind = ending(path)
     if kind in _TIFF:
         return "spacing" if _tiff_spacing(path) else ""
-    return "" if kind in _PICTURES else "space"
+    if kind not in _STATED:
+        return "" if kind in _PICTURES else "space"
+    fields = _fields(path)
+    directions, spacings = _STATED[kind]
+    sides = kind != ".nrrd" or _of_patient(fields.get("space", ""))
+    if sides and not directions.isdisjoint(fields):
+        return "space"
+    return "" if (directions | spacings).isdisjoint(fields) else "spacing"
+
+
+def states_sides(path: Path) -> bool:
+    """Whether a file says which side of its scan is the patient's right; .gipl has no directions.
+
+    Raises:
+        Refusal: As by `frame`.
+        FileNotFoundError: If there is no such file.
+    """
+    return frame(path) == "space" and ending(path) != ".gipl"
+
+
+def findings(path: Path, volume: Volume) -> list[Finding]:
+    """What has to be said of a volume whose file does not state its place; nothing of one slice.
+
+    Raises:
+        Refusal: As by `frame`.
+    """
+    if states_sides(path) or len(volume.voxels) == 1:
+        return []
+    text = (
+        "no position in the file: axes are taken to run to the left, the back and the top, as ITK "
+        "does; right and left may be exchanged"
+    )
+    found = [Finding(Kind.NO_POSITION, "kept", text)]
+    if not frame(path):
+        text = "no spacing in the file: 1 mm is taken, and volumes in mL follow it"
+        found.append(Finding(Kind.NO_SPACING, "kept", text))
+    return found
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """Of the text that a .mha or .nrrd file begins with."""
+    with path.open("rb") as file:
+        text = file.read(_HEADER).decode("latin-1")
+    found = {}
+    for line in text.splitlines():
+        if not line.strip():
+            break  # of .nrrd; a .mha ends with the field below
+        name, mark, value = line.partition("=" if ending(path) == ".mha" else ":")
+        if mark:
+            found[name.strip().casefold()] = value.strip()
+        if name.strip() == "ElementDataFile":
+            break
+    return found
+
+
+def _of_patient(space: str) -> bool:
+    """Whether a .nrrd's space has axes to the sides of a patient, such as LPS; no scanner's does.
+
+    Source: the NRRD format, field "space".
+    """
+    words = re.split(r"[^a-z]+", space.casefold())
+    return bool({"left", "right", "las", "lps", "ras", "last", "lpst", "rast"} & set(words))
 
 
 def is_picture(path: Path) -> bool:

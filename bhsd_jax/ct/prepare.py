@@ -29,7 +29,7 @@ from bhsd_jax.volume import Case, Grid, Millimeters, Plan, Volume
 _DOUBTFUL = (
     *plausibility.KINDS,
     *(Kind.NO_DICOM, Kind.SERIES_PARTS, Kind.BLANK, Kind.BLANK_SLICES),
-    *(Kind.NO_POSITION, Kind.TWO_SPACINGS, Kind.TWO_DIRECTIONS),
+    *(Kind.NO_POSITION, Kind.NO_SPACING, Kind.TWO_SPACINGS, Kind.TWO_DIRECTIONS),
 )
 
 

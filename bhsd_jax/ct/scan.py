@@ -25,7 +25,8 @@ def read(image: Image) -> tuple[Volume, list[Finding]]:
         every, found = read_channels(image)
         return every[0], found
     if isinstance(image, Path) and formats.ending(image):
-        return formats.read(image), []
+        volume = formats.read(image)
+        return volume, formats.findings(image, volume)
     if not isinstance(image, Series):
         return nifti.read(image), nifti.repairs(image)
     volume, found = dicom_series.read(image)
@@ -46,7 +47,8 @@ def read_channels(image: Image) -> tuple[tuple[Volume, ...], list[Finding]]:
     if len(image.files) == 1:
         file = image.files[0]
         if formats.ending(file):
-            every, found = formats.read_channels(file, image.count), []
+            every = formats.read_channels(file, image.count)
+            found = formats.findings(file, every[0])
         else:
             every, found = nifti.read_channels(file, image.count), nifti.repairs(file)
     else:
@@ -70,7 +72,7 @@ def has_sides(image: Image) -> bool:
     if isinstance(image, Series):
         return True
     first = files(image)[0]  # whose affine counts
-    return bool(formats.ending(first)) or nifti.has_sides(first)
+    return formats.states_sides(first) if formats.ending(first) else nifti.has_sides(first)
 
 
 def native(image: Image) -> Image:
@@ -227,7 +229,7 @@ def _read_other(
 def _where_it_lies(path: Path, num_classes: int | None) -> Volume:
     """A label map on voxels and affine of its own."""
     if formats.frame(path) != "space":
-        text = f"{path}: its format states no place in space; give it as .nii.gz, .nrrd or .mha"
+        text = f"{path}: states no place in space; give it as .nii.gz, .nrrd or .mha that does"
         raise Refusal(Kind.MASK_GEOMETRY, text)
     if not formats.ending(path):
         return nifti.read_label(path, nifti.read(path), num_classes=num_classes)[0]

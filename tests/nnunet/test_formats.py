@@ -11,11 +11,11 @@ from dicom_files import block, write_series
 from nnunet_raw import Reference, config
 
 from bhsd_jax import api
-from bhsd_jax.ct import formats, nifti, scan
+from bhsd_jax.ct import formats, nifti, prepare, scan
 from bhsd_jax.datasets import image_files
 from bhsd_jax.datasets.dicom import DICOM
 from bhsd_jax.datasets.msd import MSD
-from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.defects import Kind, Refusal, texts
 from bhsd_jax.nnunet import planner
 from bhsd_jax.shards import store
 from bhsd_jax.verbs import chosen_scans, preprocess
@@ -211,6 +211,45 @@ def test_a_label_map_of_a_series_is_turned_to_it_by_its_affine(tmp_path):
         with pytest.raises(ValueError, match=f"its mask.* {message}") as caught:
             scan.read_label(tmp_path / name, case.image, volume, num_classes=2)
         assert name not in str(caught.value)
+
+
+NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: 4 3 2\nendian: little\nencoding: raw\n"
+MHA = "ObjectType = Image\nNDims = 3\nDimSize = 4 3 2\nElementType = MET_SHORT\n"
+DIRECTIONS = "space directions: (1,0,0) (0,2,0) (0,0,5)\nspace origin: (0,0,0)\n"
+NOWHERE = [Kind.NO_POSITION, Kind.NO_SPACING]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.nrrd", f"{NRRD}\n", NOWHERE),  # as pynrrd writes an array alone
+        ("a.nrrd", f"{NRRD}spacings: 1 2 5\n\n", NOWHERE[:1]),
+        ("a.nrrd", f"{NRRD}space dimension: 3\n{DIRECTIONS}\n", NOWHERE[:1]),
+        ("a.nrrd", f"{NRRD}space: scanner-xyz\n{DIRECTIONS}\n", NOWHERE[:1]),
+        ("a.nrrd", f"{NRRD}space: RAS\n{DIRECTIONS}\n", []),
+        ("a.nrrd", f"{NRRD}space: left-posterior-superior\n{DIRECTIONS}\n", []),
+        ("a.mha", f"{MHA}ElementDataFile = LOCAL\n", NOWHERE),
+        ("a.mha", f"{MHA}ElementSpacing = 1 2 5\nElementDataFile = LOCAL\n", NOWHERE[:1]),
+        ("a.mha", f"{MHA}TransformMatrix = 1 0 0 0 1 0 0 0 1\nElementDataFile = LOCAL\n", []),
+    ],
+)
+def test_a_volume_that_states_no_place_is_told_to_all_who_use_it(tmp_path, name, text, said):
+    path = tmp_path / name
+    path.write_bytes(text.encode() + np.arange(24, dtype="<i2").tobytes())
+    volume, found = scan.read(path)
+    np.testing.assert_array_equal(volume.voxels.ravel(), np.arange(24))
+    assert [one.kind for one in found] == said
+    assert prepare.doubts_of(found) == tuple(texts(found))
+    assert scan.has_sides(path) is (not said)
+
+
+def test_formats_without_directions_state_no_side(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((2, 3, 5), np.uint8))
+    itk.WriteImage(itk.GetImageFromArray(np.zeros((2, 3, 5), np.uint8)), str(tmp_path / "b.gipl"))
+    itk.WriteImage(itk.GetImageFromArray(np.zeros((3, 5), np.uint8)), str(tmp_path / "c.png"))
+    found = {p.name: scan.read(p)[1] for p in sorted(tmp_path.iterdir())}
+    assert [[one.kind for one in each] for each in found.values()] == [NOWHERE, NOWHERE[:1], []]
+    assert not any(scan.has_sides(tmp_path / name) for name in found)
 
 
 def test_grays_of_a_bitmap_are_one_channel_and_its_colors_three(tmp_path):
