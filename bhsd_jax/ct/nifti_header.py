@@ -15,6 +15,7 @@ from bhsd_jax.volume import Shape
 
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # xyzt_units: meter, micrometer; all else is taken for mm
 _SAME = 1e-3  # of a column's length: how far those of sform and qform may be apart
+_LONGEST = 1.01  # of a quaternion, which is of length 1 but for rounding
 _SAME_SPACING = 0.01  # share by which the steps of a sform and pixdim may differ
 _LEAST_TILTED, _MOST_TILTED = math.cos(math.radians(0.5)), math.cos(math.radians(45.0))
 _KINDS = {348: (Nifti1Header, b"n+1", 352), 540: (Nifti2Header, b"n+2", 544)}
@@ -120,6 +121,7 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     Source: dcm2niix 1.0.20260724 on tilted series: the step's direction is the table's, but its
     length the distance between the slices, which pixdim and the upright qform beside it have.
     """
+    header = _settled(header)
     spacing = np.asarray(header["pixdim"][1:4], np.float64)
     # A sform says all by itself; ITK's writers leave negative spacings beside it, others zeros
     # or NaN.
@@ -127,14 +129,41 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     if needed and not (np.isfinite(spacing).all() and spacing.min() > 0):
         text = f"spacing must be positive and finite; pixdim is {spacing.tolist()}"
         raise Refusal(Kind.SPACING, text)
-    header = header.copy()
-    if header["pixdim"][0] not in (-1, 1):
-        header["pixdim"][0] = 1  # the standard's reading of 0
     matrix = np.array(header.get_best_affine(), np.float64)
     matrix[:3, 2] *= _lengthened(header)
     matrix[:3] *= _mm_per_unit(header)
     require_affine(matrix)
     return matrix[:, [2, 1, 0, 3]]
+
+
+def _settled(header: Nifti1Header) -> Nifti1Header:
+    """The header as its geometry is read: without what it states of it and cannot mean.
+
+    A sform that puts all voxels into a plane or nowhere counts for none where there is a qform. A
+    quaternion that is too long by rounding is brought to its length.
+
+    Source: ITK 5.4, `itkNiftiImageIO.cxx`; nifticlib 3, `nifti_quatern_to_mat44`.
+    """
+    header = header.copy()
+    if header["pixdim"][0] not in (-1, 1):
+        header["pixdim"][0] = 1  # the standard's reading of 0
+    if int(header["qform_code"]) > 0 and int(header["sform_code"]) > 0 and _is_flat(header):
+        header["sform_code"] = 0
+    names = [f"quatern_{letter}" for letter in "bcd"]
+    length = float(np.linalg.norm([float(header[name]) for name in names]))
+    if 1 < length <= _LONGEST:
+        for name in names:
+            header[name] = float(header[name]) / length
+    return header
+
+
+def _is_flat(header: Nifti1Header) -> bool:
+    """Whether a sform is no affine."""
+    try:
+        require_affine(np.asarray(header.get_sform(), np.float64))
+    except Refusal:
+        return True
+    return False
 
 
 def require_affine(matrix: Float64[np.ndarray, "4 4"]) -> None:
@@ -158,6 +187,17 @@ def has_position(header: Nifti1Header) -> bool:
 
 def repairs(header: Nifti1Header) -> list[Finding]:
     """What `affine` has changed, or has taken though the header contradicts it or says nothing."""
+    settled = _settled(header)
+    if int(settled["sform_code"]) != int(header["sform_code"]):
+        text = "sform that is no affine (sform_code is set): the qform is taken, as ITK does"
+        return [Finding(Kind.NO_SFORM, "repaired", text)]
+    header = settled
+    if _is_identity(header):
+        text = (
+            "no position in the header (its affine is the identity, as tools write that have lost "
+            "it): right and left may be exchanged, and volumes in mL take voxels for 1 mm3"
+        )
+        return [Finding(Kind.NO_POSITION, "kept", text)]
     if not has_position(header):
         text = (
             "no position in the header (sform_code and qform_code are 0): axes are taken to run to "
@@ -200,6 +240,7 @@ def _contradictions(header: Nifti1Header) -> list[Finding]:
 
 def has_sides(header: Nifti1Header) -> bool:
     """Whether it says which side of a scan is the patient's right, and in one way."""
+    header = _settled(header)
     letters = _letters(header)
     sides = ["".join(letter for letter in each if letter in "RL") for each in letters]
     places = [each.find(side) for each, side in zip(letters, sides, strict=True)]

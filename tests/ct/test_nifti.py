@@ -497,3 +497,30 @@ def test_channels_that_itk_has_written_as_vectors_are_read(tmp_path, stored):
         scan.read_channels(Channels((place,), 3))
     with pytest.raises(ValueError, match=r"not a 3D scan: .* \(3, 4, 5, 1, 2\)"):
         nifti.read(place)
+
+
+def test_a_sform_that_is_none_gives_way_to_the_qform(tmp_path, stored):
+    """ITK reads such files by the qform; nibabel finds all voxels at one place."""
+    qform = np.diag([-0.5, 0.5, 5.0, 1.0])
+    qform[:3, 3] = 8, -8, -20
+    made = nib.Nifti1Image(stored, qform)
+    made.set_qform(qform, 1)
+    codes = {"qform_code": 1, "sform_code": 1}
+    rows = {f"srow_{axis}": 0 for axis in "xyz"}
+    fields = {name: made.header[name] for name in ("pixdim", "quatern_b", "quatern_c", "quatern_d")}
+    fields |= {f"qoffset_{axis}": made.header[f"qoffset_{axis}"] for axis in "xyz"}
+    path = save(tmp_path / "a.nii.gz", stored, **fields, **rows, **codes)
+    volume, found = scan.read(path)
+    np.testing.assert_allclose(volume.affine[:, [2, 1, 0, 3]], qform, atol=1e-6)
+    assert [(one.kind, one.done) for one in found] == [(Kind.NO_SFORM, "repaired")]
+    assert scan.has_sides(path)
+
+
+def test_a_quaternion_that_is_too_long_by_rounding_is_a_rotation(tmp_path, stored):
+    """As for ITK; nibabel says that w2 should be positive."""
+    fields = {"quatern_b": 0, "quatern_c": 0, "quatern_d": 1.0001, "qform_code": 1, "sform_code": 0}
+    path = save(tmp_path / "a.nii.gz", stored, np.diag([0.5, 0.5, 5.0, 1.0]), **fields)
+    volume, found = scan.read(path)
+    columns = volume.affine[:3, [2, 1, 0]]
+    np.testing.assert_allclose(columns, np.diag([-0.5, -0.5, 5.0]), atol=1e-3)
+    assert found == []
