@@ -182,7 +182,24 @@ def require_affine(matrix: Float64[np.ndarray, "4 4"]) -> None:
 
 def has_position(header: Nifti1Header) -> bool:
     """Whether it says where in the patient voxels lie: without, `affine` is but a custom."""
-    return int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
+    coded = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
+    return coded and not _is_identity(header)
+
+
+def _is_identity(header: Nifti1Header) -> bool:
+    """Whether all that a header states of its place is the identity: `nibabel` with `np.eye(4)`.
+
+    No scan has voxels of 1 mm to the last bit and the world's origin in the middle of its first.
+    """
+    stated = []
+    try:
+        if int(header["sform_code"]) > 0:
+            stated.append(np.asarray(header.get_sform()))
+        if int(header["qform_code"]) > 0:
+            stated.append(np.asarray(header.get_qform()))
+    except (ValueError, HeaderDataError):  # a quaternion that is none
+        return False
+    return bool(stated) and all(np.array_equal(matrix, np.eye(4)) for matrix in stated)
 
 
 def repairs(header: Nifti1Header) -> list[Finding]:

@@ -499,6 +499,22 @@ def test_channels_that_itk_has_written_as_vectors_are_read(tmp_path, stored):
         nifti.read(place)
 
 
+def test_an_identity_for_an_affine_states_no_place(tmp_path, stored):
+    """As `nibabel.Nifti1Image(voxels, np.eye(4))` writes it, which many do who have lost theirs."""
+    path = tmp_path / "a.nii.gz"
+    nib.save(nib.Nifti1Image(stored, np.eye(4)), path)
+    volume, found = scan.read(path)
+    np.testing.assert_array_equal(volume.affine[:, [2, 1, 0, 3]], np.eye(4))
+    assert [(one.kind, one.done) for one in found] == [(Kind.NO_POSITION, "kept")]
+    assert prepare.doubts_of(found) == tuple(texts(found))
+    assert not scan.has_sides(path)
+    template = np.eye(4)
+    template[:3, 3] = -90, -126, -72
+    nib.save(nib.Nifti1Image(stored, template), path)
+    assert scan.read(path)[1] == []
+    assert scan.has_sides(path)
+
+
 def test_a_sform_that_is_none_gives_way_to_the_qform(tmp_path, stored):
     """ITK reads such files by the qform; nibabel finds all voxels at one place."""
     qform = np.diag([-0.5, 0.5, 5.0, 1.0])
