@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from io import BufferedIOBase
@@ -22,7 +23,10 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Volume
 
 MAX_BYTES = 4 * 2**30
-NOT_FINITE_REMEDY = "outside a registered scan? Set them to air, -1000 HU, or to 0 in MR"
+NOT_FINITE_REMEDY = (
+    "outside a registered scan? Set them to air, -1000 HU, or to 0 in MR and in masks"
+)
+_SUFFIX = re.compile(r"(\.nii)?(\.gz)?$", re.IGNORECASE)
 _CHUNK = 2**20
 _SLACK = 2**20  # bytes after the voxels that are still taken for padding
 _DEFLATE_RATIO = 1032  # no gzip stream unpacks to more than this many times its size
@@ -34,8 +38,8 @@ _GEOMETRY = (
 
 
 def case_name(path: str | Path) -> str:
-    """The file's name without .nii or .nii.gz."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+    """The file's name without .nii or .nii.gz, in small letters or in capitals."""
+    return _SUFFIX.sub("", Path(path).name)
 
 
 def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Volume:

@@ -540,3 +540,8 @@ def test_a_quaternion_that_is_too_long_by_rounding_is_a_rotation(tmp_path, store
     columns = volume.affine[:3, [2, 1, 0]]
     np.testing.assert_allclose(columns, np.diag([-0.5, -0.5, 5.0]), atol=1e-3)
     assert found == []
+
+
+def test_a_name_ends_before_its_suffix_in_capitals_too():
+    names = ["a.nii.gz", "a.nii", "A.NII.GZ", "a.1.Nii", "a.gz", "a"]
+    assert list(map(nifti.case_name, names)) == ["a", "a", "A", "a.1", "a", "a"]
