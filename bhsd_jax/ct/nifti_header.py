@@ -71,6 +71,8 @@ def shape(header: Nifti1Header, channels: int = 1) -> Shape:
     if not 3 <= rank <= 7 or any(n != 1 for n in further):
         # One slice has no thickness in such a file, and networks for scans are given millimeters.
         hint = "; give a slice a third axis of size 1, or save it as .mha or .png" * (rank == 2)
+        if channels == 1 and 3 < rank <= 7:
+            hint = "; it holds several volumes: save the one that is meant, as by fslroi"
         raise Refusal(Kind.AXES, f"not a 3D scan: dim is {rank}, sizes {tuple(sizes)}{hint}")
     if min(sizes) < 1:
         raise Refusal(Kind.AXES, f"sizes must be positive; got {tuple(sizes)}")

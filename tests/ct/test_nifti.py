@@ -545,3 +545,9 @@ def test_a_quaternion_that_is_too_long_by_rounding_is_a_rotation(tmp_path, store
 def test_a_name_ends_before_its_suffix_in_capitals_too():
     names = ["a.nii.gz", "a.nii", "A.NII.GZ", "a.1.Nii", "a.gz", "a"]
     assert list(map(nifti.case_name, names)) == ["a", "a", "A", "a.1", "a", "a"]
+
+
+def test_a_file_of_several_volumes_is_refused_with_a_way_out(tmp_path, stored):
+    path = save(tmp_path / "a.nii.gz", np.stack([stored, stored], axis=3))
+    with pytest.raises(Refusal, match="several volumes: save the one that is meant"):
+        nifti.read(path)
