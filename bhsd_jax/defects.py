@@ -63,6 +63,7 @@ class Kind(enum.StrEnum):
     MASK_ROUNDED = "mask values rounded by a scale factor"
     MASK_ONE_VALUE = "no mask holds another value than 1"
     MASK_MOVED = "mask that lies elsewhere than its image"
+    MASK_SPACING = "mask of another spacing than its image"
     MASK_MIRRORED = "mask that may be mirrored"
     MASK_GEOMETRY = "mask without usable geometry"
     MASK_UNEVEN = "mask on slices at uneven steps; planes between them have the nearest one's"

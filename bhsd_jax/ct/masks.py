@@ -11,6 +11,7 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Volume
 
 WAYS = ("first", "majority", "union", "intersection")
+_SAME_SPACING = 0.01  # share by which the spacings of a scan and its mask may differ
 _SAME_PLACE_MM = 0.01  # two affines that put every voxel this close are the same
 
 
@@ -35,7 +36,7 @@ def lay(label: Volume, image: Volume, *, placed: bool) -> tuple[np.ndarray, list
         text = "label has its axes in another order than the image, on the same voxels; turned"
         return turned, [Finding(Kind.TURNED, "repaired", text)]
     require_shape(label.voxels, image)
-    return label.voxels, _apart(label, image)
+    return label.voxels, _apart(label, image, placed=placed)
 
 
 def require_shape(label: np.ndarray, image: Volume) -> None:
@@ -48,12 +49,23 @@ def require_shape(label: np.ndarray, image: Volume) -> None:
         )
 
 
-def _apart(label: Volume, image: Volume) -> list[Finding]:
-    """What is to be said of a label map whose affine is not that of its image; [] if it is."""
+def _apart(label: Volume, image: Volume, *, placed: bool) -> list[Finding]:
+    """What is to be said of a label map whose affine is not that of its image; [] if it is.
+
+    Source: nnU-Net v2.8.1, `verify_dataset_integrity`, which refuses another spacing.
+    """
     apart_mm = geometry.distance_mm(label.affine, image.affine, label.voxels.shape)
     if apart_mm <= _SAME_PLACE_MM:
         return []
-    if geometry.canonical(label.affine) == geometry.canonical(image.affine):
+    alike = geometry.canonical(label.affine) == geometry.canonical(image.affine)
+    sizes = [" x ".join(f"{mm:.4g}" for mm in one.spacing_mm) for one in (label, image)]
+    if alike and placed and not np.allclose(label.spacing_mm, image.spacing_mm, rtol=_SAME_SPACING):
+        text = (
+            f"label has voxels of {sizes[0]} mm, its image of {sizes[1]}, as if it had been drawn "
+            "on another reconstruction; they are taken for the image's: look whether it fits"
+        )
+        return [Finding(Kind.MASK_SPACING, "kept", text)]
+    if alike:
         text = f"label affine is up to {apart_mm:.3g} mm off the image's, which is taken"
         return [Finding(Kind.MASK_MOVED, "repaired", text)]
     text = (

@@ -551,3 +551,17 @@ def test_a_file_of_several_volumes_is_refused_with_a_way_out(tmp_path, stored):
     path = save(tmp_path / "a.nii.gz", np.stack([stored, stored], axis=3))
     with pytest.raises(Refusal, match="several volumes: save the one that is meant"):
         nifti.read(path)
+
+
+def test_a_mask_of_another_spacing_is_to_be_looked_at(tmp_path, stored):
+    """As if drawn on another reconstruction, with as many voxels; nnU-Net refuses it."""
+    image = nifti.read(save(tmp_path / "a.nii.gz", stored))
+    wider = AFFINE @ np.diag([1.1, 1.1, 1, 1])
+    found = {}
+    for name, affine in (("wider", wider), ("lost", np.eye(4)), ("same", AFFINE)):
+        path = save(tmp_path / f"{name}.nii.gz", np.zeros(stored.shape, np.uint8), affine)
+        _, findings = nifti.read_label(path, image, num_classes=2)
+        found[name] = [(one.kind, one.done) for one in findings]
+    assert found["wider"] == [(Kind.MASK_SPACING, "kept")]
+    assert found["same"] == []
+    assert Kind.MASK_SPACING not in [kind for kind, _ in found["lost"]]
