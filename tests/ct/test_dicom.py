@@ -811,6 +811,8 @@ def two_passes(root, tags, off=2.5, per_rotation=6):
         ({"AcquisitionNumber": (1, 1), "AcquisitionTime": ("120000", "120500")}, 6),
         ({"AcquisitionTime": (lambda n: f"12000{n}.5", lambda n: f"12050{n}")}, 3),
         ({"AcquisitionNumber": (1, 1), "ConvolutionKernel": ("H31s", "H60s")}, 6),
+        ({"KVP": (80, 140)}, 6),  # of dual energy
+        ({"ImageType": (["ORIGINAL", "PRIMARY", "SPI"], ["ORIGINAL", "PRIMARY", "SPI VNC"])}, 6),
         ({"TemporalPositionIdentifier": (1, 2), "SliceThickness": (2.5, 2.5)}, 6),
         ({"FrameOfReferenceUID": ("1.2.3.7", "1.2.3.8"), "SliceThickness": (2.5, 2.5)}, 6),
     ],

@@ -14,7 +14,7 @@ from bhsd_jax.ct.dicom.slice_file import Slice
 _NUMBER, _TIME = "acquisition", "time"  # a scanner gives the number to tell just this
 _THICKNESS, _FOLDER = "thickness", "folder"
 _TOLD_BY = (  # fields of a slice, the surest first
-    *("space", "moment", "series_number", "kernel", _THICKNESS),
+    *("space", "moment", "series_number", "kernel", "image_type", "energy", _THICKNESS),
     *(_NUMBER, _TIME, _FOLDER),
 )
 _ENOUGH = 3  # slices of each that lie among the other's, where a number tells them apart

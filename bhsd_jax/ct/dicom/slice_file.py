@@ -28,7 +28,7 @@ _TAGS = (
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
     *("AcquisitionNumber", "AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime"),
     *("SeriesNumber", "InstanceNumber", "FrameOfReferenceUID"),
-    *("TemporalPositionIdentifier", "ConvolutionKernel", "SliceThickness", "RescaleType"),
+    *("TemporalPositionIdentifier", "ConvolutionKernel", "SliceThickness", "RescaleType", "KVP"),
     *frames.TAGS,
 )
 _BROKEN = (Exception,)  # pydicom throws what the file makes it throw: KeyError, struct.error, ...
@@ -56,6 +56,8 @@ class Slice:
     time: str = ""  # when it was acquired
     moment: str = ""  # number of its place in time, in files of one image
     kernel: str = ""  # of the reconstruction
+    image_type: str = ""
+    energy: str = ""  # peak voltage of the tube
     series_number: str = ""
     space: str = ""  # UID of the coordinates that positions are in
     number: str = ""  # of the image in its series
@@ -261,6 +263,8 @@ def _slice(path: Path, data: Any) -> Slice:
         or _text(data, "AcquisitionDate") + _text(data, "AcquisitionTime"),
         moment=_text(data, "TemporalPositionIdentifier"),
         kernel=_text(data, "ConvolutionKernel"),
+        image_type=_text(data, "ImageType"),
+        energy=_text(data, "KVP"),
         series_number=_text(data, "SeriesNumber"),
         space=_text(data, "FrameOfReferenceUID"),
         number=_text(data, "InstanceNumber"),
