@@ -317,8 +317,10 @@ def _image(itk: Any, path: Path) -> Any:
     try:
         return itk.ReadImage(str(path))
     except RuntimeError as error:
+        with path.open("rb") as file:
+            other = files.stand_in(file.read(64))
         lines = str(error).strip().splitlines()
-        last = lines[-1].strip() if lines else "no reason given"
+        last = other or (lines[-1].strip() if lines else "no reason given")
         raise Refusal(Kind.UNREADABLE, f"{path}: cannot be read ({last})") from error
 
 

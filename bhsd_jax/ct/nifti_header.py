@@ -11,6 +11,7 @@ from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import HeaderDataError
 
 from bhsd_jax.defects import Finding, Kind, Refusal
+from bhsd_jax.platform import files
 from bhsd_jax.volume import Shape
 
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # xyzt_units: meter, micrometer; all else is taken for mm
@@ -31,10 +32,7 @@ def parse(stream: BufferedIOBase) -> Nifti1Header:
     sizes = {"<": int.from_bytes(first, "little"), ">": int.from_bytes(first, "big")}
     endianness = next((key for key, size in sizes.items() if size in _KINDS), None)
     if endianness is None:
-        raise Refusal(
-            Kind.NO_NIFTI,
-            "not a NIfTI file: the first number is no header size; convert it to .nii.gz",
-        )
+        raise Refusal(Kind.NO_NIFTI, f"not a NIfTI file: {_other(first + stream.read(60))}")
     size = sizes[endianness]
     kind, magic, _ = _KINDS[size]
     block = first + stream.read(size - 4)
@@ -45,6 +43,14 @@ def parse(stream: BufferedIOBase) -> Nifti1Header:
         text = "not a single-file NIfTI: Analyze or .hdr/.img; convert it to .nii.gz"
         raise Refusal(Kind.NO_NIFTI, text)
     return header
+
+
+def _other(begins: bytes) -> str:
+    """What a file is that does not begin as NIfTI does, unpacked if it was packed."""
+    if begins.startswith(b"\x1f\x8b"):
+        return "packed twice by gzip; unpack it once"
+    usual = "the first number is no header size; convert it to .nii.gz"
+    return files.stand_in(begins) or usual
 
 
 def first_offset(header: Nifti1Header) -> int:

@@ -27,6 +27,20 @@ MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, Recurs
 """What using a value raises that is not of the kind it should be."""
 
 
+def stand_in(begins: bytes) -> str:
+    """What lies in the place of a file that begins so, and what to do; "" of anything else.
+
+    Downloads leave such files: of a repository without its large files, or of a page that asks who
+    one is.
+    """
+    begins = begins.lstrip().lower()
+    if begins.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS in place of the file; fetch it: git lfs pull"
+    if begins.startswith((b"<!doctype", b"<html")):
+        return "a web page in place of the file; download the file itself"
+    return ""
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A hidden name beside `path`; at the end of the block the file there becomes `path`.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError, explain_extra
 
 # Where training scripts keep the network's weights among other things, the surest name first.
@@ -120,13 +121,9 @@ def _torch(path: Path) -> Any:
 def _require_weights(path: Path) -> None:
     """Refuses what stands in the place of a file of weights, with what to do about it."""
     with path.open("rb") as file:
-        begins = file.read(64).lstrip().lower()
-    if begins.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path}: a pointer of Git LFS in place of the file; fetch it: git lfs pull"
-        )
-    if begins.startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{path}: a web page in place of the file; download the file itself")
+        other = files.stand_in(file.read(64))
+    if other:
+        raise UserError(f"{path}: {other}")
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:

@@ -565,3 +565,18 @@ def test_a_mask_of_another_spacing_is_to_be_looked_at(tmp_path, stored):
     assert found["wider"] == [(Kind.MASK_SPACING, "kept")]
     assert found["same"] == []
     assert Kind.MASK_SPACING not in [kind for kind, _ in found["lost"]]
+
+
+@pytest.mark.parametrize(
+    ("begins", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html><body>log in</body></html>" * 9, "web page in place"),
+        (gzip.compress(gzip.compress(bytes(999))), "packed twice by gzip; unpack it once"),
+    ],
+)
+def test_what_a_download_has_left_in_the_place_of_a_scan_is_called_that(tmp_path, begins, words):
+    (tmp_path / "a.nii.gz").write_bytes(begins)
+    with pytest.raises(Refusal, match=words) as caught:
+        nifti.read(tmp_path / "a.nii.gz")
+    assert caught.value.kind is Kind.NO_NIFTI
