@@ -59,14 +59,17 @@ def first_offset(header: Nifti1Header) -> int:
 
 
 def shape(header: Nifti1Header, channels: int = 1) -> Shape:
-    """D, H, W; further axes of size 1 are dropped, and the fourth where it is that of channels.
+    """D, H, W; further axes of size 1 or 0 are dropped, and the fourth where it is of channels.
 
     Raises:
         Refusal: If the scan is not 3D, has another number of channels, or a size is not positive.
+
+    Source: nifticlib 3, in ITK 5.4: a size of 0 is one of 1.
     """
     rank, *sizes = (int(n) for n in header["dim"])
     if rank in range(1, 8):
-        sizes = sizes[:rank]
+        # Of axes that were left out some writers state 0.
+        sizes = [*sizes[: min(rank, 3)], *(max(n, 1) for n in sizes[3:rank])]
     if channels > 1 and rank == 5 and sizes[3] == 1:
         del sizes[3]  # ITK has the components of a voxel on the fifth axis, after time
     fourth = sizes[3] if len(sizes) >= 4 else 1

@@ -580,3 +580,9 @@ def test_what_a_download_has_left_in_the_place_of_a_scan_is_called_that(tmp_path
     with pytest.raises(Refusal, match=words) as caught:
         nifti.read(tmp_path / "a.nii.gz")
     assert caught.value.kind is Kind.NO_NIFTI
+
+
+def test_further_axes_of_size_0_are_none(tmp_path, stored):
+    """As ITK reads them; nibabel makes an array of no voxels."""
+    path = save(tmp_path / "a.nii.gz", stored, dim=[5, 3, 4, 5, 0, 0, 0, 0])
+    np.testing.assert_array_equal(nifti.read(path).voxels, stored.T)
