@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,35 @@ def facts_of(run: Run, members: Sequence[Member], **more: Any) -> dict[str, Any]
     if len({member.mirror for member in members}) > 1:
         facts["mirrors"] = [member.mirror for member in members]
     return json.loads(json.dumps(facts))
+
+
+def require_settled(folder: Path, names: Sequence[str]) -> None:
+    """Refuses label maps, by their names, that a call was to replace and did not come to.
+
+    They are of a call before it, perhaps of another checkpoint, and lie among those of the last
+    one. Where several calls made label maps in different ways, each to its end, as those of folds
+    that share a folder, a line says so. Of label maps without a record nothing is known.
+
+    Raises:
+        UserError: Says which, and what to do.
+    """
+    lines = files.read_json_lines(folder / NAME)
+    made = {line["case"]: line.get("made_with") for line in lines if "case" in line}
+    known = [name for name in names if name in made]
+    left = [name for name in known if made[name] is None]
+    if left:
+        raise UserError(
+            f"{folder}: {len(left)} of {len(names)} label maps are of a call before the last one, "
+            f"which was stopped before it had replaced them: {', '.join(left[:4])}"
+            f"{' ...' if left[4:] else ''}; run `predict` to its end, with "
+            "config.predict.overwrite=False to keep what it has made"
+        )
+    ways = Counter(made[name] for name in known)
+    if len(ways) > 1:
+        logger.warning(
+            "%s: its label maps were made in %d ways (other networks or options): %s of them",
+            *(folder, len(ways), ", ".join(map(str, sorted(ways.values(), reverse=True)))),
+        )
 
 
 class Origins:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bhsd_jax.assemble import data, held_out
+from bhsd_jax.assemble import data, held_out, origins
 from bhsd_jax.ct import scan
 from bhsd_jax.datasets.image_files import scans
 from bhsd_jax.metrics import also, nnunet_summary, scores, summary, threshold
@@ -18,12 +17,12 @@ from bhsd_jax.platform.workers import Progress, Workers
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier
 from bhsd_jax.verbs import parts
+from bhsd_jax.verbs.score_table import HEADLINE, table
 from bhsd_jax.verbs.scoring import ANY, Comparison, Scored, score_case
 from bhsd_jax.volume import Case, Image, Label, Masks, Plan, labels_of, outlined_of
 
 logger = logging.getLogger(__name__)
 
-_HEADLINE = "nnunet"
 _LISTED = 10  # names in an error message
 _FOUND = tuple[str, str, Label, Image | None, bool]  # case, patient, reference, image, table feed
 
@@ -88,30 +87,6 @@ def _write_nnunet(path: Path, jobs: Sequence[Comparison], done: Sequence[Scored]
     nnunet_summary.write(path, cases, jobs[0].meaning)
 
 
-def table(found: Mapping[str, Any]) -> list[str]:
-    """The summary as lines of text; a class no case has is said to be so, in words."""
-    lines = [
-        f"{found['n_cases']} cases, Dice by the convention {_HEADLINE!r} "
-        f"[95 % interval, {found['bootstrap']} resamples of "
-        f"{found.get('scored', {}).get('resampled', 'patients')}]; others beside it",
-        f"{'class':<14}{'Dice':>7}  {'interval':<16}{'present':>9}{'pooled':>9}{'empty=1':>9}"
-        f"{'n':>5}{'in ref':>8}{'false':>7}{'HD95 mm':>9}{'NSD':>7}",
-    ]
-    for name in (*found["classes"], "mean"):
-        lines.append(_line(name, found["conventions"], found["metrics"].get(name)))
-    if len(found["classes"]) > 1:
-        merged = found["binary"]
-        lines.append(_line(ANY, merged["conventions"], merged["metrics"]))
-    lines += also.lines(found.get("also", {}))
-    if "baseline" in found:
-        low, high = found["baseline"]["band_hu"]
-        lines.append(
-            f"best plain threshold, {low:.0f} to {high:.0f} HU, chosen on these very cases: "
-            f"Dice {_number(found['baseline']['dice'])} (all classes merged)"
-        )
-    return lines
-
-
 def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
     """What there is to compare in a run folder, sorted by case.
 
@@ -140,6 +115,7 @@ def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
     if "raters" in config.evaluate.also:
         _require_raters({case: label for case, _, label, *_ in expected})
     _require_all(folder, [case for case, *_ in expected if case not in predicted])
+    origins.require_settled(folder, [case for case, *_ in expected])
     return [
         Comparison(
             case=case,
@@ -234,7 +210,9 @@ def _expected(
     without = [case for case in predicted if case not in labeled]
     if without:
         raise FileNotFoundError(
-            f"{folder}: {len(without)} predictions have no reference in {source}: {_some(without)}"
+            f"{folder}: {len(without)} predictions have no reference in {source}: "
+            f"{_some(without)}; put them elsewhere, or name the folder of the others with "
+            "config.evaluate.predictions"
         )
     if not expected:
         raise FileNotFoundError(f"{source}: no masks to compare with")
@@ -354,7 +332,7 @@ def _summary(
     binary = {k: v[ANY] for k, v in summary.summarize(merged, (ANY,), **draw).items()}
     conventions = summary.summarize(rows, classes, **draw)
     return {
-        "convention": _HEADLINE,
+        "convention": HEADLINE,
         "nsd_mm": config.evaluate.nsd_mm,
         "bootstrap": config.evaluate.bootstrap,
         "classes": list(classes),
@@ -365,7 +343,7 @@ def _summary(
         },
         "metrics": summary.measures(rows, classes),
         "binary": {
-            **dataclasses.asdict(binary[_HEADLINE]),
+            **dataclasses.asdict(binary[HEADLINE]),
             "conventions": {k: {ANY: dataclasses.asdict(v)} for k, v in binary.items()},
             "metrics": summary.measures(merged, (ANY,))[ANY],
         },
@@ -374,25 +352,3 @@ def _summary(
 
 def _baseline(band: threshold.Band) -> dict[str, Any]:
     return {"dice": band.mean_dice, "band_hu": list(band.hu)}
-
-
-def _line(name: str, conventions: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
-    head = conventions[_HEADLINE][name]
-    if head["n"] == 0:
-        return f"{name:<14}not in reference (n=0)"
-    interval = f"[{_number(head['low'])}, {_number(head['high'])}]"
-    others = "".join(
-        f"{_number(conventions[key][name]['dice']):>9}"
-        for key in ("present", "pooled", "both-empty=1")
-    )
-    text = f"{name:<14}{_number(head['dice']):>7}  {interval:<16}{others}{head['n']:>5}"
-    if metrics is None:  # of the mean over classes: their counts do not add up to one of cases
-        return text
-    return (
-        f"{text}{head['n_present']:>8}{head['n_false_positive']:>7}"
-        f"{_number(metrics['hd95_mm_median'], 1):>9}{_number(metrics['nsd_mean']):>7}"
-    )
-
-
-def _number(value: float, digits: int = 3) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.{digits}f}"

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from bhsd_jax.assemble import origins
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
 from bhsd_jax.ct import nifti
@@ -299,8 +300,26 @@ def test_missing_predictions_are_listed(tree):
 def test_predictions_without_a_reference_are_listed(tree):
     data, run = tree
     write(run / "predictions" / "stranger.nii.gz", PREDICTED[FIRST])
-    with pytest.raises(FileNotFoundError, match=r"1 predictions have no reference .*: stranger"):
+    with pytest.raises(FileNotFoundError, match=r"1 predictions have no .*: stranger; put them"):
         evaluate.run(configure(data), run)
+
+
+def test_label_maps_that_a_stopped_call_did_not_come_to_are_not_scored(tree, caplog):
+    """They are of the network before: half of the scores would be of another checkpoint."""
+    data, run = tree
+    record, names = origins.Origins(run / "predictions", {"step": 1}), [FIRST, SECOND]
+    record.begin(names, overwrite=True)
+    for name in names:
+        record.note(name)
+    evaluate.run(configure(data), run)
+    record = origins.Origins(run / "predictions", {"step": 2})
+    record.begin(names, overwrite=True)
+    record.note(FIRST)
+    with pytest.raises(ValueError, match=rf"1 of 2 label maps are of a call before .*{SECOND}; "):
+        evaluate.run(configure(data), run)
+    origins.Origins(run / "predictions", {"step": 1}).note(SECOND)
+    evaluate.run(configure(data), run)
+    assert "made in 2 ways (other networks or options): 1, 1 of them" in caplog.text
 
 
 def test_without_predictions_the_verb_to_run_is_named(tree):
