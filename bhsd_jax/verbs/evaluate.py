@@ -10,6 +10,7 @@ from typing import Any
 from bhsd_jax.assemble import data, held_out, origins
 from bhsd_jax.ct import scan
 from bhsd_jax.datasets.image_files import scans
+from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import also, nnunet_summary, scores, summary, threshold
 from bhsd_jax.platform import files, machine
 from bhsd_jax.platform.errors import UserError
@@ -55,6 +56,7 @@ def run(config: Config, workdir: Path) -> None:
     for text in (text for scored in done for text in scored.warnings):
         logger.warning("%s", text)
     rows = [row for scored in done for row in scored.rows]
+    _tell_of_one_value(config, jobs[0].meaning, rows)
     merged = [scored.merged for scored in done]
     classes = (ANY,) if config.split.binary else jobs[0].meaning.names[1:]
     found = _summary(config, rows, merged, classes) | {"scored": _scored(config, workdir)}
@@ -75,6 +77,25 @@ def run(config: Config, workdir: Path) -> None:
         _write_nnunet(workdir / "summary_nnunet.json", jobs, done)
     for line in table(found):
         logger.info("%s", line)
+
+
+def _tell_of_one_value(config: Settings, labels: Labels, rows: Sequence[scores.ClassScore]) -> None:
+    """Says where masks of a folder know one class alone and label maps several.
+
+    Readers often outline any bleeding as 1, which is the first class: by class that scores nothing.
+    Of a data set's own masks `preprocess` has told.
+    """
+    merged = config.split.binary or labels.regions or len(labels.classes) == 2
+    if not config.evaluate.references or merged:
+        return
+    first = labels.classes[1]
+    outlined = {row.name for row in rows if row.voxels_ref}
+    if outlined == {first} and any(row.voxels_pred for row in rows if row.name != first):
+        logger.warning(
+            "%s: no mask holds another value than 1, which is taken for %s; if it means any "
+            "bleeding, only the line %r is of use: set config.split.binary",
+            *(config.evaluate.references, first, ANY),
+        )
 
 
 def _write_nnunet(path: Path, jobs: Sequence[Comparison], done: Sequence[Scored]) -> None:

@@ -322,6 +322,25 @@ def test_label_maps_that_a_stopped_call_did_not_come_to_are_not_scored(tree, cap
     assert "made in 2 ways (other networks or options): 1, 1 of them" in caplog.text
 
 
+def readers_masks(run, change):
+    """A folder of masks that a reader has drawn in numbers of his own."""
+    masks = run.parent / "masks"
+    for case in PREDICTED:
+        write(masks / f"{case}.nii.gz", change(REFERENCE[case]))
+    return str(masks)
+
+
+def test_masks_that_know_one_value_are_told_where_label_maps_know_classes(tree, caplog):
+    data, run = tree
+    masks = readers_masks(run, lambda label: np.minimum(label, 1))
+    evaluate.run(configure(data, references=masks), run)
+    assert "no mask holds another value than 1, which is taken for EDH" in caplog.text
+    assert "config.split.binary" in caplog.text
+    caplog.clear()
+    evaluate.run(configure(data, references=readers_masks(run, lambda label: label)), run)
+    assert "another value" not in caplog.text
+
+
 def test_without_predictions_the_verb_to_run_is_named(tree):
     data, run = tree
     with pytest.raises(FileNotFoundError, match="run the verb `predict` first"):
