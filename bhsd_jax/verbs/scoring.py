@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax.ct import hu, plausibility, scan
+from bhsd_jax.defects import Kind, Refusal
 from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import also, scores, threshold
 from bhsd_jax.volume import Image, Label, Masks, Volume, cropped_alike
@@ -86,8 +87,17 @@ def score_case(job: Comparison) -> Scored:
     place = scan.native(job.image or scan.files(job.reference)[0])
     image, _ = scan.read(place)
     labels = job.meaning
-    reference, found = scan.read_label(job.reference, place, image, num_classes=labels.values)
-    predicted, more = scan.read_label(job.predicted, place, image, num_classes=labels.values)
+    # Merged, the masks of others may number their classes as they like.
+    merges = job.binary and job.image is None and labels.ignore is None
+    values = None if merges else labels.values
+    try:
+        reference, found = scan.read_label(job.reference, place, image, num_classes=values)
+    except Refusal as error:
+        if error.kind is not Kind.MASK_VALUES or job.image is not None or job.binary:
+            raise
+        text = f"{error}. To compare bleeding with all else, set config.split.binary"
+        raise Refusal(error.kind, text) from error
+    predicted, more = scan.read_label(job.predicted, place, image, num_classes=values)
     feed = job.table_feed and job.modality == "ct"
     voxel_ml = hu.voxel_ml(image.affine, table_feed=feed)
     corrected = hu.tilt_corrected(image.affine, table_feed=feed)

@@ -341,6 +341,21 @@ def test_masks_that_know_one_value_are_told_where_label_maps_know_classes(tree, 
     assert "another value" not in caplog.text
 
 
+def test_merged_classes_are_compared_with_masks_of_any_numbers(tree):
+    data, run = tree
+    wanted = configure(data)
+    wanted.split.binary = True
+    evaluate.run(wanted, run)
+    want = summary(run)["binary"]["dice"]
+    masks = readers_masks(run, lambda label: np.where(label > 0, 255 - label, 0).astype(np.uint8))
+    config = configure(data, references=masks)
+    with pytest.raises(ValueError, match=r"got 254\. To compare .* set config\.split\.binary"):
+        evaluate.run(config, run)
+    config.split.binary = True
+    evaluate.run(config, run)
+    assert summary(run)["binary"]["dice"] == want
+
+
 def test_without_predictions_the_verb_to_run_is_named(tree):
     data, run = tree
     with pytest.raises(FileNotFoundError, match="run the verb `predict` first"):
