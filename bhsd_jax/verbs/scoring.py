@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax.ct import hu, plausibility, scan
-from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import also, scores, threshold
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Image, Label, Masks, Volume, cropped_alike
 
 ANY = "any"  # all classes merged
+_ELSEWHERE = (Kind.MASK_MOVED, Kind.MASK_MIRRORED)
+_SAME_SPACING = 0.01  # share by which those of one scan may differ
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,9 @@ def score_case(job: Comparison) -> Scored:
         text = f"{error}. To compare bleeding with all else, set config.split.binary"
         raise Refusal(error.kind, text) from error
     predicted, more = scan.read_label(job.predicted, place, image, num_classes=values)
+    if job.image is None and any(finding.kind in _ELSEWHERE for finding in more):
+        image, said = _placed(job, image)
+        more = [*said, *more]
     feed = job.table_feed and job.modality == "ct"
     voxel_ml = hu.voxel_ml(image.affine, table_feed=feed)
     corrected = hu.tilt_corrected(image.affine, table_feed=feed)
@@ -121,6 +127,30 @@ def score_case(job: Comparison) -> Scored:
         [f"{job.case}: {finding}" for finding in (*found, *more)],
         _also(job, place, image, *_annotated(labels, *full)) if job.wanted else [],
         int(np.count_nonzero(labels.annotated(reference.voxels))),
+    )
+
+
+def _placed(job: Comparison, mask: Volume) -> tuple[Volume, list[Finding]]:
+    """What gives mm and mL of two files that lie apart, where the scan is not at hand.
+
+    The mask does; unless it has the affine of an array, which says nothing, and the label map
+    states a place.
+
+    Raises:
+        UserError: If both state other sizes of the same voxels: one of them is wrong.
+    """
+    own, _ = scan.read(job.predicted)
+    if np.allclose(own.spacing_mm, mask.spacing_mm, rtol=_SAME_SPACING):
+        return mask, []
+    sizes = [" x ".join(f"{mm:.4g}" for mm in one.spacing_mm) for one in (mask, own)]
+    if np.array_equal(np.abs(mask.affine[:, [2, 1, 0, 3]]), np.eye(4)):
+        text = f"mask has lost its affine: mm and mL are by the label map's, {sizes[1]} mm"
+        found = [Finding(Kind.MASK_MOVED, "kept", text)]
+        return dataclasses.replace(mask, affine=own.affine), found
+    raise UserError(
+        f"{job.case}: its mask has voxels of {sizes[0]} mm (D, H, W), its label map of {sizes[1]} "
+        "mm, and distances and volumes hang on which is right; copy the affine of the scan to the "
+        "other"
     )
 
 

@@ -356,6 +356,26 @@ def test_merged_classes_are_compared_with_masks_of_any_numbers(tree):
     assert summary(run)["binary"]["dice"] == want
 
 
+def test_a_mask_that_lost_its_affine_is_measured_by_the_label_map(tree, caplog):
+    """A millimeter for each voxel, as of an array, made 4 mL of 4000."""
+    data, run = tree
+    masks = run.parent / "masks"
+    evaluate.run(configure(data), run)
+    want = table(run)[FIRST, "EDH"]
+    for case in PREDICTED:
+        path = masks / f"{case}.nii.gz"
+        nifti.write_volume(path, Volume(REFERENCE[case], np.eye(4)[:, [2, 1, 0, 3]], ""))
+    config = configure(data, references=str(masks))
+    evaluate.run(config, run)
+    found = table(run)[FIRST, "EDH"]
+    for name in ("hd95_mm", "volume_ref_ml", "volume_pred_ml", "dice"):
+        assert float(found[name]) == pytest.approx(float(want[name]))
+    assert "lost its affine: mm and mL are by the label map's, 10 x 10 x 10 mm" in caplog.text
+    nifti.write_volume(path, Volume(REFERENCE[case], AFFINE @ np.diag([0.5, 1, 1, 1]), ""))
+    with pytest.raises(ValueError, match=r"mask has voxels of 5 x 10 x 10 mm .* 10 x 10 x 10 mm"):
+        evaluate.run(config, run)
+
+
 def test_without_predictions_the_verb_to_run_is_named(tree):
     data, run = tree
     with pytest.raises(FileNotFoundError, match="run the verb `predict` first"):
