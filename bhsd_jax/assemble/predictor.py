@@ -109,7 +109,7 @@ class Predictor:
             prepare_case(case, plan, source_sha256="not needed", seen=(every, found))
             for plan in (self.plan, *(one.plan for one in self.apart))
         )
-        grid = prepared.grid
+        grid, raw = prepared.grid, every[0].voxels
         affine = np.asarray(grid.native_affine)
         own = own_slices.of(case.image, grid.native_shape, affine)
         if others and upright.is_needed(own):
@@ -126,7 +126,7 @@ class Predictor:
             grids=tuple(one.grid for one in (prepared, *others)),
             warnings=prepared.warnings,
             doubts=prepared.doubts,
-            unlike=self.trust.unlike(prepared.channels_last, grid) if self.trust else "",
+            unlike=self.trust.unlike(prepared.channels_last, grid, raw) if self.trust else "",
             seconds=watch.seconds,
         )
 

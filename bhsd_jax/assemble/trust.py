@@ -32,9 +32,12 @@ class Trust:
     seen: unlike.Seen | None
     views: tuple[View, ...] = ()  # none: disagreement is not wanted
 
-    def unlike(self, image: np.ndarray, grid: Grid) -> str:
-        """How a prepared scan [D H W C] is unlike the training data; empty: not that is known."""
-        return "; ".join(unlike.sentences(image, grid, self.plan, self.seen))
+    def unlike(self, image: np.ndarray, grid: Grid, stored: np.ndarray) -> str:
+        """How a prepared scan [D H W C] is unlike the training data; empty: not that is known.
+
+        `stored` are its voxels as they were read.
+        """
+        return "; ".join(unlike.sentences(image, grid, self.plan, self.seen, stored))
 
     def disagreement(self, image: np.ndarray, grid: Grid) -> float | None:
         """1 less the mean Dice of all bleeding, over pairs of networks; None: it is not wanted.

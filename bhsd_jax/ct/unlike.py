@@ -13,6 +13,8 @@ from bhsd_jax.volume import Grid, Millimeters, Plan
 
 _SLACK = 1.25  # times what was seen is still like it
 _LEAST_SHARE = 0.05  # of the voxels that have the intensities of brain and bleeds
+_AIR_HU = -500.0  # only air and padding of a CT are below
+_LEAST_AIR = 0.02  # of the voxels of a CT
 _AT_BOUND = 0.01  # of the range: as close to an end of it as clipped voxels are once resampled
 _AXES = ("slices", "rows", "columns")
 
@@ -25,6 +27,7 @@ class Seen:
 
     spacing_mm: tuple[Millimeters, Millimeters]  # least and most
     field_mm: tuple[Millimeters, Millimeters]
+    lowest: float | None = None  # intensity of all scans, as stored; older files lack it
 
     @classmethod
     def load(cls, folders: Sequence[Path]) -> "Seen | None":
@@ -36,7 +39,13 @@ class Seen:
         return None
 
 
-def sentences(image: np.ndarray, grid: Grid, plan: Plan, seen: Seen | None) -> tuple[str, ...]:
+def sentences(
+    image: np.ndarray,
+    grid: Grid,
+    plan: Plan,
+    seen: Seen | None,
+    stored: np.ndarray | None = None,
+) -> tuple[str, ...]:
     """What is unlike the training data about a prepared scan; () where nothing is known to be.
 
     Spacing and field of view are compared with the ranges of the prepared data set, a quarter
@@ -44,14 +53,20 @@ def sentences(image: np.ndarray, grid: Grid, plan: Plan, seen: Seen | None) -> t
     intensities between the plan's 0.5 % and 99.5 % of bleeding voxels, where brain lies too. A CT
     that was normalized first is clipped to them, and imported plans do not crop air away: of its
     voxels above the lower, 5 % must be below the upper. So it is with each channel that is CT.
+    An MR network brings any scan to zero mean, so that nothing else tells it from a CT in HU: the
+    air of that, which no scan of an MR data set has.
 
     Args:
         image: [D H W C] as `prepare_case` gives it, or without C.
         grid: Its way back to the scan's own voxels.
         plan: Of the run.
         seen: Ranges; None: they are not known, as of imported weights.
+        stored: Voxels of the scan as its file has them; None: they are not at hand.
     """
     told = []
+    ct = plan.modality == "ct" or (plan.channels and plan.channels[0].scheme == channels.CT)
+    if seen is not None and stored is not None and not ct:
+        told += _air(stored, seen)
     if seen is not None and plan.transpose == (0, 1, 2):
         told += _outside("spacing", "mm", grid.native_spacing_mm, seen.spacing_mm)
         told += _outside("field of view", "mm", grid.native_extent_mm, seen.field_mm)
@@ -63,6 +78,17 @@ def sentences(image: np.ndarray, grid: Grid, plan: Plan, seen: Seen | None) -> t
             lacking = _intensities(image[..., index], channel.foreground, clipped=True)
             told += [f"channel {channel.name!r}: {text}" for text in lacking]
     return tuple(told)
+
+
+def _air(stored: np.ndarray, seen: Seen) -> list[str]:
+    """What is to be said of a scan with the air of a CT, where the data set had none."""
+    share = float(np.mean(stored < _AIR_HU))
+    if seen.lowest is None or seen.lowest < _AIR_HU or share < _LEAST_AIR:
+        return []
+    return [
+        f"{100 * share:.0f} % of the voxels lie below {_AIR_HU:.0f}, as air of a CT in HU does; "
+        f"lowest seen {seen.lowest:.4g}"
+    ]
 
 
 def _intensities(image: np.ndarray, foreground: Foreground, *, clipped: bool) -> list[str]:
@@ -104,4 +130,5 @@ def _parse(data: Mapping[str, Any]) -> Seen:
         tuple(tuple(map(float, data[name][end])) for end in ("min", "max"))
         for name in ("spacing_mm", "field_mm")
     )
-    return Seen(spacing, field)  # pyright: ignore[reportArgumentType]
+    lowest = data.get("intensity", {}).get("min")
+    return Seen(spacing, field, float(lowest[0]) if lowest else None)  # pyright: ignore[reportArgumentType]

@@ -65,6 +65,22 @@ def test_what_was_not_seen_is_told_with_both_figures(tmp_path, spacing_mm, words
     assert unlike.sentences(image, grid, tiny_run.PLAN, None) == ()
 
 
+def test_a_ct_is_unlike_what_a_network_of_mr_has_seen(tmp_path):
+    """Brought to zero mean, nothing else tells it from an MR."""
+    plan = dataclasses.replace(tiny_run.PLAN, modality="mr", crop_hu=None)
+    volume = Volume(tiny_run.head().transpose(2, 1, 0), tiny_run.upright()[:, [2, 1, 0, 3]], "a")
+    image, grid, _ = prepare_volume(volume, plan)
+    for lowest, count in ((0.0, 1), (-30.0, 1), (-1024.0, 0)):
+        ranges = SEEN | {"intensity": {"min": [lowest, 1, 2], "max": [9, 9, 9]}}
+        (tmp_path / "integrity.json").write_text(json.dumps(ranges))
+        known = unlike.Seen.load([tmp_path])
+        told = unlike.sentences(image, grid, plan, known, volume.voxels)
+        assert len(told) == count
+        assert all("lie below -500, as air of a CT in HU does; lowest seen" in one for one in told)
+        assert not unlike.sentences(image, grid, plan, known, np.abs(volume.voxels))
+    assert not unlike.sentences(image, grid, plan, seen(tmp_path), volume.voxels), "older files"
+
+
 def test_a_ct_without_brain_is_unlike_whatever_its_geometry(tmp_path):
     voxels = tiny_run.head()
     voxels[voxels > -500] = 700  # a phantom of bone
