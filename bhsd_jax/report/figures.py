@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 REFERENCE, PREDICTION = "#19d3f3", "#ff9f1c"  # told apart with any color vision, seen on gray
 _INK, _FAINT = "#1f2933", "#9aa5b1"
+_PANELS = 5  # side by side; more on a page cannot be read
+_LEGEND = 120  # letters in a line of it
+_LINES = ("-", "--", ":", "-.")  # of the first ten, the second, ...: there are ten colors
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,17 @@ def progress_png(records: Sequence[dict[str, Any]]) -> bytes:
     names = sorted({k for r in records for k in r if k.startswith("val/dice/")})
     for index, key in enumerate(names):
         label = key.removeprefix("val/dice/")
-        width = 2.2 if label == "mean" else 1.0
+        style = {"lw": 2.2 if label == "mean" else 1.0, "ls": _LINES[index // 10 % len(_LINES)]}
         dice.plot(
-            *_series(records, key), color=f"C{index}", lw=width, marker="o", ms=3, label=label
+            *_series(records, key), color=f"C{index % 10}", marker="o", ms=3, label=label, **style
         )
     top.set_ylabel("loss")
     dice.set_ylabel("validation Dice")
     dice.set_ylim(0, 1)
     if names:
-        dice.legend(loc="upper center", ncols=len(names), fontsize=8, frameon=False)
+        widest = max(len(name) for name in names) - len("val/dice/")
+        columns = max(1, min(len(names), _LEGEND // (widest + 8)))
+        figure.legend(loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
     middle.plot(*_series(records, "time/step_s"), color=_INK, lw=1)
     middle.set_ylabel("s per step")
     middle.set_ylim(bottom=0)
@@ -83,14 +88,18 @@ def progress_png(records: Sequence[dict[str, Any]]) -> bytes:
 def agreement_png(volumes: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
     """Predicted against reference volume in mL, one panel per class; both axes symlog."""
     plt = _pyplot()
+    columns = min(len(volumes), _PANELS)
+    lines = math.ceil(len(volumes) / columns)
     figure, axes = plt.subplots(
-        1,
-        len(volumes),
-        figsize=(3.1 * len(volumes), 3.3),
+        lines,
+        columns,
+        figsize=(3.1 * columns, 3.3 * lines),
         squeeze=False,
         layout="constrained",
     )
-    for axis, (name, (reference, predicted)) in zip(axes[0], volumes.items(), strict=True):
+    for axis in axes.flat[len(volumes) :]:
+        axis.axis("off")
+    for axis, (name, (reference, predicted)) in zip(axes.flat, volumes.items(), strict=False):
         top = 1.3 * max(1.0, *reference, *predicted)
         axis.plot([0, top], [0, top], color=_FAINT, lw=1, zorder=0)
         axis.scatter(reference, predicted, s=22, color=PREDICTION, edgecolor=_INK, lw=0.5)
@@ -101,7 +110,8 @@ def agreement_png(volumes: Mapping[str, tuple[Sequence[float], Sequence[float]]]
         axis.set_aspect("equal")
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("reference (mL)")
-    axes[0][0].set_ylabel("predicted (mL)")
+    for line in axes:
+        line[0].set_ylabel("predicted (mL)")
     return _png(figure)
 
 

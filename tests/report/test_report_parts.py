@@ -155,6 +155,25 @@ def test_progress_is_drawn_from_what_there_is(records, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_many_classes_keep_a_size_that_can_be_read(monkeypatch):
+    """Thirteen panels in one line were 70 pixels wide each on the page."""
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    names = [f"organ number {index}" for index in range(13)]
+    figures.agreement_png({name: ([1.0, 20.0], [2.0, 10.0]) for name in names})
+    figures.progress_png([{"step": 1, **{f"val/dice/{name}": 0.5 for name in names}}])
+    panels, progress = drawn
+    assert panels.get_figwidth() < 16
+    assert [axis.get_title() for axis in panels.axes if axis.axison] == names
+    progress.canvas.draw()
+    (legend,) = progress.legends
+    box, page = legend.get_window_extent(), progress.bbox
+    assert 0 <= box.x0 < box.x1 <= page.width
+    assert box.y0 >= progress.axes[0].get_window_extent().y1, "it covers no curve"
+    looks = {(line.get_color(), line.get_linestyle()) for line in progress.axes[-1].lines}
+    assert len(looks) == len(names)
+
+
 def test_an_overlay_shows_both_contours(tmp_path):
     import matplotlib.image
 
