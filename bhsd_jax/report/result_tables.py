@@ -69,6 +69,11 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
+def milliliters(value: float) -> str:
+    """With one digit; what is there never reads as nothing."""
+    return "< 0.1" if 0 < value < 0.05 else f"{value:.1f}"
+
+
 def dice_table(summary: Mapping[str, Any]) -> Table:
     """Dice by class under every convention, with counts and the 95 % interval of the headline.
 
@@ -124,7 +129,9 @@ def _measured(row: Mapping[str, str], key: str) -> str:
     value = float(row[key])
     if math.isinf(value) and not float(row["voxels_ref"]):
         return "made up"
-    return number(value, 1 if key.endswith(("_ml", "_mm")) else 3)
+    if key.endswith("_ml"):
+        return milliliters(value)
+    return number(value, 1 if key.endswith("_mm") else 3)
 
 
 def _interval(values: Mapping[str, Any]) -> str:

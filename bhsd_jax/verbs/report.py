@@ -24,6 +24,7 @@ from bhsd_jax.report.result_tables import (
     cases_table,
     dice_table,
     metrics_table,
+    milliliters,
     number,
 )
 from bhsd_jax.settings import Config, Settings
@@ -230,8 +231,8 @@ def _overlays(
             caption = (
                 f"{name}, {word} of {len(scored)}: scan {names[row['case']]}, "
                 f"Dice {number(float(row['dice']))}, reference "
-                f"{float(row['volume_ref_ml']):.1f} mL, predicted "
-                f"{float(row['volume_pred_ml']):.1f} mL"
+                f"{milliliters(float(row['volume_ref_ml']))} mL, predicted "
+                f"{milliliters(float(row['volume_pred_ml']))} mL"
             )
             pictures.append(Picture(figures.overlay_png(overlay), caption))
     return Section("What it looks like", (words, *pictures)) if pictures else None

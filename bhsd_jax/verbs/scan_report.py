@@ -18,7 +18,7 @@ from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError, explain_extra
 from bhsd_jax.report import figures, niivue
 from bhsd_jax.report.page import Page, Picture, Section, save
-from bhsd_jax.report.result_tables import Table
+from bhsd_jax.report.result_tables import Table, milliliters
 from bhsd_jax.verbs import pages, review, shown
 from bhsd_jax.verbs.shown import Entry
 from bhsd_jax.volume import Case
@@ -147,7 +147,7 @@ def _headline(entries: Sequence[Entry]) -> tuple[tuple[str, str], ...]:
     return (
         (str(len(entries)), "scan" if len(entries) == 1 else "scans"),
         (str(len(bleeding)), "of them with some bleed drawn"),
-        (f"{max(totals, default=0):.1f} mL", "in the scan with most"),
+        (f"{milliliters(max(totals, default=0))} mL", "in the scan with most"),
     )
 
 
@@ -172,8 +172,8 @@ def _sections(
     rows = tuple(
         (
             entry.name,
-            *(f"{entry.ml[name]:.1f}" for name in classes),
-            *([f"{entry.total_ml:.1f}"] if len(classes) > 1 else []),
+            *(milliliters(entry.ml[name]) for name in classes),
+            *([milliliters(entry.total_ml)] if len(classes) > 1 else []),
             "; ".join(entry.flags),
         )
         for entry in entries
@@ -244,7 +244,7 @@ def _pictures(run: Run, entries: Sequence[Entry]) -> list[Picture]:
         mask = one.prediction > 0
         window = _window(run, one.image)
         overlay = figures.Overlay(one.image, np.zeros_like(mask), mask, one.spacing_mm, window)
-        parts = [f"{name} {ml:.1f} mL" for name, ml in entry.ml.items() if ml > 0]
+        parts = [f"{name} {milliliters(ml)} mL" for name, ml in entry.ml.items() if ml > 0]
         caption = f"Scan {entry.name}: {', '.join(parts)}"
         drawn.append(Picture(figures.overlay_png(overlay), caption))
     return drawn

@@ -11,7 +11,7 @@ from bhsd_jax.metrics.seeds import OverSeeds
 from bhsd_jax.platform import step_log
 from bhsd_jax.report import figures, points
 from bhsd_jax.report.page import NOTICE, Page, Picture, Section
-from bhsd_jax.report.result_tables import Table, cases_table, dice_table, number
+from bhsd_jax.report.result_tables import Table, cases_table, dice_table, milliliters, number
 
 
 def mean(dice, **more):
@@ -39,6 +39,13 @@ def test_undefined_numbers_are_words():
     assert number(math.inf) == "missed"
     assert number(0.12345) == "0.123"
     assert number(7) == "7"
+
+
+def test_a_small_bleed_never_reads_as_none():
+    assert [milliliters(ml) for ml in (0.0, 0.004, 0.05, 12.34)] == ["0.0", "< 0.1", "0.1", "12.3"]
+    row = dict.fromkeys(("dice", "nsd"), "0.5") | {"case": "a", "class": "SDH", "hd95_mm": "0.02"}
+    row |= {"voxels_ref": "1", "voxels_pred": "1", "volume_ref_ml": "0.04", "volume_pred_ml": "0"}
+    assert cases_table([row], {"a": "a"}).rows[0][3:] == ("0.0", "0.500", "< 0.1", "0.0")
 
 
 def test_points_have_a_sign_where_they_differ_from_nothing():
