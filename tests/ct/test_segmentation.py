@@ -153,6 +153,32 @@ def test_segments_carry_codes_places_and_who_made_them_and_the_patient_of_the_st
     )
 
 
+@pytest.mark.parametrize(
+    ("classes", "label", "description"),
+    [
+        (("background", "any"), "HEMORRHAGE", "Bleeding (AI), research use only"),
+        (("background", "subdural", "edema"), "HEMORRHAGE", "Bleeding (AI), research use only"),
+        (
+            ("background", "IPH", "extra-axial", "edema", "IVH"),
+            *("HEMORRHAGE", "Bleeding (AI), research use only"),
+        ),
+        (("background", "tumor", "edema"), "SEGMENTATION", "Segmentation (AI), research use only"),
+    ],
+)
+def test_an_archive_is_told_of_bleeding_by_networks_that_draw_it(
+    tmp_path, classes, label, description
+):
+    make(tmp_path / "dicom")
+    series, path = series_of(tmp_path / "dicom"), tmp_path / "a.dcm"
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[2:4, 5:9, 5:9] = 1
+    segmentation.write(path, series, mask, classes, kind="binary", maker=MAKER)
+    data = dcmread(path)
+    assert (data.ContentLabel, data.SeriesDescription) == (label, description)
+    assert ("bleeding" in data.ContentDescription) == (label == "HEMORRHAGE")
+    assert segment_codes.of("subdural") == segment_codes.of("SDH")
+
+
 def test_a_scan_without_any_bleed_has_a_seg_that_says_so(tmp_path):
     make(tmp_path / "dicom")
     path = write(tmp_path / "dicom", tmp_path / "a.dcm", np.zeros(SHAPE, np.uint8))

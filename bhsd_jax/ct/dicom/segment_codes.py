@@ -8,6 +8,7 @@ Source: TotalSegmentator 2.18.0, `totalsegmentator_snomed_mapping.csv`, row
 `intracerebral_hemorrhage`; DICOM PS3.16, CID 5, 7140, 7150, 7151 and 7159, as in pydicom 3.0.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 Code = tuple[str, str]  # value in SNOMED CT, meaning
@@ -45,10 +46,16 @@ _KNOWN = {
 }
 _SYNONYMS = {
     "OEDEMA": "EDEMA",
+    "EXTRA-AXIAL": "EAH",  # BLAST-CT's
     "ICH": "IPH",
     **dict.fromkeys(
         ("HEMORRHAGE", "HAEMORRHAGE", "BLEEDING", "BLEED", "INTRACEREBRAL_HEMORRHAGE"), "ANY"
     ),
+    "EPIDURAL": "EDH",  # this and the others as RSNA 2019 calls them
+    "INTRAPARENCHYMAL": "IPH",
+    "INTRAVENTRICULAR": "IVH",
+    "SUBARACHNOID": "SAH",
+    "SUBDURAL": "SDH",
 }
 
 
@@ -57,3 +64,14 @@ def of(name: str) -> Meaning:
     upper = name.upper()
     found = _KNOWN.get(_SYNONYMS.get(upper, upper))
     return found or Meaning(name, _LESION, _HEAD, (200, 200, 200))
+
+
+def is_any_bleed(names: Iterable[str]) -> bool:
+    """Whether one of these classes is a known bleed."""
+    return any(of(name).kind == _HEMORRHAGE for name in names)
+
+
+def are_bleeds(names: Iterable[str]) -> bool:
+    """Whether all of these classes are known bleeds, or what goes with them (edema)."""
+    kinds = {of(name).kind for name in names}
+    return _HEMORRHAGE in kinds and kinds <= {_HEMORRHAGE, _EDEMA}

@@ -233,6 +233,11 @@ def _make(
 ) -> Any:
     highdicom = _highdicom()
     number = sources[0].get("SeriesNumber")
+    # An archive shows these words beside the scan: no other network's answer is called bleeding.
+    bleeds = segment_codes.are_bleeds(classes[1:])
+    what, outline = (
+        ("Bleeding", "bleeding") if bleeds else ("Segmentation", "what its segments say")
+    )
     return highdicom.seg.Segmentation(
         source_images=sources,
         pixel_array=frames,
@@ -246,9 +251,9 @@ def _make(
         manufacturer_model_name="bhsd predict",
         software_versions=maker.version,
         device_serial_number="none",
-        content_label="HEMORRHAGE",
-        content_description="Automatic outline of bleeding, research use only",
-        series_description="Bleeding (AI), research use only",
+        content_label="HEMORRHAGE" if bleeds else "SEGMENTATION",
+        content_description=f"Automatic outline of {outline}, research use only",
+        series_description=f"{what} (AI), research use only",
         # Its own, whatever the source has: highdicom refuses values of the source that files have.
         specific_character_set="ISO_IR 192",
     )
