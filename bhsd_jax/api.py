@@ -40,7 +40,7 @@ class Predictor:
     Arrays are [i, j, k] with an affine from (i, j, k, 1) to mm in RAS+, as nibabel has them, in
     whatever direction the axes run; of several input channels [i, j, k, channel]. CT is in HU. Any
     number of threads may use one predictor; after `warm_up` none of them waits for the network to
-    be compiled.
+    be compiled. One scan at a time is in the networks of a process, for which memory is counted.
     """
 
     def __init__(self, networks: predictor.Predictor, members: tuple[Member, ...]):

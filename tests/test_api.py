@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from bhsd_jax.api import Predictor, read_scan, show
 from bhsd_jax.assemble import cascade, devices, ensemble, origins
 from bhsd_jax.ct import probabilities
 from bhsd_jax.infer.ensemble import mean_of_probabilities
+from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.report import niivue
 from bhsd_jax.verbs import predict
 
@@ -301,6 +303,33 @@ def test_threads_give_what_one_gives(runs, scans):
         found = list(pool.map(lambda each: apply(*each), inputs))
     for index, label in enumerate(found):
         np.testing.assert_array_equal(label, want[index % 3])
+
+
+def test_one_scan_at_a_time_is_in_the_networks_of_all_threads(runs):
+    """Memory is counted for one: of several at once a service was killed."""
+    inside, most = [], []
+
+    class Watched(SlidingWindow):
+        """Notes how many scans are in it, or in another."""
+
+        def logits(self, *args, **more):
+            inside.append(1)
+            time.sleep(0.02)
+            most.append(len(inside))
+            inside.pop()
+            return super().logits(*args, **more)
+
+    services = []
+    for run in runs[:2]:
+        apply = Predictor.from_run(run)
+        old = apply._networks.window
+        window = Watched(**{f.name: getattr(old, f.name) for f in dataclasses.fields(old)})
+        networks = dataclasses.replace(apply._networks, window=window)
+        services.append(Predictor(networks, apply.members))
+    scan = tiny_run.head(), tiny_run.upright()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda k: services[k % 2](*scan), range(6)))
+    assert most == [1] * 6
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ from bhsd_jax.volume import Case, Plan, Series, Volume
 
 logger = logging.getLogger(__name__)
 
-_IN_THE_NETWORKS = threading.Lock()  # of this process: memory is counted for one scan in them
+# Of this process: memory is counted for one scan in them.
+_IN_THE_NETWORKS = threading.RLock()
 _SAY_EVERY_S = 30.0  # how far a long scan is; a sign of life comes more often
 
 
@@ -251,7 +252,7 @@ class Predictor:
     def logits(
         self, image: np.ndarray, name: str, check: Callable[[], None] = lambda: None
     ) -> Float[np.ndarray, "K D H W"]:
-        """Logits of a prepared scan [D H W C], of all networks together.
+        """Logits of a prepared scan [D H W C], of all networks together; one scan at a time.
 
         Raises:
             ValueError: If there is not enough memory, or the output is not finite.
@@ -259,13 +260,14 @@ class Predictor:
         self._require_memory(image, len(image) * (3 if self.others else 1))
         tell = Teller(name, check).tiles
         mean = ensemble.mean_for(self.window.combine, regions=bool(self.labels.regions))
-        return mean(
-            (
-                one.window.logits(one.networks, image, fill=one.fill, progress=tell),
-                len(one.networks),
+        with _IN_THE_NETWORKS:
+            return mean(
+                (
+                    one.window.logits(one.networks, image, fill=one.fill, progress=tell),
+                    len(one.networks),
+                )
+                for one in (self, *self.others)
             )
-            for one in (self, *self.others)
-        )
 
     def tempered(self, logits: Float[np.ndarray, "K D H W"]) -> Float[np.ndarray, "K D H W"]:
         """Logits of which the softmax, or of regions the sigmoid, is calibrated."""
