@@ -31,6 +31,8 @@ from bhsd_jax.volume import Case, Grid, Plan, Volume
 
 logger = logging.getLogger(__name__)
 
+Voxels = Any  # an array, or nibabel's image, which holds one
+
 startup.settle_compiler()
 
 
@@ -95,12 +97,12 @@ class Predictor:
             one.window.logits(one.networks, blank, fill=one.fill)
 
     def __call__(
-        self, voxels: np.ndarray, affine: np.ndarray, previous: np.ndarray | None = None
+        self, voxels: Voxels, affine: np.ndarray, previous: np.ndarray | None = None
     ) -> UInt8[np.ndarray, "I J K"]:
         """The label map of a scan, on its own voxels.
 
         Args:
-            voxels: The scan.
+            voxels: The scan, or nibabel's image of it; further axes of size 1 are dropped.
             affine: From its indices to mm.
             previous: Of a cascade's second network, the label map [i, j, k] of the first.
 
@@ -111,7 +113,7 @@ class Predictor:
         return self.predict(voxels, affine, previous).labels
 
     def predict(
-        self, voxels: np.ndarray, affine: np.ndarray, previous: np.ndarray | None = None
+        self, voxels: Voxels, affine: np.ndarray, previous: np.ndarray | None = None
     ) -> "Prediction":
         """The networks' answer, of which label map and probabilities can be had; as a call is."""
         plan = self._networks.plan
@@ -190,9 +192,12 @@ def show(
     return notebook.widget(of_arrays(entry, volume, [label]), around)
 
 
-def _channels(voxels: np.ndarray, affine: np.ndarray, count: int) -> list[Volume]:
+def _channels(voxels: Voxels, affine: np.ndarray, count: int) -> list[Volume]:
     """The channels of a scan in memory, of which the network takes so many; 0 is one."""
-    voxels = np.asarray(voxels)
+    # nibabel's image refuses to be an array; its own array has the scale factors applied.
+    voxels = np.asarray(getattr(voxels, "dataobj", voxels))
+    if count > 1 and voxels.ndim == 5 and voxels.shape[3] == 1:
+        voxels = voxels[:, :, :, 0]  # ITK's files have channels after time
     if count < 2:
         return [_volume(voxels, affine)]
     if voxels.ndim != 4 or voxels.shape[3] != count:
@@ -224,6 +229,8 @@ def _of_first(previous: np.ndarray | None, volume: Volume, plan: Plan) -> np.nda
 def _volume(voxels: np.ndarray, affine: np.ndarray) -> Volume:
     """A scan in memory as one from a file: the same order of axes, integers or float32."""
     voxels, affine = np.asarray(voxels), np.asarray(affine, np.float64)
+    while voxels.ndim > 3 and voxels.shape[-1] == 1:
+        voxels = voxels[..., 0]  # further axes, as many files have them
     shaped = voxels.ndim == 3 and voxels.size > 0 and affine.shape == (4, 4)
     if not shaped or voxels.dtype.kind not in "iuf":
         raise UserError(

@@ -332,6 +332,14 @@ def test_one_scan_at_a_time_is_in_the_networks_of_all_threads(runs):
     assert most == [1] * 6
 
 
+def test_further_axes_of_size_one_are_dropped_as_in_files(runs):
+    apply, voxels, affine = Predictor.from_run(runs[0]), tiny_run.head(), tiny_run.upright()
+    want = apply(voxels, affine)
+    image = nib.Nifti1Image(voxels[..., None], affine)
+    for given in (voxels[..., None], voxels[..., None, None], image, image.get_fdata()):
+        np.testing.assert_array_equal(apply(given, image.affine), want)
+
+
 @pytest.mark.parametrize(
     ("voxels", "affine", "words"),
     [
