@@ -19,12 +19,12 @@ from jaxtyping import Float, UInt8
 
 from bhsd_jax.assemble import devices, ensemble, predictor
 from bhsd_jax.assemble.manifest import Member
-from bhsd_jax.ct import geometry, nifti_header, scan
+from bhsd_jax.ct import geometry, nifti_header, plausibility, scan
 from bhsd_jax.ct.prepare import prepare_volume
 from bhsd_jax.ct.probabilities import Probabilities
 from bhsd_jax.platform import startup
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.report import notebook
+from bhsd_jax.report import notebook, viewer
 from bhsd_jax.report.viewer import Viewer
 from bhsd_jax.verbs.shown import Entry, of_arrays
 from bhsd_jax.volume import Case, Grid, Plan, Volume
@@ -171,7 +171,9 @@ def show(
     labels: np.ndarray,
     classes: tuple[str, ...],
 ) -> Any:
-    """NiiVue's widget for a notebook: the scan in the brain window, its bleeds in their colors.
+    """NiiVue's widget for a notebook: the scan and its bleeds in their colors.
+
+    CT is shown in the brain window, all else (MR) in its own range of intensities.
 
     Args:
         voxels: [i, j, k], as for `Predictor`.
@@ -183,12 +185,17 @@ def show(
         ValueError: If the extra `viewer` is not installed, or the arrays do not fit.
     """
     volume = _volume(voxels, affine)
-    if np.shape(labels) != np.shape(voxels):
-        raise UserError(f"labels have shape {np.shape(labels)}, the scan {np.shape(voxels)}")
+    shape = volume.voxels.shape[::-1]
+    if np.shape(labels) != shape:
+        raise UserError(f"labels have shape {np.shape(labels)}, the scan {shape}")
+    settled = plausibility.in_hu(volume.voxels)
+    if settled is not None:
+        volume = dataclasses.replace(volume, voxels=settled)
     case = Case(volume.case, volume.case, Path(volume.case), None, "test")
     entry = Entry(case, Path(case.id), "scan", {})
     label = np.asarray(labels, np.uint8).transpose(2, 1, 0)
-    around = Viewer("", "", "", tuple(classes)[1:])
+    windows = viewer.NO_WINDOWS if settled is None else viewer.CT_WINDOWS
+    around = Viewer("", "", "", tuple(classes)[1:], windows)
     return notebook.widget(of_arrays(entry, volume, [label]), around)
 
 

@@ -367,6 +367,10 @@ def test_a_scan_in_memory_is_shown_in_a_notebook():
     np.testing.assert_array_equal(np.asanyarray(mask.dataobj), labels)
     with pytest.raises(ValueError, match=r"labels have shape \(20, 26, 6\)"):
         show(voxels, affine, labels[..., 1:], tiny_run.CLASSES)
+    mr = np.where(voxels > -500, 400 + 10 * voxels.astype(float), 0)
+    shown = [show(each, affine, labels, tiny_run.CLASSES) for each in (voxels + 1024, mr)]
+    windows = [(one.volumes[0].cal_min, one.volumes[0].cal_max) for one in shown]
+    assert windows == [(0, 80), pytest.approx(tuple(np.percentile(mr, (2, 99.5))))]
 
 
 def test_the_package_alone_does_not_import_jax():
