@@ -21,7 +21,7 @@ from bhsd_jax.metrics.postprocessing import Tally
 from bhsd_jax.platform import files, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Workers
-from bhsd_jax.report.page import Page, Section
+from bhsd_jax.report.page import Page, Section, notice
 from bhsd_jax.report.points import points
 from bhsd_jax.report.result_tables import Table
 from bhsd_jax.shards.store import Shards
@@ -202,6 +202,7 @@ def _page(
         ),
         headline=tuple(headline),
         sections=tuple(sections),
+        notice=notice(found["scores"].get(found["best"], ())),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from bhsd_jax.metrics.seeds import OverSeeds
 from bhsd_jax.report import figures
-from bhsd_jax.report.page import Page, Picture, Section
+from bhsd_jax.report.page import Page, Picture, Section, notice
 from bhsd_jax.report.points import (
     NONE,
     duration,
@@ -90,6 +90,7 @@ def page(comparison: Comparison) -> Page:
         sections=tuple(section for section in sections if section is not None),
         footer=comparison.footer,
         banners=comparison.banners,
+        notice=notice(comparison.classes),
     )
 
 

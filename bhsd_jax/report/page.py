@@ -2,20 +2,28 @@
 
 import html
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bhsd_jax.ct.dicom import segment_codes
 from bhsd_jax.platform import files
 from bhsd_jax.report.figures import data_uri
 from bhsd_jax.report.result_tables import Table
 
 _LINK = re.compile(r"\{(\w[^{}|]*)\|([\w./-]+)\}")  # in sentences: {text|file beside the page}
 
-NOTICE = (
-    "Research use only. Not a medical device; not for diagnosis, triage or treatment. "
+NOTICE = "Research use only. Not a medical device; not for diagnosis, triage or treatment."
+_WEAK = (
     "Known weak spots: thin subdural, epidural and subarachnoid bleeds, and false alarms in scans "
     "without hemorrhage."
 )
+
+
+def notice(classes: Iterable[str]) -> str:
+    """What stands over all that networks say; of those that draw bleeds, where these are weak."""
+    return f"{NOTICE} {_WEAK}" if segment_codes.is_any_bleed(classes) else NOTICE
+
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2933; --soft: #52606d; --line: #d9e2ec; --warn: #fff4e5; }
@@ -65,6 +73,7 @@ class Page:
     sections: tuple[Section, ...] = field(default=())
     footer: str = ""
     banners: tuple[str, ...] = ()  # what must not be missed, above everything else
+    notice: str = NOTICE
 
     def to_html(self) -> str:
         """One file without scripts, which needs no other; links lead to files beside it."""
@@ -82,8 +91,9 @@ class Page:
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head><body>"
             f'<h1>{html.escape(self.title)}</h1><p class="note">{html.escape(self.subtitle)}</p>'
-            f'{banners}<p class="notice">{html.escape(NOTICE)}</p><div class="lead">{figures}</div>'
-            f'{sections}<p class="note">{html.escape(self.footer)}</p></body></html>\n'
+            f'{banners}<p class="notice">{html.escape(self.notice)}</p>'
+            f'<div class="lead">{figures}</div>{sections}'
+            f'<p class="note">{html.escape(self.footer)}</p></body></html>\n'
         )
 
     def to_markdown(self, pictures: str = "") -> str:
@@ -93,7 +103,7 @@ class Page:
         """
         lines = [f"# {self.title}", self.subtitle]
         lines += [f"> **{text}**" for text in self.banners]
-        lines.append(f"> {NOTICE}")
+        lines.append(f"> {self.notice}")
         lines.append("\n".join(f"- **{value}** {what}" for value, what in self.headline))
         for section in self.sections:
             lines.append(f"## {section.title}")

@@ -26,7 +26,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.labels import Labels
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.report.page import NOTICE
+from bhsd_jax.report.page import notice
 from bhsd_jax.settings import Config
 from bhsd_jax.torch_weights import exporting, nnunet, weights_file
 from bhsd_jax.types import Params
@@ -152,7 +152,7 @@ def _facts(run: Run, step: int, name: str) -> dict[str, Any]:
     """What one must know to use the network, without this package."""
     plan = run.plan
     return {
-        "notice": NOTICE,
+        "notice": notice(run.labels.names),
         "license": plan.license,
         "trained_on": plan.dataset,
         "classes": run.labels.output_names,  # of the logits' channels

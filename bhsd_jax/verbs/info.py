@@ -10,7 +10,7 @@ from bhsd_jax.assemble import calibrated
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.metrics import summary
 from bhsd_jax.platform import files
-from bhsd_jax.report.page import NOTICE
+from bhsd_jax.report.page import notice
 from bhsd_jax.settings import Config
 from bhsd_jax.train import checkpoint_files
 from bhsd_jax.verbs import pages
@@ -42,7 +42,7 @@ def facts(run: Run) -> dict[str, Any]:
         windows = [{"level": level, "width": width} for level, width in windows]
     return {
         "name": config.name,
-        "notice": NOTICE,
+        "notice": notice(run.labels.names),
         "classes": list(run.labels.names),
         "modality": plan.modality,
         "spacing_mm": list(plan.spacing_mm),

@@ -19,7 +19,7 @@ from bhsd_jax.platform import files, step_log
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures, viewer
-from bhsd_jax.report.page import NOTICE, Picture, Section
+from bhsd_jax.report.page import Picture, Section, notice
 from bhsd_jax.report.result_tables import Table
 from bhsd_jax.verbs import shown
 from bhsd_jax.verbs.shown import Entry
@@ -226,7 +226,7 @@ def write_page(run: Run, out: Path, title: str, subtitle: str, entries: Sequence
     Raises:
         ValueError: As `write_viewer`.
     """
-    page = shown.around(run, title, subtitle, NOTICE, len(entries))
+    page = shown.around(run, title, subtitle, notice(run.labels.names), len(entries))
     most = run.config.report.viewer_mb
     count = viewer.write(out / VIEWER, page, shown.scans(run, entries), most_mb=most)
     if count < len(entries):

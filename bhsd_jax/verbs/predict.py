@@ -18,7 +18,7 @@ from bhsd_jax.metrics import postprocessing
 from bhsd_jax.platform import faults, files
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.report.page import NOTICE
+from bhsd_jax.report.page import notice
 from bhsd_jax.settings import Config, Predict, Settings
 from bhsd_jax.train import barrier, processes
 from bhsd_jax.verbs import parts, review, scan_report
@@ -51,7 +51,6 @@ def run(config: Config, workdir: Path) -> None:
     config = Settings.of(config)
     settings = config.predict
     parts.join(config)
-    logger.warning("%s", NOTICE)
     every = find_scans(config, workdir)
     out = label_maps(settings, workdir)
     _require_folder(out)
@@ -59,6 +58,7 @@ def run(config: Config, workdir: Path) -> None:
     cases = part(every, settings)
     _require_possible(settings, cases)
     run = Run.of(config, workdir)
+    logger.warning("%s", notice(run.labels.names))
     _require_classes(run)
     seen = _seen(run, every)
     cases, first = cascade.first_of(run, cases)
@@ -321,7 +321,7 @@ def _facts(run: Run, members: Sequence[Member], seen: Mapping[str, int]) -> dict
     ]
     most = max(seen.values(), default=0)
     return {
-        "notice": NOTICE,
+        "notice": notice(run.labels.names),
         "step": own.step,
         "networks": own.networks,
         **({"averaged_with": listed, "seen_in_training": most} if others else {}),

@@ -22,7 +22,7 @@ from bhsd_jax.ct import scan
 from bhsd_jax.platform import faults, files, machine, overlap
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.report.page import NOTICE
+from bhsd_jax.report.page import notice
 from bhsd_jax.train import barrier
 from bhsd_jax.train.log import heartbeat
 from bhsd_jax.verbs import review
@@ -256,7 +256,7 @@ def write_tables(out: Path, rows: Sequence[ScanVolumes]) -> None:
     lesions = [lesion for row in rows for lesion in row.lesion_rows()]
     for name, records in (("volumes", [row.flat() for row in rows]), ("lesions", lesions)):
         write_records(out / f"{name}.csv", records, line_end="\n", harmless=True)
-    head: dict[str, Any] = {"notice": NOTICE, "unit": "mL"}
+    head: dict[str, Any] = {"notice": notice(rows[0].ml if rows else ()), "unit": "mL"}
     if rows:
         head["present_from_ml"] = rows[0].present_ml
     files.write_json(out / "volumes.json", head | {"scans": [row.listed() for row in rows]})

@@ -17,7 +17,7 @@ from bhsd_jax.ct import geometry, plausibility, scan
 from bhsd_jax.metrics import scores
 from bhsd_jax.platform import files, step_log
 from bhsd_jax.report import figures
-from bhsd_jax.report.page import Page, Picture, Section, save
+from bhsd_jax.report.page import Page, Picture, Section, notice, save
 from bhsd_jax.report.result_tables import (
     CONVENTIONS,
     Table,
@@ -87,6 +87,7 @@ def run(config: Config, workdir: Path) -> None:
         sections=tuple(section for section in sections if section is not None),
         footer=f"Written by bhsd_jax {__version__}. Data license: {plan.license or 'not stated'}.",
         banners=pages.unfinished(run),
+        notice=notice(run.labels.names),
     )
     logger.info("report: %s", save(page, workdir))
 

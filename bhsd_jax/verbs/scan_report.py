@@ -17,7 +17,7 @@ from bhsd_jax.ct import formats, geometry, plausibility, scan
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError, explain_extra
 from bhsd_jax.report import figures, niivue
-from bhsd_jax.report.page import Page, Picture, Section, save
+from bhsd_jax.report.page import Page, Picture, Section, notice, save
 from bhsd_jax.report.result_tables import Table, milliliters
 from bhsd_jax.verbs import pages, review, shown
 from bhsd_jax.verbs.shown import Entry
@@ -76,6 +76,7 @@ def write(run: Run, out: Path, cases: Mapping[str, Case], *, strict: bool = Fals
             f"{run.plan.license or 'not stated'}."
         ),
         banners=_banners(run, found, len(cases)),
+        notice=notice(run.labels.names),
     )
     logger.info("report: %s", save(page, out))
     if wanted:

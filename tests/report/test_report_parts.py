@@ -10,7 +10,7 @@ import pytest
 from bhsd_jax.metrics.seeds import OverSeeds
 from bhsd_jax.platform import step_log
 from bhsd_jax.report import figures, points
-from bhsd_jax.report.page import NOTICE, Page, Picture, Section
+from bhsd_jax.report.page import NOTICE, Page, Picture, Section, notice
 from bhsd_jax.report.result_tables import Table, cases_table, dice_table, milliliters, number
 
 
@@ -107,6 +107,14 @@ class Reader(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+def test_weak_spots_are_those_of_networks_that_draw_bleeds():
+    assert "thin subdural" in notice(("background", "IPH", "SDH"))
+    for classes in (("background", "anterior", "posterior"), ("background", "liver"), ()):
+        assert notice(classes) == NOTICE
+    page = Page("Title", "", (), notice=notice(("any",)))
+    assert all("thin subdural" in text for text in (page.to_html(), page.to_markdown()))
 
 
 def test_the_page_is_well_formed_and_needs_no_other_file():
