@@ -50,7 +50,7 @@ def widget(scan: Shown, around: Viewer, *, reference: bool = False) -> Any:
 
 
 def _colors(classes: tuple[str, ...]) -> dict[str, Any]:
-    shown = [viewer.color(name, index) for index, name in enumerate(classes)]
+    shown = viewer.colors(classes)
     channels = {
         key: [0, *(int(color[at : at + 2], 16) for color in shown)]
         for key, at in (("R", 1), ("G", 3), ("B", 5))

@@ -1,8 +1,10 @@
 """One page to scroll through scans with their bleeds drawn; it needs no other file, no network."""
 
 import base64
+import colorsys
 import html
 import importlib.resources
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +33,7 @@ _COLORS = {  # told apart with any color vision as far as five can be
     "SDH": "#35c79a",
 }
 _FURTHER = ("#ff6b5e", "#56b4e9", "#f0e442", "#35c79a", "#cc79d6", "#ff9f1c", "#b0b8ff")
+_GOLDEN = 0.618034  # of a circle: steps that never come back near where they were
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +102,16 @@ def write(
     return len(listed)
 
 
-def color(name: str, index: int) -> str:
-    """Of a foreground class; `index` counts from 0."""
-    return _COLORS.get(name, _FURTHER[index % len(_FURTHER)])
+def colors(classes: Sequence[str]) -> list[str]:
+    """One for each foreground class, no two alike."""
+    taken = {_COLORS[name] for name in classes if name in _COLORS}
+    # Hues that lie apart, however many there are.
+    more = (
+        colorsys.hsv_to_rgb(_GOLDEN * k % 1, 0.55, 1 - 0.2 * (k % 2)) for k in itertools.count(1)
+    )
+    named = ("#" + "".join(f"{round(255 * part):02x}" for part in rgb) for rgb in more)
+    free = (one for one in itertools.chain(_FURTHER, named) if one not in taken)
+    return [_COLORS.get(name) or next(free) for name in classes]
 
 
 def as_nifti(voxels: Num[np.ndarray, "D H W"], spacing_mm: Millimeters) -> bytes:
@@ -180,13 +190,14 @@ def _page(viewer: Viewer, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     if viewer.auto or not windows:  # null: each scan's own range
         windows.append({"name": "Auto", "low": None, "high": None, "about": "2 % to 99.5 %"})
     few = f"; {len(listed)} of them are on this page" if len(listed) < (viewer.scans or 0) else ""
-    colors = [{"name": c, "color": color(c, i)} for i, c in enumerate(viewer.classes)]
+    drawn = zip(viewer.classes, colors(viewer.classes), strict=True)
+    legend = [{"name": name, "color": color} for name, color in drawn]
     return {
         "title": viewer.title,
         "subtitle": viewer.subtitle + few,
         "notice": viewer.notice,
         "unit": viewer.unit,
-        "classes": colors,
+        "classes": legend,
         "windows": windows,
         "orders": orders,
         "cases": [{**one, "place": places[one["name"]]} for one in listed],

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_run
 
+from bhsd_jax.datasets import label_maps
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import niivue, notebook, viewer
 
@@ -106,12 +107,22 @@ def pixels(tab, box=None):
 
 def colored(image, name):
     """Where the color of a class shines through."""
-    rgb = np.array([int(viewer.color(name, 0)[at : at + 2], 16) for at in (1, 3, 5)], float)
+    rgb = np.array([int(viewer.colors([name])[0][at : at + 2], 16) for at in (1, 3, 5)], float)
     hue = image - image.mean(-1, keepdims=True)
     wanted = rgb - rgb.mean()
     length = np.linalg.norm(hue, axis=-1)
     cosine = (hue @ wanted) / (length * np.linalg.norm(wanted) + 1e-9)
     return (cosine > 0.98) & (length > 30)
+
+
+def test_no_two_classes_have_one_color():
+    """BLAST-CT's extra-axial bleeds were drawn like those in the ventricles."""
+    organs = tuple(f"organ {number}" for number in range(104))
+    for classes in (CLASSES, label_maps.PRESETS["blast-ct"][1:], ("edema", "IPH"), organs):
+        found = viewer.colors(classes)
+        assert len(set(found)) == len(found) == len(classes)
+        assert all(re.fullmatch("#[0-9a-f]{6}", color) for color in found)
+    assert viewer.colors(("EDH", "IPH")) == viewer.colors(("IPH", "EDH"))[::-1]
 
 
 @needs_niivue
@@ -304,7 +315,7 @@ def test_the_notebooks_widget_holds_what_the_page_holds():
     assert (np.asanyarray(mask.dataobj)[LEFT] == 2).all()
     lut = np.asarray(bleeds.colormap_label.lut).reshape(-1, 4)
     assert lut[:3, 3].tolist() == [0, 255, 255]
-    assert f"#{bytes(lut[2, :3].astype(np.uint8)).hex()}" == viewer.color("SDH", 1)
+    assert f"#{bytes(lut[2, :3].astype(np.uint8)).hex()}" == viewer.colors(PAGE.classes)[1]
     assert found.opts.is_radiological_convention
     with pytest.raises(UserError, match="third has no reference"):
         notebook.widget(SCANS[2], PAGE, reference=True)
