@@ -76,10 +76,11 @@ def run(config: Config, workdir: Path) -> None:
     _log_estimate(predict, len(mine))
     scans = Scans(predict, mine, names, out, tables, settings.overwrite, record)
     record.begin(scans.there, overwrite=settings.overwrite)
+    facts = _facts(run, members, seen) | postprocessing.to_json(rules, run.labels.names)
+    _say_facts(out, facts, settings)
     predicted = predict_all(scans)
     found = _gather(tables, predicted, names)
     if found is not None:
-        facts = _facts(run, members, seen) | postprocessing.to_json(rules, run.labels.names)
         try:
             _conclude(out, tables, found, facts, len(cases))
         finally:
@@ -261,6 +262,24 @@ def _gather(tables: Path, found: Found, names: Mapping[str, str]) -> Found | Non
         {name: skipped[name] for name in names.values() if name in skipped},
         next((one.fault for one in every if one.fault), ""),
     )
+
+
+def _say_facts(out: Path, facts: Mapping[str, Any], settings: Predict) -> None:
+    """Writes `predictions.json` before the first label map, as a call may be stopped.
+
+    Whoever reads it then would else read of the call before, whose `volumes.json` goes, too. Jobs
+    of several write it beside the label maps that are all of theirs.
+
+    Raises:
+        faults.WriteError: If the system says no.
+    """
+    path = out / "predictions.json"
+    if barrier.place()[0]:
+        return
+    if settings.overwrite:
+        files.unlink(out / "volumes.json")
+    if settings.overwrite or not path.is_file():
+        files.write_json(path, facts)
 
 
 def _conclude(out: Path, tables: Path, found: Found, facts: Mapping[str, Any], scans: int) -> None:

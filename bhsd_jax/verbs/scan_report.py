@@ -88,7 +88,7 @@ def write(run: Run, out: Path, cases: Mapping[str, Case], *, strict: bool = Fals
 def _read(out: Path) -> _Predicted:
     for name in ("volumes.json", "predictions.json"):
         if not (out / name).is_file():
-            raise FileNotFoundError(f"{out / name}: not there; run the verb `predict` first")
+            raise FileNotFoundError(f"{out / name}: not there; {_first(out)}")
     listed = files.read_json(out / "volumes.json", keys=("scans",), remedy=_AGAIN)["scans"]
     facts = files.read_json(out / "predictions.json", keys=("step",), remedy=_AGAIN)
     skipped: list[dict[str, str]] = []
@@ -97,6 +97,17 @@ def _read(out: Path) -> _Predicted:
             skipped = list(csv.DictReader(file))
     rows = sorted(listed, key=lambda row: -row.get("all_ml", sum(row["ml"].values())))
     return _Predicted(tuple(rows), facts, tuple(skipped))
+
+
+def _first(out: Path) -> str:
+    """What to do where there are no tables of all scans."""
+    if not any(out.glob("part_*_of_*")):
+        return "run the verb `predict` first"
+    return (
+        "several jobs have predicted these scans, each with tables of its own; run `predict` once "
+        "more without num_parts, with config.predict.overwrite=False: it predicts nothing anew and "
+        "writes the tables of all"
+    )
 
 
 def _entry(run: Run, out: Path, row: Mapping[str, Any], cases: Mapping[str, Case]) -> Entry:

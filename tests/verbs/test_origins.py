@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import shutil
 
@@ -183,3 +184,24 @@ def test_nothing_of_another_patient_stays_under_an_open_name(tmp_path, caplog):
     with pytest.raises(ValueError, match="ct: series 1: 1 slice is missing"):
         run(folder, inbox, out, show_ids=True)
     assert not (out / "ct.nii.gz").exists(), "else it would pass for the one in skipped.csv"
+
+
+def test_what_made_label_maps_is_noted_before_the_first_of_them(tmp_path, scans, monkeypatch):
+    """Jobs of several note it beside all label maps, and a call that is stopped has noted it."""
+    run_folder, out = tiny_run.make(tmp_path / "run"), tmp_path / "out"
+    run(run_folder, scans, out, part_id=1, num_parts=2)
+    noted = json.loads((out / "predictions.json").read_text())
+    assert (noted["step"], noted["split"]) == (0, None)
+    text = json.dumps(noted | {"step": 7})
+    (out / "predictions.json").write_text(text)
+    (out / "volumes.json").write_text("{}")
+
+    def stopped(scans):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "predict_all", stopped)
+    for overwrite, step in ((False, 7), (True, 0)):
+        with pytest.raises(KeyboardInterrupt):
+            run(run_folder, scans, out, overwrite=overwrite)
+        assert json.loads((out / "predictions.json").read_text())["step"] == step
+        assert (out / "volumes.json").exists() != overwrite

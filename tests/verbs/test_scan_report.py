@@ -105,6 +105,9 @@ def test_the_verb_report_makes_it_later_and_shows_names_where_it_may(run, scans,
     (out / "volumes.json").unlink()
     with pytest.raises(FileNotFoundError, match="run the verb `predict` first"):
         report.run(dataclasses.replace(config, report=asked), run)
+    (out / "part_0_of_2").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"without num_parts, with .*overwrite=False"):
+        report.run(dataclasses.replace(config, report=asked), run)
 
 
 @needs_niivue
