@@ -174,7 +174,8 @@ def overlay_png(case: Overlay, *, slices: int = 3) -> bytes:
     """The plain slice with most of the lesion, then it and its neighbors with both contours."""
     plt = _pyplot()
     chosen = choose_slices(case.reference, case.predicted, slices)
-    middle = chosen[len(chosen) // 2]
+    area = _area(case.reference, case.predicted)
+    middle = max(chosen, key=lambda index: int(area[index])) if area.any() else chosen[slices // 2]
     rows, columns = _crop(case)
     height, width = case.spacing_mm[1], case.spacing_mm[2]
     figure, axes = plt.subplots(
@@ -199,17 +200,23 @@ def overlay_png(case: Overlay, *, slices: int = 3) -> bytes:
 
 
 def choose_slices(reference: np.ndarray, predicted: np.ndarray, count: int) -> list[int]:
-    """Evenly spread over where the lesion is, the slice with most of it in the middle.
+    """Evenly spread over where the lesion is, about the slice with most of it, which is one.
 
-    Where the reference is empty the prediction decides; where both are, the middle of the scan.
+    It is in the middle unless the scan ends there. Where the reference is empty the prediction
+    decides; where both are, the middle of the scan.
     """
-    area = (reference if reference.any() else predicted).sum((1, 2))
+    area = _area(reference, predicted)
     middle = int(area.argmax()) if area.any() else len(area) // 2
     touched = np.flatnonzero(area)
     reach = max(1, len(touched) // (count + 1)) if len(touched) else 1
-    first = middle - reach * (count // 2)
-    first = min(max(first, 0), max(len(area) - 1 - reach * (count - 1), 0))
-    return [min(first + reach * i, len(area) - 1) for i in range(count)]
+    nearest = (middle + reach * step for step in sorted(range(-count, count + 1), key=abs))
+    found = [index for index in nearest if 0 <= index < len(area)][:count]
+    return sorted([*found, *[middle] * (count - len(found))])
+
+
+def _area(reference: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Of the lesion in each slice: the reference's, or the prediction's where that is empty."""
+    return (reference if reference.any() else predicted).sum((1, 2))
 
 
 def data_uri(png: bytes) -> str:

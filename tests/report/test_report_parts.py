@@ -145,6 +145,21 @@ def test_slices_center_on_the_lesion():
     assert max(figures.choose_slices(edge, empty, 3)) == 11
     one = figures.choose_slices(mask[:1], mask[:1], 3)
     assert set(one) == {0}
+    assert figures.choose_slices(mask[:2], mask[:2], 3) == [0, 1, 1]
+
+
+@pytest.mark.parametrize(("most", "chosen"), [(1, [1, 5, 9]), (6, [2, 6, 10]), (15, [7, 11, 15])])
+def test_the_slice_with_most_of_the_lesion_is_shown_wherever_it_lies(most, chosen, monkeypatch):
+    """At the end of a scan the pictures went past it, from one end to the other."""
+    mask = np.zeros((16, 6, 6), bool)
+    mask[:, 2, 2] = True
+    mask[most, 1:5, 1:5] = True
+    assert figures.choose_slices(mask, mask & False, 3) == chosen
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    image = np.full(mask.shape, 40.0)
+    figures.overlay_png(figures.Overlay(image, mask, mask, (5.0, 1.0, 1.0), (0, 80)))
+    assert drawn[0].axes[0].get_title() == f"slice {most + 1} of 16"
 
 
 @pytest.fixture
