@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn
 
+from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 
 Spec = Mapping[str, Any]  # {"name": "module.Class", **arguments}: something found by its name
@@ -169,13 +170,6 @@ def with_defaults(saved: Mapping[str, Any], group: type) -> dict[str, Any]:
     return filled
 
 
-def tuples(value: Any) -> Any:
-    """Lists back to tuples, as they were before they went through a JSON file."""
-    if isinstance(value, Mapping):
-        return {name: tuples(item) for name, item in value.items()}
-    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
-
-
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
     """Names of the fields in which two configs differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -236,7 +230,7 @@ def _value(kind: Any, value: Any) -> Any:
             fits = fits and isinstance(value.get("name"), str)
     if not fits:
         raise _UnfitError
-    return tuples(value) if isinstance(value, Mapping) else value
+    return files.tuples(value) if isinstance(value, Mapping) else value
 
 
 def _first_fit(kinds: tuple[Any, ...], value: Any) -> Any:

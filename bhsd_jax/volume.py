@@ -279,12 +279,12 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> "Plan":
         """Undoes `to_json`, also after a trip through a JSON file."""
         values = dict(data)
-        network = {key: _tuples(value) for key, value in values.pop("network").items()}
+        network = {key: files.tuples(value) for key, value in values.pop("network").items()}
         channels = tuple(
-            Channel(**{key: _tuples(value) for key, value in one.items()})
+            Channel(**{key: files.tuples(value) for key, value in one.items()})
             for one in values.pop("channels", ())
         )
-        values = {key: _tuples(value) for key, value in values.items()}
+        values = {key: files.tuples(value) for key, value in values.items()}
         return cls(network=Network(**network), channels=channels, **values)
 
     @classmethod
@@ -381,7 +381,3 @@ def cropped_alike(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.nd
     """Both in the smallest box that holds all that is not 0 in either; empty if nothing is."""
     box = bounding_box(one | other) or (slice(0, 0),) * one.ndim
     return one[box], other[box]
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value

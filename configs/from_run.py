@@ -39,5 +39,5 @@ def _restore(value):
     if isinstance(value, dict):
         return {key: _restore(item) for key, item in value.items()}
     if isinstance(value, list):
-        return FieldReference(fields.tuples(value), field_type=object)
+        return FieldReference(files.tuples(value), field_type=object)
     return FieldReference(None, field_type=object) if value is None else value

@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,13 @@ def read_json(
         return parse(value)
     except MALFORMED as error:
         raise UserError(f"{path}: damaged ({_reason(error, data)}); {remedy}") from error
+
+
+def tuples(value: Any) -> Any:
+    """Lists back to tuples, as they were before they went through a JSON file."""
+    if isinstance(value, Mapping):
+        return {name: tuples(item) for name, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def recall_json(

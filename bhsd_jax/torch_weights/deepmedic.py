@@ -8,6 +8,7 @@ from typing import Any
 
 from bhsd_jax.models.deepmedic import DeepMedic
 from bhsd_jax.models.norms import NormSpec, norm_options
+from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.torch_weights import layout, monai
 from bhsd_jax.torch_weights.layout import Weight
@@ -34,7 +35,7 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
     wrong += [f"{name} is missing" for name in _REQUIRED if name not in constructor]
     if wrong:
         raise UserError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
-    given = {_FIELDS[k]: _tuples(v) for k, v in constructor.items() if k in _FIELDS}
+    given = {_FIELDS[k]: files.tuples(v) for k, v in constructor.items() if k in _FIELDS}
     module = DeepMedic(constructor["num_classes"], norm="batch", context="given", **given)
     return recipe(module, constructor["input_channels"])
 
@@ -59,7 +60,3 @@ def _unit(norm: NormSpec, source: str, target: str) -> dict[str, Weight]:
     weights[f"{source}.prelu.weight"] = Weight(f"params/{target}/slope")
     weights[f"{source}.conv.weight"] = Weight(f"params/{target}/kernel", layout.CONV)
     return weights
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value

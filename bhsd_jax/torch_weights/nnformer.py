@@ -10,6 +10,7 @@ from typing import Any
 from bhsd_jax.models.blocks import total_stride
 from bhsd_jax.models.conv import Triple
 from bhsd_jax.models.nnformer import ACDC, SYNAPSE, TUMOR, NNFormer
+from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.torch_weights import layout
 from bhsd_jax.torch_weights.layout import Weight
@@ -35,12 +36,12 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
     names = (*_REQUIRED, *_FIELDS, "input_channels", "patch_size", "down_stride")
     wrong = [f"{name} is not known" for name in constructor if name not in names]
     wrong += [f"{name} is missing" for name in _REQUIRED if name not in constructor]
-    given = {_FIELDS[k]: _tuples(v) for k, v in constructor.items() if k in _FIELDS}
+    given = {_FIELDS[k]: files.tuples(v) for k, v in constructor.items() if k in _FIELDS}
     if variant == "tumor" and "heads" in given:
         given["heads_decoder"] = given["heads"][1:]
     fields = _VARIANTS[variant] | given
     if "patch_size" in constructor:
-        fields["embed_strides"] = _embed_strides(variant, _tuples(constructor["patch_size"]))
+        fields["embed_strides"] = _embed_strides(variant, files.tuples(constructor["patch_size"]))
     module = NNFormer(constructor.get("num_classes", 1), **fields)
     sizes = {  # where the reference repeats what its own layers fix
         "patch_size": total_stride(module.embed_strides),
@@ -49,7 +50,7 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
         ),
     }
     for name, size in sizes.items():
-        if _tuples(constructor.get(name, size)) != size:
+        if files.tuples(constructor.get(name, size)) != size:
             wrong.append(f"{name}={constructor[name]} (supported: {size})")
     if wrong:
         raise UserError(f"{reference}: constructor not supported: {'; '.join(wrong)}")
@@ -127,7 +128,3 @@ def _is_unused(name: str) -> bool:
     """Rows of the position tables, computed here; heads of deep supervision, if it is off."""
     unused = r".*\.attn\.relative_position_index|final\.[12]\.up\.(weight|bias)"
     return re.fullmatch(unused, name) is not None
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value

@@ -65,7 +65,7 @@ def load(folder: Path, case: Case, wanted: str) -> Facts | Finding | None:
                 return None
             if "refused" in head:
                 return _finding(head["refused"])
-            facts = _tuples(head["facts"])
+            facts = files.tuples(head["facts"])
             facts["findings"] = tuple(map(_finding, facts["findings"]))
             return Facts(**facts, foreground=stored["foreground"])
     except Exception as error:  # NumPy parses a damaged header as Python, which raises anything
@@ -168,9 +168,3 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 def _is_text(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
