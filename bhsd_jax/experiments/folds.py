@@ -114,7 +114,7 @@ def conclude(what: Study, failures: Sequence[Failure] = (), *, ensembles: bool =
 
     Source: nnU-Net v2.8.1, `find_best_configuration`.
     """
-    finished = [run for run in what.runs if _finished(run)]
+    finished = queue.finished(what.runs)
     single = []
     for name, folds in _by_config(what.runs).items():
         if all(run in finished for run in folds):
@@ -269,13 +269,6 @@ def _usage(out: Path, found: Mapping[str, Any]) -> Section:
             "folds together have predicted of the scans."
         )
     return Section("How to use it", (words, shlex.join(command)))
-
-
-def _finished(run: Trial) -> bool:
-    try:
-        return queue.is_finished(run)
-    except UserError:  # of another config, which the queue has said
-        return False
 
 
 def _by_config(runs: Sequence[Trial]) -> Mapping[str, list[Trial]]:

@@ -132,6 +132,16 @@ def is_finished(run: Trial) -> bool:
     return summary.stat().st_mtime_ns >= saved.stat().st_mtime_ns
 
 
+def finished(runs: Sequence[Trial]) -> list[Trial]:
+    """Those that are finished; a folder that holds another config is as good as none here."""
+    found = []
+    for run in runs:
+        with contextlib.suppress(UserError):
+            if is_finished(run):
+                found.append(run)
+    return found
+
+
 def is_trained(run: Trial) -> bool:
     """Whether the checkpoint of the last step is on disk."""
     return checkpoint_files.is_saved(run.workdir / "checkpoints", run.config.train.steps)

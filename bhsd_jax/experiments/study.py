@@ -20,7 +20,7 @@ from bhsd_jax.platform import files, step_log
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report.comparison import Comparison, Line, page, scans_of
 from bhsd_jax.report.page import save
-from bhsd_jax.verbs.evaluate import ANY
+from bhsd_jax.verbs.scoring import ANY
 from bhsd_jax.volume import Plan
 
 # The folders of an absolute path, where a value or a part of one begins.
@@ -103,9 +103,8 @@ def compare(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
     Raises:
         ValueError: If runs were evaluated on different scans.
     """
-    scored = {
-        row: [_score(r) for r in study.runs if r.row == row and _done(r)] for row in study.rows
-    }
+    finished = queue.finished(study.runs)
+    scored = {row: [_score(run) for run in finished if run.row == row] for row in study.rows}
     runs = [one for row in scored.values() for one in row]
     _require_same_scans(runs)
     first = runs[0].summary if runs else {}
@@ -144,14 +143,6 @@ def compare(study: Study, failures: Sequence[Failure] = ()) -> Comparison:
         facts=_facts(runs),
         split=_split(runs[0]) if runs else _asked_split(study.runs[0]),
     )
-
-
-def _done(run: Trial) -> bool:
-    """Finished; a folder of another config is as good as none here."""
-    try:
-        return queue.is_finished(run)
-    except UserError:
-        return False
 
 
 def _score(run: Trial) -> _Scored:
