@@ -110,8 +110,9 @@ def test_head_ct_keeps_five_planes_of_tokens():
 
 def test_without_learned_positions_any_patch_is_taken():
     net = Primus(2, patch=(8, 8, 8), absolute=False, **TINY)
-    variables = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 8, 1)), train=False)
-    (logits,) = net.apply(variables, jnp.zeros((1, 12, 8, 4, 1)), train=False)
+    _, variables = _shapes(net, (1, 8, 8, 8, 1))
+    image = jax.ShapeDtypeStruct((1, 12, 8, 4, 1), jnp.float32)
+    (logits,) = jax.eval_shape(lambda v, x: net.apply(v, x, train=False), variables, image)
     assert logits.shape == (1, 12, 8, 4, 2)
 
 
