@@ -162,12 +162,6 @@ def _scaled(layer: Any, normal: Array) -> Array:
     return jnp.asarray(normal, layer.dtype)
 
 
-def standardize(image: Float[Array, "B D H W C"], epsilon: float) -> Float[Array, "B D H W C"]:
-    """Zero mean and unit variance over D, H, W, in float32."""
-    channels = image.shape[-1]
-    return normalize(image, jnp.ones(channels), jnp.zeros(channels), epsilon, 1.0)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalize(
     image: Float[Array, "B D H W C"],

@@ -78,8 +78,7 @@ class Truth:
     scan: Scan
     head: Head
     surgery: Surgery
-    requested_ml: Mapping[int, float]  # by class index
-    painted_ml: Mapping[int, float]  # in the mask, with the true voxel volume
+    painted_ml: Mapping[int, float]  # by class index, in the mask, with the true voxel volume
 
 
 def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.ndarray, Truth]:
@@ -126,7 +125,7 @@ def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.n
     image = acquire(scan, shown, cavity, rng[_NOISE])
     if options.metal:
         image = add_metal(image, cavity, scan, rng[_METAL])
-    return image, label, Truth(scan, head, surgery, requested, painted)
+    return image, label, Truth(scan, head, surgery, painted)
 
 
 def _space(head: Head, lesions: Mapping[int, Lesion], points: Points, depth: np.ndarray) -> Space:

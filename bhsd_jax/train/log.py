@@ -46,8 +46,8 @@ class Log:
     ):
         self.means = Means(means)
         self.path, self.steps, self.writes, self.speed = path, steps, writes, speed
-        self.started, self.start_step = time.monotonic(), resumed_at
-        self.since, self.since_step = self.started, resumed_at
+        self.started = self.since = time.monotonic()
+        self.since_step = resumed_at
         self.paused = 0.0
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
