@@ -62,9 +62,7 @@ def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Volume:
     return Volume(voxels=voxels, affine=affine, case=case_name(path))
 
 
-def read_channels(
-    path: str | Path, channels: int, *, max_bytes: int = MAX_BYTES
-) -> tuple[Volume, ...]:
+def read_channels(path: str | Path, channels: int) -> tuple[Volume, ...]:
     """Reads one scan whose fourth axis is that of its channels: a volume for each, as by `read`.
 
     Raises:
@@ -73,7 +71,7 @@ def read_channels(
     """
     path = Path(path)
     with _naming(path):
-        header, voxels = _load(path, max_bytes, channels)
+        header, voxels = _load(path, MAX_BYTES, channels)
         affine = nifti_header.affine(header)
     return tuple(Volume(voxels=one, affine=affine, case=case_name(path)) for one in voxels)
 

@@ -68,19 +68,19 @@ def measure(
 
 
 def reliability(
-    probability: Float[np.ndarray, " N"], happened: Bool[np.ndarray, " N"], bins: int = BINS
+    probability: Float[np.ndarray, " N"], happened: Bool[np.ndarray, " N"]
 ) -> tuple[Bin, ...]:
     """Bins of equal width over [0, 1]; those without voxels are left out.
 
     Source: DeGroot and Fienberg, The Statistician 32 (1983).
     """
-    place = np.minimum((probability * bins).astype(int), bins - 1)
-    counts = np.bincount(place, minlength=bins)
-    means = np.bincount(place, probability, bins) / np.maximum(counts, 1)
-    observed = np.bincount(place, happened, bins) / np.maximum(counts, 1)
+    place = np.minimum((probability * BINS).astype(int), BINS - 1)
+    counts = np.bincount(place, minlength=BINS)
+    means = np.bincount(place, probability, BINS) / np.maximum(counts, 1)
+    observed = np.bincount(place, happened, BINS) / np.maximum(counts, 1)
     return tuple(
-        Bin(i / bins, (i + 1) / bins, int(counts[i]), float(means[i]), float(observed[i]))
-        for i in range(bins)
+        Bin(i / BINS, (i + 1) / BINS, int(counts[i]), float(means[i]), float(observed[i]))
+        for i in range(BINS)
         if counts[i]
     )
 

@@ -7,6 +7,8 @@ import numpy as np
 
 from bhsd_jax.metrics import lesion
 
+_LEAST_IOU = 0.5  # of a pair that matches
+
 
 @dataclass(frozen=True)
 class Panoptic:
@@ -20,13 +22,10 @@ class Panoptic:
     fn: int
 
 
-def panoptic_quality(
-    reference: lesion.Mask, predicted: lesion.Mask, *, least_iou: float = 0.5
-) -> Panoptic:
+def panoptic_quality(reference: lesion.Mask, predicted: lesion.Mask) -> Panoptic:
     """26-connected components of both masks, matched one to one where their IoU suffices.
 
-    Pairs are taken from the largest intersection over union downward; one equal to `least_iou`
-    is enough.
+    Pairs are taken from the largest intersection over union downward; one of 0.5 is enough.
 
     Raises:
         ValueError: If the shapes differ.
@@ -50,7 +49,7 @@ def panoptic_quality(
     matched = []
     for at in np.argsort(-iou, kind="stable"):
         one, other = (int(number) for number in pairs[:, at])
-        if iou[at] >= least_iou and one not in taken[0] and other not in taken[1]:
+        if iou[at] >= _LEAST_IOU and one not in taken[0] and other not in taken[1]:
             taken[0].add(one)
             taken[1].add(other)
             matched.append(float(iou[at]))

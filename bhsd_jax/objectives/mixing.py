@@ -53,8 +53,8 @@ def beta(key: PRNGKeyArray, concentration: float, count: int) -> Float[Array, " 
 
 
 @functools.cache
-def _quantiles(concentration: float, count: int = 8193) -> Float[np.ndarray, " N"]:
-    levels = np.linspace(0, 0.5, count // 2 + 1)
+def _quantiles(concentration: float) -> Float[np.ndarray, " N"]:
+    levels = np.linspace(0, 0.5, 4097)  # the lower half of 8193
     lower = special.betaincinv(concentration, concentration, levels)
     # Mirrored: the distribution is symmetric, and the upper half loses digits near 1.
     return np.concatenate([lower, 1 - lower[-2::-1]]).astype(np.float32)

@@ -99,9 +99,9 @@ def find(
     return found
 
 
-def may_be_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
+def may_be_one_of_several() -> bool:
     """Whether only JAX itself could tell that this machine is one of several (Kubernetes, TPU)."""
-    return "KUBERNETES_SERVICE_HOST" in environment or bool(importlib.util.find_spec("libtpu"))
+    return "KUBERNETES_SERVICE_HOST" in os.environ or bool(importlib.util.find_spec("libtpu"))
 
 
 def missing(place: Place) -> str:

@@ -18,6 +18,7 @@ from bhsd_jax.volume import bounding_box
 
 logger = logging.getLogger(__name__)
 
+_SLICES = 3  # of a scan, with contours
 REFERENCE, PREDICTION = "#19d3f3", "#ff9f1c"  # told apart with any color vision, seen on gray
 _INK, _FAINT = "#1f2933", "#9aa5b1"
 _PANELS = 5  # side by side; more on a page cannot be read
@@ -170,18 +171,18 @@ def reliability_png(curves: Mapping[str, Sequence[tuple[float, float]]]) -> byte
     return _png(figure)
 
 
-def overlay_png(case: Overlay, *, slices: int = 3) -> bytes:
+def overlay_png(case: Overlay) -> bytes:
     """The plain slice with most of the lesion, then it and its neighbors with both contours."""
     plt = _pyplot()
-    chosen = choose_slices(case.reference, case.predicted, slices)
+    chosen = choose_slices(case.reference, case.predicted, _SLICES)
     area = _area(case.reference, case.predicted)
-    middle = max(chosen, key=lambda index: int(area[index])) if area.any() else chosen[slices // 2]
+    middle = max(chosen, key=lambda index: int(area[index])) if area.any() else chosen[_SLICES // 2]
     rows, columns = _crop(case)
     height, width = case.spacing_mm[1], case.spacing_mm[2]
     figure, axes = plt.subplots(
-        1, slices + 1, figsize=(2.5 * (slices + 1), 2.9), facecolor="black", layout="constrained"
+        1, _SLICES + 1, figsize=(2.5 * (_SLICES + 1), 2.9), facecolor="black", layout="constrained"
     )
-    for axis, index, drawn in zip(axes, [middle, *chosen], [False] + [True] * slices, strict=True):
+    for axis, index, drawn in zip(axes, [middle, *chosen], [False] + [True] * _SLICES, strict=True):
         axis.imshow(
             case.image[index, rows, columns],
             cmap="gray",

@@ -44,7 +44,6 @@ def stablehlo(
     *,
     normalize: bool = True,
     weights_apart: bool = False,
-    platforms: tuple[str, ...] = PLATFORMS,
 ) -> None:
     """Writes `model.stablehlo`, `model.json`, and `weights.npz` if they are to lie apart.
 
@@ -74,7 +73,7 @@ def stablehlo(
         function, arguments = forward, (shapes, image)
     else:
         function, arguments = lambda image: forward(flat, image), (image,)
-    made = jax.export.export(jax.jit(function), platforms=platforms)(*arguments)
+    made = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
     data = bytes(made.serialize())
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / "model.stablehlo", data)
@@ -86,7 +85,7 @@ def stablehlo(
         "input": f"float32 [b D H W {channels}], {'raw, HU' if normalize else 'normalized'}",
         "output": f"logits float32 [b D H W {model.num_classes}]",
         "margin": margin,  # voxels of the input on every side that have no logits
-        "platforms": platforms,
+        "platforms": PLATFORMS,
         "sha256": hashlib.sha256(data).hexdigest(),
         "weights": "weights.npz, the first argument" if weights_apart else "inside",
         "jax": jax.__version__,

@@ -245,7 +245,7 @@ def _look(
     dataset: Dataset,
     crop_hu: float | None,
     workers: Pool,
-    known_facts: Path | None = None,
+    known_facts: Path | None,
 ) -> tuple[list[Facts], dict[str, Finding]]:
     """First pass: facts in the order of the cases, and why the others were refused."""
     look = functools.partial(
