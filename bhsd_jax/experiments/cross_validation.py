@@ -18,7 +18,7 @@ from bhsd_jax.metrics.postprocessing import Rule, Tally
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Pool
 from bhsd_jax.verbs import evaluate
-from bhsd_jax.verbs.evaluate import Comparison
+from bhsd_jax.verbs.scoring import ANY, Comparison
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Candidate:
     def classes(self) -> tuple[str, ...]:
         """Background first; what is scored, so that a binary run has two."""
         first = self.cases[0].comparison
-        return (first.classes[0], evaluate.ANY) if first.binary else first.meaning.names
+        return (first.classes[0], ANY) if first.binary else first.meaning.names
 
 
 def candidate(name: str, runs: Sequence[Trial]) -> Candidate:
@@ -110,7 +110,7 @@ def _count(case: Case, rules: tuple[Rule, ...]) -> Int[np.ndarray, "classes 3"]:
         predicted = found.voxels
     if one.binary:
         reference, predicted = np.minimum(reference, 1), np.minimum(predicted, 1)
-        labels = Labels((labels.classes[0], evaluate.ANY))
+        labels = Labels((labels.classes[0], ANY))
     predicted = postprocessing.apply(predicted, tuple(map(labels.values_of, rules)))
     if labels.plain:
         counts = overlap.count(reference, predicted, len(labels.classes))

@@ -17,7 +17,7 @@ from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier
-from bhsd_jax.verbs import predict
+from bhsd_jax.verbs.chosen_scans import find_scans
 from bhsd_jax.volume import Case, outlined_of
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,8 @@ def run(config: Config, workdir: Path) -> None:
     cases = _cases(opened, workdir)
     _require_unseen(opened, cases)
     devices.share_cores(opened)
-    predict_, members = ensemble.open_runs(opened, settings.runs)
-    drawn = [_draw(predict_, case, opened) for case in cases]
+    predict, members = ensemble.open_runs(opened, settings.runs)
+    drawn = [_draw(predict, case, opened) for case in cases]
     logits = np.concatenate([one for one, _ in drawn])
     labels = np.concatenate([one for _, one in drawn])
     fitted = calibration.fit_temperature(logits, labels)
@@ -76,7 +76,7 @@ def _cases(opened: Run, workdir: Path) -> list[Case]:
     masks = {case.id: case.label for case in outlined_of(opened.data_set)}
     found = [
         dataclasses.replace(case, label=masks[case.id])
-        for case in predict.find_scans(opened.config, workdir)
+        for case in find_scans(opened.config, workdir)
         if masks[case.id] is not None
     ]
     if not found:
@@ -102,14 +102,14 @@ def _require_unseen(opened: Run, cases: Sequence[Case]) -> None:
         )
 
 
-def _draw(predict_: Predictor, case: Case, opened: Run) -> tuple[np.ndarray, np.ndarray]:
+def _draw(predict: Predictor, case: Case, opened: Run) -> tuple[np.ndarray, np.ndarray]:
     """Logits [N K] and classes [N] of voxels of the prepared scan, drawn without replacement."""
     prepared = prepare_case(case, opened.plan, source_sha256="not needed")
     assert prepared.label is not None  # as chosen above
     label = prepared.label.astype(np.int64)
     if opened.config.split.binary:
         label = np.minimum(label, 1)
-    logits = predict_.logits(prepared.channels_last, "a validation scan")
+    logits = predict.logits(prepared.channels_last, "a validation scan")
     random = np.random.default_rng(0)
     chosen = random.permutation(label.size)
     annotated = opened.labels.annotated(prepared.label).ravel()

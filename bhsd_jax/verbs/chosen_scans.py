@@ -122,7 +122,7 @@ def _known_by(case: Case) -> str:
     return f"{case.image.uid}/{case.id}" if isinstance(case.image, Series) else case.id
 
 
-def label_maps(settings: Any, workdir: Path) -> Path:
+def label_maps(settings: Predict, workdir: Path) -> Path:
     """The folder that `predict` writes into."""
     return Path(settings.out or workdir / "predictions")
 

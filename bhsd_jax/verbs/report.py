@@ -28,7 +28,8 @@ from bhsd_jax.report.result_tables import (
     number,
 )
 from bhsd_jax.settings import Config, Settings
-from bhsd_jax.verbs import pages, parts, predict, scan_report
+from bhsd_jax.verbs import pages, parts, scan_report
+from bhsd_jax.verbs.chosen_scans import find_scans, label_maps, output_names
 from bhsd_jax.verbs.pages import Origin
 from bhsd_jax.volume import Case
 
@@ -102,9 +103,9 @@ def _of_images(config: Settings, workdir: Path) -> None:
     where = config.report.predictions or config.predict.out
     settings = replace(config.predict, images=config.report.images, out=where)
     config = replace(config, predict=settings)
-    cases = predict.find_scans(config, workdir)
-    names = predict.output_names(cases, workdir, settings)
-    out = predict.label_maps(settings, workdir)
+    cases = find_scans(config, workdir)
+    names = output_names(cases, workdir, settings)
+    out = label_maps(settings, workdir)
     named = {names[case.id]: case for case in cases}
     scan_report.write(Run.of(config, workdir), out, named, strict=True)
 
