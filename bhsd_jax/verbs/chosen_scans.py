@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from bhsd_jax.assemble import data, held_out
 from bhsd_jax.ct import formats
@@ -13,7 +12,7 @@ from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.datasets import archives, image_files
 from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.settings import DicomSeries, Settings
+from bhsd_jax.settings import DicomSeries, Predict, Settings
 from bhsd_jax.volume import Case, Plan, Series, outlined_of
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,7 @@ def _in_file(path: Path, how: DicomSeries) -> list[Case]:
     ]
 
 
-def output_names(cases: Sequence[Case], workdir: Path, settings: Any) -> dict[str, str]:
+def output_names(cases: Sequence[Case], workdir: Path, settings: Predict) -> dict[str, str]:
     """What outputs are called; by default DICOM's own names are hidden, NIfTI's are not.
 
     Of a series that is hidden the UID counts too: a folder may be filled with another study later,
@@ -157,7 +156,7 @@ def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
     ]
 
 
-def part(cases: list[Case], settings: Any) -> list[Case]:
+def part(cases: list[Case], settings: Predict) -> list[Case]:
     """The scans of this job, of several that share the work.
 
     Raises:

@@ -309,7 +309,7 @@ def _conclude(out: Path, tables: Path, found: Found, facts: Mapping[str, Any], s
     logger.info("%d label maps in %s", len(found.rows), out)
 
 
-def _tables(out: Path, settings: Any) -> Path:
+def _tables(out: Path, settings: Predict) -> Path:
     """Where the tables go: each of several jobs writes its own."""
     if settings.num_parts == 1:
         return out

@@ -32,6 +32,7 @@ from bhsd_jax.settings import Config, Settings
 from bhsd_jax.shards import jobs as shard_jobs
 from bhsd_jax.shards import store
 from bhsd_jax.shards.jobs import ShardJob, Share
+from bhsd_jax.training_settings import Preprocess
 from bhsd_jax.verbs import parts
 from bhsd_jax.volume import Case, Dataset, Plan, Survey, labels_of
 
@@ -132,11 +133,11 @@ def _processes(cases: Sequence[Case]) -> int:
     return 1 + size // _BYTES_PER_PROCESS
 
 
-def _crop_hu(dataset: Dataset, settings: Any) -> float | None:
+def _crop_hu(dataset: Dataset, settings: Preprocess) -> float | None:
     return settings.crop_hu if dataset.modality == "ct" else None
 
 
-def _nnunet(settings: Any) -> dict[str, Any] | None:
+def _nnunet(settings: Preprocess) -> dict[str, Any] | None:
     """NnU-Net's plan if one is named, refused here if it cannot be used with any data."""
     if not settings.plan:
         return None
@@ -145,7 +146,9 @@ def _nnunet(settings: Any) -> dict[str, Any] | None:
     return plans
 
 
-def _of_first_stage(settings: Any, theirs: Mapping[str, Any] | None) -> dict[str, Path] | None:
+def _of_first_stage(
+    settings: Preprocess, theirs: Mapping[str, Any] | None
+) -> dict[str, Path] | None:
     """Label maps by case that the first networks of a cascade have predicted; None: no cascade."""
     name = settings.configuration
     plans = theirs and plans_json.resolve(theirs, name)
@@ -196,7 +199,7 @@ def _cascaded(found: Survey, maps: dict[str, Path] | None) -> Survey:
 def _plan(
     dataset: Dataset,
     facts: Sequence[Facts],
-    settings: Any,
+    settings: Preprocess,
     skipped: Mapping[str, str],
     theirs: dict[str, Any] | None,
 ) -> Plan:
@@ -216,7 +219,7 @@ def _plan(
         source_sha256=_source_sha256(facts),
         planner=settings.planner,
         memory_gb=settings.memory_gb,
-        spacing_mm=tuple(settings.spacing_mm) if settings.spacing_mm else None,
+        spacing_mm=settings.spacing_mm,
         crop_hu=_crop_hu(dataset, settings),
         labels=labels_of(dataset),
         channels=getattr(dataset, "channels", ()),
@@ -231,7 +234,7 @@ def _plan(
     return plan
 
 
-def _configuration(settings: Any, theirs: Mapping[str, Any] | None) -> str:
+def _configuration(settings: Preprocess, theirs: Mapping[str, Any] | None) -> str:
     """What is planned of our own, before a file's plan takes its place."""
     if theirs is None:
         return settings.configuration

@@ -193,7 +193,7 @@ def _sets(
     job: Comparison, place: Image, image: Volume
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The label maps of all raters, and those of the other answers."""
-    assert isinstance(job.reference, Masks)  # `_jobs` has made sure
+    assert isinstance(job.reference, Masks)  # `evaluate` has made sure
     values = job.reference.values
     raters = [Masks((file,), "first", values) for file in job.reference.files]
 

@@ -168,14 +168,14 @@ def _require_slice_labels(run: Run, recipe: Recipe, roles: Roles) -> None:
 def _trackers(run: Run, position: int) -> tuple[trackers.Tracker, ...]:
     """Those of the config; they are told what is trained, and no path."""
     told = ("model", "objective", "loss", "slice_loss", "optimizer", "split", "input", "train")
-    every = run.config.to_dict()
-    facts = {name: every[name] for name in told} | {"seed": run.config.seed}
+    config = run.config.to_dict()
+    facts = {name: config[name] for name in told} | {"seed": run.config.seed}
     named = run.config.train.trackers
     return trackers.start(named, run.folder, position, run.config.name, facts)
 
 
 def _actions(
-    every: Train,
+    settings: Train,
     log: Log,
     validation: Validation,
     checkpoints: Checkpoints,
@@ -200,23 +200,23 @@ def _actions(
             save(step, state, metrics)
             raise Interrupted(f"asked to stop; saved step {step}")
 
-    steps = every.steps
+    steps = settings.steps
     return [
         log.count,
-        Every((every.log_every,), steps, log.train, seconds=8.0),
+        Every((settings.log_every,), steps, log.train, seconds=8.0),
         # Validation first: the checkpoint manager keeps the best by this Dice.
-        Every((every.validate_every,), steps, validation),
-        Every((every.validate_every,), steps, draw),
-        Every((every.save_every, every.validate_every), steps, save),
+        Every((settings.validate_every,), steps, validation),
+        Every((settings.validate_every,), steps, draw),
+        Every((settings.save_every, settings.validate_every), steps, save),
         stop,
     ]
 
 
 def _catch_up(
-    every: Train, step: int, state: TrainState, validation: Validation, checkpoints: Checkpoints
+    settings: Train, step: int, state: TrainState, validation: Validation, checkpoints: Checkpoints
 ) -> None:
     """Validates the step that the run goes on from, where it was asked to stop meanwhile."""
-    due = step == every.steps or step % every.validate_every == 0
+    due = step == settings.steps or step % settings.validate_every == 0
     if step and due and validation.cases and checkpoints.dice() is None:
         validation(step, state, {})
         checkpoints.rate(validation.dice_at(step))
@@ -296,16 +296,16 @@ def _start(
     return state, position
 
 
-def _begun_from(config: Train, recipe: Recipe, drawn: TrainState, mesh: Mesh) -> TrainState:
+def _begun_from(settings: Train, recipe: Recipe, drawn: TrainState, mesh: Mesh) -> TrainState:
     """The first state with the weights that the config names; averages begin there too."""
     params = pretrained.begin_from(
-        config.init_from,
+        settings.init_from,
         drawn.params,
         recipe.parts.model,
         recipe.channels,
         twins=recipe.parts.objective.twins,
-        only=config.init_only,
-        leave=config.init_leave,
+        only=settings.init_only,
+        leave=settings.init_leave,
     )
     pretrained.require_apart(recipe, params)
     params = jax.device_put(params, meshes.replicated(mesh))
