@@ -55,7 +55,7 @@ def convolve(
     blocks = _Blocks(tuple((n - k) // s + 1 for n, k, s in sizes), window, strides)
     image, places = blocks.without_stride(image), blocks.places
     room, taps, width = blocks.no_lines(image), blocks.taps, blocks.shape[2]
-    folded = _resize(kernel, 2, taps * strides[2]).reshape(*window[:2], taps, -1, features)
+    folded = resize(kernel, 2, taps * strides[2]).reshape(*window[:2], taps, -1, features)
     weights = _values(folded.transpose(0, 1, 3, 2, 4).reshape(-1, taps * features))
 
     def block(lines: Array, place: Array) -> tuple[Array, Array]:
@@ -88,11 +88,10 @@ def kernel_grad(
     batch, places, width = len(image), blocks.places, blocks.shape[2]
     # Lines as wide as the window sees, zeros behind each and in front of all of a block: moved by
     # one tap or more a block is the run that begins earlier.
-    grads = _resize(grad.reshape(batch, len(places), -1, width, features), 3, width + taps - 1)
-    before = [(0, 0, 0), (0, 0, 0), (taps - 1, 0, 0), (0, 0, 0)]
+    grads = resize(grad.reshape(batch, len(places), -1, width, features), 3, width + taps - 1)
     grads = grads.reshape(batch, len(places), -1, features)
     voxels = grads.shape[2]
-    grads = lax.pad(grads, jnp.zeros((), grads.dtype), before).swapaxes(2, 3)
+    grads = resize(grads, 2, voxels + taps - 1, before=taps - 1).swapaxes(2, 3)
 
     def block(i: Array | int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         lines = blocks.lines(image, places[i], state[0])
@@ -136,7 +135,7 @@ class _Blocks:
         width, stride = self.shape[2] + self.taps - 1, self.strides[2]
         if stride == 1:
             return image
-        image = _resize(image, 3, width * stride)
+        image = resize(image, 3, width * stride)
         return image.reshape(*image.shape[:3], width, -1)
 
     @functools.cached_property
@@ -201,10 +200,10 @@ def _product(left: Array, right: Array, axes: lax.DotDimensionNumbers) -> Array:
     return lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
 
-def _resize(array: Array, axis: int, length: int) -> Array:
-    """Zeros behind what is there along an axis, or its end cut off."""
+def resize(array: Array, axis: int, length: int, before: int = 0) -> Array:
+    """An axis made `length` long: zeros in front and behind; below 0, what is there is cut off."""
     config = [(0, 0, 0)] * array.ndim
-    config[axis] = (0, length - array.shape[axis], 0)
+    config[axis] = (before, length - before - array.shape[axis], 0)
     return lax.pad(array, jnp.zeros((), array.dtype), config)
 
 

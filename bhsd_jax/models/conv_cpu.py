@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from bhsd_jax.models import conv_bfloat16
-from bhsd_jax.models.conv_bfloat16 import Triple
+from bhsd_jax.models.conv_bfloat16 import Triple, resize
 
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # voxels before and after
 
@@ -145,14 +145,14 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
     width, features, channels = *grad.shape[2:], image.shape[-1]
     sizes = [n + k - 1 for n, k in zip(grad.shape, taps, strict=False)]
     for axis, size in enumerate(sizes):
-        image = _shift(image, axis, before[axis], size)
+        image = resize(image, axis, size, before=before[axis])
     # Where a plane is smaller than a block, the lines of all planes are taken for those of one.
     flat = math.prod(grad.shape[1:3]) < _VOXELS / 4
     if flat:
-        grad = _shift(grad, 1, 0, sizes[1]).reshape(1, -1, width, features)
+        grad = resize(grad, 1, sizes[1]).reshape(1, -1, width, features)
         image = image.reshape(1, -1, *image.shape[2:])
     # What the last lines' taps see past their end is multiplied by zeros.
-    image = _shift(image, 1, 0, image.shape[1] + taps[1]).transpose(0, 3, 1, 2)
+    image = resize(image, 1, image.shape[1] + taps[1]).transpose(0, 3, 1, 2)
     planes, height = grad.shape[:2]
     lines, wide = _divisor(height, _VOXELS / sizes[2]), sizes[2]
     ahead = [h * wide + w for h, w in itertools.product(*map(range, taps[1:]))]
@@ -161,7 +161,7 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
     def block(i: Array | int) -> Array:
         plane, line = i // (height // lines), i % (height // lines) * lines
         right = lax.dynamic_slice(grad, (plane, line, 0, 0), (1, lines, width, features))
-        right = _shift(right, 2, 0, wide).reshape(-1, features)
+        right = resize(right, 2, wide).reshape(-1, features)
         # Inside the loop, for outside of it this would be compiled together with the transposition.
         channels_first = image.reshape(len(image), channels, -1)
         products = []
@@ -184,13 +184,6 @@ def _divisor(number: int, wanted: float) -> int:
     """The divisor whose ratio to what is wanted is nearest to 1."""
     fits = (n for n in range(1, number + 1) if number % n == 0)
     return min(fits, key=lambda n: max(n / wanted, wanted / n))
-
-
-def _shift(image: Array, axis: int, by: int, length: int) -> Array:
-    """Moves the voxels up an axis, which is `length` long afterwards."""
-    config = [(0, 0, 0)] * image.ndim
-    config[axis] = (by, length - by - image.shape[axis], 0)
-    return lax.pad(image, jnp.zeros((), image.dtype), config)
 
 
 def _pad(image: Array, padding: tuple[tuple[int, int], ...]) -> Array:
