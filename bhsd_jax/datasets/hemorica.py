@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.datasets.pairs import first_folder, pairs
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, some
 from bhsd_jax.volume import HEMORRHAGE, Case, Masks
 
 _IMAGES = ("images", "image", "imagesTr")
@@ -19,7 +19,6 @@ _NAMES = {  # by the words found in papers and files, in small letters
     **dict.fromkeys(("sah", "subarachnoid"), "SAH"),
     **dict.fromkeys(("sdh", "subdural"), "SDH"),
 }
-_LISTED = 3  # names in an error message
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ def _paired(images: Path, masks: Path) -> dict[str, tuple[Path, Path]]:
     bare = [name for name, (_, mask) in found.items() if mask is None]
     if bare:
         raise UserError(
-            f"{masks}: no mask for {_some(bare)}; every scan is taken to have one, empty where "
-            "nothing bleeds"
+            f"{masks}: no mask for {some(sorted(bare))}; every scan is taken to have one, empty "
+            "where nothing bleeds"
         )
     return {name: (image, mask) for name, (image, mask) in found.items() if mask is not None}
 
@@ -87,8 +86,8 @@ def _require_whole(masks: Path) -> None:
     alone = [name for name in scans(masks) if name.lower().rpartition("_")[2] in _NAMES]
     if alone:
         raise UserError(
-            f"{masks}: {_some(alone)} seem to be masks of one type each; a mask is taken to have "
-            "all types, each with a value of its own: put them together first"
+            f"{masks}: {some(sorted(alone))} seem to be masks of one type each; a mask is taken to "
+            "have all types, each with a value of its own: put them together first"
         )
 
 
@@ -125,9 +124,3 @@ def _listed(path: Path) -> list[str]:
         raise UserError(
             f"{path}: no labels as nnU-Net has them, {{name: value}}; set config.data.values"
         ) from error
-
-
-def _some(names: Sequence[str]) -> str:
-    listed = sorted(names)
-    more = len(listed) - _LISTED
-    return ", ".join(listed[:_LISTED]) + (f" and {more} more" if more > 0 else "")

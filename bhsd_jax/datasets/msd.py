@@ -16,7 +16,7 @@ from bhsd_jax.datasets.splits_file import Folds
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.labels import Labels
 from bhsd_jax.nnunet import dataset_json
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, some
 from bhsd_jax.volume import Case, Channels, Survey
 
 Pairs = dict[str, tuple[Path | Channels | None, Path | None]]  # image and mask by case
@@ -217,8 +217,8 @@ class MSD:
         if len(files) not in (1, len(self._channels)):
             raise UserError(
                 f"{self.root}: {id} has {len(files)} files "
-                f"({_some([path.name for path in files])}), and dataset.json names the channels "
-                f"{_some([name for name, _ in self._channels])}; put missing files there, or name "
+                f"({some([path.name for path in files])}), and dataset.json names the channels "
+                f"{some([name for name, _ in self._channels])}; put missing files there, or name "
                 "all channels"
             )
         if len(self._channels) == 1:
@@ -234,7 +234,7 @@ class MSD:
         if not self._json.is_file():
             others = sorted(path.name for path in Path(self.root).glob("*.json"))
             list_of = (
-                f"; MONAI's list of cases ({_some(others)}?) is to be called so" if others else ""
+                f"; MONAI's list of cases ({some(others)}?) is to be called so" if others else ""
             )
             raise FileNotFoundError(
                 f"{self._json}: not there; set data.root to the folder that holds dataset.json, "
@@ -342,9 +342,7 @@ class MSD:
         if wrong:
             last = len(self._channels) - 1
             which = f"to _{last:04d}, the channels" if last else "the one channel"
-            raise UserError(
-                f"{folder}: {_some(wrong)}: expected <case>_0000{self._ending}, {which}"
-            )
+            raise UserError(f"{folder}: {some(wrong)}: expected <case>_0000{self._ending}, {which}")
         kept = {id: files for id, files in parts.items() if id not in self.ignore}
         return {id: self._image(id, files) for id, files in kept.items()}
 
@@ -370,19 +368,19 @@ class MSD:
         lonely += [f"{id} (no mask)" for id, (_, label) in train.items() if not label]
         if lonely:
             raise UserError(
-                f"{self.root}: {_some(lonely)}; put the missing file there, or name the case in "
+                f"{self.root}: {some(lonely)}; put the missing file there, or name the case in "
                 "config.data.ignore"
             )
         absent = sorted(set(self._of("train", "val")) - set(train))
         if absent:
             raise UserError(
-                f"{self._json}: lists {_some(absent)}, not in imagesTr; fetch it, or take it off "
+                f"{self._json}: lists {some(absent)}, not in imagesTr; fetch it, or take it off "
                 "the list"
             )
         double = sorted(set(train) & set(test))
         if double:
             raise UserError(
-                f"{self.root}: {_some(double)} in imagesTr and imagesTs; keep one of equal scans, "
+                f"{self.root}: {some(double)} in imagesTr and imagesTs; keep one of equal scans, "
                 "and give different ones different names"
             )
 
@@ -391,8 +389,3 @@ class MSD:
         if not self._folder("imagesTr").is_dir() and self._folder("gt_segmentations").is_dir():
             return "this is a folder of nnUNet_preprocessed: name that of nnUNet_raw"
         return "another ending is said as `file_ending` in dataset.json"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

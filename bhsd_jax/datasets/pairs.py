@@ -7,7 +7,7 @@ from pathlib import Path
 from bhsd_jax.datasets import image_files
 from bhsd_jax.datasets.bhsd import scans
 from bhsd_jax.datasets.bhsd_files import unnumbered
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, some
 
 
 def _word(names: str) -> re.Pattern[str]:
@@ -43,10 +43,7 @@ def pairs(images: Path, masks: Path | None) -> dict[str, tuple[Path, Path | None
     outlined = _as_images(paths, outlined)
     lonely = sorted(set(outlined) - set(paths))
     if lonely:
-        more = f" and {len(lonely) - 3} more" if len(lonely) > 3 else ""
-        raise UserError(
-            f"{masks}: no image for {', '.join(lonely[:3])}{more}; image and mask have one name"
-        )
+        raise UserError(f"{masks}: no image for {some(lonely)}; image and mask have one name")
     return {name: (path, outlined.get(name)) for name, path in paths.items()}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from bhsd_jax.datasets.splits import FOLDS, kfold
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform import files
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, some
 from bhsd_jax.volume import Case
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def _of_plan(path: Path, known: Collection[str]) -> Folds:
     """Those of a data set of nnU-Net's, or () if it is another one, from which the plan comes."""
     folds = load(path)
     if unknown := sorted({case for fold in folds for part in fold for case in part} - set(known)):
-        logger.warning("%s: is of another data set (%s); not read", path, _some(unknown))
+        logger.warning("%s: is of another data set (%s); not read", path, some(unknown))
         return ()
     if folds:
         logger.info("the folds are those of %s", path)
@@ -136,7 +136,7 @@ def _fold(path: Path, index: int, entry: Any) -> tuple[tuple[str, ...], tuple[st
         parts.append(names)
     train, val = parts
     if twice := sorted(name for name, count in Counter(train + val).items() if count > 1):
-        raise UserError(f"{place}: names {_some(twice)} twice; a case trains or validates")
+        raise UserError(f"{place}: names {some(twice)} twice; a case trains or validates")
     if not train:
         raise UserError(f"{place}: 'train' is empty; name the cases to train on")
     return tuple(sorted(train)), tuple(sorted(val))
@@ -146,18 +146,13 @@ def _require_known(path: str | Path, folds: Folds, known: Collection[str]) -> No
     for index, (train, val) in enumerate(folds):
         if unknown := sorted({*train, *val} - set(known)):
             raise UserError(
-                f"{path}: fold {index} names {_some(unknown)}, no training case of the data set; "
+                f"{path}: fold {index} names {some(unknown)}, no training case of the data set; "
                 "cases are called as their masks, without ending"
             )
 
 
 def _without(names: Sequence[str], ignored: set[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in ignored)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _shown(value: Any) -> str:

@@ -1,5 +1,7 @@
 """`UserError`: an error in input, config or machine that a user can mend."""
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Something in the input, the config or the place that a user can mend; the text says how.
@@ -7,6 +9,12 @@ class UserError(ValueError):
     Programs end with its text alone. Any other `ValueError` is a defect of this package, and ends
     with its traceback.
     """
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, for a message, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def explain_extra(extra: str) -> str:

@@ -13,7 +13,7 @@ from bhsd_jax.datasets.image_files import scans
 from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import also, nnunet_summary, scores, summary, threshold
 from bhsd_jax.platform import files, machine
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, some
 from bhsd_jax.platform.workers import Progress, Workers
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier
@@ -24,7 +24,6 @@ from bhsd_jax.volume import Case, Image, Label, Masks, Plan, labels_of, outlined
 
 logger = logging.getLogger(__name__)
 
-_LISTED = 10  # names in an error message
 _FOUND = tuple[str, str, Label, Image | None, bool]  # case, patient, reference, image, table feed
 
 
@@ -301,8 +300,7 @@ def _require_all(folder: Path, missing: Sequence[str]) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(sorted(names)[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return some(sorted(names), 10)
 
 
 def _score_together(
