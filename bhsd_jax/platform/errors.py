@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+BROKEN = (UserError, OSError, EOFError, MemoryError)
+"""What reading or writing one scan may raise: it is recorded, and the others go on."""
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first of many names, for a message, and how many more there are."""
     more = len(names) - most

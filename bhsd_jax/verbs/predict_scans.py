@@ -21,7 +21,7 @@ from bhsd_jax.assemble.underway import Answer, Ready
 from bhsd_jax.ct import scan
 from bhsd_jax.platform import faults, files, machine, overlap
 from bhsd_jax.platform.csv_files import write_records
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import BROKEN
 from bhsd_jax.report.page import notice
 from bhsd_jax.train import barrier
 from bhsd_jax.train.log import heartbeat
@@ -31,7 +31,6 @@ from bhsd_jax.volume import Case
 logger = logging.getLogger(__name__)
 
 _PAUSE = 20  # times as long as writing the tables took: until they are written again
-_BROKEN = (UserError, OSError, EOFError, MemoryError)  # of one scan: recorded, others go on
 
 
 @dataclass
@@ -157,7 +156,7 @@ class _Steps:
             found.fault = faults.explain(error) or str(error)
             logger.error("%s: %s", place, found.fault)
             raise
-        except _BROKEN as error:
+        except BROKEN as error:
             name = self._name(job)
             reason = said_of(error, job.case, name)
             found.skipped[name] = reason
@@ -243,7 +242,7 @@ def _kept(job: _Job) -> Iterator[None]:
     """What befalls this scan alone is told when its turn comes, and those before it are written."""
     try:
         yield
-    except _BROKEN as error:
+    except BROKEN as error:
         job.error = error
 
 

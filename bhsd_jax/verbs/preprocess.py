@@ -26,7 +26,7 @@ from bhsd_jax.defects import Finding, in_line, refused
 from bhsd_jax.nnunet import adoption, plans_json
 from bhsd_jax.nnunet.dataset_plan import CASCADE, FULL, PLANAR, make_plan
 from bhsd_jax.platform import budget, csv_files, files, machine
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import BROKEN, UserError
 from bhsd_jax.platform.workers import Pool, Progress, Workers
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.shards import jobs as shard_jobs
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 _BEST_COMPRESSION = 20  # of shards; real head CT comes to about 3
 _BYTES_PER_PROCESS = 2**25  # a process takes seconds to start, and reads this much in that time
-_BROKEN = (UserError, OSError, EOFError, MemoryError)  # of one case: recorded, others go on
 
 
 def run(config: Config, workdir: Path, workers: Pool | None = None) -> None:
@@ -281,7 +280,7 @@ def _fingerprint(case: Case, *, known_facts: Path | None, **settings: Any) -> Fa
         found = fingerprint_case(case, **settings)
     except UserError as error:
         found = refused(error, case.id)
-    except _BROKEN as error:
+    except BROKEN as error:
         return refused(error, case.id)  # not the file's fault, perhaps: asked again each time
     if known_facts:
         facts_file.save(known_facts, case, key, found)
@@ -356,7 +355,7 @@ def _write(job: ShardJob) -> None:
         for case, digest in zip(job.cases, job.digests, strict=True):
             try:
                 made = prepare_case(case, job.plan, source_sha256=digest, to_train=True)
-            except _BROKEN as error:
+            except BROKEN as error:
                 left_out[case.id] = in_line(error)
             else:
                 yield made
