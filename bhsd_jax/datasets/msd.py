@@ -352,7 +352,7 @@ class MSD:
         label = {id: path for id, path in masks.items() if id not in self.ignore}
         return {id: (image.get(id), label.get(id)) for id in sorted({*image, *label})}
 
-    def _check(self, train: dict, test: dict) -> None:
+    def _check(self, train: Pairs, test: Pairs) -> None:
         """Refuses what a silent choice would hide."""
         if self._ending not in (".nii.gz", ".nii") and not formats.ending(self._ending):
             raise UserError(
