@@ -76,8 +76,8 @@ class Predict:
 
     images: Annotated[
         str,
-        "a NIfTI file, or a folder with NIfTI files or, at any depth, DICOM series; empty: the "
-        "cases of `split`",
+        "a scan's file, or a folder with such files (NIfTI; .mha, .nrrd and others with the extra "
+        "`formats`) or, at any depth, DICOM series; empty: the cases of `split`",
     ] = ""
     dicom: DicomSeries = field(default_factory=DicomSeries)
     split: Annotated[Literal["val", "test"], "whose cases, where `images` names none"] = "test"

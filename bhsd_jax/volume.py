@@ -122,7 +122,7 @@ class Series:
 class Masks:
     """A label map to be made: of several raters', or of one with other class values."""
 
-    files: tuple[Path, ...]  # NIfTI, on the scan's voxels
+    files: tuple[Path, ...]  # in any format that is read, on the scan's voxels
     combine: str = "first"  # "majority", "union" or "intersection" (`ct/masks.py` says how)
     values: tuple[int, ...] = ()  # class by value in the files; (): as they are
 

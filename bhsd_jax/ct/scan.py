@@ -1,4 +1,4 @@
-"""Scans wherever they lie: one NIfTI file, or the files of a DICOM series."""
+"""Scans and label maps wherever they lie: in a file, a file per channel, or a DICOM series."""
 
 import hashlib
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Plain folders: NIfTI images, masks for some or all of them, and a label map."""
+"""Plain folders: images in any format that is read, masks for some or all, and a label map."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

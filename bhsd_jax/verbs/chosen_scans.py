@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 def find_scans(config: Settings, workdir: Path) -> list[Case]:
     """The scans to predict, sorted: a file's, a folder's, or those of a split of the data set.
 
-    NIfTI files of a folder itself, and every DICOM CT series anywhere below it; pictures only where
-    there is neither. nnU-Net's channel suffix `_0000` is not part of a case's name.
+    Files of a folder itself, in NIfTI or another format that is read, and every DICOM CT series
+    anywhere below it; pictures only where there is neither. nnU-Net's channel suffix `_0000` is not
+    part of a case's name.
 
     Raises:
         FileNotFoundError: If there is no such file or folder, or no scan in it.
