@@ -112,12 +112,8 @@ def fitting_arguments(
     """
     try:
         kinds = typing.get_type_hints(made)
-    except (
-        AttributeError,
-        NameError,
-        TypeError,
-    ):  # of a class of one's own, with types that are not there
-        return dict(given)
+    except (AttributeError, NameError, TypeError):
+        return dict(given)  # a class of one's own may name types that are not there
     found = dict(given)
     for argument, value in given.items():
         try:
