@@ -82,13 +82,13 @@ def test_twenty_steps_lower_the_supervised_loss(backbone, prepared):
     require_fall(config, recipe, state, prepared)
 
 
-@pytest.mark.parametrize("backbone", ["nnunet", "nnunet_resenc"])  # quick to compile
-def test_twenty_steps_lower_the_loss_under_cps(backbone, prepared):
-    _, alone = recipe_of(supervised, backbone, prepared)
+def test_twenty_steps_lower_the_loss_under_cps(prepared):
+    """Of the network that compiles fastest: what CPS does is the same for all."""
+    _, alone = recipe_of(supervised, "nnunet", prepared)
     init = jax.jit(alone.init, compiler_options=QUICK)
     one, other = init(jax.random.key(0)), init(jax.random.key(1))
     params = {"a": jax.tree.map(jnp.copy, one.params), "b": other.params}
-    config, recipe = recipe_of(cps, backbone, prepared)
+    config, recipe = recipe_of(cps, "nnunet", prepared)
     # Twins put together from two draws: compiling their own initialization takes longer than
     # all steps. It is asked for the same parts.
     opt_state = jax.jit(recipe.parts.optimizer.init)(params)
