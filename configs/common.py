@@ -13,10 +13,11 @@ from bhsd_jax import settings
 from bhsd_jax.configs import backbones
 from bhsd_jax.nnunet import topology
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import HEMORRHAGE
 
 # D, H, W of head CT in thick slices: what nnU-Net's rule gives for BHSD's own training cases.
 HEAD_CT_SPACING_MM = (5.0, 0.48828125, 0.48828125)
+# As in `volume`, which needs NumPy; what is misspelt is told before that is imported.
+HEMORRHAGE = ("background", "EDH", "IPH", "IVH", "SAH", "SDH")
 DATA = {  # the word `data=`
     "synthetic": {"name": "synthetic.Synthetic", "root": "", "difficulty": "default"},
     "bhsd": {

@@ -16,7 +16,7 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Image, Label, Masks, Volume, cropped_alike
 
 ANY = "any"  # all classes merged
-_ELSEWHERE = (Kind.MASK_MOVED, Kind.MASK_MIRRORED)
+_ELSEWHERE = (Kind.MASK_MOVED, Kind.MASK_MIRRORED, Kind.MASK_SPACING)
 _SAME_SPACING = 0.01  # share by which those of one scan may differ
 
 

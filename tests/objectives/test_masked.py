@@ -58,7 +58,7 @@ def test_blocks_are_whole_and_as_many_as_asked(key):
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="some but not all"):
         MaskedModeling(hidden=1.0)
-    with pytest.raises(UserError, match="share of the training"):
+    with pytest.raises(UserError, match="hidden is a share of the blocks"):
         MaskedModeling(hidden=1.5)
     with pytest.raises(UserError, match="1 outputs and the image 2 channels"):
         masked.squares(jnp.zeros((1, 2, 2, 2, 1)), jnp.zeros((1, 2, 2, 2, 2)))

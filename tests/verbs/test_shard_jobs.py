@@ -107,9 +107,11 @@ def test_the_folds_of_a_user_go_with_the_shards(data, tmp_path):
     config.split.fold = 5
     roles, notes = of_config.roles(Settings.of(config), run)
     assert (roles.train, roles.val, roles.test) == (("h_6",), ("h_5",), ("h_7", "h_8"))
-    assert notes == [
+    assert notes[0] == (
         "fold 5: 5 labeled cases it does not name are not used: h_0, h_1, h_2, h_3, h_4"
-    ]
+    )
+    assert notes[1].startswith("none of the 1 masks that train has right:")
+    assert len(notes) == 2
     config.split.fold = 6
     with pytest.raises(ValueError, match=r"fold is -1 .* to 5; got 6"):
         of_config.roles(Settings.of(config), run)
