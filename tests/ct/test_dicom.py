@@ -845,6 +845,15 @@ def test_numbered_passes_that_share_a_few_slices_are_two_volumes(tmp_path):
         {"AcquisitionNumber": (lambda n: 1 + n // 2 % 2,) * 2},  # pieces by turns
         {"FrameOfReferenceUID": (lambda n: f"1.2.3.{n}", lambda n: f"1.2.3.1{n}")},
         {"ConvolutionKernel": (lambda n: "H31s" if n < 4 else "H60s",) * 2},
+        {"ImageType": (["ORIGINAL", "PRIMARY", "AXIAL"], ["ORIGINAL", "PRIMARY", "HELIX"])}
+        | {"SliceThickness": (2.5, 2.5)},  # each slice next to ones of the other kind, no gaps
+        {
+            "ImageType": tuple(  # of the first and the last slice
+                lambda n, end=end: ["DERIVED" if n == end else "ORIGINAL", "PRIMARY"]
+                for end in (0, 5)
+            )
+        },
+        {"KVP": (100, 120), "SliceThickness": (2.5, 2.5)},
     ],
 )
 def test_what_is_not_surely_several_passes_stays_together(tmp_path, tags):

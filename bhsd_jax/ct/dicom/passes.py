@@ -13,12 +13,15 @@ from bhsd_jax.ct.dicom.slice_file import Slice
 
 _NUMBER, _TIME = "acquisition", "time"  # a scanner gives the number to tell just this
 _THICKNESS, _FOLDER = "thickness", "folder"
+_IMAGE_TYPE, _ENERGY = "image_type", "energy"
 _TOLD_BY = (  # fields of a slice, the surest first
-    *("space", "moment", "series_number", "kernel", "image_type", "energy", _THICKNESS),
+    *("space", "moment", "series_number", "kernel", _IMAGE_TYPE, _ENERGY, _THICKNESS),
     *(_NUMBER, _TIME, _FOLDER),
 )
 _ENOUGH = 3  # slices of each that lie among the other's, where a number tells them apart
 _IN_COMMON = 0.5  # of a pass, or without a number of the longest: what both went over
+# What may change from slice to slice within one pass.
+_CHANGING = (_NUMBER, _TIME, _IMAGE_TYPE, _ENERGY)
 _FILLED = 0.1  # slices whose thickness is as near as this to the step leave no gaps
 
 
@@ -149,11 +152,13 @@ def _are_whole(parts: Sequence[list[Slice]], told_by: str) -> bool:
     together = _in_order(list(itertools.chain(*parts)))
     if not dicom_stack.are_even(together):
         return True
-    if not all(map(dicom_stack.are_even, ordered)):
+    # With even steps the others of a pass whose step is that of all lie at its ends; and those of
+    # other thicknesses are alike but for rounding.
+    step = np.mean(np.diff(dicom_stack.along_normal(together)))
+    ends = min(np.median(np.diff(one)) for one in places) < 1.5 * step
+    if ends or told_by == _THICKNESS or not all(map(dicom_stack.are_even, ordered)):
         return False
-    if told_by == _THICKNESS:  # alike but for rounding, or they would not be even together
-        return False
-    return told_by not in (_NUMBER, _TIME) or not _leave_no_gaps(together)
+    return told_by not in _CHANGING or not _leave_no_gaps(together)
 
 
 def _in_order(slices: Sequence[Slice]) -> list[Slice]:
