@@ -26,8 +26,8 @@ padding (-1500, -2000, -2048, -3024) and shows nothing:
    tissue at -150..200. Taken as it is and marked.
 6. No air, a window: most of what was not clipped is one peak at 15..50, with 0.1 % or more below
    -5, or with air clipped to one value and bone above 300 or clipped. Taken as it is and marked.
-   In 5 and 6 the one value of all corners, with 5 % of the scan, is what lies outside a brain that
-   was cut out of its head, and not looked at.
+   In 5 and 6 the one value of all corners, with 5 % of the scan, may be what lies outside a brain
+   that was cut out of its head: without it, and without asking for fat, they are tried again.
 7. All else is refused: no MR has negative values, and what was scaled has its brain elsewhere.
 
 Fewer than 1000 voxels tell nothing. Measured on two heads, a dry skull and 208 MR scans: heads and
@@ -52,6 +52,7 @@ _PADDING_HU = -1200.0  # lower is padding
 _SAMPLE = 500_000  # voxels looked at, evenly spread
 _LEAST = 1000  # voxels; fewer tell nothing
 _LEAST_BACKGROUND = 0.05  # share of a scan
+_FAT = 0.01  # share of a scan
 _CORE = 32.0  # half the width of a peak of tissue, noise included
 _BIN = 4.0
 _REMEDY = (
@@ -79,11 +80,13 @@ def settle(
     before, after = shifted.ravel()[::step], repaired.ravel()[::step]
     # What was below padding and no longer is was metal that had wrapped around.
     shown = (before >= _PADDING_HU) | (after > hu.LOWEST_HU)
-    seen = _Intensities(np.sort(after[shown & ~_is_background(after, repaired)]))
+    seen = _Intensities(np.sort(after[shown]))
+    brain = _Intensities(np.sort(after[shown & ~_is_background(after, repaired)]))
     if voxels.size >= _LEAST:
         found += _examine_intercept(_Intensities(np.sort(before)))
         _require_no_bright_padding(before, after, seen)
-    if voxels.size >= _LEAST and seen.values.size and not _is_plausible(seen):
+    plausible = not seen.values.size or _is_plausible(seen) or _is_cut_out(brain)
+    if voxels.size >= _LEAST and not plausible:
         raise Refusal(
             Kind.NOT_HU,
             f"no CT in HU: no air below {AIR_HU:g} HU and no brain where HU put it; values "
@@ -259,6 +262,11 @@ def _require_no_bright_padding(before: np.ndarray, after: np.ndarray, seen: _Int
         )
 
 
+def _is_cut_out(brain: _Intensities) -> bool:
+    """Rules 5 and 6, of what is not the background of a scan; a brain has no fat around it."""
+    return bool(brain.values.size) and brain.share(-200, -20) < _FAT and _is_plausible(brain)
+
+
 def _is_plausible(seen: _Intensities) -> bool:
     """Rules 4 to 7, of a scan whose known defects are undone."""
     values = seen.values
@@ -277,7 +285,7 @@ def _is_plausible(seen: _Intensities) -> bool:
         return True
     if high - low < 70:
         return False
-    if seen.share(-200, -20) >= 0.01 and -150 <= at < 200 and core >= 0.1:
+    if seen.share(-200, -20) >= _FAT and -150 <= at < 200 and core >= 0.1:
         return at >= -20 or core < 0.5
     beyond = at + 2 * _CORE
     alone = inner.share(beyond, np.inf) < 0.4 and inner.around(inner.peak(beyond, 3200)) < core / 3

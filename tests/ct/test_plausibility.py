@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from bhsd_jax.ct import nifti, plausibility, prepare
 from bhsd_jax.defects import Kind, Refusal
@@ -289,3 +290,26 @@ def test_a_brain_that_was_cut_out_of_its_head_is_in_hu_however_tightly_it_is_cro
     stripped = np.where(radius < 0.8, mr(), 0)
     with pytest.raises(Refusal):
         plausibility.settle(stripped.astype(np.float32))
+
+
+def zoomed(level, noise, order, core):
+    """A brain in nothing, on other voxels: its rim lies between, or rings to either side."""
+    radius = np.sqrt(sum(np.linspace(-1, 1, n)[at] ** 2 for n, at in BRAIN_AXES))
+    tissue = np.where(radius < 0.25, core, level)
+    tissue = tissue + np.random.default_rng(0).normal(0, noise, radius.shape)
+    return ndimage.zoom(np.where(radius < 0.85, tissue, 0), (1.2, 1.1, 1.1), order=order)
+
+
+@pytest.mark.parametrize(("level", "noise"), [(40, 8), (40, 15)])
+def test_a_brain_that_was_cut_out_and_resampled_is_in_hu(level, noise):
+    """Its background belongs to what shows that."""
+    brain = zoomed(level, noise, order=1, core=8).astype(np.float32)
+    np.testing.assert_array_equal(plausibility.settle(brain)[0], brain)
+
+
+def test_an_mr_that_was_cut_out_and_resampled_has_no_fat_of_ct():
+    """Splines ring below 0 at its rim, which is more of the brain than of the scan."""
+    ringing = zoomed(130, 40, order=3, core=52).astype(np.float32)
+    ringing[np.abs(ringing) < 0.01] = 0
+    with pytest.raises(Refusal):
+        plausibility.settle(ringing)
