@@ -1,5 +1,6 @@
 """Cases as a dataset.json lists them: the Decathlon's and MONAI's lists, and nnU-Net's key."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,9 @@ from pathlib import PurePath
 from typing import Any
 
 from bhsd_jax.datasets.splits_file import Folds
-from bhsd_jax.platform.errors import UserError
+from bhsd_jax.platform.errors import UserError, some
+
+logger = logging.getLogger(__name__)
 
 SPLITS = {  # by key; Auto3DSeg calls the last list "testing"
     "training": "train",
@@ -43,7 +46,8 @@ def lists(
     """The lists "training", "validation" and "test" by case; nothing where nnU-Net's key is there.
 
     Cases are called as their images. Where those of folders of their own all have one name, as
-    `s0001/ct.nii.gz`, the folders that tell them apart are part of it.
+    `s0001/ct.nii.gz`, the folders that tell them apart are part of it. A test case that is in
+    another list too, as where Auto3DSeg is to predict a fold, is of that one.
 
     Args:
         facts: The dataset.json.
@@ -65,6 +69,7 @@ def lists(
         if one is None:
             raise UserError(f"{place}: an item of `{key}` names its image; got {item!r:.60}")
         used.append((key, one))
+    used = _without_repeated(used, place)
     found: dict[str, Listed] = {}
     for case, (key, one) in zip(_names([one for _, one in used], case_of), used, strict=True):
         if case in found:
@@ -74,6 +79,26 @@ def lists(
             )
         found[case] = one
     return found
+
+
+def _without_repeated(
+    used: Sequence[tuple[str, Listed]], place: object
+) -> list[tuple[str, Listed]]:
+    """Without test cases whose images another list, or "test" beside "testing", has."""
+    kept = [(key, one) for key, one in used if one.split != "test"]
+    taken, repeated = {one.images for _, one in kept}, list[str]()
+    for key, one in used:
+        if one.split != "test":
+            continue
+        if one.images in taken:
+            repeated.append(one.images[0])
+        else:
+            kept.append((key, one))
+            taken.add(one.images)
+    if repeated:
+        text = "%s: %s of the list of test cases are in another list too, and not tested"
+        logger.warning(text, place, some(repeated))
+    return kept
 
 
 def images(facts: Mapping[str, Any]) -> list[str]:

@@ -193,6 +193,21 @@ def test_monais_lists_of_validation_and_test_cases_count(decathlon, touch, teste
         list(MSD(decathlon).cases())
 
 
+def test_test_cases_that_also_train_or_validate_are_not_tested(decathlon, caplog):
+    """Auto3DSeg predicts whatever "testing" lists, as once more the scans of a fold."""
+    items = [
+        {"image": f"imagesTr/{id}.nii.gz", "label": f"labelsTr/{id}.nii.gz"}
+        for id in ("h_2", "h_10")
+    ]
+    describe(decathlon, V1 | {"training": items, "testing": [*items[:1], "imagesTs/h_7.nii.gz"]})
+    assert summary(MSD(decathlon)) == [
+        ("h_10", "h_10", "train", True),
+        ("h_2", "h_2", "train", True),
+        ("h_7", "h_7", "test", False),
+    ]
+    assert "imagesTr/h_2.nii.gz of the list of test cases" in caplog.text
+
+
 def test_a_list_pairs_images_and_masks_of_other_names(tmp_path, touch):
     """As those of BTCV, img0035 and label0035; what no list names is still told to be alone."""
     ids = {"0035": "training", "0036": "validation", "0037": "test"}
