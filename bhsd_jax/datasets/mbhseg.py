@@ -12,7 +12,8 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Case, Label, Masks
 
 _RATER = re.compile(r"label_annot_(\d+)\.nii(\.gz)?$")
-_WORD = re.compile(r"(?<![a-z])e?(test|val)")  # and not in "latest", "interval"
+# As in "Test_set", "evaluation", "imagesTest" and "TEST", and not in "latest" and "interval".
+_WORD = re.compile(r"(?:(?<![A-Za-z])[Ee]?|(?<=[a-z])(?=[TV]))([Tt]est|[Vv]al|TEST|VAL)")
 _CONSENSUS = ("label_consensus_staple.nii.gz", "label_consensus_staple.nii")
 _IMAGE = ("image.nii.gz", "image.nii")
 _MAP = LabelMap.of("bhsd")
@@ -89,6 +90,6 @@ class MBHSeg:
 
 
 def _split(root: Path, folder: Path) -> str:
-    above = [part.lower() for part in folder.relative_to(root).parts[:-1]]
-    words = [match.group(1) for part in above for match in _WORD.finditer(part)]
+    above = folder.relative_to(root).parts[:-1]
+    words = [match.group(1).lower() for part in above for match in _WORD.finditer(part)]
     return next((word for word in ("test", "val") if word in words), "train")

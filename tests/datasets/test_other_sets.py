@@ -204,10 +204,11 @@ def mbhseg(tmp_path, touch):
 def test_folders_of_mbhseg_are_parts_by_whole_words(tmp_path, touch):
     """ "latest" holds a "test", and "interval" a "val"."""
     parts = {"latest": "train", "interval": "train", "Val_set": "val", "test_2": "test"}
-    parts |= {"evaluation": "val", "train_valid": "val"}
+    parts |= {"evaluation": "val", "train_valid": "val", "MBHSegTest": "test", "labelVal": "val"}
+    parts |= {"TESTING": "test", "EVAL": "val", "Evaluation": "val", "MBH-Seg25test": "test"}
     for number, folder in enumerate(parts):
         for name in ("image", "label_annot_1"):
-            touch(tmp_path / folder / f"c{number}" / f"{name}.nii.gz")
+            touch(tmp_path / folder / f"c{number:02}" / f"{name}.nii.gz")
     assert [c.split for c in MBHSeg(tmp_path).cases()] == list(parts.values())
 
 
