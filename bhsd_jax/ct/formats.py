@@ -79,6 +79,19 @@ def frame(path: Path) -> str:
     return "" if (directions | spacings).isdisjoint(fields) else "spacing"
 
 
+def is_placed(path: Path) -> bool:
+    """Whether a file's affine can be compared with others in space.
+
+    That of .mha and .nrrd can without directions, too: as ITK reads it, it would not by chance put
+    voxels where those of another file lie.
+
+    Raises:
+        Refusal: As by `frame`.
+        FileNotFoundError: If there is no such file.
+    """
+    return frame(path) == "space" or (ending(path) in _STATED and frame(path) != "")
+
+
 def states_sides(path: Path) -> bool:
     """Whether a file says which side of its scan is the patient's right; .gipl has no directions.
 

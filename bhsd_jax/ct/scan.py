@@ -216,10 +216,11 @@ def _read_other(
 ) -> tuple[Volume, list[Finding]]:
     """A label map in a format that is not NIfTI, on the voxels of its scan."""
     made = formats.read(path)
-    frame = formats.frame(path)
-    same = bool(frame) and frame == formats.frame(files(image)[0])
+    frame, first = formats.frame(path), files(image)[0]
+    placed = formats.is_placed(path) and formats.is_placed(first)
+    same = placed or (bool(frame) and frame == formats.frame(first))
     try:
-        voxels, found = masks.lay(made, volume, placed=frame == "space" and same)
+        voxels, found = masks.lay(made, volume, placed=placed)
     except Refusal as error:
         raise said_of(path, error) from error
     label = _classes(path, voxels, num_classes)
@@ -228,7 +229,7 @@ def _read_other(
 
 def _where_it_lies(path: Path, num_classes: int | None) -> Volume:
     """A label map on voxels and affine of its own."""
-    if formats.frame(path) != "space":
+    if not formats.is_placed(path):
         text = f"{path}: states no place in space; give it as .nii.gz, .nrrd or .mha that does"
         raise Refusal(Kind.MASK_GEOMETRY, text)
     if not formats.ending(path):

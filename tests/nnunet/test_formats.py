@@ -213,6 +213,27 @@ def test_a_label_map_of_a_series_is_turned_to_it_by_its_affine(tmp_path):
         assert name not in str(caught.value)
 
 
+def test_a_mask_without_directions_is_laid_as_itk_reads_it(tmp_path):
+    """As of writers that leave them out; where its voxels lie on those of the scan, it fits."""
+    write_series(tmp_path / "dicom", block())
+    names = itk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path / "dicom"))
+    drawn = itk.ReadImage(names)
+    (case,) = DICOM(tmp_path / "dicom").cases()
+    itk.WriteImage(drawn[:, ::-1], str(tmp_path / "turned.nii.gz"))
+    for name, stated, instead in (
+        ("m.nrrd", b"space: left-posterior-superior\n", b"space dimension: 3\n"),
+        ("m.mha", b"TransformMatrix = 1 0 0 0 1 0 0 0 1\n", b""),
+    ):
+        path = tmp_path / name
+        itk.WriteImage(itk.Cast(drawn > 40, itk.sitkUInt8), str(path))
+        assert stated in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(stated, instead))
+        for image in (case.image, tmp_path / "turned.nii.gz"):
+            volume, _ = scan.read(image)
+            label, _ = scan.read_label(path, image, volume, num_classes=2)
+            np.testing.assert_array_equal(label.voxels, volume.voxels > 40)
+
+
 NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: 4 3 2\nendian: little\nencoding: raw\n"
 MHA = "ObjectType = Image\nNDims = 3\nDimSize = 4 3 2\nElementType = MET_SHORT\n"
 DIRECTIONS = "space directions: (1,0,0) (0,2,0) (0,0,5)\nspace origin: (0,0,0)\n"
