@@ -134,7 +134,7 @@ def _placed(job: Comparison, mask: Volume) -> tuple[Volume, list[Finding]]:
     """What gives mm and mL of two files that lie apart, where the scan is not at hand.
 
     The mask does; unless it has the affine of an array, which says nothing, and the label map
-    states a place.
+    states a place. A label map with the affine of an array, as of another program, says nothing.
 
     Raises:
         UserError: If both state other sizes of the same voxels: one of them is wrong.
@@ -143,7 +143,9 @@ def _placed(job: Comparison, mask: Volume) -> tuple[Volume, list[Finding]]:
     if np.allclose(own.spacing_mm, mask.spacing_mm, rtol=_SAME_SPACING):
         return mask, []
     sizes = [" x ".join(f"{mm:.4g}" for mm in one.spacing_mm) for one in (mask, own)]
-    if np.array_equal(np.abs(mask.affine[:, [2, 1, 0, 3]]), np.eye(4)):
+    if _is_of_array(own):
+        return mask, []
+    if _is_of_array(mask):
         text = f"mask has lost its affine: mm and mL are by the label map's, {sizes[1]} mm"
         found = [Finding(Kind.MASK_MOVED, "kept", text)]
         return dataclasses.replace(mask, affine=own.affine), found
@@ -152,6 +154,11 @@ def _placed(job: Comparison, mask: Volume) -> tuple[Volume, list[Finding]]:
         "mm, and distances and volumes hang on which is right; copy the affine of the scan to the "
         "other"
     )
+
+
+def _is_of_array(volume: Volume) -> bool:
+    """Whether an affine is the identity, but for the way axes run."""
+    return np.array_equal(np.abs(volume.affine[:, [2, 1, 0, 3]]), np.eye(4))
 
 
 def _annotated(labels: Labels, reference: np.ndarray, predicted: np.ndarray) -> list[np.ndarray]:

@@ -356,6 +356,23 @@ def test_merged_classes_are_compared_with_masks_of_any_numbers(tree):
     assert summary(run)["binary"]["dice"] == want
 
 
+def test_a_label_map_without_an_affine_is_measured_by_the_mask(tree):
+    """As another program has written it, from an array."""
+    data, run = tree
+    masks = run.parent / "masks"
+    for case in PREDICTED:
+        nifti.write_volume(masks / f"{case}.nii.gz", Volume(REFERENCE[case], AFFINE, ""))
+    config = configure(data, references=str(masks))
+    evaluate.run(config, run)
+    want = table(run)
+    for case in PREDICTED:
+        path = run / "predictions" / f"{case}.nii.gz"
+        voxels = nifti.read(path).voxels.astype(np.uint8)
+        nifti.write_volume(path, Volume(voxels, np.eye(4)[:, [2, 1, 0, 3]], ""))
+    evaluate.run(config, run)
+    assert table(run) == want
+
+
 def test_a_mask_that_lost_its_affine_is_measured_by_the_label_map(tree, caplog):
     """A millimeter for each voxel, as of an array, made 4 mL of 4000."""
     data, run = tree
