@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -58,7 +59,8 @@ def _open_arguments(config: Any, given: Mapping[str, str]) -> None:
         UserError: If one is none of them; names the nearest, or all.
     """
     for path in given:
-        group, _, argument = path.partition(".")
+        group, *words = re.split(r"[.\[]", path)
+        argument = words[0] if words else ""  # what lies within one is the config's own
         if group in PACKAGES and argument and argument not in config[group]:
             name = given.get(f"{group}.name", config[group]["name"])
             known = (

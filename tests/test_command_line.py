@@ -321,6 +321,16 @@ def test_a_config_of_ones_own_need_not_know_the_fields_that_came_since():
         Settings.of(config)
 
 
+def test_what_lies_within_an_argument_is_set_by_its_path(tmp_path):
+    own = "    config.model.norm = ConfigDict({'kind': 'group'})\n    return config"
+    text = OWN.replace("    return ", "    config = ") + own
+    (tmp_path / "mine.py").write_text(f"from ml_collections import ConfigDict\n{text}")
+    words = ["config", f"--config={tmp_path}/mine.py", "--model.norm.kind=batch"]
+    run = [sys.executable, "-m", "bhsd_jax.main", *words]
+    done = subprocess.run(run, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert "model.norm.kind = 'batch'" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "want"),
     [
