@@ -105,17 +105,23 @@ def fitting_arguments(
 ) -> dict[str, Any]:
     """The arguments as the signature of a class or function called `name` wants them.
 
-    A config holds whatever literal a flag gave it: the text "no" would be true.
+    A config holds whatever literal a flag gave it: the text "no" would be true. What is of the type
+    of the default is taken, whatever the annotation says: of one's own it may be `x: int = None`.
 
     Raises:
         ValueError: If one is of another type; says which.
     """
     try:
-        kinds = typing.get_type_hints(made)
-    except (AttributeError, NameError, TypeError):
-        return dict(given)  # a class of one's own may name types that are not there
+        # Attributes of a class may be annotated otherwise than the arguments of the same name.
+        kinds = typing.get_type_hints(made.__init__ if inspect.isclass(made) else made)
+    except Exception:  # a class of one's own may have any text there, or types that are not there
+        return dict(given)
+    accepted = inspect.signature(made).parameters
     found = dict(given)
     for argument, value in given.items():
+        default = accepted[argument].default if argument in accepted else None
+        if type(value) is type(default) and not isinstance(value, tuple | list):
+            continue
         try:
             found[argument] = fields.fitting(kinds.get(argument, Any), value)
         except TypeError:

@@ -105,17 +105,24 @@ def fitting(kind: Any, value: Any) -> Any:
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if _is_union(origin):
-        first = next((one for one in inner if _fits(one, value)), None)
-        return _misfit(value) if first is None else fitting(first, value)
-    if origin in (tuple, Sequence):
-        many = origin is Sequence or inner[-1:] == (Ellipsis,)
+        found = [fitting(one, value) for one in inner if _fits(one, value)]
+        # In `int | float` 1.0 may be a share and 1 a count: what is taken as it is goes first.
+        alike = [one for one in found if type(one) is type(value)]
+        return (alike or found)[0] if found else _misfit(value)
+    if origin in (tuple, Sequence) and inner:
+        # Of one's own, (int) often stands for any number of them.
+        many = origin is Sequence or inner[-1:] == (Ellipsis,) or len(inner) == 1
         return _fitting_items(inner[:1] if many else inner, value, many)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)  # 1e3 of a command line
     if kind is bool:
         return bool(value) if isinstance(value, int) and value in (0, 1) else _misfit(value)
     plain = {int: numbers.Integral, float: numbers.Real, str: str, type(None): type(None)}
-    if kind in plain and (not isinstance(value, plain[kind]) or isinstance(value, bool)):
+    if (
+        isinstance(kind, type)
+        and kind in plain
+        and (not isinstance(value, plain[kind]) or isinstance(value, bool))
+    ):
         return _misfit(value)
     return value
 

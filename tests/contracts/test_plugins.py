@@ -3,6 +3,9 @@
 import dataclasses
 import importlib
 import inspect
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -13,7 +16,7 @@ import pytest
 from bhsd_jax.configs.backbones import BACKBONES
 
 from bhsd_jax.assemble import data
-from bhsd_jax.build import build, names
+from bhsd_jax.build import build, fitting_arguments, names
 from bhsd_jax.configs import common
 from bhsd_jax.datasets import folder
 from bhsd_jax.losses import DiceCE
@@ -273,3 +276,48 @@ def test_an_unknown_name_lists_the_choices():
         build("bhsd_jax.objectives", {"name": "supervised.Nothing"})
     with pytest.raises(ValueError, match=r"unknown weigth; it takes .*weight"):
         build("bhsd_jax.objectives", {"name": "cps.CrossPseudoSupervision", "weigth": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("annotation", "default", "value"),
+    [
+        (int, None, None),
+        (int, 0.5, 0.25),
+        (bool | float, True, 0),
+        (int | float, 1, 1.0),
+        (tuple[str, ...] | str, "", "one"),
+        (tuple[int], (3, 3, 3), (5, 5, 5)),
+        (typing.Tuple, (), (1, 2)),  # noqa: UP006
+        (typing.Sequence, (), [1, 2]),
+        ("the width of the first level", 8, 16),
+        ("NotImported | None", None, "a"),
+        ([int], [1], [1, 2]),
+        ({"a": "dictionary"}, None, 3),
+        (Literal["same", "valid"], "same", "valid"),
+        (Callable[[Any], Any], None, "relu"),
+        (np.ndarray, None, (1.0, 2.0)),
+        (np.float32, 0, 0.5),
+        (inspect.Parameter.empty, 0, "anything"),
+    ],
+)
+def test_arguments_of_ones_own_are_taken_however_they_are_annotated(annotation, default, value):
+    """What the type in a signature says, it says; what it does not, is not refused nor changed."""
+
+    def made(x=default, **more):
+        return x
+
+    made.__annotations__ = {} if annotation is inspect.Parameter.empty else {"x": annotation}
+    taken = fitting_arguments("own.made", made, {"x": value, "y": 1})
+    assert (taken, type(taken["x"])) == ({"x": value, "y": 1}, type(value))
+
+
+def test_what_a_class_keeps_says_nothing_of_arguments_that_are_called_the_same():
+    class Scans:
+        files: tuple[str, ...]
+
+        def __init__(self, files: str = "*.nii.gz", *rest, fold: int = 0):
+            self.files = (files, *rest)
+
+    assert fitting_arguments("own.Scans", Scans, {"files": "a,b"}) == {"files": "a,b"}
+    with pytest.raises(ValueError, match=r"own\.Scans: fold must be a whole number; got 'no'"):
+        fitting_arguments("own.Scans", Scans, {"fold": "no"})
