@@ -115,13 +115,16 @@ def warn_of_seen(run: Run) -> None:
     """Says so where the run to begin with was trained on scans that this one holds out.
 
     Their scores would be too good, as of a network of another fold. Of a file of PyTorch's nobody
-    knows what it has seen.
+    knows what it has seen, nor of a run of which only config and checkpoints were kept.
     """
     folder = run.config.train.init_from
     if not Path(folder).is_dir():
         return
     for part, cases in (("validation", run.roles[0].val), ("test", run.roles[0].test)):
-        count = ensemble.seen(run, [folder], cases).get(folder, 0) if cases else 0
+        try:
+            count = ensemble.seen(run, [folder], cases).get(folder, 0) if cases else 0
+        except (FileNotFoundError, UserError):
+            return
         if count:
             logger.warning(
                 "train.init_from: %s was, or may have been, trained on %d of the %d %s scans, "

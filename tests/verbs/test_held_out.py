@@ -73,6 +73,21 @@ def test_weights_that_have_seen_what_is_held_out_are_told(run, tmp_path, caplog)
     assert "test scans" not in caplog.text
 
 
+def test_nothing_is_told_of_a_run_of_which_weights_and_config_alone_were_kept(
+    run, tmp_path, caplog
+):
+    """As one that a colleague sent: it trained, and then asked to prepare a data set."""
+    config = common.get_config()
+    config.split.fold = 1
+    config.preprocess.shards = str(run.folder / "shards")
+    config.train.init_from = str(tmp_path / "sent")
+    sent = common.get_config()
+    sent.preprocess.shards = "/not/here"
+    files.write_json(tmp_path / "sent" / "config.json", sent.to_dict())
+    pretrained.warn_of_seen(Run.of(config, tmp_path / "next", run.plan))
+    assert caplog.text == ""
+
+
 def test_classes_in_no_mask_that_trains_are_told(tmp_path):
     """As where few masks are drawn; a binary network needs any of them."""
     index(tmp_path)
