@@ -155,11 +155,18 @@ def require_apart(recipe: Recipe, params: Params) -> None:
 def require_begun_so(run: Run, saved: str, step: int) -> None:
     """Refuses weights to begin with where a training has begun: they would change nothing.
 
+    Those of then may lie elsewhere by now, as where each job copies them to a disk of its own: what
+    is called the same passes for them where they are gone.
+
     Raises:
         UserError: Says how to go on, and how to begin with them.
     """
     asked = run.config.train.init_from
-    if asked and (not saved or Path(asked).absolute() != Path(saved).absolute()):
+    if not asked:
+        return
+    one, other = Path(asked).resolve(), Path(saved).resolve()
+    moved = one.name == other.name and not other.exists()
+    if not saved or (one != other and not moved):
         raise UserError(
             f"config.train.init_from is {asked}, but {run.folder} has trained {step} steps, which "
             f"began with {saved or 'random weights'}; leave it out to go on, or name another "

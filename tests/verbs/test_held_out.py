@@ -140,6 +140,14 @@ def test_a_training_that_has_begun_takes_no_other_weights_to_begin_with(tmp_path
 
     for asked, saved in (("", ""), ("", "runs/a"), ("runs/a", "runs/a/")):
         go_on(asked, saved)
+    # Copied to the disk of each job, whose folder is called by its number; and another home folder.
+    for moved in ("/scratch/1002/a", str(tmp_path / "runs" / "a")):
+        go_on(moved, "/scratch/1001/a")
+    there = tmp_path / "there" / "a"
+    there.mkdir(parents=True)
+    with pytest.raises(ValueError, match="leave it out"):
+        go_on("/scratch/1002/a", str(there))
+    go_on(str(tmp_path / "runs" / ".." / "there" / "a"), str(there))
     with pytest.raises(ValueError, match="has trained 40 steps, which began with random weights"):
         go_on("runs/b", "")
     with pytest.raises(ValueError, match=r"began with runs/a; leave it out .* another --workdir"):
