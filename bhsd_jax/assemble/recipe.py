@@ -370,7 +370,7 @@ def _warn_of_slow_average(decay: float | None, steps: int) -> None:
 def _warn_of_long_ramp(objective: Any, steps: int) -> None:
     """A ramp of so many steps, as SSL4MIS has it, may be longer than the training."""
     inner = getattr(objective, "inner", objective)
-    if not isinstance(inner, Ramped) or inner.ramp_steps <= steps:
+    if not isinstance(inner, Ramped) or not inner.weight or inner.ramp_steps <= steps:
         return
     reached = float(Ramp.of(inner).at(jnp.asarray(steps), steps))
     logger.warning(

@@ -312,12 +312,13 @@ def test_a_ramp_that_outlives_the_training_is_warned_of(caplog):
     """As of `preset=ssl4mis`, whose ramp has the length of its scripts, in a shorter training."""
     config = config_of(mean_teacher, unlabeled=8)
     config.train.steps, config.objective.ema_decay = 10_000, 0.99
-    for length, told in (
-        (10_000, ""),
-        (30_000, "ends at 0.22, and not at 2; set ramp_steps to 10"),
+    for length, weight, told in (
+        (10_000, 2.0, ""),
+        (30_000, 0.0, ""),  # a training of masks alone, to compare with
+        (30_000, 2.0, "ends at 0.22, and not at 2; set ramp_steps to 10"),
     ):
         with config.unlocked():
-            config.objective.ramp_steps = length
+            config.objective.update(ramp_steps=length, weight=weight)
         require_matching(config, make_recipe(config, PLAN), ROLES, meshes.make_mesh())
         assert told in caplog.text
         assert bool(told) == bool(caplog.text)
