@@ -1,11 +1,12 @@
 """From a scan's own voxels to the prepared grid, and exactly back."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Num, Shaped, UInt8
-from scipy import ndimage, optimize, special
+from scipy import ndimage, special
 
 from bhsd_jax.ct import centers, resample
 from bhsd_jax.defects import Kind, Refusal
@@ -50,7 +51,11 @@ def canonical(
     wanted = np.array([_WORLD[letter] for letter in axes], np.float64)
     native = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosines = wanted @ native  # [wanted, native]
-    d, h, w = optimize.linear_sum_assignment(np.abs(cosines), maximize=True)[1].tolist()
+    # Of six orders, since `scipy.optimize` takes longer to import than a scan to be read.
+    d, h, w = max(
+        itertools.permutations(range(3)),
+        key=lambda order: sum(abs(float(cosines[i, axis])) for i, axis in enumerate(order)),
+    )
     flip = bool(cosines[0, d] < 0), bool(cosines[1, h] < 0), bool(cosines[2, w] < 0)
     return (d, h, w), flip
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.ndimage
-import scipy.spatial
 from jaxtyping import Bool, Int
 
 from bhsd_jax.metrics import surface_area
@@ -219,7 +218,9 @@ def _nearest(
     there[tuple(goal.T)] = True
     away = ~there[tuple(start.T)]
     distance = np.zeros(len(start))
-    tree = scipy.spatial.KDTree(goal * spacing, balanced_tree=False, compact_nodes=False)
+    from scipy import spatial  # here, for it takes long to import, and most verbs measure nothing
+
+    tree = spatial.KDTree(goal * spacing, balanced_tree=False, compact_nodes=False)
     _, index = tree.query(start[away] * spacing)
     distance[away] = np.sqrt((((start[away] - goal[index]) * spacing) ** 2).sum(1))
     return distance
