@@ -89,7 +89,8 @@ def is_placed(path: Path) -> bool:
         Refusal: As by `frame`.
         FileNotFoundError: If there is no such file.
     """
-    return frame(path) == "space" or (ending(path) in _STATED and frame(path) != "")
+    stated = frame(path)
+    return stated == "space" or (stated != "" and ending(path) in _STATED)
 
 
 def states_sides(path: Path) -> bool:

@@ -140,11 +140,10 @@ def _placed(job: Comparison, mask: Volume) -> tuple[Volume, list[Finding]]:
         UserError: If both state other sizes of the same voxels: one of them is wrong.
     """
     own, _ = scan.read(job.predicted)
-    if np.allclose(own.spacing_mm, mask.spacing_mm, rtol=_SAME_SPACING):
+    alike = np.allclose(own.spacing_mm, mask.spacing_mm, rtol=_SAME_SPACING)
+    if alike or _is_of_array(own):
         return mask, []
     sizes = [" x ".join(f"{mm:.4g}" for mm in one.spacing_mm) for one in (mask, own)]
-    if _is_of_array(own):
-        return mask, []
     if _is_of_array(mask):
         text = f"mask has lost its affine: mm and mL are by the label map's, {sizes[1]} mm"
         found = [Finding(Kind.MASK_MOVED, "kept", text)]
