@@ -19,14 +19,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt16
+
+from bhsd_jax.platform import machine
 
 Triple = tuple[int, int, int]  # along D, H, W
 
 LEAST_CHANNELS = 8  # of image and output; below, copying costs more than the products save
 _VOXELS = 1024  # of the output in a block, whose lines then stay in the cache
+_MOST_CHAINS = 4  # each is compiled for itself
 
 
 def bits(array: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
@@ -54,7 +58,7 @@ def convolve(
     sizes = zip(image.shape[1:4], window, strides, strict=True)
     blocks = _Blocks(tuple((n - k) // s + 1 for n, k, s in sizes), window, strides)
     image, places = blocks.without_stride(image), blocks.places
-    room, taps, width = blocks.no_lines(image), blocks.taps, blocks.shape[2]
+    taps, width = blocks.taps, blocks.shape[2]
     folded = resize(kernel, 2, taps * strides[2]).reshape(*window[:2], taps, -1, features)
     weights = _values(folded.transpose(0, 1, 3, 2, 4).reshape(-1, taps * features))
 
@@ -65,10 +69,18 @@ def convolve(
         shifted = (by_tap[..., tap : tap + width, tap, :] for tap in range(taps))
         return lines, bits(functools.reduce(jnp.add, shifted))
 
-    if len(places) == 1:  # see `_loop`
-        out = block(room, places[0])[1][None]
+    def chained(rooms: tuple[Array, ...], places: Array) -> tuple[tuple[Array, ...], Array]:
+        done = [block(room, place) for room, place in zip(rooms, places, strict=True)]
+        return tuple(lines for lines, _ in done), jnp.stack([out for _, out in done])
+
+    count = count_chains(len(places))
+    rooms, rounds = (blocks.no_lines(image),) * count, places.reshape(-1, count, 2)
+    if len(rounds) == 1:  # see `_loop`
+        out = chained(rooms, rounds[0])[1]
     else:
-        _, out = lax.scan(block, room, places)  # [blocks B planes lines W F]
+        _, out = lax.scan(chained, rooms, rounds)
+    # [blocks B planes lines W F]
+    out = out.reshape(len(places), len(image), -1, *blocks.shape[2:], features)
     return out.swapaxes(0, 1).reshape(len(image), *blocks.shape, features)
 
 
@@ -93,8 +105,8 @@ def kernel_grad(
     voxels = grads.shape[2]
     grads = resize(grads, 2, voxels + taps - 1, before=taps - 1).swapaxes(2, 3)
 
-    def block(i: Array | int, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        lines = blocks.lines(image, places[i], state[0])
+    def block(i: Array | int, room: Array) -> tuple[Array, Array]:
+        lines = blocks.lines(image, places[i], room)
         own = lax.dynamic_index_in_dim(grads, i, 1, keepdims=False)
         moved = lax.gather(
             own,
@@ -104,11 +116,18 @@ def kernel_grad(
             mode="promise_in_bounds",
         )
         left = _values(moved.swapaxes(0, 1).reshape(batch, -1, voxels))
-        return lines, state[1] + _product(left, blocks.rows(lines), (((2,), (1,)), ((0,), (0,))))
+        return lines, _product(left, blocks.rows(lines), (((2,), (1,)), ((0,), (0,))))
+
+    count = count_chains(len(places))
+
+    def chained(i: Array | int, state: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
+        done = [block(count * i + k, room) for k, room in enumerate(state[0])]
+        total = functools.reduce(jnp.add, (product for _, product in done), state[1])
+        return [lines for lines, _ in done], total
 
     room = blocks.no_lines(image)
     total = jnp.zeros((batch, taps * features, math.prod(room.shape[4:])))
-    _, total = _loop(len(places), block, (room, total))
+    _, total = _loop(len(places) // count, chained, ([room] * count, total))
     folded = total.sum(0).reshape(taps, features, *window[:2], strides[2], -1)
     whole = folded.transpose(2, 3, 0, 4, 5, 1).reshape(*window[:2], -1, channels, features)
     return whole[:, :, : window[2]]
@@ -180,6 +199,15 @@ class _Blocks:
     def rows(self, lines: Array) -> Float[Array, "B voxels K"]:
         """What the window sees of each voxel along D and H."""
         return _values(lines.reshape(len(lines), -1, math.prod(lines.shape[4:])))
+
+
+def count_chains(blocks: int) -> int:
+    """How many blocks a round of a loop does side by side.
+
+    A block is a chain of copies and products, most of which XLA:CPU gives to one core. Chains that
+    need nothing of each other it gives to several; so there are as many as a device has cores.
+    """
+    return divisor(blocks, min(machine.cores() // jax.local_device_count(), _MOST_CHAINS))
 
 
 def _loop(count: int, step: Callable[[Any, Any], Any], state: Any) -> Any:

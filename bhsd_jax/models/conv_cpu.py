@@ -174,9 +174,14 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
             products.append(seen.reshape(-1, len(right)) @ right)
         return jnp.concatenate(products).reshape(-1, channels, features)
 
-    total = jnp.zeros((math.prod(taps), channels, features))
     blocks = planes * (height // lines)
-    total = lax.fori_loop(0, blocks, lambda i, total: total + block(i), total)
+    count = conv_bfloat16.count_chains(blocks)
+
+    def chained(i: Array | int, total: Array) -> Array:
+        return functools.reduce(jnp.add, [block(count * i + k) for k in range(count)], total)
+
+    total = jnp.zeros((math.prod(taps), channels, features))
+    total = lax.fori_loop(0, blocks // count, chained, total)
     return total.reshape(*taps, channels, features)
 
 

@@ -10,7 +10,7 @@ from test_conv import CASES, SAME
 
 from bhsd_jax.models import conv_bfloat16, conv_cpu
 from bhsd_jax.models.conv import conv3d, conv_transpose
-from bhsd_jax.platform import processor
+from bhsd_jax.platform import machine, processor
 
 pytestmark = pytest.mark.usefixtures("full_compilation")
 
@@ -73,6 +73,30 @@ def test_output_and_both_gradients_are_those_of_the_rounded_values(size, kernel,
     ours, theirs = to_kernel
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-5 * float(abs(theirs).max()))
+
+
+@pytest.mark.parametrize("held", [conv_bfloat16.bits, lambda x: x.astype(jnp.float32)])
+def test_blocks_side_by_side_give_the_same_numbers_as_one_after_another(held, monkeypatch):
+    size, kernel = (4, 48, 64), (3, 3, 3)
+    image, weight = map(held, arrays(size, kernel))
+    grad = image[..., :1] + jnp.zeros(10, image.dtype)
+
+    def passes(cores):
+        monkeypatch.setattr(machine, "cores", lambda: cores * jax.local_device_count())
+
+        @jax.jit
+        def both(image, weight, grad):
+            return (
+                conv_cpu.convolve(image, weight, (1, 1, 1), SAME),
+                conv_cpu.kernel_grad(grad, image, (1, 1, 1), SAME, kernel),
+            )
+
+        return jax.device_get(both(image, weight, grad))
+
+    alone, abreast = passes(1), passes(3)
+    assert conv_bfloat16.count_chains(12) == 3
+    for one, other in zip(alone, abreast, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_the_layer_rounds_once_with_and_without_the_instructions(multiplied):
