@@ -232,6 +232,9 @@ def unite_cores(parameters: int, voxels: int) -> None:
     if parameters > _HEAVY * voxels:
         backend.clear_backends()
         jax.config.update("jax_num_cpu_devices", 1)
+        # Else a step begins while the working memory of the last one is still held, and the process
+        # grows by it: 5.2 GB in place of 3.4 for that UNETR in float32.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 @contextlib.contextmanager

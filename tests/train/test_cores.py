@@ -70,7 +70,8 @@ recipe.share_cores(run)
 import jax
 state = jax.eval_shape(recipe.make_recipe(run).init, jax.random.key(0))
 voxels = 8 * 4 * 16 * 16
-print(jax.device_count(), sum(leaf.size for leaf in jax.tree.leaves(state.params)) / voxels)
+share = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / voxels
+print(jax.device_count(), share, int(jax.config.read("jax_cpu_enable_async_dispatch")))
 """
 
 
@@ -79,17 +80,18 @@ def test_cores_that_would_mostly_update_copies_of_the_state_are_one_device():
     folders = [str(tests / "verbs"), str(tests)]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
-    def train(heavy: float, twins: int = 1) -> tuple[int, float]:
+    def train(heavy: float, twins: int = 1) -> tuple[int, float, bool]:
         code = _TRAINING.format(folders=folders, heavy=heavy, twins=twins)
         words = [sys.executable, "-c", code]
         text = subprocess.check_output(words, env=environment | {"JAX_PLATFORMS": "cpu"}, text=True)
-        devices, share = text.split()
-        return int(devices), float(share)
+        devices, share, ahead = text.split()
+        return int(devices), float(share), bool(int(ahead))
 
-    devices, share = train(heavy=100)
-    assert (devices, 0 < share < 100) == (4, True)
+    devices, share, ahead = train(heavy=100)
+    assert (devices, 0 < share < 100, ahead) == (4, True, True)
     assert train(share * 1.001)[0] == 4
-    assert train(share * 0.999)[0] == 1
+    # Then a step begins only when the working memory of the last one is given back.
+    assert train(share * 0.999)[::2] == (1, False)
 
 
 @pytest.mark.parametrize(
