@@ -90,6 +90,98 @@ def test_open_mpi_tells_all_on_one_machine_and_with_version_4_on_several():
     )
 
 
+ELSEWHERE = {
+    "MPICH or Intel MPI": {
+        "PMI_SIZE": "4",
+        "PMI_RANK": "2",
+        "MPI_LOCALNRANKS": "2",
+        "MPI_LOCALRANKID": "0",
+    },
+    "PALS": {"PMI_SIZE": "4", "PMI_RANK": "2", "PMI_LOCAL_SIZE": "2", "PMI_LOCAL_RANK": "0"},
+    "MVAPICH": {
+        "MV2_COMM_WORLD_SIZE": "4",
+        "MV2_COMM_WORLD_RANK": "2",
+        "MV2_COMM_WORLD_LOCAL_SIZE": "2",
+        "MV2_COMM_WORLD_LOCAL_RANK": "0",
+    },
+    "jsrun": {
+        "JSM_NAMESPACE_SIZE": "4",
+        "JSM_NAMESPACE_RANK": "2",
+        "JSM_NAMESPACE_LOCAL_SIZE": "2",
+        "JSM_NAMESPACE_LOCAL_RANK": "0",
+    },
+    "torchrun (RANK, WORLD_SIZE)": {
+        "WORLD_SIZE": "4",
+        "RANK": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "none",
+    },
+}
+
+
+@pytest.mark.parametrize("launcher", ELSEWHERE)
+def test_every_launcher_tells_number_and_machine_of_a_process(launcher):
+    """None may leave N trainings that each take themselves for the only one."""
+    told = ELSEWHERE[launcher]
+    found = find(environment=told)
+    assert (found.source, found.index, found.count) == (launcher, 2, 4)
+    assert found.local == (0, 2)
+    assert not found.complete, "nobody tells where process 0 is"
+    assert missing(found) == "--config.mesh.coordinator or JAX_COORDINATOR_ADDRESS"
+    local = [name for name in told if "LOCAL" in name and not name.endswith(("RANK", "ID"))]
+    alone = find(environment=told | {local[0]: "4"})
+    assert alone.coordinator.startswith("127.0.0.1:")
+    assert alone.complete
+    # Within a job of Slurm's they begin on its first machine; a shell or script of Slurm's is one.
+    job = {"SLURM_JOB_NODELIST": "n[7-8]"}
+    shell = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    within = find(environment=shell | told | job | {"JAX_COORDINATOR_PORT": "9"})
+    assert (within.source, within.index, within.count) == (launcher, 2, 4)
+    assert within.coordinator == ("" if "RANK" in told else "n7:9")
+
+
+def test_processes_that_speak_pmi_are_those_of_slurm():
+    """`srun --mpi=pmi2`, to which Slurm itself says more; else a bootstrap of hydra's."""
+    pmi = {"PMI_SIZE": "4", "PMI_RANK": "3"}
+    assert find(environment=SLURM | pmi) == find(environment=SLURM)
+    proxies = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    found = find(environment=proxies | ELSEWHERE["MPICH or Intel MPI"])
+    assert (found.index, found.count, found.source) == (2, 4, "MPICH or Intel MPI")
+
+
+def test_torchrun_says_where_to_meet_and_listens_at_its_own_port():
+    told = ELSEWHERE["torchrun (RANK, WORLD_SIZE)"]
+    head = {"MASTER_ADDR": "head", "MASTER_PORT": "29500"}
+    found = find(environment=told | head)
+    host, port = found.coordinator.split(":")
+    assert host == "head"
+    assert 61440 <= int(port) < 65536
+    assert find(environment=told | head | {"RANK": "3"}).coordinator == found.coordinator
+    assert find(environment=told | head | {"MASTER_PORT": "29501"}).coordinator != found.coordinator
+    # One torchrun on each machine of a job step is usual; variables left over from elsewhere too.
+    inside = find(environment=SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"} | told)
+    assert (inside.index, inside.count) == (2, 4)
+    left = {"RANK": "0", "WORLD_SIZE": "8"}
+    assert find(environment=SLURM | left) == find(environment=SLURM)
+    pod = find(environment=left | head)  # as schedulers of PyTorch jobs start them
+    assert (pod.index, pod.count, pod.local) == (0, 8, (0, 1))
+    assert find(environment={"RANK": "first"}) == Place()
+
+
+def test_flux_tells_all_on_one_machine():
+    told = {"FLUX_JOB_SIZE": "4", "FLUX_TASK_RANK": "2", "FLUX_TASK_LOCAL_ID": "2"}
+    pmi = {"PMI_SIZE": "4", "PMI_RANK": "2"}
+    found = find(environment=told | pmi | {"FLUX_JOB_NNODES": "1"})
+    assert (found.index, found.count, found.local, found.source) == (2, 4, (2, 4), "Flux")
+    assert found.complete
+    spread = find(environment=told | {"FLUX_JOB_NNODES": "2"})
+    assert not spread.complete
+    assert spread.gpus(0) == []
+    with pytest.raises(ValueError, match="8 GPUs over who knows how many processes"):
+        spread.gpus(8)
+
+
 def test_flags_come_before_variables_and_these_before_the_cluster():
     assert find(environment=JAX).index == 1
     assert find("other:9", 3, 2, JAX) == Place("other:9", 3, 2, source="mesh and JAX_* variables")
@@ -108,6 +200,8 @@ def test_flags_come_before_variables_and_these_before_the_cluster():
         (OPEN_MPI | {"JAX_PROCESS_ID": "3"}, "say 3 as this process, Open MPI says 2"),
         (JAX | {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES: needs a whole number"),
         (JAX | {"JAX_PROCESS_ID": "2"}, "process 2 of 2; they count from 0"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, r"^torchrun .*: process 2 of 2; they count from 0"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "x"}, "PMI_RANK: needs a whole number"),
     ],
 )
 def test_what_does_not_agree_is_refused(environment, words):

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import re
+import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -12,6 +14,18 @@ TRY_AGAIN = 75  # exit code of a training that was asked to stop and has saved (
 _FLAGS = ("coordinator", "num_processes", "process_id")
 _JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _PORTS = 61440, 4096  # first of the ephemeral ports that jobs share out, and how many
+_OPEN_MPI, _FLUX, _TORCHRUN = "Open MPI", "Flux", "torchrun (RANK, WORLD_SIZE)"
+_ENDS = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+# By launcher: how many processes the run has and which this is; likewise of this machine.
+_NAMES = {
+    _OPEN_MPI: [f"OMPI_COMM_WORLD_{end}" for end in _ENDS],
+    "jsrun": [f"JSM_NAMESPACE_{end}" for end in _ENDS],
+    "MVAPICH": [f"MV2_COMM_WORLD_{end}" for end in _ENDS],
+    _FLUX: ["FLUX_JOB_SIZE", "FLUX_TASK_RANK", "", "FLUX_TASK_LOCAL_ID"],
+    "MPICH or Intel MPI": ["PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"],
+    "PALS": [f"PMI_{end}" for end in _ENDS],
+    _TORCHRUN: ["WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"],
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +35,7 @@ class Place:
     coordinator: str = ""  # host:port where process 0 listens
     count: int | None = None
     index: int | None = None  # 0 .. count - 1
-    local: tuple[int, int] = (0, 1)  # which of how many on this machine
+    local: tuple[int, int] = (0, 1)  # which of how many on this machine; of 0 if nobody tells
     own_gpus: bool = False  # the visible GPUs are this process' alone, not this machine's
     source: str = ""  # who said so, for a reader
 
@@ -39,16 +53,17 @@ class Place:
         """Indices of this process' share of the GPUs that are visible on its machine.
 
         Raises:
-            ValueError: If the processes of this machine cannot have equally many.
+            ValueError: If the processes of this machine cannot have equally many, or nobody tells
+                how many they are.
         """
         index, processes = (0, 1) if self.own_gpus else self.local
-        if visible % processes:
+        if visible and (not processes or visible % processes):
             raise UserError(
-                f"{self.source}: {visible} GPUs over {processes} processes of one machine; start "
-                "one process a machine, or as many as divide the GPUs, or say which are whose in "
-                "JAX_LOCAL_DEVICE_IDS"
+                f"{self.source}: {visible} GPUs over {processes or 'who knows how many'} processes "
+                "of one machine; start one process a machine, or as many as divide the GPUs, or "
+                "say which are whose in JAX_LOCAL_DEVICE_IDS"
             )
-        share = visible // processes
+        share = visible // (processes or 1)
         return list(range(index * share, (index + 1) * share))
 
 
@@ -60,8 +75,8 @@ def find(
 ) -> Place:
     """The place of this process; an empty one where neither flags nor environment tell.
 
-    Flags come before JAX's variables, and these before what Slurm or Open MPI say. Clusters that
-    only JAX itself can ask (Cloud TPU, Kubernetes) are not looked at.
+    Flags come before JAX's variables, and these before what Slurm or another launcher says.
+    Clusters that only JAX itself can ask (Cloud TPU, Kubernetes) are not looked at.
 
     Args:
         coordinator: host:port of process 0, or "".
@@ -76,22 +91,19 @@ def find(
     count = num_processes if num_processes is not None else _number(_JAX[1], words[1])
     index = process_id if process_id is not None else _number(_JAX[2], words[2])
     told = Place(coordinator or words[0], count, index, source="mesh and JAX_* variables")
-    # A shell of Slurm's, or `mpirun -n 1`, is a task that others may be started from. Of two that
-    # have started several, Open MPI is the inner one: its variables come from `mpirun` alone.
-    launchers = [place for place in (_open_mpi(environment), _slurm(environment)) if place]
-    batch = max(launchers, key=lambda place: place.several, default=Place())
+    batch = _launched(environment)
     _require_agreement(told, batch)
-    if told == Place(source=told.source):
-        return batch
-    # A single task that starts others by itself is not one of them.
-    base = batch if batch.several or not told.complete else Place()
-    found = replace(
-        base,
-        coordinator=told.coordinator or base.coordinator,
-        count=base.count if told.count is None else told.count,
-        index=base.index if told.index is None else told.index,
-        source=f"{told.source} on {base.source}" if base.source else told.source,
-    )
+    found = batch
+    if told != Place(source=told.source):
+        # A single task that starts others by itself is not one of them.
+        base = batch if batch.several or not told.complete else Place()
+        found = replace(
+            base,
+            coordinator=told.coordinator or base.coordinator,
+            count=base.count if told.count is None else told.count,
+            index=base.index if told.index is None else told.index,
+            source=f"{told.source} on {base.source}" if base.source else told.source,
+        )
     if found.count is not None and not 0 <= (found.index or 0) < found.count:
         raise UserError(
             f"{found.source}: process {found.index} of {found.count}; they count from 0"
@@ -100,8 +112,11 @@ def find(
 
 
 def may_be_one_of_several() -> bool:
-    """Whether only JAX itself could tell that this machine is one of several (Kubernetes, TPU)."""
-    return "KUBERNETES_SERVICE_HOST" in os.environ or bool(importlib.util.find_spec("libtpu"))
+    """Whether only JAX itself could tell that this machine is one of several (Kubernetes, TPU).
+
+    Of Kubernetes' pods only those of an Indexed Job can be, by a number that JAX takes.
+    """
+    return "JOB_COMPLETION_INDEX" in os.environ or bool(importlib.util.find_spec("libtpu"))
 
 
 def missing(place: Place) -> str:
@@ -156,31 +171,69 @@ def _tasks_per_node(text: str) -> list[int]:
     return counts or [1]
 
 
-def _open_mpi(environment: Mapping[str, str]) -> Place | None:
-    names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
-    if not all(environment.get(name) for name in names):
+def _launched(environment: Mapping[str, str]) -> Place:
+    """What the launcher of this process says of it; an empty place without one.
+
+    Launchers start launchers and hand on their own variables. `mpirun` or torchrun in a job step of
+    Slurm is the inner one, whose several processes count. RANK and WORLD_SIZE, which people and
+    schedulers of PyTorch jobs set too, come first where they are torchrun's, else last. A shell of
+    Slurm's, or `mpirun -n 1`, is a task that others may be started from.
+    """
+    torch = [_by_names(_TORCHRUN, environment)]
+    others = [*(_by_names(name, environment) for name in _NAMES if name != _TORCHRUN)]
+    others.append(_slurm(environment))
+    inner = "TORCHELASTIC_RUN_ID" in environment
+    places = [place for place in (torch + others if inner else others + torch) if place]
+    first = max(places, key=lambda place: place.several, default=Place())
+    # Slurm's tasks may speak PMI too: of those that say the same, the one that knows most.
+    same = [place for place in places if (place.count, place.index) == (first.count, first.index)]
+    return max(same, key=lambda place: (place.complete, place.local[1] > 0), default=first)
+
+
+def _by_names(launcher: str, environment: Mapping[str, str]) -> Place | None:
+    """What a launcher says in its variables; Slurm's, which say more, are not among them."""
+    names = _NAMES[launcher]
+    if not all(environment.get(name) for name in names[:2]):
         return None
-    count, index = (int(environment[name]) for name in names)
-    local = (
-        int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")),
-        int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")),
-    )
-    return Place(_launcher(environment, local[1] == count), count, index, local, source="Open MPI")
+    count, index, here, local = (_number(name, environment.get(name, "")) for name in names)
+    if here is None and launcher == _FLUX and environment.get("FLUX_JOB_NNODES") == "1":
+        here = count
+    if here is None and local is None and launcher == _TORCHRUN:
+        here = 1  # as schedulers of PyTorch jobs start them, each in a pod of its own
+    place = Place(count=count, index=index, local=(local or 0, here or 0), source=launcher)
+    host = _first_machine(place, environment)
+    port = environment.get("JAX_COORDINATOR_PORT") or _port(place, environment)
+    return replace(place, coordinator=f"{host}:{port}") if host else place
 
 
-def _launcher(environment: Mapping[str, str], one_machine: bool) -> str:
-    """Where process 0 can listen: `mpirun`'s own machine; "" if it does not say.
+def _first_machine(place: Place, environment: Mapping[str, str]) -> str:
+    """Where process 0 can listen, as far as its launcher tells; "" if it does not.
 
-    Open MPI 4 tells its address in a variable, Open MPI 5 does not.
+    Open MPI 4 tells where `mpirun` runs, Open MPI 5 does not; in a job of Slurm's all of them begin
+    on its first machine.
+    """
+    if place.local[1] == place.count:
+        return "127.0.0.1"
+    if place.source == _TORCHRUN:
+        return environment.get("MASTER_ADDR", "")
+    uri = environment.get("OMPI_MCA_orte_hnp_uri", "") if place.source == _OPEN_MPI else ""
+    address = re.search(r"tcp6?://\[?([^,\]/]+?)(?:[,\]]|:\d+$)", uri)
+    return address[1] if address else first_host(environment.get("SLURM_JOB_NODELIST", ""))
+
+
+def _port(place: Place, environment: Mapping[str, str]) -> int:
+    """A port that no other run has, most likely; the same in all processes of this one.
+
+    Not torchrun's MASTER_PORT, where it listens itself.
     """
     first, number = _PORTS
-    uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
-    job, address = re.match(r"(\d+)", uri), re.search(r"tcp6?://\[?([^,\]/]+?)(?:[,\]]|:\d+$)", uri)
-    # The number of a job is a multiple of 2^12.
-    seed = int(job[1]) >> 12 if job else sum(environment.get("PMIX_NAMESPACE", "").encode())
-    port = environment.get("JAX_COORDINATOR_PORT") or first + seed % number
-    host = "127.0.0.1" if one_machine else address[1] if address else ""
-    return f"{host}:{port}" if host else ""
+    open_mpi = place.source == _OPEN_MPI
+    job = re.match(r"(\d+)", environment.get("OMPI_MCA_orte_hnp_uri", "")) if open_mpi else None
+    if job:  # a multiple of 2^12
+        return first + (int(job[1]) >> 12) % number
+    name = environment.get("PMIX_NAMESPACE" if open_mpi else "MASTER_PORT", "")
+    words = "\0".join([name, str(os.getuid()), *sys.argv[1:]])
+    return first + zlib.crc32(words.encode(errors="surrogateescape")) % number
 
 
 def _number(name: str, text: str) -> int | None:

@@ -20,6 +20,7 @@ from jax.extend import backend
 from bhsd_jax.platform import budget, cluster, machine
 from bhsd_jax.platform.cluster import Place
 from bhsd_jax.platform.errors import UserError, explain_extra
+from bhsd_jax.train.log import heartbeat
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,13 @@ _FORCED = "xla_force_host_platform_device_count"
 _SILENT_S = 30  # after so long without a word a process counts as lost; JAX's default is 100
 _NOBODY = "coordinator_address should be defined"  # JAX found no cluster
 _UNCLEAR = ("must be defined", "should be defined")
+_ADDRESS = (
+    ", host:port on the machine of process 0; or, where mpi4py is installed, mesh.detect=mpi4py"
+)
+_MEETING = (
+    "see that all were started, that the address is one of process 0's machine which the others "
+    "reach (JAX_COORDINATOR_ADDRESS), and that nobody else has its port (JAX_COORDINATOR_PORT)"
+)
 _PLUGINS = {  # packages that bring an accelerator to JAX
     "jax_cuda12_plugin": "cuda",
     "jax_cuda13_plugin": "cuda",
@@ -70,7 +78,7 @@ def _initialize(place: Place, detect: str) -> bool:
     if place.count is not None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         ids = _own_gpus(place)
     try:
-        with _quiet_about_kubernetes(place):
+        with _quiet_about_kubernetes(place), heartbeat(_waiting(place), begins=False):
             jax.distributed.initialize(
                 place.coordinator or None,
                 place.count,
@@ -80,25 +88,53 @@ def _initialize(place: Place, detect: str) -> bool:
                 heartbeat_timeout_seconds=_SILENT_S,
                 shutdown_timeout_seconds=2 * _SILENT_S,
             )
-    except ImportError as error:
-        raise UserError(f"mesh.detect {detect!r}: {error}; install it") from error
-    except ValueError as error:
+    except Exception as error:  # JAX's own, and those of the client of Kubernetes
         if place == Place() and not detect and _NOBODY in str(error):
             return False
-        if any(words in str(error) for words in _UNCLEAR):
-            raise UserError(
-                f"{place.source or f'mesh.detect {detect!r}'}: not all is known of the processes "
-                f"of this run; say {cluster.missing(place)}"
-            ) from error
+        if reason := _why_not_joined(error, place, detect):
+            raise UserError(reason) from error
         raise
     return True
+
+
+def _why_not_joined(error: Exception, place: Place, detect: str) -> str:
+    """What is missing, or to be looked at, where processes do not meet; "" if it is a defect."""
+    first, source = str(error).strip().partition("\n")[0], place.source or f"mesh.detect {detect!r}"
+    if isinstance(error, ImportError):
+        return f"{source}: {first}; install it"
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return f"{_who(place)} could not listen ({first}); {_MEETING}"
+    if isinstance(error, ValueError) and any(words in first for words in _UNCLEAR):
+        address = _ADDRESS if place.several and not place.coordinator else ""
+        return (
+            f"{source}: not all is known of the processes of this run; say "
+            f"{cluster.missing(place)}{address}"
+        )
+    if not place.complete and "JOB_COMPLETION_INDEX" in os.environ:
+        return (
+            "JAX could not ask Kubernetes which process this is "
+            f"({type(error).__name__}: {first}); say {cluster.missing(place)}, or "
+            "JAX_NUM_PROCESSES=1 where each pod trains for itself"
+        )
+    return ""
+
+
+def _waiting(place: Place) -> str:
+    """What a process says that nobody answers: XLA ends it after five minutes, without a reason."""
+    where = f" at {place.coordinator}" if place.coordinator else ""
+    return f"{_who(place)} waits for the others{where}; {_MEETING}"
+
+
+def _who(place: Place) -> str:
+    return f"process {place.index} of {place.count}" if place.complete else "this process"
 
 
 def _own_gpus(place: Place) -> list[int]:
     """Indices of this process' GPUs among those it sees.
 
     Where each of several processes of a machine sees one, although the machine has enough for all,
-    a launcher or a wrapper has bound them: it is this process' own.
+    a launcher or a wrapper has bound them: it is this process' own. So it is where nobody tells how
+    many they are and the machine has more.
 
     Raises:
         ValueError: As `Place.gpus`.
@@ -110,7 +146,7 @@ def _own_gpus(place: Place) -> list[int]:
             listed = [one.strip() for one in os.environ[name].split(",")]
             visible = len([one for one in listed if one not in ("", "-1", "NoDevFiles")])
             break
-    if visible == 1 < place.local[1] <= there:
+    if visible == 1 < (place.local[1] or there) <= there:
         place = dataclasses.replace(place, own_gpus=True)
     return place.gpus(visible)
 

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
 import pytest
 
 from bhsd_jax.experiments.local import free_port
-from bhsd_jax.platform import cluster
+from bhsd_jax.platform import cluster, machine
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import processes
 from bhsd_jax.train.processes import Preemption
@@ -55,6 +56,7 @@ print("stopped at", call, flush=True)
         ("0,1,2,3", 4, (2, 4), [2]),
         (None, 4, (1, 2), [2, 3]),
         ("-1", 0, (1, 2), []),  # hidden
+        ("3", 4, (3, 0), [0]),  # bound, though nobody tells how many there are
         ("0", 1, (1, 2), None),  # one for two
         ("0,1,2", 4, (0, 2), None),
     ],
@@ -239,6 +241,64 @@ def test_what_is_not_enough_is_one_clear_error(more, words, monkeypatch):
     detect = more.pop("detect", "")
     with pytest.raises(ValueError, match=words):
         processes.start(cluster.find(**more), detect)
+
+
+@pytest.mark.parametrize(
+    ("environment", "error", "words"),
+    [
+        (
+            {"JAX_COORDINATOR_ADDRESS": "head:9", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server\nmore"),
+            r"^process 1 of 2 could not listen \(UNKNOWN: Failed to start RPC server\); see that "
+            "all were started, .*JAX_COORDINATOR_ADDRESS.*JAX_COORDINATOR_PORT",
+        ),
+        (
+            {"PMI_SIZE": "4", "PMI_RANK": "1"},
+            ValueError("coordinator_address should be defined."),
+            "^MPICH.*: not all .* JAX_COORDINATOR_ADDRESS, host:port on the machine of process 0",
+        ),
+        (
+            {"JOB_COMPLETION_INDEX": "1"},
+            RuntimeError("Kubernetes API Error: 403 - Forbidden\nIt appears"),
+            "^JAX could not ask Kubernetes .*403 - Forbidden.*JAX_NUM_PROCESSES=1 where each pod",
+        ),
+    ],
+)
+def test_processes_that_do_not_meet_are_told_why(environment, error, words, monkeypatch):
+    def fails(*place, **rest):
+        raise error
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", fails)
+    with pytest.raises(UserError, match=words):
+        processes.start(cluster.find())
+
+
+def test_a_process_that_nobody_answers_says_what_to_look_at(monkeypatch, caplog):
+    """XLA ends it after minutes, from within: then these are the only words of ours."""
+
+    def waits(*place, **rest):
+        end = time.monotonic() + 60
+        while "see that all" not in caplog.text and time.monotonic() < end:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(machine, "log_every_s", lambda: 0.01)
+    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", waits)
+    with caplog.at_level("INFO"):
+        processes.start(cluster.find("head:9", 2, 1))
+    assert "process 1 of 2 waits for the others at head:9; see that" in caplog.text
+
+
+def test_a_pod_that_is_none_of_an_indexed_job_is_alone(monkeypatch):
+    """JAX would ask Kubernetes, and end where this may not be asked."""
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert not cluster.may_be_one_of_several()
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    assert cluster.may_be_one_of_several()
 
 
 def test_a_verb_that_is_told_half_says_what_is_missing(tmp_path):
