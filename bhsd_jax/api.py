@@ -91,10 +91,11 @@ class Predictor:
         return self._networks.classes
 
     def warm_up(self) -> None:
-        """Compiles the networks, by applying them to a scan of one tile."""
-        for one in (self._networks, *self._networks.others):
-            blank = np.full((*one.window.tile, one.plan.raw_channels), one.fill, np.float32)
-            one.window.logits(one.networks, blank, fill=one.fill)
+        """Compiles the networks, by applying them to a scan of one tile, in its turn."""
+        with predictor.IN_THE_NETWORKS:
+            for one in (self._networks, *self._networks.others):
+                blank = np.full((*one.window.tile, one.plan.raw_channels), one.fill, np.float32)
+                one.window.logits(one.networks, blank, fill=one.fill)
 
     def __call__(
         self, voxels: Voxels, affine: np.ndarray, previous: np.ndarray | None = None

@@ -328,8 +328,10 @@ def test_one_scan_at_a_time_is_in_the_networks_of_all_threads(runs):
         services.append(Predictor(networks, apply.members))
     scan = tiny_run.head(), tiny_run.upright()
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda k: services[k % 2](*scan), range(6)))
-    assert most == [1] * 6
+        called = [pool.submit(services[k % 2], *scan) for k in range(6)]
+        called += [pool.submit(service.warm_up) for service in services]
+    assert all(one.exception() is None for one in called)
+    assert most == [1] * 8
 
 
 def test_further_axes_of_size_one_are_dropped_as_in_files(runs):

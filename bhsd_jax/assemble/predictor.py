@@ -37,7 +37,7 @@ from bhsd_jax.volume import Case, Plan, Series, Volume
 logger = logging.getLogger(__name__)
 
 # Of this process: memory is counted for one scan in them.
-_IN_THE_NETWORKS = threading.RLock()
+IN_THE_NETWORKS = threading.RLock()
 _SAY_EVERY_S = 30.0  # how far a long scan is; a sign of life comes more often
 
 
@@ -141,7 +141,7 @@ class Predictor:
         Raises:
             ValueError: If there is not enough memory, or the output is not finite.
         """
-        with _IN_THE_NETWORKS:
+        with IN_THE_NETWORKS:
             watch, name = Stopwatch(), ready.name
             for text in ready.warnings:
                 level = logging.WARNING if text in ready.doubts else logging.INFO
@@ -260,7 +260,7 @@ class Predictor:
         self._require_memory(image, len(image) * (3 if self.others else 1))
         tell = Teller(name, check).tiles
         mean = ensemble.mean_for(self.window.combine, regions=bool(self.labels.regions))
-        with _IN_THE_NETWORKS:
+        with IN_THE_NETWORKS:
             return mean(
                 (
                     one.window.logits(one.networks, image, fill=one.fill, progress=tell),
