@@ -16,7 +16,7 @@ from bhsd_jax.metrics import calibration
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Config, Settings
-from bhsd_jax.train import barrier
+from bhsd_jax.verbs import parts
 from bhsd_jax.verbs.chosen_scans import find_scans
 from bhsd_jax.volume import Case, outlined_of
 
@@ -34,7 +34,7 @@ def run(config: Config, workdir: Path) -> None:
             of `predict.runs` was trained on some of the scans.
     """
     config = Settings.of(config)
-    if barrier.place()[1] > 1:
+    if parts.place(config).several:
         raise UserError("calibrate runs in one process; leave the others out")
     settings = dataclasses.replace(config.predict, images="", split="val")
     config = dataclasses.replace(config, predict=settings)

@@ -195,3 +195,12 @@ def test_without_masks_there_is_nothing_to_fit(run, monkeypatch):
         calibrate.run(opened.config, run)
     assert pages.calibration(opened, pages.Origin(run / "predictions")) is None
     assert calibration.BINS == 10
+
+
+def test_several_processes_are_refused(run, monkeypatch):
+    config = ensemble.run_of(run).config
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setenv("PMI_RANK", "1")
+    with pytest.raises(UserError, match="calibrate runs in one process"):
+        calibrate.run(config, run)
+    assert not (run / "calibration.json").exists()
