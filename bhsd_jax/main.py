@@ -47,8 +47,7 @@ def main(verb: str) -> None:
         return
     standard_logging.getLogger("bhsd_jax").info("%s, run folder %s", verb, workdir)
     try:
-        if verb == "train":  # until the training itself heeds it there is nothing to save
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(cluster.TRY_AGAIN))
+        _heed_sigterm(verb)
         if verb in ("train", "predict", "calibrate"):
             startup.prepare()
         files.sweep(workdir)
@@ -61,6 +60,15 @@ def main(verb: str) -> None:
         reason = _reason(error, workdir)
         logging.debug("%s", error, exc_info=True)
         _end(f"{verb}: {reason}" if reason else f"{traceback.format_exc()}{_DEFECT}", 1)
+
+
+def _heed_sigterm(verb: str) -> None:
+    """What SIGTERM does, which ends a process by itself unless it is the first of a container."""
+    if verb == "train":  # until the training itself heeds it there is nothing to save
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(cluster.TRY_AGAIN))
+    elif os.getpid() == 1:
+        code = 128 + signal.SIGTERM  # as a shell says it
+        signal.signal(signal.SIGTERM, lambda *_: _end(f"{verb}: ended by SIGTERM", code))
 
 
 def _imported(verb: str) -> Any:

@@ -1,11 +1,13 @@
 """Compiled programs are kept, and XLA is told what it has to be told."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from bhsd_jax import main
 from bhsd_jax.platform import allocator, startup
 
 
@@ -64,3 +66,20 @@ print(np.abs(np.asarray(found) / right - 1).max())
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("process", "verb", "code"),
+    [(1, "predict", 143), (1, "train", 75), (7, "train", 75), (7, "predict", None)],
+)
+def test_the_first_process_of_a_container_heeds_sigterm(process, verb, code, monkeypatch):
+    """The system keeps from it all signals that it does not ask for: it was killed in the end."""
+    heeded = {}
+    monkeypatch.setattr(os, "getpid", lambda: process)
+    monkeypatch.setattr(signal, "signal", heeded.__setitem__)
+    main._heed_sigterm(verb)
+    assert bool(heeded) == (code is not None)
+    for handler in heeded.values():
+        with pytest.raises(SystemExit) as ended:
+            handler(signal.SIGTERM, None)
+        assert ended.value.code == code
