@@ -124,6 +124,10 @@ def test_names_numbers_and_places_agree(path):
     assert rule["onExitCodes"]["values"] == [75]
     assert pod["restartPolicy"] == "Never", "Kubernetes asks for it beside a podFailurePolicy"
     assert pod["terminationGracePeriodSeconds"] >= 60
+    if "nvidia.com/gpu" in container["resources"]["limits"]:  # NCCL needs more than a pod's 64 MB
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
     chosen = {"jobset.sigs.k8s.io/jobset-name": name}
     assert policy["spec"]["podSelector"]["matchLabels"] == chosen
     assert policy["spec"]["ingress"] == [{"from": [{"podSelector": {"matchLabels": chosen}}]}]
