@@ -1,5 +1,6 @@
 """What is settled before JAX starts: the cache of programs, the compiler, and the memory."""
 
+import contextlib
 import importlib.util
 import mmap
 import os
@@ -34,7 +35,8 @@ def prepare() -> None:
     Programs that took over a second to compile are kept in the user's cache folder, so that the
     next scan or the resumed run starts at once; `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
     """
-    os.environ.setdefault(_CACHE, str(cache_folder()))
+    with contextlib.suppress(RuntimeError):  # a user of a container whom it does not know
+        os.environ.setdefault(_CACHE, str(cache_folder()))
     settle_compiler()
     allocator.keep_memory()
 
@@ -61,6 +63,10 @@ def _jaxlib_knows(*words: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Folder of compiled programs; one per kind of processor, as home folders may be shared."""
+    """Folder of compiled programs; one per kind of processor, as home folders may be shared.
+
+    Raises:
+        RuntimeError: If neither HOME nor the list of users tells where the user is at home.
+    """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "bhsd_jax" / f"{platform.machine()}-{processor.digest()}"

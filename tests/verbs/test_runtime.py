@@ -26,6 +26,21 @@ def test_the_cache_lies_in_the_users_folder_unless_the_environment_says_where(
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
 
 
+def test_a_user_without_a_home_keeps_no_programs(monkeypatch):
+    """As of a service or a container that knows neither HOME nor the number of its user."""
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(allocator, "keep_memory", lambda: True)
+    monkeypatch.setattr(startup.Path, "home", nowhere)
+    startup.prepare()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
 def test_only_flags_that_jaxlib_knows_are_set(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_one=1")
     monkeypatch.setattr(startup, "_FLAGS", (("xla_cpu_no_such_flag", "1", "1"),))
