@@ -121,7 +121,7 @@ class Validation:
             allocator.close_holes()  # the first validation has compiled programs of its own
         self.newest = (step, values["val/dice/mean"])
         seconds = time.monotonic() - begun
-        self.log.pause(seconds)
+        self.log.validated(seconds)
         self.log.write(step, values | {"time/validation_s": seconds})
         logger.info(
             "step %d  validation Dice %.4f on %d cases (%s)  %.0f s",

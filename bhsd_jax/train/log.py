@@ -43,15 +43,21 @@ class Log:
         speed: Speed | None = None,
         means: Mapping[str, Any] | None = None,
         tracked: Sequence[Tracker] = (),
+        validate_every: int = 0,
     ):
+        """Goes on after step `resumed_at`; `validate_every` is 0 where nothing validates."""
         self.means = Means(means)
         self.path, self.steps, self.writes, self.speed = path, steps, writes, speed
         self.started = self.since = time.monotonic()
         self.since_step = resumed_at
         self.paused = 0.0
+        self.validate_every = validate_every
+        self.validation_s: float | None = None  # of the last one
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_after(path, resumed_at)
+            kept = _drop_after(path, resumed_at)
+            timed = [line["time/validation_s"] for line in kept if line.get("time/validation_s")]
+            self.validation_s = timed[-1] if timed else None
         self.tracked = tuple(tracked)
 
     def count(self, step: int, state: TrainState, metrics: Metrics) -> None:
@@ -72,15 +78,27 @@ class Log:
         self.since, self.since_step, self.paused = now, step, 0.0
         told = {f"train/{k}": v for k, v in means.items()} | {"time/step_s": seconds}
         self.write(step, told | (self.speed.since(steps, passed) if self.speed else {}))
-        left = (self.steps - step) * seconds
         logger.info(
             "step %d/%d  loss %.4f  %.2f s/step  %s left",
             step,
             self.steps,
             means["loss"],
             seconds,
-            _clock(left),
+            self._left(step, seconds),
         )
+
+    def _left(self, step: int, step_s: float) -> str:
+        """The time that steps and validations after this line take; these are counted until timed.
+
+        A validation of this very step comes after its line, and the last step always has one.
+        """
+        every, seconds = self.validate_every, (self.steps - step) * step_s
+        ahead = 0
+        if every:
+            ahead = self.steps // every - (step - 1) // every + bool(self.steps % every)
+        if not ahead or self.validation_s is not None:
+            return _clock(seconds + ahead * (self.validation_s or 0.0))
+        return f"{_clock(seconds)} and {ahead} validation{'s' * (ahead > 1)}"
 
     def finite(self, step: int, metrics: Metrics) -> dict[str, float]:
         """What the step reports, as numbers; waits for it. Before its state is saved, too.
@@ -100,6 +118,11 @@ class Log:
     def pause(self, seconds: float) -> None:
         """Leaves time spent on something else out of the step time."""
         self.paused += seconds
+
+    def validated(self, seconds: float) -> None:
+        """Leaves the time of a validation out of the step time, and expects it of those to come."""
+        self.pause(seconds)
+        self.validation_s = seconds
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line; not-a-number (class absent) is written as null.
@@ -171,9 +194,11 @@ def heartbeat(what: str, *, begins: bool = True) -> Iterator[None]:
         thread.join()
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the lines of later steps; those that stay."""
     kept = [record for record in step_log.read(path) if record["step"] <= step]
     files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
 
 
 def _clock(seconds: float) -> str:

@@ -115,6 +115,7 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
         speed=speed,
         means=saved.get("means"),
         tracked=tracked,
+        validate_every=_validate_every(run.config.train, roles),
     )
     validation = Validation.of(run, roles.val, recipe, log, mesh, asked)
     record = _recorder(checkpoints, log, position)
@@ -132,6 +133,11 @@ def _train(run: Run, asked: Preemption, span: Span | None) -> None:
             checkpoints.close()
             record()
     logger.info("trained %d steps; the run is %s", steps, workdir)
+
+
+def _validate_every(settings: Train, roles: Roles) -> int:
+    """Steps from one validation to the next; 0 where no case validates."""
+    return settings.validate_every if roles.val[: settings.validate_cases] else 0
 
 
 def _require_slice_labels(run: Run, recipe: Recipe, roles: Roles) -> None:

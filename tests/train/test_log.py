@@ -158,6 +158,28 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert saved == [2]
 
 
+@pytest.mark.parametrize(
+    ("steps", "every", "step", "ahead"),
+    [(10, 4, 3, 3), (10, 4, 4, 3), (10, 4, 5, 2), (10, 4, 10, 1), (8, 4, 5, 1), (8, 4, 8, 1)],
+)
+def test_the_time_left_has_the_validations_to_come(tmp_path, steps, every, step, ahead):
+    """A line comes before the validation of its step, and the last step always has one."""
+    log = Log(tmp_path / "log", steps, 0, validate_every=every)
+    least = (steps - step) * 2.0
+    plural = "s" * (ahead > 1)
+    assert log._left(step, 2.0) == f"0:{least:02.0f} and {ahead} validation{plural}", "none timed"
+    log.validated(60.0)
+    assert log._left(step, 2.0) == f"{ahead}:{least:02.0f}"
+    assert Log(tmp_path / "other", steps, 0)._left(step, 2.0) == f"0:{least:02.0f}"
+
+
+def test_a_resumed_run_knows_how_long_its_validations_take(tmp_path):
+    log = Log(tmp_path / "log", 12, 0, validate_every=4)
+    for step, seconds in ((4, 30.0), (8, 90.0)):
+        log.write(step, {"val/dice/mean": 0.5, "time/validation_s": seconds})
+    assert Log(tmp_path / "log", 12, 6, validate_every=4)._left(7, 1.0) == "1:05"
+
+
 def test_a_checkpoint_made_on_the_way_does_not_change_the_means():
     plain, saved = Means(), Means()
     for step in range(1, 8):

@@ -50,7 +50,7 @@ def test_a_stray_voxel_of_a_class_in_no_mask_does_not_rank_checkpoints(ignore):
 
     written = {}
     log = SimpleNamespace(
-        pause=lambda seconds: None, write=lambda step, found: written.update(found)
+        validated=lambda seconds: None, write=lambda step, found: written.update(found)
     )
     validation = object.__new__(Validation)  # the rest of it is a whole run
     vars(validation).update(
