@@ -26,6 +26,10 @@ from bhsd_jax.types import Metrics, Params, TrainState
 logger = logging.getLogger(__name__)
 
 
+class _AskedToStop(Exception):  # noqa: N818  (a request, not an error)
+    """The run is to stop while a scan is in the networks."""
+
+
 @dataclass
 class Validation:
     """Scores every network the objective could deploy; the first gives the headline.
@@ -154,7 +158,10 @@ class Validation:
                 return None
             index = first + jax.process_index()
             if index < len(rows):
-                rows[index] = self._case(networks, self.cases[index])
+                try:
+                    rows[index] = self._case(networks, self.cases[index])
+                except _AskedToStop:
+                    return None
             if time.monotonic() - said > 8:
                 said = time.monotonic()
                 logger.info("step %d  validating: case %d of %d", step, first + 1, len(rows))
@@ -168,6 +175,19 @@ class Validation:
         }
         return dice, np.asarray((rows[:, -1] > 0).any(0))
 
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What the window is told beside network and scan."""
+        return {"fill": self.fill, "progress": self._heed}
+
+    def _heed(self, done: int, tiles: int) -> None:
+        """Called after every call of a network: a large scan may take longer than one is given.
+
+        Several processes ask between scans, where all of them do: these have other tiles each.
+        """
+        if jax.process_count() == 1 and self.asked():
+            raise _AskedToStop
+
     def _case(self, networks: dict[str, Params], case: str) -> np.ndarray:
         """What `_rows` makes of the networks' answers, the twins' ensemble being the last."""
         prepared = self.shards.load(case)
@@ -179,9 +199,9 @@ class Validation:
         predicted, together = [], 0.0
         for name, params in networks.items():
             if name not in self.twins:
-                predicted.append(self.window.labels([params], image, fill=self.fill))
+                predicted.append(self.window.labels([params], image, **self._how))
                 continue
-            logits = self.window.logits([params], image, fill=self.fill)
+            logits = self.window.logits([params], image, **self._how)
             predicted.append(logits.argmax(0).astype(np.uint8))
             together = together + softmax(logits, axis=0)
         if self.twins:
@@ -195,7 +215,7 @@ class Validation:
         """The same where outputs are regions, or masks leave voxels out."""
         counts = []
         for params in networks.values():
-            logits = self.window.logits([params], image, fill=self.fill)
+            logits = self.window.logits([params], image, **self._how)
             predicted = self.labels.of_logits(logits)
             counts.append(overlap.count_targets(reference, predicted, self.labels))
         return _rows(counts)

@@ -15,6 +15,7 @@ from bhsd_jax import settings
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.configs import common
+from bhsd_jax.infer.sliding import SlidingWindow
 from bhsd_jax.labels import Labels
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train import checkpoint_files as disk
@@ -39,10 +40,10 @@ def test_a_stray_voxel_of_a_class_in_no_mask_does_not_rank_checkpoints(ignore):
     answers = {"worse": [[[0, 1, 0, 0]]], "better": [[[0, 1, 1, 2]]]}
 
     class Answering:
-        def labels(self, networks, image, fill):
+        def labels(self, networks, image, **how):
             return np.array(answers[networks[0]], np.uint8)
 
-        def logits(self, networks, image, fill):
+        def logits(self, networks, image, **how):
             return np.moveaxis(np.eye(3)[answers[networks[0]]], -1, 0)
 
     def scan(case):
@@ -75,6 +76,49 @@ def test_a_stray_voxel_of_a_class_in_no_mask_does_not_rank_checkpoints(ignore):
         assert written["val/dice/mean"] == written["val/dice/IPH"] == dice[name]
     assert dice == pytest.approx({"worse": 2 / 3, "better": 3 / 4})
     assert written["val/dice/EDH"] == 0
+
+
+def test_a_stop_is_heeded_while_a_scan_is_in_the_networks(caplog):
+    """Of a large scan on few cores it took minutes, and a machine that is taken away gives one."""
+    asked_for, tiles = [], []
+
+    def forward(params, image):
+        return (jnp.concatenate([image, -image], axis=-1),)
+
+    def asked():
+        asked_for.append(True)
+        return len(asked_for) > 3  # once before the scan, then after every tile
+
+    class Counting(SlidingWindow):
+        def _answers(self, *of):
+            for one in super()._answers(*of):
+                tiles.append(one)
+                yield one
+
+    validation = object.__new__(Validation)  # the rest of it is a whole run
+    vars(validation).update(
+        window=Counting(forward, (2, 2, 2), mirror=False, tiles_per_call=1),
+        deployable=lambda params, ema: {"student": params},
+        twins=(),
+        normalize=lambda image: image,
+        fill=(0.0,),
+        shards=SimpleNamespace(
+            load=lambda case: SimpleNamespace(
+                channels_last=np.ones((2, 2, 40, 1), np.float32), label=np.ones((2, 2, 40), int)
+            )
+        ),
+        cases=("x",),
+        labels=Labels(("background", "IPH")),
+        binary=False,
+        log=None,  # nothing may be written
+        asked=asked,
+        newest=(0, math.nan),
+    )
+    state = TrainState(jnp.zeros((), jnp.int32), {}, (), None, jax.random.key(0))
+    validation(1, state, {})
+    assert len(tiles) == 3 < validation.window.count((2, 2, 40))
+    assert "validation of step 1 is left undone: asked to stop" in caplog.text
+    assert math.isnan(validation.dice_at(1))
 
 
 @pytest.mark.parametrize("asked", [False, True])
