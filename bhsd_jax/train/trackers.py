@@ -6,6 +6,7 @@ TensorBoard's event files are always written. Weights & Biases and MLflow are ex
 without one that fails.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -77,7 +78,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; a training that resumes goes on with the same run."""
+    """A run of Weights & Biases; a training that resumes goes on with the same run, a copy not."""
 
     def __init__(self, folder: Path, resumed_at: int, name: str, facts: Mapping[str, Any]):
         library = importlib.import_module("wandb")
@@ -92,7 +93,7 @@ class WeightsAndBiases:
             dir=str(folder),
             config=dict(facts),
         )
-        files.write_text(place, called)
+        _note(place, called)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -122,7 +123,7 @@ class MLflow:
         else:
             self.run = self.client.create_run(number, run_name=name).info.run_id
             self.client.log_dict(self.run, dict(facts), "config.json")
-            files.write_text(place, self.run)
+        _note(place, self.run)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         # One request for all: the loop waits for the answer.
@@ -138,8 +139,30 @@ class MLflow:
 
 
 def _begun(place: Path, resumed_at: int) -> str:
-    """The run that a training goes on in; "" where it begins, in whatever folder."""
-    return place.read_text().strip() if resumed_at and place.is_file() else ""
+    """The run that a training goes on in; "" where it begins, in whatever folder, or is a copy.
+
+    A copied run folder names the run of its original, which would get the figures of two trainings.
+    A copy is known by its original, which still lies where it was; what was moved, or is seen at
+    another place in a container, has none.
+    """
+    if not resumed_at or not place.is_file():
+        return ""
+    run, _, folder = place.read_text().strip().partition("\n")
+    original = Path(folder) / place.name
+    with contextlib.suppress(OSError):  # there is none, or it is nobody's business
+        if folder and not original.samefile(place) and original.read_text().startswith(f"{run}\n"):
+            logger.warning(
+                "%s: a copy of %s, whose figures go to the run %s of its tracker; this one begins "
+                "a run of its own there",
+                *(place.parent, folder, run),
+            )
+            return ""
+    return run
+
+
+def _note(place: Path, run: str) -> None:
+    """Keeps the name of a run, and in which folder it is trained."""
+    files.write_text(place, f"{run}\n{place.parent.absolute()}\n")
 
 
 _EXTRAS = {"wandb": ("wandb", WeightsAndBiases), "mlflow": ("mlflow", MLflow)}

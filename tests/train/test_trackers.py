@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import resource
+import shutil
 import struct
 import sys
 import threading
@@ -170,6 +171,31 @@ def mlflow(monkeypatch):
     library.__spec__ = importlib.util.spec_from_loader("mlflow", None)
     monkeypatch.setitem(sys.modules, "mlflow", library)
     return server
+
+
+def test_a_copied_run_folder_begins_a_run_of_its_own_and_a_moved_one_goes_on(
+    tmp_path, mlflow, caplog
+):
+    """The copy's figures went to the original's run."""
+
+    def begin(folder, step):
+        tensorboard, tracker = trackers.start(("mlflow",), folder, step, "run", FACTS)
+        tensorboard.close()
+        return tracker.run
+
+    first, copy, moved = (tmp_path / name for name in ("first", "copy", "moved"))
+    assert begin(first, 0) == "run 1"
+    shutil.copytree(first, copy)
+    assert begin(copy, 3) == "run 2"
+    assert f"{copy}: a copy of {first}, whose figures go to the run run 1" in caplog.text
+    assert (begin(first, 3), begin(copy, 5)) == ("run 1", "run 2"), "each with its own"
+    first.rename(moved)
+    assert begin(moved, 5) == "run 1"
+    moved.rename(first)
+    (tmp_path / "linked").symlink_to(first)
+    assert begin(tmp_path / "linked", 7) == "run 1"
+    (first / "mlflow_run").write_text("run 1")  # of an older version
+    assert begin(first, 9) == "run 1"
 
 
 def test_mlflow_is_asked_once_for_all_figures_of_a_line(tmp_path, mlflow):
