@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import optimize, special
 
 BINS = 10
-_LIMITS = 0.05, 20.0  # of the temperature
+LIMITS = 0.05, 20.0  # of the temperature
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,16 @@ def fit_temperature(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, " 
     """
     if not len(labels):
         raise ValueError("temperature: no voxels to fit it to")
-    low, high = np.log(_LIMITS)
+    low, high = np.log(LIMITS)
     found = optimize.minimize_scalar(
         lambda log_t: _nll(logits / np.exp(log_t), labels), bounds=(low, high), method="bounded"
     )
     return float(np.exp(found.x))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_at_limit(temperature: float) -> bool:
+    """Whether a fitted temperature is the lowest or the highest that is tried."""
+    return any(np.isclose(temperature, limit, rtol=1e-3) for limit in LIMITS)
 
 
 def measure(

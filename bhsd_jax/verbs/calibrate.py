@@ -70,6 +70,21 @@ def run(config: Config, workdir: Path) -> None:
         "temperature %.3f on %d scans: Brier score %.5f to %.5f, calibration error %.5f to %.5f",
         *(fitted, len(cases), before.brier, after.brier, before.error, after.error),
     )
+    if calibration.is_at_limit(fitted):
+        logger.warning("temperature %.3g is the %s", fitted, _limit_in_words(fitted))
+
+
+def _limit_in_words(temperature: float) -> str:
+    """What a temperature at a limit of what is tried tells of the network."""
+    if temperature > 1:
+        return (
+            "highest that is tried: the network knows next to nothing of these scans, and its "
+            "probabilities come to be nearly alike for all classes; look at its scores on them"
+        )
+    return (
+        "lowest that is tried: the network errs in hardly any of these voxels, so that they set no "
+        "bound to how sure it may be; calibrate with more scans, or leave --calibrated out"
+    )
 
 
 def _cases(opened: Run, workdir: Path) -> list[Case]:

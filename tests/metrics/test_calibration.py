@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bhsd_jax.metrics.calibration import fit_temperature, measure, reliability
+from bhsd_jax.metrics.calibration import fit_temperature, is_at_limit, measure, reliability
 
 
 def drawn(temperature, count=40_000):
@@ -21,10 +21,22 @@ def test_the_temperature_that_made_them_is_found(temperature):
     assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.03)
     before, after = measure(logits, labels, 1.0), measure(logits, labels, temperature)
     assert after.error < 0.01
+    assert not is_at_limit(fit_temperature(logits, labels))
     if temperature != 1:
         assert before.error > 0.03
         assert before.brier > after.brier
         assert before.nll > after.nll
+
+
+def test_a_temperature_that_the_voxels_do_not_bound_ends_at_a_limit():
+    right, labels = drawn(1.0, 500)
+    right[np.arange(500), labels] = right.max(1) + 1
+    assert fit_temperature(right, labels) == pytest.approx(0.05, rel=1e-3), "never wrong"
+    noise = np.random.default_rng(1).normal(0, 2, (500, 3))
+    noise[np.arange(500), labels] = noise.min(1) - 1
+    assert fit_temperature(noise, labels) == pytest.approx(20.0, rel=1e-3), "always wrong"
+    assert is_at_limit(fit_temperature(right, labels))
+    assert is_at_limit(fit_temperature(noise, labels))
 
 
 def test_scores_by_hand():

@@ -177,7 +177,10 @@ def test_runs_that_were_trained_on_the_scans_are_not_calibrated_and_said_to_be(
     assert "fold1 was, or may have been, trained on 2 of these 2 scans of split val" in caplog.text
     assert "seed1 was" not in caplog.text
     assert json.loads((tmp_path / "out" / "predictions.json").read_text())["seen_in_training"] == 2
+    assert "that is tried" not in caplog.text
+    monkeypatch.setattr(calibration, "fit_temperature", lambda logits, labels: 20.0)
     calibrate.run(ensemble.run_of(run, runs=(str(seed),)).config, run)
+    assert "temperature 20 is the highest that is tried: the network knows next to" in caplog.text
 
     monkeypatch.undo()
     assert ensemble.seen(opened, (fold,), ("a", "b")) == {}, "the same fold of this data set"
