@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,16 @@ from bhsd_jax.volume import Case, Image, Label, Masks, Plan, labels_of, outlined
 
 logger = logging.getLogger(__name__)
 
-_FOUND = tuple[str, str, Label, Image | None, bool]  # case, patient, reference, image, table feed
+
+@dataclass(frozen=True)
+class _Expected:
+    """A case that is to be scored."""
+
+    case: str
+    patient: str
+    reference: Label
+    image: Image | None = None  # None: the reference gives the geometry
+    table_feed: bool = False  # as `Case.table_feed`
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -131,29 +141,30 @@ def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
         raise FileNotFoundError(f"{folder}: no predictions; run the verb `predict` first")
     predicted = scans(folder)
     expected = _expected(config, workdir, folder, predicted)
-    answers = _answers(config, [case for case, *_ in expected])
+    cases = [one.case for one in expected]
+    answers = _answers(config, cases)
     if "raters" in config.evaluate.also:
-        _require_raters({case: label for case, _, label, *_ in expected})
-    _require_all(folder, [case for case, *_ in expected if case not in predicted])
-    origins.require_settled(folder, [case for case, *_ in expected])
+        _require_raters({one.case: one.reference for one in expected})
+    _require_all(folder, [case for case in cases if case not in predicted])
+    origins.require_settled(folder, cases)
     return [
         Comparison(
-            case=case,
-            patient=patient,
-            predicted=predicted[case],
-            reference=reference,
-            image=image,
+            case=one.case,
+            patient=one.patient,
+            predicted=predicted[one.case],
+            reference=one.reference,
+            image=one.image,
             classes=known.classes,
             labels=known.labels if isinstance(known, Plan) else labels_of(known),
             modality=known.modality,
             binary=config.split.binary,
             nsd_mm=config.evaluate.nsd_mm,
             baseline=config.evaluate.baseline,
-            table_feed=feed,
+            table_feed=one.table_feed,
             wanted=_wanted(config),
-            answers=tuple(folder[case] for folder in answers),
+            answers=tuple(folder[one.case] for folder in answers),
         )
-        for case, patient, reference, image, feed in expected
+        for one in expected
     ]
 
 
@@ -211,7 +222,7 @@ def _require_raters(labels: Mapping[str, Label]) -> None:
 
 def _expected(
     config: Settings, workdir: Path, folder: Path, predicted: Mapping[str, Path]
-) -> list[_FOUND]:
+) -> list[_Expected]:
     """The cases to score, sorted; every prediction must have a reference somewhere."""
     if config.evaluate.references:
         root = Path(config.evaluate.references)
@@ -219,7 +230,7 @@ def _expected(
             raise FileNotFoundError(f"{root}: no such folder; look at config.evaluate.references")
         masks = scans(root)
         # Whose scans these are is not known, so that each counts as a patient.
-        expected: list[_FOUND] = [(c, c, path, None, False) for c, path in masks.items()]
+        expected = [_Expected(case, case, path) for case, path in masks.items()]
         labeled, source = set(masks), str(root)
     else:
         cases = {case.id: case for case in outlined_of(data.data_set(config, workdir))}
@@ -236,7 +247,7 @@ def _expected(
         )
     if not expected:
         raise FileNotFoundError(f"{source}: no masks to compare with")
-    return sorted(expected, key=lambda found: found[0])
+    return sorted(expected, key=lambda one: one.case)
 
 
 def _members(
@@ -266,7 +277,7 @@ def _members(
     return members
 
 
-def _of_split(cases: Mapping[str, Case], members: Sequence[str], split: str) -> list[_FOUND]:
+def _of_split(cases: Mapping[str, Case], members: Sequence[str], split: str) -> list[_Expected]:
     unlabeled = [case for case in members if cases[case].label is None]
     if unlabeled:
         raise FileNotFoundError(
@@ -274,7 +285,9 @@ def _of_split(cases: Mapping[str, Case], members: Sequence[str], split: str) -> 
         )
     chosen = [cases[case] for case in members]
     return [
-        (c.id, c.patient, c.label, c.image, c.table_feed) for c in chosen if c.label is not None
+        _Expected(c.id, c.patient, c.label, c.image, c.table_feed)
+        for c in chosen
+        if c.label is not None
     ]
 
 
