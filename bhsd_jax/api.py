@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from bhsd_jax.assemble import devices, ensemble, predictor
+from bhsd_jax.assemble import calibrated, devices, ensemble, predictor
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.ct import geometry, nifti_header, plausibility, scan
 from bhsd_jax.ct.prepare import prepare_volume
 from bhsd_jax.ct.probabilities import Probabilities
+from bhsd_jax.metrics import postprocessing
 from bhsd_jax.platform import startup
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import notebook, viewer
@@ -59,6 +60,10 @@ class Predictor:
     ) -> "Predictor":
         """Reads a run; of several, folds say, probabilities are averaged.
 
+        What the run's config says of `predict` counts as it does on the command line: its
+        postprocessing, temperature (`calibrated`) and further runs (`runs`, unless `more` are
+        given), too.
+
         Args:
             run: Folder of a run that was trained or imported.
             more: Folders of further runs whose scans are prepared alike.
@@ -70,8 +75,9 @@ class Predictor:
 
         Raises:
             FileNotFoundError: If a folder is not one of a run, or has no such checkpoint.
-            ValueError: If a run is damaged, or runs are not prepared alike, or JAX was started
-                before this module was imported, in a version that then adds up wrongly on CPUs.
+            ValueError: If a run is damaged, or runs are not prepared alike, or a temperature is of
+                other networks, or JAX was started before this module was imported, in a version
+                that then adds up wrongly on CPUs.
         """
         chosen: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
         networks = (networks,) if isinstance(networks, str) else tuple(networks)
@@ -81,9 +87,14 @@ class Predictor:
             infer = dataclasses.replace(first.config.infer, mirror=mirror)
             config = dataclasses.replace(first.config, infer=infer)
             first = dataclasses.replace(first, config=config)
+        rules = tuple(map(first.labels.values_of, ensemble.rules(first)))
         devices.share_cores(first)
         devices.require_right_sums()
-        return cls(*ensemble.open_runs(first, more, mirror=mirror))
+        more = more or first.config.predict.runs
+        made, members = ensemble.open_runs(first, more, mirror=mirror)
+        if first.config.predict.calibrated:
+            made = dataclasses.replace(made, temperature=calibrated.temperature(first, members))
+        return cls(dataclasses.replace(made, rules=rules), members)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -136,8 +147,9 @@ class Prediction:
 
     @cached_property
     def labels(self) -> UInt8[np.ndarray, "I J K"]:
-        """The likeliest class of every voxel, or the regions it is in."""
+        """The likeliest class of every voxel, or the regions it is in; postprocessed as asked."""
         label = geometry.label_of_logits(self._logits, self._grid, self._networks.labels)
+        label = postprocessing.apply(label, self._networks.rules)
         return np.ascontiguousarray(label.transpose(2, 1, 0))
 
     @cached_property

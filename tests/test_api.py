@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,10 +21,11 @@ import pytest
 import tiny_run
 
 from bhsd_jax.api import Predictor, read_scan, show
-from bhsd_jax.assemble import cascade, devices, ensemble, origins
+from bhsd_jax.assemble import calibrated, cascade, devices, ensemble, origins
 from bhsd_jax.ct import probabilities
 from bhsd_jax.infer.ensemble import mean_of_probabilities
 from bhsd_jax.infer.sliding import SlidingWindow
+from bhsd_jax.platform import files
 from bhsd_jax.report import niivue
 from bhsd_jax.verbs import predict
 
@@ -292,6 +294,35 @@ def test_runs_that_see_other_scans_are_not_averaged(runs, tmp_path):
         Predictor.from_run(runs[0], other)
     with pytest.raises(FileNotFoundError, match="give the folder of a run that was trained"):
         Predictor.from_run(tmp_path / "nothing")
+
+
+def test_what_the_config_says_of_predicting_counts_as_on_the_command_line(runs, scans, tmp_path):
+    """Its postprocessing, its temperature and its further runs were passed over."""
+    image = scans / "a.nii.gz"
+    plain = Predictor.from_run(runs[0]).predict(*nibabels(image))
+    files.write_json(tmp_path / "rules.json", {"keep_largest": [list(tiny_run.CLASSES[1:])]})
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    saved = json.loads((run / "config.json").read_text())
+    saved["predict"] |= {"postprocessing": str(tmp_path / "rules.json"), "calibrated": True}
+    files.write_json(run / "config.json", saved)
+    with pytest.raises(ValueError, match="run the verb `calibrate` first"):
+        Predictor.from_run(run)
+    made_with = {"networks": calibrated.key(Predictor.from_run(runs[0]).members)}
+    rest = {"before": {}, "after": {}, "scans": 1, "voxels": 1}
+    files.write_json(run / calibrated.NAME, {"temperature": 4.0} | made_with | rest)
+    found = Predictor.from_run(run).predict(*nibabels(image))
+    want = predict_all(run, image, tmp_path / "out", probabilities=True)["a.nii.gz"]
+    np.testing.assert_array_equal(found.labels, want)
+    assert (found.labels != plain.labels).any(), "it has several components"
+    written = probabilities.load(tmp_path / "out" / "a_probabilities.npz")
+    np.testing.assert_array_equal(found.probabilities.values.astype(np.float16), written.values)
+    assert (found.probabilities.values < plain.probabilities.values.max()).all()
+    saved["predict"] |= {"postprocessing": "", "calibrated": False, "runs": [str(runs[1])]}
+    files.write_json(run / "config.json", saved)
+    assert [one.folder for one in Predictor.from_run(run).members] == [run, runs[1]]
+    (of_given,) = Predictor.from_run(run, runs[2]).members[1:]
+    assert of_given.folder == runs[2]
 
 
 def test_threads_give_what_one_gives(runs, scans):

@@ -11,6 +11,7 @@ from bhsd_jax.assemble import deployed, devices, held_out, wiring
 from bhsd_jax.assemble.manifest import Member
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.assemble.run import Run
+from bhsd_jax.metrics import postprocessing
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Infer, Settings
 
@@ -125,6 +126,18 @@ def _seen(run: Run, other: Run, cases: set[str]) -> int:
     alike = shared or other.plan.dataset == run.plan.dataset
     differ = changed or other.config.split.fold != run.config.split.fold
     return len(cases) if alike and differ else 0
+
+
+def rules(run: Run) -> tuple[postprocessing.Rule, ...]:
+    """What the config has done to label maps (`predict.postprocessing`), in numbers of targets.
+
+    Raises:
+        FileNotFoundError: If it names a file that there is not.
+        ValueError: If the file holds something else, or other classes.
+    """
+    path, labels = run.config.predict.postprocessing, run.labels
+    values = [labels.values_of([index]) for index in range(len(labels.names))]
+    return postprocessing.load(Path(path), labels.names, values) if path else ()
 
 
 def as_asked(run: Run, other: Run) -> Run:

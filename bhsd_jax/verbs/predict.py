@@ -62,7 +62,7 @@ def run(config: Config, workdir: Path) -> None:
     _require_classes(run)
     seen = _seen(run, every)
     cases, first = cascade.first_of(run, cases)
-    rules = _rules(run)
+    rules = ensemble.rules(run)
     _require_apart(out, cases, names)
     files.open_folder(out)
     files.sweep(out)
@@ -136,13 +136,6 @@ def _seen(run: Run, every: Sequence[Case]) -> dict[str, int]:
             *(folder, count, len(every), settings.split),
         )
     return found
-
-
-def _rules(run: Run) -> tuple[postprocessing.Rule, ...]:
-    """What is done to label maps, in numbers of targets."""
-    path, labels = run.config.predict.postprocessing, run.labels
-    values = [labels.values_of([index]) for index in range(len(labels.names))]
-    return postprocessing.load(Path(path), labels.names, values) if path else ()
 
 
 def _judged(predict: Predictor, run: Run, members: Sequence[Member]) -> Predictor:
