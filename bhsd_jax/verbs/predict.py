@@ -40,7 +40,8 @@ def run(config: Config, workdir: Path) -> None:
 
     A broken scan goes to `skipped.csv` and the others are still predicted. Where nothing can be
     written any more, the tables tell of what there is. Of several processes each predicts scans of
-    its own, and the first writes the tables.
+    its own, and the first writes the tables. Of more jobs than scans the last ones write tables of
+    no scan.
 
     Raises:
         FileNotFoundError: If there is no plan, checkpoint or scan where the config says.
@@ -56,6 +57,9 @@ def run(config: Config, workdir: Path) -> None:
     _require_folder(out)
     names, series = parts.first_alone(lambda: _names(every, workdir, settings))
     cases = part(every, settings)
+    if not cases:
+        _say_no_scan(out, settings, len(every))
+        return
     _require_possible(settings, cases)
     run = Run.of(config, workdir)
     logger.warning("%s", notice(run.labels.names))
@@ -69,9 +73,7 @@ def run(config: Config, workdir: Path) -> None:
     devices.share_cores(run)
     processes.say_devices()
     predict, members, record = _open(run, first, rules, out, series)
-    tables = _tables(out, settings)
-    if barrier.place()[0] == 0:
-        dicom_cases.write_series(tables, cases, names)
+    tables = _begin_tables(out, settings, cases, names)
     mine = parts.own(cases)
     _log_estimate(predict, len(mine))
     scans = Scans(predict, mine, names, out, tables, settings.overwrite, record)
@@ -309,6 +311,29 @@ def _tables(out: Path, settings: Predict) -> Path:
     folder = out / f"part_{settings.part_id}_of_{settings.num_parts}"
     files.open_folder(folder)
     return folder
+
+
+def _begin_tables(
+    out: Path, settings: Predict, cases: Sequence[Case], names: Mapping[str, str]
+) -> Path:
+    """The same, with the table of the DICOM series that its label maps are of."""
+    tables = _tables(out, settings)
+    if barrier.place()[0] == 0:
+        dicom_cases.write_series(tables, cases, names)
+    return tables
+
+
+def _say_no_scan(out: Path, settings: Predict, scans: int) -> None:
+    """Leaves the tables of a job without a scan: an array may have more jobs than there are scans.
+
+    Whoever gathers the tables of all jobs finds as many as there are.
+    """
+    logger.info(
+        "job %d of %d: of %d scans none is left for it",
+        *(settings.part_id, settings.num_parts, scans),
+    )
+    if barrier.place()[0] == 0:
+        write_tables(_tables(out, settings), [])
 
 
 def _log_estimate(predict: Predictor, scans: int) -> None:

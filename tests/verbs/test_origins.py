@@ -107,6 +107,22 @@ def test_several_jobs_of_several_processes_do_not_mix_their_tables(tmp_path, sca
     assert kept(out / "part_1_of_2") == ["b", "d"]
 
 
+def test_of_more_jobs_than_scans_the_last_ones_do_nothing(tmp_path, scans, caplog):
+    """They were refused, with an exit code of 1, so that an array of jobs counted as failed."""
+    folder, out = tiny_run.make(tmp_path / "run"), tmp_path / "out"
+    caplog.set_level("INFO")
+    for job in (3, 0, 1, 2):
+        run(folder, scans, out, part_id=job, num_parts=4)
+    for job in (2, 3):
+        table = json.loads((out / f"part_{job}_of_4" / "volumes.json").read_text())
+        assert table["scans"] == []
+        assert f"job {job} of 4: of 2 scans none is left for it" in caplog.text
+    run(folder, scans, out, overwrite=False)  # the tables of all
+    assert kept(out) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"part_id is 0\.\.3; got 4"):
+        run(folder, scans, out, part_id=4, num_parts=4)
+
+
 def refill(folder, seed, **options):
     """The inbox with another patient's series, in files of the same names."""
     shutil.rmtree(folder, ignore_errors=True)
