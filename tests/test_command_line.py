@@ -241,6 +241,24 @@ def test_folders_with_commas_in_their_names_are_one_word_of_a_list(tmp_path, mon
         assert queue.resolve(found[:2]).predict.runs == want
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
+def test_a_pattern_in_a_list_of_folders_is_the_folders_that_it_fits(tmp_path, monkeypatch):
+    """A shell leaves `--runs=runs/fold*` as it is: no file begins so."""
+    for name in ("fold1", "fold0", "lr=1,w=2/seed0", "lr=1,w=3/seed0", "[x]"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "fold.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    for given, want in (
+        ("fold*", ("fold0", "fold1")),
+        ("[x],fold?", ("[x]", "fold0", "fold1")),
+        ("lr=1,w=*/seed0,fold1", ("lr=1,w=2/seed0", "lr=1,w=3/seed0", "fold1")),
+        ("none*,fold0", ("none*", "fold0")),  # the verb says that it is not there
+        ("('fold0', 'b')", ("fold0", "b")),
+    ):
+        found = parse(["predict", "r", "--config=cps", f"--runs={given}"], "").flags
+        assert queue.resolve(found[:2]).predict.runs == want
+
+
 def test_a_word_behind_a_flag_of_yes_or_no_is_no_value_of_it():
     """As with the flags of other programs: `--report runs/a` was to be True or False."""
     words = ["predict", "--report", "runs/a", "scans", "--infer.mirror", "False", "--config=cps"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -182,15 +183,25 @@ def open_folder(folder: Path) -> None:
 def keep_whole(words: str) -> str:
     """A list of words for a config, in which names of files with commas are one word each.
 
-    `launch/sweep` calls its folders so: `runs/sweep-cps/lr=0.1,weight=0.5/seed0`.
+    `launch/sweep` calls its folders so: `runs/sweep-cps/lr=0.1,weight=0.5/seed0`. A pattern that
+    the shell has left alone, as in `--runs=runs/fold*`, stands for the folders that it fits.
     """
     left, found = words.split(","), list[str]()
     while left:
-        counts = range(len(left), 1, -1)
-        count = next((n for n in counts if os.path.exists(",".join(left[:n]))), 1)
-        found.append(",".join(left[:count]))
+        counts = range(len(left), 0, -1)
+        fits = ((n, names) for n in counts if (names := _there(",".join(left[:n]))))
+        count, names = next(fits, (1, left[:1]))
+        found += names
         left = left[count:]
-    return words if len(found) > words.count(",") else repr(tuple(found))
+    return words if found == words.split(",") else repr(tuple(found))
+
+
+def _there(text: str) -> list[str]:
+    """The file of a name, or the folders that a pattern fits, sorted; as far as there are any."""
+    if os.path.exists(text):
+        return [text]
+    fits = [] if text.startswith(("(", "[")) else glob.glob(text)  # else a list as Python has it
+    return sorted(filter(os.path.isdir, fits))
 
 
 def sweep(folder: Path) -> None:

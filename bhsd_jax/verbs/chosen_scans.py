@@ -44,7 +44,10 @@ def find_scans(config: Settings, workdir: Path) -> list[Case]:
     elif path.is_file():
         files = {formats.stem(path): path}
     else:
-        raise FileNotFoundError(f"{path}: no such file or folder; look at config.predict.images")
+        pattern = "a pattern stands for no scans: name their folder, or " * ("*" in settings.images)
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; {pattern}look at config.predict.images"
+        )
     if not files and not series:
         raise FileNotFoundError(
             f"{path}: no NIfTI file and no DICOM CT series in it{image_files.below(path)}; look at "
@@ -145,8 +148,14 @@ def _split_scans(config: Settings, workdir: Path, split: str) -> list[Case]:
     held_out.require(config, workdir, roles, split)
     known = {case.id: case for case in outlined_of(data.data_set(config, workdir))}
     wanted = getattr(roles, split)
+    if not wanted:
+        why = ", as config.split.fold is -1" * (split == "val" and config.split.fold < 0)
+        raise UserError(
+            f"split {split}: this run has no such scans{why}; name files with "
+            "config.predict.images, or the other split with config.predict.split"
+        )
     missing = [case for case in wanted if case not in known]
-    if missing or not wanted:
+    if missing:
         raise UserError(
             f"split {split}: {len(missing)} of its {len(wanted)} scans are not in the data set; "
             "set config.predict.split, or name files with config.predict.images"

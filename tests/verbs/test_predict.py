@@ -470,9 +470,17 @@ def test_scans_of_a_split_come_from_the_data_set(folder, scans, monkeypatch):
         find_scans(configure("", split="test"), folder)
     with pytest.raises(ValueError, match="val or test; got 'train'"):
         find_scans(configure("", split="train"), folder)
+    roles = Roles(train=("ID_1",), unlabeled=(), val=(), test=())
+    for split, fold, why in (("val", -1, ", as config.split.fold is -1"), ("test", -1, "")):
+        config = configure("", split=split)
+        config.split.fold = fold
+        with pytest.raises(ValueError, match=f"split {split}: this run has no such scans{why};"):
+            find_scans(config, folder)
 
 
 def test_scans_come_from_a_file_or_a_folder(tmp_path, scans):
+    with pytest.raises(FileNotFoundError, match="a pattern stands for no scans: name their"):
+        find_scans(configure(scans / "*.nii.gz"), tmp_path)
     (found,) = find_scans(configure(scans / "ID_1.nii.gz"), tmp_path)
     assert found.id == "ID_1"
     (scans / "ID_4_0000.nii.gz").write_bytes(b"")
