@@ -146,8 +146,7 @@ def write(studies: dict[int, Study], out: Path) -> None:
 def _cells(lines: Sequence[tuple[int, Line]], masks: int) -> tuple[str, ...]:
     line = next((line for count, line in lines if count == masks), None)
     if line is None or not line.found:
-        failed = line is not None and line.failures
-        return (str(masks), "failed" if failed else "not run", *[NONE] * 5)
+        return (str(masks), line.state if line else "not run", *[NONE] * 5)
     dice = with_sd(line.found["nnunet"]["mean"])
     seeds, cpu = str(len(line.seeds)), duration(line.cost.get("cpu_s"))
     if line.against is None:

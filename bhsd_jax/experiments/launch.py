@@ -16,7 +16,7 @@ from bhsd_jax.experiments import places, queue, slurm, study
 from bhsd_jax.experiments.places import Place
 from bhsd_jax.experiments.queue import Failure, Stopped, Trial
 from bhsd_jax.experiments.study import Study
-from bhsd_jax.platform import cluster
+from bhsd_jax.platform import cluster, faults
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
 
@@ -140,6 +140,8 @@ def launch(
 ) -> int:
     """Lists, submits or runs all trials and writes the report; returns the exit code.
 
+    While another call or job runs some of them, it is the code for calling again.
+
     Args:
         what: The series.
         options: Of `add_options`.
@@ -168,10 +170,13 @@ def launch(
             code = cluster.TRY_AGAIN
     known = queue.known_failures(what.runs, failures)
     finished = write(what, known)
+    elsewhere = [] if options.report_only else list(filter(queue.is_running, what.runs))
+    for run in elsewhere:
+        logger.warning("running in another call or job: %s (%s)", run.name, run.workdir)
     for failure in known:
         logger.error("failed: %s: %s (%s)", failure.run.name, failure.reason, failure.run.workdir)
     logger.info("%d of %d runs finished: %s", finished, len(what.runs), what.out / "report.html")
-    return code or (1 if failures else 0)
+    return code or (1 if failures else cluster.TRY_AGAIN if elsewhere else 0)
 
 
 def main(program: Callable[[Sequence[str]], int]) -> None:
@@ -180,8 +185,17 @@ def main(program: Callable[[Sequence[str]], int]) -> None:
         sys.exit(program([command_line.at_home(word) for word in sys.argv[1:]]))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell says it
-    except (UserError, FileNotFoundError) as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+    except (UserError, OSError) as error:
+        if not (told := _in_words(error)):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).stem}: {told}")
+
+
+def _in_words(error: UserError | OSError) -> str | None:
+    """One line of an error, as the verbs say it; None where only a traceback tells."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return faults.explain(error)
+    return str(error) if isinstance(error, UserError | FileNotFoundError) else None
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
@@ -253,8 +267,8 @@ def _so_far(
     """The report between runs; what is wrong with it must not stop them."""
     try:
         write(what, queue.known_failures(what.runs, failures))
-    except UserError as error:
-        logger.warning("no report yet: %s", error)
+    except (UserError, OSError) as error:  # a run may have lost a file, a disk may be full
+        logger.warning("no report yet: %s", _in_words(error) or error)
 
 
 def _state(run: Trial) -> str:
@@ -263,6 +277,8 @@ def _state(run: Trial) -> str:
             return "finished"
     except UserError as error:
         return f"refused: {error}"
+    if queue.is_running(run):
+        return "running"
     return "begun" if (run.workdir / "checkpoints").is_dir() else "new"
 
 
@@ -317,6 +333,8 @@ def _submit(what: Study, options: str, again: Sequence[str]) -> int:
         folder = _shards_workdir(shards, run, what.out)
         if not queue.is_prepared(run, folder):
             prepare[run] = first[shards].command("preprocess", folder)
+    for run in (run for run, state in states.items() if state == "running"):
+        logger.info("%s is running already", run.name)
     logger.info("%d of %d runs are to be done", len(todo), len(what.runs))
     slurm.submit(what.out.name, todo, prepare, [*again, "--report-only"], options, what.out)
     for run, state in refused.items():

@@ -23,7 +23,7 @@ from absl import flags
 from bhsd_jax import fields, overrides
 from bhsd_jax.experiments.children import Call, Stopped, running
 from bhsd_jax.experiments.places import Place
-from bhsd_jax.platform import cluster, files
+from bhsd_jax.platform import cluster, files, locks
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings, as_saved_today
 from bhsd_jax.train import checkpoint_files
@@ -105,15 +105,20 @@ def plain(config: Settings) -> dict:
 
 
 def _saved(path: Path) -> dict:
-    """The config of a run folder."""
-    return as_saved_today(json.loads(path.read_text()))
+    """The config of a run folder.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    remedy = "copy the one in its last checkpoint back, or delete the folder"
+    return files.read_json(path, as_saved_today, remedy=remedy)
 
 
 def is_finished(run: Trial) -> bool:
     """Whether the folder holds the results of this very config, trained to the last step.
 
     Raises:
-        ValueError: If it holds a training of another config; names the fields.
+        ValueError: If it holds a training of another config; names the fields. If it is damaged.
     """
     saved = run.workdir / "config.json"
     if not saved.is_file():
@@ -142,6 +147,11 @@ def finished(runs: Sequence[Trial]) -> list[Trial]:
     return found
 
 
+def is_running(run: Trial) -> bool:
+    """Whether somebody is at work on it: this call, another one, or who trains it otherwise."""
+    return any(locks.is_held(run.workdir / name) for name in (locks.SERIES, locks.TRAINING))
+
+
 def is_trained(run: Trial) -> bool:
     """Whether the checkpoint of the last step is on disk."""
     return checkpoint_files.is_saved(run.workdir / "checkpoints", run.config.train.steps)
@@ -153,6 +163,8 @@ def perform(
     places: Sequence[Place] = (Place(),),
 ) -> list[Failure]:
     """Runs the unfinished trials, one after the other in each place; returns the failures.
+
+    Trials that are running, in another call or a job, are left to that.
 
     `after` is called with the failures so far whenever a run has ended.
 
@@ -207,9 +219,17 @@ def _settle(run: Trial, what: str, place: Place, call: Call) -> Failure | None:
         finished = is_finished(run)
     except UserError as error:
         return Failure(run, str(error))
-    where = f" on {place.text}" if place.environment or place.prefix else ""
-    logger.info("%s %s%s", what, "is finished" if finished else "begins", "" if finished else where)
-    return None if finished else _one(run, call)
+    if finished:
+        logger.info("%s is finished", what)
+        return None
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    with locks.held(run.workdir / locks.SERIES) as ours:
+        if not ours or locks.is_held(run.workdir / locks.TRAINING):
+            logger.warning("%s is running in another call or job, which is left to it", what)
+            return None
+        where = f" on {place.text}" if place.environment or place.prefix else ""
+        logger.info("%s begins%s", what, where)
+        return _one(run, call)
 
 
 def is_prepared(run: Trial, folder: Path) -> bool:
@@ -233,8 +253,12 @@ def prepare(run: Trial, folder: Path) -> None:
     if is_prepared(run, folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with running() as children:
-        code, last = children.call()(run.command("preprocess", folder), folder / LOG)
+    waiting = f"{folder}: another call makes the shards; waiting for it"
+    with locks.held(folder / locks.SERIES, waiting=waiting):
+        if is_prepared(run, folder):
+            return
+        with running() as children:
+            code, last = children.call()(run.command("preprocess", folder), folder / LOG)
     if code:
         raise UserError(f"preprocess failed, no run was started: {last}")
 
@@ -249,8 +273,12 @@ def train(run: Trial) -> None:
     if is_trained(run):
         return
     run.workdir.mkdir(parents=True, exist_ok=True)
-    with running() as children:
-        failure = _verbs(run, VERBS[:1], children.call())
+    waiting = f"{run.workdir}: another call trains this network; waiting for it"
+    with locks.held(run.workdir / locks.SERIES, waiting=waiting):
+        if is_trained(run):
+            return
+        with running() as children:
+            failure = _verbs(run, VERBS[:1], children.call())
     if failure:
         raise UserError(f"{run.name} failed, no run was started: {failure.reason}")
 
@@ -259,7 +287,6 @@ def _one(run: Trial, call: Call) -> Failure | None:
     """Verb after verb; its failure, if one fails."""
     saved = run.workdir / "config.json"
     same = saved.is_file() and _saved(saved) == plain(run.config)
-    run.workdir.mkdir(parents=True, exist_ok=True)
     return _verbs(run, VERBS[1:] if same and is_trained(run) else VERBS, call)
 
 
@@ -285,7 +312,7 @@ def _verbs(run: Trial, verbs: Sequence[str], call: Call) -> Failure | None:
 
 def _add_time(path: Path, verb: str, seconds: float) -> None:
     """Adds up what all attempts at a verb took."""
-    times = json.loads(path.read_text()) if path.is_file() else {}
+    times = files.recall_json(path, remove=False) or {}
     files.write_json(path, times | {verb: round(times.get(verb, 0.0) + seconds, 1)})
 
 

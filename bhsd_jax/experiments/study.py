@@ -228,6 +228,7 @@ def _line(
         cost=_cost([one.run for one in done]),
         words=_words(first),
         curve=_curve([one.run for one in done]),
+        running=any(queue.is_running(run) for run in study.runs if run.row == row),
     )
 
 

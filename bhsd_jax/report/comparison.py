@@ -38,6 +38,12 @@ class Line:
     words: str  # the arguments of its first seed
     gaps: tuple[float, ...] = ()  # from the baseline's row, seed by seed
     curve: tuple[tuple[int, float], ...] = ()  # step, validation Dice, mean over seeds
+    running: bool = False  # some of its runs, at the time of the report
+
+    @property
+    def state(self) -> str:
+        """Why there are no figures, in a word or two."""
+        return "running" if self.running else "failed" if self.failures else "not run"
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def _results(comparison: Comparison) -> Section:
             if _compares(comparison):
                 cells.append(_gap(ours, paper))
         else:
-            cells += ["failed" if line.failures else "not run", NONE, NONE]
+            cells += [line.state, NONE, NONE]
             cells += [NONE] * _compares(comparison)
         rows.append((*cells, str(len(line.seeds))))
     columns = ["", *(["paper"] if _has_paper(comparison) else []), "ours", "SD over seeds"]

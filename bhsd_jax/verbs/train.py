@@ -1,7 +1,6 @@
 """`train`: fits a network to the shards, resuming if the run folder has a checkpoint."""
 
 import dataclasses
-import fcntl
 import json
 import logging
 import sys
@@ -29,7 +28,7 @@ from bhsd_jax.assemble.run import Run
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.datasets.splits import Roles
 from bhsd_jax.input.pipeline import Batches, Cache, Decoded, Stream
-from bhsd_jax.platform import budget, cluster, files, machine, step_log
+from bhsd_jax.platform import budget, cluster, files, locks, machine, step_log
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.report import figures
 from bhsd_jax.settings import Config, Settings, Train, as_saved_today
@@ -378,19 +377,10 @@ def _alone(workdir: Path) -> Iterator[None]:
     if jax.process_index():
         yield
         return
-    with (workdir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+    with locks.held(workdir / locks.TRAINING) as ours:
+        if not ours:
             raise UserError(
                 f"{workdir}: another process trains in this folder; wait for it or choose another "
                 "--workdir. Where its machine has crashed and none trains, remove .lock there"
-            ) from error
-        except OSError as error:  # Lustre without `flock`, NFS without a lock service
-            logger.warning(
-                "%s: this file system has no locks (%s); see to it that no other process trains "
-                "in this folder",
-                workdir,
-                error.strerror,
             )
         yield

@@ -1,5 +1,8 @@
 """What is finished stays, what stopped goes on, what fails is named: with verbs that do nothing."""
 
+import argparse
+import dataclasses
+import errno
 import io
 import json
 import os
@@ -12,9 +15,9 @@ from typing import ClassVar
 
 import pytest
 
-from bhsd_jax.experiments import places, queue
+from bhsd_jax.experiments import launch, places, queue
 from bhsd_jax.experiments.queue import Trial
-from bhsd_jax.platform import files
+from bhsd_jax.platform import cluster, faults, files, locks
 from bhsd_jax.train import checkpoint_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # upstream
@@ -49,6 +52,16 @@ def test_a_folder_of_another_config_is_refused_and_named(make, finish):
     change(run, optimizer__lr=0.5, objective__weight=9.0)
     with pytest.raises(ValueError, match=r"objective\.weight \(9\.0 -> 0\.5\), optimizer\.lr"):
         queue.is_finished(run)
+
+
+def test_a_damaged_config_fails_its_run_alone(scripted):
+    """A crash of the machine may leave a file of zeros; it ended the series with a traceback."""
+    scripted[0].workdir.mkdir(parents=True)
+    (scripted[0].workdir / "config.json").write_bytes(bytes(9))
+    failures = queue.perform(scripted[:2])
+    assert [failure.run.row for failure in failures] == ["suponly"]
+    assert "config.json: damaged (holds 9 zero bytes); copy" in failures[0].reason
+    assert launch._state(scripted[0]).startswith("refused: ")
 
 
 def test_a_run_of_a_version_with_fewer_fields_is_still_finished(make, finish):
@@ -230,6 +243,88 @@ def test_stopping_stops_all_runs_and_waits_for_them(scripted, tmp_path, monkeypa
     thread.join()
     assert all("saved" in log.read_text() for log in logs)
     assert not scripted[2].workdir.exists()
+
+
+def test_a_run_that_another_call_or_job_runs_is_left_to_it(scripted, caplog):
+    """It failed at the lock of the training that ran, and counted as failed."""
+    called, trained, _ = scripted
+    for run in (called, trained):
+        run.workdir.mkdir(parents=True)
+    with (
+        locks.held(called.workdir / locks.SERIES),
+        locks.held(trained.workdir / locks.TRAINING),
+    ):
+        assert queue.perform(scripted) == []
+        assert [queue.is_running(run) for run in scripted] == [True, True, False]
+    assert caplog.text.count("is running in another call or job, which is left to it") == 2
+    logs = [run.workdir / "log.txt" for run in scripted]
+    assert [log.exists() for log in logs] == [False, False, True]
+    assert queue.perform(scripted[:2]) == []
+    assert all(log.exists() for log in logs)
+    assert not any(map(queue.is_running, scripted))
+
+
+def test_a_series_that_is_called_twice_says_what_is_running(make, scripted, caplog, monkeypatch):
+    monkeypatch.setattr(queue, "share_programs", lambda folder: None)
+    what = dataclasses.replace(make("--rows=suponly,ict,cps", "--seeds=0"), runs=scripted)
+    options = argparse.Namespace(dry_run=False, report_only=False, slurm=None, jobs=1)
+    shards = Path(scripted[0].config.preprocess.shards)
+    shards.mkdir(parents=True)
+    (shards / "index.json").touch()
+    scripted[1].workdir.mkdir(parents=True)
+    Script.scripts["ict", "train"] = "import sys; sys.exit('train: another process trains')"
+    with locks.held(scripted[1].workdir / locks.SERIES):
+        assert launch.launch(what, options, []) == cluster.TRY_AGAIN
+        assert launch._state(scripted[1]) == "running"
+        text = (what.out / "report.md").read_text()
+    assert "running in another call or job: ict, seed 0" in caplog.text
+    assert "Runs that failed" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| Interpolation"))
+    assert "| running |" in row
+    options.report_only = True
+    assert launch.launch(what, options, []) == 0
+    assert "| running |" not in (what.out / "report.md").read_text()
+
+
+def test_shards_that_another_call_makes_are_waited_for(scripted, caplog):
+    run = scripted[0]
+    shards = Path(run.config.preprocess.shards)
+    shards.mkdir(parents=True)
+    Script.scripts = {("suponly", "preprocess"): "import sys; sys.exit('preprocess: twice')"}
+    begun = threading.Event()
+
+    def other():
+        with locks.held(shards.parent / locks.SERIES):
+            begun.set()
+            until = time.monotonic() + 300
+            while "another call makes the shards" not in caplog.text:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            (shards / "index.json").touch()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    begun.wait()
+    queue.prepare(run, shards.parent)
+    thread.join()
+
+
+def test_what_a_report_lacks_or_a_full_disk_is_one_line_and_stops_no_series(
+    make, caplog, monkeypatch
+):
+    """A traceback from between two runs ended the series."""
+    made = make("--rows=cps", "--seeds=0")
+    full = faults.WriteError(errno.ENOSPC, "No space left on device", "/out/report.md")
+    gone = FileNotFoundError(errno.ENOENT, "No such file or directory", "/out/cases.csv")
+    for error, words in ((full, "report.md: cannot be written: no space"), (gone, "cases.csv: no")):
+
+        def write(*_, error=error):
+            raise error
+
+        launch._so_far(made, write, ())
+        assert f"no report yet: /out/{words}" in caplog.text
+        with pytest.raises(SystemExit, match=f": /out/{words}"):
+            launch.main(write)
 
 
 def test_places_share_what_there_is(monkeypatch):
