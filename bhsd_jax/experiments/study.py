@@ -282,30 +282,37 @@ def _training_s(path: Path) -> float:
 
 
 def _subtitle(study: Study) -> str:
-    config = study.runs[0].config
     seeds = sorted({run.seed for run in study.runs})
-    data = config.data["name"].partition(".")[0]
+    data = study.runs[0].config.data["name"].partition(".")[0]
+    presets = sorted({run.config.preset for run in study.runs})
     return (
         f"Data set {data}; {len(study.rows)} rows, seeds {', '.join(map(str, seeds))}; preset "
-        f"{config.preset}."
+        f"{', '.join(presets)}."
     )
 
 
 def _facts(runs: Sequence[_Scored]) -> tuple[tuple[str, str], ...]:
-    if not runs:
-        return ()
-    config, plan = runs[0].run.config, Plan.load(runs[0].run.workdir)
+    """What was done alike in all rows; of what was not, that it was not, as in a sweep over it."""
+    each = [_facts_of(one) for one in runs]
+    return tuple(
+        (name, value if all(other[name] == value for other in each) else "not the same in all rows")
+        for name, value in (each[0].items() if each else ())
+    )
+
+
+def _facts_of(one: _Scored) -> dict[str, str]:
+    config, plan = one.run.config, Plan.load(one.run.workdir)
     d, h, w = plan.spacing_mm
     kept = "all" if config.split.labeled is None else str(config.split.labeled)
-    return (
-        ("data set", f"{plan.dataset} ({plan.modality.upper()})"),
-        ("resampled to", f"{d:.3g} x {h:.3g} x {w:.3g} mm"),
-        ("masks used of the training part", kept),
-        ("validation fold", "none" if config.split.fold < 0 else str(config.split.fold)),
-        ("scans tested", scans_of(_split(runs[0]))),
-        ("checkpoint tested", str(config.predict.checkpoint)),
-        ("intervals", f"{config.evaluate.bootstrap} bootstrap resamples of patients"),
-    )
+    return {
+        "data set": f"{plan.dataset} ({plan.modality.upper()})",
+        "resampled to": f"{d:.3g} x {h:.3g} x {w:.3g} mm",
+        "masks used of the training part": kept,
+        "validation fold": "none" if config.split.fold < 0 else str(config.split.fold),
+        "scans tested": scans_of(_split(one)),
+        "checkpoint tested": str(config.predict.checkpoint),
+        "intervals": f"{config.evaluate.bootstrap} bootstrap resamples of patients",
+    }
 
 
 def _footer(runs: Sequence[_Scored]) -> str:

@@ -65,16 +65,26 @@ def make_study(options: argparse.Namespace) -> Study:
 
 
 def _require_same_scans(runs: Sequence[Trial]) -> None:
-    """Refuses settings that are scored on other validation scans, before they are trained.
+    """Refuses settings that are scored on other scans or classes, before they are trained.
 
     Raises:
-        ValueError: Says what compares folds.
+        ValueError: Says in what they differ; of folds, what compares them.
     """
-    validated = {
-        run.config.split.fold
-        for run in runs
-        if (run.config.evaluate.split or run.config.predict.split) == "val"
+    configs = [run.config for run in runs]
+    scored = [config.evaluate.split or config.predict.split for config in configs]
+    differs = {
+        "data.name": {str(config.data["name"]) for config in configs},
+        "split.binary": {str(config.split.binary) for config in configs},
+        "evaluate.split": set(scored),
     }
+    for field, values in differs.items():
+        if len(values) > 1:
+            raise UserError(
+                f"sweep: settings with {field} {' and '.join(sorted(values))} are scored on other "
+                "scans or classes, so that no table compares them; give each a sweep of its own"
+            )
+    pairs = zip(configs, scored, strict=True)
+    validated = {config.split.fold for config, split in pairs if split == "val"}
     if len(validated) > 1:
         raise UserError(
             f"sweep: settings of folds {', '.join(map(str, sorted(validated)))} are each scored on "

@@ -1,5 +1,6 @@
 """The report of many runs: the paper's figures, ours over seeds, and what they cost."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,10 +106,15 @@ def _headline(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     shown = [(f"{done} of {comparison.wanted}", "runs finished")]
     scored = [(_main(line, comparison), line.title) for line in comparison.lines if line.found]
     if scored:
-        best, title = max(scored, key=lambda pair: pair[0].mean)
+        best, title = max(scored, key=lambda pair: _rank(pair[0].mean))
         shown.append((points(best.mean), f"Dice in percent of the best row, {title}"))
         shown.append((str(comparison.scans), f"{scans_of(comparison.split)} in every figure"))
     return tuple(shown)
+
+
+def _rank(dice: float) -> float:
+    """What is not defined comes last: NaN is neither more nor less than anything."""
+    return -math.inf if math.isnan(dice) else dice
 
 
 def _main(line: Line, comparison: Comparison) -> OverSeeds:

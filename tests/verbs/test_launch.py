@@ -80,12 +80,19 @@ def test_validation_scans_are_not_tested_with_the_checkpoint_they_chose(tmp_path
         assert queue.resolve(run.arguments) == run.config
 
 
-def test_a_sweep_over_validation_folds_is_refused_before_it_is_trained(tmp_path):
+def test_a_sweep_that_no_table_compares_is_refused_before_it_is_trained(tmp_path):
     """It was trained whole, and then no report could be written."""
     words = ["split.fold=0,1", "--seeds=0"]
     assert len(swept(tmp_path, *words).runs) == 2  # all tested on the same scans
     with pytest.raises(ValueError, match=r"folds 0, 1 are each scored .* launch/folds"):
         swept(tmp_path, *words, "--override=predict.split=val")
+    for field, values in (
+        ("split.binary", "True,False"),
+        ("evaluate.split", "test,val"),
+        (":data", "synthetic,folder"),
+    ):
+        with pytest.raises(ValueError, match="scored on other scans or classes"):
+            swept(tmp_path, f"{field}={values}", "--seeds=0")
 
 
 def test_a_sweep_varies_words_of_the_config_too(tmp_path):

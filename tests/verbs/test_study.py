@@ -1,5 +1,6 @@
 """What the report of many runs says, against numbers made by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -136,6 +137,36 @@ def test_another_data_set_with_its_own_classes_is_not_held_against_the_paper(mak
     assert "difference" not in section(text, "By class")
     assert "n counts the validation scans" in section(text, "By class")
     assert cells(text, "Results", "nnU-Net 3D")[:2] == ["29.44", "90.00"]
+
+
+def test_a_row_whose_dice_is_not_defined_is_not_the_best(make, finish):
+    """Of two rows the first was named, since NaN is not less than anything."""
+    made = make("--rows=suponly,cps", "--seeds=0")
+    finish(made.runs[0], [(0, 0, 0)])  # rightly empty
+    finish(made.runs[1], [(3, 2, 2)])
+    study.write(made)
+    head = (made.out / "report.md").read_text().split("## ")[0]
+    assert "**60.00** Dice in percent of the best row, CPS" in head
+
+
+def test_what_differs_between_rows_is_not_said_of_all(make, finish):
+    """A sweep over the number of masks was said to have used those of its first row."""
+    made = make("--rows=suponly,cps", "--seeds=0", "-o", "evaluate.bootstrap=50")
+    first, second = made.runs
+    split = dataclasses.replace(second.config.split, labeled=4)
+    second = dataclasses.replace(second, config=dataclasses.replace(second.config, split=split))
+    for run in (first, second):
+        finish(run, [(3, 2, 2)])
+    study.write(dataclasses.replace(made, runs=[first, second]))
+    text = (made.out / "report.md").read_text()
+    facts = {
+        "masks used of the training part": "not the same in all rows",
+        "validation fold": "none",
+        "intervals": "50 bootstrap resamples of patients",
+    }
+    assert {name: cells(text, "How it was made", name) for name in facts} == {
+        name: [value] for name, value in facts.items()
+    }
 
 
 def test_nothing_run_yet_is_a_report_too(make):
