@@ -10,7 +10,7 @@ from bhsd_jax.assemble import data
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.ct import geometry, unlike
 from bhsd_jax.infer.sliding import SlidingWindow
-from bhsd_jax.metrics.agreement import mean_pairwise_dice
+from bhsd_jax.metrics.overlap import mean_pairwise_dice
 from bhsd_jax.types import Params
 from bhsd_jax.volume import Grid, Plan
 
@@ -33,7 +33,7 @@ class Trust:
     views: tuple[View, ...] = ()  # none: disagreement is not wanted
 
     def unlike(self, image: np.ndarray, grid: Grid, stored: np.ndarray) -> str:
-        """How a prepared scan [D H W C] is unlike the training data; empty: not that is known.
+        """In what a prepared scan [D H W C] differs from the training data; empty: nothing known.
 
         `stored` are its voxels as they were read.
         """

@@ -23,7 +23,7 @@ ALL = "all"  # every class at once, in the rows of `raters` of a label map with 
 
 @dataclass(frozen=True)
 class Also:
-    """Which scores are wanted, and what they need to know."""
+    """The further scores that are asked for, and their settings."""
 
     names: tuple[str, ...] = ()  # of `settings.Evaluate.also`
     brats_dilation: int = 3
@@ -112,7 +112,7 @@ def write_csv(path: Path, rows: Sequence[AlsoScore]) -> None:
 
 
 def summarize(rows: Iterable[AlsoScore]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By class and column the mean over the cases where it is defined, and their number."""
+    """Mean by class and column over the cases where it is defined, and how many those are."""
     values: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         for column, value in row.values.items():

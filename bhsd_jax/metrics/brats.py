@@ -10,7 +10,7 @@ from bhsd_jax.metrics import lesion, surface
 from bhsd_jax.volume import Millimeters, bounding_box
 
 MISSED_MM = 374.0  # counted for a lesion that was missed, or made up: the diagonal of their scans
-# A voxel grows by its faces and edges.
+# Neighbors in a dilation: those across faces and edges, 18 in all.
 _GROWTH = scipy.ndimage.generate_binary_structure(3, 2)
 _Box = tuple[slice, ...]  # of D, H, W
 

@@ -23,7 +23,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of one set of voxels, at one temperature."""
+    """Scores of one set of voxels at one temperature."""
 
     temperature: float
     nll: float  # mean negative log-likelihood of the true class

@@ -61,7 +61,7 @@ def write(path: Path, cases: Sequence[CaseFiles], labels: Labels) -> None:
 
 
 def _key(values: tuple[int, ...], listed: bool) -> str:
-    """As Python writes what dataset.json has: `3` and `[3]` are two."""
+    """A label as Python writes what dataset.json has; `3` and `[3]` are two keys."""
     return str(values[0]) if len(values) == 1 and not listed else str(values)
 
 

@@ -1,10 +1,12 @@
 """Overlap of two label maps, class by class, from voxel counts; NaN where it is not defined."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Bool, Integer, UInt8
 
 from bhsd_jax.labels import Labels
 
@@ -16,7 +18,6 @@ class Counts:
     tp: int
     fp: int
     fn: int
-    tn: int
 
     @property
     def reference(self) -> int:
@@ -31,30 +32,27 @@ class Counts:
     @property
     def dice(self) -> float:
         """NaN where both are empty, 0 where one is."""
-        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+        return rate(2 * self.tp, 2 * self.tp + self.fp + self.fn)
 
     @property
     def iou(self) -> float:
         """Intersection over union; NaN where both are empty."""
-        return _ratio(self.tp, self.tp + self.fp + self.fn)
+        return rate(self.tp, self.tp + self.fp + self.fn)
 
     @property
     def sensitivity(self) -> float:
         """Share of the reference that was found; NaN where the reference is empty."""
-        return _ratio(self.tp, self.tp + self.fn)
-
-    @property
-    def specificity(self) -> float:
-        """Share of what is not the class and was left alone; NaN where the class fills the scan.
-
-        Close to 1 for every small lesion, however bad the prediction.
-        """
-        return _ratio(self.tn, self.tn + self.fp)
+        return rate(self.tp, self.tp + self.fn)
 
     @property
     def precision(self) -> float:
         """Share of the prediction that is right; NaN where the prediction is empty."""
-        return _ratio(self.tp, self.tp + self.fp)
+        return rate(self.tp, self.tp + self.fp)
+
+
+def rate(above: float, below: float) -> float:
+    """The ratio of two counts or volumes; NaN where the second is 0."""
+    return above / below if below else math.nan
 
 
 def count(
@@ -82,7 +80,7 @@ def count(
     table = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
     hits, in_reference, in_prediction = np.diag(table), table.sum(1), table.sum(0)
     return tuple(
-        Counts(int(tp), int(p - tp), int(r - tp), int(table.sum() - r - p + tp))
+        Counts(int(tp), int(p - tp), int(r - tp))
         for tp, r, p in zip(hits, in_reference, in_prediction, strict=True)
     )
 
@@ -102,45 +100,28 @@ def count_targets(
             f"overlap: reference has shape {reference.shape}, prediction {predicted.shape}"
         )
     seen = labels.annotated(reference)
-    found, total = [], int(np.count_nonzero(seen))
+    found = []
     for truth, guess in zip(labels.masks(reference), labels.masks(predicted), strict=True):
         tp = int(np.count_nonzero(truth & guess & seen))
         fn = int(np.count_nonzero(truth & seen)) - tp
         fp = int(np.count_nonzero(guess & seen)) - tp
-        found.append(Counts(tp, fp, fn, total - tp - fp - fn))
+        found.append(Counts(tp, fp, fn))
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class VolumeError:
-    """How much too large or too small a prediction is, wherever it lies."""
+def mean_pairwise_dice(masks: Sequence[Bool[np.ndarray, "*_"]]) -> float:
+    """Mean Dice over all pairs; two empty masks agree: 1.
 
-    reference_ml: float
-    predicted_ml: float
+    Raises:
+        ValueError: If there are fewer than two.
 
-    @property
-    def signed_ml(self) -> float:
-        """Positive if too much was predicted."""
-        return self.predicted_ml - self.reference_ml
-
-    @property
-    def absolute_ml(self) -> float:
-        """Size of the error without its sign."""
-        return abs(self.signed_ml)
-
-    @property
-    def relative(self) -> float:
-        """Absolute error as a share of the reference volume; NaN where that is 0.
-
-        Source: the RVD of the INSTANCE 2022 challenge.
-        """
-        return _ratio(self.absolute_ml, self.reference_ml)
+    Source: Roy et al., NeuroImage 195 (2019), section 2.4: their mean Dice of sample pairs.
+    """
+    if len(masks) < 2:
+        raise ValueError(f"agreement: want two masks or more; got {len(masks)}")
+    return float(np.mean([_pair_dice(*pair) for pair in itertools.combinations(masks, 2)]))
 
 
-def volume_error(counts: Counts, voxel_ml: float) -> VolumeError:
-    """Volumes of one class; `voxel_ml` is of the voxel as it was, tilted gantry and all."""
-    return VolumeError(counts.reference * voxel_ml, counts.predicted * voxel_ml)
-
-
-def _ratio(above: float, below: float) -> float:
-    return above / below if below else math.nan
+def _pair_dice(one: np.ndarray, other: np.ndarray) -> float:
+    total = int(one.sum()) + int(other.sum())
+    return 2 * int((one & other).sum()) / total if total else 1.0

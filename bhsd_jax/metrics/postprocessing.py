@@ -119,7 +119,7 @@ def decide(tally: Callable[[tuple[Rule, ...]], Tally], classes: int) -> list[Tri
     trials: list[Trial] = []
     taken: tuple[Rule, ...] = ()
     together = mean_dice(tally((foreground,)))
-    # Of a class that no case has the Dice is NaN, and so is the mean: nothing is taken, as there.
+    # The Dice of a class in no case is NaN, and so is the mean: nothing is taken, as in nnU-Net.
     better = float(np.mean(together)) > float(np.mean(dice)) and not (together < dice).any()
     trials.append(Trial(foreground, float(np.mean(dice)), float(np.mean(together)), better))
     if better:

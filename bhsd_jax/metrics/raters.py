@@ -111,7 +111,7 @@ def _dice_of_classes(rater: Label, answer: Label) -> float:
 
 def _soft_dice(raters: Sequence[Label], answers: Sequence[Label]) -> float:
     """Mean Dice of the voxels that more than a share of either set marks, over five shares."""
-    # In single precision, as the tool's: whether 3 of 10 are more than 0.3 hangs on it.
+    # Single precision, as in the tool, decides whether 3 of 10 count as more than 0.3.
     rater, answer = (_mean(side) for side in (raters, answers))
     values = []
     for share in np.asarray(_SHARES, np.float32):

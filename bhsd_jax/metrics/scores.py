@@ -41,7 +41,7 @@ class ClassScore:
     volume_ref_ml: float
     volume_pred_ml: float
     volume_error_ml: float  # predicted minus reference
-    relative_volume_error: float  # without sign, of the reference
+    relative_volume_error: float  # without sign, of the reference: the RVD of INSTANCE 2022
     lesions_ref: int
     lesions_pred: int
     lesions_hit: int  # of lesions_ref
@@ -106,7 +106,9 @@ def _row(
 ) -> ClassScore:
     reference, predicted = cropped_alike(reference, predicted)
     distances = surface.element_distances(reference, predicted, scan.spacing_mm)
-    volume = overlap.volume_error(counts, scan.voxel_ml)
+    # `voxel_ml` is of the voxel as it was, tilted gantry and all.
+    reference_ml, predicted_ml = (n * scan.voxel_ml for n in (counts.reference, counts.predicted))
+    error_ml = predicted_ml - reference_ml
     lesions = lesion.detect(reference, predicted, scan.voxel_ml)
     small_hit, small = lesions.recall_below(lesion.SMALL_ML)
     return ClassScore(
@@ -122,12 +124,12 @@ def _row(
         iou=counts.iou,
         sensitivity=counts.sensitivity,
         precision=counts.precision,
-        hd95_mm=surface.hausdorff(distances, 95) if not all(distances.empty) else float("nan"),
+        hd95_mm=surface.hd95_mm(distances),
         nsd=surface.surface_dice(distances, nsd_mm),
-        volume_ref_ml=volume.reference_ml,
-        volume_pred_ml=volume.predicted_ml,
-        volume_error_ml=volume.signed_ml,
-        relative_volume_error=volume.relative,
+        volume_ref_ml=reference_ml,
+        volume_pred_ml=predicted_ml,
+        volume_error_ml=error_ml,
+        relative_volume_error=overlap.rate(abs(error_ml), reference_ml),
         lesions_ref=len(lesions.hit),
         lesions_pred=len(lesions.real),
         lesions_hit=lesions.tp,

@@ -44,8 +44,8 @@ def over_seeds(runs: Sequence[_Draws]) -> OverSeeds:
     if not own.size:
         return OverSeeds(math.nan, math.nan, math.nan, math.nan, 0)
     drawn = np.isfinite(table[:, 1:])
-    # Of a run that counts in a single patient there are no resamples, and those of the others alone
-    # would lie about another mean.
+    # A run that counts in a single patient has no resamples; those of the other runs alone would
+    # give the interval of another mean.
     whole = drawn.any(1) | ~np.isfinite(table[:, 0])
     means = _nanmean(table[:, 1:]) if whole.all() else np.empty(0)
     means = means[np.isfinite(means)]

@@ -1,4 +1,4 @@
-"""From rows per case and class to means under named conventions, with intervals.
+"""Means over rows per case and class, under named conventions, with intervals.
 
 The conventions differ in what a case counts whose reference has no voxel of the class:
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from bhsd_jax.metrics.lesion import rate
+from bhsd_jax.metrics.overlap import rate
 from bhsd_jax.metrics.scores import ClassScore
 
 CONVENTIONS = ("nnunet", "present", "pooled", "both-empty=1")
@@ -38,7 +38,7 @@ class Mean:
     low: float
     high: float
     n: int  # cases that count; for the mean over classes: classes
-    # For the mean over classes the two are sums over the classes: of pairs of a case and a class.
+    # In the mean over classes these two are sums over the classes: they count pairs (case, class).
     n_present: int  # cases with the class in the reference
     n_false_positive: int  # cases without it where it was predicted
 
@@ -158,7 +158,7 @@ def _values(
     values = _ratio(draws @ _per_patient(above, voxels), draws @ _per_patient(below, voxels))
     defined = np.isfinite(values)
     over_classes = _ratio(np.where(defined, values, 0).sum(1), defined.sum(1))
-    # Every resample of one patient is that patient again: a range of nothing, not of no width.
+    # Resampling a single patient gives that patient every time: there is no interval, not one of 0.
     counting = _per_patient(counted.astype(float), voxels) > 0
     values[1:, counting.sum(0) < 2] = math.nan
     if counting.any(1).sum() < 2:

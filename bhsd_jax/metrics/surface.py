@@ -38,26 +38,6 @@ class Distances:
         return not self.to_predicted_mm.size, not self.to_reference_mm.size
 
 
-def hd95_mm(reference: Mask, predicted: Mask, spacing_mm: Millimeters) -> float:
-    """Distance within which 95 % of either surface's area lies of the other; the larger of the two.
-
-    Area-weighted. NaN if both masks are empty, infinite if one is.
-    """
-    distances = element_distances(reference, predicted, spacing_mm)
-    return math.nan if all(distances.empty) else hausdorff(distances, 95)
-
-
-def nsd(reference: Mask, predicted: Mask, spacing_mm: Millimeters, tolerance_mm: float) -> float:
-    """Surface Dice: share of both surfaces' area that lies within the tolerance of the other.
-
-    Area-weighted. NaN if both masks are empty, 0 if one is. A tolerance below the slice step
-    forgives nothing across slices.
-
-    Source: Nikolov et al. 2018, arXiv:1809.04430.
-    """
-    return surface_dice(element_distances(reference, predicted, spacing_mm), tolerance_mm)
-
-
 def element_distances(reference: Mask, predicted: Mask, spacing_mm: Millimeters) -> Distances:
     """Distances and areas of surface elements, which lie between eight voxels each.
 
@@ -114,6 +94,11 @@ def hausdorff(distances: Distances, percent: float = 100.0) -> float:
     )
 
 
+def hd95_mm(distances: Distances) -> float:
+    """`hausdorff` at 95 percent; NaN if both masks are empty, infinite if one is."""
+    return math.nan if all(distances.empty) else hausdorff(distances, 95)
+
+
 def edge_hausdorff(
     distances: Distances, percent: float = 100.0, *, directed: bool = False
 ) -> float:
@@ -163,7 +148,13 @@ def surface_overlap(distances: Distances, tolerance_mm: float) -> tuple[float, f
 
 
 def surface_dice(distances: Distances, tolerance_mm: float) -> float:
-    """Share of both surfaces together within the tolerance; a distance equal to it counts."""
+    """Share of both surfaces together within the tolerance; a distance equal to it counts.
+
+    NaN if both masks are empty, 0 if one is. A tolerance below the slice step forgives nothing
+    across slices.
+
+    Source: Nikolov et al. 2018, arXiv:1809.04430.
+    """
     return _share(
         np.concatenate([distances.to_predicted_mm, distances.to_reference_mm]),
         np.concatenate([distances.reference_weight, distances.predicted_weight]),

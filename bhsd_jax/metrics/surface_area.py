@@ -30,7 +30,7 @@ _Triangle = tuple[_Point, _Point, _Point]
 def table(spacing_mm: Millimeters) -> Float[np.ndarray, " 256"]:
     """Area in mm^2 by neighborhood code: the sum of 1 << i over the corners i that are inside."""
     d, h, w = spacing_mm
-    # An area vector points along D with size h * w, and so on.
+    # The D component of an area vector is an area in the plane of H and W, and so on.
     scale = np.array([h * w, d * w, d * h])
     return np.linalg.norm(_area_vectors() * scale, axis=2).sum(1)
 
@@ -85,7 +85,7 @@ def _segments(
 
 
 def _largest(loop: list[_Point]) -> list[_Triangle]:
-    # Rounded, so that ties are won by the first and not by the last bit.
+    # Rounded, so that of equal areas the first is taken, whatever their last bits are.
     return max(_triangulations(loop), key=lambda ts: round(sum(map(_area, ts)), 9))
 
 

@@ -115,7 +115,7 @@ def smooth(
 
 
 def _disk(radius_mm: float, spacing_mm: Millimeters) -> Bool[np.ndarray, "1 rows columns"]:
-    """At least the four neighbors, however large the voxels."""
+    """A disk of that radius in the plane, with at least the four neighbors of its center."""
     rows, columns = (max(1, round(radius_mm / s)) for s in spacing_mm[1:])
     y, x = np.ogrid[-rows : rows + 1, -columns : columns + 1]
     return ((y / rows) ** 2 + (x / columns) ** 2 <= 1)[None]

@@ -247,3 +247,13 @@ def test_a_scan_is_scored_class_by_class():
     assert (one.lesions_ref, one.lesions_hit, one.small_lesions_hit) == (1, 1, 1)
     assert (two.name, two.dice, two.hd95_mm, two.lesions_false) == ("IPH", 0.0, math.inf, 1)
     assert math.isnan(two.relative_volume_error)
+
+
+def test_volumes_of_a_scan_in_ml():
+    reference, predicted = np.zeros((2, 1, 8, 8), np.uint8)
+    reference[0, :5], predicted[0, 4:6] = 1, 1
+    scan = scores.Scan("s", "p", (5.0, 1.0, 1.0), 0.1)
+    (found,) = scores.score(reference, predicted, scan, ("background", "EDH"), 1.0)
+    assert (found.volume_ref_ml, found.volume_pred_ml) == pytest.approx((4.0, 1.6))
+    assert found.volume_error_ml == pytest.approx(-2.4)
+    assert found.relative_volume_error == pytest.approx(0.6)

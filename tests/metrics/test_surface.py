@@ -159,10 +159,11 @@ def test_element_distances_are_those_of_a_distance_transform(seed):
 def test_a_plate_moved_by_one_slice():
     """Faces lie one slice apart, rims nearer, so that all of the surface is within 5 mm."""
     one, other = box((5, 9, 9), (1, 1, 1), (2, 8, 8)), box((5, 9, 9), (2, 1, 1), (3, 8, 8))
-    assert surface.hd95_mm(one, other, SPACING) == pytest.approx(5.0)
-    assert surface.nsd(one, other, SPACING, 5.0) == 1.0
+    distances = surface.element_distances(one, other, SPACING)
+    assert surface.hd95_mm(distances) == pytest.approx(5.0)
+    assert surface.surface_dice(distances, 5.0) == 1.0
     # The layer of elements between both slices belongs to both surfaces, the outer ones do not.
-    assert surface.nsd(one, other, SPACING, 4.9) == pytest.approx(0.5)
+    assert surface.surface_dice(distances, 4.9) == pytest.approx(0.5)
 
 
 def test_percentile_of_hand_made_distances():
@@ -191,9 +192,9 @@ def test_95_percent_of_the_area_is_enough_and_less_is_not(far, want):
     assert surface.hausdorff(distances, 95) == want
 
 
-def headline(reference, predicted, spacing):
-    hd95 = surface.hd95_mm(reference, predicted, spacing)
-    return hd95, surface.nsd(reference, predicted, spacing, 1.0)
+def headline(reference, predicted, spacing, tolerance_mm=1.0):
+    distances = surface.element_distances(reference, predicted, spacing)
+    return surface.hd95_mm(distances), surface.surface_dice(distances, tolerance_mm)
 
 
 def test_exchanging_the_masks_changes_nothing():
@@ -220,12 +221,8 @@ def test_empty_space_around_changes_nothing():
 def test_distances_grow_with_the_spacing():
     reference, predicted = random_pair(8)
     doubled = tuple(2 * s for s in SPACING)
-    assert surface.hd95_mm(reference, predicted, doubled) == pytest.approx(
-        2 * surface.hd95_mm(reference, predicted, SPACING), rel=1e-12
-    )
-    assert surface.nsd(reference, predicted, doubled, 2.0) == pytest.approx(
-        surface.nsd(reference, predicted, SPACING, 1.0), rel=1e-12
-    )
+    hd95, nsd = headline(reference, predicted, SPACING)
+    assert headline(reference, predicted, doubled, 2.0) == pytest.approx((2 * hd95, nsd), rel=1e-12)
 
 
 def test_a_mask_agrees_with_itself():
@@ -249,6 +246,6 @@ def test_a_single_slice_is_a_volume_too():
 def test_another_grid_or_a_spacing_of_zero_is_refused():
     mask, _ = random_pair(11)
     with pytest.raises(ValueError, match=r"prediction \(4, 6, 5\); both must lie on the grid"):
-        surface.hd95_mm(mask, mask[..., :5], SPACING)
+        surface.element_distances(mask, mask[..., :5], SPACING)
     with pytest.raises(ValueError, match=r"spacing \(5.0, 0.0, 1.0\) mm .* must be positive"):
-        surface.nsd(mask, mask, (5.0, 0.0, 1.0), 1.0)
+        surface.element_distances(mask, mask, (5.0, 0.0, 1.0))

@@ -193,9 +193,9 @@ def test_counts_leave_out_what_is_not_annotated():
     reference = np.array([[0, 1, 2, 3, 4, 4, 4]], np.uint8)
     predicted = np.array([[1, 1, 3, 0, 3, 1, 0]], np.uint8)
     whole, core, active = overlap.count_targets(reference, predicted, TUMOR)
-    assert whole == overlap.Counts(2, 1, 1, 0)
-    assert core == overlap.Counts(1, 0, 1, 2)
-    assert active == overlap.Counts(0, 1, 1, 2)
+    assert whole == overlap.Counts(2, 1, 1)
+    assert core == overlap.Counts(1, 0, 1)
+    assert active == overlap.Counts(0, 1, 1)
     with pytest.raises(ValueError, match="shape"):
         overlap.count_targets(reference, predicted[:, 1:], TUMOR)
 
