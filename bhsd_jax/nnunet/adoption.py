@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bhsd_jax.ct.prepared import Facts
-from bhsd_jax.ct.resample import resampled_shape
 from bhsd_jax.nnunet import plans_json
+from bhsd_jax.nnunet.dataset_plan import median_shape
 from bhsd_jax.nnunet.planner import from_nnunet_plans
-from bhsd_jax.nnunet.trained import LABEL_MANAGER, PREPROCESSOR, READERS, unusual_resampling
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Channel, Plan, Shape
 
@@ -54,12 +51,12 @@ def require_usable(plans: Mapping[str, Any], configuration: str) -> None:
     from_nnunet_plans(plans, configuration)
     settings = plans_json.resolve(plans, configuration)
     wrong = plans_json.unusual_layers(settings)
-    preprocessor = settings.get("preprocessor_name", PREPROCESSOR)
+    preprocessor = settings.get("preprocessor_name", plans_json.PREPROCESSOR)
     reader = plans.get("image_reader_writer")
-    wrong += [f"preprocessor_name={preprocessor}"] * (preprocessor != PREPROCESSOR)
-    wrong += [f"image_reader_writer={reader}"] * (reader not in (None, *READERS))
-    manager = plans.get("label_manager") or LABEL_MANAGER
-    wrong += [f"label_manager={manager}"] * (manager != LABEL_MANAGER)
+    wrong += [f"preprocessor_name={preprocessor}"] * (preprocessor != plans_json.PREPROCESSOR)
+    wrong += [f"image_reader_writer={reader}"] * (reader not in (None, *plans_json.READERS))
+    manager = plans.get("label_manager") or plans_json.LABEL_MANAGER
+    wrong += [f"label_manager={manager}"] * (manager != plans_json.LABEL_MANAGER)
     if wrong:
         raise UserError(
             f"nnU-Net plans: {configuration} has {'; '.join(wrong)}, but what is trained here is "
@@ -89,10 +86,12 @@ def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configur
     settings = plans_json.resolve(plans, configuration)
     _check_normalization(settings, plan)
     planar = plans_json.is_planar(settings)
-    turned = READERS.get(plans.get("image_reader_writer", "")) == "SAR"  # our axes' lines
+    # Readers that reorient have axes along the same lines as ours.
+    turned = plans_json.READERS.get(plans.get("image_reader_writer", "")) == "SAR"
     order = (0, 1, 2) if turned else _order(facts)
     first, second, third = (order.index(axis) for axis in files)
     transpose = first, second, third
+    a, b, c = (float(spacing_mm[transpose.index(axis)]) for axis in range(3))
     intensities = plans_json.intensities(plans)
     statistics = _statistics(intensities, 0, plan.foreground)
     return dataclasses.replace(
@@ -101,7 +100,7 @@ def adopt(plan: Plan, facts: Sequence[Facts], plans: Mapping[str, Any], configur
         transpose=transpose,
         network=network,
         foreground=statistics,
-        median_shape=_median_shape(facts, spacing_mm, transpose, planar),
+        median_shape=median_shape(facts, (a, b, c), transpose, planar=planar),
         notes=_notes(plans, settings, configuration, own=statistics is plan.foreground),
         use_mask_for_norm=_mask(settings, plan),
         channels=_channels(settings, plan, intensities),
@@ -162,22 +161,6 @@ def _order(facts: Sequence[Facts]) -> Shape:
     return orders[0]
 
 
-def _median_shape(
-    facts: Sequence[Facts], spacing_mm: Sequence[float], transpose: Shape, planar: bool
-) -> Shape:
-    a, b, c = (float(spacing_mm[transpose.index(axis)]) for axis in range(3))
-    shapes = []
-    for fact in facts:
-        wanted = [a, b, c]
-        if planar:  # slices are not resampled across
-            wanted[transpose[0]] = fact.spacing_mm[transpose[0]]
-        d, h, w = wanted
-        shapes.append(resampled_shape(fact.shape, fact.spacing_mm, (d, h, w)))
-    median = np.median(shapes, axis=0)
-    depth, height, width = (round(float(median[axis])) for axis in transpose)
-    return depth, height, width
-
-
 def _notes(
     plans: Mapping[str, Any], settings: Mapping[str, Any], configuration: str, *, own: bool
 ) -> tuple[str, ...]:
@@ -188,6 +171,6 @@ def _notes(
         notes.append("made for --config.model.name=nnunet.ResidualEncoderUNet")
     if own:
         notes.append("it has no intensity statistics; ours are used")
-    for how in unusual_resampling(settings, ("data", "seg")):
+    for how in plans_json.unusual_resampling(settings, ("data", "seg")):
         notes.append(f"it has {how}; here scans and masks are resampled as nnU-Net plans it")
     return tuple(notes)

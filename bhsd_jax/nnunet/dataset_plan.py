@@ -60,7 +60,7 @@ def make_plan(
     """
     if not facts:
         raise UserError(f"{dataset}: {_NO_MASKS}")
-    # Of a scan with an empty mask nothing was drawn, whatever its channels.
+    # No intensities were drawn of scans with an empty mask.
     seen = [fact.foreground for fact in _in_full_range(facts) if fact.foreground.size]
     if not seen:
         raise UserError(
@@ -93,9 +93,6 @@ def make_plan(
         a, b, c = (spacing[transpose.index(axis)] for axis in range(3))
         target = a, b, c
     planar = configuration == PLANAR
-    resampled = [_resampled(fact, target, transpose[0] if planar else None) for fact in facts]
-    median = np.median(resampled, axis=0)
-    depth, height, width = (round(float(median[axis])) for axis in transpose)
     d, h, w = (float(target[axis]) for axis in transpose)
     return Plan(
         dataset=dataset,
@@ -105,7 +102,7 @@ def make_plan(
         transpose=transpose,
         crop_hu=crop_hu,
         foreground=statistics[0],
-        median_shape=(depth, height, width),
+        median_shape=median_shape(facts, target, transpose, planar=planar),
         network=network,
         source_sha256=source_sha256,
         license=license,
@@ -130,14 +127,27 @@ def _channels(
     )
 
 
-def _resampled(fact: Facts, target: Millimeters, kept: int | None) -> Shape:
-    """Voxels of a case at the target spacing; along the axis `kept`, as many as it has."""
-    a, b, c = (fact.spacing_mm[axis] if axis == kept else target[axis] for axis in range(3))
-    return resampled_shape(fact.shape, fact.spacing_mm, (a, b, c))
+def median_shape(
+    facts: Sequence[Facts], target: Millimeters, transpose: Shape, *, planar: bool
+) -> Shape:
+    """Voxels of the median case at the target spacing, along the transposed axes.
+
+    The target is along the patient's axes. Slices of a `planar` plan are not resampled across.
+    """
+    shapes = []
+    for fact in facts:
+        wanted = list(target)
+        if planar:
+            wanted[transpose[0]] = fact.spacing_mm[transpose[0]]
+        a, b, c = wanted
+        shapes.append(resampled_shape(fact.shape, fact.spacing_mm, (a, b, c)))
+    median = np.median(shapes, axis=0)
+    depth, height, width = (round(float(median[axis])) for axis in transpose)
+    return depth, height, width
 
 
 def _statistics(drawn: np.ndarray) -> tuple[float, float, float, float]:
-    """Of one channel: 0.5 percentile, mean, standard deviation, 99.5 percentile."""
+    """Percentile 0.5, mean, standard deviation and percentile 99.5 of one channel."""
     low, high = np.percentile(drawn, (0.5, 99.5))
     return float(low), float(drawn.mean()), float(drawn.std()), float(high)
 

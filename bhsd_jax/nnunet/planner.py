@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax.nnunet import plans_json
-from bhsd_jax.nnunet.plans_json import Request, triple
-from bhsd_jax.nnunet.topology import Planner, planner_named, pool, widths
+from bhsd_jax.nnunet.plans_json import Request
+from bhsd_jax.nnunet.topology import PLANNERS, planner_named, pool, widths
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Millimeters, Network, Shape
 
@@ -150,7 +150,7 @@ def make_plans(
             [target[axis] for axis in forward], median, request
         ),
         "experiment_planner_used": chosen.kind,
-        "label_manager": "LabelManager",
+        "label_manager": plans_json.LABEL_MANAGER,
         "foreground_intensity_properties_per_channel": dict(foreground or {}),
     }
 
@@ -191,64 +191,40 @@ def topology(
     spacing_mm: Numbers,
     patch: Numbers,
     *,
-    planner: str = "default",
     batch: int = 2,
     batch_dice: bool = False,
-    max_stages: int | None = None,
-    base_features: int = 32,
-    max_features: int = 320,
     planar: bool = False,
 ) -> Network:
-    """Applies nnU-Net's pooling rule to a patch somebody chose; `planar` to one of its slices.
+    """Applies the default planner's rules to a patch somebody chose; `planar` to one of its slices.
 
     Raises:
-        ValueError: If an axis of the patch is no multiple of the network's total stride (names the
-            nearest patch that is), or the planner is not known.
+        ValueError: If an axis of the patch is no multiple of the network's total stride; names the
+            nearest patch that is.
     """
     spacing, size = _three(spacing_mm, "spacing_mm"), _three(patch, "patch")
-    if planar:
-        return _planar_topology(spacing, size, planner_named(planner), batch, batch_dice)
-    pooling = pool(spacing, size, max_stages)
-    if pooling.patch != size:
-        raise UserError(
-            f"topology: patch {tuple(round(n) for n in size)} does not divide by the total stride "
-            f"{pooling.total_stride} that {spacing} mm asks for; the nearest patch that does is "
-            f"{_nearest_patch(spacing, size, max_stages)}"
-        )
-    stages, chosen = len(pooling.strides), planner_named(planner)
-    return Network(
-        patch=triple(pooling.patch),
-        batch=batch,
-        features=widths(stages, base=base_features, widest=max_features),
-        strides=tuple(triple(stride) for stride in pooling.strides),
-        kernels=tuple(triple(kernel) for kernel in pooling.kernels),
-        convs_encoder=chosen.encoder(stages),
-        convs_decoder=chosen.decoder(stages),
-        batch_dice=batch_dice,
-        residual=chosen.residual,
-    )
-
-
-def _planar_topology(
-    spacing: Millimeters, size: Millimeters, chosen: Planner, batch: int, batch_dice: bool
-) -> Network:
-    pooling = pool(spacing[1:], size[1:])
-    if size[0] != 1 or pooling.patch != size[1:]:
+    whole = tuple(round(n) for n in size)
+    pooling = pool(spacing[1:], size[1:]) if planar else pool(spacing, size)
+    if planar and (size[0] != 1 or pooling.patch != size[1:]):
         raise UserError(
             f"topology: a 2D network takes patches of one slice, such as {(1, *pooling.patch)}; "
-            f"got {tuple(round(n) for n in size)}"
+            f"got {whole}"
         )
-    stages = len(pooling.strides)
+    if not planar and pooling.patch != size:
+        raise UserError(
+            f"topology: patch {whole} does not divide by the total stride "
+            f"{pooling.total_stride} that {spacing} mm asks for; the nearest patch that does is "
+            f"{_nearest_patch(spacing, size)}"
+        )
+    stages, default = len(pooling.strides), PLANNERS["default"]
     return Network(
         patch=plans_json.with_slice(pooling.patch),
         batch=batch,
-        features=widths(stages, axes=2),
-        strides=tuple(plans_json.with_slice(stride) for stride in pooling.strides),
-        kernels=tuple(plans_json.with_slice(kernel) for kernel in pooling.kernels),
-        convs_encoder=chosen.encoder(stages),
-        convs_decoder=chosen.decoder(stages),
+        features=widths(stages, axes=len(pooling.patch)),
+        strides=tuple(map(plans_json.with_slice, pooling.strides)),
+        kernels=tuple(map(plans_json.with_slice, pooling.kernels)),
+        convs_encoder=default.encoder(stages),
+        convs_decoder=default.decoder(stages),
         batch_dice=batch_dice,
-        residual=chosen.residual,
     )
 
 
@@ -340,13 +316,11 @@ def _fingerprint(spacings: Numbers, shapes: Numbers) -> tuple[np.ndarray, np.nda
     return spacing, shape
 
 
-def _nearest_patch(
-    spacing: Millimeters, size: Sequence[float], max_stages: int | None
-) -> tuple[int, ...]:
-    padded = pool(spacing, size, max_stages)  # always accepted
+def _nearest_patch(spacing: Millimeters, size: Sequence[float]) -> tuple[int, ...]:
+    padded = pool(spacing, size)  # always accepted
     down = (int(n // step) * step for n, step in zip(size, padded.total_stride, strict=True))
     candidates = itertools.product(*zip(padded.patch, down, strict=True))
-    accepted = [c for c in candidates if min(c) > 0 and pool(spacing, c, max_stages).patch == c]
+    accepted = [c for c in candidates if min(c) > 0 and pool(spacing, c).patch == c]
     ratio = np.array(accepted) / np.array(size)
     return accepted[int(np.argmin(np.abs(ratio - 1).sum(axis=1)))]
 

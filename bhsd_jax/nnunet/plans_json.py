@@ -12,6 +12,16 @@ from bhsd_jax.volume import Network, Shape
 # Of foreground intensities, in the order of `Plan.foreground`.
 STATISTICS = ("percentile_00_5", "mean", "std", "percentile_99_5")
 NORMALIZATION = {"ct": "CTNormalization", "mr": "ZScoreNormalization"}
+PREPROCESSOR, LABEL_MANAGER = "DefaultPreprocessor", "LabelManager"  # nnU-Net's own classes
+READERS = {  # by reader: what its arrays' axes are
+    "SimpleITKIO": "file",
+    "NibabelIO": "file",
+    "NaturalImage2DIO": "file",
+    "Tiff3DIO": "file",
+    "NibabelIOWithReorient": "SAR",  # to R, A, S, then in the order z, y, x
+    "SimpleITKIOWithReorient": "SAR",
+}
+_RESAMPLER = "resample_data_or_seg_to_shape"
 _SPLINES = {  # key in the file: (is_seg, spline order)
     "data": (False, 3),
     "seg": (True, 1),
@@ -116,7 +126,7 @@ def _planned(
     owner = planner.plans_name if name == "3d_lowres" else "nnUNetPlans"
     return {
         "data_identifier": f"{owner}_{name}",
-        "preprocessor_name": "DefaultPreprocessor",
+        "preprocessor_name": PREPROCESSOR,
         "batch_size": batch,
         "patch_size": list(pooling.patch),
         "median_image_size_in_voxels": list(median),
@@ -134,7 +144,7 @@ def _planned(
 def _resampling() -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for what, (is_seg, order) in _SPLINES.items():
-        fields[f"resampling_fn_{what}"] = "resample_data_or_seg_to_shape"
+        fields[f"resampling_fn_{what}"] = _RESAMPLER
         settings = {"is_seg": is_seg, "order": order, "order_z": 0, "force_separate_z": None}
         fields[f"resampling_fn_{what}_kwargs"] = settings
     return fields
@@ -273,13 +283,27 @@ def unusual_layers(settings: Mapping[str, Any]) -> list[str]:
     return found + [f"{k}={v}" for k, v in arguments.items() if k not in known and v]
 
 
+def unusual_resampling(settings: Mapping[str, Any], every: Sequence[str]) -> list[str]:
+    """Lists what of data, seg and probabilities is not resampled as nnU-Net plans it, and how."""
+    found = []
+    for what in every:
+        used = settings.get(f"resampling_fn_{what}", _RESAMPLER)
+        how = {"order": _SPLINES[what][1], "order_z": 0, "force_separate_z": None}
+        planned = tuple(how.values())
+        how |= settings.get(f"resampling_fn_{what}_kwargs", {})
+        orders = how["order"], how["order_z"], how["force_separate_z"]
+        if used != _RESAMPLER or orders != planned:
+            found.append(f"resampling of {what} by {used} {how}")
+    return found
+
+
 def _layer(name: Any) -> str:
     """The class alone, without its number of axes: of `torch.nn.Conv3d` Conv; "" of none."""
     return str(name or "").rpartition(".")[2].removesuffix("2d").removesuffix("3d")
 
 
 def _older(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same in the words of files before 2.4: sizes instead of constructor arguments."""
+    """The architecture out of a file before 2.4, which has sizes and no constructor arguments."""
     unet = settings["UNet_class_name"]
     convs = settings["n_conv_per_stage_encoder"]
     base, widest = settings["UNet_base_num_features"], settings["unet_max_num_features"]
@@ -307,10 +331,5 @@ def previous_stage(settings: Mapping[str, Any]) -> str:
 
 def with_slice(values: Sequence[float]) -> Shape:
     """Three whole numbers; of two, those of a slice, the first is 1."""
-    return triple(values if len(values) == 3 else (1, *values))
-
-
-def triple(values: Sequence[float]) -> Shape:
-    """Three whole numbers out of a longer type."""
-    d, h, w = (int(value) for value in values)
+    d, h, w = (int(value) for value in (values if len(values) == 3 else (1, *values)))
     return d, h, w

@@ -22,7 +22,7 @@ _TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
 
 def pair(target: Path) -> tuple[Path, Path]:
-    """Where they go that belong to the label map at `target`."""
+    """Paths of the two files that belong to the label map at `target`."""
     stem = formats.stem(target)
     return target.with_name(f"{stem}.npz"), target.with_name(f"{stem}.pkl")
 
@@ -77,7 +77,7 @@ def properties(image: Image, grid: Grid) -> dict[str, Any]:
 
 
 def _planar(image: Image) -> dict[str, Any] | None:
-    """Of a file of two axes; None of any other."""
+    """Place of a scan that is a picture of two axes; None of any other scan."""
     if isinstance(image, Series):
         return None
     return formats.planar_place(scan.files(image)[0])

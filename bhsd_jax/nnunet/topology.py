@@ -76,9 +76,7 @@ class Pooling:
         return tuple(math.prod(axis) for axis in zip(*self.strides, strict=True))
 
 
-def pool(
-    spacing_mm: Sequence[float], size: Sequence[float], max_stages: int | None = None
-) -> Pooling:
+def pool(spacing_mm: Sequence[float], size: Sequence[float]) -> Pooling:
     """Halves the finest axes until they are short, and pads `size` up to what that asks for.
 
     An axis coarser than its neighbors waits: it is neither halved nor convolved across before the
@@ -90,10 +88,7 @@ def pool(
     spacing, edge = list(spacing_mm), list(size)
     kernel = tuple(1 for _ in spacing)
     strides, kernels = [kernel], []
-    while max_stages is None or len(strides) < max_stages:
-        halved = _axes_to_halve(spacing, edge)
-        if not any(halved):
-            break
+    while any(halved := _axes_to_halve(spacing, edge)):
         finest = min(spacing)
         kernel = tuple(3 if s / finest < 2 else k for s, k in zip(spacing, kernel, strict=True))
         kernels.append(kernel)
@@ -112,7 +107,7 @@ def _axes_to_halve(spacing: Sequence[float], edge: Sequence[float]) -> list[bool
         return long
     finest = min(s for s, yes in zip(spacing, long, strict=True) if yes)
     halved = [yes and s / finest < 2 for s, yes in zip(spacing, long, strict=True)]
-    # A stage for one axis alone has to pay: that axis must be longer than usual.
+    # A stage that halves one axis alone is made only if that axis is longer than usual.
     if sum(halved) == 1 and edge[halved.index(True)] < 3 * _SHORTEST_EDGE:
         return [False] * len(halved)
     return halved

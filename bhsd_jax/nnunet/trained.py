@@ -5,7 +5,7 @@ made here say so, so that a network sees what it was trained on.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from bhsd_jax.ct.channels import SCHEMES
@@ -14,19 +14,8 @@ from bhsd_jax.nnunet.planner import from_nnunet_plans
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Channel, Plan
 
-READERS = {  # by reader: what its arrays' axes are
-    "SimpleITKIO": "file",
-    "NibabelIO": "file",
-    "NaturalImage2DIO": "file",
-    "Tiff3DIO": "file",
-    "NibabelIOWithReorient": "SAR",  # to R, A, S, then in the order z, y, x
-    "SimpleITKIOWithReorient": "SAR",
-}
-PREPROCESSOR = "DefaultPreprocessor"
-LABEL_MANAGER = "LabelManager"  # says what makes labels of logits
 _MODALITIES = {scheme: modality for modality, scheme in plans_json.NORMALIZATION.items()}
 _PRIMUS = re.compile(r"(nnUNet)?_Primus(?P<version>(V2)?)_?(?P<size>[SBML])_")  # its trainers
-_RESAMPLING = {"data": 3, "seg": 1, "probabilities": 1}  # what: spline order
 
 
 def plan_of(
@@ -58,7 +47,7 @@ def plan_of(
         source_sha256=source_sha256,
         license=str(dataset.get("licence") or dataset.get("license") or ""),
         notes=(f"imported from nnU-Net, configuration {configuration}",),
-        axes=READERS[plans["image_reader_writer"]],
+        axes=plans_json.READERS[plans["image_reader_writer"]],
         normalize_first=True,
         use_mask_for_norm=usual and modality == "mr" and channels[0].masked,
         channels=() if usual else channels,
@@ -140,27 +129,13 @@ def _require_supported(
         wrong.append(f"{channels} channels in dataset.json, {len(schemes)} in the plans")
     wrong += [f"{s} (known: {', '.join(SCHEMES)})" for s in schemes if s not in SCHEMES]
     reader = plans.get("image_reader_writer")
-    if reader not in READERS:
-        wrong.append(f"reader {reader} (known: {', '.join(READERS)})")
-    if settings.get("preprocessor_name", PREPROCESSOR) != PREPROCESSOR:
+    if reader not in plans_json.READERS:
+        wrong.append(f"reader {reader} (known: {', '.join(plans_json.READERS)})")
+    if settings.get("preprocessor_name", plans_json.PREPROCESSOR) != plans_json.PREPROCESSOR:
         wrong.append(f"preprocessor {settings['preprocessor_name']}")
-    manager = plans.get("label_manager") or LABEL_MANAGER
-    if manager != LABEL_MANAGER:
+    manager = plans.get("label_manager") or plans_json.LABEL_MANAGER
+    if manager != plans_json.LABEL_MANAGER:
         wrong.append(f"label manager {manager}")
-    wrong += unusual_resampling(settings, ("data", "probabilities"))
+    wrong += plans_json.unusual_resampling(settings, ("data", "probabilities"))
     if wrong:
         raise UserError(f"nnU-Net plans: not supported: {'; '.join(wrong)}")
-
-
-def unusual_resampling(settings: Mapping[str, Any], every: Sequence[str]) -> list[str]:
-    """How a configuration resamples data, seg or probabilities, where nnU-Net plans otherwise."""
-    found = []
-    for what in every:
-        used = settings.get(f"resampling_fn_{what}", "resample_data_or_seg_to_shape")
-        how = {"order": _RESAMPLING[what], "order_z": 0, "force_separate_z": None}
-        planned = tuple(how.values())
-        how |= settings.get(f"resampling_fn_{what}_kwargs", {})
-        orders = how["order"], how["order_z"], how["force_separate_z"]
-        if used != "resample_data_or_seg_to_shape" or orders != planned:
-            found.append(f"resampling of {what} by {used} {how}")
-    return found
