@@ -45,7 +45,7 @@ def entropy(logits: Float[Array, "B D H W K"], epsilon: float = 0.0) -> Float[Ar
     if epsilon:
         prob = jnp.exp(log_prob)
         return -(prob * jnp.log(prob + epsilon)).sum(-1) / np.log(logits.shape[-1])
-    # Not p log p: that has a NaN gradient where a probability underflows.
+    # With log p from the log-softmax: the gradient of p log p is NaN where p underflows.
     return -(jnp.exp(log_prob) * log_prob).sum(-1) / np.log(logits.shape[-1])
 
 
@@ -94,11 +94,17 @@ def soft_dice(
 
     Source: Milletari et al. 2016, arXiv:1606.04797, whose denominator is the `squared` one.
     """
+    prob, truth = _of_classes(logits, label, background=background)
+    return _coefficient(prob, truth, valid, batch=batch, squared=squared, smooth=smooth)
+
+
+def _of_classes(
+    logits: Float[Array, "B D H W K"], label: Int[Array, "B D H W"], *, background: bool
+) -> tuple[Float[Array, "B D H W C"], Float[Array, "B D H W C"]]:
+    """Probability and truth of every class, with or without the background."""
     prob = jax.nn.softmax(logits.astype(jnp.float32))
     truth = jax.nn.one_hot(label, logits.shape[-1], dtype=jnp.float32)
-    if not background:
-        prob, truth = prob[..., 1:], truth[..., 1:]
-    return _coefficient(prob, truth, valid, batch=batch, squared=squared, smooth=smooth)
+    return (prob, truth) if background else (prob[..., 1:], truth[..., 1:])
 
 
 def _coefficient(
@@ -169,18 +175,15 @@ class DiceCE:
     def dice(self, logits: Float[Array, "B D H W K"], label: Int[Array, "B D H W"]) -> Scalar:
         """The Dice part, unweighted."""
         label, valid = self._split(label)
-        smooth = (
-            self.smooth,
-            self.smooth if self.smooth_denominator is None else self.smooth_denominator,
-        )
-        coefficient = soft_dice(
-            logits,
-            label,
-            valid=valid,
+        prob, truth = self._compared(logits, label)
+        below = self.smooth if self.smooth_denominator is None else self.smooth_denominator
+        coefficient = _coefficient(
+            prob,
+            truth,
+            valid,
             batch=self.batch_dice,
-            background=self.background,
             squared=self.squared,
-            smooth=smooth,
+            smooth=(self.smooth, below),
         )
         loss = float(self.from_one) - coefficient
         if self.class_weight is not None:
@@ -188,7 +191,12 @@ class DiceCE:
             loss = loss * (weight if self.background else weight[1:])
         return loss.mean()
 
+    def _compared(self, logits: Array, label: Array) -> tuple[Array, Array]:
+        """Probability and truth of all that has a Dice coefficient, in the last axis."""
+        return _of_classes(logits, label, background=self.background)
+
     def _split(self, label: Array) -> tuple[Array, Array | None]:
+        """The label map with 0 where it is to be ignored, and where it is not; None: nowhere."""
         if self.ignore is None:
             return label, None
         valid = label != self.ignore
@@ -218,19 +226,8 @@ class DiceBCE(DiceCE):
             return nats.mean()
         return (nats * valid[..., None]).sum() / jnp.maximum(valid.sum(), 1e-8)
 
-    def dice(self, logits: Float[Array, "B D H W R"], label: Int[Array, "B D H W"]) -> Scalar:
-        """The Dice part, unweighted."""
-        label, valid = self._split(label)
-        below = self.smooth if self.smooth_denominator is None else self.smooth_denominator
-        coefficient = _coefficient(
-            jax.nn.sigmoid(logits.astype(jnp.float32)),
-            self._truth(label),
-            valid,
-            batch=self.batch_dice,
-            squared=self.squared,
-            smooth=(self.smooth, below),
-        )
-        return (float(self.from_one) - coefficient).mean()
+    def _compared(self, logits: Array, label: Array) -> tuple[Array, Array]:
+        return jax.nn.sigmoid(logits.astype(jnp.float32)), self._truth(label)
 
     def _truth(self, label: Int[Array, "B D H W"]) -> Float[Array, "B D H W R"]:
         regions = [
