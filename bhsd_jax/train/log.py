@@ -14,7 +14,6 @@ import jax
 
 from bhsd_jax.platform import files, machine, step_log
 from bhsd_jax.train.loop import Interrupted
-from bhsd_jax.train.means import Means
 from bhsd_jax.train.speed import Speed
 from bhsd_jax.train.trackers import End, TensorBoard, Tracker
 from bhsd_jax.types import Metrics, TrainState
@@ -22,6 +21,49 @@ from bhsd_jax.types import Metrics, TrainState
 logger = logging.getLogger(__name__)
 
 _OF_THE_STEP = ("lr", "weight")  # follow a schedule; all else is a mean since the line before
+
+
+class Means:
+    """Means of what the steps report, over the steps since they were last taken.
+
+    What a step reports stays on the devices until the means are asked for, so that no step waits.
+    Sums are Python's floats, of twice the precision of what is reported: in how many parts they
+    are made does not show.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None):
+        """Goes on from what `state` gave, such as before a run was stopped; None: from nothing."""
+        state = state or {}
+        self._count: int = state.get("count", 0)
+        self._sums: dict[str, float] = dict(state.get("sums", {}))
+        self._pending: list[Metrics] = []
+
+    def add(self, metrics: Metrics) -> None:
+        """Takes what one step reports; does not wait for it."""
+        self._pending.append(metrics)
+
+    def take(self) -> dict[str, float]:
+        """The mean of every metric; counts anew from here. Empty if no step was added.
+
+        Waits for the steps that were added.
+        """
+        self._fold()
+        means = {key: value / self._count for key, value in self._sums.items()}
+        self._count, self._sums = 0, {}
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs, as JSON; waits like `take`."""
+        self._fold()
+        return {"count": self._count, "sums": dict(self._sums)}
+
+    def _fold(self) -> None:
+        """Adds what has been kept to the sums, one transfer for all of it."""
+        pending, self._pending = self._pending, []
+        for metrics in jax.device_get(pending):
+            for key, value in metrics.items():
+                self._sums[key] = self._sums.get(key, 0.0) + float(value)
+            self._count += 1
 
 
 class Log:
@@ -153,7 +195,7 @@ class Log:
             self.close(end)
 
     def close(self, end: End = End.DONE) -> None:
-        """No line comes after it."""
+        """Tells the trackers how the training ended; no line comes after it."""
         self._tell(lambda tracker: tracker.close(end))
 
     def _tell(self, what: Callable[[Tracker], None]) -> None:

@@ -12,9 +12,8 @@ from bhsd_jax import settings
 from bhsd_jax.assemble.validation import Validation
 from bhsd_jax.input.pipeline import Batches
 from bhsd_jax.train.checkpoint import Checkpoints
-from bhsd_jax.train.log import Log
+from bhsd_jax.train.log import Log, Means
 from bhsd_jax.train.loop import Every, fit
-from bhsd_jax.train.means import Means
 from bhsd_jax.train.processes import Preemption
 from bhsd_jax.types import Batch, TrainState
 from bhsd_jax.verbs import train as train_verb
