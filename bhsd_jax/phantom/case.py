@@ -78,7 +78,6 @@ class Truth:
     scan: Scan
     head: Head
     surgery: Surgery
-    painted_ml: Mapping[int, float]  # by class index, in the mask, with the true voxel volume
 
 
 def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.ndarray, Truth]:
@@ -121,11 +120,10 @@ def make_case(seed: int, options: Options = Options()) -> tuple[np.ndarray, np.n
     label = outline(cells, blood, requested, shown, scan)
     if options.rater_noise:
         label = redraw(label, rng[_RATER])
-    painted = {c: float((label == c).sum() * scan.voxel_ml) for c in lesions}
     image = acquire(scan, shown, cavity, rng[_NOISE])
     if options.metal:
         image = add_metal(image, cavity, scan, rng[_METAL])
-    return image, label, Truth(scan, head, surgery, painted)
+    return image, label, Truth(scan, head, surgery)
 
 
 def _space(head: Head, lesions: Mapping[int, Lesion], points: Points, depth: np.ndarray) -> Space:

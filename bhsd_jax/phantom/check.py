@@ -8,6 +8,7 @@ looked at where each class bleeds most.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bhsd_jax.phantom.bleeds import EDH, IPH, IVH, SAH, SDH
 from bhsd_jax.phantom.case import Options, make_case
 from bhsd_jax.phantom.figures import Figures
 from bhsd_jax.platform import machine
@@ -15,45 +16,44 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.platform.workers import Workers
 from bhsd_jax.volume import HEMORRHAGE
 
-_EDH, _IPH, _IVH, _SAH, _SDH = range(1, 6)
 # Taken in turn, so that every class is seen often enough.
-_CLASSES = ((_EDH,), (_SAH, _SDH), (_IPH, _IVH), (_SDH,), (_IPH, _IVH, _SAH))
+_CLASSES = ((EDH,), (SAH, SDH), (IPH, IVH), (SDH,), (IPH, IVH, SAH))
 _RATIO = (0.75, 1.25)  # allowed of ours to the real figure
 _FEW = 0.01  # allowed of a share that is next to nothing in real scans
 SCANS, SIZE, SLICES = 40, 512, 32  # BHSD's size; noise and bone look different in coarse pixels
 
 # By name and class; 0: of no class.
 REAL: dict[tuple[str, int], float] = {
-    ("share above 100 HU", _EDH): 0.002,
-    ("share above 100 HU", _IPH): 0.0,
-    ("share above 100 HU", _IVH): 0.002,
-    ("share above 100 HU", _SAH): 0.0,
-    ("share above 100 HU", _SDH): 0.008,
-    ("share below 20 HU", _SDH): 0.39,
-    ("pieces per slice", _EDH): 1.0,
-    ("pieces per slice", _IPH): 1.0,
-    ("pieces per slice", _IVH): 1.0,
-    ("pieces per slice", _SAH): 2.5,
-    ("pieces per slice", _SDH): 2.0,
-    ("share of pieces of one voxel", _IPH): 0.0,
-    ("share of pieces of one voxel", _IVH): 0.03,
-    ("share of pieces of one voxel", _SAH): 0.0,
-    ("share of pieces of one voxel", _SDH): 0.0,
-    ("HU", _EDH): 66.0,
-    ("HU", _IPH): 53.0,
-    ("HU", _IVH): 48.0,
-    ("HU", _SAH): 46.0,
-    ("HU", _SDH): 59.0,
-    ("HU above its surroundings", _EDH): 34.0,
-    ("HU above its surroundings", _IPH): 24.0,
-    ("HU above its surroundings", _IVH): 23.0,
-    ("HU above its surroundings", _SAH): 11.0,
-    ("HU above its surroundings", _SDH): 18.0,
-    ("cm2 per slice", _EDH): 1.5,
-    ("cm2 per slice", _IPH): 7.3,
-    ("cm2 per slice", _IVH): 3.1,
-    ("cm2 per slice", _SAH): 1.9,
-    ("cm2 per slice", _SDH): 8.3,
+    ("share above 100 HU", EDH): 0.002,
+    ("share above 100 HU", IPH): 0.0,
+    ("share above 100 HU", IVH): 0.002,
+    ("share above 100 HU", SAH): 0.0,
+    ("share above 100 HU", SDH): 0.008,
+    ("share below 20 HU", SDH): 0.39,
+    ("pieces per slice", EDH): 1.0,
+    ("pieces per slice", IPH): 1.0,
+    ("pieces per slice", IVH): 1.0,
+    ("pieces per slice", SAH): 2.5,
+    ("pieces per slice", SDH): 2.0,
+    ("share of pieces of one voxel", IPH): 0.0,
+    ("share of pieces of one voxel", IVH): 0.03,
+    ("share of pieces of one voxel", SAH): 0.0,
+    ("share of pieces of one voxel", SDH): 0.0,
+    ("HU", EDH): 66.0,
+    ("HU", IPH): 53.0,
+    ("HU", IVH): 48.0,
+    ("HU", SAH): 46.0,
+    ("HU", SDH): 59.0,
+    ("HU above its surroundings", EDH): 34.0,
+    ("HU above its surroundings", IPH): 24.0,
+    ("HU above its surroundings", IVH): 23.0,
+    ("HU above its surroundings", SAH): 11.0,
+    ("HU above its surroundings", SDH): 18.0,
+    ("cm2 per slice", EDH): 1.5,
+    ("cm2 per slice", IPH): 7.3,
+    ("cm2 per slice", IVH): 3.1,
+    ("cm2 per slice", SAH): 1.9,
+    ("cm2 per slice", SDH): 8.3,
     ("Dice of the best threshold", 0): 0.281,
     ("noise, HU", 0): 4.6,
     ("noise, correlation at 1 px", 0): 0.69,
@@ -80,7 +80,7 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Of ours to the real figure."""
+        """Our figure over the real one."""
         return self.ours / self.real if self.real else float("nan")
 
     @property

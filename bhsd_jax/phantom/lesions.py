@@ -24,7 +24,7 @@ class Space(NamedTuple):
     tissue: Tissues
 
     def take(self, index: np.ndarray) -> "Space":
-        """Only some voxels."""
+        """The space of these voxels alone."""
         names = self.tissue.__dataclass_fields__
         return Space(
             (self.points[0][index], self.points[1][index], self.points[2][index]),
@@ -50,7 +50,7 @@ class Lesion(Protocol):
 
     @property
     def volume_ml(self) -> float:
-        """What to fill."""
+        """Volume that its mask is to have."""
         ...
 
     def allowed(self, space: Space) -> np.ndarray:
@@ -93,7 +93,7 @@ class Epidural:
 
     @property
     def radius_mm(self) -> float:
-        """Of the lens; its thickness is about 0.6 of it."""
+        """Radius of the lens; its thickness is about 0.6 of it."""
         return float(np.clip(10 * self.volume_ml ** (1 / 3) * self.widen, 8, 60))
 
     def allowed(self, space: Space) -> np.ndarray:

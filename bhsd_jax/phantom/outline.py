@@ -62,7 +62,7 @@ def _box(cells: np.ndarray, shape: tuple[int, ...], scan: Scan) -> tuple[slice, 
 
 
 def _sigma(scan: Scan) -> float:
-    """Of the smoothing, pixels."""
+    """Standard deviation of the smoothing, pixels."""
     return max(_SMOOTH[0] / scan.pixel_mm, _SMOOTH[1])
 
 

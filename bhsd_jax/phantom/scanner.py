@@ -40,12 +40,12 @@ class Scan:
 
     @property
     def pixel_mm(self) -> float:
-        """Of rows and columns alike."""
+        """Distance between rows, and between columns."""
         return self.field_mm / self.size
 
     @property
     def across_mm(self) -> np.ndarray:
-        """Places of rows and columns alike, from the middle."""
+        """Position of every row, and of every column, from the middle."""
         return (np.arange(self.size) - (self.size - 1) / 2) * self.pixel_mm
 
     @property

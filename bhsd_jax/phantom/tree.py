@@ -87,7 +87,7 @@ class _Job:
         return case_id(self.parameters.seed, list(_FOLDER).index(self.group), self.index)
 
     def paths(self, root: Path) -> tuple[Path, Path | None]:
-        """Image and mask."""
+        """Where image and mask are written; no mask: None."""
         name = f"{self.id}.nii.gz"
         labeled = _FOLDER[self.group] == _IMAGES
         return root / _FOLDER[self.group] / name, root / _MASKS / name if labeled else None
