@@ -12,22 +12,18 @@ from bhsd_jax.report.viewer import Shown, Viewer
 _OPACITY = 0.55  # of the bleeds
 
 
-def widget(scan: Shown, around: Viewer, *, reference: bool = False) -> Any:
+def widget(scan: Shown, around: Viewer) -> Any:
     """An `ipyniivue.NiiVue` with the scan and its bleeds in their colors, as on the page.
 
     Args:
         scan: What to show.
         around: Its classes and windows; the first window is taken.
-        reference: Draw the reference instead of the prediction.
 
     Raises:
-        ValueError: If the extra `viewer` is not installed, or there is no reference.
+        ValueError: If the extra `viewer` is not installed.
     """
     if not niivue.available():
         raise UserError(f"the widget needs NiiVue; {explain_extra('viewer')}")
-    mask = scan.reference if reference else scan.prediction
-    if mask is None:
-        raise UserError(f"{scan.name} has no reference to show")
     library = importlib.import_module("ipyniivue")
     low, high = (float(value) for value in np.percentile(scan.image, (2, 99.5)))
     if around.windows:
@@ -41,7 +37,9 @@ def widget(scan: Shown, around: Viewer, *, reference: bool = False) -> Any:
         cal_max=high,
     )
     bleeds = library.Volume(
-        data=viewer.as_nifti(mask, scan.spacing_mm), name="bleeds.nii.gz", opacity=_OPACITY
+        data=viewer.as_nifti(scan.prediction, scan.spacing_mm),
+        name="bleeds.nii.gz",
+        opacity=_OPACITY,
     )
     bleeds.set_colormap_label(_colors(around.classes))
     made = library.NiiVue(is_radiological_convention=True, sagittal_nose_left=True, is_ruler=True)

@@ -317,5 +317,3 @@ def test_the_notebooks_widget_holds_what_the_page_holds():
     assert lut[:3, 3].tolist() == [0, 255, 255]
     assert f"#{bytes(lut[2, :3].astype(np.uint8)).hex()}" == viewer.colors(PAGE.classes)[1]
     assert found.opts.is_radiological_convention
-    with pytest.raises(UserError, match="third has no reference"):
-        notebook.widget(SCANS[2], PAGE, reference=True)
