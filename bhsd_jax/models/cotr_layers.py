@@ -14,22 +14,18 @@ from jaxtyping import Array, Float
 from bhsd_jax.models.conv import Triple, conv3d
 from bhsd_jax.models.initializers import fan_out_normal, torch_bias
 from bhsd_jax.models.norms import BatchNorm, InstanceNorm
-from bhsd_jax.platform.errors import UserError
 
 
 class Unit(nn.Module):
     """Convolution without bias, norm, activation.
 
     `norm` "batch" keeps running statistics in the collection `batch_stats`; "group" has 16 groups.
-
-    Raises:
-        ValueError: If `norm` is unknown.
     """
 
     features: int
     kernel: Triple = (3, 3, 3)
     strides: Triple = (1, 1, 1)
-    norm: str = "instance"
+    norm: str = "instance"  # a choice of `cotr.CoTr`
     weight_std: bool = False  # standardize each filter before use
     slope: float | None = 0.01  # below zero; None: no activation
     train: bool = False
@@ -132,6 +128,4 @@ def _norm(kind: str, train: bool, dtype: DTypeLike) -> nn.Module:
         return InstanceNorm(dtype=dtype, name="norm")
     if kind == "batch":
         return BatchNorm(1e-5, True, dtype, 0.1, train, name="norm")
-    if kind == "group":
-        return nn.GroupNorm(16, epsilon=1e-5, dtype=dtype, use_fast_variance=False, name="norm")
-    raise UserError(f"CoTr: norm is {kind!r}; choose 'instance', 'batch', or 'group'")
+    return nn.GroupNorm(16, epsilon=1e-5, dtype=dtype, use_fast_variance=False, name="norm")
