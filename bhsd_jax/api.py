@@ -154,10 +154,10 @@ class Prediction:
 
     @cached_property
     def probabilities(self) -> Probabilities:
-        """Of all classes or regions, with their names and the affine; `save` writes a file."""
+        """Probabilities of all classes or regions, with names and affine; `save` writes a file."""
         tempered, meaning = self._networks.tempered(self._logits), self._networks.labels
         values = geometry.probabilities_of_logits(tempered, self._grid, meaning)
-        return self._networks.chances(values, np.asarray(self._grid.native_affine))
+        return self._networks.with_names(values, np.asarray(self._grid.native_affine))
 
 
 def read_scan(path: str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -48,7 +48,7 @@ class Labels:
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Of the channels of the network's answer."""
+        """Names of the channels of the network's answer."""
         return tuple(name for name, _ in self.regions) or self.classes
 
     @property
@@ -62,13 +62,13 @@ class Labels:
         return tuple(sorted({value for index in targets for value in own[index]}))
 
     def annotated(self, label: UInt8[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
-        """Where it is known what is there."""
+        """True where the label map says what is there."""
         if self.ignore is None:
             return np.ones(label.shape, bool)
         return label != self.ignore
 
     def masks(self, label: UInt8[np.ndarray, "..."]) -> Iterable[Bool[np.ndarray, "..."]]:
-        """Where each target is, one after the other."""
+        """The mask of each target, one after the other."""
         for _, values in self.targets:
             yield label == values[0] if len(values) == 1 else np.isin(label, values)
 
@@ -81,11 +81,11 @@ class Labels:
         assert label is not None, "there is a region"
         return label
 
-    def of_chances(self, chances: Float[np.ndarray, "K ..."]) -> UInt8[np.ndarray, "..."]:
+    def of_probabilities(self, prob: Float[np.ndarray, "K ..."]) -> UInt8[np.ndarray, "..."]:
         """The class of the highest probability, the first of equals; or the regions above half."""
         if self.regions:
-            return self.assemble(one > 0.5 for one in chances)
-        return np.argmax(chances, axis=0).astype(np.uint8)
+            return self.assemble(one > 0.5 for one in prob)
+        return np.argmax(prob, axis=0).astype(np.uint8)
 
     def of_logits(self, logits: Float[np.ndarray, "K ..."]) -> UInt8[np.ndarray, "..."]:
         """The likeliest class, or the regions whose probability is above one half."""

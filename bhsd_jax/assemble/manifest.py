@@ -27,21 +27,16 @@ class Member:
 
     @property
     def weights_sha256(self) -> str:
-        """What stands for its checkpoint."""
+        """The digest of its checkpoint, see `checkpoint_files.digest`."""
         return checkpoint_files.digest(self.folder / "checkpoints", self.step)
 
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "nibabel", "pydicom")
+# Fields of `predict` that say where files lie and which are written, and nothing of the answer.
 _PLACES = (
-    "images",
-    "out",
-    "runs",
-    "show_ids",
-    "overwrite",
-    "report",
-    "part_id",
-    "num_parts",
-)  # no options of the answer
+    *("images", "out", "runs", "show_ids"),
+    *("overwrite", "report", "part_id", "num_parts"),
+)
 
 
 def of_prediction(run: Run, members: Sequence[Member]) -> dict[str, Any]:
@@ -59,7 +54,7 @@ def of_prediction(run: Run, members: Sequence[Member]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python and the libraries that decide numbers, as far as installed."""
+    """Versions of this package, of Python and of the libraries that numbers depend on."""
     found = {"bhsd_jax": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:

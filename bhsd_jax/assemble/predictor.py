@@ -36,7 +36,7 @@ from bhsd_jax.volume import Case, Plan, Series, Volume
 
 logger = logging.getLogger(__name__)
 
-# Of this process: memory is counted for one scan in them.
+# One scan at a time is in the networks of this process: memory is counted for one.
 IN_THE_NETWORKS = threading.RLock()
 _SAY_EVERY_S = 30.0  # how far a long scan is; a sign of life comes more often
 
@@ -62,8 +62,8 @@ class Predictor:
     meaning: Labels | None = None  # of outputs and values; None: plain classes
     nnunet_probabilities: bool = False  # also write them as nnU-Net does
     keeps_logits: bool = False  # also write them, on the network's own voxels
-    # Of a cascade: (case, its name) -> the case with the label map that its first network predicts.
-    # The seconds that took are told.
+    # The first network of a cascade: (case, its name) -> the case with the label map that it
+    # predicts, and the seconds that took.
     first: Callable[[Case, str], tuple[Case, float]] | None = None
 
     @property
@@ -98,7 +98,7 @@ class Predictor:
             faults.WriteError: If the first network's label map cannot be written.
         """
         watch = Stopwatch()
-        # The function of `preprocess`: what the network sees cannot differ from training.
+        # Prepared by the function of `preprocess`, so that the network sees what it was trained on.
         every, found = scan.read_channels(case.image)
         with watch.stopped():
             claim(self._bytes(every, case))
@@ -169,26 +169,26 @@ class Predictor:
         watch, ready = Stopwatch(), answer.scan
         case, own, grid = ready.case, ready.own, ready.grids[0]
         finish = partial(postprocessing.apply, rules=self.rules)
-        chances = None
+        prob = None
         if answer.likeliest is not None:
             label = geometry.label_from_grid(answer.likeliest, grid)
         elif self.apart:
-            chances = self._mean_chances(answer)
-            label = self.labels.of_chances(chances)
+            prob = self._mean_probabilities(answer)
+            label = self.labels.of_probabilities(prob)
         else:
             label = own.label(answer.logits[0], grid, self.labels)
         label = finish(label)
-        if chances is None and self._asks_for_chances(case):
-            chances = own.probabilities(self.tempered(answer.logits[0]), grid, self.labels)
+        if prob is None and self._needs_probabilities(case):
+            prob = own.probabilities(self.tempered(answer.logits[0]), grid, self.labels)
         if self.keeps_logits:
             saved_logits.save(saved_logits.beside(target), answer.logits[0], grid)
         if upright.is_needed(own):
             logits, means = answer.logits[0], (self.labels, finish)
             upright.write(target, case.image, own, label, logits, grid, *means, ready.seen)
-        if chances is not None:
-            self._save(chances, own, grid, case, target)
+        if prob is not None:
+            self._save(prob, own, grid, case, target)
         if isinstance(case.image, Series) and self.seg:
-            how = {"kind": self.seg, "maker": self.maker, "probabilities": chances}
+            how = {"kind": self.seg, "maker": self.maker, "probabilities": prob}
             segmentation.write(segmentation.place(target), case.image, label, self.classes, **how)
         scan.write(target, label, like=scan.native(case.image))
         seconds = ready.seconds + watch.seconds
@@ -204,34 +204,34 @@ class Predictor:
             ratio = np.divide(sorted(every[0].spacing_mm), sorted(plan.spacing_mm))
             prepared = native if plan.planar else native * math.prod(ratio)
             held += int(4 * prepared * (2 * plan.raw_channels + outputs))
-        chances = outputs if self.apart or self._asks_for_chances(case) else 0
-        return held + 4 * native * (chances + 3)  # a margin, the best so far, the label
+        prob = outputs if self.apart or self._needs_probabilities(case) else 0
+        return held + 4 * native * (prob + 3)  # a margin, the best so far, the label
 
-    def _asks_for_chances(self, case: Case) -> bool:
+    def _needs_probabilities(self, case: Case) -> bool:
         fractional = isinstance(case.image, Series) and self.seg == "fractional"
         return self.probabilities or fractional or self.nnunet_probabilities
 
     def _needs_logits(self, ready: Ready) -> bool:
-        asked = self._asks_for_chances(ready.case) or self.keeps_logits
+        asked = self._needs_probabilities(ready.case) or self.keeps_logits
         several = self.apart or self.others or upright.is_needed(ready.own)
         return bool(asked or several) or not ready.own.is_on(ready.grids[0])
 
-    def _mean_chances(self, answer: Answer) -> Float32[np.ndarray, "K N H W"]:
+    def _mean_probabilities(self, answer: Answer) -> Float32[np.ndarray, "K N H W"]:
         """Mean probabilities on the scan's own voxels, of groups of runs that are prepared alike.
 
         Source: nnU-Net v2.8.1, `ensemble_folders`: every configuration counts once.
         """
         own, grids = answer.scan.own, answer.scan.grids
         answers = zip(answer.logits, grids, strict=True)
-        chances = (own.probabilities(*each, self.labels) for each in answers)
-        mean = next(chances)
-        for one in chances:
+        prob = (own.probabilities(*each, self.labels) for each in answers)
+        mean = next(prob)
+        for one in prob:
             mean += one
         return mean / np.float32(1 + len(self.apart))
 
     def _save(
         self,
-        chances: Float32[np.ndarray, "K N H W"],
+        prob: Float32[np.ndarray, "K N H W"],
         own: OwnSlices,
         grid: geometry.Grid,
         case: Case,
@@ -239,9 +239,9 @@ class Predictor:
     ) -> None:
         """Writes probabilities beside the label map, in the formats that are asked for."""
         if self.probabilities:
-            self.chances(chances, own.affine).save(probabilities.beside(target))
+            self.with_names(prob, own.affine).save(probabilities.beside(target))
         if self.nnunet_probabilities:
-            saved_probabilities.write(target, case.image, grid, chances)
+            saved_probabilities.write(target, case.image, grid, prob)
 
     def compile(self) -> None:
         """Compiles the networks, which may go on while the first scan is read."""
@@ -273,10 +273,10 @@ class Predictor:
         """Logits of which the softmax, or of regions the sigmoid, is calibrated."""
         return logits if self.temperature == 1 else logits / np.float32(self.temperature)
 
-    def chances(self, values: Float[np.ndarray, "K D H W"], affine: np.ndarray) -> Probabilities:
+    def with_names(self, prob: Float[np.ndarray, "K D H W"], affine: np.ndarray) -> Probabilities:
         """Class probabilities on a scan's own voxels, as files of them have the axes."""
         named = self.labels.output_names
-        return Probabilities(values.transpose(0, 3, 2, 1), named, affine[:, [2, 1, 0, 3]])
+        return Probabilities(prob.transpose(0, 3, 2, 1), named, affine[:, [2, 1, 0, 3]])
 
     def _likeliest(
         self, image: np.ndarray, name: str, check: Callable[[], None]
