@@ -129,7 +129,7 @@ def parse(words: Sequence[str], version: str) -> Command:
     given |= _places(verb, folders, given)
     if "json" in given and verb != "info":
         raise UsageError("--json is for `bhsd info`")
-    # The file first: its fields are known only when it has been read.
+    # The config file comes first: absl knows its fields only when it has been read.
     flags = {"config": _config_of(verb, given)}
     flags |= {
         _full_name(name, verb, value): files.keep_whole(value) if _is_list(name, (verb,)) else value
@@ -233,7 +233,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def at_home(word: str) -> str:
-    """The same with `~/` as the home folder, wherever a path may begin in it.
+    """The word with `~/` replaced by the home folder wherever a path may begin in it.
 
     A shell does that at the beginning of a word alone: `--workdir=~/runs` would make a folder `~`.
     """

@@ -52,7 +52,7 @@ def main(verb: str) -> None:
             startup.prepare()
         files.sweep(workdir)
         _imported(verb).run(config, workdir)
-        # Process 0 may have tables or a page to write yet, and would have a minute for them.
+        # Process 0 may still write tables or a page; JAX's shutdown would wait for a minute alone.
         barrier.wait_for_all("end")
     except KeyboardInterrupt:
         _end(f"{verb}: interrupted", 130)  # as a shell says it
@@ -94,7 +94,7 @@ def _told(verb: str, config: Settings, workdir: Path) -> str:
 
 
 def _print(text: str) -> None:
-    """To standard output; whoever reads it may have read enough."""
+    """Writes to standard output, whose reader may be gone, as after `bhsd config | head`."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -126,7 +126,7 @@ def _reason(error: Exception, workdir: Path) -> str | None:
 
 
 def _parse_flags(argv: Sequence[str]) -> Any:
-    """As absl does; but a field, a word or a config file that is refused is one line as well."""
+    """Parses flags as absl does; what is refused of a config becomes a `UsageError` of one line."""
     file = argv[1].removeprefix("--config=").partition(":")[0]
     try:
         return flags.FLAGS(argv)
@@ -136,7 +136,7 @@ def _parse_flags(argv: Sequence[str]) -> Any:
                 f"{file}: no function get_config(arg), which returns a config; begin with that of"
             )
             raise UsageError(f"{text} bhsd_jax.configs.common") from None
-        # The text went through `repr` on its way.
+        # absl has put the text through `repr`.
         words = str(error.args[0]).replace("\\n", "\n").replace("\\'", "'")
         field, _, hint = words.strip("'\"").partition("\n")
         reason = f"no field {field.strip(chr(39))} in this config, see `bhsd config`. {hint}"

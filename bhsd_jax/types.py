@@ -107,7 +107,7 @@ class Objective(Protocol):
 
     @property
     def ema_t0(self) -> int:
-        """How that average begins: `train.step.moving_average`."""
+        """Weight of the initial value in that average, in updates: `train.step.moving_average`."""
         ...
 
     def init(self, model: nn.Module, image: Array, key: PRNGKeyArray) -> Params:

@@ -13,7 +13,7 @@ PADS = ("air", "nnunet")
 
 @dataclass(frozen=True)
 class CascadeInput:
-    """Of the second network of a cascade: normalized channels, then one per foreground label.
+    """Input of a cascade's second network: normalized channels, then one per foreground label.
 
     The last raw channel is the label map of the first network, -1 outside the scan.
 

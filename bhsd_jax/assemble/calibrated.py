@@ -20,7 +20,7 @@ _AGAIN = "run the verb `calibrate` again"
 
 
 def key(members: Sequence[Member]) -> list[dict[str, Any]]:
-    """Which networks a temperature is for: digests of their checkpoints, and their names."""
+    """The networks that a temperature is for: digests of their checkpoints, and their names."""
     return [
         {"weights_sha256": member.weights_sha256, "networks": list(member.networks)}
         for member in members

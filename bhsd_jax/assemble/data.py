@@ -104,7 +104,7 @@ def short_names(
 
 
 def _unharmed(digest: str) -> str:
-    """From the first eight digits on that a spreadsheet leaves as they are.
+    """The digest without what precedes the first eight digits that a spreadsheet leaves alone.
 
     It takes 83921e45 for a number that it writes otherwise, and the zero off 00412907.
     """

@@ -70,14 +70,14 @@ def make_predictor(run: Run, networks: Sequence[Params]) -> Predictor:
         run.patch,
         step=config.infer.step,
         mirror=config.infer.mirror,
-        # Of a single slice the mirrored version is the slice.
+        # Along an axis of one voxel the mirrored version is the tile itself.
         mirror_axes=tuple(axis for axis in wiring.mirror_axes(run) if run.patch[axis] > 1),
         tiles_per_call=config.infer.tiles,
         law=config.infer.law,
         margin=margin,
         unit=model.stride if any(margin) else None,
         combine=config.predict.combine,
-        # Of several processes each predicts scans of its own.
+        # The mesh is of this process alone: each of several predicts scans of its own.
         # The margin takes little: for a tile of 60^3 in 140^3 voxels, BLAST-CT's network takes
         # 3.4 kB per voxel of the 60^3.
         mesh=_mesh(bytes_per_tile(run.patch), config.infer.tiles or 0),

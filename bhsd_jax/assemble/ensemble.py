@@ -67,7 +67,7 @@ def open_runs(
     first, member = _open(run)
     members, groups = [member], [(run, [first])]
     for folder in _each_once(run.folder, more):
-        # Its own networks of its own best checkpoint: steps of different runs are not alike.
+        # A step that is chosen for the first run means nothing in another, which gives its best.
         chosen = run.config.predict.checkpoint
         which = chosen if chosen in ("best", "last") else "best"
         other = _as_first(run, run_of(folder, checkpoint=which), mirror)
@@ -93,7 +93,7 @@ def _each_once(first: Path, more: Sequence[str | Path]) -> list[str | Path]:
 
 
 def seen(run: Run, more: Sequence[str | Path], cases: Sequence[str]) -> dict[str, int]:
-    """On how many of a run's scans further runs were trained, by folder; those of none left out.
+    """Counts, by folder, the scans of a run that further runs were trained on; 0 is left out.
 
     That is known from their checkpoints, or from their shards where these are as they were then.
     Where they are not, are gone, or call the scans by other names, a run of the same data set and

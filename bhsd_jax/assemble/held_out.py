@@ -41,7 +41,7 @@ class Trained:
 
     @classmethod
     def of(cls, folder: Path) -> "Trained | None":
-        """That of the newest checkpoint in a run folder; None where nothing was trained.
+        """Reads the newest checkpoint in a run folder; None where nothing was trained.
 
         Imported weights are none: what they were trained on is not known.
         """

@@ -20,8 +20,8 @@ class ScanVolumes:
 
     case: str
     tilt_deg: float  # gantry; 0 for MR
-    # Of its own reading, networks and writing, which run beside those of other scans: not what it
-    # waited for them. None: the label map was there already.
+    # Time spent on reading, networks and writing of this scan, which run beside those of others;
+    # waiting for others does not count. None: the label map was there already.
     seconds: float | None
     ml: Mapping[str, float]  # by foreground class
     tilt_corrected: bool = False  # they are the affine's times the cosine of the tilt
@@ -34,7 +34,7 @@ class ScanVolumes:
 
     @property
     def total_ml(self) -> float:
-        """Of all classes, or of all regions together."""
+        """Volume of all classes, or of all regions together."""
         return sum(self.ml.values()) if self.all_ml is None else self.all_ml
 
     def flat(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class ScanVolumes:
         return row
 
     def listed(self) -> dict[str, Any]:
-        """The same for `volumes.json`, numbers with all their digits."""
+        """The entry in `volumes.json`: as in the table, numbers with all their digits."""
         plain = {one.name: getattr(self, one.name) for one in fields(self)}
         del plain["lesions"], plain["present_ml"]
         if self.all_ml is None:  # their sum says as much
@@ -66,7 +66,7 @@ class ScanVolumes:
         return plain | {"ml": dict(self.ml), "bleeds": self.bleeds()}
 
     def bleeds(self) -> dict[str, dict[str, Any]]:
-        """Of each class: whether it is there, its lesions, slices, size and side."""
+        """By class: whether it is there, and its lesions, slices, size and side."""
         return {name: self._bleed(name, ml) for name, ml in self.ml.items()}
 
     def lesion_rows(self) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def _midline(case: Case, plan: Plan, seen: Volume | None) -> np.ndarray | None:
         return None
     volume = scan.read_native(case.image, seen)
     voxels = plausibility.in_hu(volume.voxels)
-    # A network that takes scans as they lie may know one that is not in HU; its head we do not.
+    # A network may take a scan that is not in HU, but the midline is found by HU alone.
     return None if voxels is None else midline.of(voxels, volume.affine)
 
 

@@ -85,7 +85,7 @@ def of_any_length(recipe: Recipe) -> Callable[..., tuple[TrainState, Metrics]]:
 
 def _require_memory(memory: Any, mesh: Mesh) -> None:
     """Refuses a step that no device of this process can hold, before it is tried."""
-    # The new state takes the place of the old one: what goes in and what is computed is all.
+    # The new state takes the place of the old one, so that outputs need no memory of their own.
     needed = getattr(memory, "argument_size_in_bytes", 0) + getattr(memory, "temp_size_in_bytes", 0)
     if jax.default_backend() == "cpu":
         needed, available = needed * len(mesh.local_devices), None

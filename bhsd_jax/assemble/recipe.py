@@ -89,7 +89,7 @@ class Recipe:
 
 
 def share_cores(run: Run) -> None:
-    """On a CPU, as many devices as suit the training; before anything asks for the devices."""
+    """Splits a CPU into as many devices as suit the training; call before JAX starts."""
     config, batches = run.config, (run.labeled, run.unlabeled)
     if config.mesh.model > 1 or config.mesh.space > 1:
         return
@@ -151,7 +151,7 @@ def make_recipe(run: Run, mesh: Mesh | None = None) -> Recipe:
         fill=run.network_input.pad_value(config.input.pad),
         foreground=config.input.foreground,
         binary=config.split.binary,
-        # What lies outside the scan may be as bright as a head, and is none.
+        # Padding may be as bright as a head; only `inside` tells slice labels that it is none.
         masked=config.input.outside == "masked" or slices is not None,
         uniform=config.input.crop == "uniform",
         rot_flip=config.input.rot_flip,
@@ -209,13 +209,13 @@ class Cascade:
 
 
 def _cascade(run: Run, mesh: Mesh | None) -> Cascade | None:
-    """None if there is no first network."""
+    """The changes of the first network's label map; None if there is no first network."""
     if not isinstance(run.network_input, CascadeInput):
         return None
     specs = run.config.augment.previous
     ops = tuple(build("bhsd_jax.augment", dict(spec)) for spec in specs)
     shared = _shared(mesh)
-    # One by one on accelerators too, for what seldom fires takes long.
+    # One by one on accelerators too: all at once, the rarely drawn changes are always computed.
     sequential = mesh is None or mesh.size == 1 or shared is not None
     return Cascade(run.network_input.maps, IntensityChain(ops, sequential, shared))
 
@@ -326,7 +326,7 @@ def require_matching(run: Run, recipe: Recipe, roles: Roles, mesh: Mesh) -> None
     rows, accumulate = recipe.cut.patch[1], recipe.parts.accumulate
     meshes.require_divisible(mesh, recipe.labeled, recipe.unlabeled, rows, accumulate)
     _require_twins(config, recipe, mesh)
-    # A patch the model cannot take is refused by the model, here.
+    # Both calls trace the model, which refuses a patch that it cannot take.
     wiring.require_output(recipe.parts.model, recipe.cut.patch, recipe.channels)
     jax.eval_shape(recipe.init, jax.random.key(0))
 

@@ -67,7 +67,7 @@ class Run:
 
     @cached_property
     def normalization(self) -> Normalization:
-        """Of intensities as they lie in the shards: the plan's, or CT windows.
+        """The normalization of intensities in the shards: the plan's, or CT windows.
 
         Raises:
             ValueError: If windows are wanted of scans that the plan normalizes beforehand.
@@ -88,7 +88,7 @@ class Run:
 
     @cached_property
     def network_input(self) -> Normalization | CascadeInput:
-        """From a scan as it lies in the shards to all channels of the network."""
+        """The function from a scan as it lies in the shards to all channels of the network."""
         if not self.plan.previous_stage:
             return self.normalization
         labels = len(self.plan.classes) - 1

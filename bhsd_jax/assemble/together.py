@@ -14,7 +14,7 @@ from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train.agreement import agree, gather_words
 
-# Of a config, where a machine finds its scans and how fast it reads them: each may have its own.
+# Fields in which the machines of a run may differ: where scans lie, and how fast they are read.
 _OF_A_MACHINE = (
     *("data.root", "preprocess.shards", "preprocess.processes"),
     *("input.threads", "input.buffer", "input.cache_mb"),

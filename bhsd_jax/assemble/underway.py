@@ -24,7 +24,7 @@ class Ready:
     grids: tuple[Grid, ...]  # of the images
     warnings: tuple[str, ...]  # repairs and oddities
     doubts: tuple[str, ...]  # those of them that anyone who uses the scan has to know
-    unlike: str  # the training data, how; empty: as far as known it is not
+    unlike: str  # in what the scan differs from the training data; empty: in nothing that is known
     seconds: float  # that its steps have taken so far; see `Stopwatch`
 
 

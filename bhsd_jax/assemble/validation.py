@@ -73,7 +73,7 @@ class Validation:
             mirror=False,
             tiles_per_call=config.infer.tiles,
             law=config.infer.law,
-            # Of several processes each has a case of its own, which the others cannot wait for.
+            # Several processes have a case each, so that none can take part in another's tiles.
             mesh=mesh if mesh.size > 1 and jax.process_count() == 1 else None,
             regions=run.labels.region_order,
             options=wiring.compiler_options(model),
@@ -166,7 +166,7 @@ class Validation:
                 said = time.monotonic()
                 logger.info("step %d  validating: case %d of %d", step, first + 1, len(rows))
         if jax.process_count() > 1:
-            # As pairs of integers: JAX would round float64 to float32 on the way.
+            # Sent as pairs of integers, because JAX would round float64 to float32 on the way.
             parts = multihost_utils.process_allgather(rows.view(np.uint32))
             rows = np.fmax.reduce(np.asarray(parts).view(np.float64))
         dice = {
@@ -212,7 +212,7 @@ class Validation:
     def _targets(
         self, networks: dict[str, Params], image: np.ndarray, reference: np.ndarray
     ) -> np.ndarray:
-        """The same where outputs are regions, or masks leave voxels out."""
+        """As `_case`, where outputs are regions or masks leave voxels out."""
         counts = []
         for params in networks.values():
             logits = self.window.logits([params], image, **self._how)
@@ -228,7 +228,7 @@ def _rows(counts: Sequence[Sequence[overlap.Counts]]) -> np.ndarray:
 
 
 def _mean(values: Any) -> float:
-    """Over what is defined; NaN if nothing is."""
+    """Mean of the values that are finite; NaN if none is."""
     found = [value for value in values if np.isfinite(value)]
     return float(np.mean(found)) if found else float("nan")
 

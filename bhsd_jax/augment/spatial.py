@@ -75,9 +75,7 @@ class Affine:
     scale_p: float = 0.2
     scale: tuple[float, float] = (0.7, 1.4)  # drawn uniformly, one value for all axes
     dummy_2d: bool | str = "auto"
-    rotation_deg: float | None = (
-        None  # largest angle per axis; None: as nnU-Net (see `largest_deg`)
-    )
+    rotation_deg: float | None = None  # largest angle per axis; None: nnU-Net's, by `largest_deg`
     fill: float | tuple[float, ...] = 0.0  # normalized value outside the source, or one per channel
 
     def __post_init__(self) -> None:

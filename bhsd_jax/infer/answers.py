@@ -31,7 +31,7 @@ def logit_mean(logits: Sequence[Float[Array, "R D H W"]]) -> Float[Array, "R D H
         return logits[0]
     probability = [jax.nn.sigmoid(one) for one in logits]
     mean = sum(probability[1:], probability[0]) / len(probability)
-    # No farther from 0 and 1 than float32 is exact near 1: the logits stay finite.
+    # Kept as far from 0 and 1 as float32's step at 1, so that the logits stay finite.
     least = jnp.finfo(jnp.float32).eps
     mean = jnp.clip(mean, least, 1 - least)
     return jnp.log(mean) - jnp.log1p(-mean)

@@ -26,7 +26,7 @@ def mean_of_probabilities(
 def mean_of_regions(
     parts: Iterable[tuple[Float[np.ndarray, "R D H W"], int]],
 ) -> Float[np.ndarray, "R D H W"]:
-    """The same of regions, each of which has a probability of its own: their sigmoid."""
+    """As `mean_of_probabilities`, for regions, whose probabilities are a sigmoid each."""
     return _mean_of(parts, special.expit, _logit)
 
 
@@ -92,7 +92,7 @@ MEANS = {"probabilities": mean_of_probabilities, "logits": mean_of_logits}
 
 
 def mean_for(combine: str, *, regions: bool) -> Callable[..., np.ndarray]:
-    """That of `MEANS`, for classes or for regions."""
+    """The function of `MEANS` by its name, for classes or for regions."""
     return mean_of_regions if regions and combine == "probabilities" else MEANS[combine]
 
 

@@ -36,7 +36,7 @@ def add(
     first: Int[Array, ""],
     last: Int[Array, ""],
 ) -> Sums:
-    """With tiles `first` up to `last` added, which begin at row 0 and at `starts` in H and W."""
+    """Adds tiles `first` up to `last`, which begin at row 0 and at `starts` in H and W."""
 
     def put(total: Array, part: Array, start: tuple) -> Array:
         old = lax.dynamic_slice(total, start, part.shape)

@@ -49,8 +49,9 @@ class SlidingWindow:
     tiles_per_call: int | None = None  # None: as many as fit
     law: str = "nnunet"  # of tile positions and weights: a key of `tiles.LAWS`
     margin: Shape = (0, 0, 0)  # voxels around a tile that `forward` takes and gives no logits of
-    unit: Shape | None = None  # given if the margin is all that a voxel depends on: multiples of it
-    # are tiles too, and of a volume that ends early in its last tiles shorter ones are taken
+    # Given if a voxel depends on the margin around it alone. Then multiples of the unit are tiles
+    # too, and a volume that ends early in its last tiles gets shorter ones.
+    unit: Shape | None = None
     combine: str = "probabilities"  # of several networks the mean of these, or of their "logits"
     mesh: Mesh | None = None  # the tiles of a call are spread over all its devices
     regions: tuple[int, ...] = ()  # outputs are regions (sigmoid): the value each writes in turn
@@ -133,7 +134,7 @@ class SlidingWindow:
         return found
 
     def _fitted(self, size: Sequence[int]) -> "SlidingWindow":
-        """With the tile for a volume of that size; compiled once for every such tile."""
+        """The window with the tile for a volume of that size; compiled once for every such tile."""
         if self.unit is None:
             return self
         tile = tiles.shortened(size, self.tile, self.unit)
@@ -293,19 +294,19 @@ class SlidingWindow:
 
     @cached_property
     def _spread(self) -> Sharding | None:
-        """Where the tiles of a call lie; None: where the parameters are."""
+        """The devices that the tiles of a call are spread over; None: those of the parameters."""
         if self.mesh is None:
             return None
         return NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
 
     @cached_property
     def _home(self) -> Sharding:
-        """Where they are added up: on one device, for on others the sums would be copies."""
+        """The one device on which tiles are added up; on several the sums would be copies."""
         own = self.mesh.local_devices if self.mesh else jax.local_devices()
         return SingleDeviceSharding(own[0])
 
     def _replicate(self, tree: Params) -> Params:
-        """To the devices; what lies there already (sharded parameters, say) is left as it is."""
+        """Copies parameters to all devices; what lies on devices already stays as it is."""
         place = NamedSharding(self.mesh, PartitionSpec()) if self.mesh else None
         return jax.tree.map(
             lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf, place), tree

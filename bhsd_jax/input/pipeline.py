@@ -239,7 +239,7 @@ class Decoded:
 
     @property
     def shape(self) -> Shape:
-        """Of the scan."""
+        """Size D, H, W of the scan."""
         d, h, w = self.image.shape[:3]
         return d, h, w
 

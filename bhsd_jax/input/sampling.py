@@ -1,4 +1,4 @@
-"""Whose patch is taken and where it is cut, as pure functions of a random generator.
+"""The draw of cases and of the places of patches, as pure functions of a random generator.
 
 Source: nnU-Net 2.8.1, `nnUNetDataLoader.get_bbox` and `determine_shapes`; `two_stream` and
 `uniform_corner` are SSL4MIS' (06df604, `dataloaders/brats2019.py`).

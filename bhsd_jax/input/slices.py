@@ -49,7 +49,7 @@ class Slices:
         for k in range(1, self.margin + 1):
             near[k:] |= table[:-k] > 0
             near[:-k] |= table[k:] > 0
-        # Which of several classes a slice shows is not known of any of them.
+        # `SOME`: the slice shows one of several classes, so that each of them is unknown.
         table = np.where(table == SOME, -1, table)
         return np.where((table == 0) & near, -1, table).astype(np.int8)
 

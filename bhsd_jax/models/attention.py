@@ -55,7 +55,7 @@ def at_once(
     regions: Array | None,
     drop: Callable[[Array], Array] | None = None,
 ) -> Array:
-    """The same for queries that are scaled already, heads apart, all windows in one product.
+    """`attend` with all windows in one product, for queries that are scaled; heads stay apart.
 
     On CPUs no slower than `attend` where windows have few tokens.
     """
@@ -176,7 +176,8 @@ def _block_grads(
     """Gradients to query, key, value and bias; the weights are computed again."""
     size = _windows_at_once(query, key)
     given = _split(grad, size)
-    # Every row of weights times its gradient, summed: the same as the token times its own.
+    # The softmax's gradient needs the sum over each row of weight times gradient. It equals output
+    # times gradient, summed over channels, which is known without the weights.
     along = (given * _split(out, size)).sum(-1, keepdims=True)
 
     def block(total, x):
@@ -190,7 +191,7 @@ def _block_grads(
             total = total + to_scores.sum(1)
         return total, (to_query, to_key, to_value)
 
-    # Samples are summed at the end: devices that share a batch then meet once.
+    # Over samples it is summed at the end, so that devices that share a batch exchange it once.
     total = None if bias is None else jnp.zeros((len(query), *bias.shape), jnp.float32)
     parts = [_split(a, size) for a in (query, key, value)]
     total, grads = lax.scan(block, total, (*parts, _rows(regions, size), given, along))

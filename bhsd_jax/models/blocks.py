@@ -82,7 +82,7 @@ def _gelu_grad(x: Array, grad: Array):
 
 
 def _share_below(x: Array) -> Array:
-    """Of the normal distribution."""
+    """Share of the normal distribution below each number."""
     return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
 
 

@@ -124,7 +124,7 @@ class ConvTranspose(nn.Module):
 
 
 def on_cpu(function: Callable[..., Array], channels: int) -> Callable[..., Array]:
-    """On CPUs `function` of what they multiply fast; elsewhere of the arrays as they are.
+    """`function`, which on CPUs is given float32 or bits of bfloat16, whatever they multiply fast.
 
     Of bfloat16 XLA:CPU would make plain loops. `function` takes arrays of one type, or bits as
     `conv_bfloat16` does; its result is rounded to their type. `channels` are the fewest of its

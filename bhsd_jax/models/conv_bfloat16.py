@@ -146,7 +146,7 @@ class _Blocks:
 
     @property
     def taps(self) -> int:
-        """Of the window along W, in voxels that count as one."""
+        """Length of the window along W, in voxels that count as one."""
         return -(-self.window[2] // self.strides[2])
 
     def without_stride(self, image: Array) -> Array:
@@ -159,7 +159,7 @@ class _Blocks:
 
     @functools.cached_property
     def planes_and_lines(self) -> tuple[int, int]:
-        """In a block; of several planes it has all lines."""
+        """Planes and lines of a block; one of several planes has all lines of each."""
         depth, height, width = self.shape
         lines = divisor(height, _VOXELS // width)
         return (divisor(depth, _VOXELS // (height * width)) if lines == height else 1), lines
@@ -171,7 +171,7 @@ class _Blocks:
         return jnp.array([*itertools.product(*(range(0, n * s, k * s) for n, k, s in steps))])
 
     def no_lines(self, image: Array) -> Array:
-        """Room for `lines`."""
+        """Zeros of the shape of `lines`, which fills them."""
         batch, *_, width, channels = image.shape
         taps = self.window[0] * self.window[1]
         return jnp.zeros((batch, *self.planes_and_lines, width, taps, channels), image.dtype)
@@ -192,8 +192,8 @@ class _Blocks:
             seen = seen[:, :: self.strides[0], :: self.strides[1], :, None]
             return lax.dynamic_update_slice(room, seen, (0, 0, 0, 0, tap, 0))
 
-        # Were it not a loop, its end would be compiled together with what reads it, number by
-        # number.
+        # A loop, because XLA would otherwise fuse the last copy into what reads it, element by
+        # element.
         return _loop(taps, put, room)
 
     def rows(self, lines: Array) -> Float[Array, "B voxels K"]:

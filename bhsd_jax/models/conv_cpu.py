@@ -33,7 +33,7 @@ def convolve(image: Array, kernel: Array, strides: Triple, padding: Padding) -> 
     if image.dtype == jnp.uint16:
         return conv_bfloat16.convolve(_pad(image, padding), kernel, strides)
     inside = [(max(a, 0), max(b, 0)) for a, b in padding[1:]]
-    # 2-D convolutions with negative padding leave the library; those margins are cut here.
+    # XLA:CPU runs negative padding in generic code, so that such margins are cut off first.
     cut = [(min(a, 0), min(b, 0)) for a, b in padding[1:]]
     image = _pad(image, (padding[0], *cut))
     batch, depth, height, width, channels = image.shape
@@ -99,7 +99,7 @@ def _phase_grad(
         starts.append(start)
         pads.append((taps - 1 - shift, count + shift - grad.shape[axis + 1]))
     own = kernel[tuple(slice(start, None, s) for start, s in zip(starts, strides, strict=True))]
-    # Without the barrier the mirrored kernel is fused into the convolution: slow indexing.
+    # Without the barrier XLA fuses the mirroring into the convolution, whose indexing gets slow.
     own = lax.optimization_barrier(own[::-1, ::-1, ::-1].swapaxes(3, 4))
     return convolve(grad, own, _ONE, tuple(pads))
 
@@ -162,7 +162,7 @@ def _taps_grad(grad: Array, image: Array, before: list[int], taps: list[int]) ->
         plane, line = i // (height // lines), i % (height // lines) * lines
         right = lax.dynamic_slice(grad, (plane, line, 0, 0), (1, lines, width, features))
         right = resize(right, 2, wide).reshape(-1, features)
-        # Inside the loop, for outside of it this would be compiled together with the transposition.
+        # Outside the loop XLA would fuse this reshape with the transposition above.
         channels_first = image.reshape(len(image), channels, -1)
         products = []
         for tap in range(taps[0]):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one network and image size."""
+    """Cost of one network for one image size."""
 
     parameters: int
     multiply_adds: int  # of the forward pass; see `multiply_adds`

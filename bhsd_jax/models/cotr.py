@@ -97,7 +97,7 @@ class CoTr(nn.Module):
         for i in range(3):
             features = self.features[min(i + 1, 2)]
             for b in range(self.blocks[i]):
-                # The reference compares a stride tuple with 1: every first block projects.
+                # The reference compares a tuple of strides with 1, so every first block projects.
                 strides = self.strides[i + 1] if b == 0 else None
                 x = block(unit, features, strides, name=f"stage_{i}_{b}")(x)
             maps.append(x)

@@ -132,7 +132,7 @@ class Path(nn.Module):
         d, h, w = (slice(s // 2, None, s) for s in self.scale)
         x = image[:, d, h, w]
         for i, features in enumerate(self.features):
-            # A norm over each sample would take its intensities out of the image itself.
+            # On the image itself a norm of each sample would remove how bright the sample is.
             bare = i == 0 and norm_options(self.norm)[0] != "batch"
             norm = "" if bare else self.norm
             unit = Unit(features, _KERNEL, norm, self.train, 0.0, self.dtype, name=f"unit_{i}")
@@ -166,6 +166,6 @@ class Unit(nn.Module):
 
 
 def _inner(x: jax.Array, off: list[int]) -> jax.Array:
-    """Without so many voxels on either side of D, H, W."""
+    """Cuts `off` voxels from either side of D, H, W."""
     d, h, w = (slice(n, size - n) for n, size in zip(off, x.shape[1:4], strict=True))
     return x[:, d, h, w]

@@ -72,7 +72,7 @@ dense.defvjp(_dense, _dense_grad)
 
 
 def _sums(x: Float[Array, "B *n C"], grad: Float[Array, "B *n F"]) -> tuple[Array, Array]:
-    """Over tokens: of the products of every channel with every feature, and of the gradient."""
+    """Gradients of kernel and bias: sums over tokens of x times gradient, and of the gradient."""
     axes = tuple(range(x.ndim - 1))
     return jnp.tensordot(x, grad, (axes, axes)).astype(jnp.float32), grad.sum(axes, jnp.float32)
 

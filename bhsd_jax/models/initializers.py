@@ -22,11 +22,11 @@ he_normal_transpose = nn.initializers.variance_scaling(_HE, "fan_in", "normal", 
 # PyTorch's default for linear layers and convolutions: within 1 / sqrt(fan-in).
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 torch_uniform_transpose = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", **_SWAPPED)
-# CoTr's.
+# As CoTr draws its convolutions.
 fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 fan_out_normal_transpose = nn.initializers.variance_scaling(2.0, "fan_out", "normal", **_SWAPPED)
-# Of positions. PyTorch's `trunc_normal_` cuts at +-2 by default, not at two standard deviations:
-# never.
+# For positions. PyTorch's `trunc_normal_` cuts at +-2, which is 100 standard deviations here:
+# nothing is ever cut.
 trunc_normal = nn.initializers.normal(0.02)
 
 

@@ -48,7 +48,8 @@ ACDC: dict[str, Any] = {  # patch 14 x 160 x 160
 TUMOR: dict[str, Any] = {  # patch 128 x 128 x 128
     "embed": 96,
     "heads": (3, 6, 12, 24),
-    # Slip of the reference: reversed and cut at the wrong end, so twice what the encoder has.
+    # Bug of the reference: the list is reversed and cut at the wrong end, so that every stage has
+    # twice the encoder's heads.
     "heads_decoder": (6, 12, 24),
     "embed_strides": ((2, 2, 2), (2, 2, 2)),
     "deep_supervision": False,
@@ -138,7 +139,7 @@ class NNFormer(nn.Module):
         strides = self.merge_strides[i]
         kd, kh, kw = (1 if s == 1 else 3 for s in strides)
         depth = 0 if self.odd_depth and i == 2 else kd // 2
-        # An activation before the norm: no other Swin has it.
+        # The reference has an activation here, before the norm, unlike other Swin transformers.
         x = LayerNorm(dtype=self.dtype, name=f"merge_norm_{i}")(gelu(x))
         features, padding = 2 * x.shape[-1], (depth, kh // 2, kw // 2)
         conv = Conv(features, (kd, kh, kw), strides, padding, self.dtype, name=f"merge_{i}")

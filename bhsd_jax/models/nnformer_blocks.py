@@ -81,8 +81,8 @@ class Block(nn.Module):
         """`parts`: normalized maps by what becomes of them: query, key, value."""
         options = self.options
         _, *grid, channels = next(iter(parts.values())).shape
-        # Padding comes after the norm: a padded voxel is a zero whose key is the bias. No mask
-        # hides it, in the reference neither.
+        # Padding comes after the norm: the key of a padded voxel is the bias alone. As in the
+        # reference, attention does not mask such voxels.
         padded = tuple(math.ceil(n / w) * w for n, w in zip(grid, self.window, strict=True))
         margins = [(0, 0), *((0, p - n) for n, p in zip(grid, padded, strict=True)), (0, 0)]
         minus = [-s for s in self.shift]

@@ -109,9 +109,7 @@ class ResidualEncoderUNet(nn.Module):
     kernels: tuple[Triple, ...] = ()
     blocks_encoder: int | tuple[int, ...] = ()
     convs_decoder: int | tuple[int, ...] = 1
-    bottleneck: tuple[
-        int, ...
-    ] = ()  # inner channels per stage; empty: blocks have two convolutions
+    bottleneck: tuple[int, ...] = ()  # inner channels per stage; (): blocks of two convolutions
     stem: int | None = None  # channels; None: those of stage 0
     deep_supervision: bool = True
     conv_bias: bool = True
@@ -237,7 +235,7 @@ def _planned(
 
 
 def _decode(net: Any, skips: list[Array]) -> Logits:
-    """From the lowest stage up: up-sample, join (up-sampled first, then skip), convolve, head."""
+    """The decoder: up-samples, joins (up-sampled first, then skip), convolves; a head a stage."""
     stage = rematerialized(ConvStage, net.remat)
     strides, kernels = strides_of(net), kernels_of(net)
     convs = counts(net, "convs_decoder", len(skips) - 1)
@@ -269,12 +267,12 @@ def _unit(net: Any, kernel: Triple) -> functools.partial:
 
 
 def strides_of(net: Any) -> tuple[Triple, ...]:
-    """Per stage, of its first convolution."""
+    """Stride of the first convolution of every stage."""
     return _per_stage(net, "strides", _STRIDES)
 
 
 def kernels_of(net: Any) -> tuple[Triple, ...]:
-    """Per stage."""
+    """Size of the kernels of every stage."""
     kernels = _per_stage(net, "kernels", _KERNELS)
     if not all(k % 2 for kernel in kernels for k in kernel):
         raise UserError(f"{type(net).__name__}: kernels must be odd; got {kernels}")

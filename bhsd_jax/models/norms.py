@@ -154,7 +154,7 @@ class BatchNorm(nn.Module):
 
 
 def _scaled(layer: Any, normal: Array) -> Array:
-    """With learned scale and bias, in the layer's type."""
+    """Multiplies by a learned scale and adds a bias, if the layer has them; in its type."""
     if layer.affine:
         channels = (normal.shape[-1],)
         normal = normal * layer.param("scale", nn.initializers.ones, channels)

@@ -65,14 +65,10 @@ class Primus(nn.Module):
     absolute: bool = True
     rotary: bool = True
     norm_attention: bool = False  # normalize what attention gives, before its last layer
-    layer_scale: float | None = (
-        None  # start of a learned factor on both branches; None: there is none
-    )
+    layer_scale: float | None = None  # start of a learned factor on both branches; None: no factor
     dropout: float = 0.0  # behind attention and in the MLP
     attention_dropout: float = 0.0
-    drop_path: float = (
-        0.0  # of a branch, for a whole sample; in the last block, from 0 in the first
-    )
+    drop_path: float = 0.0  # of a whole branch, per sample; growing to this in the last block
     dtype: DTypeLike = jnp.float32  # of the computation; parameters and logits are float32
     remat: str = "none"  # "blocks": recompute each block in the backward pass
 

@@ -86,7 +86,7 @@ class PrimusBlock(nn.Module):
         value = self._linear(width, "value")(x).reshape(each)
         if self.angles is not None:
             query, key = (rotate(part, self.angles, self.registers) for part in (query, key))
-        # Every head is a window of its own: one at a time is as much as a cache may hold.
+        # Each head is passed as a window: attention takes a few at a time, which a cache can hold.
         alone = [jnp.moveaxis(part, 2, 1)[..., None, :] for part in (query, key, value)]
         dropped = self.train and self.attention_dropout
         mixed = attend(*alone, drop=self._drop(self.attention_dropout) if dropped else None)

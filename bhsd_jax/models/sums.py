@@ -17,7 +17,7 @@ _LANES = 8  # float32 numbers that a core adds at once
 
 
 def mean_of_voxels(values: Float[Array, "B D H W C"]) -> Float[Array, "B 1 1 1 C"]:
-    """Over D, H, W, which stay with length 1. On CPUs a product, as in `sum_of_all_tokens`."""
+    """Mean over D, H, W, which keep length 1; on CPUs a product, see `sum_of_all_tokens`."""
 
     def on_cpu(values: Array) -> Array:
         near = _near_tokens(values)
@@ -33,7 +33,7 @@ def mean_of_voxels(values: Float[Array, "B D H W C"]) -> Float[Array, "B 1 1 1 C
 
 
 def sum_of_all_tokens(values: Float[Array, "*n C"]) -> Float[Array, " C"]:
-    """Over all axes but the last.
+    """Sum over all axes but the last.
 
     Two sums behind each other may be compiled as one, which walks through everything for each
     channel. A matrix product cannot.
@@ -73,12 +73,12 @@ def _near_tokens(values: Float[Array, "*n t C"]) -> Float[Array, "*n u C"]:
 
 
 def sum_of_channels(values: Float[Array, "*n C"]) -> Float[Array, "*n 1"]:
-    """Over the last axis, which stays with length 1."""
+    """Sum over the last axis, which keeps length 1."""
     return _over_channels(values, jnp.sum)
 
 
 def max_of_channels(values: Float[Array, "*n C"]) -> Float[Array, "*n 1"]:
-    """The largest along the last axis, which stays with length 1."""
+    """Maximum over the last axis, which keeps length 1."""
     return _over_channels(values, jnp.max)
 
 

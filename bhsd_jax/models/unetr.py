@@ -57,7 +57,7 @@ class UNETR(nn.Module):
     mlp_dim: int = 3072
     heads: int = 12
     layers: int = 12
-    # Skips leave after so many blocks. The paper says 3, 6, 9; its code counts from zero.
+    # After how many blocks the skips leave. The paper says 3, 6, 9, but its code counts from zero.
     taps: tuple[int, ...] = (4, 7, 10)
     up_strides: tuple[Triple, ...] = ((2, 2, 2),) * 4  # from tokens to voxels, coarse to fine
     embedding: str = "conv"  # "perceptron" (published recipe): the same map, started differently

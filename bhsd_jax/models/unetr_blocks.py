@@ -90,7 +90,7 @@ class TransformerBlock(nn.Module):
         drop = functools.partial(nn.Dropout, self.dropout, deterministic=not self.train)
         width = x.shape[-1]
         qkv = Dense(3 * width, self.qkv_bias, self.dtype, name="qkv")(norm(name="norm1")(x))
-        # Every head is a window of its own: one at a time is as much as a cache may hold.
+        # Each head is passed as a window: attention takes a few at a time, which a cache can hold.
         alone = [jnp.moveaxis(part, 2, 1)[..., None, :] for part in heads_of(qkv, self.heads)]
         mixed = attend(*alone, drop=drop() if self.train and self.dropout else None)
         mixed = Dense(width, dtype=self.dtype, name="out")(

@@ -216,7 +216,7 @@ def choose_slices(reference: np.ndarray, predicted: np.ndarray, count: int) -> l
 
 
 def _area(reference: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Of the lesion in each slice: the reference's, or the prediction's where that is empty."""
+    """Area of the lesion by slice: the reference's, or the prediction's where that is empty."""
     return (reference if reference.any() else predicted).sum((1, 2))
 
 

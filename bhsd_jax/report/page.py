@@ -111,7 +111,7 @@ class Page:
         return "\n\n".join([*lines, self.footer]) + "\n"
 
     def pictures(self) -> "dict[str, Picture]":
-        """All of them by their file names, in the order of the page."""
+        """All pictures by their file names, in the order of the page."""
         found = [p for s in self.sections for p in s.parts if isinstance(p, Picture)]
         return {f"picture_{index:02d}.png": picture for index, picture in enumerate(found, start=1)}
 

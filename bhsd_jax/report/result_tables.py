@@ -70,7 +70,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def milliliters(value: float) -> str:
-    """With one digit; what is there never reads as nothing."""
+    """Volume as text with one digit; a small volume reads "< 0.1" and never "0.0"."""
     return "< 0.1" if 0 < value < 0.05 else f"{value:.1f}"
 
 

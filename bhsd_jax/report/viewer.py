@@ -105,7 +105,7 @@ def write(
 def colors(classes: Sequence[str]) -> list[str]:
     """One for each foreground class, no two alike."""
     taken = {_COLORS[name] for name in classes if name in _COLORS}
-    # Hues that lie apart, however many there are.
+    # Steps of the golden ratio give hues that lie apart, however many there are.
     more = (
         colorsys.hsv_to_rgb(_GOLDEN * k % 1, 0.55, 1 - 0.2 * (k % 2)) for k in itertools.count(1)
     )
@@ -205,7 +205,7 @@ def _page(viewer: Viewer, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _json(value: Any) -> str:
-    """For a script element: nothing in it can end it."""
+    """JSON that a script element can hold: nothing in it ends the element."""
     return json.dumps(value).replace("<", "\\u003c")
 
 

@@ -48,7 +48,7 @@ class ShardJob:
         plan = self.plan.to_json()
         used = [plan[k] for k in ("version", "classes", "modality", "spacing_mm", "transpose")]
         used += [plan[k] for k in ("crop_hu", "axes", "normalize_first")] + [store.SCHEMA]
-        # Shards of older versions, which knew neither, keep their keys.
+        # Added only where they matter, so that shards of older versions keep their keys.
         used += ["masked"] if self.plan.use_mask_for_norm else []
         used += [["shifted", *self.shifted]] if self.shifted else []
         used += [["normalized", *self.plan.foreground]] if self.plan.repaired else []
@@ -216,7 +216,7 @@ def _size(path: Path) -> int | None:
 
 
 def _sha256(path: Path) -> str | None:
-    """None if there is no file: a shard none of whose cases could be prepared."""
+    """SHA-256 of a shard; None if none of its cases could be prepared, so that there is no file."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

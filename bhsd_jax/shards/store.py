@@ -150,12 +150,12 @@ def check_shard(path: str | Path) -> list[Entry]:
 
 
 def _read(shard: Path, records: Sequence[int] | None, place: str) -> list[bytes]:
-    """Those records of a shard, or all."""
+    """Bytes of these records of a shard; None: of all."""
     if not shard.is_file():
         raise damaged(place, "the file is not there")
     try:
         with _as_system_error(shard):
-            # Opened anew each time (0.1 ms): nothing to lock, and no limit on how many shards.
+            # Opened anew each time, in 0.1 ms: no lock is needed, and any number of shards is fine.
             reader = array_record_module.ArrayRecordReader(str(shard), "readahead_buffer_size:0")
             try:
                 return reader.read_all() if records is None else reader.read(list(records))

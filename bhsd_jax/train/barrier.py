@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, and waiting for the others."""
+"""Tells which of a run's processes this one is, and waits for the others."""
 
 import itertools
 import sys

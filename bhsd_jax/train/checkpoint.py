@@ -86,7 +86,7 @@ class Checkpoints:
         return disk.read(self.folder, self._step(), "config")
 
     def plan(self) -> dict[str, Any]:
-        """That of the scans which the latest checkpoint was trained on."""
+        """The plan of the scans which the latest checkpoint was trained on."""
         return disk.read(self.folder, self._step(), "plan")
 
     def roles(self) -> dict[str, Any]:

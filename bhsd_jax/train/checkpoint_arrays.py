@@ -49,7 +49,7 @@ def restore(path: Path, abstract: TrainState) -> TrainState:
 
 
 def read(path: Path, names: Sequence[str]) -> dict[str, Params]:
-    """Those of the trees that a checkpoint has."""
+    """Trees of a checkpoint by name; those that it does not have are left out."""
     state: Any = path / "state"
     with closing(ocp.PyTreeCheckpointHandler()) as handler:
         tree = handler.metadata(state).tree
@@ -107,7 +107,7 @@ def _name(part: Any) -> str:
 
 @cache
 def _keep_quiet() -> None:
-    """Without the tracebacks of a failed save: the caller gets the same error, in one line."""
+    """Silences the tracebacks of a failed save: the caller gets the same error, in one line."""
     logging.getLogger("absl").addFilter(
         lambda record: not (record.exc_info and "orbax" in record.pathname)
     )

@@ -59,7 +59,7 @@ def is_saved(folder: Path, step: int) -> bool:
 
 
 def unfinished(folder: Path, step: int) -> Path:
-    """Where a step is written."""
+    """Folder in which a step is written before it gets its own name."""
     return folder / f"{step}.unfinished"
 
 
@@ -257,7 +257,7 @@ def prune(folder: Path) -> None:
     for step in sorted(set(ranked) - kept):
         path = folder / str(step)
         if not path.is_symlink():
-            # Not under its own name: a half-deleted step must not look like a damaged one.
+            # Renamed first: a step that is deleted by half must not look like a damaged one.
             _delete(path, under=unfinished(folder, step))
 
 

@@ -40,7 +40,7 @@ def gathered(mesh: Mesh | None, params: Params) -> Params:
 
 
 def keep_rows(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
-    """In a traced network: maps between modules are split by rows, or whole on each device.
+    """A context for tracing a network whose maps are split by rows, or whole on each device.
 
     That is, [B D H W C] is split as patches are, and where the devices do not divide H, every
     device of a group has all rows. Left alone, the compiler may put few rows of a deep stage on
@@ -56,7 +56,7 @@ def keep_rows(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
             return value
         split = value.shape[2] % bands(mesh) == 0
         spec = PartitionSpec("data", None, rows_over(mesh)) if split else PartitionSpec("data")
-        # Of a twin with devices of its own the mesh at hand lacks an axis.
+        # Inside the network of one twin the axis `twins` of the mesh cannot be used.
         current = jax.sharding.get_abstract_mesh()
         place = NamedSharding(mesh if current.empty else current, spec)
         return lax.with_sharding_constraint(value, place)
@@ -89,8 +89,8 @@ def each_twin(mesh: Mesh | None) -> Callable[..., Any]:
             results = one(*jax.tree.map(lambda leaf: leaf[0], own))
             return jax.tree.map(lambda leaf: leaf[None], results)
 
-        # Every argument and result varies over `twins`, so there is nothing for the check to find;
-        # it would ask for marks on the loops of `models.conv_cpu`.
+        # No check of varying axes: every argument and result varies over `twins`, and the check
+        # would ask for annotations in the loops of `models.conv_cpu`.
         results = jax.shard_map(
             mine, mesh=mesh, axis_names={"twins"}, in_specs=half, out_specs=half, check_vma=False
         )(*stacked)

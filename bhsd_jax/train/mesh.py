@@ -66,7 +66,7 @@ def make_mesh(
         if len(used) < len(devices):
             _say_idle(devices, used, batches, len(devices) // group)
         devices = used
-    # Auto: the compiler places what lies between the annotated inputs and outputs of the step.
+    # `Auto`: the compiler places all arrays between the annotated inputs and outputs of the step.
     kinds = (AxisType.Auto,) * len(AXES)
     return Mesh(_arranged(devices, (data, model, space, twins)), AXES, axis_types=kinds)
 
@@ -157,7 +157,7 @@ def _say_idle(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """The sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -220,7 +220,7 @@ def state_shardings(mesh: Mesh, state: Params, among: Sequence[tuple[str, ...]] 
 
 
 def local_rows(mesh: Mesh, count: int) -> list[int]:
-    """Which of `count` rows of a global batch the devices of this process need, ascending."""
+    """Rows, of `count` of a global batch, that the devices of this process need; ascending."""
     places = NamedSharding(mesh, PartitionSpec("data")).addressable_devices_indices_map((count,))
     parts = [index[0] for index in places.values() if index is not None]
     return sorted({row for part in parts for row in range(*part.indices(count))})

@@ -153,7 +153,7 @@ def make_optimizer(
     _require_within("beta2", beta2, 0, below=1)
     _require_within("weight_decay", weight_decay, 0)
     if clip is not None and not clip > 0:
-        # 0 would stop all learning, and a negative norm turn every gradient around.
+        # With 0 nothing is learned, and a negative norm would reverse every gradient.
         raise UserError(
             f"optimizer.clip is the largest gradient norm, above 0, or None, which clips nothing; "
             f"got {clip!r}"
@@ -169,7 +169,7 @@ def make_optimizer(
     }
     if name not in rules:
         raise UserError(f"optimizer.name is one of {', '.join(rules)}; got {name!r}")
-    # Without clipping the state has the same parts: a checkpoint can be resumed with and without.
+    # The identity keeps the structure of the state: a checkpoint resumes with and without clipping.
     clipping = optax.identity() if clip is None else clip_each(clip, parts)
     return optax.chain(clipping, *rules[name])
 
@@ -187,7 +187,7 @@ def _muon(
         """What a kernel's axes are: its last one counts outputs, all others inputs."""
 
         def axes(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
-            # A table of positions may be 2D too, and is no matrix.
+            # Tables of positions may have two axes too, but are no matrices: only kernels count.
             if path[-1].key != "kernel" or leaf.ndim < 2:
                 return None
             return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)

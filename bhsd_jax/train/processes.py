@@ -66,7 +66,7 @@ def start(place: Place, detect: str = "", *, saves: bool = False) -> None:
         return
     if place.complete and not place.coordinator.rpartition(":")[2].isdecimal():
         raise UserError(f"{place.source}: coordinator is host:port; got {place.coordinator!r}")
-    # JAX's service would take the signal and tell nobody but those who ask it.
+    # JAX's service takes SIGTERM for itself, and tells only those who ask it.
     jax.config.update("jax_enable_preemption_service", saves)
     if _initialize(place, detect):
         logger.info("process %d of %d", jax.process_index(), jax.process_count())
@@ -208,7 +208,7 @@ def _why_no_accelerator() -> str:
             "the driver (nvidia-smi), at CUDA_VISIBLE_DEVICES, and at who else holds the device; "
             "JAX_PLATFORMS=cpu says that it is meant to be so"
         )
-    # In WSL2 a GPU is no device file of its own; Windows' driver lends its library.
+    # WSL2 has no device file for a GPU, but a library of Windows' driver.
     if glob.glob("/dev/nvidia[0-9]*") or glob.glob("/usr/lib/wsl/lib/libcuda.so*"):
         return (
             "this machine has an NVIDIA GPU, and JAX's plugin for it is not installed; "
@@ -275,7 +275,7 @@ def unite_cores(parameters: int, voxels: int) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """In a run of several processes, says in one line that another one is gone.
+    """Turns the failure of a collective operation into one line: another process is gone.
 
     Raises:
         ValueError: Instead of what the collective operation that missed it said; also where a
@@ -337,8 +337,8 @@ class Preemption:
         if self._told and signum == signal.SIGINT:
             raise KeyboardInterrupt
         name = signal.Signals(signum).name
-        # Written as a signal handler must: the log may be in the middle of a line.
-        # Nobody may read it any more: Ctrl-C ends `| tee log` as well.
+        # `os.write` and no logging: the handler may interrupt the log in the middle of a line.
+        # The reader may be gone already, since Ctrl-C ends `| tee log` as well.
         with contextlib.suppress(OSError):
             os.write(sys.stderr.fileno(), f"{name}: saving after this step\n".encode())
         self._told = True

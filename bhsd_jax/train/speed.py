@@ -114,7 +114,7 @@ class Speed:
     _waited: float = 0.0
 
     def since(self, steps: int, seconds: float) -> dict[str, float]:
-        """Of so many steps that took so long; and the memory as it is now."""
+        """Figures for the log of `steps` that took `seconds`, and the memory in use now."""
         wait, self._waited = self.input.waited - self._waited, self.input.waited
         rate = steps / max(seconds, 1e-9)
         values = {
@@ -177,7 +177,7 @@ class Watch:
     def _judge(self, step: int, seconds: float, words: str) -> None:
         median = self._median()
         slow = seconds > max(_SLOW * median, _LEAST_S) and len(self._times) >= _ENOUGH
-        # Once as soon as it is slow, and once more when it is known how long it took.
+        # Told once as soon as the step is slow, and once more when it is known how long it took.
         rank = 2 * step + (words == "took")
         if slow and rank > self._said:
             self._said = rank

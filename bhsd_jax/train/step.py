@@ -63,7 +63,7 @@ def _quick(key: PRNGKeyArray) -> PRNGKeyArray:
 def make_train_step(parts: Parts) -> TrainStep:
     """Closes the update over what never changes; the caller jits it."""
 
-    # A program of its own, so that it is traced once for all networks and patches of one shape.
+    # Jitted by itself, so that it is traced once for all networks and patches of one shape.
     @jax.jit
     def forward(params: Params, image: Array, key: PRNGKeyArray) -> Logits:
         with layout.keep_rows(parts.mesh):

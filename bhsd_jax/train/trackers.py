@@ -83,7 +83,7 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, resumed_at: int, name: str, facts: Mapping[str, Any]):
         library = importlib.import_module("wandb")
         place = folder / "wandb_run"
-        # Not from the path: there another training may have been, or be in another container.
+        # A random id, because another training may have had this path, or have it in a container.
         called = _begun(place, resumed_at) or secrets.token_hex(8)
         self.run = library.init(
             project=_PROJECT,
@@ -126,7 +126,7 @@ class MLflow:
         _note(place, self.run)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        # One request for all: the loop waits for the answer.
+        # One request for all figures, because the training waits for the answer.
         now_ms = int(1000 * time.time())
         batch = [self.metric(key, value, now_ms, step) for key, value in values.items()]
         self.client.log_batch(self.run, metrics=batch)
