@@ -81,21 +81,15 @@ def soft_dice(
     *,
     valid: Bool[Array, "B D H W"] | None = None,
     batch: bool = False,
-    background: bool = False,
-    squared: bool = False,
-    smooth: tuple[float, float] = (1e-5, 1e-5),
 ) -> Float[Array, "*rows C"]:
-    """Soft Dice coefficient of every sample and class: [B K'], or [K'] with `batch`.
+    """Soft Dice coefficient of every sample and foreground class; with `batch`, of every class.
 
     `batch` sums over the patches first: an absent class then leans on the patches that have it.
-    `smooth` is added to numerator and denominator; the denominator never falls below 1e-8. With
-    nnU-Net's 1e-5 a class absent from a sample costs nothing until its probability mass is near
-    1e-5, and then almost a full class (nnU-Net issue 1395).
-
-    Source: Milletari et al. 2016, arXiv:1606.04797, whose denominator is the `squared` one.
+    With nnU-Net's smoothing, 1e-5, a class absent from a sample costs nothing until its probability
+    mass is near 1e-5, and then almost a full class (nnU-Net issue 1395).
     """
-    prob, truth = _of_classes(logits, label, background=background)
-    return _coefficient(prob, truth, valid, batch=batch, squared=squared, smooth=smooth)
+    prob, truth = _of_classes(logits, label, background=False)
+    return _coefficient(prob, truth, valid, batch=batch, squared=False, smooth=(1e-5, 1e-5))
 
 
 def _of_classes(
@@ -116,6 +110,12 @@ def _coefficient(
     squared: bool,
     smooth: tuple[float, float],
 ) -> Float[Array, "*rows C"]:
+    """Dice of probabilities; `smooth` is added to numerator and denominator.
+
+    The denominator never falls below 1e-8.
+
+    Source: Milletari et al. 2016, arXiv:1606.04797, whose denominator is the `squared` one.
+    """
     if valid is not None:
         prob, truth = prob * valid[..., None], truth * valid[..., None]
     axes = (0, 1, 2, 3) if batch else (1, 2, 3)
