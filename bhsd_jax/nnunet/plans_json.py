@@ -135,13 +135,14 @@ def _planned(
         "use_mask_for_norm": [
             request.masked and scheme == NORMALIZATION["mr"] for scheme in request.schemes
         ],
-        **_resampling(),
+        **resampling(),
         "architecture": _architecture(planner, pooling),
         "batch_dice": name == "2d",
     }
 
 
-def _resampling() -> dict[str, Any]:
+def resampling() -> dict[str, Any]:
+    """How nnU-Net plans that data, seg and probabilities are resampled."""
     fields: dict[str, Any] = {}
     for what, (is_seg, order) in _SPLINES.items():
         fields[f"resampling_fn_{what}"] = _RESAMPLER

@@ -46,6 +46,7 @@ class Source:
     windows: Any = "plan"  # see `config.windows`
     law: str = "nnunet"  # see `config.infer.law`
     combine: str = "probabilities"  # see `config.predict.combine`
+    configuration: str = "3d_fullres"  # see `config.preprocess.configuration`
 
 
 def find(path: Path) -> Path:
@@ -114,7 +115,13 @@ def from_nnunet(weights: WeightsFile, path: Path) -> Source:
         constructor |= {"norm_op": "BatchNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True}}
     axes = weights.beside.get("inference_allowed_mirroring_axes")
     first = 1 if plan.planar else 0  # of a 2D network's axes among ours
-    return Source(reference, constructor, plan, tuple(first + int(axis) for axis in axes or ()))
+    return Source(
+        reference,
+        constructor,
+        plan,
+        tuple(first + int(axis) for axis in axes or ()),
+        configuration=configuration,
+    )
 
 
 def require_named_network(source: Source, weights: WeightsFile, path: Path) -> None:
@@ -215,6 +222,7 @@ def write_run(
         name=out.name,
         model=_spec(module),
         windows=source.windows,
+        preprocess=replace(config.preprocess, configuration=source.configuration),
         input=replace(config.input, patch=source.plan.network.patch, pad=source.pad),
         infer=replace(_mirrored(config.infer, source.mirror_axes), law=source.law),
     )
