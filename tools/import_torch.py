@@ -79,7 +79,7 @@ def found(options: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         ValueError: If the path holds nothing that is known, or options are missing, or not read.
     """
-    from bhsd_jax.torch_weights import weights_file
+    from bhsd_jax.torch_weights import bundle
     from bhsd_jax.verbs import import_folders, import_weights
 
     path = options.checkpoint
@@ -97,7 +97,7 @@ def found(options: argparse.Namespace) -> tuple[Any, Any]:
         return model.source, model.members
     path = import_weights.find(path)
     import_weights.require_no_v1(path)
-    weights = weights_file.read(path)
+    weights = bundle.read(path)
     if import_weights.is_nnunet(weights):
         require_read(options, ("axes",), "a checkpoint of nnU-Net")
         source = turned(import_weights.from_nnunet(weights, path), options.axes)

@@ -32,6 +32,8 @@ _ARGUMENTS = {  # of the reference, with its defaults
     "norm_layer": "LayerNorm",
     "patch_norm": False,
     "use_checkpoint": False,  # changes memory, not numbers
+    "use_flash_attention": False,  # changes speed alone
+    "use_hyena": False,
     "spatial_dims": 3,
     "downsample": "legacy",  # of those that say `img_size`: see `from_torch`
     "use_v2": False,
@@ -65,6 +67,7 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
             "patch_size": (2,),
             "downsample": tuple(_MERGING),
             "norm_layer": ("LayerNorm",),
+            "use_hyena": (False,),
         },
     )
     if not {"downsample", "img_size"} & set(given):
@@ -72,7 +75,7 @@ def from_torch(reference: str, constructor: Mapping[str, Any]) -> Recipe:
             "SwinUNETR: MONAI 1.5 changed the order in which patches are merged, and the weights "
             'do not tell which they have; add to --constructor "downsample": "merging" if MONAI '
             '1.5 or later built the network, "legacy" for those before (all that were published '
-            "until 2025)"
+            "until 2025); of a bundle say --reference SwinUNETR/merging or SwinUNETR/legacy"
         )
     module = SwinUNETR(
         num_classes=arguments["out_channels"],

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import yaml  # which ml_collections brings
 
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError, explain_extra
@@ -18,6 +19,7 @@ from bhsd_jax.platform.errors import UserError, explain_extra
 # Where training scripts keep the network's weights among other things, the surest name first.
 _NESTS = ("network_weights", "state_dict", "model_state_dict", "model", "net", "network", "params")
 _SCALARS = (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)
+_YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +47,17 @@ def read(path: Path) -> WeightsFile:
     if path.suffix == ".npz":
         return _npz(path)
     content = _torch(path)
-    beside = content if isinstance(content, Mapping) else {}
-    return WeightsFile(_state(content, path), beside)
+    return WeightsFile(_state(content, path), content if isinstance(content, Mapping) else {})
+
+
+def beside(path: Path) -> Mapping[str, Any]:
+    """What a file of `torch.save` holds by key, without looking for weights; {}: no keys.
+
+    Raises:
+        ValueError: As `read`.
+    """
+    content = _torch(path)
+    return content if isinstance(content, Mapping) else {}
 
 
 def library(name: str, path: Path, extra: str = "torch-import") -> ModuleType:
@@ -176,15 +187,18 @@ def _array(tensor: Any) -> np.ndarray:
 
 
 def json_of(text: str) -> dict[str, Any]:
-    """A JSON object, from a file or written out.
+    """A JSON object, from a file or written out; from a file called .yaml the same in YAML.
 
     Raises:
         ValueError: If it is neither.
     """
+    written = text.lstrip().startswith("{")
+    parse = yaml.safe_load if not written and Path(text).suffix in _YAML else json.loads
     try:
-        value = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{text}: neither a JSON object nor a file of one ({error})") from error
+        value = parse(text if written else Path(text).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{text}: neither a JSON object nor a file of one ({why})") from error
     if not isinstance(value, dict):
         raise UserError(f"{text}: must be a JSON object, got a {type(value).__name__}")
     return value

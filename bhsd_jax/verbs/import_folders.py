@@ -12,7 +12,7 @@ import numpy as np
 
 from bhsd_jax.ct.geometry import CENTERS
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.torch_weights import weights_file
+from bhsd_jax.torch_weights import bundle, weights_file
 from bhsd_jax.verbs import import_weights
 from bhsd_jax.verbs.import_weights import Source
 from bhsd_jax.volume import Shape
@@ -34,10 +34,13 @@ class Model:
 
 
 def folds(path: Path) -> dict[str, Path]:
-    """Folders of folds by name, `fold_0` first, in nnU-Net's folder of a model; {}: it is none."""
+    """Folders of folds by name, `fold_0` first, in nnU-Net's folder of a model; {}: it is none.
+
+    So are they in `models` of a bundle of MONAI's that holds its networks.
+    """
     found = [
         one
-        for one in path.glob("fold_*")
+        for one in bundle.nnunet_models(path).glob("fold_*")
         if one.is_dir() and import_weights.FOLD.fullmatch(one.name)
     ]
     return {one.name: one for one in sorted(found, key=lambda one: (len(one.name), one.name))}
@@ -109,7 +112,7 @@ def one_of_nnunet(path: Path) -> Model:
     Raises:
         ValueError: If it is none, or its trainer has built a network that its plans do not name.
     """
-    weights = weights_file.read(path)
+    weights = bundle.read(path)
     if not import_weights.is_nnunet(weights):
         raise UserError(f"{path}: is no checkpoint of nnU-Net v2")
     source = import_weights.from_nnunet(weights, path)

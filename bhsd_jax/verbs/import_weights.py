@@ -59,7 +59,7 @@ def find(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    names = (*CHECKPOINTS, bundle.WEIGHTS)
+    names = (*CHECKPOINTS, bundle.WEIGHTS, bundle.WEIGHTS.name)
     found = [path / name for name in names if (path / name).is_file()]
     if not found:
         require_no_v1(path)

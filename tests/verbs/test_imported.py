@@ -17,10 +17,10 @@ import safetensors.numpy
 from bhsd_jax.assemble import deployed, devices, wiring
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import from_run
-from bhsd_jax.torch_weights import exporting, weights_file
+from bhsd_jax.torch_weights import bundle, exporting, weights_file
 from bhsd_jax.torch_weights.recipe import recipe_of, shapes_of
 from bhsd_jax.train.checkpoint import save_networks
-from bhsd_jax.verbs import import_weights, predict
+from bhsd_jax.verbs import import_folders, import_weights, predict
 from bhsd_jax.volume import Plan
 
 TOOL = Path(__file__).parents[2] / "tools" / "import_torch.py"
@@ -333,3 +333,57 @@ def test_a_folder_of_a_fold_gives_its_final_checkpoint(tmp_path):
     for name in ("checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"):
         (tmp_path / name).write_bytes(b"")
         assert import_weights.find(tmp_path).name == name
+
+
+
+def test_a_bundle_may_have_its_config_in_yaml(tmp_path):
+    for name in ("models", "configs"):
+        (tmp_path / name).mkdir()
+    text = "imports: [$import glob]\nclasses: 3\nnetwork_def:\n  _target_: SwinUNETR\n"
+    text += '  in_channels: 1\n  out_channels: "@classes"\n  use_flash_attention: true\n'
+    (tmp_path / "configs" / "inference.yaml").write_text(text)
+    config = bundle.config_of(tmp_path / "models" / "model.pt")
+    reference, constructor = bundle.network_of(weights_file.json_of(str(config)))
+    assert (reference, constructor["out_channels"]) == ("SwinUNETR", 3)
+    with pytest.raises(ValueError, match=r"of a bundle say --reference SwinUNETR/merging"):
+        recipe_of(reference, constructor)
+    assert recipe_of("SwinUNETR/merging", constructor).module.merging == "fixed"
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"broken\.yaml: neither a JSON object nor a file"):
+        weights_file.json_of(str(tmp_path / "broken.yaml"))
+
+
+def test_a_bundle_of_nnunets_networks_is_imported_as_its_folder(tmp_path, golden, monkeypatch):
+    """As `monai.apps.nnunet` writes them: weights in a folder of a fold, all else one folder up."""
+    known = json.loads((golden / "model_regions.json").read_text())
+    models = tmp_path / "models"
+    state = {}
+    for fold in ("fold_0", "fold_1"):
+        (models / fold).mkdir(parents=True)
+        (models / fold / "model.pt").touch()
+        state[fold] = {"encoder.stages.0.0.convs.0.conv.weight": np.ones(1, np.float32)}
+    for name in ("plans", "dataset"):
+        (models / f"{name}.json").write_text(json.dumps(known[name]))
+    (models / "nnunet_checkpoint.pth").touch()
+    given = {"plans": known["plans"], "dataset_json": known["dataset"]}
+    rest = {
+        "inference_allowed_mirroring_axes": (0, 2),
+        "init_args": given | {"configuration": known["configuration"]},
+        "trainer_name": "nnUNetTrainer",
+    }
+
+    def read(path):
+        weights = state[path.parent.name]
+        return weights_file.WeightsFile(weights, {"network_weights": weights})
+
+    monkeypatch.setattr(weights_file, "read", read)
+    monkeypatch.setattr(weights_file, "beside", lambda path: rest)
+    for path in (tmp_path, models):
+        model = import_folders.from_nnunet(path)
+        assert model.members == state
+        assert model.source.mirror_axes == (0, 2)
+        regions = [name for name, _ in model.source.plan.regions]
+        assert regions == list(known["dataset"]["labels"])[1:]
+    one = import_folders.one_of_nnunet(import_weights.find(models / "fold_1"))
+    assert one.members == {"network": state["fold_1"]}
+    assert one.source.plan.regions == model.source.plan.regions
