@@ -110,7 +110,8 @@ def from_nnunet(weights: WeightsFile, path: Path) -> Source:
     plan = trained.plan_of(plans, dataset, configuration, digest(path))
     trainer = str(weights.beside.get("trainer_name", ""))
     reference, constructor = trained.network_of(plans, dataset, configuration, trainer)
-    if any(name.endswith(".norm.running_var") for name in weights.state):
+    named = "BatchNorm" in str(constructor.get("norm_op")) and "TrainerBN" not in trainer
+    if not named and any(name.endswith(".norm.running_var") for name in weights.state):
         # nnUNetTrainerBN puts batch norms in the place of those that its plans name.
         constructor |= {"norm_op": "BatchNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True}}
     axes = weights.beside.get("inference_allowed_mirroring_axes")

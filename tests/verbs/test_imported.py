@@ -335,6 +335,26 @@ def test_a_folder_of_a_fold_gives_its_final_checkpoint(tmp_path):
         assert import_weights.find(tmp_path).name == name
 
 
+def test_batch_norms_that_plans_name_keep_their_epsilon(tmp_path, golden):
+    """Of a trainer that puts its own in the place of instance norms PyTorch's counts."""
+    plans = json.loads((golden / "plans" / "full_Hippocampus_nnUNetPlans.json").read_text())
+    dataset = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 1, "b": 2}}
+    given = {"plans": plans, "dataset_json": dataset, "configuration": "3d_fullres"}
+    state = {"encoder.stages.0.0.convs.0.norm.running_var": np.ones(32, np.float32)}
+    (path := tmp_path / "checkpoint_final.pth").touch()
+
+    def epsilon(trainer):
+        beside = {"network_weights": state, "init_args": given, "trainer_name": trainer}
+        source = import_weights.from_nnunet(weights_file.WeightsFile(state, beside), path)
+        module = recipe_of(source.reference, source.constructor).module
+        return module.norm, module.epsilon
+
+    assert epsilon("nnUNetTrainerBN") == ("batch", 1e-5)
+    layers = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    layers |= {"norm_op": "torch.nn.BatchNorm3d", "norm_op_kwargs": {"eps": 1e-3, "affine": True}}
+    assert epsilon("nnUNetTrainer") == ("batch", 1e-3)
+    assert epsilon("nnUNetTrainerBN") == ("batch", 1e-5)
+
 
 def test_a_bundle_may_have_its_config_in_yaml(tmp_path):
     for name in ("models", "configs"):
