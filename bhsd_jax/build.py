@@ -124,7 +124,7 @@ def fitting_arguments(
             continue
         try:
             found[argument] = fields.fitting(kinds.get(argument, Any), value)
-        except TypeError:
+        except fields.UnfitError:
             wanted = fields.in_words(kinds[argument])
             raise UserError(f"{name}: {argument} must be {wanted}; got {value!r}") from None
     return found

@@ -4,6 +4,7 @@ A group is a frozen dataclass. A field is `name: Annotated[type, "what it does",
 types are the plain ones, `Literal`, tuples and unions of them, `Spec`, or another group.
 """
 
+import contextlib
 import dataclasses
 import numbers
 import types
@@ -23,6 +24,13 @@ _WORDS = {
     bool: "True or False",
     str: "text",
     type(None): "None",
+}
+_PLAIN = {
+    int: numbers.Integral,
+    float: numbers.Real,
+    bool: int,
+    str: str,
+    type(None): type(None),
 }
 
 
@@ -45,8 +53,8 @@ class Field:
     about: str
 
 
-class _UnfitError(Exception):
-    """A value that a field cannot hold; the text says what it can, where the type does not."""
+class UnfitError(Exception):
+    """A value that a field or argument cannot hold; the text says what it can beyond its type."""
 
 
 def describe(group: type, path: str = "") -> Iterator[Field]:
@@ -63,8 +71,7 @@ def describe(group: type, path: str = "") -> Iterator[Field]:
 def read(group: Any, values: Any, path: str) -> Any:
     """A group from a dictionary.
 
-    Lists become tuples and whole numbers floats where the type says so; text with commas becomes a
-    tuple of words, and one item a tuple of it where any number may be.
+    Values become what their types say, as by `fitting`.
 
     Args:
         group: A frozen dataclass.
@@ -95,59 +102,76 @@ def read(group: Any, values: Any, path: str) -> Any:
     return group(**found)
 
 
-def fitting(kind: Any, value: Any) -> Any:
-    """An argument of a class, as the type in its signature wants it.
+def fitting(kind: Any, value: Any, *, ours: bool = False) -> Any:
+    """A value as a type wants it: an argument of a class, or of `ours`, a field of a group.
 
-    Types that are not plain ones take anything.
+    Lists become tuples, text with commas a tuple of words, one item a tuple of it where any number
+    may be, and 1e3 a whole number. In groups, whose types are all known, whole numbers become
+    floats; elsewhere 0 and 1 are truths too, and types that are not plain ones take anything.
 
     Raises:
-        TypeError: If it is of another type.
+        UnfitError: If it is of another type.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if _is_union(origin):
-        found = [fitting(one, value) for one in inner if _fits(one, value)]
-        # In `int | float` 1.0 may be a share and 1 a count: what is taken as it is goes first.
-        alike = [one for one in found if type(one) is type(value)]
-        return (alike or found)[0] if found else _misfit(value)
+        return _best_fit(inner, value, ours)
     if origin in (tuple, Sequence) and inner:
-        # Of one's own, (int) often stands for any number of them.
-        many = origin is Sequence or inner[-1:] == (Ellipsis,) or len(inner) == 1
-        return _fitting_items(inner[:1] if many else inner, value, many)
+        return _fitting_items(origin, inner, value, ours)
+    if origin is Literal:
+        fits = any(type(value) is type(choice) and value == choice for choice in inner)
+        return value if fits else _misfit()
+    if isinstance(kind, type) and kind in _PLAIN:
+        return _plain(kind, value, ours)
+    return _spec(value) if ours else value
+
+
+def _best_fit(kinds: tuple[Any, ...], value: Any, ours: bool) -> Any:
+    found = []
+    for kind in kinds:
+        with contextlib.suppress(UnfitError):
+            found.append(fitting(kind, value, ours=ours))
+    # In `int | float` 1.0 may be a share and 1 a count: what is taken as it is goes first.
+    alike = [one for one in found if type(one) is type(value)]
+    return (alike or found)[0] if found else _misfit()
+
+
+def _fitting_items(origin: Any, kinds: tuple[Any, ...], value: Any, ours: bool) -> tuple[Any, ...]:
+    any_number = origin is Sequence or kinds[-1] is Ellipsis
+    if isinstance(value, str) and _is_text(kinds[0]):
+        value = tuple(word.strip() for word in value.strip("()").split(",") if word.strip())
+    if any_number and value is not None and not isinstance(value, list | tuple):
+        value = (value,)
+    if not isinstance(value, list | tuple):
+        _misfit()
+    # Of one's own, (int) often stands for any number of them.
+    kinds = kinds[:1] * len(value) if any_number or len(kinds) == 1 else kinds
+    if len(kinds) != len(value):
+        _misfit()
+    found = tuple(fitting(one, item, ours=ours) for one, item in zip(kinds, value, strict=True))
+    if any(typing.get_origin(kind) is Literal for kind in kinds) and len(set(found)) < len(found):
+        _misfit()
+    return found
+
+
+def _plain(kind: type, value: Any, ours: bool) -> Any:
     if kind is int and type(value) is float and value.is_integer():
         return int(value)  # 1e3 of a command line
     if kind is bool:
-        return bool(value) if isinstance(value, int) and value in (0, 1) else _misfit(value)
-    plain = {int: numbers.Integral, float: numbers.Real, str: str, type(None): type(None)}
-    if (
-        isinstance(kind, type)
-        and kind in plain
-        and (not isinstance(value, plain[kind]) or isinstance(value, bool))
-    ):
-        return _misfit(value)
-    return value
+        truth = isinstance(value, bool) or (not ours and isinstance(value, int) and value in (0, 1))
+        return bool(value) if truth else _misfit()
+    if not isinstance(value, _PLAIN[kind]) or isinstance(value, bool):
+        _misfit()
+    return kind(value) if ours and kind in (int, float) else value
 
 
-def _fitting_items(kinds: tuple[Any, ...], value: Any, many: bool) -> tuple[Any, ...]:
-    if isinstance(value, str) and kinds[0] is str:
-        value = _words(value)
-    if not isinstance(value, list | tuple):
-        return _misfit(value)
-    kinds = kinds * len(value) if many else kinds
-    if len(kinds) != len(value):
-        return _misfit(value)
-    return tuple(fitting(one, item) for one, item in zip(kinds, value, strict=True))
+def _spec(value: Any) -> Any:
+    """Fields with a name, what they hold in tuples."""
+    named = isinstance(value, Mapping) and isinstance(value.get("name"), str)
+    return files.tuples(value) if named else _misfit()
 
 
-def _fits(kind: Any, value: Any) -> bool:
-    try:
-        fitting(kind, value)
-    except TypeError:
-        return False
-    return True
-
-
-def _misfit(value: Any) -> NoReturn:
-    raise TypeError(repr(value))
+def _misfit() -> NoReturn:
+    raise UnfitError
 
 
 def complete(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,74 +235,24 @@ def _parts(group: type) -> Iterator[tuple[dataclasses.Field, Any, tuple[Any, ...
 
 def _read_field(path: str, kind: Any, notes: tuple[Any, ...], value: Any) -> Any:
     try:
-        found = _value(kind, value)
+        found = fitting(kind, value, ours=True)
         _require_limits(found, notes[1:])
-    except _UnfitError as error:
+    except UnfitError as error:
         about = f" ({notes[0]})" if notes else ""
         wanted = str(error) or in_words(kind)
         raise UserError(f"{path} must be {wanted}; got {value!r}{about}") from None
     return found
 
 
-def _value(kind: Any, value: Any) -> Any:
-    """The value as the type has it."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if _is_union(origin):
-        return _first_fit(arguments, value)
-    if origin is tuple:
-        return _tuple(arguments, value)
-    if origin is Literal:
-        fits = any(type(value) is type(choice) and value == choice for choice in arguments)
-    else:
-        if kind is float and type(value) is int:
-            value = float(value)
-        fits = isinstance(value, origin or kind) and (kind is bool or not isinstance(value, bool))
-        if isinstance(value, Mapping):
-            fits = fits and isinstance(value.get("name"), str)
-    if not fits:
-        raise _UnfitError
-    return files.tuples(value) if isinstance(value, Mapping) else value
-
-
-def _first_fit(kinds: tuple[Any, ...], value: Any) -> Any:
-    for kind in kinds:
-        try:
-            return _value(kind, value)
-        except _UnfitError:
-            continue
-    raise _UnfitError
-
-
-def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str) and _is_text(kinds[0]):
-        value = _words(value)
-    any_number = kinds[-1] is Ellipsis
-    if any_number and value is not None and not isinstance(value, list | tuple):
-        value = (value,)
-    if not isinstance(value, list | tuple):
-        raise _UnfitError
-    kinds = (kinds[0],) * len(value) if any_number else kinds
-    if len(kinds) != len(value):
-        raise _UnfitError
-    found = tuple(_value(kind, item) for kind, item in zip(kinds, value, strict=True))
-    if any(typing.get_origin(kind) is Literal for kind in kinds) and len(set(found)) < len(found):
-        raise _UnfitError
-    return found
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.strip("()").split(",") if word.strip())
-
-
 def _require_limits(value: Any, limits: tuple[Any, ...]) -> None:
     numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if n is not None]
     for limit in limits:  # NaN is neither more nor less than any, and fits none
         if limit.above is not None and not all(number > limit.above for number in numbers):
-            raise _UnfitError(f"above {limit.above:g}")
+            raise UnfitError(f"above {limit.above:g}")
         if limit.least is not None and not all(number >= limit.least for number in numbers):
-            raise _UnfitError(f"{limit.least:g} or more")
+            raise UnfitError(f"{limit.least:g} or more")
         if limit.most is not None and not all(number <= limit.most for number in numbers):
-            raise _UnfitError(f"{limit.most:g} or less")
+            raise UnfitError(f"{limit.most:g} or less")
 
 
 def _is_text(kind: Any) -> bool:
