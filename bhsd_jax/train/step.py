@@ -67,7 +67,11 @@ def make_train_step(parts: Parts) -> TrainStep:
     @jax.jit
     def forward(params: Params, image: Array, key: PRNGKeyArray) -> Logits:
         with layout.keep_rows(parts.mesh):
-            return parts.model.apply({"params": params}, image, train=True, rngs={"dropout": key})  # pyright: ignore[reportReturnType]
+            heads: Any = parts.model.apply(
+                {"params": params}, image, train=True, rngs={"dropout": key}
+            )
+        # Of bfloat16, which a network of one's own may answer in, classes tie far too often.
+        return tuple(head.astype(jnp.float32) for head in heads)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         augment_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))

@@ -14,6 +14,7 @@ from bhsd_jax.assemble.recipe import make_recipe
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import cps, supervised
 from bhsd_jax.models.cost import cost
+from bhsd_jax.objectives.supervised import Supervised
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.train.step import make_train_step
 from tools import model_table
@@ -75,6 +76,12 @@ class Normed(Bare):
     @nn.compact
     def __call__(self, image, *, train):
         return (nn.BatchNorm(not train)(nn.Dense(self.num_classes)(image)),)
+
+
+class Half(Bare):
+    @nn.compact
+    def __call__(self, image, *, train):
+        return (nn.Dense(self.num_classes, dtype=jnp.bfloat16)(image),)
 
 
 class Untold(Bare):
@@ -155,3 +162,18 @@ def test_a_network_that_answers_otherwise_is_refused_before_it_is_trained(name, 
 def test_one_that_answers_as_it_should_is_not_refused():
     run, model = built("Bare")
     wiring.require_output(model, run.patch, 1)
+
+
+def test_whatever_type_it_answers_in_the_loss_sees_float32():
+    seen = []
+
+    class Seen(Supervised):
+        def loss(self, learner, batch, key):
+            seen.extend(learner.forward(learner.params, batch.image, key))
+            return super().loss(learner, batch, key)
+
+    recipe = make_recipe(built("Half")[0])
+    parts = dataclasses.replace(recipe.parts, objective=Seen())
+    state = jax.eval_shape(recipe.init, jax.random.key(0))
+    jax.eval_shape(make_train_step(parts), state, recipe.abstract_batch())
+    assert [logits.dtype for logits in seen] == [jnp.float32]
