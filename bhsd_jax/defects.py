@@ -159,7 +159,7 @@ class Kind(enum.StrEnum):
     FOLDS_UNREAD = "folds in a file that is not read"
     IMAGE_MISSING = "image that is not there"
     MASK_MISSING = "mask that is not there"
-    SLICE_LABELS_ALONE = "slice labels without a scan"
+    SLICE_LABELS_ALONE = "labels in a table without a scan"
     SLICES_UNTOLD = "slices of which the table of slice labels says nothing"
 
     # Of scans that have to do with each other.

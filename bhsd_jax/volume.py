@@ -160,6 +160,7 @@ class Case:
     every folder of shards would give folds of other scans in each."""
     previous: Path | None = None
     """Label map that the first network of a cascade has predicted; None: there is no cascade."""
+    absent: tuple[int, ...] = ()  # classes, by index, that no slice of the scan shows
 
     def __post_init__(self):
         """Takes paths as text, which data sets of one's own may have."""

@@ -67,8 +67,8 @@ def fingerprint_case(
     # The target spacing does not matter here: only the crop and the native spacing are used.
     shown = channels.union((volume, *every[1:]))
     grid = geometry.locate(shown, spacing_mm=volume.spacing_mm, crop_hu=crop_hu)
-    slice_labels.require_agreeing(case, len(volume.voxels))
     slice_labels.align(case, grid, num_classes)
+    slice_labels.require_agreeing(case, len(volume.voxels))
     found += slice_labels.doubts(case, grid, label)
     found += nifti.remarks(case.image, case.label)
     counts: tuple[int, ...] = ()
@@ -91,7 +91,7 @@ def fingerprint_case(
         case=case.id,
         patient=case.patient,
         split=case.split,
-        bleeding=_bleeding(case, label, modality),
+        bleeding=slice_labels.bleeding(case, label, modality, len(volume.voxels)),
         shape=grid.cropped_shape,
         spacing_mm=grid.native_spacing_mm,
         tilt_deg=float(shear.gantry_deg(volume.affine)) if modality == "ct" else 0.0,
@@ -166,7 +166,7 @@ def prepare_case(
         case=case.id,
         patient=case.patient,
         split=case.split,
-        bleeding=_bleeding(case, label, plan.modality),
+        bleeding=slice_labels.bleeding(case, label, plan.modality, len(volume.voxels)),
         slice_labels=slice_labels.of_case(case, grid, prepared_label, len(plan.classes)),
         image=image,
         label=prepared_label,
@@ -379,21 +379,6 @@ def _scaled(voxels: np.ndarray, plan: Plan) -> np.ndarray:
     """Source: nnU-Net v2.8.1, `CTNormalization`, in float32 as there."""
     low, mean, std, high = plan.foreground
     return (np.clip(voxels.astype(np.float32), low, high) - mean) / max(std, 1e-8)
-
-
-def _bleeding(case: Case, label: np.ndarray | None, modality: str) -> bool | None:
-    """What is known of the scan, which its mask must not contradict; a mask of MR tells nothing."""
-    if label is None or case.bleeding in (None, bool(label.any())):
-        return case.bleeding if label is None or modality == "mr" else bool(label.any())
-    if case.bleeding:
-        kind, said, known = Kind.MASK_EMPTY_BLEEDS, "mask is empty, but", "bleed"
-    else:
-        kind, said, known = Kind.MASK_OF_NO_BLEED, "mask outlines bleeding, but", "not bleed"
-    raise Refusal(
-        kind,
-        f"{case.label}: the {said} the scan is known to {known}; some mirrors ship other masks "
-        "than the data set's first source: fetch it there",
-    )
 
 
 def _extent(voxels: np.ndarray) -> tuple[float, float, float]:

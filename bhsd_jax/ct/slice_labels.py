@@ -18,7 +18,7 @@ def of_case(
     """Rows per prepared slice: the case's own; else what its prepared mask shows.
 
     Without either, a scan known not to bleed shows nothing in any slice; of one known to bleed no
-    slice is known.
+    slice is known. What the scan is known to lack, no slice shows.
     """
     given = align(case, grid, num_classes)
     if given is None and label is not None:
@@ -26,7 +26,41 @@ def of_case(
         return tuple(zip(*(column.astype(int).tolist() for column in shown), strict=True))
     if given is None and case.bleeding is False:
         return ((0,) * (num_classes - 1),) * grid.shape[0]
-    return given
+    if not case.absent:
+        return given
+    rows = given or ((-1,) * (num_classes - 1),) * grid.shape[0]
+    return tuple(
+        tuple(0 if k in case.absent and value != 1 else value for k, value in enumerate(row, 1))
+        for row in rows
+    )
+
+
+def bleeding(case: Case, label: np.ndarray | None, modality: str, depth: int) -> bool | None:
+    """Whether a scan of so many slices bleeds, by its mask, what is known of it, or of its slices.
+
+    A mask of MR tells nothing.
+
+    Raises:
+        Refusal: If the mask contradicts what is known of the scan.
+    """
+    if label is not None and case.bleeding not in (None, bool(label.any())):
+        if case.bleeding:
+            kind, said, known = Kind.MASK_EMPTY_BLEEDS, "mask is empty, but", "bleed"
+        else:
+            kind, said, known = Kind.MASK_OF_NO_BLEED, "mask outlines bleeding, but", "not bleed"
+        raise Refusal(
+            kind,
+            f"{case.label}: the {said} the scan is known to {known}; some mirrors ship other masks "
+            "than the data set's first source: fetch it there, or correct the table of scans",
+        )
+    if label is not None and modality != "mr":
+        return bool(label.any())
+    rows = case.slice_labels
+    if case.bleeding is not None or rows is None:
+        return case.bleeding
+    if any(max(row) > 0 for row in rows):
+        return True
+    return False if len(rows) == depth and all(set(row) == {0} for row in rows) else None
 
 
 def doubts(case: Case, grid: Grid, label: np.ndarray | None) -> list[Finding]:
@@ -60,26 +94,30 @@ def doubts(case: Case, grid: Grid, label: np.ndarray | None) -> list[Finding]:
 
 
 def require_agreeing(case: Case, depth: int) -> None:
-    """Refuses slice labels of a scan without a mask that is known to bleed, or not to, otherwise.
+    """Refuses slice labels that contradict what is known of a scan without a mask.
 
     Raises:
         Refusal: Says which of them say what.
     """
     rows = case.slice_labels
-    # Of a series both are from one table, and a slice that bleeds may be damaged and left out.
-    if rows is None or case.label is not None or not isinstance(case.image, Path):
+    if rows is None or case.label is not None:
         return
     shown = [k for k, row in enumerate(rows) if max(row) > 0]
+    lacking = [k for k, row in enumerate(rows) if any(row[c - 1] == 1 for c in case.absent)]
+    # A slice of a series that bleeds may be damaged and left out.
+    whole = isinstance(case.image, Path) and len(rows) == depth
     if case.bleeding is False and shown:
         known, said = "not to bleed", f"slice {shown[0]} of it bleeds"
-    elif case.bleeding and len(rows) == depth and all(set(row) == {0} for row in rows):
+    elif case.bleeding and whole and all(set(row) == {0} for row in rows):
         known, said = "to bleed", "none of its slices does"
+    elif lacking:
+        known, said = "to lack a class", f"slice {lacking[0]} of it shows that class"
     else:
         return
     raise Refusal(
         Kind.BLEEDS_AND_NOT,
-        f"{case.id}: is known {known}, as by the folder it lies in, and by its slice labels "
-        f"{said}; correct one of them",
+        f"{case.id}: is known {known}, as by the folder it lies in or a table of scans, and by its "
+        f"slice labels {said}; correct one of them",
     )
 
 

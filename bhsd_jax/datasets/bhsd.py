@@ -6,10 +6,10 @@ and mirrors drop suffixes: everything is matched by base name.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from bhsd_jax.datasets import slice_table
+from bhsd_jax.datasets import label_tables
 from bhsd_jax.datasets.bhsd_files import (
     Scans,
     find,
@@ -83,13 +83,9 @@ class BHSD:
                 f"{root}: no scans; expected label_192/images and label_192/ground truths, "
                 "unlabel_*/anybleed and nobleed, or imagesTr and labelsTr"
             )
-        table = root / "slice_labels.csv"
-        rows = slice_table.read(table, self.classes[1:])
-        unknown = sorted(set(rows) - {case.id for case in cases})
-        if unknown and pool:  # else rows of the pool have no scan here
-            text = f"{table}: rows of {len(unknown)} scans that are not used, such as {unknown[0]}"
-            findings.append(Finding(Kind.SLICE_LABELS_ALONE, "kept", text))
-        cases = [replace(case, slice_labels=rows.get(case.id)) for case in cases]
+        cases, more = label_tables.Tables.of(root, self.classes[1:]).known(cases)
+        # Else rows of the pool have no scan here.
+        findings += [f for f in more if pool or f.kind is not Kind.SLICE_LABELS_ALONE]
         return Survey(tuple(sorted(cases, key=lambda case: case.id)), tuple(findings))
 
     def _labeled(self, root: Path) -> tuple[list[Case], list[Finding]]:

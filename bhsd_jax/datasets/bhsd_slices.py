@@ -11,13 +11,13 @@ from bhsd_jax.ct import geometry, nifti
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.ct.dicom.grouping import Group
-from bhsd_jax.datasets import rsna
+from bhsd_jax.datasets import label_tables, rsna
 from bhsd_jax.datasets.bhsd import BHSD
 from bhsd_jax.platform import csv_files
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import SOME, Case
 
-FILE = "slice_labels.csv"  # in BHSD's folder, where `datasets/bhsd.py` reads it
+FILE = label_tables.SLICES  # in BHSD's folder, where it is read from
 _LEAST = 0.99  # correlation of a slice with its original
 
 

@@ -5,17 +5,18 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bhsd_jax.ct.dicom import segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.ct.dicom.slice_file import Slice
-from bhsd_jax.datasets import archives, series_masks
+from bhsd_jax.datasets import archives, label_tables, rsna, series_masks
 from bhsd_jax.datasets.label_maps import own_names
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform.csv_files import write_records
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import HEMORRHAGE, Case, Series, Survey
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,10 @@ class DICOM:
     below the root joined by _, or its name if no other has it), or to the only series in the
     folder it lies in, or below that. Series with a mask train (a fold of them validates),
     others are unlabeled. Patients are told apart by PatientID, else by study, as where it is a word
-    such as ANONYMOUS. Unless `show_ids`,
-    cases and patients are called by salted hashes.
+    such as ANONYMOUS. Unless `show_ids`, cases and patients are called by salted hashes.
+
+    In `root`, `scan_labels.csv` may say what scans show, each called as its mask may be, and
+    `slice_labels.csv` what slices show, each called by its SOPInstanceUID (`label_tables`).
     """
 
     root: str | Path
@@ -98,20 +101,79 @@ class DICOM:
                 f"{folder}: no NIfTI file in it, and folders in it are not looked into; look at "
                 "data.masks"
             )
+        tables = _Tables.of(root, self.classes[1:])
         cases = []
-        for group, name, mask in zip(groups, names, masks, strict=True):
+        called = series_masks.called(groups, names)
+        for group, name, own, mask in zip(groups, names, called, masks, strict=True):
             id = name if self.show_ids else self._hashed(group.first.series + name)
             who = _who(group.first) or name
             image = group.as_series(id, uneven=self.uneven, unshear=self.unshear)
             split = "unlabeled" if mask is None else "train"
             place = _digest(group.first.series + name)
-            cases.append(Case(id, self._hashed(who), image, mask, split, sorted_by=place))
+            case = Case(id, self._hashed(who), image, mask, split, sorted_by=place)
+            cases.append(tables.known(case, group, own))
         cases.sort(key=lambda case: case.id)
-        findings += _about_patients(groups)
+        findings += [*_about_patients(groups), *tables.alone(groups, called)]
         return Survey(tuple(cases), (*there.findings, *findings))
 
     def _hashed(self, text: str) -> str:
         return _digest(self.salt + text)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What `scan_labels.csv` and `slice_labels.csv` say of series and slices; nothing if not there.
+
+    In the first a series is called as its mask may be, in the second a slice by SOPInstanceUID: in
+    which order viewers number slices is not known. Messages name nobody.
+    """
+
+    root: Path
+    scans: Mapping[str, label_tables.Row]
+    slices: Mapping[str, label_tables.Row]
+
+    @classmethod
+    def of(cls, root: Path, classes: Sequence[str]) -> "_Tables":
+        scans = label_tables.read_scans(root / label_tables.SCANS, classes, _folder_name)
+        slices = label_tables.read_instances(root / label_tables.SLICES, classes)
+        return cls(root, scans, slices)
+
+    def known(self, case: Case, group: Group, names: set[str]) -> Case:
+        """The case with what is known of it."""
+        rows = {self.scans[name] for name in names & self.scans.keys()}
+        if len(rows) > 1:
+            raise UserError(
+                f"{self.root / label_tables.SCANS}: two lines, one by folder and one by UID, say "
+                "different things of one series; keep one"
+            )
+        if any(rsna.instance(item) in self.slices for item in group.slices):
+            assert isinstance(case.image, Series)  # of DICOM
+            unknown = (-1,) * len(next(iter(self.slices.values())))
+            of_slices = rsna.slice_rows(group, case.image, self.slices, unknown)
+            case = replace(case, slice_labels=of_slices)
+        return label_tables.labeled(case, next(iter(rows), None))
+
+    def alone(self, groups: Sequence[Group], called: Sequence[set[str]]) -> list[Finding]:
+        """Says of how many lines there is no series, or no slice."""
+        slices = {rsna.instance(item) for group in groups for item in group.slices}
+        findings = []
+        for name, rows, there, what in (
+            (label_tables.SCANS, self.scans, set[str]().union(*called), "scans"),
+            (label_tables.SLICES, self.slices, slices, "slices"),
+        ):
+            if lonely := len(rows.keys() - there):
+                text = (
+                    f"{self.root / name}: {lonely} of {len(rows)} lines are of {what} that are not "
+                    "used: a scan is called by SeriesInstanceUID or the folder of its series, a "
+                    "slice by SOPInstanceUID"
+                )
+                findings.append(Finding(Kind.SLICE_LABELS_ALONE, "kept", text))
+        return findings
+
+
+def _folder_name(name: str) -> str:
+    """A folder below the root as series are called; or what else is given, as it is."""
+    return "_".join(Path(name).parts)
 
 
 def _digest(text: str) -> str:

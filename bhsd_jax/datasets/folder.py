@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bhsd_jax.datasets import label_tables
 from bhsd_jax.datasets.bhsd_files import patient
 from bhsd_jax.datasets.label_maps import LabelMap, own_names
 from bhsd_jax.datasets.pairs import pairs
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import Case
+from bhsd_jax.volume import Case, Survey
 
 _MASKS = "masks"
 
@@ -20,10 +21,12 @@ class Folder:
     They do as BHSD's, `ID_<patient>_ID_<study>`, and those of BIDS, `sub-<patient>_ses-...`.
 
     Images with a mask train (a fold of them validates), or are what `split` says; others are
-    unlabeled. `labels` is a preset of `label_maps.PRESETS`, or names of the classes by mask value,
-    background first; values with one name are one class. `classes` are one's own names in place of
-    it, of the values 1, 2, ...; afterwards it holds all classes, by index. A mask with a value that
-    has no class is refused when it is read.
+    unlabeled. What is known of scans and slices is read from tables in `root` (`label_tables`).
+
+    `labels` is a preset of `label_maps.PRESETS`, or names of the classes by mask value, background
+    first; values with one name are one class. `classes` are one's own names in place of it, of the
+    values 1, 2, ...; afterwards it holds all classes, by index. A mask with a value that has no
+    class is refused when it is read.
 
     Raises:
         ValueError: If the label map, the modality or the split is not known.
@@ -59,14 +62,26 @@ class Folder:
         """All cases, sorted by id.
 
         Raises:
+            FileNotFoundError: As by `survey`.
+            ValueError: Likewise.
+        """
+        yield from self.survey().cases
+
+    def survey(self) -> Survey:
+        """All cases, and which rows of the tables have none.
+
+        Raises:
             FileNotFoundError: If there is no image, or not the folder of masks that was named.
-            ValueError: If a mask has no image, or the label map is not known.
+            ValueError: If a mask has no image, the label map is not known, or a table makes no
+                sense.
         """
         root, label_map = Path(self.root), LabelMap.of(self.labels)
         if self.masks != _MASKS and not (root / self.masks).is_dir():
             raise FileNotFoundError(f"{root / self.masks}: no such folder; look at data.masks")
+        cases = []
         for id, (image, mask) in pairs(root / self.images, root / self.masks).items():
-            if mask is None:
-                yield Case(id, patient(id), image, None, "unlabeled")
-            else:
-                yield Case(id, patient(id), image, label_map.label(mask), self.split)
+            label = None if mask is None else label_map.label(mask)
+            split = "unlabeled" if mask is None else self.split
+            cases.append(Case(id, patient(id), image, label, split))
+        known, findings = label_tables.Tables.of(root, label_map.classes[1:]).known(cases)
+        return Survey(tuple(known), tuple(findings))

@@ -221,7 +221,10 @@ def instance(item: Slice) -> str:
 
 
 def slice_rows(
-    group: Group, series: Series, labels: Mapping[str, SliceRow]
+    group: Group,
+    series: Series,
+    labels: Mapping[str, SliceRow],
+    unknown: SliceRow = UNKNOWN,
 ) -> tuple[SliceRow, ...] | None:
     """A row per slice of the volume that the series becomes; None if it becomes none.
 
@@ -232,7 +235,7 @@ def slice_rows(
         stack = dicom_series.order(group.slices, series)
     except ValueError:
         return None  # reading the case will say why
-    rows = [labels.get(instance(item), UNKNOWN) for item in stack.slices]
+    rows = [labels.get(instance(item), unknown) for item in stack.slices]
     return tuple(_row_at(float(place), rows) for place in stack.source)
 
 

@@ -41,19 +41,14 @@ def match(
     apart = _nifti_files(folder, str(folder)) if folder.is_dir() else {}
     apart = {name: path for name, path in apart.items() if path.suffix}
     shared = Counter(group.first.series for group in groups)
-    alike = Counter(group.folder.name for group in groups)
     homes = _homes(root, groups)
     masks: list[Path | None] = []
     used, named = set[Path](), set[str]()
-    for group, name in zip(groups, names, strict=True):
+    for group, own in zip(groups, called(groups, names), strict=True):
         this = f"series {len(masks) + 1} of {len(groups)} in the order of paths"
-        # A UID that several have would give one mask to each of them.
-        uid = group.first.series if shared[group.first.series] == 1 else ""
-        keys = {name, uid}
-        if alike[group.folder.name] == 1:
-            keys.add(group.folder.name)
-        keys &= set(apart)
+        keys = own & set(apart)
         named |= keys
+        uid = group.first.series if shared[group.first.series] == 1 else ""
         paths = [apart[key] for key in sorted(keys)]
         paths += [path for path in _beside(group, homes, uid, this) if path not in paths]
         if len(paths) > 1:
@@ -66,6 +61,27 @@ def match(
             "SeriesInstanceUID or for the folder of its series"
         )
     return masks, list(_unused([path for path in there if path not in used], groups))
+
+
+def called(groups: Sequence[Group], names: Sequence[str]) -> list[set[str]]:
+    """What each series may be called: by its folder, or its UID if no other has that.
+
+    Args:
+        groups: The series.
+        names: Of the series, of their folders' paths.
+    """
+    shared = Counter(group.first.series for group in groups)
+    alike = Counter(group.folder.name for group in groups)
+    found = []
+    for group, name in zip(groups, names, strict=True):
+        keys = {name}
+        # A UID that several have would give one mask to each of them.
+        if group.first.series and shared[group.first.series] == 1:
+            keys.add(group.first.series)
+        if alike[group.folder.name] == 1:
+            keys.add(group.folder.name)
+        found.append(keys)
+    return found
 
 
 def _unused(paths: Sequence[Path], groups: Sequence[Group]) -> Iterator[Finding]:

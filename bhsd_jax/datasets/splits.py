@@ -178,7 +178,8 @@ def roles(
     if taken.unknown and (bleeding or nonbleeding):
         notes.append(
             f"left out {taken.unknown} unlabeled cases of which it is not known whether they "
-            "bleed; split.bleeding=None takes them, too"
+            "bleed; split.bleeding=None takes them, too, and scan_labels.csv may say it "
+            "(data=bhsd, folder and dicom)"
         )
     unlabeled = (set(trainable) - set(train)) | unmasked | taken.ids
     return Roles(train, tuple(sorted(unlabeled)), val, test), notes

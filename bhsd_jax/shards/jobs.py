@@ -57,6 +57,7 @@ class ShardJob:
         used += [rare] if rare else []
         used += ["0 outside the mask"] if self.plan.masked else []
         cases = [(c.id, c.patient, c.split, c.bleeding, c.slice_labels) for c in self.cases]
+        used += [absent] if any(absent := [case.absent for case in self.cases]) else []
         if plan["modality"] == "ct" and not all(case.table_feed for case in self.cases):
             used.append("mL of these cases as their affines have them")
         return hashlib.sha256(json.dumps([used, cases, self.digests]).encode()).hexdigest()

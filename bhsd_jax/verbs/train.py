@@ -165,8 +165,8 @@ def _require_slice_labels(run: Run, recipe: Recipe, roles: Roles) -> None:
     raise UserError(
         f"slice_loss: of none of the {len(roles.unlabeled)} unlabeled scans a slice is known, so "
         f"that its terms do nothing; data set {run.plan.dataset} has no slice labels there (BHSD's "
-        "layout reads slice_labels.csv). Set slice_loss.gate_pseudo=False and its weights to 0, or "
-        "prepare scans with slice labels"
+        "layout, data=folder and data=dicom read slice_labels.csv and scan_labels.csv). Set "
+        "slice_loss.gate_pseudo=False and its weights to 0, or prepare scans with such labels"
     )
 
 

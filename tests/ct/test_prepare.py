@@ -413,6 +413,34 @@ def test_slice_labels_that_contradict_what_is_known_of_the_scan_are_refused(mr):
         prepare.fingerprint_case(case, num_classes=3, modality="mr", crop_hu=None)
 
 
+def test_what_a_scan_is_known_to_lack_no_slice_shows(mr):
+    """Of the other classes nothing is said; a table of slices says more where there is one."""
+    plan = a_plan("mr", (1.0, 1.2, 1.0))
+    bare = dataclasses.replace(mr, label=None, bleeding=True, absent=(2,))
+    assert prepare.prepare_case(bare, plan).slice_labels == ((-1, 0),) * 10
+    rows = ((0, 0), (1, -1), (SOME, SOME), *((0, -1),) * 9)
+    made = prepare.prepare_case(dataclasses.replace(bare, slice_labels=rows), plan)
+    assert made.slice_labels == ((1, 0), (SOME, 0), *((0, 0),) * 8)
+    wrong = dataclasses.replace(bare, slice_labels=((0, 0), (0, 1)))
+    with pytest.raises(ValueError, match=r"known to lack a class, .* slice 1 of it shows that"):
+        prepare.fingerprint_case(wrong, num_classes=3, modality="mr", crop_hu=None)
+
+
+def test_slice_labels_say_whether_a_scan_bleeds_if_nothing_else_does(mr):
+    """A scan of whose slices some are not known may bleed there."""
+    plan, bare = a_plan("mr", (1.0, 1.2, 1.0)), dataclasses.replace(mr, label=None)
+    for rows, want in (
+        (((0, 0),) * 12, False),
+        (((0, 0),) * 11, None),
+        (((0, 0), (0, -1), *((0, 0),) * 10), None),
+        (((0, 0), (0, SOME)), True),
+        (((0, 1),), True),
+    ):
+        case = dataclasses.replace(bare, slice_labels=rows)
+        facts = prepare.fingerprint_case(case, num_classes=3, modality="mr", crop_hu=None)
+        assert facts.bleeding is prepare.prepare_case(case, plan).bleeding is want
+
+
 def test_slice_labels_counted_from_the_other_end_are_noticed_by_the_mask(tmp_path):
     voxels = np.full((10, 12, 12), 100, np.float32)
     label = np.zeros(voxels.shape, np.uint8)

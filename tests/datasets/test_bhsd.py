@@ -183,6 +183,19 @@ def test_slice_labels_that_make_no_sense_are_refused(tree, text, message):
         list(BHSD(tree).cases())
 
 
+def test_a_table_of_scans_that_contradicts_their_folder_refuses_those_alone(tree, studies):
+    first, second = studies["any"]
+    (none,) = studies["no"]
+    (tree / "scan_labels.csv").write_text(f"scan,any,IPH\n{first},0,\n{second},1,0\n{none},0,0\n")
+    found = BHSD(tree).survey()
+    known = {case.id: (case.bleeding, case.absent) for case in found.cases}
+    assert first not in known
+    assert (known[second], known[none]) == ((True, (2,)), (False, (1, 2, 3, 4, 5)))
+    (finding,) = [f for f in found.findings if f.case == first]
+    assert (finding.kind, finding.done) == (Kind.BLEEDS_AND_NOT, "refused")
+    assert "is known to bleed, as by the folder it lies in" in finding.text
+
+
 def test_a_tree_without_masks_without_lists_or_without_anything_says_what_to_do(tree, tmp_path):
     (tree / OFFICIAL).rename(tree / "away.json")
     with pytest.raises(FileNotFoundError, match="official training and test lists"):

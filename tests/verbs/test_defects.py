@@ -68,7 +68,7 @@ OF_ALL = [  # of the layout, of nearly every scan, or of no scan at all
     ("path that leads out of the data set", "the data set", "repaired", "'../imagesTs/ID_"),
     ("leftover of macOS", "the data set", "repaired", "._ID_"),
     ("folder that holds another number than its name says", "the data set", "kept", "holds 20 sc"),
-    ("slice labels without a scan", "the data set", "kept", "rows of 6 scans"),
+    ("labels in a table without a scan", "the data set", "kept", "rows of 6 scans"),
     ("HU behind scale factors", "17 scans", "repaired", "scale factors applied: "),
     ("position in the qform only", "17 scans", "repaired", "no sform"),
     ("mask not stored in 8 bits", "13 scans", "repaired", "stored as uint16"),

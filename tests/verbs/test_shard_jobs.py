@@ -81,7 +81,7 @@ def flags(config, workdir):
 
 
 def test_only_shards_whose_making_has_changed_have_another_key(data, tmp_path):
-    """Of scans that were moved to HU, and of MR normalized inside its mask; all others stay."""
+    """Of scans moved to HU, MR normalized inside its mask, and classes that a scan lacks."""
     config = configure(data)
     preprocess.run(config, tmp_path / "run")
     plan = store.Shards(tmp_path / "run" / "shards").plan
@@ -89,7 +89,8 @@ def test_only_shards_whose_making_has_changed_have_another_key(data, tmp_path):
     job = shard_jobs.ShardJob(Path("a"), Path("b"), (case,), ("digest",), plan)
     masked = dataclasses.replace(job, plan=dataclasses.replace(plan, use_mask_for_norm=True))
     shifted = dataclasses.replace(job, shifted=(case.id,))
-    assert len({job.key, masked.key, shifted.key}) == 3
+    lacking = dataclasses.replace(job, cases=(dataclasses.replace(case, absent=(1,)),))
+    assert len({job.key, masked.key, shifted.key, lacking.key}) == 4
     used = [plan.version, list(plan.classes), "mr", list(plan.spacing_mm), list(plan.transpose)]
     used += [plan.crop_hu, plan.axes, plan.normalize_first, store.SCHEMA]
     known = [(case.id, case.patient, case.split, case.bleeding, case.slice_labels)]
