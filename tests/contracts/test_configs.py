@@ -305,3 +305,13 @@ def test_a_group_that_an_older_version_called_otherwise_is_found(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert from_run.get_config(str(tmp_path)).to_dict() == config.to_dict()
     assert trained.as_trained(Settings.of(cps.get_config("smoke")), tmp_path) == Settings.of(config)
+
+
+@pytest.mark.parametrize("masks", [1, 1.0])
+def test_a_count_may_come_as_a_float_and_a_share_stays_one(masks):
+    """Of masks 1 is one of them and 1.0 all."""
+    config = common.get_config()
+    config.update_from_flattened_dict({"input.labeled": 2.0, "split.labeled": masks})
+    found = Settings.of(config)
+    assert (found.input.labeled, type(found.input.labeled)) == (2, int)
+    assert type(found.split.labeled) is type(masks)
