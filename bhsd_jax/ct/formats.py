@@ -1,13 +1,12 @@
 """Scans and label maps in the other formats that nnU-Net reads: .mha, .nrrd, .gipl, .tif, .png.
 
-Read by SimpleITK (ITK's readers) and tifffile, which the extra `formats` brings. A 2D picture is a
-scan of one slice. Axes are [D, H, W] as everywhere; where a format states no place in space, they
-run to S, P and L.
+Read by SimpleITK (ITK's readers) and tifffile, which the extra `formats` brings; so are .mhd and
+.nhdr, whose voxels lie in a second file. A 2D picture is a scan of one slice. Axes are [D, H, W] as
+everywhere; where a format states no place in space, they run to S, P and L.
 """
 
 import importlib
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +16,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Num, UInt8
 
-from bhsd_jax.ct import nifti
+from bhsd_jax.ct import itk_header, nifti
 from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.platform import files
 from bhsd_jax.platform.errors import UserError, explain_extra
 from bhsd_jax.volume import Millimeters, Volume
 
-_ITK = (".mha", ".nrrd", ".gipl")
+_ITK = (*itk_header.ENDINGS, ".gipl")
 _PICTURES = (".png", ".bmp")  # 2D, gray or in color
 _TIFF = (".tif", ".tiff")  # 2D, or 3D with its spacing in a JSON file beside it
+_ALONE = {".mhd": ".mha", ".nhdr": ".nrrd"}  # in which such a label map is one file
 _PALETTE = ".bmp"  # ITK reads its grays as three colors
 ENDINGS = (*_ITK, *_PICTURES, *_TIFF)
-_HEADER = 2**16  # bytes in which the text at the start of a file ends
-# Fields that state directions, and those that state the spacing alone.
-_STATED = {
-    ".mha": ({"transformmatrix", "rotation", "orientation"}, {"elementspacing", "elementsize"}),
-    ".nrrd": ({"space directions"}, {"spacings"}),
-}
 _PICTURE_MM = (999.0, 1.0, 1.0)  # nnU-Net's spacing of a picture
 _SLICE_FACTOR = 999.0  # by nnU-Net, of the larger spacing of a 2D image, as its distance of slices
 _COLORS = (3, 4)
@@ -44,6 +38,12 @@ def ending(path: str | Path) -> str:
     """The ending of a file in one of these formats; "" of any other."""
     name = Path(path).name.casefold()
     return next((end for end in ENDINGS if name.endswith(end)), "")
+
+
+def label_ending(path: str | Path) -> str:
+    """The ending of a label map of a scan in one of these formats; none needs a second file."""
+    kind = ending(path)
+    return _ALONE.get(kind, kind)
 
 
 def case_name(path: str | Path) -> str:
@@ -69,14 +69,9 @@ def frame(path: Path) -> str:
     kind = ending(path)
     if kind in _TIFF:
         return "spacing" if _tiff_spacing(path) else ""
-    if kind not in _STATED:
-        return "" if kind in _PICTURES else "space"
-    fields = _fields(path)
-    directions, spacings = _STATED[kind]
-    sides = kind != ".nrrd" or _of_patient(fields.get("space", ""))
-    if sides and not directions.isdisjoint(fields):
-        return "space"
-    return "" if (directions | spacings).isdisjoint(fields) else "spacing"
+    if kind in itk_header.ENDINGS:
+        return itk_header.frame(path)
+    return "" if kind in _PICTURES else "space"
 
 
 def is_placed(path: Path) -> bool:
@@ -90,7 +85,7 @@ def is_placed(path: Path) -> bool:
         FileNotFoundError: If there is no such file.
     """
     stated = frame(path)
-    return stated == "space" or (stated != "" and ending(path) in _STATED)
+    return stated == "space" or (stated != "" and ending(path) in itk_header.ENDINGS)
 
 
 def states_sides(path: Path) -> bool:
@@ -100,7 +95,7 @@ def states_sides(path: Path) -> bool:
         Refusal: As by `frame`.
         FileNotFoundError: If there is no such file.
     """
-    return frame(path) == "space" and ending(path) != ".gipl"
+    return _has_sides(path, frame(path))
 
 
 def findings(path: Path, volume: Volume) -> list[Finding]:
@@ -109,42 +104,36 @@ def findings(path: Path, volume: Volume) -> list[Finding]:
     Raises:
         Refusal: As by `frame`.
     """
-    if states_sides(path) or len(volume.voxels) == 1:
+    stated = frame(path)
+    if _has_sides(path, stated) or len(volume.voxels) == 1:
         return []
     text = (
         "no position in the file: axes are taken to run to the left, the back and the top, as ITK "
         "does; right and left may be exchanged"
     )
     found = [Finding(Kind.NO_POSITION, "kept", text)]
-    if not frame(path):
+    if not stated:
         text = "no spacing in the file: 1 mm is taken, and volumes in mL follow it"
         found.append(Finding(Kind.NO_SPACING, "kept", text))
     return found
 
 
-def _fields(path: Path) -> dict[str, str]:
-    """Of the text that a .mha or .nrrd file begins with."""
-    with path.open("rb") as file:
-        text = file.read(_HEADER).decode("latin-1")
-    found = {}
-    for line in text.splitlines():
-        if not line.strip():
-            break  # of .nrrd; a .mha ends with the field below
-        name, mark, value = line.partition("=" if ending(path) == ".mha" else ":")
-        if mark:
-            found[name.strip().casefold()] = value.strip()
-        if name.strip() == "ElementDataFile":
-            break
-    return found
+def _has_sides(path: Path, stated: str) -> bool:
+    return stated == "space" and ending(path) != ".gipl"
 
 
-def _of_patient(space: str) -> bool:
-    """Whether a .nrrd's space has axes to the sides of a patient, such as LPS; no scanner's does.
+def parts(path: Path) -> tuple[Path, ...]:
+    """The file, and the one that its voxels lie in where that is another.
 
-    Source: the NRRD format, field "space".
+    A header that cannot be read, or names no file beside it, stands for itself: reading refuses it.
     """
-    words = re.split(r"[^a-z]+", space.casefold())
-    return bool({"left", "right", "las", "lps", "ras", "last", "lpst", "rast"} & set(words))
+    if ending(path) not in itk_header.ENDINGS:
+        return (path,)
+    try:
+        voxels = itk_header.voxel_file(path)
+    except (Refusal, OSError):
+        voxels = None
+    return (path,) if voxels is None else (path, voxels)
 
 
 def is_picture(path: Path) -> bool:
@@ -327,6 +316,10 @@ def _tiff_spacing(path: Path) -> Millimeters | None:
 
 
 def _image(itk: Any, path: Path) -> Any:
+    voxels = itk_header.voxel_file(path) if ending(path) in itk_header.ENDINGS else None
+    if voxels is not None and not voxels.is_file():
+        text = f"{path}: its voxels lie in {voxels.name}, which is not beside it; fetch that too"
+        raise Refusal(Kind.FILE_MISSING, text)
     itk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
         return itk.ReadImage(str(path))

@@ -26,6 +26,7 @@ _SAME_LINE = str.maketrans("LPI", "RAS")
 CANONICAL, AS_IN_FILE = "SPL", "file"
 CENTERS = "centers"  # the law of `ct/centers`; every other grid keeps that of `ct/resample`
 LEAST_TILT_DEG = 0.5  # of a gantry: less is rounding
+SAME_SPACING = 0.01  # share by which two spacings of the same voxels may differ
 _OFF_GRID_MM = 0.1  # how far voxels of one grid may lie from those of another that is the same
 _MARGIN_MM = 5.0  # around the largest component
 _MOST_VOXELS = 2**29  # of a prepared scan: a whole body at half a millimeter has as many

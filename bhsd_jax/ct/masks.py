@@ -11,7 +11,6 @@ from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Volume
 
 WAYS = ("first", "majority", "union", "intersection")
-_SAME_SPACING = 0.01  # share by which the spacings of a scan and its mask may differ
 _SAME_PLACE_MM = 0.01  # two affines that put every voxel this close are the same
 
 
@@ -59,7 +58,8 @@ def _apart(label: Volume, image: Volume, *, placed: bool) -> list[Finding]:
         return []
     alike = geometry.canonical(label.affine) == geometry.canonical(image.affine)
     sizes = [" x ".join(f"{mm:.4g}" for mm in one.spacing_mm) for one in (label, image)]
-    if alike and placed and not np.allclose(label.spacing_mm, image.spacing_mm, rtol=_SAME_SPACING):
+    same = np.allclose(label.spacing_mm, image.spacing_mm, rtol=geometry.SAME_SPACING)
+    if alike and placed and not same:
         text = (
             f"label has voxels of {sizes[0]} mm, its image of {sizes[1]}, as if it had been drawn "
             "on another reconstruction; they are taken for the image's: look whether it fits"

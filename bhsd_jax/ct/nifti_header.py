@@ -10,6 +10,7 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import HeaderDataError
 
+from bhsd_jax.ct import geometry
 from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.platform import files
 from bhsd_jax.volume import Shape
@@ -17,7 +18,6 @@ from bhsd_jax.volume import Shape
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # xyzt_units: meter, micrometer; all else is taken for mm
 _SAME = 1e-3  # of a column's length: how far those of sform and qform may be apart
 _LONGEST = 1.01  # of a quaternion, which is of length 1 but for rounding
-_SAME_SPACING = 0.01  # share by which the steps of a sform and pixdim may differ
 _LEAST_TILTED, _MOST_TILTED = math.cos(math.radians(0.5)), math.cos(math.radians(45.0))
 _KINDS = {348: (Nifti1Header, b"n+1", 352), 540: (Nifti2Header, b"n+2", 544)}
 
@@ -138,7 +138,10 @@ def affine(header: Nifti1Header) -> Float64[np.ndarray, "4 4"]:
     # or NaN.
     needed = int(header["sform_code"]) <= 0
     if needed and not (np.isfinite(spacing).all() and spacing.min() > 0):
-        text = f"spacing must be positive and finite; pixdim is {spacing.tolist()}"
+        text = (
+            f"spacing must be positive and finite; pixdim is {spacing.tolist()}: write the size of "
+            "a voxel there, or a sform"
+        )
         raise Refusal(Kind.SPACING, text)
     matrix = np.array(header.get_best_affine(), np.float64)
     matrix[:3, 2] *= _lengthened(header)
@@ -255,7 +258,7 @@ def _contradictions(header: Nifti1Header) -> list[Finding]:
     normal = np.cross(columns[:, 0], columns[:, 1])
     apart = abs(normal @ columns[:, 2]) / max(float(np.linalg.norm(normal)), 1e-30)
     off = np.abs(np.array([*steps, apart]) / stated[[0, 1, 2, 2]] - 1)
-    if max(off[0], off[1], min(off[2:])) <= _SAME_SPACING:
+    if max(off[0], off[1], min(off[2:])) <= geometry.SAME_SPACING:
         return []
     per_unit = _mm_per_unit(header)
     said = [" x ".join(f"{value:.4g}" for value in each * per_unit) for each in (steps, stated)]

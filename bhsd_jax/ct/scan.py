@@ -152,30 +152,33 @@ def called(image: Image) -> str:
 
 def files(place: Image | Label) -> tuple[Path, ...]:
     """What it lies in."""
-    return (place,) if isinstance(place, Path) else place.files
+    return formats.parts(place) if isinstance(place, Path) else place.files
 
 
 def digest(place: Image | Label) -> bytes:
     """SHA-256 of all that decides what is read from it."""
     if isinstance(place, Path):
-        return file_digest(place)
+        return _file_digest(place)
     if isinstance(place, Channels):
-        parts = (file_digest(path) for path in place.files)
+        parts = (_file_digest(path) for path in place.files)
         return hashlib.sha256(b"".join((f"{place.count} channels".encode(), *parts))).digest()
     if isinstance(place, Series):
         which = f" {place.part}" if place.part else ""
         total = hashlib.sha256(f"{place.uneven} {place.unshear}{which}".encode())
     else:
         total = hashlib.sha256(f"{place.combine} {place.values}".encode())
-    for part in sorted(file_digest(path) for path in place.files):
+    for part in sorted(_file_digest(path) for path in place.files):
         total.update(part)
     return total.digest()
 
 
-def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def _file_digest(path: Path) -> bytes:
+    """SHA-256 of a file; where its voxels lie in another, of the digests of both."""
+    found = []
+    for part in formats.parts(path):
+        with part.open("rb") as file:
+            found.append(hashlib.file_digest(file, "sha256").digest())
+    return found[0] if len(found) == 1 else hashlib.sha256(b"".join(found)).digest()
 
 
 def _read_label(
@@ -246,6 +249,6 @@ def _classes(path: Path, voxels: np.ndarray, num_classes: int | None) -> UInt8[n
 
 
 def ending(image: Image) -> str:
-    """Of the label maps that belong to a scan: its own; of DICOM and any NIfTI, .nii.gz."""
+    """Of the label maps that belong to a scan: its own, in one file; of DICOM or NIfTI .nii.gz."""
     file = None if isinstance(image, Series) else files(image)[0]
-    return (file and formats.ending(file)) or ".nii.gz"
+    return (file and formats.label_ending(file)) or ".nii.gz"

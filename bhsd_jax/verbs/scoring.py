@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bhsd_jax.ct import hu, plausibility, scan
+from bhsd_jax.ct import geometry, hu, plausibility, scan
 from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import also, scores, threshold
@@ -17,7 +17,6 @@ from bhsd_jax.volume import Image, Label, Masks, Volume, cropped_alike
 
 ANY = "any"  # all classes merged
 _ELSEWHERE = (Kind.MASK_MOVED, Kind.MASK_MIRRORED, Kind.MASK_SPACING)
-_SAME_SPACING = 0.01  # share by which those of one scan may differ
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _placed(job: Comparison, mask: Volume) -> tuple[Volume, list[Finding]]:
         UserError: If both state other sizes of the same voxels: one of them is wrong.
     """
     own, _ = scan.read(job.predicted)
-    alike = np.allclose(own.spacing_mm, mask.spacing_mm, rtol=_SAME_SPACING)
+    alike = np.allclose(own.spacing_mm, mask.spacing_mm, rtol=geometry.SAME_SPACING)
     if alike or _is_of_array(own):
         return mask, []
     sizes = [" x ".join(f"{mm:.4g}" for mm in one.spacing_mm) for one in (mask, own)]

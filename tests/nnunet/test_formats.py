@@ -328,6 +328,63 @@ def test_a_compression_without_a_decoder_is_called_that_and_not_damage(tmp_path,
         assert refused.value.kind is Kind.COMPRESSED
 
 
+@pytest.mark.parametrize(("ending", "alone"), [(".mhd", ".mha"), (".nhdr", ".nrrd")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_header_is_read_with_the_voxels_beside_it(tmp_path, ending, alone, packed):
+    made = itk.GetImageFromArray(np.arange(24, dtype=np.int16).reshape(2, 3, 4))
+    made.SetSpacing((1.0, 2.0, 5.0))
+    made.SetOrigin((3.0, -4.0, 7.5))
+    (tmp_path / "one").mkdir()
+    path, one = tmp_path / f"a{ending}", tmp_path / "one" / f"a{alone}"
+    for target in (path, one):
+        itk.WriteImage(made, str(target), packed)
+    assert image_files.scans(tmp_path) == {"a": path}
+    (volume, found), (same, none) = scan.read(path), scan.read(one)
+    np.testing.assert_array_equal(volume.voxels, same.voxels)
+    np.testing.assert_array_equal(volume.affine, same.affine)
+    assert found == none == []
+    assert scan.has_sides(path)
+    assert scan.ending(path) == alone
+    label = (volume.voxels > 5).astype(np.uint8)
+    target = tmp_path / "out" / f"a{alone}"
+    scan.write(target, label, like=path)
+    again, said = scan.read_label(target, path, volume, num_classes=2)
+    np.testing.assert_array_equal(again.voxels, label)
+    assert said == []
+    header, voxels = scan.files(path)
+    before = scan.digest(path)
+    voxels.write_bytes(voxels.read_bytes()[::-1])
+    assert header == path
+    assert scan.digest(path) != before, "or shards would be kept of voxels that have changed"
+
+
+@pytest.mark.parametrize(
+    ("named", "words", "kind"),
+    [
+        ("b.raw", r"lie in b\.raw, which is not beside it; fetch", Kind.FILE_MISSING),
+        ("../b.raw", "no file of its folder", Kind.LIST_OUTSIDE),
+        ("in/../../b.raw", "no file of its folder", Kind.LIST_OUTSIDE),
+        ("/tmp/b.raw", "no file of its folder", Kind.LIST_OUTSIDE),
+        (r"C:\scans\b.raw", "no file of its folder", Kind.LIST_OUTSIDE),
+        ("LIST", r"several files; save it as \.(mha|nrrd), in one", Kind.UNREADABLE),
+        ("b%03d.raw 1 2 1", "several files", Kind.UNREADABLE),
+    ],
+)
+def test_voxels_that_are_not_beside_their_header_are_refused(tmp_path, named, words, kind):
+    (tmp_path / "x" / "in").mkdir(parents=True)
+    (tmp_path / "b.raw").write_bytes(bytes(48))
+    for name, text in (
+        ("a.mhd", f"{MHA}ElementDataFile = {named}\n"),
+        ("a.nhdr", f"{NRRD}data file: {named}\n\n"),
+    ):
+        path = tmp_path / "x" / name
+        path.write_text(text)
+        with pytest.raises(Refusal, match=words) as refused:
+            scan.read(path)
+        assert refused.value.kind is kind
+        assert scan.files(path)[0] == path
+
+
 def test_what_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "a.mha").write_bytes(b"ObjectType = Image\nNDims = 3\n")
     with pytest.raises(ValueError, match=r"a\.mha: cannot be read"):
@@ -362,7 +419,7 @@ def test_a_folder_to_predict_is_grouped_by_channel(tmp_path):
     numbered = {f"scan_{n:04d}": tmp_path / f"{n}" for n in range(3)} | {"b_0000": tmp_path / "b"}
     assert list(image_files.group(numbered, 1)) == ["scan_0000", "scan_0001", "scan_0002", "b"]
     assert chosen_scans._channels(tmp_path) == 1
-    for ending, voxels in ((".hdr", ".img"), (".mhd", ".raw"), (".nhdr", ".raw.gz"), (".mgz", "")):
+    for ending, voxels in ((".hdr", ".img"), (".mgz", "")):
         for path in (tmp_path / f"c{ending}", tmp_path / f"c{voxels or ending}"):
             path.touch()
         with pytest.raises(ValueError, match=rf"c\{ending}: \{ending} is not read here; convert"):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bhsd_jax.ct import formats
 from bhsd_jax.ct.prepared import Facts
 from bhsd_jax.defects import Finding, Kind
 from bhsd_jax.platform import files
@@ -112,11 +113,12 @@ def _files(case: Case) -> Iterable[Path]:
         if source is None:
             continue
         if not isinstance(source, Path):  # a scan of many files lists them
-            yield from sorted(source.files)
+            for path in sorted(source.files):
+                yield from formats.parts(path)
         elif source.is_dir():
             yield from sorted(path for path in source.rglob("*") if path.is_file())
         else:
-            yield source
+            yield from formats.parts(source)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
