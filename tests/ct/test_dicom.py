@@ -12,9 +12,17 @@ import numpy as np
 import pytest
 import tiny_run
 from dicom_files import NAME, PATIENT, block, store, write_series
+from enhanced_files import write_enhanced
 from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.encaps import encapsulate
-from pydicom.uid import MPEG2MPML, JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+from pydicom.uid import (
+    MPEG2MPML,
+    JPEG2000Lossless,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 from turned import stored
 
 from bhsd_jax.ct import hu, nifti, plausibility, prepare, scan, shear
@@ -421,6 +429,44 @@ def test_signed_values_keep_their_sign_in_a_codec_of_more_bits(tmp_path):
 
     write_series(tmp_path, head, change=change)
     np.testing.assert_array_equal(in_file(read(tmp_path)[0]), head)
+
+
+@pytest.mark.parametrize("signed", [False, True])  # by the header
+@pytest.mark.parametrize(("kind", "bits"), [("i2", 16), ("i2", 13), ("u2", 16), ("u2", 13)])
+@pytest.mark.parametrize("enhanced", [False, True])
+def test_jpeg_2000_is_decoded_whichever_sign_its_codestream_has(
+    tmp_path, signed, kind, bits, enhanced
+):
+    head = block()
+    offset = 0 if signed else 1024
+
+    def encode(stored):
+        values = stored.astype(np.int16)
+        if kind == "u2":
+            values = values.view(np.uint16) & (2**bits - 1)
+        return imagecodecs.jpeg2k_encode(
+            np.ascontiguousarray(values), level=0, codecformat="j2k", bitspersample=bits
+        )
+
+    def change(k, data):
+        store(data, head[k] + offset, bits=bits, signed=signed, intercept=-offset)
+        if not enhanced:
+            compress(data, [encode(head[k] + offset)])
+
+    def compress(data, frames):
+        data.PixelData = encapsulate(frames)
+        data["PixelData"].is_undefined_length = True
+        data.file_meta.TransferSyntaxUID = JPEG2000Lossless
+
+    paths = write_series(tmp_path / "plain", head, change=change)
+    if enhanced:
+        frames = [encode(plane + offset) for plane in head]
+        write_enhanced(
+            tmp_path / "one" / "a.dcm", paths, change=lambda data: compress(data, frames)
+        )
+    volume, found = read(tmp_path / ("one" if enhanced else "plain"))
+    np.testing.assert_array_equal(in_file(volume), head)
+    assert not found
 
 
 def test_jpeg_in_twelve_bits_is_decoded(tmp_path):

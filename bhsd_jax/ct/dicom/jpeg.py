@@ -1,7 +1,7 @@
-"""JPEG that pydicom decodes only with packages under another license: lossless, and in 12 bits.
+"""JPEG that pydicom decodes only with packages under another license, or with other values.
 
-The first is what archives compress CT with most. A plug-in for decoders, as pydicom's guide to
-them says; imagecodecs does the work.
+The former are lossless, what archives compress CT with most, and in 12 bits. A plug-in for
+decoders, as pydicom's guide to them says; imagecodecs does the work.
 """
 
 import importlib.util
@@ -37,6 +37,23 @@ def decode(source: bytes, runner: Any) -> bytes:
     if frame.shape != (runner.rows, runner.columns):
         raise ValueError(f"a frame of {frame.shape} where {runner.rows, runner.columns} was stated")
     return frame.astype(np.dtype(f"<u{runner.bits_allocated // 8}")).tobytes()
+
+
+def holds_signed(data: Any) -> bool:
+    """Whether a file's frames are JPEG 2000 of signed values, whatever its header says.
+
+    Some scanners and archives write signed codestreams under a header of unsigned values. GDCM, in
+    SimpleITK 2.5, reads their values.
+    """
+    from pydicom import uid
+    from pydicom.encaps import get_frame
+    from pydicom.pixels.utils import get_j2k_parameters
+
+    if data.file_meta.TransferSyntaxUID not in uid.JPEG2000TransferSyntaxes:
+        return False
+    count = int(data.get("NumberOfFrames") or 1)
+    first = get_frame(data.PixelData, 0, number_of_frames=count)
+    return bool(get_j2k_parameters(first).get("is_signed"))
 
 
 def register() -> None:

@@ -25,8 +25,10 @@ class Plane:
     flattened: bool = False  # by a slope of 0, taken for 1
 
 
-def of(data: Any, stored: Num[np.ndarray, "H W"], unwrap: bool) -> Plane:
-    """The image of a header and stored values; `unwrap` as in `slice_file.planes`.
+def of(data: Any, stored: Num[np.ndarray, "H W"], unwrap: bool, *, signed: bool) -> Plane:
+    """The image of a header and stored values, which it says are `signed`.
+
+    `unwrap` as in `slice_file.planes`.
 
     Source: GDCM 3.0, in SimpleITK 2.5: a slope of 0, by which all voxels would be one, is none.
     """
@@ -34,7 +36,6 @@ def of(data: Any, stored: Num[np.ndarray, "H W"], unwrap: bool) -> Plane:
     unscaled, flattened = slope is None or intercept is None, slope == 0
     slope, intercept = float(slope or 1), float(intercept or 0)
     bits = int(data.get("BitsStored") or 16)
-    signed = int(data.get("PixelRepresentation") or 0) == 1
     if signed and bits < _WIDEST:  # a codec of more bits than are stored has kept no sign
         stored = np.where(stored >= 1 << (bits - 1), stored - (1 << bits), stored)
     wraps = bits == 12 and not signed and intercept > -100 and slope == 1

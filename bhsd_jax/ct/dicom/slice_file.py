@@ -122,13 +122,17 @@ def planes(path: Path, wanted: Sequence[int | None], *, unwrap: bool = True) -> 
         with quiet(), path.open("rb") as file:
             data = read(file)
             header_repairs.complete(data)
-            _require_decoder(data)
+            require_decoder(data)
+            signed = int(data.PixelRepresentation) == 1
+            if jpeg.holds_signed(data):
+                data.PixelRepresentation = 1  # else Pillow's shift by half their range would stay
             if None in wanted:
                 stored = np.asarray(data.pixel_array)
                 if stored.ndim != 2:
                     raise Refusal(Kind.MULTI_FRAME, f"{Flaw.MULTI_FRAME}, not a slice")
-                return [plane.of(data, stored.astype(np.int32), unwrap)]
-            return _planes(data, [index for index in wanted if index is not None], unwrap)
+                return [plane.of(data, stored.astype(np.int32), unwrap, signed=signed)]
+            frames_wanted = [index for index in wanted if index is not None]
+            return _planes(data, frames_wanted, unwrap, signed)
     except Refusal:  # the message is ours, and safe to show
         raise
     except _BROKEN as error:
@@ -239,14 +243,14 @@ def _acquisition(frame: frames.Frame) -> str:
     return f"{number}/{frame.stack}" if number or frame.stack else ""
 
 
-def _planes(data: Any, wanted: Sequence[int], unwrap: bool) -> list[Plane]:
+def _planes(data: Any, wanted: Sequence[int], unwrap: bool, signed: bool) -> list[Plane]:
     """Of frames; one at a time, for a volume of them in 32 bits is large."""
     from pydicom.pixels.utils import iter_pixels
 
     found = frames.of(data)
     stored = iter_pixels(data, indices=list(wanted))
     return [
-        plane.of(found[index], np.asarray(one).astype(np.int32), unwrap)
+        plane.of(found[index], np.asarray(one).astype(np.int32), unwrap, signed=signed)
         for index, one in zip(wanted, stored, strict=True)
     ]
 
@@ -322,7 +326,8 @@ def _is_whole(data: Any, left: int) -> bool:
     return left >= start + voxels * int(data.get("BitsAllocated") or 16) // 8
 
 
-def _require_decoder(data: Any) -> None:
+def require_decoder(data: Any) -> None:
+    """Raises a `Refusal` with the remedy if nothing installed decodes the voxels."""
     syntax = data.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
         return
