@@ -149,7 +149,7 @@ class Evaluate:
     """Which label maps are compared with which masks, and how."""
 
     predictions: Annotated[str, "folder of the label maps; empty: <run>/predictions"] = ""
-    references: Annotated[str, "folder of masks; empty: the data set's own"] = ""
+    references: Annotated[str, "folder of masks, DICOM SEG too; empty: the data set's own"] = ""
     split: Annotated[
         Literal["", "train", "val", "test"], "whose cases; empty: the one that was predicted"
     ] = ""

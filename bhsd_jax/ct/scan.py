@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from bhsd_jax.ct import channels, formats, hu, masks, nifti, series_mask, shear
+from bhsd_jax.ct.dicom import seg_mask, slice_file
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.defects import Finding, Kind, Refusal, kind_of, said_of
 from bhsd_jax.platform.errors import UserError
@@ -104,7 +105,8 @@ def read_label(
     labels, found = [], []
     for path in label.files:
         one, more = _read_label(path, image, volume, None)
-        labels.append(masks.reclass(one.voxels, label.values, num_classes, path.name))
+        named = image.name if isinstance(image, Series) else path.name
+        labels.append(masks.reclass(one.voxels, label.values, num_classes, named))
         found += [finding for finding in more if finding not in found]
     made = masks.combine(labels, label.combine)
     return Volume(made, volume.affine, volume.case), found
@@ -137,7 +139,7 @@ def write(path: str | Path, label: UInt8[np.ndarray, "D H W"], like: Image) -> N
         label = shear.shear_label(label, stack.affine, stack.shape, places)
     shape, affine = stack.shape, stack.affine
     if like.own_slices:
-        shape, affine = (len(stack.slices), *shape[1:]), stack.own_affine
+        shape, affine = stack.own_shape, stack.own_affine
     if label.shape != shape:
         raise UserError(f"{like.name}: label has shape {label.shape}, the series {shape}")
     nifti.write_volume(path, Volume(label, affine, like.name))
@@ -184,10 +186,19 @@ def _file_digest(path: Path) -> bytes:
 def _read_label(
     path: Path, image: Image, volume: Volume, num_classes: int | None
 ) -> tuple[Volume, list[Finding]]:
+    if slice_file.is_dicom(path):
+        return _read_seg(path, image, volume, num_classes)
     if not isinstance(image, Series):
         if formats.ending(path):
             return _read_other(path, image, volume, num_classes)
         return nifti.read_label(path, volume, num_classes=num_classes)
+    return _read_on_series(path, image, volume, num_classes)
+
+
+def _read_on_series(
+    path: Path, image: Series, volume: Volume, num_classes: int | None
+) -> tuple[Volume, list[Finding]]:
+    """A label map of a series, on the voxels of an affine of its own."""
     try:
         label = _where_it_lies(path, num_classes)
     except (UserError, FileNotFoundError) as error:
@@ -212,6 +223,37 @@ def _read_label(
     if image.unshear:
         voxels = shear.unshear_label(voxels, affine)
     return Volume(voxels, volume.affine, volume.case), found
+
+
+def _read_seg(
+    path: Path, image: Image, volume: Volume, num_classes: int | None
+) -> tuple[Volume, list[Finding]]:
+    """A DICOM SEG on the voxels of its scan; classes are the numbers of its segments."""
+    try:
+        if isinstance(image, Series):
+            voxels, found = _on_series(path, image, volume)
+        else:
+            voxels, found = seg_mask.onto(path, volume.voxels.shape, volume.affine), []
+        label = nifti.as_classes(voxels, num_classes)
+    except Refusal as error:
+        if isinstance(image, Series):
+            raise said_of(image.name, error) from error
+        hint = "; where slices are at uneven steps, go by the series itself, with data=dicom"
+        text = f"{path}: {error}" + hint * (error.kind is Kind.MASK_GEOMETRY)
+        raise Refusal(error.kind, text) from error
+    return Volume(label, volume.affine, volume.case), found
+
+
+def _on_series(path: Path, image: Series, volume: Volume) -> series_mask.Turned:
+    stack = dicom_series.arrange(image)
+    # Planes lie where the slices do, and not where an affine would have even ones.
+    places = stack.places_mm / stack.places_mm[-1] * (len(stack.slices) - 1)
+    drawn = seg_mask.onto(path, stack.own_shape, stack.own_affine, places)
+    shape = stack.shape if image.unshear else volume.voxels.shape
+    voxels, found = series_mask.on_all_planes(drawn, stack, shape)
+    if image.unshear:
+        voxels = shear.unshear_label(voxels, stack.affine)
+    return voxels, found
 
 
 def _read_other(

@@ -35,20 +35,25 @@ def onto_planes(label: Volume, stack: Stack, shape: Shape) -> Turned | None:
     NIfTI knows no uneven steps. dcm2niix states the first, SimpleITK and `scan.write` the mean; and
     the place of the first slice, or of the last. A plane between slices has the nearest one's.
     """
-    own = (len(stack.slices), stack.shape[1], stack.shape[2])
     if stack.is_even:
         return None
     for affine in _stated(label, stack):
-        found = onto(label, own, affine)
+        found = onto(label, stack.own_shape, affine)
         if found is None:
             continue
         turned, findings = found
-        if shape == own:
-            return found
-        nearest = np.abs(np.arange(shape[0])[:, None] - stack.places).argmin(1)
-        text = "mask on slices at uneven steps; planes between them have the nearest one's"
-        return turned[nearest], [*findings, Finding(Kind.MASK_UNEVEN, "kept", text)]
+        planes, more = on_all_planes(turned, stack, shape)
+        return planes, [*findings, *more]
     return None
+
+
+def on_all_planes(drawn: np.ndarray, stack: Stack, shape: Shape) -> Turned:
+    """Of a label map [slice, H, W] all planes of `shape`: between slices, the nearest one's."""
+    if drawn.shape == shape:
+        return drawn, []
+    nearest = np.abs(np.arange(shape[0])[:, None] - stack.places).argmin(1)
+    text = "mask on slices at uneven steps; planes between them have the nearest one's"
+    return drawn[nearest], [Finding(Kind.MASK_UNEVEN, "kept", text)]
 
 
 def _stated(label: Volume, stack: Stack) -> Iterator[Float64[np.ndarray, "4 4"]]:

@@ -1,4 +1,4 @@
-"""DICOM folders: every CT series below one, with masks as NIfTI where there are any."""
+"""DICOM folders: every CT series below one, with masks in NIfTI or DICOM SEG if there are any."""
 
 import hashlib
 import logging
@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bhsd_jax.ct.dicom import segmentation
+from bhsd_jax.ct.dicom import seg_mask, segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
 from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.datasets import archives, label_tables, rsna, series_masks
 from bhsd_jax.datasets.label_maps import own_names
-from bhsd_jax.defects import Finding, Kind
+from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import HEMORRHAGE, Case, Series, Survey
+from bhsd_jax.volume import HEMORRHAGE, Case, Label, Series, Survey
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,11 @@ class DICOM:
 
     A mask belongs to the series whose SeriesInstanceUID it is named for, or whose folder (its path
     below the root joined by _, or its name if no other has it), or to the only series in the
-    folder it lies in, or below that. Series with a mask train (a fold of them validates),
-    others are unlabeled. Patients are told apart by PatientID, else by study, as where it is a word
-    such as ANONYMOUS. Unless `show_ids`, cases and patients are called by salted hashes.
+    folder it lies in, or below that. A DICOM SEG, wherever it lies, is that of the series it refers
+    to; its segments are labeled with names of `classes`. Series with a mask train (a fold of them
+    validates), others are unlabeled. Patients are told apart by PatientID, else by study, as where
+    it is a word such as ANONYMOUS. Unless `show_ids`, cases and patients are called by salted
+    hashes.
 
     In `root`, `scan_labels.csv` may say what scans show, each called as its mask may be, and
     `slice_labels.csv` what slices show, each called by its SOPInstanceUID (`label_tables`).
@@ -78,13 +80,15 @@ class DICOM:
         Raises:
             FileNotFoundError: If there is no folder, or no CT series in it.
             ValueError: If a mask belongs to no series, or a series has two, or one is in another
-                format than NIfTI.
+                format than NIfTI and DICOM SEG, or has segments of no class.
         """
         root = Path(self.root)
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; set data.root to the DICOM folder")
         nifti: list[Path] = []
-        there = dicom_series.survey(root, wanted=lambda path: not _put_aside(path, nifti))
+        there = dicom_series.survey(
+            root, wanted=lambda path: not _put_aside(path, nifti), segs=True
+        )
         groups = there.groups
         if not groups:
             raise FileNotFoundError(
@@ -96,15 +100,18 @@ class DICOM:
         if self.masks and not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; look at data.masks")
         masks, findings = series_masks.match(root, folder, groups, names, nifti)
-        if self.masks and not any(map(series_masks.is_nifti, folder.iterdir())):
+        segs = [*there.segs, *_segs_apart(folder, root)]
+        if self.masks and not _has_masks(folder, segs):
             raise FileNotFoundError(
-                f"{folder}: no NIfTI file in it, and folders in it are not looked into; look at "
-                "data.masks"
+                f"{folder}: no NIfTI file and no DICOM SEG in it, and folders in it are not looked "
+                "into; look at data.masks"
             )
+        drawn, more = self._drawn(segs, groups, masks)
+        findings += more
         tables = _Tables.of(root, self.classes[1:])
         cases = []
         called = series_masks.called(groups, names)
-        for group, name, own, mask in zip(groups, names, called, masks, strict=True):
+        for group, name, own, mask in zip(groups, names, called, drawn, strict=True):
             id = name if self.show_ids else self._hashed(group.first.series + name)
             who = _who(group.first) or name
             image = group.as_series(id, uneven=self.uneven, unshear=self.unshear)
@@ -115,6 +122,30 @@ class DICOM:
         cases.sort(key=lambda case: case.id)
         findings += [*_about_patients(groups), *tables.alone(groups, called)]
         return Survey(tuple(cases), (*there.findings, *findings))
+
+    def _drawn(
+        self, segs: Sequence[Path], groups: Sequence[Group], masks: Sequence[Path | None]
+    ) -> tuple[list[Label | None], list[Finding]]:
+        """The masks of all series, those of DICOM SEG too, and what is to be said of the latter."""
+        outlines, found = series_masks.match_segs(_outlines(segs), groups, masks)
+        drawn: list[Label | None] = [*masks]
+        for place, one in enumerate(outlines):
+            if one is None:
+                continue
+            try:
+                drawn[place] = seg_mask.label(one, self.classes)
+            except Refusal as error:
+                this = f"the DICOM SEG of series {place + 1} of {len(groups)} in the order of paths"
+                hint = "with --data.classes (=any: bleeding of any kind)"
+                raise UserError(f"{this}: {error}, {hint}") from error
+        by_machine = [one for one in outlines if one and one.is_automatic]
+        if by_machine:
+            text = (
+                f"{len(by_machine)} masks are DICOM SEG that an algorithm drew "
+                "(SegmentAlgorithmType AUTOMATIC): move them away if they are no reference"
+            )
+            found.append(Finding(Kind.MASK_AUTOMATIC, "kept", text))
+        return drawn, found
 
     def _hashed(self, text: str) -> str:
         return _digest(self.salt + text)
@@ -178,6 +209,35 @@ def _folder_name(name: str) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _segs_apart(folder: Path, root: Path) -> list[Path]:
+    """DICOM SEG in a folder of masks that does not lie below the root."""
+    if not folder.is_dir() or folder.resolve().is_relative_to(root.resolve()):
+        return []
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and seg_mask.is_seg(path)]
+
+
+def _has_masks(folder: Path, segs: Sequence[Path]) -> bool:
+    """Whether NIfTI files, or some of these SEG, lie in a folder."""
+    nifti = any(map(series_masks.is_nifti, folder.iterdir()))
+    return nifti or any(path.parent.resolve() == folder.resolve() for path in segs)
+
+
+def _outlines(segs: Sequence[Path]) -> list[seg_mask.Outline]:
+    """What the headers of DICOM SEG say; errors name no file, which may be called as a patient.
+
+    Raises:
+        Refusal: As by `seg_mask.outline`.
+    """
+    found = []
+    for number, path in enumerate(segs, start=1):
+        try:
+            found.append(seg_mask.outline(path))
+        except Refusal as error:
+            this = f"DICOM SEG {number} of {len(segs)} in the order of paths"
+            raise Refusal(error.kind, f"{this}: {error}; or move it away") from error
+    return found
 
 
 def _is_nobody(patient: str) -> bool:

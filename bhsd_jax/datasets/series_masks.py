@@ -1,10 +1,14 @@
-"""Which NIfTI file is the mask of which DICOM series, by names and by folders."""
+"""Which file is the mask of which DICOM series.
+
+NIfTI by names and by folders; a DICOM SEG by the series that it refers to.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from bhsd_jax.ct.dicom.grouping import Group
+from bhsd_jax.ct.dicom.seg_mask import Outline
 from bhsd_jax.datasets.bhsd_files import find
 from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.platform.errors import UserError
@@ -82,6 +86,49 @@ def called(groups: Sequence[Group], names: Sequence[str]) -> list[set[str]]:
             keys.add(group.folder.name)
         found.append(keys)
     return found
+
+
+def match_segs(
+    segs: Sequence[Outline], groups: Sequence[Group], masks: Sequence[Path | None]
+) -> tuple[list[Outline | None], list[Finding]]:
+    """The DICOM SEG of each series or None, and what is said of those that are of none.
+
+    A SEG is of the series whose UID it refers to; of several with that UID, of those whose slices
+    it refers to; and where it does not refer to any, of the only one in its coordinates.
+    Series that have a mask in NIfTI keep that, for it may be a SEG that was converted.
+
+    Raises:
+        UserError: If a series has two.
+    """
+    found: list[Outline | None] = [None] * len(groups)
+    unused = 0
+    for seg in segs:
+        places = _drawn_on(seg, groups)
+        if len(places) != 1 or masks[places[0]] is not None:
+            unused += 1
+            continue
+        if found[places[0]] is not None:
+            this = f"series {places[0] + 1} of {len(groups)} in the order of paths"
+            raise UserError(f"{this} has several masks (DICOM SEG); keep one, or give it in NIfTI")
+        found[places[0]] = seg
+    if not unused:
+        return found, []
+    text = (
+        f"{unused} DICOM SEG refer to no series that is here, or to one that has a mask in NIfTI, "
+        "and are not used"
+    )
+    return found, [Finding(Kind.MASK_UNUSED, "kept", text)]
+
+
+def _drawn_on(seg: Outline, groups: Sequence[Group]) -> list[int]:
+    """Which series a SEG may be of."""
+    referred = [n for n, group in enumerate(groups) if group.first.series in seg.series]
+    if len(referred) > 1:
+        shown = [seg.instances & {item.instance for item in groups[n].slices} for n in referred]
+        referred = [n for n, some in zip(referred, shown, strict=True) if some]
+    if seg.series or not seg.space:
+        return referred
+    return [n for n, group in enumerate(groups) if group.first.space == seg.space]
 
 
 def _unused(paths: Sequence[Path], groups: Sequence[Group]) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from bhsd_jax.platform.errors import UserError, some
 from bhsd_jax.platform.workers import Progress, Workers
 from bhsd_jax.settings import Config, Settings
 from bhsd_jax.train import barrier
-from bhsd_jax.verbs import parts
+from bhsd_jax.verbs import parts, references
 from bhsd_jax.verbs.score_table import HEADLINE, table
 from bhsd_jax.verbs.scoring import ANY, Comparison, Scored, score_case
 from bhsd_jax.volume import Case, Image, Label, Masks, Plan, labels_of, outlined_of
@@ -140,7 +140,8 @@ def comparisons(config: Settings, workdir: Path) -> list[Comparison]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no predictions; run the verb `predict` first")
     predicted = scans(folder)
-    expected = _expected(config, workdir, folder, predicted)
+    classes = (*known.classes, ANY) if config.split.binary else known.classes
+    expected = _expected(config, workdir, folder, predicted, classes)
     cases = [one.case for one in expected]
     answers = _answers(config, cases)
     if "raters" in config.evaluate.also:
@@ -221,14 +222,18 @@ def _require_raters(labels: Mapping[str, Label]) -> None:
 
 
 def _expected(
-    config: Settings, workdir: Path, folder: Path, predicted: Mapping[str, Path]
+    config: Settings,
+    workdir: Path,
+    folder: Path,
+    predicted: Mapping[str, Path],
+    classes: Sequence[str],
 ) -> list[_Expected]:
     """The cases to score, sorted; every prediction must have a reference somewhere."""
     if config.evaluate.references:
         root = Path(config.evaluate.references)
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; look at config.evaluate.references")
-        masks = scans(root)
+        masks = references.masks(root, folder, classes)
         # Whose scans these are is not known, so that each counts as a patient.
         expected = [_Expected(case, case, path) for case, path in masks.items()]
         labeled, source = set(masks), str(root)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bhsd_jax.ct import geometry, hu, plausibility, scan
+from bhsd_jax.ct.dicom import slice_file
 from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import also, scores, threshold
@@ -86,7 +87,7 @@ def score_case(job: Comparison) -> Scored:
     Raises:
         ValueError: If a file cannot be used, or lies on another grid than its scan.
     """
-    place = scan.native(job.image or scan.files(job.reference)[0])
+    place = scan.native(job.image or _without_image(job))
     image, _ = scan.read(place)
     labels = job.meaning
     # Merged, the masks of others may number their classes as they like.
@@ -127,6 +128,12 @@ def score_case(job: Comparison) -> Scored:
         _also(job, place, image, *_annotated(labels, *full)) if job.wanted else [],
         int(np.count_nonzero(labels.annotated(reference.voxels))),
     )
+
+
+def _without_image(job: Comparison) -> Path:
+    """What gives the geometry where the scan is not at hand: a DICOM SEG has but slices of it."""
+    reference = scan.files(job.reference)[0]
+    return job.predicted if slice_file.is_dicom(reference) else reference
 
 
 def _placed(job: Comparison, mask: Volume) -> tuple[Volume, list[Finding]]:

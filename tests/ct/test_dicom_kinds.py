@@ -57,7 +57,7 @@ def read(group: Group, **options):
         (typed("DERIVED", "SECONDARY", "AXIAL", RescaleType="Z_EFF"), Kind.LEFT_OUT_MAP),
         (typed("DERIVED", "PRIMARY", "AXIAL", RescaleType="mg/ml"), Kind.LEFT_OUT_MAP),
         (typed("ORIGINAL", "PRIMARY", Modality="SR"), Kind.LEFT_OUT_MODALITY),
-        (typed("DERIVED", "PRIMARY", Modality="SEG"), Kind.LEFT_OUT_OUTLINE),
+        (typed("DERIVED", "PRIMARY", Modality="SEG"), Kind.LEFT_OUT_SEG),
         (typed("DERIVED", "PRIMARY", Modality="RTSTRUCT"), Kind.LEFT_OUT_OUTLINE),
         (typed("ORIGINAL", "PRIMARY", "AXIAL", SamplesPerPixel=3), Kind.LEFT_OUT_COLOR),
         (at_one_place, Kind.LEFT_OUT_PLACE),

@@ -15,63 +15,16 @@ import pytest
 from dicom_files import NAME, PATIENT, write_series
 from enhanced_files import write_enhanced
 from pydicom import Dataset, config, dcmread
+from seg_files import KINDS, MAKER, SHAPE, complete, label_of, make, series_of, write
 
-from bhsd_jax.ct.dicom import segment_codes, segmentation
+from bhsd_jax.ct import scan
+from bhsd_jax.ct.dicom import seg_mask, segment_codes, segmentation
 from bhsd_jax.ct.dicom import series as dicom_series
-from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.experiments.local import free_port
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import HEMORRHAGE
+from bhsd_jax.volume import HEMORRHAGE, Volume
 
-SHAPE = (9, 20, 18)  # slices, rows, columns
-UNEVEN = np.cumsum([0, 4, 4, 4, 4, 1.1, 7, 7, 7])
-FRAME = "1.2.3.9"
-MAKER = segmentation.Maker("supervised on made up")
 SBIN = os.environ["PATH"] + ":/usr/sbin:/sbin"  # where Debian has Orthanc
-
-
-def complete(k, data):
-    """What headers of a real scanner have besides."""
-    data.FrameOfReferenceUID, data.SeriesNumber = FRAME, 3
-    data.StudyDate, data.StudyTime, data.StudyID, data.AccessionNumber = "20260102", "1200", "7", ""
-    data.PatientSex = "O"
-    if k % 2:  # a type 2 attribute: it may be empty
-        data.SliceThickness = 5
-
-
-def label_of(shape=SHAPE, seed=0):
-    """Every class somewhere, one of them nowhere; [slice, row, column] of the files."""
-    label = np.zeros(shape, np.uint8)
-    label[2:6, 3:11, 2:9] = 2
-    label[4:7, 5:8, 4:13] = 3
-    label[0, 15:18, 1:4] = 5
-    label[8, 1:3, 14:17] = 1
-    noise = np.random.default_rng(seed).random(shape) < 0.02
-    return np.where(noise, np.uint8(1), label)
-
-
-def make(folder, kind="plain", change=complete):
-    tilt = 18.5 if "tilted" in kind else 0.0
-    places = UNEVEN if "uneven" in kind else None
-    source = folder.parent / "plain" if "enhanced" in kind else folder
-    paths = write_series(
-        source, np.full(SHAPE, 30), tilt_deg=tilt, places=places, change=change, series="1.2.3.5"
-    )
-    if "enhanced" in kind:
-        order = [4, 0, 8, 2, 1, 7, 3, 6, 5]  # frames in any order
-        paths = write_enhanced(folder / "one.dcm", [paths[k] for k in order])
-    return paths
-
-
-def series_of(folder):
-    (case,) = dicom_cases.scans(folder, uneven="refuse", unshear=False)
-    return case.image
-
-
-def write(folder, path, label, **options):
-    settings = {"kind": "binary", "maker": MAKER} | options
-    segmentation.write(path, series_of(folder), label[:, ::-1], HEMORRHAGE, **settings)
-    return path
 
 
 def reread(path, series, *, fractional=False):
@@ -85,15 +38,24 @@ def reread(path, series, *, fractional=False):
     return seg.get_pixels_by_source_frame(slices[0].instance, frames, **how)
 
 
+def as_mask(path, series):
+    """Classes on the series' slices, as masks of `data=dicom` are read."""
+    stack = dicom_series.arrange(series)
+    own = Volume(np.zeros(stack.own_shape, np.int16), stack.own_affine, "")
+    mask = seg_mask.label(seg_mask.outline(path), HEMORRHAGE)
+    label, said = scan.read_label(mask, series, own, num_classes=6)
+    assert said == []
+    return label.voxels
+
+
 @pytest.mark.parametrize("shape", ["binary", "labelmap"])
-@pytest.mark.parametrize(
-    "kind", ["plain", "tilted", "uneven", "tilted, uneven", "enhanced", "enhanced, tilted, uneven"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_voxel_is_read_back_on_its_instance(tmp_path, kind, shape):
     make(tmp_path / "dicom", kind)
     label = label_of()
     path = write(tmp_path / "dicom", tmp_path / "seg" / "a.dcm", label, kind=shape)
     np.testing.assert_array_equal(reread(path, series_of(tmp_path / "dicom")), label)
+    np.testing.assert_array_equal(as_mask(path, series_of(tmp_path / "dicom")), label[:, ::-1])
     assert segmentation.is_whole(path, shape)
     assert not segmentation.is_whole(path, "fractional")
     path.write_bytes(path.read_bytes()[:-40])

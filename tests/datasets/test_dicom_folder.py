@@ -1,14 +1,17 @@
 import csv
+import shutil
 
+import numpy as np
 import pytest
 from dicom_files import NAME, PATIENT, block, write_series
 from pydicom import dcmread
+from seg_files import complete, label_of, make, write
 
 from bhsd_jax.ct import nifti, scan
 from bhsd_jax.datasets import dicom
 from bhsd_jax.datasets.dicom import DICOM
 from bhsd_jax.defects import Kind, Refusal
-from bhsd_jax.volume import Series, Volume
+from bhsd_jax.volume import HEMORRHAGE, Series, Volume
 
 
 @pytest.fixture
@@ -106,7 +109,9 @@ def test_nifti_files_that_are_no_masks_are_told(tree, tmp_path):
     (finding,) = found.findings
     assert finding.kind is Kind.MASK_UNUSED
     assert finding.text.startswith("2 NIfTI files belong to no series")
-    with pytest.raises(FileNotFoundError, match=r"no NIfTI file in it.*data\.masks"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no NIfTI file and no DICOM SEG in it.*data\.masks"
+    ):
         DICOM(tree, masks=tree / "masks").survey()
 
 
@@ -199,3 +204,92 @@ def test_no_two_series_have_one_name(tmp_path):
     assert {str(found[name]) for name in ("P01", "P01_3")} == {"P01"}
     assert str(found["P01_2"]) == "P01_2"
     assert str(found["a_b_2"]) == "a_b_2"
+
+
+def outlined(folder, series, path, classes=HEMORRHAGE, kind="binary"):
+    """A series in a folder of its own, and a SEG that is drawn on it."""
+    make(folder, series=series)
+    label = np.minimum(label_of(), len(classes) - 1).astype(np.uint8)
+    return write(folder, path, label, classes=classes, kind=kind)
+
+
+def test_a_dicom_seg_is_the_mask_of_the_series_it_refers_to(tmp_path):
+    """Among its slices, in masks/, in a folder of masks elsewhere, or anywhere in the study."""
+    root, elsewhere = tmp_path / "in", tmp_path / "drawn"
+    outlined(root / NAME, "1.2.3.1", tmp_path / "a.dcm").rename(root / NAME / "a.dcm")
+    outlined(root / "b", "1.2.3.2", root / "masks" / "x", kind="labelmap")
+    outlined(root / "c", "1.2.3.3", root / "study" / "y.dcm")
+    outlined(root / "d", "1.2.3.4", elsewhere / "z.dcm")
+    make(root / "e", series="1.2.3.5")
+    found = DICOM(root, show_ids=True).survey()
+    cases = {case.id: case for case in found.cases}
+    assert {name for name, case in cases.items() if case.label} == {NAME, "b", "c"}
+    assert {case.split for case in cases.values() if case.label} == {"train"}
+    for name in (NAME, "b", "c"):
+        volume, said = scan.read(cases[name].image)
+        assert said == []
+        mask = cases[name].label
+        label, _ = scan.read_label(mask, cases[name].image, volume, num_classes=6)
+        np.testing.assert_array_equal(label.voxels, label_of()[:, ::-1])
+    (told,) = found.findings
+    assert told.kind is Kind.MASK_AUTOMATIC
+    assert told.text.startswith("3 masks are DICOM SEG that an algorithm drew")
+    more = list(DICOM(root, masks=elsewhere, show_ids=True).cases())
+    assert {case.id for case in more if case.label} == {NAME, "b", "c", "d"}
+
+
+def test_a_seg_of_no_series_is_told_and_one_too_many_is_refused(tmp_path):
+    root = tmp_path / "in"
+    outlined(root / NAME, "1.2.3.1", root / "a.dcm")
+    outlined(tmp_path / "gone", "1.2.3.9", root / "b.dcm")
+    (case,) = DICOM(root).survey().cases
+    kinds = [one.kind for one in DICOM(root).survey().findings]
+    assert kinds == [Kind.MASK_UNUSED, Kind.MASK_AUTOMATIC]
+    again = write(root / NAME, tmp_path / "c.dcm", label_of()).rename(root / "c.dcm")
+    with pytest.raises(ValueError, match=r"several masks \(DICOM SEG\); keep one") as said:
+        DICOM(root).survey()
+    assert NAME not in str(said.value)
+    again.unlink()
+    drawn = mask(root, case, root / "masks" / "1.2.3.1.nii.gz")
+    found = DICOM(root).survey()
+    assert [case.label for case in found.cases] == [drawn], "it may be the SEG, converted"
+    assert [one.kind for one in found.findings] == [Kind.MASK_UNUSED]
+    assert found.findings[0].text.startswith("2 DICOM SEG refer to no series that is here, or to")
+
+
+def test_a_seg_is_of_the_slices_it_refers_to_or_of_the_only_series_in_its_coordinates(tmp_path):
+    root = tmp_path / "in"
+    first = outlined(root / "a", "1.2.3.1", tmp_path / "first.dcm")
+    make(root / "b", series="1.2.3.1", change=other_number)
+    first.rename(root / "first.dcm")
+    assert [bool(case.label) for case in DICOM(root, show_ids=True).cases()] == [True, False]
+    data = dcmread(root / "first.dcm")
+    del data.ReferencedSeriesSequence
+    data.save_as(root / "first.dcm")
+    assert not [case for case in DICOM(root).cases() if case.label]
+    shutil.rmtree(root / "b")
+    (case,) = DICOM(root).cases()
+    assert case.label
+
+
+def other_number(k, data):
+    """Of another patient, whose tool has made the same UIDs."""
+    complete(k, data)
+    data.PatientID, data.StudyInstanceUID = "MRN-9", "1.2.9"
+
+
+def test_segments_of_no_class_and_segs_of_no_voxels_stop_the_verb(tmp_path):
+    root = tmp_path / "in"
+    names = ("background", "tumor", "edema")
+    path = outlined(root / NAME, "1.2.3.1", root / "a.dcm", classes=names)
+    with pytest.raises(ValueError, match=r"DICOM SEG of series 1 of 1 .* segments 1, 2 ") as said:
+        DICOM(root).survey()
+    assert "--data.classes" in str(said.value)
+    assert NAME not in str(said.value)
+    (case,) = DICOM(root, classes=("edema,tumor",)).cases()
+    assert case.label.values == (0, 2, 1)
+    data = dcmread(path)
+    data.SegmentationType = "FRACTIONAL"
+    data.save_as(path)
+    with pytest.raises(Refusal, match=r"^DICOM SEG 1 of 1 .*save it as BINARY .*move it away$"):
+        DICOM(root).survey()

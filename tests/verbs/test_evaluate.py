@@ -8,11 +8,13 @@ import math
 
 import numpy as np
 import pytest
+import seg_files
 
 from bhsd_jax.assemble import origins
 from bhsd_jax.assemble.run import Run
 from bhsd_jax.configs import common
-from bhsd_jax.ct import nifti
+from bhsd_jax.ct import nifti, scan
+from bhsd_jax.datasets import dicom as dicom_cases
 from bhsd_jax.labels import Labels
 from bhsd_jax.metrics import scores, threshold
 from bhsd_jax.platform import faults, files
@@ -354,6 +356,55 @@ def test_merged_classes_are_compared_with_masks_of_any_numbers(tree):
     config.split.binary = True
     evaluate.run(config, run)
     assert summary(run)["binary"]["dice"] == want
+
+
+@pytest.fixture
+def read_series(tmp_path):
+    """A run with the label map of a tilted series, as `predict` writes it, and what it shows."""
+    seg_files.make(tmp_path / "dicom", "tilted")
+    (case,) = dicom_cases.scans(tmp_path / "dicom", uneven="refuse", unshear=False)
+    out, answer = tmp_path / "run" / "predictions", seg_files.label_of(seed=1)
+    scan.write(out / "0a1b.nii.gz", answer[:, ::-1], like=case.image)
+    dicom_cases.write_series(out, [case], {case.id: "0a1b"})
+    return out.parent, answer
+
+
+def test_dicom_segs_are_references_by_their_series(tmp_path, read_series):
+    run, answer = read_series
+    drawn = seg_files.label_of()
+    seg_files.write(tmp_path / "dicom", tmp_path / "masks" / "reader.dcm", drawn)
+    config = configure(tmp_path, references=str(tmp_path / "masks"))
+    evaluate.run(config, run)
+    for index, name in enumerate(HEMORRHAGE[1:], start=1):
+        ours, theirs = answer == index, drawn == index
+        both = ours.sum() + theirs.sum()
+        want = 2 * (ours & theirs).sum() / both if both else math.nan
+        found = float(table(run)["0a1b", name]["dice"])
+        assert found == pytest.approx(want, abs=1e-12, nan_ok=True)
+    (tmp_path / "masks" / "reader.dcm").rename(tmp_path / "masks" / "0a1b.dcm")
+    (run / "predictions" / "series.csv").unlink()
+    before = table(run)
+    evaluate.run(config, run)
+    assert table(run) == before, "without the table by its name, as `predict` names its own"
+    (tmp_path / "masks" / "0a1b.nii.gz").write_bytes(
+        (run / "predictions" / "0a1b.nii.gz").read_bytes()
+    )
+    with pytest.raises(ValueError, match=r"two masks of 0a1b, one of them 0a1b\.dcm"):
+        evaluate.run(config, run)
+
+
+def test_a_seg_of_any_bleeding_is_compared_where_classes_are_merged(tmp_path, read_series):
+    run, answer = read_series
+    drawn = np.minimum(seg_files.label_of(), 1)
+    path, names = tmp_path / "masks" / "reader.dcm", ("background", "Hemorrhage")
+    seg_files.write(tmp_path / "dicom", path, drawn, classes=names)
+    config = configure(tmp_path, references=str(tmp_path / "masks"))
+    with pytest.raises(ValueError, match=r"reader\.dcm: its segment 1 is labeled as none of"):
+        evaluate.run(config, run)
+    config.split.binary = True
+    evaluate.run(config, run)
+    want = 2 * np.minimum(answer, drawn).sum() / (np.count_nonzero(answer) + drawn.sum())
+    assert summary(run)["binary"]["dice"] == pytest.approx(want)
 
 
 def test_a_label_map_without_an_affine_is_measured_by_the_mask(tree):

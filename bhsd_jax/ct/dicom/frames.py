@@ -17,6 +17,7 @@ _GROUPS = (
     "FrameContentSequence",
     "CTImageFrameTypeSequence",
     "CTReconstructionSequence",
+    "SegmentIdentificationSequence",
     "UnassignedPerFrameConvertedAttributesSequence",
     "UnassignedSharedConvertedAttributesSequence",
 )

@@ -9,7 +9,6 @@ _CAPTURE = f"{_STORAGE}7"  # and its multi-frame relatives
 PLAIN_CT = f"{_STORAGE}2"
 ENHANCED_CT = (f"{_STORAGE}2.1", f"{_STORAGE}2.2")  # the latter: converted from plain CT
 _DIRECTORY = "1.2.840.10008.1.3.10"  # what a DICOMDIR is, whatever the file is called
-_OUTLINES = ("SEG", "RTSTRUCT")
 # Words of ImageType, in which underscores and spaces part words: REF_SURVIEW, SCREEN SAVE.
 _LOCALIZERS = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM", "SCANO", "SCANOSCOPE"}
 _REPORTS = {"DOSE", "REPORT", "PROTOCOL", "PROT", "INFO", "RESULTS", "SUMMARY"}
@@ -25,9 +24,10 @@ class Flaw(enum.StrEnum):
     """Why an image is no slice of a CT volume, as what follows "is"."""
 
     MODALITY = "of another kind than CT"
+    SEG = "a DICOM SEG, which is a mask and no scan"
     OUTLINE = (
-        "of outlines (SEG, RTSTRUCT), which are not read: a mask is NIfTI, into which dcmqi or "
-        "plastimatch convert them"
+        "of outlines (RTSTRUCT), which are not read: a mask is NIfTI, into which plastimatch "
+        "converts them, or a DICOM SEG"
     )
     LOCALIZER = "a localizer"
     MULTI_FRAME = "a multi-frame image"
@@ -47,6 +47,9 @@ class Flaw(enum.StrEnum):
     DIRECTORY = "a directory of a medium"  # no image at all: nobody has to be told
 
 
+_MODALITIES = {"SEG": Flaw.SEG, "RTSTRUCT": Flaw.OUTLINE}  # else it is of another kind than CT
+
+
 def flaw_of(data: Any) -> Flaw | None:
     """Why the image of this header, read without its voxels, is no slice; None if it is one.
 
@@ -55,10 +58,9 @@ def flaw_of(data: Any) -> Flaw | None:
     """
     if _is_directory(data):
         return Flaw.DIRECTORY
-    if str(data.get("Modality") or "CT") in _OUTLINES:
-        return Flaw.OUTLINE
-    if str(data.get("Modality") or "CT") != "CT":
-        return Flaw.MODALITY
+    modality = str(data.get("Modality") or "CT")
+    if modality != "CT":
+        return _MODALITIES.get(modality, Flaw.MODALITY)
     return _by_type(data) or _by_scale(data) or _by_class(data) or _by_place(data)
 
 

@@ -8,13 +8,14 @@ Source: TotalSegmentator 2.18.0, `totalsegmentator_snomed_mapping.csv`, row
 `intracerebral_hemorrhage`; DICOM PS3.16, CID 5, 7140, 7150, 7151 and 7159, as in pydicom 3.0.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 Code = tuple[str, str]  # value in SNOMED CT, meaning
 
 ABNORMAL: Code = ("49755003", "Morphologically Altered Structure")
-_HEMORRHAGE: Code = ("50960005", "Hemorrhage")
+HEMORRHAGE: Code = ("50960005", "Hemorrhage")
 _EDEMA: Code = ("79654002", "Edema")
 _LESION: Code = ("52988006", "Lesion")
 _BRAIN: Code = ("12738006", "Brain")
@@ -35,43 +36,69 @@ class Meaning:
 
 
 _KNOWN = {
-    "EDH": Meaning("epidural hemorrhage", _HEMORRHAGE, _DURA, (255, 159, 28)),
-    "IPH": Meaning("intraparenchymal hemorrhage", _HEMORRHAGE, _BRAIN, (220, 0, 0)),
-    "IVH": Meaning("intraventricular hemorrhage", _HEMORRHAGE, _VENTRICLE, (25, 211, 243)),
-    "SAH": Meaning("subarachnoid hemorrhage", _HEMORRHAGE, _SUBARACHNOID, (171, 99, 250)),
-    "SDH": Meaning("subdural hemorrhage", _HEMORRHAGE, _DURA, (0, 204, 150)),
-    "EAH": Meaning("extra-axial hemorrhage", _HEMORRHAGE, _DURA, (255, 159, 28)),
+    "EDH": Meaning("epidural hemorrhage", HEMORRHAGE, _DURA, (255, 159, 28)),
+    "IPH": Meaning("intraparenchymal hemorrhage", HEMORRHAGE, _BRAIN, (220, 0, 0)),
+    "IVH": Meaning("intraventricular hemorrhage", HEMORRHAGE, _VENTRICLE, (25, 211, 243)),
+    "SAH": Meaning("subarachnoid hemorrhage", HEMORRHAGE, _SUBARACHNOID, (171, 99, 250)),
+    "SDH": Meaning("subdural hemorrhage", HEMORRHAGE, _DURA, (0, 204, 150)),
+    "EAH": Meaning("extra-axial hemorrhage", HEMORRHAGE, _DURA, (255, 159, 28)),
     "EDEMA": Meaning("edema", _EDEMA, _BRAIN, (255, 236, 130)),
-    "ANY": Meaning("intracranial hemorrhage", _HEMORRHAGE, _BRAIN, (220, 0, 0)),
+    "ANY": Meaning("intracranial hemorrhage", HEMORRHAGE, _BRAIN, (220, 0, 0)),
 }
-_SYNONYMS = {
+_SYNONYMS = {  # words joined by _
     "OEDEMA": "EDEMA",
-    "EXTRA-AXIAL": "EAH",  # BLAST-CT's
+    "EXTRA_AXIAL": "EAH",  # BLAST-CT's
     "ICH": "IPH",
     **dict.fromkeys(
         ("HEMORRHAGE", "HAEMORRHAGE", "BLEEDING", "BLEED", "INTRACEREBRAL_HEMORRHAGE"), "ANY"
     ),
-    "EPIDURAL": "EDH",  # this and the others as RSNA 2019 calls them
+    "INTRACRANIAL": "ANY",
+    "EPIDURAL": "EDH",  # this and the last four as RSNA 2019 calls them
+    "EXTRADURAL": "EDH",
     "INTRAPARENCHYMAL": "IPH",
     "INTRAVENTRICULAR": "IVH",
     "SUBARACHNOID": "SAH",
     "SUBDURAL": "SDH",
 }
+_BLOOD = {"HEMORRHAGE", "HAEMORRHAGE", "HEMATOMA", "HAEMATOMA", "BLEED", "BLEEDING"}
+_AMBIGUOUS = "ICH"  # to some what lies in the brain, to others any bleed in the skull
 
 
 def of(name: str) -> Meaning:
     """The meaning of a class; of a name that is not known, a lesion in the head."""
-    upper = name.upper()
-    found = _KNOWN.get(_SYNONYMS.get(upper, upper))
-    return found or Meaning(name, _LESION, _HEAD, (200, 200, 200))
+    return _KNOWN.get(_key(name)) or Meaning(name, _LESION, _HEAD, (200, 200, 200))
+
+
+def is_named(label: str, name: str) -> bool:
+    """Whether the label of a segment is that of a class: its name or a synonym, in any spelling."""
+    one, other = _words(label), _words(name)
+    same = one == other or (_AMBIGUOUS not in (one, other) and _key(label) == _key(name))
+    return bool(one) and same
+
+
+def is_any(name: str) -> bool:
+    """Whether a class is of bleeding wherever it is."""
+    return _key(name) == "ANY"
 
 
 def is_any_bleed(names: Iterable[str]) -> bool:
     """Whether one of these classes is a known bleed."""
-    return any(of(name).kind == _HEMORRHAGE for name in names)
+    return any(of(name).kind == HEMORRHAGE for name in names)
 
 
 def are_bleeds(names: Iterable[str]) -> bool:
     """Whether all of these classes are known bleeds, or what goes with them (edema)."""
     kinds = {of(name).kind for name in names}
-    return _HEMORRHAGE in kinds and kinds <= {_HEMORRHAGE, _EDEMA}
+    return HEMORRHAGE in kinds and kinds <= {HEMORRHAGE, _EDEMA}
+
+
+def _words(name: str) -> str:
+    return "_".join(re.findall(r"[^\W_]+", name.upper()))
+
+
+def _key(name: str) -> str:
+    """The key of what is known, of a name with or without a word for blood; else its words."""
+    whole = _words(name)
+    rest = "_".join(word for word in whole.split("_") if word not in _BLOOD)
+    found = (_SYNONYMS.get(words, words) for words in (whole, rest))
+    return next((key for key in found if key in _KNOWN), whole)

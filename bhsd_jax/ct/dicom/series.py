@@ -31,6 +31,7 @@ _THREADS = 16  # that read headers: on a shared disk a file is waited for longer
 _AT_ONCE = 1024  # files that are handed to them
 _LEFT_OUT = {
     Flaw.MODALITY: Kind.LEFT_OUT_MODALITY,
+    Flaw.SEG: Kind.LEFT_OUT_SEG,
     Flaw.OUTLINE: Kind.LEFT_OUT_OUTLINE,
     Flaw.LOCALIZER: Kind.LEFT_OUT_LOCALIZER,
     Flaw.COLOR: Kind.LEFT_OUT_COLOR,
@@ -55,6 +56,7 @@ class Found:
 
     groups: tuple[Group, ...]  # in the order of their first files
     findings: tuple[Finding, ...]  # what was left out of studies that have no group
+    segs: tuple[Path, ...] = ()  # DICOM SEG, where they are asked for: not among what is left out
 
 
 def find(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> list[Group]:
@@ -62,7 +64,9 @@ def find(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> l
     return list(survey(root, wanted=wanted).groups)
 
 
-def survey(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> Found:
+def survey(
+    root: Path, *, wanted: Callable[[Path], bool] = lambda path: True, segs: bool = False
+) -> Found:
     """Every CT series below a folder, in the order of its first file.
 
     Links to files and to folders are followed; a folder that several lead to is looked at once, and
@@ -70,7 +74,8 @@ def survey(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) ->
 
     Files are known by content, not by name. Localizers, reports, captures, other kinds of images,
     single images and those all at one place are left out; the findings of their study's first
-    series say so. Files that name no study are of that of their folder.
+    series say so. Files that name no study are of that of their folder. With `segs` a DICOM SEG is
+    not left out but listed.
 
     Raises:
         ValueError: If there are DICOM images, but all of them are left out; says why. Or pydicom,
@@ -91,8 +96,12 @@ def survey(root: Path, *, wanted: Callable[[Path], bool] = lambda path: True) ->
     groups = grouping.split(sorted(slices, key=lambda item: item.file), left)
     if left and not groups:
         raise UserError(f"{root}: no CT volume in its DICOM files; {_told(left)}")
+    masks = tuple(item.file for item in slices if segs and item.flaw is Flaw.SEG)
+    for key in [key for key in left if masks and key[1] is Flaw.SEG]:
+        del left[key]
     groups.sort(key=lambda group: group.first.file)
-    return _with_findings([no_slice.with_findings(group, others) for group in groups], left)
+    groups = [no_slice.with_findings(group, others) for group in groups]
+    return replace(_with_findings(groups, left), segs=masks)
 
 
 def read(series: Series) -> tuple[Volume, list[Finding]]:

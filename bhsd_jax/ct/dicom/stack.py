@@ -56,6 +56,11 @@ class Stack:
         return places / places[-1] * (self.shape[0] - 1)
 
     @property
+    def own_shape(self) -> Shape:
+        """Of an array with a plane for each slice."""
+        return len(self.slices), self.shape[1], self.shape[2]
+
+    @property
     def own_affine(self) -> Float[np.ndarray, "4 4"]:
         """Of an array with a plane for each slice; where steps are uneven it has their mean."""
         affine = self.affine.copy()

@@ -1,0 +1,54 @@
+"""Masks of a folder that label maps are compared with, by case."""
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from bhsd_jax.ct.dicom import seg_mask, slice_file
+from bhsd_jax.datasets.image_files import scans
+from bhsd_jax.defects import Refusal, said_of
+from bhsd_jax.platform.errors import UserError
+from bhsd_jax.volume import Label
+
+
+def masks(root: Path, predictions: Path, classes: Sequence[str]) -> dict[str, Label]:
+    """Label maps in every format by their names, and DICOM SEG by their series.
+
+    Args:
+        root: Where they lie.
+        predictions: The folder of label maps, whose `series.csv` says which series a case is. A SEG
+            of another series is of the case that it is called as.
+        classes: Names of the classes, background first, for the segments.
+
+    Raises:
+        Refusal: If a file cannot be used, or a segment is of no class.
+        UserError: If two files are of one case.
+    """
+    found: dict[str, Label] = {
+        name: path for name, path in scans(root).items() if not slice_file.is_dicom(path)
+    }
+    cases = _cases(predictions / "series.csv")
+    for path in sorted(root.iterdir()):
+        if not path.is_file() or not seg_mask.is_seg(path):
+            continue
+        try:
+            outline = seg_mask.outline(path)
+            mask = seg_mask.label(outline, classes)
+        except Refusal as error:
+            raise said_of(path, error) from error
+        case = next((cases[uid] for uid in sorted(outline.series) if uid in cases), path.stem)
+        if case in found:
+            raise UserError(f"{root}: two masks of {case}, one of them {path.name}; keep one")
+        found[case] = mask
+    return found
+
+
+def _cases(table: Path) -> dict[str, str]:
+    """Case by SeriesInstanceUID, where no two cases share it."""
+    if not table.is_file():
+        return {}
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = [(row.get("SeriesInstanceUID"), row.get("case")) for row in csv.DictReader(file)]
+    count = Counter(uid for uid, _ in rows)
+    return {uid: case for uid, case in rows if uid and case and count[uid] == 1}
