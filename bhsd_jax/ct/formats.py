@@ -328,6 +328,8 @@ def _image(itk: Any, path: Path) -> Any:
             other = files.stand_in(file.read(64))
         lines = str(error).strip().splitlines()
         last = other or (lines[-1].strip() if lines else "no reason given")
+        if last.endswith("No such file or directory"):  # what MetaImage says, though there is one
+            last = "damaged, or cut off in a transfer; fetch it again"
         raise Refusal(Kind.UNREADABLE, f"{path}: cannot be read ({last})") from error
 
 

@@ -385,6 +385,18 @@ def test_voxels_that_are_not_beside_their_header_are_refused(tmp_path, named, wo
         assert scan.files(path)[0] == path
 
 
+@pytest.mark.parametrize("ending", [".mha", ".mhd", ".nrrd", ".nhdr"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_voxels_that_were_cut_off_are_refused_as_such(tmp_path, ending, packed):
+    path = tmp_path / f"a{ending}"
+    itk.WriteImage(itk.GetImageFromArray(block().astype(np.int16)), str(path), packed)
+    last = scan.files(path)[-1]
+    last.write_bytes(last.read_bytes()[:-200])
+    with pytest.raises(Refusal, match=r"cannot be read \(") as refused:
+        scan.read(path)
+    assert "No such file" not in str(refused.value)
+
+
 def test_what_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "a.mha").write_bytes(b"ObjectType = Image\nNDims = 3\n")
     with pytest.raises(ValueError, match=r"a\.mha: cannot be read"):
