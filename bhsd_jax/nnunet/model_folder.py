@@ -10,7 +10,6 @@ from bhsd_jax.labels import Labels
 from bhsd_jax.nnunet import plans_json
 from bhsd_jax.nnunet.dataset_json import BACKGROUND, IGNORE
 from bhsd_jax.nnunet.dataset_plan import CASCADE, FULL, PLANAR
-from bhsd_jax.nnunet.trained import LABEL_MANAGER, PREPROCESSOR
 from bhsd_jax.volume import Plan, Shape
 
 PLANS_NAME, TRAINER = "nnUNetPlans", "nnUNetTrainer"
@@ -67,7 +66,7 @@ def plans(
     schemes, masks, statistics = _normalization(plan, foreground)
     settings = {
         "data_identifier": f"{PLANS_NAME}_{configuration}",
-        "preprocessor_name": PREPROCESSOR,
+        "preprocessor_name": plans_json.PREPROCESSOR,
         "batch_size": plan.network.batch,
         "patch_size": list(patch[axes]),
         "median_image_size_in_voxels": list(plan.median_shape[axes]),
@@ -90,7 +89,7 @@ def plans(
         "transpose_backward": [forward.index(axis) for axis in range(3)],
         "configurations": {configuration: settings},
         "experiment_planner_used": "ExperimentPlanner",
-        "label_manager": LABEL_MANAGER,
+        "label_manager": plans_json.LABEL_MANAGER,
         "foreground_intensity_properties_per_channel": statistics,
     }
 
