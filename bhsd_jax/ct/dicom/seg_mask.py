@@ -200,11 +200,11 @@ def _drawn(
     out = np.zeros(shape, np.uint8)
     inverse = np.linalg.inv(affine)
     twice = 0
-    for frame, plane in _frames(data):
+    for frame, plane, number in _frames(data):
         start, steps = _lie(frame, plane.shape, inverse, column_lengths(affine), planes, shape)
         drawn = np.stack(np.nonzero(plane))
         at = tuple(start[:, None] + steps @ drawn)
-        numbers = plane[tuple(drawn)]
+        numbers = plane[tuple(drawn)].astype(int) * number
         if not known.issuperset(np.unique(numbers).tolist()):
             raise Refusal(Kind.MASK_VALUES, "voxels of a segment that its header does not list")
         before = out[at]
@@ -216,8 +216,11 @@ def _drawn(
     return out
 
 
-def _frames(data: Any) -> Iterator[tuple[Frame, Int[np.ndarray, "R C"]]]:
-    """Each frame with its segment numbers; one at a time, for all of them are large."""
+def _frames(data: Any) -> Iterator[tuple[Frame, Int[np.ndarray, "R C"], int]]:
+    """Each frame, its stored values, and by what these become segment numbers.
+
+    One at a time, for all of them are large.
+    """
     from pydicom.pixels.utils import iter_pixels
 
     groups = data.get("PerFrameFunctionalGroupsSequence") or ()
@@ -228,7 +231,7 @@ def _frames(data: Any) -> Iterator[tuple[Frame, Int[np.ndarray, "R C"]]]:
     for own, stored in zip(groups, iter_pixels(data), strict=True):
         frame = Frame(data, own, shared)
         number = int(frame.get("ReferencedSegmentNumber")) if binary else 1
-        yield frame, np.asarray(stored).astype(np.int64) * number
+        yield frame, np.asarray(stored), number
 
 
 def _lie(
