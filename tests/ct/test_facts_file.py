@@ -107,6 +107,7 @@ def test_all_that_a_data_set_says_of_a_case_is_in_the_key(case):
         "table_feed": True,
         "sorted_by": "b",
         "previous": case.image,
+        "absent": (1,),
     }
     assert set(changed) == {field.name for field in dataclasses.fields(Case)}
     made = [dataclasses.replace(case, **{name: value}) for name, value in changed.items()]
