@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import re
 
 import flax.linen as nn
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import read, shapes
 
 from bhsd_jax.models.cotr import HEAD_CT, CoTr
 from bhsd_jax.models.cotr_attention import DeformableAttention, Options, weighted_rows
@@ -23,22 +23,12 @@ PATCH = (8, 16, 16)
 KINDS = ("params", "batch_stats")
 
 
-def _read(folder):
-    about = json.loads((folder / "cotr_2.json").read_text())
-    with np.load(folder / "cotr_2.npz") as file:
-        arrays = {name: file[name] for name in file.files}
-    state = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
-    return about, arrays, state
-
-
 def _shapes(net, patch, channels=1):
-    image = jax.ShapeDtypeStruct((1, *patch, channels), jnp.float32)
-    init = functools.partial(net.init_with_output, train=False)
-    return jax.eval_shape(init, jax.random.key(0), image)
+    return shapes(net, (1, *patch, channels))
 
 
 def test_outputs_are_those_of_the_reference(golden):
-    about, arrays, state = _read(golden)
+    about, arrays, state = read(golden, "cotr_2")
     module, variables = importing.load("CoTr", about["constructor_args"], state)
     image = np.moveaxis(arrays["input"], 1, -1)
     outputs = jax.jit(functools.partial(module.apply, train=False))(variables, image)
@@ -52,7 +42,7 @@ def test_outputs_are_those_of_the_reference(golden):
 
 @pytest.mark.slow
 def test_gradients_are_those_of_the_reference(golden, plain_compilation):
-    about, arrays, state = _read(golden)
+    about, arrays, state = read(golden, "cotr_2")
     module, variables = importing.load("CoTr", about["constructor_args"], state)
 
     def loss(params, stats, image):
@@ -237,7 +227,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_without_deep_supervision_the_other_heads_of_a_file_are_left_out(golden):
-    about, _, state = _read(golden)
+    about, _, state = read(golden, "cotr_2")
     arguments = about["constructor_args"] | {"deep_supervision": False}
     bare = {name.removeprefix("U_ResTran3D."): value for name, value in state.items()}
     module, variables = importing.load("CoTr", arguments, bare)
@@ -246,7 +236,7 @@ def test_without_deep_supervision_the_other_heads_of_a_file_are_left_out(golden)
 
 
 def test_everything_wrong_with_the_weights_is_in_one_message(golden):
-    about, _, state = _read(golden)
+    about, _, state = read(golden, "cotr_2")
     state["U_ResTran3D.backbone.layer1.0.norm1.num_batches_tracked"] = np.zeros((), np.int64)
     state["U_ResTran3D.surprise"] = np.zeros(1)
     state["U_ResTran3D.cls_conv.bias"] = np.zeros(3)

@@ -1,12 +1,12 @@
 """DeepMedic against BLAST-CT's numbers; tiles that bring their margin; sizes and refusals."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import jit, read, relative
 
 from bhsd_jax.models.deepmedic import DeepMedic
 from bhsd_jax.nnunet import planner
@@ -20,24 +20,9 @@ SMALL = {
     "dropout": (0.0, 0.0),
 }
 
-# Most of the time of these tests would be the compiler's optimizations.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def _read(folder):
-    about = json.loads((folder / "deepmedic_1.json").read_text())
-    with np.load(folder / "deepmedic_1.npz") as file:
-        arrays = {name: file[name] for name in file.files}
-    state = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
-    return about, arrays, state
-
-
-def _relative(ours, theirs):
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-
 
 def test_outputs_and_gradients_are_those_of_the_reference(golden):
-    about, arrays, state = _read(golden)
+    about, arrays, state = read(golden, "deepmedic_1")
     module, variables = importing.load(about["backbone"], about["constructor_args"], state)
     statistics = {"batch_stats": variables["batch_stats"]}
 
@@ -53,9 +38,9 @@ def test_outputs_and_gradients_are_those_of_the_reference(golden):
     image = np.moveaxis(arrays["input"].astype(np.float32) / 32, 1, -1)
     out, weight_grads, image_grad = run(variables["params"], image)
     ours, theirs = np.moveaxis(out, -1, 1), arrays["output/0"]
-    assert _relative(ours, theirs) < 2e-5
+    assert relative(ours, theirs) < 2e-5
     assert abs(ours - theirs).max() < 2e-4 * abs(theirs).max()
-    assert _relative(np.moveaxis(image_grad, -1, 1)[..., ::4, ::4], arrays["grad_input"]) < 1e-3
+    assert relative(np.moveaxis(image_grad, -1, 1)[..., ::4, ::4], arrays["grad_input"]) < 1e-3
     weights = from_torch(about["backbone"], about["constructor_args"]).weights
     for name, norm in about["param_grad_l2"].items():
         _, *path = weights[name].path.split("/")
@@ -64,7 +49,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(golden):
 
 
 def test_weights_come_back_as_they_were(golden):
-    about, _, state = _read(golden)
+    about, _, state = read(golden, "deepmedic_1")
     _, variables = importing.load(about["backbone"], about["constructor_args"], state)
     back = exporting.dump(about["backbone"], about["constructor_args"], variables)
     assert back.keys() == state.keys()

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import re
 
 import flax.linen as nn
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import read, shapes
 
 from bhsd_jax.models.nnformer import ACDC, HEAD_CT, SYNAPSE, TUMOR, NNFormer
 from bhsd_jax.models.nnformer_blocks import Block, Expand, Options, fit_window, position_rows
@@ -20,22 +20,12 @@ SMALL |= {"attn_windows": (2, 2, 2, 2)}
 PATCH = (16, 32, 32)
 
 
-def _read(folder):
-    about = json.loads((folder / "nnformer_acdc_2.json").read_text())
-    with np.load(folder / "nnformer_acdc_2.npz") as file:
-        arrays = {name: file[name] for name in file.files}
-    state = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
-    return about, arrays, state
-
-
 def _shapes(net, patch, channels=1):
-    image = jax.ShapeDtypeStruct((1, *patch, channels), jnp.float32)
-    init = functools.partial(net.init_with_output, train=False)
-    return jax.eval_shape(init, jax.random.key(0), image)
+    return shapes(net, (1, *patch, channels))
 
 
 def test_outputs_are_those_of_the_reference(golden):
-    about, arrays, state = _read(golden)
+    about, arrays, state = read(golden, "nnformer_acdc_2")
     module, variables = importing.load("nnFormer/acdc", about["constructor_args"], state)
     image = np.moveaxis(arrays["input"], 1, -1)
     (output,) = jax.jit(functools.partial(module.apply, train=False))(variables, image)
@@ -46,7 +36,7 @@ def test_outputs_are_those_of_the_reference(golden):
 
 @pytest.mark.slow
 def test_gradients_are_those_of_the_reference(golden, plain_compilation):
-    about, arrays, state = _read(golden)
+    about, arrays, state = read(golden, "nnformer_acdc_2")
     arguments = ("nnFormer/acdc", about["constructor_args"])
     module, variables = importing.load(*arguments, state)
 
@@ -65,7 +55,7 @@ def test_gradients_are_those_of_the_reference(golden, plain_compilation):
 
 
 def test_position_rows_are_those_of_the_reference(golden):
-    about, _, state = _read(golden)
+    about, _, state = read(golden, "nnformer_acdc_2")
     windows = about["constructor_args"]["window_size"]
     for stage, window in enumerate(windows):
         name = f"model_down.layers.{stage}.blocks.0.attn.relative_position_index"
@@ -227,7 +217,7 @@ def test_drop_path_grows_with_depth_and_acts_in_training_only():
 
 
 def test_everything_wrong_with_the_weights_is_in_one_message(golden):
-    about, _, state = _read(golden)
+    about, _, state = read(golden, "nnformer_acdc_2")
     state["surprise"] = np.zeros(1)
     state["final.0.up.bias"] = np.zeros(3)
     state["final.1.up.bias"] = np.zeros(3)  # of deep supervision, which is off

@@ -1,29 +1,23 @@
 """Primus against the reference's numbers; sizes, refusals, steps of the decoder."""
 
-import functools
-import json
-
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import jit, read, relative, require_norms, shapes
 
 from bhsd_jax.models.primus import HEAD_CT, Primus, decoder_of
 from bhsd_jax.models.primus_blocks import rotary_angles, rotate
 from bhsd_jax.torch_weights import exporting, importing
 from bhsd_jax.torch_weights.primus import from_torch
 
-# Most of the time of these tests would be the compiler's optimizations.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TINY = {"width": 12, "heads": 2, "layers": 2, "token": (4, 4, 4)}
 
 
 def _read(folder, case):
-    about = json.loads((folder / f"{case}.json").read_text())
-    with np.load(folder / f"{case}.npz") as file:
-        arrays = {name: file[name].astype(np.float32) for name in file.files}
-    state = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
+    about, *stored = read(folder, case)
+    arrays, state = ({k: v.astype(np.float32) for k, v in each.items()} for each in stored)
     return about, arrays, state or _drawn(about["param_shapes"])
 
 
@@ -35,17 +29,6 @@ def _drawn(shapes):
         fan = value[0].size if value.ndim > 1 else 4
         state[name] = value * np.float32(3 * fan**-0.5) + np.float32(value.ndim == 1)
     return state
-
-
-def _shapes(model, image):
-    image = jax.ShapeDtypeStruct(image, jnp.float32)
-    return jax.eval_shape(
-        lambda x: model.init_with_output(jax.random.key(0), x, train=False), image
-    )
-
-
-def _relative(ours, theirs):
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("case", ["primus_1", "primus_2", "primus_v2"])
@@ -67,16 +50,12 @@ def test_outputs_and_recomputed_gradients_are_those_of_the_reference(golden, cas
     out, again, weight_grads, image_grad = run(variables, image)
     np.testing.assert_allclose(again, out, rtol=1e-4, atol=1e-5 * abs(out).max())
     ours, theirs = np.moveaxis(out, -1, 1), arrays["output/0"]
-    assert _relative(ours, theirs) < 2e-5
+    assert relative(ours, theirs) < 2e-5
     assert abs(ours - theirs).max() < 2e-4 * abs(theirs).max()
-    assert _relative(np.moveaxis(image_grad, -1, 1), arrays["grad_input"]) < 1e-3
+    assert relative(np.moveaxis(image_grad, -1, 1), arrays["grad_input"]) < 1e-3
     weights = from_torch(about["backbone"], about["constructor_args"]).weights
     assert weights.keys() == about["param_grad_l2"].keys()
-    for name, norm in about["param_grad_l2"].items():
-        path = weights[name].path.split("/")
-        leaf = functools.reduce(lambda tree, key: tree[key], path, weight_grads)
-        # A bias before a norm has no gradient but rounding.
-        np.testing.assert_allclose(np.linalg.norm(leaf), norm, rtol=1e-3, atol=1e-6, err_msg=name)
+    require_norms(weight_grads, weights, about["param_grad_l2"])
 
 
 def test_weights_leave_under_the_names_and_shapes_they_came_with(golden):
@@ -96,13 +75,13 @@ def test_weights_leave_under_the_names_and_shapes_they_came_with(golden):
 def test_published_sizes_have_as_many_parameters(reference, parameters):
     shape = {"input_channels": 1, "output_channels": 3, "input_shape": (64, 64, 64)}
     recipe = from_torch(reference, shape | {"patch_embed_size": (8, 8, 8)})
-    _, variables = _shapes(recipe.module, recipe.image)
+    _, variables = shapes(recipe.module, recipe.image)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == parameters
 
 
 def test_head_ct_keeps_five_planes_of_tokens():
     net = Primus(6, **TINY | HEAD_CT)
-    (logits,), variables = _shapes(net, (2, 20, 320, 256, 1))
+    (logits,), variables = shapes(net, (2, 20, 320, 256, 1))
     assert logits.shape == (2, 20, 320, 256, 6)
     assert variables["params"]["positions"].shape == (1, 5 * 20 * 16, 12)
     assert decoder_of(net)[0] == ((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -110,7 +89,7 @@ def test_head_ct_keeps_five_planes_of_tokens():
 
 def test_without_learned_positions_any_patch_is_taken():
     net = Primus(2, patch=(8, 8, 8), absolute=False, **TINY)
-    _, variables = _shapes(net, (1, 8, 8, 8, 1))
+    _, variables = shapes(net, (1, 8, 8, 8, 1))
     image = jax.ShapeDtypeStruct((1, 12, 8, 4, 1), jnp.float32)
     (logits,) = jax.eval_shape(lambda v, x: net.apply(v, x, train=False), variables, image)
     assert logits.shape == (1, 12, 8, 4, 2)
@@ -147,7 +126,7 @@ def test_registers_are_before_any_number_of_patches():
     """The batch of an export is a symbol."""
     net = Primus(2, registers=1, **TINY)
     (batch,) = jax.export.symbolic_shape("b")
-    variables = _shapes(net, (1, 8, 8, 8, 1))[1]
+    variables = shapes(net, (1, 8, 8, 8, 1))[1]
     image = jax.ShapeDtypeStruct((batch, 8, 8, 8, 1), jnp.float32)
     (logits,) = jax.eval_shape(lambda v, x: net.apply(v, x, train=False), variables, image)
     assert logits.shape == (batch, 8, 8, 8, 2)
@@ -168,7 +147,7 @@ def test_registers_are_before_any_number_of_patches():
 )
 def test_primus_refuses_what_does_not_fit(fields, image, message):
     with pytest.raises(ValueError, match=message):
-        _shapes(Primus(6, **TINY | fields), (1, *image, 1))
+        shapes(Primus(6, **TINY | fields), (1, *image, 1))
 
 
 def test_primus_lists_every_argument_without_a_counterpart():

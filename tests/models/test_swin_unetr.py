@@ -1,13 +1,12 @@
 """Swin UNETR against the reference's numbers; windows, shifts, biases, merging by hand."""
 
-import functools
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import jit, read, relative, require_norms, shapes
 
 from bhsd_jax.models.attention import from_windows, to_windows
 from bhsd_jax.models.swin_blocks import (
@@ -20,31 +19,9 @@ from bhsd_jax.models.swin_unetr import HEAD_CT, SwinUNETR
 from bhsd_jax.torch_weights import importing
 from bhsd_jax.torch_weights.swin_unetr import from_torch
 
-# Most of the time of these tests would be the compiler's optimizations.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def _read(folder, case="swin_unetr_v2"):
-    about = json.loads((folder / f"{case}.json").read_text())
-    with np.load(folder / f"{case}.npz") as file:
-        arrays = {name: file[name] for name in file.files}
-    state = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
-    return about, arrays, state
-
-
-def _shapes(model, image):
-    image = jax.ShapeDtypeStruct(image, jnp.float32)
-    return jax.eval_shape(
-        lambda x: model.init_with_output(jax.random.key(0), x, train=False), image
-    )
-
-
-def _relative(ours, theirs):
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-
 
 def test_swin_unetr_outputs_and_gradients_are_those_of_the_reference(golden):
-    about, arrays, state = _read(golden)
+    about, arrays, state = read(golden, "swin_unetr_v2")
     module, variables = importing.load(about["backbone"], about["constructor_args"], state)
 
     @jit
@@ -58,14 +35,11 @@ def test_swin_unetr_outputs_and_gradients_are_those_of_the_reference(golden):
 
     out, weight_grads, image_grad = run(variables, np.moveaxis(arrays["input"], 1, -1))
     ours, theirs = np.moveaxis(out, -1, 1)[..., ::4, ::4], arrays["output/0"]
-    assert _relative(ours, theirs) < 2e-5
+    assert relative(ours, theirs) < 2e-5
     assert abs(ours - theirs).max() < 2e-4 * abs(theirs).max()
-    assert _relative(np.moveaxis(image_grad, -1, 1)[..., ::4, ::4], arrays["grad_input"]) < 1e-3
+    assert relative(np.moveaxis(image_grad, -1, 1)[..., ::4, ::4], arrays["grad_input"]) < 1e-3
     weights = from_torch(about["backbone"], about["constructor_args"]).weights
-    for name, norm in about["param_grad_l2"].items():
-        path = weights[name].path.split("/")
-        leaf = functools.reduce(lambda tree, key: tree[key], path, weight_grads)
-        np.testing.assert_allclose(np.linalg.norm(leaf), norm, rtol=1e-3, atol=1e-6, err_msg=name)
+    require_norms(weight_grads, weights, about["param_grad_l2"])
 
 
 @pytest.mark.parametrize(
@@ -78,7 +52,7 @@ def test_swin_unetr_outputs_and_gradients_are_those_of_the_reference(golden):
     ],
 )
 def test_swin_unetr_parameter_counts_are_those_of_the_reference(fields, parameters):
-    _, variables = _shapes(SwinUNETR(14, **fields), (1, 32, 32, 32, 1))
+    _, variables = shapes(SwinUNETR(14, **fields), (1, 32, 32, 32, 1))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == parameters
 
 
@@ -89,11 +63,11 @@ def test_swin_unetr_preset_halves_depth_twice_and_needs_no_padding():
     for strides in (net.patch_embed, *net.merge_strides[:3]):
         size //= strides
         assert not (size % net.attn_window).any()
-    (logits,), variables = _shapes(net, (1, 20, 320, 256, 1))
+    (logits,), variables = shapes(net, (1, 20, 320, 256, 1))
     assert logits.shape == (1, 20, 320, 256, 6)
     count = sum(
         leaf.size
-        for leaf in jax.tree.leaves(_shapes(net.clone(attn_window=(6, 8, 8)), (1, 4, 32, 32, 1))[1])
+        for leaf in jax.tree.leaves(shapes(net.clone(attn_window=(6, 8, 8)), (1, 4, 32, 32, 1))[1])
     )
     assert round(count / 1e6, 2) == 59.80
     assert set(variables) == {"params"}
@@ -102,9 +76,9 @@ def test_swin_unetr_preset_halves_depth_twice_and_needs_no_padding():
 def test_swin_unetr_recomputes_stages_and_blocks_with_the_same_parameters():
     net = SwinUNETR(2, feature_size=12, depths=(1, 1, 1, 1))
     image = jax.ShapeDtypeStruct((1, 32, 32, 32, 1), jnp.float32)
-    logits, variables = _shapes(net, image.shape)
+    logits, variables = shapes(net, image.shape)
     recomputed = net.clone(remat="blocks")
-    assert _shapes(recomputed, image.shape) == (logits, variables)
+    assert shapes(recomputed, image.shape) == (logits, variables)
     traced = [
         jax.make_jaxpr(lambda v, x, n=n: n.apply(v, x, train=True))(variables, image)
         for n in (net, recomputed)
@@ -131,11 +105,11 @@ def test_swin_unetr_recomputes_stages_and_blocks_with_the_same_parameters():
 )
 def test_swin_unetr_refuses_what_does_not_fit(fields, image, message):
     with pytest.raises(ValueError, match=message):
-        _shapes(SwinUNETR(6, **fields), (1, *image, 1))
+        shapes(SwinUNETR(6, **fields), (1, *image, 1))
 
 
 def test_swin_unetr_lists_everything_wrong_with_its_weights(golden):
-    about, _, state = _read(golden)
+    about, _, state = read(golden, "swin_unetr_v2")
     block = "swinViT.layers1.0.blocks.0"
     state[f"{block}.attn.relative_position_index"] = np.zeros((60, 60), np.int64)
     importing.load("SwinUNETR", about["constructor_args"], state)

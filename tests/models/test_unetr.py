@@ -1,12 +1,10 @@
 """UNETR against the reference's numbers; sizes, refusals, and the norms it may be built with."""
 
-import functools
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import jit, read, relative, require_norms, shapes
 
 from bhsd_jax.models.norms import BatchNorm, GroupNorm, make_norm
 from bhsd_jax.models.unetr import HEAD_CT, UNETR
@@ -14,31 +12,9 @@ from bhsd_jax.models.unetr_blocks import TransformerBlock
 from bhsd_jax.torch_weights import importing
 from bhsd_jax.torch_weights.unetr import from_torch
 
-# Most of the time of these tests would be the compiler's optimizations.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def _read(folder, case="unetr_2"):
-    about = json.loads((folder / f"{case}.json").read_text())
-    with np.load(folder / f"{case}.npz") as file:
-        arrays = {name: file[name] for name in file.files}
-    state = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
-    return about, arrays, state
-
-
-def _shapes(model, image):
-    image = jax.ShapeDtypeStruct(image, jnp.float32)
-    return jax.eval_shape(
-        lambda x: model.init_with_output(jax.random.key(0), x, train=False), image
-    )
-
-
-def _relative(ours, theirs):
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-
 
 def test_unetr_outputs_and_recomputed_gradients_are_those_of_the_reference(golden):
-    about, arrays, state = _read(golden)
+    about, arrays, state = read(golden, "unetr_2")
     module, variables = importing.load(about["backbone"], about["constructor_args"], state)
     recomputed = module.clone(remat="blocks")
 
@@ -55,14 +31,11 @@ def test_unetr_outputs_and_recomputed_gradients_are_those_of_the_reference(golde
     out, again, weight_grads, image_grad = run(variables, image)
     np.testing.assert_allclose(again, out, rtol=1e-4, atol=1e-5 * abs(out).max())
     ours, theirs = np.moveaxis(out, -1, 1)[..., ::4, ::4], arrays["output/0"]
-    assert _relative(ours, theirs) < 2e-5
+    assert relative(ours, theirs) < 2e-5
     assert abs(ours - theirs).max() < 2e-4 * abs(theirs).max()
-    assert _relative(np.moveaxis(image_grad, -1, 1)[..., ::4, ::4], arrays["grad_input"]) < 1e-3
+    assert relative(np.moveaxis(image_grad, -1, 1)[..., ::4, ::4], arrays["grad_input"]) < 1e-3
     weights = from_torch(about["backbone"], about["constructor_args"]).weights
-    for name, norm in about["param_grad_l2"].items():
-        path = weights[name].path.split("/")
-        leaf = functools.reduce(lambda tree, key: tree[key], path, weight_grads)
-        np.testing.assert_allclose(np.linalg.norm(leaf), norm, rtol=1e-3, atol=1e-6, err_msg=name)
+    require_norms(weight_grads, weights, about["param_grad_l2"])
 
 
 @pytest.mark.parametrize(
@@ -75,14 +48,14 @@ def test_unetr_outputs_and_recomputed_gradients_are_those_of_the_reference(golde
     ],
 )
 def test_unetr_parameter_counts_are_those_of_the_reference(fields, parameters):
-    _, variables = _shapes(UNETR(14, **fields), (1, 96, 96, 96, 1))
+    _, variables = shapes(UNETR(14, **fields), (1, 96, 96, 96, 1))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == parameters
 
 
 def test_unetr_preset_keeps_a_depth_of_tokens_to_attend_along():
     net = UNETR(6, **HEAD_CT)
     assert net.stride == (4, 16, 16)
-    (logits,), variables = _shapes(net, (2, *net.patch, 3))
+    (logits,), variables = shapes(net, (2, *net.patch, 3))
     assert logits.shape == (2, 20, 320, 256, 6)
     assert variables["params"]["positions"].shape == (1, 5 * 20 * 16, 768)
 
@@ -104,11 +77,11 @@ def test_unetr_preset_keeps_a_depth_of_tokens_to_attend_along():
 )
 def test_unetr_refuses_what_does_not_fit(fields, image, message):
     with pytest.raises(ValueError, match=message):
-        _shapes(UNETR(6, **fields), (1, *image, 1))
+        shapes(UNETR(6, **fields), (1, *image, 1))
 
 
 def test_unetr_lists_everything_wrong_with_its_weights(golden):
-    about, _, state = _read(golden)
+    about, _, state = read(golden, "unetr_2")
     dead = "vit.blocks.3.norm_cross_attn.weight", "encoder1.layer.norm1.num_batches_tracked"
     state |= dict.fromkeys(dead, np.ones(3))
     importing.load("UNETR", about["constructor_args"], state)
