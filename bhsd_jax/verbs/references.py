@@ -1,6 +1,5 @@
 """Masks of a folder that label maps are compared with, by case."""
 
-import csv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from bhsd_jax.ct.dicom import seg_mask, slice_file
 from bhsd_jax.datasets.image_files import scans
 from bhsd_jax.defects import Refusal, said_of
+from bhsd_jax.platform.csv_files import read_records
 from bhsd_jax.platform.errors import UserError
 from bhsd_jax.volume import Label
 
@@ -48,7 +48,7 @@ def _cases(table: Path) -> dict[str, str]:
     """Case by SeriesInstanceUID, where no two cases share it."""
     if not table.is_file():
         return {}
-    with table.open(encoding="utf-8", newline="") as file:
-        rows = [(row.get("SeriesInstanceUID"), row.get("case")) for row in csv.DictReader(file)]
+    rows = [(row.get("SeriesInstanceUID"), row.get("case")) for _, row in read_records(table)]
     count = Counter(uid for uid, _ in rows)
-    return {uid: case for uid, case in rows if uid and case and count[uid] == 1}
+    # The apostrophe keeps spreadsheets from taking a name for a formula.
+    return {uid: case.removeprefix("'") for uid, case in rows if uid and case and count[uid] == 1}

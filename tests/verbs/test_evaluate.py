@@ -374,6 +374,8 @@ def test_dicom_segs_are_references_by_their_series(tmp_path, read_series):
     drawn = seg_files.label_of()
     seg_files.write(tmp_path / "dicom", tmp_path / "masks" / "reader.dcm", drawn)
     config = configure(tmp_path, references=str(tmp_path / "masks"))
+    series = run / "predictions" / "series.csv"
+    series.write_text(series.read_text().replace(",", ";"), encoding="utf-8-sig")  # by Excel
     evaluate.run(config, run)
     for index, name in enumerate(HEMORRHAGE[1:], start=1):
         ours, theirs = answer == index, drawn == index
@@ -382,7 +384,7 @@ def test_dicom_segs_are_references_by_their_series(tmp_path, read_series):
         found = float(table(run)["0a1b", name]["dice"])
         assert found == pytest.approx(want, abs=1e-12, nan_ok=True)
     (tmp_path / "masks" / "reader.dcm").rename(tmp_path / "masks" / "0a1b.dcm")
-    (run / "predictions" / "series.csv").unlink()
+    series.unlink()
     before = table(run)
     evaluate.run(config, run)
     assert table(run) == before, "without the table by its name, as `predict` names its own"
