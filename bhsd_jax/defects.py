@@ -67,7 +67,7 @@ class Kind(enum.StrEnum):
     MASK_MIRRORED = "mask that may be mirrored"
     MASK_GEOMETRY = "mask without usable geometry"
     MASK_UNEVEN = "mask on slices at uneven steps; planes between them have the nearest one's"
-    MASK_UNUSED = "files of masks that belong to no series"
+    MASK_UNUSED = "files that are no mask of any series"
     MASK_AUTOMATIC = "mask that an algorithm drew"
     MASK_OUTSIDE = "mask beyond the head"
     MASK_UPRIGHT = "mask of a converter that hides the gantry's tilt; the series' is taken"

@@ -14,10 +14,10 @@ from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.ct.dicom.slice_file import Slice
 from bhsd_jax.datasets import archives, label_tables, rsna, series_masks
 from bhsd_jax.datasets.label_maps import own_names
-from bhsd_jax.defects import Finding, Kind, Refusal
+from bhsd_jax.defects import Finding, Kind, Refusal, refused
 from bhsd_jax.platform.csv_files import write_records
 from bhsd_jax.platform.errors import UserError
-from bhsd_jax.volume import HEMORRHAGE, Case, Label, Series, Survey
+from bhsd_jax.volume import HEMORRHAGE, Case, Series, Survey
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class DICOM:
         Raises:
             FileNotFoundError: If there is no folder, or no CT series in it.
             ValueError: If a mask belongs to no series, or a series has two, or one is in another
-                format than NIfTI and DICOM SEG, or has segments of no class.
+                format than NIfTI and DICOM SEG; or no series can be used.
         """
         root = Path(self.root)
         if not root.is_dir():
@@ -106,46 +106,27 @@ class DICOM:
                 f"{folder}: no NIfTI file and no DICOM SEG in it, and folders in it are not looked "
                 "into; look at data.masks"
             )
-        drawn, more = self._drawn(segs, groups, masks)
+        drawn, more = series_masks.match_segs(segs, groups, masks, self.classes)
         findings += more
         tables = _Tables.of(root, self.classes[1:])
         cases = []
         called = series_masks.called(groups, names)
         for group, name, own, mask in zip(groups, names, called, drawn, strict=True):
             id = name if self.show_ids else self._hashed(group.first.series + name)
+            if isinstance(mask, Refusal):
+                findings.append(refused(mask, id))
+                continue
             who = _who(group.first) or name
             image = group.as_series(id, uneven=self.uneven, unshear=self.unshear)
             split = "unlabeled" if mask is None else "train"
             place = _digest(group.first.series + name)
             case = Case(id, self._hashed(who), image, mask, split, sorted_by=place)
             cases.append(tables.known(case, group, own))
+        if why := [one.text for one in findings if one.done == "refused" and not cases]:
+            raise UserError(f"{root}: no series can be used, {len(why)} refused: {why[0]}")
         cases.sort(key=lambda case: case.id)
         findings += [*_about_patients(groups), *tables.alone(groups, called)]
         return Survey(tuple(cases), (*there.findings, *findings))
-
-    def _drawn(
-        self, segs: Sequence[Path], groups: Sequence[Group], masks: Sequence[Path | None]
-    ) -> tuple[list[Label | None], list[Finding]]:
-        """The masks of all series, those of DICOM SEG too, and what is to be said of the latter."""
-        outlines, found = series_masks.match_segs(_outlines(segs), groups, masks)
-        drawn: list[Label | None] = [*masks]
-        for place, one in enumerate(outlines):
-            if one is None:
-                continue
-            try:
-                drawn[place] = seg_mask.label(one, self.classes)
-            except Refusal as error:
-                this = f"the DICOM SEG of series {place + 1} of {len(groups)} in the order of paths"
-                hint = "with --data.classes (=any: bleeding of any kind)"
-                raise UserError(f"{this}: {error}, {hint}") from error
-        by_machine = [one for one in outlines if one and one.is_automatic]
-        if by_machine:
-            text = (
-                f"{len(by_machine)} masks are DICOM SEG that an algorithm drew "
-                "(SegmentAlgorithmType AUTOMATIC): move them away if they are no reference"
-            )
-            found.append(Finding(Kind.MASK_AUTOMATIC, "kept", text))
-        return drawn, found
 
     def _hashed(self, text: str) -> str:
         return _digest(self.salt + text)
@@ -177,7 +158,7 @@ class _Tables:
                 f"{self.root / label_tables.SCANS}: two lines, one by folder and one by UID, say "
                 "different things of one series; keep one"
             )
-        if any(rsna.instance(item) in self.slices for item in group.slices):
+        if self.slices and any(rsna.instance(item) in self.slices for item in group.slices):
             assert isinstance(case.image, Series)  # of DICOM
             unknown = (-1,) * len(next(iter(self.slices.values())))
             of_slices = rsna.slice_rows(group, case.image, self.slices, unknown)
@@ -186,7 +167,8 @@ class _Tables:
 
     def alone(self, groups: Sequence[Group], called: Sequence[set[str]]) -> list[Finding]:
         """Says of how many lines there is no series, or no slice."""
-        slices = {rsna.instance(item) for group in groups for item in group.slices}
+        every = (item for group in groups for item in group.slices)
+        slices = set(map(rsna.instance, every)) if self.slices else set[str]()
         findings = []
         for name, rows, there, what in (
             (label_tables.SCANS, self.scans, set[str]().union(*called), "scans"),
@@ -222,22 +204,6 @@ def _has_masks(folder: Path, segs: Sequence[Path]) -> bool:
     """Whether NIfTI files, or some of these SEG, lie in a folder."""
     nifti = any(map(series_masks.is_nifti, folder.iterdir()))
     return nifti or any(path.parent.resolve() == folder.resolve() for path in segs)
-
-
-def _outlines(segs: Sequence[Path]) -> list[seg_mask.Outline]:
-    """What the headers of DICOM SEG say; errors name no file, which may be called as a patient.
-
-    Raises:
-        Refusal: As by `seg_mask.outline`.
-    """
-    found = []
-    for number, path in enumerate(segs, start=1):
-        try:
-            found.append(seg_mask.outline(path))
-        except Refusal as error:
-            this = f"DICOM SEG {number} of {len(segs)} in the order of paths"
-            raise Refusal(error.kind, f"{this}: {error}; or move it away") from error
-    return found
 
 
 def _is_nobody(patient: str) -> bool:

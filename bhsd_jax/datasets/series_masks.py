@@ -3,17 +3,20 @@
 NIfTI by names and by folders; a DICOM SEG by the series that it refers to.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from bhsd_jax.ct.dicom import seg_mask
 from bhsd_jax.ct.dicom.grouping import Group
 from bhsd_jax.ct.dicom.seg_mask import Outline
 from bhsd_jax.datasets.bhsd_files import find
 from bhsd_jax.defects import Finding, Kind, Refusal
 from bhsd_jax.platform.errors import UserError
+from bhsd_jax.volume import Label, Masks
 
 _NIFTI = (".nii", ".nii.gz")
+_CLASSES = "with --data.classes (=any: bleeding of any kind)"
 
 
 def is_nifti(path: Path) -> bool:
@@ -89,40 +92,104 @@ def called(groups: Sequence[Group], names: Sequence[str]) -> list[set[str]]:
 
 
 def match_segs(
-    segs: Sequence[Outline], groups: Sequence[Group], masks: Sequence[Path | None]
-) -> tuple[list[Outline | None], list[Finding]]:
-    """The DICOM SEG of each series or None, and what is said of those that are of none.
+    segs: Sequence[Path],
+    groups: Sequence[Group],
+    masks: Sequence[Path | None],
+    classes: Sequence[str],
+) -> tuple[list[Label | Refusal | None], list[Finding]]:
+    """The mask of each series with those of DICOM SEG, and what is said of these.
 
     A SEG is of the series whose UID it refers to; of several with that UID, of those whose slices
     it refers to; and where it does not refer to any, of the only one in its coordinates.
-    Series that have a mask in NIfTI keep that, for it may be a SEG that was converted.
+    Series that have a mask in NIfTI keep that, for it may be a SEG that was converted. A SEG that
+    shows none of the classes, such as one of other organs, is no mask; and of several that do, one
+    that was drawn by hand goes before those of an algorithm. In the place of a mask that may not
+    be used, as of one with segments that are no classes, stands the reason. Nothing names a file,
+    which may be called as a patient.
 
-    Raises:
-        UserError: If a series has two.
+    Args:
+        segs: Files of DICOM SEG.
+        groups: The series.
+        masks: Of the series, in NIfTI.
+        classes: Background first.
     """
-    found: list[Outline | None] = [None] * len(groups)
-    unused = 0
-    for seg in segs:
-        places = _drawn_on(seg, groups)
-        if len(places) != 1 or masks[places[0]] is not None:
-            unused += 1
+    drawn, unused = _by_series(segs, groups, masks, classes)
+    found: list[Label | Refusal | None] = [*masks]
+    automatic = 0
+    for place, several in drawn.items():
+        own = [seg for seg in several if not seg.is_automatic] or several
+        if len(own) == 1 and len(several) > 1:
+            text = "an algorithm drew them, and somebody has drawn another on the same series"
+            unused[text] += len(several) - 1
+        this = f"series {place + 1} of {len(groups)} in the order of paths"
+        mask = _only_mask(own, this, classes)
+        automatic += isinstance(mask, Masks) and own[0].is_automatic
+        found[place] = mask
+    told = [
+        Finding(Kind.MASK_UNUSED, "kept", f"{count} DICOM SEG are not used: {why}")
+        for why, count in unused.items()
+    ]
+    if automatic:
+        text = (
+            f"{automatic} masks are DICOM SEG that an algorithm drew (SegmentAlgorithmType "
+            "AUTOMATIC): move them away if they are no reference"
+        )
+        told.append(Finding(Kind.MASK_AUTOMATIC, "kept", text))
+    return found, told
+
+
+def _by_series(
+    segs: Sequence[Path],
+    groups: Sequence[Group],
+    masks: Sequence[Path | None],
+    classes: Sequence[str],
+) -> tuple[dict[int, list[Outline]], Counter[str]]:
+    """DICOM SEG that may be masks by the place of their series, and how many are not, by reason."""
+    places = defaultdict[str, list[int]](list)
+    for place, group in enumerate(groups):
+        places[group.first.series].append(place)
+    found, unused = defaultdict[int, list[Outline]](list), Counter[str]()
+    for path in segs:
+        try:
+            seg = seg_mask.outline(path)
+        except Refusal as error:
+            unused[str(error)] += 1
             continue
-        if found[places[0]] is not None:
-            this = f"series {places[0] + 1} of {len(groups)} in the order of paths"
-            raise UserError(f"{this} has several masks (DICOM SEG); keep one, or give it in NIfTI")
-        found[places[0]] = seg
-    if not unused:
-        return found, []
-    text = (
-        f"{unused} DICOM SEG refer to no series that is here, or to one that has a mask in NIfTI, "
-        "and are not used"
-    )
-    return found, [Finding(Kind.MASK_UNUSED, "kept", text)]
+        mine = _drawn_on(seg, groups, places)
+        if seg.flaw:
+            unused[seg.flaw] += 1
+        elif not seg_mask.shows(seg, classes):
+            unused[
+                f"no segment of theirs is labeled as one of the classes {', '.join(classes[1:])}; "
+                "if they are masks, label segments as the classes, or name the classes as they are "
+                f"{_CLASSES}"
+            ] += 1
+        elif len(mine) != 1 or masks[mine[0]] is not None:
+            unused[
+                "they refer to no series that is here, or to several, or to one that has a mask in "
+                "NIfTI"
+            ] += 1
+        else:
+            found[mine[0]].append(seg)
+    return found, unused
 
 
-def _drawn_on(seg: Outline, groups: Sequence[Group]) -> list[int]:
-    """Which series a SEG may be of."""
-    referred = [n for n, group in enumerate(groups) if group.first.series in seg.series]
+def _only_mask(segs: Sequence[Outline], this: str, classes: Sequence[str]) -> Masks | Refusal:
+    """The mask that the only SEG of a series is, or why there is none."""
+    if len(segs) > 1:
+        text = f"{this} has several masks (DICOM SEG): {len(segs)}; keep one, or give it in NIfTI"
+        return Refusal(Kind.MASK_VALUES, text)
+    try:
+        return seg_mask.label(segs[0], classes)
+    except Refusal as error:
+        return Refusal(error.kind, f"the DICOM SEG of {this}: {error} {_CLASSES}, or move it away")
+
+
+def _drawn_on(
+    seg: Outline, groups: Sequence[Group], places: Mapping[str, Sequence[int]]
+) -> list[int]:
+    """Which series a SEG may be of; `places` are those of the series by UID."""
+    referred = [place for uid in sorted(seg.series) for place in places.get(uid, ())]
     if len(referred) > 1:
         shown = [seg.instances & {item.instance for item in groups[n].slices} for n in referred]
         referred = [n for n, some in zip(referred, shown, strict=True) if some]

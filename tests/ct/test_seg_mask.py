@@ -35,6 +35,8 @@ def outline_of(*labels):
         (("a+", "a-"), ("background", "a-", "a+"), (0, 2, 1)),
         (("IPH", "subdural", "ICH", "Bleeding"), ("background", "any"), (0, 1, 1, 1, 1)),
         (("Segment_1",), ("background", "tumor"), (0, 1)),
+        (("",), ("background", "tumor"), (0, 1)),
+        (("Hematoma", "BLEED"), ("background", "any"), (0, 1, 1)),
         (("x" * 64,), ("background", "y", "x" * 70), (0, 2)),
     ],
 )
@@ -49,6 +51,7 @@ def test_segments_are_classes_by_their_labels(labels, classes, values):
         (("ICH",), HEMORRHAGE, "segment 1 is"),  # in the brain, or anywhere in the skull
         (("Hemorrhage", ""), HEMORRHAGE, "segments 1, 2 are"),
         (("Segment_1", "Segment_2"), ("background", "any"), "segments 1, 2 are"),
+        (("Scalp hematoma",), ("background", "any"), "segment 1 is"),  # alone, and none of them
     ],
 )
 def test_segments_of_no_class_are_refused_by_number(labels, classes, which):
@@ -146,7 +149,7 @@ SURFACE = "1.2.840.10008.5.1.4.1.1.66.5"
         (moved, "does not lie on the voxels of its scan", Kind.MASK_GEOMETRY),
         (thicker, "does not lie on the voxels of its scan", Kind.MASK_GEOMETRY),
         (set_tag("SegmentationType", "FRACTIONAL"), "save it as BINARY", Kind.MASK_VALUES),
-        (set_tag("SOPClassUID", SURFACE), "no DICOM SEG of voxels", Kind.UNREADABLE),
+        (set_tag("SOPClassUID", SURFACE), "SEG without voxels, as one of", Kind.MASK_VALUES),
         (set_tag("PixelData", b"\0\0"), r"cannot be read \(ValueError\)", Kind.UNREADABLE),
     ],
 )

@@ -238,23 +238,32 @@ def test_a_dicom_seg_is_the_mask_of_the_series_it_refers_to(tmp_path):
     assert {case.id for case in more if case.label} == {NAME, "b", "c", "d"}
 
 
-def test_a_seg_of_no_series_is_told_and_one_too_many_is_refused(tmp_path):
+def test_a_seg_of_no_series_is_told_and_of_two_neither_is_taken(tmp_path):
     root = tmp_path / "in"
     outlined(root / NAME, "1.2.3.1", root / "a.dcm")
     outlined(tmp_path / "gone", "1.2.3.9", root / "b.dcm")
-    (case,) = DICOM(root).survey().cases
+    make(root / "z", series="1.2.3.2")
+    case, *_ = DICOM(root, show_ids=True).survey().cases
     kinds = [one.kind for one in DICOM(root).survey().findings]
     assert kinds == [Kind.MASK_UNUSED, Kind.MASK_AUTOMATIC]
     again = write(root / NAME, tmp_path / "c.dcm", label_of()).rename(root / "c.dcm")
-    with pytest.raises(ValueError, match=r"several masks \(DICOM SEG\); keep one") as said:
-        DICOM(root).survey()
-    assert NAME not in str(said.value)
-    again.unlink()
+    survey = DICOM(root).survey()
+    assert len(survey.cases) == 1, "the other series is used"
+    (told,) = [one for one in survey.findings if one.done == "refused"]
+    assert told.kind is Kind.MASK_VALUES
+    assert told.text.startswith("series 1 of 2 in the order of paths has several masks (DICOM SEG)")
+    assert NAME not in str(survey)
+    data = dcmread(again)
+    for item in data.SegmentSequence:
+        item.SegmentAlgorithmType = "MANUAL"
+    data.save_as(again)
+    cases = {one.id: one for one in DICOM(root, show_ids=True).cases()}
+    assert cases[NAME].label.files == (again,), "drawn by hand"
     drawn = mask(root, case, root / "masks" / "1.2.3.1.nii.gz")
-    found = DICOM(root).survey()
-    assert [case.label for case in found.cases] == [drawn], "it may be the SEG, converted"
+    found = DICOM(root, show_ids=True).survey()
+    assert {one.label for one in found.cases} == {drawn, None}, "it may be the SEG, converted"
     assert [one.kind for one in found.findings] == [Kind.MASK_UNUSED]
-    assert found.findings[0].text.startswith("2 DICOM SEG refer to no series that is here, or to")
+    assert found.findings[0].text.startswith("3 DICOM SEG are not used: they refer to no series")
 
 
 def test_a_seg_is_of_the_slices_it_refers_to_or_of_the_only_series_in_its_coordinates(tmp_path):
@@ -278,18 +287,52 @@ def other_number(k, data):
     data.PatientID, data.StudyInstanceUID = "MRN-9", "1.2.9"
 
 
-def test_segments_of_no_class_and_segs_of_no_voxels_stop_the_verb(tmp_path):
+def relabel(path, labels, **tags):
+    data = dcmread(path)
+    for item, text in zip(data.SegmentSequence, labels, strict=True):
+        item.SegmentLabel = text
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.save_as(path)
+
+
+def test_segs_that_are_no_masks_are_told_and_harm_nothing(tmp_path):
+    """As of other organs, of probabilities or of surfaces, beside the mask of the same series."""
     root = tmp_path / "in"
-    names = ("background", "tumor", "edema")
-    path = outlined(root / NAME, "1.2.3.1", root / "a.dcm", classes=names)
-    with pytest.raises(ValueError, match=r"DICOM SEG of series 1 of 1 .* segments 1, 2 ") as said:
+    reader = outlined(root / NAME, "1.2.3.1", root / "a.dcm")
+    others = [write(root / NAME, tmp_path / f"{n}.dcm", label_of()) for n in range(4)]
+    others = [path.rename(root / f"{NAME} {path.name}") for path in others]
+    relabel(others[0], ["skull", "brain", "scalp", "eye", "neck"])
+    relabel(others[1], HEMORRHAGE[1:], SegmentationType="FRACTIONAL")
+    relabel(others[2], HEMORRHAGE[1:], SOPClassUID="1.2.840.10008.5.1.4.1.1.66.5")
+    data = dcmread(others[3])
+    del data.SegmentSequence[0].SegmentNumber
+    data.save_as(others[3])
+    survey = DICOM(root).survey()
+    (case,) = survey.cases
+    assert case.label.files == (reader,)
+    told = [one.text for one in survey.findings if one.kind is Kind.MASK_UNUSED]
+    assert len(told) == 4
+    for words in ("labeled as one of the classes EDH", "type FRACTIONAL", "surfaces", "cannot be"):
+        (text,) = [text for text in told if words in text]
+        assert text.startswith("1 DICOM SEG are not used: ")
+        assert NAME not in text
+
+
+def test_a_seg_with_segments_of_no_class_is_refused_with_its_series_alone(tmp_path):
+    root = tmp_path / "in"
+    path = outlined(root / NAME, "1.2.3.1", root / "a.dcm")
+    relabel(path, ["EDH", "tumor", "IVH", "SAH", "edema"])
+    refusal = r"no series can be used, 1 refused: .* segments 2, 5 "
+    with pytest.raises(ValueError, match=refusal) as said:
         DICOM(root).survey()
     assert "--data.classes" in str(said.value)
-    assert NAME not in str(said.value)
-    (case,) = DICOM(root, classes=("edema,tumor",)).cases()
-    assert case.label.values == (0, 2, 1)
-    data = dcmread(path)
-    data.SegmentationType = "FRACTIONAL"
-    data.save_as(path)
-    with pytest.raises(Refusal, match=r"^DICOM SEG 1 of 1 .*save it as BINARY .*move it away$"):
-        DICOM(root).survey()
+    assert NAME not in str(said.value).replace(str(root), "")
+    make(root / "z", series="1.2.3.2")
+    survey = DICOM(root).survey()
+    assert len(survey.cases) == 1
+    (told,) = [one for one in survey.findings if one.done == "refused"]
+    assert told.text.startswith("the DICOM SEG of series 1 of 2 in the order of paths: its ")
+    named = ("edema,tumor,EDH,IVH,SAH",)
+    case, _ = sorted(DICOM(root, classes=named).cases(), key=lambda case: case.label is None)
+    assert case.label.values == (0, 3, 2, 4, 5, 1)

@@ -4,6 +4,7 @@ Frames are laid by where they lie in space, so that those of empty slices may be
 may have its rows and columns in another order than the scan.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ _TAGS = (
 )
 _MOST = 255  # segments: label maps are of 8 bits
 _LABEL = 64  # letters that one may have
+_NAMELESS = re.compile(  # what tools call a segment that nobody has named
+    r"(seg|segment|segmentation|label|mask|roi|)[\W_]*\d*", re.IGNORECASE | re.ASCII
+)
 _OFF_MM = 0.2  # from the voxel of a scan: what rounding of positions to tenths can do
 _TO_RAS = np.array([-1.0, -1.0, 1.0])  # DICOM's world is LPS
 
@@ -50,6 +54,7 @@ class Outline:
     instances: frozenset[str]  # SOPInstanceUIDs likewise
     space: str  # FrameOfReferenceUID
     segments: Mapping[int, Segment]  # by their numbers in the file
+    flaw: str = ""  # why it is no mask, whatever it shows
 
     @property
     def is_automatic(self) -> bool:
@@ -72,12 +77,11 @@ def outline(path: Path) -> Outline:
     """What the header of a SEG says.
 
     Raises:
-        Refusal: If it cannot be read, or is of surfaces or of probabilities.
+        Refusal: If it cannot be read.
     """
     try:
         with slice_file.quiet(), path.open("rb") as file:
             data = slice_file.read(file, stop_before_pixels=True, specific_tags=list(_TAGS))
-            _require_voxels(data)
             return _outline(path, data)
     except UserError:
         raise
@@ -86,20 +90,24 @@ def outline(path: Path) -> Outline:
         raise Refusal(Kind.UNREADABLE, text) from None
 
 
+def shows(found: Outline, classes: Sequence[str]) -> bool:
+    """Whether a segment is of one of the classes, as by `label`."""
+    return any(_values(found, classes))
+
+
 def label(found: Outline, classes: Sequence[str]) -> Masks:
     """What a case holds of a SEG: the class of each segment, by its label.
 
     That is the name of a class in any spelling, or a bleed's as RSNA or anatomy call it; where the
-    only class is any bleeding it may be any bleed, and where there is one segment and one class,
-    that is it.
+    only class is any bleeding it may be any bleed, and where there is one class and one segment
+    that nobody has named (Segment_1), that is it.
 
     Raises:
-        Refusal: If a segment is of no class; names its number, not its label, which may be of a
-            patient.
+        Refusal: If it has a flaw, or a segment is of no class; names its number, not its label,
+            which may be of a patient.
     """
-    values = [0] * (max(found.segments, default=0) + 1)
-    for number, segment in found.segments.items():
-        values[number] = _class_of(segment, classes, alone=len(found.segments) == 1)
+    _require_mask(found)
+    values = _values(found, classes)
     if unknown := [str(number) for number in sorted(found.segments) if not values[number]]:
         which = f"segment {unknown[0]} is" if len(unknown) == 1 else f"segments {some(unknown)} are"
         raise Refusal(
@@ -107,7 +115,7 @@ def label(found: Outline, classes: Sequence[str]) -> Masks:
             f"its {which} labeled as none of the classes {', '.join(classes[1:])}; label segments "
             "as the classes, or name the classes as they are",
         )
-    return Masks((found.path,), values=tuple(values))
+    return Masks((found.path,), values=values)
 
 
 def onto(
@@ -130,9 +138,10 @@ def onto(
     try:
         with slice_file.quiet(), path.open("rb") as file:
             data = slice_file.read(file)
-            _require_voxels(data)
+            found = _outline(path, data)
+            _require_mask(found)
             slice_file.require_decoder(data)
-            known = set(_outline(path, data).segments)
+            known = set(found.segments)
             planes = np.arange(shape[0]) if places is None else places
             return _drawn(data, known, shape, affine, planes)
     except UserError:
@@ -142,21 +151,26 @@ def onto(
         raise Refusal(Kind.UNREADABLE, text) from None
 
 
-def _require_voxels(data: Any) -> None:
+def _require_mask(found: Outline) -> None:
+    if found.flaw:
+        raise Refusal(Kind.MASK_VALUES, found.flaw)
+
+
+def _flaw_of(data: Any, segments: Mapping[int, Segment]) -> str:
     if str(data.get("SOPClassUID") or "") not in _CLASSES:
-        raise Refusal(Kind.UNREADABLE, "no DICOM SEG of voxels, such as one of surfaces")
+        return "a DICOM SEG without voxels, as one of surfaces, is no mask; save it as BINARY"
     kind = str(data.get("SegmentationType") or "")
     if kind not in ("BINARY", "LABELMAP"):
-        text = f"a DICOM SEG of type {kind or 'unknown'} is no mask; save it as BINARY or LABELMAP"
-        raise Refusal(Kind.MASK_VALUES, text)
+        return f"a DICOM SEG of type {kind or 'unknown'} is no mask; save it as BINARY or LABELMAP"
+    if max(segments, default=0) > _MOST:
+        return f"a DICOM SEG with segments above number {_MOST} is not read; save it with fewer"
+    return ""
 
 
 def _outline(path: Path, data: Any) -> Outline:
     referred = data.get("ReferencedSeriesSequence") or ()
     segments = {int(one.SegmentNumber): _segment(one) for one in data.get("SegmentSequence") or ()}
     segments.pop(0, None)  # by which a label map may name its background
-    if max(segments, default=0) > _MOST:
-        raise Refusal(Kind.MASK_VALUES, f"more than {_MOST} segments")
     return Outline(
         path=path,
         series=frozenset(str(one.get("SeriesInstanceUID") or "") for one in referred) - {""},
@@ -168,6 +182,7 @@ def _outline(path: Path, data: Any) -> Outline:
         - {""},
         space=str(data.get("FrameOfReferenceUID") or ""),
         segments=segments,
+        flaw=_flaw_of(data, segments),
     )
 
 
@@ -177,6 +192,14 @@ def _segment(item: Any) -> Segment:
     automatic = str(item.get("SegmentAlgorithmType") or "") == "AUTOMATIC"
     bleeds = segment_codes.HEMORRHAGE[0] in codes
     return Segment(str(item.get("SegmentLabel") or ""), bleeds, automatic)
+
+
+def _values(found: Outline, classes: Sequence[str]) -> tuple[int, ...]:
+    """Class by number of a segment; 0 where a segment is of none."""
+    values = [0] * (max(found.segments, default=0) + 1)
+    for number, segment in found.segments.items():
+        values[number] = _class_of(segment, classes, alone=len(found.segments) == 1)
+    return tuple(values)
 
 
 def _class_of(segment: Segment, classes: Sequence[str], *, alone: bool) -> int:
@@ -191,7 +214,8 @@ def _class_of(segment: Segment, classes: Sequence[str], *, alone: bool) -> int:
     any_bleed = [n for n, name in enumerate(classes) if n and segment_codes.is_any(name)]
     if any_bleed and (segment.bleeds or segment_codes.is_any_bleed([segment.label])):
         return any_bleed[0]
-    return 1 if alone and len(classes) == 2 else 0
+    nameless = bool(_NAMELESS.fullmatch(segment.label.strip()))
+    return 1 if alone and nameless and len(classes) == 2 else 0
 
 
 def _drawn(

@@ -45,13 +45,13 @@ _KNOWN = {
     "EDEMA": Meaning("edema", _EDEMA, _BRAIN, (255, 236, 130)),
     "ANY": Meaning("intracranial hemorrhage", HEMORRHAGE, _BRAIN, (220, 0, 0)),
 }
+_BLOOD = {"HEMORRHAGE", "HAEMORRHAGE", "HEMATOMA", "HAEMATOMA", "BLEED", "BLEEDING"}
 _SYNONYMS = {  # words joined by _
     "OEDEMA": "EDEMA",
     "EXTRA_AXIAL": "EAH",  # BLAST-CT's
     "ICH": "IPH",
-    **dict.fromkeys(
-        ("HEMORRHAGE", "HAEMORRHAGE", "BLEEDING", "BLEED", "INTRACEREBRAL_HEMORRHAGE"), "ANY"
-    ),
+    **dict.fromkeys(_BLOOD, "ANY"),
+    "INTRACEREBRAL_HEMORRHAGE": "ANY",
     "INTRACRANIAL": "ANY",
     "EPIDURAL": "EDH",  # this and the last four as RSNA 2019 calls them
     "EXTRADURAL": "EDH",
@@ -60,7 +60,6 @@ _SYNONYMS = {  # words joined by _
     "SUBARACHNOID": "SAH",
     "SUBDURAL": "SDH",
 }
-_BLOOD = {"HEMORRHAGE", "HAEMORRHAGE", "HEMATOMA", "HAEMATOMA", "BLEED", "BLEEDING"}
 _AMBIGUOUS = "ICH"  # to some what lies in the brain, to others any bleed in the skull
 
 
