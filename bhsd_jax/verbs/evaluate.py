@@ -213,7 +213,8 @@ def _answers(config: Settings, cases: Sequence[str]) -> list[Mapping[str, Path]]
 
 
 def _require_raters(labels: Mapping[str, Label]) -> None:
-    alone = [c for c, label in labels.items() if not isinstance(label, Masks)]
+    # Masks that are not combined are one, whose values or segments are put into classes.
+    alone = [c for c, m in labels.items() if not isinstance(m, Masks) or m.combine == "first"]
     if alone:
         raise UserError(
             f"config.evaluate.also: raters compares with several raters' masks, and {len(alone)} "

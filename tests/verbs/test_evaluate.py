@@ -369,7 +369,7 @@ def read_series(tmp_path):
     return out.parent, answer
 
 
-def test_dicom_segs_are_references_by_their_series(tmp_path, read_series):
+def test_dicom_segs_are_references_by_their_series(tmp_path, read_series, caplog):
     run, answer = read_series
     drawn = seg_files.label_of()
     seg_files.write(tmp_path / "dicom", tmp_path / "masks" / "reader.dcm", drawn)
@@ -384,14 +384,24 @@ def test_dicom_segs_are_references_by_their_series(tmp_path, read_series):
         found = float(table(run)["0a1b", name]["dice"])
         assert found == pytest.approx(want, abs=1e-12, nan_ok=True)
     (tmp_path / "masks" / "reader.dcm").rename(tmp_path / "masks" / "0a1b.dcm")
-    series.unlink()
+    kept = series.rename(run / "series.csv")
     before = table(run)
     evaluate.run(config, run)
     assert table(run) == before, "without the table by its name, as `predict` names its own"
+    seg_files.write(tmp_path / "dicom", tmp_path / "masks" / "more.dcm", drawn)
+    kept.rename(series)
+    with pytest.raises(ValueError, match=r"two masks of 0a1b, one of them more\.dcm; keep one"):
+        evaluate.run(config, run)
     (tmp_path / "masks" / "0a1b.nii.gz").write_bytes(
         (run / "predictions" / "0a1b.nii.gz").read_bytes()
     )
-    with pytest.raises(ValueError, match=r"two masks of 0a1b, one of them 0a1b\.dcm"):
+    evaluate.run(config, run)
+    assert summary(run)["binary"]["dice"] == 1, "the mask in NIfTI, which may be the SEG converted"
+    assert "passed over: 2" in caplog.text
+    config.evaluate.also = ("raters",)
+    (tmp_path / "masks" / "0a1b.nii.gz").unlink()
+    (tmp_path / "masks" / "more.dcm").unlink()
+    with pytest.raises(ValueError, match=r"raters compares with .* 1 cases have one mask: 0a1b"):
         evaluate.run(config, run)
 
 
