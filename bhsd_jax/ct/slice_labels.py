@@ -48,9 +48,12 @@ def bleeding(case: Case, label: np.ndarray | None, modality: str, depth: int) ->
             kind, said, known = Kind.MASK_EMPTY_BLEEDS, "mask is empty, but", "bleed"
         else:
             kind, said, known = Kind.MASK_OF_NO_BLEED, "mask outlines bleeding, but", "not bleed"
+        # The mask of a series may be called as its patient.
+        in_files = isinstance(case.image, Path) and isinstance(case.label, Path)
+        place = case.label if in_files else case.id
         raise Refusal(
             kind,
-            f"{case.label}: the {said} the scan is known to {known}; some mirrors ship other masks "
+            f"{place}: the {said} the scan is known to {known}; some mirrors ship other masks "
             "than the data set's first source: fetch it there, or correct the table of scans",
         )
     if label is not None and modality != "mr":

@@ -191,7 +191,10 @@ def _columns(
         column = known.get(word) or known.get(_SAME.get(word, ""))
         if column and found.setdefault(column, name) != name:
             raise UserError(f"{path}: columns {found[column]} and {name} are one; delete one")
-    expected = f"expected {', '.join((*names, _ANY, *kinds))}; got {', '.join(there)}"
+    expected = (
+        f"expected {', '.join((*names, _ANY, *kinds))}; got {', '.join(there)}; a table of "
+        f"something else must not be called {path.name} there"
+    )
     if lacking := set(names) - found.keys():
         raise UserError(f"{path}: no column {', '.join(sorted(lacking))}; {expected}")
     if not found.keys() & {_ANY, *kinds}:

@@ -1,12 +1,17 @@
 """What tables say of whole scans and of slices, in the data sets that read them."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 from dicom_files import NAME, PATIENT, block, write_series
 
+from bhsd_jax.ct import slice_labels
 from bhsd_jax.datasets.dicom import DICOM
 from bhsd_jax.datasets.folder import Folder
 from bhsd_jax.defects import Kind
-from bhsd_jax.volume import SOME
+from bhsd_jax.volume import SOME, Masks
 
 
 @pytest.fixture
@@ -81,7 +86,7 @@ def test_rows_without_a_scan_are_told_of(folder):
     ("text", "message"),
     [
         ("scan,any\na,1\na,0\n", "line 3: contradicts an earlier line of that scan"),
-        ("name,any\na,1\n", "no column case; expected case, any, EDH, .* got name, any"),
+        ("name,any\na,1\n", "no column case; expected case, any, EDH, .* got name, any; a table"),
         ("scan,age\na,1\n", "no column says what a case shows"),
         ("scan,EDH\na,3\n", "line 2: expected 0, 1 or -1 per class, .* got EDH '3'"),
         ("scan,any,EDH\na,0,1\n", "line 2: any is 0, and of the classes .* one is 1"),
@@ -140,3 +145,14 @@ def test_what_is_wrong_with_tables_of_dicom_names_nobody(dicom):
             list(DICOM(dicom).cases())
         assert NAME not in str(caught.value)
     assert not any(NAME in f.text for f in found)
+
+
+def test_a_mask_of_a_series_that_contradicts_a_table_is_not_named(dicom):
+    """Files of hospitals are called as patients are."""
+    (dicom / "scan_labels.csv").write_text("scan,any\n1.2.0.7,1\n")
+    case = next(case for case in DICOM(dicom).cases() if case.bleeding)
+    for label in (Path(f"{NAME}.nii.gz"), Masks((Path(f"{NAME}.dcm"),))):
+        drawn = replace(case, label=label)
+        with pytest.raises(ValueError, match=f"^{case.id}: the mask is empty, but") as caught:
+            slice_labels.bleeding(drawn, np.zeros((6, 2, 2), np.uint8), "ct", 6)
+        assert NAME not in str(caught.value)
