@@ -3,6 +3,7 @@
 NIfTI by names and by folders; a DICOM SEG by the series that it refers to.
 """
 
+import filecmp
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -103,9 +104,9 @@ def match_segs(
     it refers to; and where it does not refer to any, of the only one in its coordinates.
     Series that have a mask in NIfTI keep that, for it may be a SEG that was converted. A SEG that
     shows none of the classes, such as one of other organs, is no mask; and of several that do, one
-    that was drawn by hand goes before those of an algorithm. In the place of a mask that may not
-    be used, as of one with segments that are no classes, stands the reason. Nothing names a file,
-    which may be called as a patient.
+    that was drawn by hand goes before those of an algorithm. Equal files count once. In the place
+    of a mask that may not be used, as one with segments that are no classes, stands the reason.
+    Nothing names a file, which may be called as a patient.
 
     Args:
         segs: Files of DICOM SEG.
@@ -116,7 +117,10 @@ def match_segs(
     drawn, unused = _by_series(segs, groups, masks, classes)
     found: list[Label | Refusal | None] = [*masks]
     automatic = 0
-    for place, several in drawn.items():
+    for place, every in drawn.items():
+        several = _without_copies(every)
+        if len(several) < len(every):
+            unused["they are copies of others"] += len(every) - len(several)
         own = [seg for seg in several if not seg.is_automatic] or several
         if len(own) == 1 and len(several) > 1:
             text = "an algorithm drew them, and somebody has drawn another on the same series"
@@ -172,6 +176,15 @@ def _by_series(
         else:
             found[mine[0]].append(seg)
     return found, unused
+
+
+def _without_copies(segs: Sequence[Outline]) -> list[Outline]:
+    """Each once, of files that are equal byte by byte."""
+    kept: list[Outline] = []
+    for seg in segs:
+        if not any(filecmp.cmp(seg.path, one.path, shallow=False) for one in kept):
+            kept.append(seg)
+    return kept
 
 
 def _only_mask(segs: Sequence[Outline], this: str, classes: Sequence[str]) -> Masks | Refusal:

@@ -10,7 +10,7 @@ from seg_files import complete, label_of, make, write
 from bhsd_jax.ct import nifti, scan
 from bhsd_jax.datasets import dicom
 from bhsd_jax.datasets.dicom import DICOM
-from bhsd_jax.defects import Kind, Refusal
+from bhsd_jax.defects import Kind, Refusal, texts
 from bhsd_jax.volume import HEMORRHAGE, Series, Volume
 
 
@@ -246,6 +246,11 @@ def test_a_seg_of_no_series_is_told_and_of_two_neither_is_taken(tmp_path):
     case, *_ = DICOM(root, show_ids=True).survey().cases
     kinds = [one.kind for one in DICOM(root).survey().findings]
     assert kinds == [Kind.MASK_UNUSED, Kind.MASK_AUTOMATIC]
+    copy = shutil.copy(root / "a.dcm", root / "masks_a.dcm")
+    survey = DICOM(root, show_ids=True).survey()
+    assert {one.label and one.label.files for one in survey.cases} == {(root / "a.dcm",), None}
+    assert "1 DICOM SEG are not used: they are copies of others" in texts(survey.findings)
+    copy.unlink()
     again = write(root / NAME, tmp_path / "c.dcm", label_of()).rename(root / "c.dcm")
     survey = DICOM(root).survey()
     assert len(survey.cases) == 1, "the other series is used"
