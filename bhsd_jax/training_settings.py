@@ -264,7 +264,9 @@ class Mesh:
         "cluster tells of, here or in the environment as JAX_COORDINATOR_ADDRESS, "
         "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     ] = ""
-    num_processes: Annotated[int | None, "processes of the run", COUNT] = None
+    num_processes: Annotated[
+        int | None, "processes of the run; 1: alone, whatever a launcher says", COUNT
+    ] = None
     process_id: Annotated[int | None, "which of them this is, from 0", NOT_NEGATIVE] = None
     detect: Annotated[
         str,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bhsd_jax.platform.cluster import Place, find, first_host, missing
+from bhsd_jax.platform.cluster import Place, apart, find, first_host, missing
 
 SLURM = {
     "SLURM_JOB_ID": "70000",
@@ -141,6 +141,16 @@ def test_every_launcher_tells_number_and_machine_of_a_process(launcher):
     assert within.coordinator == ("" if "RANK" in told else "n7:9")
 
 
+@pytest.mark.parametrize("told", [SLURM, OPEN_MPI, *ELSEWHERE.values()])
+def test_a_process_that_is_told_to_be_alone_is(told):
+    """In a shell of one of several, and as a verb of a series that was started there."""
+    assert find(environment=told).several
+    for found in (find(environment=told | {"JAX_NUM_PROCESSES": "1"}), find("", 1, None, told)):
+        assert (found.count, found.several) == (1, False)
+    assert find(environment=apart(told)) == Place()
+    assert apart(JAX | told).items() >= JAX.items()
+
+
 def test_processes_that_speak_pmi_are_those_of_slurm():
     """`srun --mpi=pmi2`, to which Slurm itself says more; else a bootstrap of hydra's."""
     pmi = {"PMI_SIZE": "4", "PMI_RANK": "3"}
@@ -164,9 +174,12 @@ def test_torchrun_says_where_to_meet_and_listens_at_its_own_port():
     assert (inside.index, inside.count) == (2, 4)
     left = {"RANK": "0", "WORLD_SIZE": "8"}
     assert find(environment=SLURM | left) == find(environment=SLURM)
+    one = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert find(environment=one | left) == find(environment=one), "of the shell that submitted it"
     pod = find(environment=left | head)  # as schedulers of PyTorch jobs start them
     assert (pod.index, pod.count, pod.local) == (0, 8, (0, 1))
     assert find(environment={"RANK": "first"}) == Place()
+    assert find(environment={"RANK": "-1", "LOCAL_RANK": "-1", "WORLD_SIZE": "1"}).count == 1
 
 
 def test_flux_tells_all_on_one_machine():

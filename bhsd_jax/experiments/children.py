@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bhsd_jax.experiments.places import Place
+from bhsd_jax.platform import cluster
 
 ASKS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # to end, as `Preemption` has them
 
@@ -56,7 +57,7 @@ class Call:
             log.open("a") as file,
             subprocess.Popen(
                 [*self.place.prefix, *command],
-                env=os.environ | self.place.environment,
+                env={**cluster.apart(), **self.place.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -63,7 +63,7 @@ class Group:
             for index, command in enumerate(self.commands):
                 child = subprocess.Popen(
                     command,
-                    env=os.environ | self.environments[index],
+                    env=cluster.apart() | self.environments[index],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE if index else None,
                     stderr=subprocess.STDOUT if index else None,

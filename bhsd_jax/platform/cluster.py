@@ -76,7 +76,8 @@ def find(
     """The place of this process; an empty one where neither flags nor environment tell.
 
     Flags come before JAX's variables, and these before what Slurm or another launcher says.
-    Clusters that only JAX itself can ask (Cloud TPU, Kubernetes) are not looked at.
+    Clusters that only JAX itself can ask (Cloud TPU, Kubernetes) are not looked at. A count of 1
+    counts whatever a launcher says: a shell inherits its variables, too.
 
     Args:
         coordinator: host:port of process 0, or "".
@@ -91,7 +92,8 @@ def find(
     count = num_processes if num_processes is not None else _number(_JAX[1], words[1])
     index = process_id if process_id is not None else _number(_JAX[2], words[2])
     told = Place(coordinator or words[0], count, index, source="mesh and JAX_* variables")
-    batch = _launched(environment)
+    # Who is told to be the only one is that, in a shell or notebook of others' processes, too.
+    batch = Place() if count == 1 else _launched(environment)
     _require_agreement(told, batch)
     found = batch
     if told != Place(source=told.source):
@@ -109,6 +111,15 @@ def find(
             f"{found.source}: process {found.index} of {found.count}; they count from 0"
         )
     return found
+
+
+def apart(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables without what launchers say, for a process that is none of those they started.
+
+    Such are the verbs of a series, whatever the series itself was started by.
+    """
+    told = {"SLURM_STEP_NODELIST", *(name for names in _NAMES.values() for name in names)}
+    return {name: value for name, value in environment.items() if name not in told}
 
 
 def may_be_one_of_several() -> bool:
@@ -176,14 +187,15 @@ def _launched(environment: Mapping[str, str]) -> Place:
 
     Launchers start launchers and hand on their own variables. `mpirun` or torchrun in a job step of
     Slurm is the inner one, whose several processes count. RANK and WORLD_SIZE, which people and
-    schedulers of PyTorch jobs set too, come first where they are torchrun's, else last. A shell of
-    Slurm's, or `mpirun -n 1`, is a task that others may be started from.
+    schedulers of PyTorch jobs set too, come first where they are torchrun's; else they count where
+    nobody else says anything: a job's one task inherits those of the shell that submitted it. A
+    shell of Slurm's, or `mpirun -n 1`, is a task that others may be started from.
     """
-    torch = [_by_names(_TORCHRUN, environment)]
     others = [*(_by_names(name, environment) for name in _NAMES if name != _TORCHRUN)]
     others.append(_slurm(environment))
-    inner = "TORCHELASTIC_RUN_ID" in environment
-    places = [place for place in (torch + others if inner else others + torch) if place]
+    if "TORCHELASTIC_RUN_ID" in environment or not any(others):
+        others.insert(0, _by_names(_TORCHRUN, environment))
+    places = [place for place in others if place]
     first = max(places, key=lambda place: place.several, default=Place())
     # Slurm's tasks may speak PMI too: of those that say the same, the one that knows most.
     same = [place for place in places if (place.count, place.index) == (first.count, first.index)]
@@ -195,6 +207,8 @@ def _by_names(launcher: str, environment: Mapping[str, str]) -> Place | None:
     names = _NAMES[launcher]
     if not all(environment.get(name) for name in names[:2]):
         return None
+    if environment[names[0]].strip() == "1":  # whatever its number: some scripts say -1
+        return Place(count=1, index=0, source=launcher)
     count, index, here, local = (_number(name, environment.get(name, "")) for name in names)
     if here is None and launcher == _FLUX and environment.get("FLUX_JOB_NNODES") == "1":
         here = count

@@ -32,9 +32,11 @@ _UNCLEAR = ("must be defined", "should be defined")
 _ADDRESS = (
     ", host:port on the machine of process 0; or, where mpi4py is installed, mesh.detect=mpi4py"
 )
+_ALONE = "JAX_NUM_PROCESSES=1 says that a process is to be alone, whatever its shell inherits"
 _MEETING = (
     "see that all were started, that the address is one of process 0's machine which the others "
     "reach (JAX_COORDINATOR_ADDRESS), and that nobody else has its port (JAX_COORDINATOR_PORT)"
+    f"; {_ALONE}"
 )
 _PLUGINS = {  # packages that bring an accelerator to JAX
     "jax_cuda12_plugin": "cuda",
@@ -105,7 +107,7 @@ def _why_not_joined(error: Exception, place: Place, detect: str) -> str:
     if isinstance(error, jax.errors.JaxRuntimeError):
         return f"{_who(place)} could not listen ({first}); {_MEETING}"
     if isinstance(error, ValueError) and any(words in first for words in _UNCLEAR):
-        address = _ADDRESS if place.several and not place.coordinator else ""
+        address = f"{_ADDRESS}; {_ALONE}" if place.several and not place.coordinator else ""
         return (
             f"{source}: not all is known of the processes of this run; say "
             f"{cluster.missing(place)}{address}"

@@ -178,6 +178,14 @@ def test_each_process_knows_its_number_and_its_devices(monkeypatch, tmp_path):
     assert made["environments"] == [{}], "one process needs to meet nobody"
 
 
+def test_processes_started_here_are_none_of_those_of_a_launcher(monkeypatch):
+    """In a shell that inherits its variables they were refused: they are 2, and not 4."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    told = "import os, sys; sys.exit('RANK' in os.environ)"
+    assert local.Group([[sys.executable, "-c", told]], [{}]).run() == 0
+
+
 def test_wrong_words_are_one_line():
     for words in ([], ["2"], ["two", "train"], ["2", "--config=x"]):
         with pytest.raises(ValueError, match=r"launch/local.sh N VERB --config="):

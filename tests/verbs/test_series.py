@@ -167,6 +167,16 @@ def test_a_training_that_was_asked_to_stop_ends_the_series(scripted):
     assert not scripted[1].workdir.exists()
 
 
+def test_a_series_in_a_shell_of_several_processes_runs_its_verbs_alone(scripted, monkeypatch):
+    """Each would wait for others that nobody starts."""
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "1"), ("PMI_SIZE", "4"), ("PMI_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert cluster.find().several
+    told = "import os, sys; sys.exit({*os.environ} & {'RANK', 'PMI_RANK'} or 0)"
+    Script.scripts = {("suponly", "train"): told}
+    assert queue.perform(scripted[:1]) == []
+
+
 GATHER = """
 import os, pathlib, sys, time
 folder = pathlib.Path({folder!r})
