@@ -1,6 +1,8 @@
 """A verb in several processes: joining them, dividing the work, gathering the results."""
 
 import contextlib
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +44,33 @@ def own(jobs: Sequence[_T]) -> list[_T]:
     """This process' share of the jobs: of n processes each takes every n-th."""
     index, count = barrier.place()
     return list(jobs[index::count])
+
+
+def require_same(jobs: Sequence[str]) -> None:
+    """Refuses processes of one run that were given other jobs than the first.
+
+    Each would do its share of what nobody else knows of, and the rest would be left undone without
+    a word. To be called in all of them; where there is one it does nothing.
+
+    Args:
+        jobs: Names of all that they are to share.
+
+    Raises:
+        UserError: In all processes; names one that differs.
+    """
+    _, count = barrier.place()
+    if count == 1:
+        return
+    from bhsd_jax.train.agreement import gather_words  # alone, a verb may need no JAX
+
+    first, *others = gather_words(hashlib.sha256(json.dumps(list(jobs)).encode()).hexdigest())
+    odd = next((index for index, own in enumerate(others, start=1) if own != first), None)
+    if odd is not None:
+        raise UserError(
+            f"process {odd} of {count} was given other scans than process 0, and each would do "
+            "a share of its own alone; give all processes of a run the same command, or where "
+            "each is to do all of its own, set JAX_NUM_PROCESSES=1"
+        )
 
 
 def first_alone(make: Callable[[], _T]) -> _T:

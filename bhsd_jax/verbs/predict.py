@@ -55,8 +55,8 @@ def run(config: Config, workdir: Path) -> None:
     every = find_scans(config, workdir)
     out = label_maps(settings, workdir)
     _require_folder(out)
+    cases = _of_this_job(every, settings)
     names, series = parts.first_alone(lambda: _names(every, workdir, settings))
-    cases = part(every, settings)
     if not cases:
         _say_no_scan(out, settings, len(every))
         return
@@ -321,6 +321,13 @@ def _begin_tables(
     if barrier.place()[0] == 0:
         dicom_cases.write_series(tables, cases, names)
     return tables
+
+
+def _of_this_job(every: list[Case], settings: Predict) -> list[Case]:
+    """The scans of this job, which all processes of its run share."""
+    cases = part(every, settings)
+    parts.require_same([case.id for case in cases])
+    return cases
 
 
 def _say_no_scan(out: Path, settings: Predict, scans: int) -> None:

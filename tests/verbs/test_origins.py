@@ -16,8 +16,9 @@ from bhsd_jax.assemble import origins
 from bhsd_jax.assemble.predictor import Predictor
 from bhsd_jax.configs import common, from_run
 from bhsd_jax.platform import faults
+from bhsd_jax.platform.errors import UserError
 from bhsd_jax.settings import Settings
-from bhsd_jax.train import barrier
+from bhsd_jax.train import agreement, barrier
 from bhsd_jax.verbs import chosen_scans, predict
 
 
@@ -105,6 +106,17 @@ def test_several_jobs_of_several_processes_do_not_mix_their_tables(tmp_path, sca
         run(folder, scans, out, overwrite=False, num_parts=2, part_id=job)
     assert kept(out / "part_0_of_2") == ["a", "c"]
     assert kept(out / "part_1_of_2") == ["b", "d"]
+
+
+def test_processes_of_one_run_that_were_given_other_scans_are_refused(tmp_path, scans, monkeypatch):
+    """Such as by `mpiexec -n 2` with a part_id each: half of each part was left out, untold."""
+    folder, out = tiny_run.make(tmp_path / "run"), tmp_path / "out"
+    monkeypatch.setattr(barrier, "wait_for_all", lambda name: None)
+    monkeypatch.setattr(barrier, "place", lambda: (1, 2))
+    monkeypatch.setattr(agreement, "gather_words", lambda text: ["of other scans", text])
+    with pytest.raises(UserError, match=r"^process 1 of 2 was given other scans .*PROCESSES=1$"):
+        run(folder, scans, out, part_id=1, num_parts=2)
+    assert not out.exists()
 
 
 def test_of_more_jobs_than_scans_the_last_ones_do_nothing(tmp_path, scans, caplog):
