@@ -574,6 +574,7 @@ def test_a_mask_of_another_spacing_is_to_be_looked_at(tmp_path, stored):
         (b"\n<!DOCTYPE html><html><body>log in</body></html>" * 9, "web page in place"),
         (gzip.compress(gzip.compress(bytes(999))), "packed twice by gzip; unpack it once"),
     ],
+    ids=["pointer", "page", "twice"],  # gzip writes the time, and workers must agree on names
 )
 def test_what_a_download_has_left_in_the_place_of_a_scan_is_called_that(tmp_path, begins, words):
     (tmp_path / "a.nii.gz").write_bytes(begins)
