@@ -247,8 +247,7 @@ def _read_seg(
 def _on_series(path: Path, image: Series, volume: Volume) -> series_mask.Turned:
     stack = dicom_series.arrange(image)
     # Planes lie where the slices do, and not where an affine would have even ones.
-    places = stack.places_mm / stack.places_mm[-1] * (len(stack.slices) - 1)
-    drawn = seg_mask.onto(path, stack.own_shape, stack.own_affine, places)
+    drawn = seg_mask.onto(path, stack.own_shape, stack.own_affine, stack.own_places)
     shape = stack.shape if image.unshear else volume.voxels.shape
     voxels, found = series_mask.on_all_planes(drawn, stack, shape)
     if image.unshear:

@@ -48,7 +48,7 @@ def match(
     """
     apart = _nifti_files(folder, str(folder)) if folder.is_dir() else {}
     apart = {name: path for name, path in apart.items() if path.suffix}
-    shared = Counter(group.first.series for group in groups)
+    alone = _own_uids(groups)
     homes = _homes(root, groups)
     masks: list[Path | None] = []
     used, named = set[Path](), set[str]()
@@ -56,7 +56,7 @@ def match(
         this = f"series {len(masks) + 1} of {len(groups)} in the order of paths"
         keys = own & set(apart)
         named |= keys
-        uid = group.first.series if shared[group.first.series] == 1 else ""
+        uid = group.first.series if group.first.series in alone else ""
         paths = [apart[key] for key in sorted(keys)]
         paths += [path for path in _beside(group, homes, uid, this) if path not in paths]
         if len(paths) > 1:
@@ -78,18 +78,23 @@ def called(groups: Sequence[Group], names: Sequence[str]) -> list[set[str]]:
         groups: The series.
         names: Of the series, of their folders' paths.
     """
-    shared = Counter(group.first.series for group in groups)
+    alone = _own_uids(groups)
     alike = Counter(group.folder.name for group in groups)
     found = []
     for group, name in zip(groups, names, strict=True):
         keys = {name}
-        # A UID that several have would give one mask to each of them.
-        if group.first.series and shared[group.first.series] == 1:
+        if group.first.series in alone:
             keys.add(group.first.series)
         if alike[group.folder.name] == 1:
             keys.add(group.folder.name)
         found.append(keys)
     return found
+
+
+def _own_uids(groups: Sequence[Group]) -> set[str]:
+    """SeriesInstanceUIDs that one series alone has: others would give one mask to several."""
+    count = Counter(group.first.series for group in groups)
+    return {uid for uid, series in count.items() if uid and series == 1}
 
 
 def match_segs(

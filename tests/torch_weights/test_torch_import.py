@@ -1,10 +1,10 @@
 """Imported PyTorch weights give the reference's outputs and gradients; wrong ones are refused."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import pytest
 
@@ -12,14 +12,6 @@ from bhsd_jax.models.nnunet import PlainConvUNet
 from bhsd_jax.torch_weights import exporting, importing, nnunet
 
 CASES = ("nnunet_plain_2", "nnunet_resenc_2")
-
-
-def _read(folder, case):
-    about = json.loads((folder / f"{case}.json").read_text())
-    with np.load(folder / f"{case}.npz") as file:
-        arrays = {name: file[name] for name in file.files}
-    state = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
-    return about, arrays, state
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -71,7 +63,7 @@ def _exact_weight_grads(module, variables, image, wanted):
 
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_are_those_of_the_reference(case, golden):
-    about, arrays, state = _read(golden, case)
+    about, arrays, state = networks.read(golden, case)
     module, variables = importing.load(about["backbone"], about["constructor_args"], state)
     image = np.moveaxis(arrays["input"], 1, -1)
     outputs, (weight_grads, image_grad) = _outputs_and_gradients(module, variables, image)
@@ -92,7 +84,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(case, golden):
 
 @pytest.mark.parametrize("case", ["nnunet_plain_bn", "nnunet_resenc_bn"])
 def test_networks_with_batch_norms_and_dropout_predict_as_the_reference(case, golden):
-    about, arrays, state = _read(golden, case)
+    about, arrays, state = networks.read(golden, case)
     module, variables = importing.load(about["backbone"], about["constructor_args"], state)
     assert module.norm == "batch"
     image = np.moveaxis(arrays["input"], 1, -1).astype(np.float32)
@@ -111,7 +103,7 @@ def test_networks_with_batch_norms_and_dropout_predict_as_the_reference(case, go
 
 
 def test_another_norm_is_refused(golden):
-    about, _, _ = _read(golden, "nnunet_plain_bn")
+    about, _, _ = networks.read(golden, "nnunet_plain_bn")
     arguments = about["constructor_args"] | {"norm_op": "torch.nn.GroupNorm"}
     with pytest.raises(ValueError, match=r"norm_op='GroupNorm' \(supported: .*BatchNorm3d"):
         nnunet.from_torch("PlainConvUNet", arguments)
@@ -122,7 +114,7 @@ def test_another_norm_is_refused(golden):
 
 
 def test_heads_of_lower_stages_are_loaded_under_deep_supervision(golden):
-    about, _, state = _read(golden, "nnunet_plain_2")
+    about, _, state = networks.read(golden, "nnunet_plain_2")
     arguments = about["constructor_args"] | {"deep_supervision": True}
     _, variables = importing.load("PlainConvUNet", arguments, state)
     lowest = variables["params"]["head_3"]["kernel"][0, 0, 0]
@@ -130,7 +122,7 @@ def test_heads_of_lower_stages_are_loaded_under_deep_supervision(golden):
 
 
 def test_aliases_and_wrappers_are_accepted_when_they_agree(golden):
-    about, _, state = _read(golden, "nnunet_resenc_2")
+    about, _, state = networks.read(golden, "nnunet_resenc_2")
     stem = state["encoder.stem.convs.0.conv.weight"]
     aliased = state | {
         "encoder.stem.convs.0.all_modules.0.weight": stem,
@@ -148,7 +140,7 @@ def test_aliases_and_wrappers_are_accepted_when_they_agree(golden):
 
 def test_a_network_beside_weights_of_its_loss_is_found_by_its_prefix(golden):
     """As Lightning saves `self._model` and what else the module that trains it holds."""
-    about, _, state = _read(golden, CASES[0])
+    about, _, state = networks.read(golden, CASES[0])
     arguments = about["backbone"], about["constructor_args"]
     module, variables = importing.load(*arguments, state)
     held = {f"_model.{n}": v for n, v in state.items()} | {"loss.weight": np.ones(2)}
@@ -161,7 +153,7 @@ def test_a_network_beside_weights_of_its_loss_is_found_by_its_prefix(golden):
 
 
 def test_everything_wrong_with_the_weights_is_in_one_message(golden):
-    about, _, state = _read(golden, "nnunet_resenc_2")
+    about, _, state = networks.read(golden, "nnunet_resenc_2")
     state["encoder.stem.convs.0.conv.weight"] = np.zeros((5, 3, 3, 3, 3), np.float32)
     state["decoder.transpconvs.0.weight"] = np.zeros(4, np.float32)
     state["decoder.surprise"] = np.zeros(1, np.float32)
@@ -178,7 +170,7 @@ def test_everything_wrong_with_the_weights_is_in_one_message(golden):
 
 
 def test_arguments_without_a_counterpart_are_listed(golden):
-    about, _, _ = _read(golden, "nnunet_plain_2")
+    about, _, _ = networks.read(golden, "nnunet_plain_2")
     arguments = about["constructor_args"] | {"norm_op": "GroupNorm", "nonlin_first": True, "x": 1}
     del arguments["strides"]
     with pytest.raises(ValueError, match=r"norm_op='GroupNorm'.*nonlin_first.*x is.*strides is"):
@@ -204,13 +196,13 @@ def test_an_unknown_reference_is_refused_with_the_known_ones():
     ],
 )
 def test_arguments_become_fields(changes, field, value, golden):
-    about, _, _ = _read(golden, "nnunet_plain_2")
+    about, _, _ = networks.read(golden, "nnunet_plain_2")
     recipe = nnunet.from_torch("PlainConvUNet", about["constructor_args"] | changes)
     assert getattr(recipe.module, field) == value
 
 
 def test_a_bottleneck_encoder_and_its_stem_are_mapped_completely(golden):
-    about, _, _ = _read(golden, "nnunet_resenc_2")
+    about, _, _ = networks.read(golden, "nnunet_resenc_2")
     arguments = about["constructor_args"] | {
         "block": "BottleneckD",
         "bottleneck_channels": [2, 2, 3, 3],

@@ -52,8 +52,7 @@ class Stack:
     @property
     def places(self) -> Float[np.ndarray, " n"]:
         """Where the slices lie among the planes, of which the first and the last are slices."""
-        places = self.places_mm
-        return places / places[-1] * (self.shape[0] - 1)
+        return self._in_steps(self.shape[0] - 1)
 
     @property
     def own_shape(self) -> Shape:
@@ -61,11 +60,20 @@ class Stack:
         return len(self.slices), self.shape[1], self.shape[2]
 
     @property
+    def own_places(self) -> Float[np.ndarray, " n"]:
+        """Where the slices lie, in steps of `own_affine`."""
+        return self._in_steps(len(self.slices) - 1)
+
+    @property
     def own_affine(self) -> Float[np.ndarray, "4 4"]:
         """Of an array with a plane for each slice; where steps are uneven it has their mean."""
         affine = self.affine.copy()
         affine[:3, 0] *= (self.shape[0] - 1) / (len(self.slices) - 1)
         return affine
+
+    def _in_steps(self, last: int) -> Float[np.ndarray, " n"]:
+        places = self.places_mm
+        return places / places[-1] * last
 
 
 def arrange(
